@@ -1,0 +1,78 @@
+"""What was measured on TPU v4: the eight columns of Pope et al. (2023), tables 2 and 3, and other figures of their text as checks.
+
+Slice shapes are assumed (the paper names chip counts); 540B runs with 48 heads padded to 64, as the paper says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from partinf.cost.calibration import Calibration
+from partinf.cost.ledger import Ledger
+from partinf.cost.pricing import LOOPED, Pricing
+from partinf.cost.split import Shares, StepShape, StepSplit
+from partinf.cost.step import step_ledger
+from partinf.hardware import parse_slice
+from partinf.layout import make_layout
+from partinf.model_config import Block, load_model_config
+from partinf.workload import DType
+
+CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measured configuration; `seconds` is one step (a prefill of the whole batch, or one decode step)."""
+
+    name: str
+    model: str
+    slice: str
+    phase: str
+    batch: int
+    gather: str
+    attention: str
+    weights: DType
+    seconds: float
+    mfu: float
+    context: int = CONTEXT
+    serial: bool = False
+
+
+COLUMNS = (
+    Column("540B low-latency prefill", "palm-540b", "v4:4x4x4", "prefill", 1, "", "heads", DType.INT8, 0.29, 0.43),
+    Column("540B low-latency decode", "palm-540b", "v4:4x4x4", "decode", 64, "", "batch", DType.INT8, 1.82 / 64, 0.14),
+    Column("540B high-throughput prefill", "palm-540b", "v4:4x4x4", "prefill", 512, "xyz", "batch", DType.BF16, 85.2, 0.76),
+    Column("540B high-throughput decode", "palm-540b", "v4:4x4x4", "decode", 512, "", "batch", DType.BF16, 6.0 / 64, 0.33),
+    Column("62B low-latency prefill", "palm-62b", "v4:2x2x4", "prefill", 1, "", "heads", DType.INT8, 0.16, 0.36),
+    Column("62B low-latency decode", "palm-62b", "v4:2x2x4", "decode", 32, "", "batch", DType.INT8, 0.73 / 64, 0.08),
+    Column("62B high-throughput prefill", "palm-62b", "v4:2x4x4", "prefill", 512, "xyz", "batch", DType.BF16, 20.2, 0.73),
+    Column("62B high-throughput decode", "palm-62b", "v4:2x2x2", "decode", 512, "", "batch", DType.BF16, 5.1 / 64, 0.37),
+)
+# The paper's text: 28.5 ms per token with int8 weights and 36.9 ms with bf16, batch 64.
+INT8_STEP, BF16_STEP = 28.5e-3, 36.9e-3
+
+
+def predict(column: Column, constants: Calibration) -> Ledger:
+    """The ledger of a column under these constants, for the paper's layout of it."""
+    model = load_model_config(column.model)
+    shares = Shares()
+    if model.num_heads == 48:
+        shares, model = Shares(heads=48 / 64), model.with_padded_heads(64)
+    if column.serial:
+        model = replace(model, block=Block.SERIAL)
+    slice_ = parse_slice(column.slice)
+    attention = dict.fromkeys("xyz", column.attention)
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, attention, attention, column.gather, column.gather)
+    if column.phase == "prefill":
+        shape = StepShape(prefill_tokens=column.batch * column.context, prefill_slots=column.batch)
+    else:
+        shape = StepShape(decode_rows=column.batch, decode_context=column.context)
+    pricing = Pricing(slice_, constants, program=LOOPED)
+    return step_ledger(StepSplit(model, layout, layout.phase(column.phase), shape, pricing, column.weights, DType.BF16, shares))
+
+
+def mfu(column: Column, seconds: float) -> float:
+    """2·N·tokens over peak, with the paper's N."""
+    params = 540e9 if "540" in column.model else 62e9
+    tokens = column.batch * (column.context if column.phase == "prefill" else 1)
+    return 2 * params * tokens / (parse_slice(column.slice).num_chips * 275e12 * seconds)

@@ -1,0 +1,85 @@
+"""partinf: plan, prove and run partitioned Transformer inference.
+
+Importing this package imports nothing else (PEP 562): a name is loaded when it is first used, so that planning never waits for jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "AttentionRole": "layout",
+    "Capacity": "buckets",
+    "Chip": "hardware",
+    "DType": "workload",
+    "Engine": "engine.engine",
+    "InvalidInput": "errors",
+    "Layout": "layout",
+    "Model": "api",
+    "ModelConfig": "model_config",
+    "Objective": "workload",
+    "Phase": "layout",
+    "Plan": "plan",
+    "RequestOutput": "engine.request",
+    "Role": "layout",
+    "SamplingParams": "engine.request",
+    "Slice": "hardware",
+    "Workload": "workload",
+    "load": "api",
+    "load_model_config": "model_config",
+    "make_layout": "layout",
+    "parse_slice": "hardware",
+    "plan": "api",
+    "with_capacity": "buckets",
+}
+
+if TYPE_CHECKING:
+    from partinf.api import Model, load, plan
+    from partinf.buckets import Capacity, with_capacity
+    from partinf.engine.engine import Engine
+    from partinf.engine.request import RequestOutput, SamplingParams
+    from partinf.errors import InvalidInput
+    from partinf.hardware import Chip, Slice, parse_slice
+    from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
+    from partinf.model_config import ModelConfig, load_model_config
+    from partinf.plan import Plan
+    from partinf.workload import DType, Objective, Workload
+
+__all__ = [
+    "AttentionRole",
+    "Capacity",
+    "Chip",
+    "DType",
+    "Engine",
+    "InvalidInput",
+    "Layout",
+    "Model",
+    "ModelConfig",
+    "Objective",
+    "Phase",
+    "Plan",
+    "RequestOutput",
+    "Role",
+    "SamplingParams",
+    "Slice",
+    "Workload",
+    "load",
+    "load_model_config",
+    "make_layout",
+    "parse_slice",
+    "plan",
+    "with_capacity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'partinf' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"partinf.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

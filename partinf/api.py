@@ -1,0 +1,208 @@
+"""The library's front door: `plan` a layout, `load` a model by it, and generate.
+
+    import partinf
+
+    plan = partinf.plan("demo", "local")
+    model = partinf.load("demo", plan)
+    print(model.generate(["sort: d b a c ="])[0].text)
+
+jax is imported by what needs devices, when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partinf import planner, resources
+from partinf.buckets import Capacity, with_capacity
+from partinf.engine.admission import Prompt, RequestCheck
+from partinf.engine.engine import Engine, OnToken
+from partinf.engine.request import RequestOutput, SamplingParams
+from partinf.engine.streams import RequestStream
+from partinf.errors import collect, raise_offences
+from partinf.hardware import Slice, parse_slice
+from partinf.layout import Layout
+from partinf.model_config import ModelConfig, load_model_config
+from partinf.plan import Bucket, Plan
+from partinf.workload import DType, Workload
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+DEFAULT_WORKLOAD = Workload(batch=32, input_len=64, output_len=64)
+
+
+def find_slice(slice_: str | Slice, mesh: str | None = None) -> Slice:
+    """A slice by name; `local` is the devices that are here.
+
+    Raises:
+        InvalidInput: as `parse_slice`.
+    """
+    if isinstance(slice_, Slice):
+        return slice_ if mesh is None else slice_.with_mesh(mesh)
+    if slice_ == "local":
+        from partinf.sharding import local_slice
+
+        return local_slice(mesh)
+    return parse_slice(slice_, mesh)
+
+
+def plan(
+    model: str | Path | ModelConfig,
+    slice_: str | Slice = "local",
+    workload: Workload = DEFAULT_WORKLOAD,
+    *,
+    layout: Layout | None = None,
+    mesh: str | None = None,
+    capacity: Capacity | None = None,
+) -> Plan:
+    """Choose how `model` is split over a slice for a workload, and fix the shapes of the steps.
+
+    Args:
+        model: a shipped name, a directory or .toml file, or a `ModelConfig`.
+        slice_: `v4:4x4x4`, `h200:8`, `cpu:2x2x2`, `local`, …
+        layout: bind this layout instead of choosing one.
+        mesh: a factorisation of the slice's axes.
+        capacity: what an engine should hold; from the workload if not given.
+
+    Raises:
+        InvalidInput: everything that does not fit together.
+    """
+    config = model if isinstance(model, ModelConfig) else load_model_config(model)
+    target = find_slice(slice_, mesh)
+    if layout is not None:
+        bound = Plan(config, target, layout, weights=workload.weights, kv=workload.kv)
+    else:
+        bound = planner.plan(config, target, workload)
+    if capacity is None:
+        needed = max(workload.max_context, 1)
+        longest = min(needed, config.max_len or needed)
+        capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=max(workload.input_len, 1))
+    return with_capacity(bound, capacity)
+
+
+def load(
+    model: str | Path,
+    plan: Plan | None = None,
+    *,
+    random_weights: bool = False,
+    on_compiled: Callable[[Bucket, int, int], None] | None = None,
+    unrolled: bool | None = None,
+    seed: int = 0,
+) -> Model:
+    """Read a model's weights onto the devices of its plan and compile its steps.
+
+    Args:
+        model: a directory with weights, or the name of a shipped one.
+        plan: from `plan`; for the devices that are here if not given.
+        random_weights: run without weights, with random ones.
+        on_compiled: called with (bucket, number done, number in all) as steps are compiled.
+        unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster.
+        seed: of random weights and of requests that name none.
+
+    Raises:
+        InvalidInput: no weights, weights that are not the model's, or fewer devices than the plan needs.
+    """
+    from partinf.checkpoint.hf import load_hf
+    from partinf.checkpoint.tokenizer import load_tokenizer
+    from partinf.engine.jax_runner import JaxRunner
+    from partinf.sharding import device_mesh
+    from partinf.transformer.params import abstract_params, random_params
+
+    check_loadable(model, random_weights)
+    if plan is None:
+        plan = _default_plan(model)
+    directory = weights_directory(model)
+    mesh = device_mesh(plan)
+    if unrolled is None:
+        unrolled = mesh.devices.flat[0].platform == "cpu"
+    if random_weights or directory is None:
+        params = random_params(plan, mesh, unrolled, seed)
+    else:
+        params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled))
+    tokenizer = load_tokenizer(directory) if directory is not None else None
+    runner = JaxRunner(plan, params, mesh)
+    runner.warm_up(on_compiled)
+    return Model(plan, mesh, params, runner, Engine(runner, tokenizer=tokenizer, seed=seed), tokenizer)
+
+
+def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConfig:
+    """The architecture of a model that `load` can run; reads headers only and touches no device.
+
+    Raises:
+        InvalidInput: an architecture that cannot be run, no weights, or weights that are not the model's; all at once.
+    """
+    from partinf.checkpoint.hf import check_hf
+
+    config, directory = load_model_config(model), weights_directory(model)
+    offences = []
+    if config.runnable is not None:
+        offences.append(f"model {config.name} can be planned but not run yet: {config.runnable}")
+    if directory is None and not random_weights:
+        offences.append(f"model {config.name} comes without weights; give a Hugging Face directory")
+    if directory is not None and not random_weights and not offences:
+        check_hf(directory, config)
+    raise_offences(offences)
+    return config
+
+
+def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+    """Raise `InvalidInput` with every reason why an engine of this plan would refuse any of the prompts; touches no device."""
+    from partinf.checkpoint.tokenizer import load_tokenizer
+    from partinf.engine.jax_runner import runner_limits
+
+    directory = weights_directory(model)
+    check = RequestCheck(runner_limits(plan), load_tokenizer(directory) if directory is not None else None, seed=0)
+    offences: list[str] = []
+    for number, prompt in enumerate(prompts, start=1):
+        collect(offences, lambda prompt=prompt, number=number: check(prompt, params, str(number), number, 0.0))
+    raise_offences(offences)
+
+
+def weights_directory(model: str | Path) -> Path | None:
+    """The directory that holds the weights of a model given by path or shipped name; None for an architecture alone."""
+    path = Path(model)
+    if not path.exists():
+        path = resources.find("models", str(model))
+    return path if path.is_dir() else None
+
+
+def _default_plan(model: str | Path) -> Plan:
+    config = load_model_config(model)
+    length = min(config.max_len or 2048, 2048)
+    workload = Workload(batch=16, input_len=length // 2, output_len=length // 2, weights=DType.BF16)
+    return plan(config, "local", workload, capacity=Capacity(max_rows=16, max_len=length))
+
+
+class Model:
+    """A model on its devices, ready to answer.
+
+    Attributes:
+        plan: how it is split. mesh: its devices. params: its weights, a plain pytree.
+        runner: compiled steps and state. engine: the batching engine; use it for requests that come and go.
+        tokenizer: None for an architecture without files.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, params: Any, runner: Any, engine: Engine, tokenizer: Any) -> None:
+        self.plan = plan
+        self.mesh = mesh
+        self.params = params
+        self.runner = runner
+        self.engine = engine
+        self.tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: OnToken | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts, batched iteration by iteration; see `Engine.generate`."""
+        return self.engine.generate(prompts, params, on_token=on_token)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
+        """Answer one prompt token by token, with `for` or `async for`; see `Engine.stream`."""
+        return self.engine.stream(prompt, params)

@@ -1,0 +1,75 @@
+"""How large the steps of a plan are: the KV pages and the few padded shapes that are compiled before anything is served.
+
+A bucket costs a compilation and its padding costs time at every step, so there are few: decode alone, decode with prompts that begin
+in this step, and, where a prompt may be longer than one step's share, decode with chunks that read earlier pages. Each comes with a
+short and a long context when the two differ enough to matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from partinf.errors import raise_offences
+from partinf.plan import Bucket, CacheConfig, Plan
+
+_SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What an engine should hold at once.
+
+    Attributes:
+        max_rows: sequences decoded together, rounded up to what the plan's axes divide.
+        max_len: longest context in tokens, prompt and output together; 0 takes the model's, at most 4096.
+        prefill_tokens: prompt tokens per step, rounded up likewise.
+        page_size: tokens per KV page.
+        random: whether requests may sample; False compiles greedy selection alone.
+        chunked: whether prompts may be longer than one step's share of prefill tokens.
+    """
+
+    max_rows: int = 32
+    max_len: int = 0
+    prefill_tokens: int = 128
+    page_size: int = 16
+    random: bool = True
+    chunked: bool = True
+
+
+def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
+    """The plan with cache and buckets for this capacity.
+
+    Raises:
+        InvalidInput: sizes below 1, or a context beyond the model's.
+    """
+    longest = plan.model.max_len or 1 << 30
+    max_len = capacity.max_len or min(longest, 4096)
+    offences = [
+        f"{key} = {getattr(capacity, key)}; it must be at least 1"
+        for key in ("max_rows", "prefill_tokens", "page_size")
+        if getattr(capacity, key) < 1
+    ]
+    if max_len > longest:
+        offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
+    raise_offences(offences)
+    rows = _up(capacity.max_rows, plan.decode_row_multiple())
+    pages = -(-max_len // capacity.page_size)
+    cache = CacheConfig(capacity.page_size, rows // plan.num_shards * pages, rows)
+    return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, pages))
+
+
+def _buckets(plan: Plan, capacity: Capacity, rows: int, pages: int) -> tuple[Bucket, ...]:
+    tokens = _up(capacity.prefill_tokens, plan.prefill_token_multiple())
+    slots = _up(min(8, capacity.max_rows), plan.prefill_slot_multiple())
+    contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
+    buckets = []
+    for context in contexts:
+        decode = Bucket(rows, context, random=capacity.random)
+        buckets += [decode, replace(decode, prefill_tokens=tokens, prefill_slots=slots)]
+        if capacity.chunked:
+            buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))
+    return tuple(buckets)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,162 @@
+"""Hugging Face Llama directories to sharded parameters, and back.
+
+Owns the step from files to devices: everything is checked by header first, then each device's shard is built from the bytes under it and
+no others, so a host needs memory for its own shards of one leaf at a time, not for the model. Names and shapes come from `hf_names`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from partinf.checkpoint.hf_names import LeafSource, leaf_sources, read_leaf, split_leaf, tensor_shapes, tolerated
+from partinf.checkpoint.offences import compare_shapes
+from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
+from partinf.checkpoint.tree_paths import by_path, shapes_by_path
+from partinf.errors import raise_offences
+from partinf.model_config import ModelConfig, config_to_hf
+
+Params = Any  # the plain nested dict of arrays that `transformer.params` declares
+
+
+def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params) -> Params:
+    """The weights of a Hugging Face directory as sharded arrays.
+
+    Args:
+        directory: Holds `model.safetensors`, or shards with or without an index.
+        config: The architecture, which says what must be there.
+        abstract_params: The tree to build, of `jax.ShapeDtypeStruct` with sharding; its `layers` are a sequence of dicts, or one dict of
+            arrays stacked on a leading layer dimension. Weights are cast to its types; rows beyond the vocabulary are zero.
+
+    Raises:
+        InvalidInput: before any device is used, with every missing, unexpected, truncated or misshapen tensor and every bad file.
+    """
+    with TensorReader(directory) as reader:
+        return load_from(reader, config, abstract_params)
+
+
+def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params) -> Params:
+    """`load_hf` from an open reader, whose `bytes_read` then tells what was read."""
+    sources = leaf_sources(config, stacked=isinstance(abstract_params.get("layers"), Mapping))
+    leaves = by_path(abstract_params)
+    expected = {path: source.leaf_shape for path, source in sources.items()}
+    disagreements = compare_shapes(shapes_by_path(abstract_params), expected, "the parameter tree", f"the model {config.name}")
+    reader.check(tensor_shapes(config), tolerated(config), more=disagreements)
+    arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), arrays)
+
+
+def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    # Devices that hold the same shard ask for the same index; the file is read once for all of them.
+    blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        wanted = index if index is not None else (slice(None),) * len(leaf.shape)
+        key = tuple(part.indices(size) for part, size in zip(wanted, leaf.shape, strict=True))
+        if key not in blocks:
+            blocks[key] = read_leaf(reader, source, wanted, leaf.dtype)
+        return blocks[key]
+
+    sharding = leaf.sharding
+    if sharding is None:
+        return jax.numpy.asarray(block(None))
+    return jax.make_array_from_callback(leaf.shape, sharding, block)
+
+
+def check_hf(directory: str | Path, config: ModelConfig) -> None:
+    """Raise `InvalidInput` with every offence of the weights in a directory. Reads headers only, so it takes milliseconds for any size."""
+    with TensorReader(directory) as reader:
+        reader.check(tensor_shapes(config), tolerated(config))
+
+
+def save_hf(
+    params: Params,
+    config: ModelConfig,
+    directory: str | Path,
+    *,
+    config_fields: Mapping[str, Any] | None = None,
+    max_file_bytes: int = 5 * 10**9,
+) -> None:
+    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read.
+
+    Args:
+        params: The whole tree; its padding of the vocabulary is dropped and its types are kept.
+        config: Written as config.json.
+        directory: Made if it does not exist. It must not hold safetensors yet: stale shards would be read with the new ones.
+        config_fields: More fields of config.json, such as `bos_token_id` and `eos_token_id`.
+        max_file_bytes: Weights beyond it are split over several files with an index.
+
+    Raises:
+        InvalidInput: a tree that is not this model's, arrays that live partly on other hosts, or a directory with weights.
+    """
+    directory = Path(directory)
+    sources = leaf_sources(config, stacked=isinstance(params.get("layers"), Mapping))
+    expected = {path: source.leaf_shape for path, source in sources.items()}
+    offences = compare_shapes(shapes_by_path(params), expected, "the parameters", f"the model {config.name}")
+    leaves = by_path(params)
+    remote = [path for path, leaf in leaves.items() if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]
+    if remote:
+        offences.append(f"{len(remote)} leaves ({remote[0]} first) live partly on other hosts; save them with orbax, or gather them first")
+    present = sorted(file.name for file in directory.glob("*.safetensors*")) if directory.is_dir() else []
+    if present:
+        offences.append(f"{directory}: already holds {', '.join(present)}; expected a directory without weights")
+    raise_offences(offences)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    files = _assign_files(sources, leaves, max_file_bytes)
+    _write_weights(directory, sources, leaves, files)
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
+    fields = config_to_hf(config) | _both_versions(config, dtypes[0] if len(dtypes) == 1 else "float32") | dict(config_fields or {})
+    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _both_versions(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The fields that transformers 5 renamed, under both names."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= config_to_hf(config)["rope_scaling"]
+    return {"rope_parameters": rope, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _assign_files(sources: Mapping[str, LeafSource], leaves: Mapping[str, Any], max_file_bytes: int) -> dict[str, str]:
+    """The file of each tensor: filled in the order of the tree, leaf by leaf, so that only one file's weights are on the host at a time."""
+    numbers: dict[str, int] = {}
+    number = used = 0
+    for path, source in sources.items():
+        size = int(np.prod(source.tensor_shape)) * leaves[path].dtype.itemsize
+        for name in source.names:
+            if used and used + size > max_file_bytes:
+                number, used = number + 1, 0
+            numbers[name] = number
+            used += size
+    if number == 0:
+        return dict.fromkeys(numbers, SINGLE_FILE)
+    return {name: f"model-{place + 1:05d}-of-{number + 1:05d}.safetensors" for name, place in numbers.items()}
+
+
+def _write_weights(directory: Path, sources: Mapping[str, LeafSource], leaves: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    pending: dict[str, np.ndarray] = {}
+    current, total = "", 0
+
+    def flush() -> None:
+        if pending:
+            save_file(pending, directory / current, metadata={"format": "pt"})  # transformers refuses files without this mark
+            pending.clear()
+
+    for path, source in sources.items():
+        for name, tensor in split_leaf(source, np.asarray(leaves[path])):
+            if files[name] != current:
+                flush()
+                current = files[name]
+            pending[name] = tensor
+            total += tensor.nbytes
+    flush()
+    if current != SINGLE_FILE:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,32 @@
+"""What must be settled before jax is imported: which platform, how many virtual CPU devices, and where compiled programs are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from partinf.hardware import Slice
+
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+
+
+def has_accelerator() -> bool:
+    """Whether the machine shows a device file of a TPU or GPU."""
+    return any(True for pattern in _ACCELERATORS for _ in Path("/").glob(pattern[1:]))
+
+
+def prepare(slice_: Slice | None = None, virtual_devices: int = 1) -> None:
+    """Set jax's environment; variables that the user has set win.
+
+    Args:
+        slice_: the slice to run on; None for the devices that are here.
+        virtual_devices: CPU devices to make where no accelerator is there and no slice is given.
+    """
+    on_cpu = slice_.chip.family == "cpu" if slice_ is not None else not has_accelerator()
+    if on_cpu:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would look for a TPU and complain
+        count = slice_.num_devices if slice_ is not None else virtual_devices
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partinf" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -1,0 +1,123 @@
+"""A search's report in the terminal: candidates, the chosen roles and why, its memory, and what its step spends time on."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from partinf.cost.ledger import Entry
+from partinf.planner.choose import misfit, plan_of
+from partinf.planner.report import Candidate, PhaseResult, PlanReport
+
+_BAR = 40
+_ENTRIES = 10
+
+
+def show(report: PlanReport, top: int, saved: str | None = None) -> None:
+    """Print the report.
+
+    Args:
+        top: candidates to list. saved: the file that the plan was written to, to be named.
+    """
+    console = Console()
+    console.print(_heading(report), highlight=False)
+    console.print(_candidates(report, top))
+    best = report.best
+    if best.fits:
+        _show_choice(console, report, best)
+    else:
+        console.print(misfit(report), highlight=False)
+    if saved:
+        console.print(f"Saved to {saved}.", highlight=False)
+
+
+def _heading(report: PlanReport) -> str:
+    workload, calibration = report.workload, report.calibration
+    aim = f"one {workload.phase} step" if workload.phase else f"{workload.input_len} tokens in, {workload.output_len} out"
+    context = f", context {workload.decode_context}" if workload.phase != "prefill" else f", input {workload.input_len or workload.context_len}"
+    constants = "pure roofline" if calibration.name == "none" else f"constants of {calibration.name}"
+    error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}" + ("" if calibration.measured else ", not measured on this chip")
+    return (
+        f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{context}, "
+        f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}; bandwidth model '{report.bandwidth_model}', program "
+        f"'{report.program.name}'; {len(report.candidates)} role assignments"
+    )
+
+
+def _candidates(report: PlanReport, top: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    whole = report.workload.phase is None
+    for title in ("", "weights", *(_phase_titles(report)), "heads", "GB/device", "fits"):
+        table.add_column(title)
+    for title in (*(("prefill s",) if whole else ()), "ms/step", "MFU", "chip·ms/token", ""):
+        table.add_column(title, justify="right")
+    for index, candidate in enumerate(report.candidates[:top], start=1):
+        asked, memory = candidate.asked, candidate.memory
+        prefill = candidate.phase("prefill")
+        row = [str(index), stored(candidate), *(_roles(result) for result in candidate.phases)]
+        row += [f"{report.model.num_heads}→{candidate.padded_heads}" if candidate.padded_heads else str(report.model.num_heads)]
+        row += [f"{memory.total / 1e9:.1f}", "yes" if candidate.fits else "no"]
+        row += [f"{prefill.step_seconds:.3g}"] if whole and prefill else []
+        row += [f"{asked.step_seconds * 1e3:.4g}", f"{asked.mfu:.1%}", f"{candidate.chip_ms_per_token:.4g}"]
+        row += ["tie" if candidate.tie_with_best and index > 1 else "" if candidate.meets_bound else "late"]
+        table.add_row(*row)
+    return table
+
+
+def _phase_titles(report: PlanReport) -> list[str]:
+    return [f"{result.name}: FFN, attention" for result in report.best.phases]
+
+
+def stored(candidate: Candidate) -> str:
+    """How the weights are stored, `E_x F_yz`."""
+    return candidate.name.split(",")[0]
+
+
+def _roles(result: PhaseResult) -> str:
+    by_role: dict[str, list[str]] = {}
+    for axis, role in result.phase.attention:
+        by_role.setdefault(role.value, []).append(axis)
+    attention = " ".join(f"{role}:{''.join(axes)}" for role, axes in sorted(by_role.items()))
+    return f"{result.ffn}, {attention}"
+
+
+def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
+    plan = plan_of(report, best)
+    console.print(f"\n[bold]Chosen:[/bold] {best.name}", highlight=False)
+    console.print(plan.note, highlight=False)
+    if plan.runnable:
+        console.print(f"Can be planned but not run yet: {plan.runnable}.", highlight=False)
+    if report.workload.phase is None:
+        switch = plan.prefill_from_tokens
+        text = f"from {switch} tokens per step on" if switch < 1 << 30 else "never by the token count"
+        console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
+    console.print(_memory_bar(best), highlight=False)
+    for result in best.phases:
+        console.print(_ledger(result))
+
+
+def _memory_bar(best: Candidate) -> str:
+    memory = best.memory
+    parts = (("weights", memory.weights, "█"), ("KV", memory.kv, "▓"), ("activations", memory.activations, "▒"))
+    bar = "".join(mark * round(_BAR * size / memory.usable) for _, size, mark in parts)
+    words = ", ".join(f"{mark} {name} {size / 1e9:.2f}" for name, size, mark in parts)
+    return f"Memory |{bar:<{_BAR}}| {words} of {memory.usable / 1e9:.1f} GB per device"
+
+
+def _ledger(result: PhaseResult) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{result.name} step, {result.step_seconds * 1e3:.4g} ms", title_justify="left")
+    for title, justify in (("entry", "left"), ("part", "left"), ("collective", "left"), ("count", "right"), ("MB", "right"), ("ms", "right"), ("", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for entry in result.ledger.dearest()[:_ENTRIES]:
+        op = f"{entry.op}({''.join(entry.axes)})" if entry.op else ""
+        share = entry.exposed_seconds / result.step_seconds
+        table.add_row(
+            entry.name, entry.part.value, op, str(entry.count), f"{_megabytes(entry):.1f}", f"{entry.exposed_seconds * 1e3:.3f}", f"{share:.0%}"
+        )
+    return table
+
+
+def _megabytes(entry: Entry) -> float:
+    """Bytes of all occurrences: the payload of a collective, HBM traffic of the rest."""
+    each = entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
+    return each * entry.count / 1e6

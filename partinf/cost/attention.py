@@ -1,0 +1,146 @@
+"""Entries of the attention sublayer: projections of all tokens, then per token group the way to its attention state, the core, and back.
+
+Queries are [T.t, H.f, Q] {e unreduced} after their projection; keys and values [T.t, 2, K.kv, Q] {e unreduced}. The decode group attends
+from pages on the owner's shard of the batch axes; prompt tokens attend to their own chunk and to earlier context, and their new keys and
+values go on to the owners of the pages.
+"""
+
+from __future__ import annotations
+
+from partinf.cost.ledger import Entry, Kind, Part
+from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
+from partinf.cost.movement import Split
+from partinf.cost.split import Group, StepSplit
+from partinf.model_config import Block
+
+_PART = Part.ATTENTION
+
+
+def projection_weights(split: StepSplit) -> tuple[Weight, Weight, Weight]:
+    """W_Q, W_KV (keys and values stored together) and W_O."""
+    model = split.model
+    return (
+        Weight(split, "W_Q", model.num_heads * model.head_dim, split.f_stored, split.f),
+        Weight(split, "W_KV", 2 * model.num_kv_heads * model.head_dim, split.kv_stored, split.kv),
+        Weight(split, "W_O", model.num_heads * model.head_dim, split.f_stored, split.f),
+    )
+
+
+def linear_entries(split: StepSplit) -> list[Entry]:
+    """What the sublayer does for all tokens of the step; it depends on storage and gathered axes, not on attention roles.
+
+    The projections' E is gathered once for both sublayers in a parallel block, and reduced once: those entries are here, and the
+    FFN's are left out.
+    """
+    model, tokens, useful = split.model, split.local_tokens, split.shape.useful
+    hidden = split.pricing.program.gathers_ahead
+    entries = norm(split, _PART, tokens, split.w, model.num_layers, useful)
+    query, key, out = projection_weights(split)
+    for weight in (query, key, out):
+        entries += weight.gathers(_PART, hidden)
+    entries += gather_embed(split, _PART)
+    embed = model.embed_dim // split.ways(split.e)
+    heads = model.num_heads * model.head_dim // split.ways(split.f)
+    kv = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv)
+    shares = split.shares
+    entries += [
+        query.product(_PART, tokens * embed, tokens * heads, 2.0 * tokens * embed * heads, useful * shares.heads * shares.embed),
+        key.product(_PART, tokens * embed, tokens * kv, 2.0 * tokens * embed * kv, useful * shares.embed),
+        out.product(_PART, tokens * heads, tokens * embed, 2.0 * tokens * embed * heads, useful * shares.heads * shares.embed),
+    ]
+    if model.block is Block.SERIAL:
+        entries += scatter_embed(split, _PART)
+    return entries
+
+
+def decode_entries(split: StepSplit) -> list[Entry]:
+    """The decode group: queries and new keys to the owners of the pages, the core over their context, and back."""
+    shape, model, group = split.shape, split.model, split.decode
+    if not shape.decode_rows:
+        return []
+    real_rows = shape.decode_rows if shape.real_rows is None else shape.real_rows
+    useful = real_rows / shape.decode_rows
+    entries = _to_group(split, group, shape.decode_rows, useful, "decode")
+    rows = -(-shape.decode_rows // split.ways(group.batch))
+    heads = model.num_heads // split.ways(group.heads)
+    kv_heads = model.num_kv_heads // split.ways(group.kv)
+    keys = shape.decode_context
+    seen = keys if shape.real_context is None else shape.real_context
+    flops = 4.0 * rows * heads * model.head_dim * keys
+    kv_bytes = 2.0 * rows * keys * kv_heads * model.head_dim * split.kv_bytes
+    passed = 2 * rows * heads * model.head_dim * split.act_bytes
+    if not split.pricing.program.blocked_attention:
+        passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
+    share = useful * split.shares.heads * (seen / keys if keys else 1.0)
+    entries.append(
+        split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION)
+    )
+    return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
+
+
+def prefill_entries(split: StepSplit) -> list[Entry]:
+    """The prompt tokens: to their attention state, new keys and values on to the owners of the pages, the core, and back."""
+    shape, group = split.shape, split.prefill
+    if not shape.prefill_tokens:
+        return []
+    real_tokens = shape.prefill_tokens if shape.real_tokens is None else shape.real_tokens
+    useful = real_tokens / shape.prefill_tokens
+    entries = _to_group(split, group, shape.prefill_tokens, useful, "prefill")
+    entries.append(_prefill_core(split, group, useful))
+    return entries + _from_group(split, group, shape.prefill_tokens, useful, "prefill")
+
+
+def cache_entries(split: StepSplit) -> list[Entry]:
+    """What couples prefill to decode's cache: new keys and values go to the owners of the pages, earlier context comes back."""
+    shape, model, group, owners = split.shape, split.model, split.prefill, split.decode
+    if not shape.prefill_tokens:
+        return []
+    shared = tuple(axis for axis in owners.batch if axis in group.batch)
+    width = 2 * model.num_kv_heads * model.head_dim
+    here = Split(group.batch, group.kv)
+    entries = movement(split, _PART, "new K, V to the cache", shape.prefill_tokens * width, here, Split(shared, owners.kv))
+    if shape.prefill_context:
+        alone = tuple(axis for axis in owners.batch if axis not in shared)
+        elements = shape.prefill_slots * shape.prefill_context * width
+        source = Split(shared, owners.kv, alone)
+        entries += movement(split, _PART, "earlier K, V", elements, source, here)
+    kv_heads = model.num_kv_heads // split.ways(owners.kv)
+    written = shape.prefill_tokens // split.ways(shared) * 2 * kv_heads * model.head_dim * split.kv_bytes
+    entries.append(split.pricing.traffic("write K, V", _PART, model.num_layers, written))
+    return entries
+
+
+def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
+    shape, model, program = split.shape, split.model, split.pricing.program
+    tokens = -(-shape.prefill_tokens // split.ways(group.batch))
+    slots = -(-shape.prefill_slots // split.ways(group.batch))
+    heads = model.num_heads // split.ways(group.heads)
+    kv_heads = model.num_kv_heads // split.ways(group.kv)
+    own = tokens / max(slots, 1)
+    keys_all = slots * shape.prefill_context + tokens
+    keys = shape.prefill_context + own if program.per_prompt_attention else keys_all
+    seen = shape.prefill_context + (own + 1) / 2  # a causal prompt sees half of itself
+    pairs = tokens * keys
+    passed = 2 * tokens * heads * model.head_dim * split.act_bytes
+    if not program.blocked_attention:
+        passed += int(2 * pairs * heads * (4 + split.act_bytes))
+    kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
+    flops = 4.0 * pairs * heads * model.head_dim
+    share = min(1.0, useful * split.shares.heads * seen / keys) if keys else 1.0
+    return split.pricing.product("prefill core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION)
+
+
+def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:
+    model = split.model
+    target_q, target_kv = Split(group.batch, group.heads), Split(group.batch, group.kv)
+    queries, keys = tokens * model.num_heads * model.head_dim, 2 * tokens * model.num_kv_heads * model.head_dim
+    share = useful * split.shares.heads
+    return movement(split, _PART, f"{label}: Q to its attention split", queries, split.q_projected, target_q, share) + movement(
+        split, _PART, f"{label}: new K, V to their split", keys, split.kv_projected, target_kv, useful
+    )
+
+
+def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:
+    elements = tokens * split.model.num_heads * split.model.head_dim
+    source, target = Split(group.batch, group.heads), Split(split.t, split.f)
+    return movement(split, _PART, f"{label}: output back", elements, source, target, useful * split.shares.heads)

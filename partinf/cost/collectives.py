@@ -1,0 +1,163 @@
+"""How long a collective takes: on the axes of a torus, through a switch, between the cores of a chip, or between slices.
+
+Two bandwidth models, and every figure says which one it uses:
+
+* `axis`: each torus axis moves bytes both ways at W = 2 · link; a collective over k whole torus axes uses the links of all k at once.
+  An axis without wraparound has half of that. A factor of a torus axis is a line (no wraparound) when it is contiguous; when its
+  neighbours are `stride` chips apart, `stride` such rings share each link.
+* `paper`: all links of a chip add up whichever axes are used ("Efficiently Scaling Transformer Inference", App. A.1; 270 GB/s on v4).
+
+All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where D is the output of the former and the input of the
+latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
+chapter 3). Hops bound small collectives from below (`max(hops, bytes)`), or are added where their time was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from partinf.cost.ledger import Op
+from partinf.hardware import Chip, Link, MeshAxis, Slice
+
+# The die-to-die link of a two-device chip is about six ICI links wide (Google, TPU7x system architecture).
+_CORE_LINKS = 6
+# A message between hosts passes two network adapters and a switch.
+_DCN_HOP_SECONDS = 1e-5
+
+
+class BandwidthModel(StrEnum):
+    """Which links a collective may use; see the module."""
+
+    AXIS = "axis"
+    PAPER = "paper"
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One level of a hierarchical collective.
+
+    Attributes:
+        ways: devices per group. bandwidth: bytes/s into one device. hop_seconds: latency of the stage.
+        exchange: bytes/s at which an all-to-all within the group empties a device's buffer.
+    """
+
+    ways: int
+    bandwidth: float
+    hop_seconds: float
+    exchange: float
+
+
+class Network:
+    """Times of collectives over the mesh axes of one slice."""
+
+    def __init__(self, slice_: Slice, model: BandwidthModel = BandwidthModel.AXIS, factor: float = 1.0, hop_seconds: float = 0.0) -> None:
+        """
+        Args:
+            factor: calibrated ratio of measured to modelled time of the bytes.
+            hop_seconds: calibrated time per hop, added to that of the bytes; 0 takes the chip's as a lower bound instead.
+        """
+        self.chip: Chip = slice_.chip
+        self.model = model
+        self.factor = factor
+        self._hop_scale = hop_seconds / slice_.chip.hop_seconds
+        self._axes = {axis.name: axis for axis in slice_.axes}
+        self._stages: dict[tuple[str, ...], tuple[_Stage, ...]] = {}
+
+    def seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
+        """Time of one collective; `num_bytes` is the output of an all-gather and the input of the others."""
+        stages = self._stages.get(axes)
+        if stages is None:
+            stages = self._stages[axes] = self._make_stages(axes)
+        spent, payload = 0.0, num_bytes
+        for stage in stages:  # innermost first: it moves the whole payload, the next one 1/ways of it
+            if op is Op.ALL_TO_ALL:
+                transfer = num_bytes / stage.exchange * self.factor
+            else:
+                transfer = payload * (stage.ways - 1) / stage.ways / stage.bandwidth * self.factor
+                payload /= stage.ways
+            if self._hop_scale:
+                spent += transfer + stage.hop_seconds * self._hop_scale
+            else:
+                spent += max(transfer, stage.hop_seconds)
+        return 2 * spent if op is Op.ALL_REDUCE else spent
+
+    def _make_stages(self, names: tuple[str, ...]) -> tuple[_Stage, ...]:
+        """The levels of the network that these axes use, the fastest (innermost) first."""
+        axes = [self._axes[name] for name in names if self._axes[name].size > 1]
+        cores = [axis for axis in axes if axis.link is Link.CORE]
+        torus = [axis for axis in axes if axis.link is Link.TORUS]
+        switched = [axis for axis in axes if axis.link is Link.SWITCH]
+        dcn = [axis for axis in axes if axis.link is Link.DCN]
+        stages: list[_Stage] = []
+        if cores:
+            stages.append(_direct(_ways(cores), _CORE_LINKS * self.chip.link_bandwidth, self.chip.hop_seconds))
+        if torus:
+            stages.append(self._torus_stage(torus))
+        if switched:
+            stages += self._switch_stages(switched)
+        if dcn:
+            stages.append(_direct(_ways(dcn), self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
+        return tuple(stages)
+
+    def _torus_stage(self, axes: list[MeshAxis]) -> _Stage:
+        share = self.chip.devices_per_chip  # the devices of a chip share its links
+        if self.model is BandwidthModel.PAPER:
+            bandwidth = 2 * self.chip.torus_dims * self.chip.link_bandwidth / share
+            return _Stage(_ways(axes), bandwidth, 0.0, bandwidth)
+        lines = [line for torus in dict.fromkeys(axis.torus for axis in axes) for line in _lines([a for a in axes if a.torus == torus])]
+        bandwidth, hops, slowest = 0.0, 0.0, 0.0
+        for line in lines:
+            # W of this line: both directions of a ring; a line's ends have one link only.
+            each = self.chip.link_bandwidth * (2 if line.ring else 1) / line.stride / share
+            bandwidth += each
+            hops += line.stride * (line.size / 2 if line.ring else line.size - 1)
+            # Ring: b·K/(4·W) (scaling book). Half of a line sends half its bytes to the other half over one link: b·K/(4·link).
+            slowest = max(slowest, line.size / (4 * each))
+        return _Stage(_ways(axes), bandwidth, self.chip.hop_seconds * hops, 1 / slowest)
+
+    def _switch_stages(self, axes: list[MeshAxis]) -> list[_Stage]:
+        """Devices of a node talk through its switch; groups that reach beyond a node do so through the network adapters."""
+        inside = outside = 1
+        for axis in axes:
+            here = min(axis.size, max(1, self.chip.node_size // axis.stride))
+            inside *= here
+            outside *= -(-axis.size // here)
+        stages = []
+        if inside > 1:
+            stages.append(_direct(inside, self.chip.switch_bandwidth, self.chip.hop_seconds))
+        if outside > 1:
+            stages.append(_direct(outside, self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
+        return stages
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Adjacent factors of one torus axis, taken together."""
+
+    size: int
+    stride: int
+    ring: bool
+
+
+def _lines(axes: list[MeshAxis]) -> list[_Line]:
+    """Merge factors of one torus axis whose strides continue each other; what spans the whole axis may be a ring."""
+    merged: list[_Line] = []
+    for axis in sorted(axes, key=lambda a: a.stride):
+        ring = axis.wraps and axis.stride * axis.size == axis.torus_size
+        if merged and merged[-1].stride * merged[-1].size == axis.stride:
+            last = merged.pop()
+            merged.append(_Line(last.size * axis.size, last.stride, ring))
+        else:
+            merged.append(_Line(axis.size, axis.stride, ring))
+    return merged
+
+
+def _direct(ways: int, bandwidth: float, hop_seconds: float) -> _Stage:
+    """A stage in which every device reaches every other at `bandwidth`."""
+    return _Stage(ways, bandwidth, hop_seconds, bandwidth * ways / max(ways - 1, 1))
+
+
+def _ways(axes: list[MeshAxis]) -> int:
+    return math.prod(axis.size for axis in axes)

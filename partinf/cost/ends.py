@@ -1,0 +1,103 @@
+"""Entries before the first layer and after the last: embedding, rows that are sampled, logits, and the choice of tokens.
+
+The table is stored [V, E over all weight axes]. Lookup is local, then the tokens go where the linear layers split them. Logits are made
+for sampled rows only and reduce-scattered, axis by axis, into V.
+"""
+
+from __future__ import annotations
+
+from partinf.cost.ledger import Entry, Op, Part
+from partinf.cost.linear import norm
+from partinf.cost.movement import Split, moves
+from partinf.cost.split import StepSplit
+
+_F32 = 4
+# Greedy selection asks for the largest logit (twice: for the choice and for the log-sum-exp), the lowest entry that has it, the
+# log-sum-exp and the chosen logit.
+_GREEDY_F32, _GREEDY_INT32 = 4, 1
+# Sampling adds a maximum and an argmax, the kept mass, and one count or mass per bit of the thresholds of top-k and top-p.
+_BITS = 32
+_SAMPLING_F32, _SAMPLING_INT32 = 1 + 1 + 1 + _BITS, 1 + _BITS
+
+
+def embedding_entries(split: StepSplit) -> list[Entry]:
+    """Lookup of this step's tokens and the exchange over gathered axes."""
+    shape, model = split.shape, split.model
+    entries: list[Entry] = []
+    looked_up = shape.num_tokens // split.ways(split.replica) * model.embed_dim // split.ways(split.w_stored)
+    entries.append(split.pricing.traffic("lookup", Part.EMBEDDING, 1, 2 * looked_up * split.act_bytes))
+    stored, used = Split(split.replica, split.w_stored), Split(split.t, split.w)
+    for tokens, label in ((shape.decode_rows, "decode"), (shape.prefill_tokens, "prefill")):
+        if not tokens:
+            continue
+        elements = tokens * model.embed_dim
+        entries += _moved(split, Part.EMBEDDING, f"embedded {label} tokens", elements, stored, used, split.shape.useful)
+    return entries
+
+
+def logits_entries(split: StepSplit) -> list[Entry]:
+    """Rows that are sampled, final norm, logits, and the choice of tokens."""
+    shape, model = split.shape, split.model
+    rows = shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
+    if not rows:
+        return []
+    real_rows = shape.decode_rows if shape.real_rows is None else shape.real_rows
+    real_slots = shape.prefill_slots if shape.real_slots is None else shape.real_slots
+    useful = (real_rows + real_slots) / (shape.decode_rows + shape.prefill_slots)
+    entries = _sampled_rows(split)
+    entries += norm(split, Part.LOGITS, rows, split.w_stored, 1, useful)
+    embed, vocab = model.embed_dim // split.ways(split.w_stored), model.padded_vocab_size
+    flops = 2.0 * rows * embed * vocab
+    table = vocab * embed * split.act_bytes
+    share = useful * split.shares.embed * model.vocab_size / vocab
+    passed = rows * (embed * split.act_bytes + vocab * _F32)
+    entries.append(split.pricing.product("logits", Part.LOGITS, 1, flops, share, table, activation_bytes=passed))
+    source, target = Split(unreduced=split.w_stored), Split(cols=split.w_stored)
+    for op, axes, count in moves(rows * vocab, source, target, split.sizes, split.joint):
+        entries.append(split.pricing.collective("logits into V", Part.LOGITS, 1, op, axes, count * _F32, "f32", useful))
+    return entries + _choice(split, rows, useful)
+
+
+def _sampled_rows(split: StepSplit) -> list[Entry]:
+    shape, model = split.shape, split.model
+    held, wanted = Split(split.t, split.w), Split(split.replica, split.w_stored)
+    entries = []
+    if shape.decode_rows:
+        entries += _moved(split, Part.LOGITS, "decode rows to the logits", shape.decode_rows * model.embed_dim, held, wanted, 1.0)
+    if shape.prefill_slots:
+        embed, tokens = model.embed_dim // split.ways(split.w), shape.prefill_tokens // split.ways(split.t)
+        flops = 2.0 * shape.prefill_slots * tokens * embed
+        passed = tokens * embed * split.act_bytes
+        if not split.pricing.program.per_prompt_attention:
+            # The plain program picks the rows by a product with ones and zeros; none of it is useful work.
+            entries.append(split.pricing.product("pick last tokens", Part.LOGITS, 1, flops, 0.0, activation_bytes=passed))
+        if split.t:
+            num_bytes = shape.prefill_slots * embed * split.act_bytes
+            dtype = split.act_dtype.value
+            entries.append(split.pricing.collective("last tokens", Part.LOGITS, 1, Op.ALL_REDUCE, split.t, num_bytes, dtype))
+    return entries
+
+
+def _choice(split: StepSplit, rows: int, useful: float) -> list[Entry]:
+    """Selection over a split vocabulary, and the tokens of all decode lanes on every device."""
+    shape, axes = split.shape, split.w_stored
+    local = split.model.padded_vocab_size // split.ways(axes)
+    passes = 3 + (2 * _BITS if shape.sampling else 0)
+    entries = [split.pricing.traffic("read logits", Part.SAMPLING, 1, passes * rows * local * _F32)]
+    if axes:
+        floats = _GREEDY_F32 + (_SAMPLING_F32 if shape.sampling else 0)
+        ints = _GREEDY_INT32 + (_SAMPLING_INT32 if shape.sampling else 0)
+        for count, dtype in ((floats, "f32"), (ints, "int32")):
+            entries.append(split.pricing.collective("choose", Part.SAMPLING, count, Op.ALL_REDUCE, axes, rows * _F32, dtype, useful))
+    if split.replica and shape.decode_rows:
+        for dtype in ("int32", "f32"):
+            entry = split.pricing.collective("chosen", Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, shape.decode_rows * _F32, dtype)
+            entries.append(entry)
+    return entries
+
+
+def _moved(split: StepSplit, part: Part, name: str, elements: int, source: Split, target: Split, useful: float) -> list[Entry]:
+    return [
+        split.pricing.collective(name, part, 1, op, axes, count * split.act_bytes, split.act_dtype.value, useful)
+        for op, axes, count in moves(elements, source, target, split.sizes, split.joint)
+    ]

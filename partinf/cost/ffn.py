@@ -1,0 +1,51 @@
+"""Entries of the FFN sublayer, written once for every role assignment.
+
+[T.t, E.e] · W_in → [T.t, F.f] {e unreduced}; reduce-scatter over e; activation; all-gather over e; · W_out → [T.t, E.e] {f unreduced}.
+"""
+
+from __future__ import annotations
+
+from partinf.cost.ledger import Entry, Part
+from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
+from partinf.cost.movement import Split
+from partinf.cost.split import StepSplit
+from partinf.model_config import Block
+
+_PART = Part.FFN
+
+
+def matrices_in(split: StepSplit) -> int:
+    """Input matrices stored together: gate and up, or one."""
+    return 2 if split.model.gated else 1
+
+
+def ffn_weights(split: StepSplit) -> tuple[Weight, Weight]:
+    """W_in (gate and up together where there are two) and W_out."""
+    hidden = split.model.ffn_dim
+    return (
+        Weight(split, "W_in", matrices_in(split) * hidden, split.f_stored, split.f),
+        Weight(split, "W_out", hidden, split.f_stored, split.f),
+    )
+
+
+def ffn_entries(split: StepSplit) -> list[Entry]:
+    """The sublayer for all tokens of the step. In a parallel block the norm and the gather of E are those of attention."""
+    model, tokens, useful = split.model, split.local_tokens, split.shape.useful
+    inner = matrices_in(split)
+    serial = model.block is Block.SERIAL
+    entries = norm(split, _PART, tokens, split.w, model.num_layers, useful) if serial else []
+    w_in, w_out = ffn_weights(split)
+    hidden = split.pricing.program.gathers_ahead
+    entries += w_in.gathers(_PART, hidden) + w_out.gathers(_PART, hidden)
+    if serial:
+        entries += gather_embed(split, _PART)
+    embed, ffn = model.embed_dim // split.ways(split.e), model.ffn_dim // split.ways(split.f)
+    share = useful * split.shares.ffn * split.shares.embed
+    elements = split.shape.num_tokens * model.ffn_dim
+    whole, scattered = Split(split.t, split.f), Split(split.t, split.f + split.e)
+    partial = Split(split.t, split.f, split.e)
+    entries.append(w_in.product(_PART, tokens * embed, inner * tokens * ffn, 2.0 * inner * tokens * embed * ffn, share))
+    entries += movement(split, _PART, "F after W_in", inner * elements, partial, scattered, useful * split.shares.ffn)
+    entries += movement(split, _PART, "F before W_out", elements, scattered, whole, useful * split.shares.ffn)
+    entries.append(w_out.product(_PART, tokens * ffn, tokens * embed, 2.0 * tokens * embed * ffn, share))
+    return entries + scatter_embed(split, _PART)

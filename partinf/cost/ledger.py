@@ -1,0 +1,163 @@
+"""The ledger: every piece of work of one step as a named entry, with useful work and padding apart.
+
+Figures of an entry are per device and for one occurrence; `count` says how often it occurs in the step (mostly once per layer). Sums
+over a ledger are per device and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """MATMUL: products with weights. ATTENTION: the core, products with keys and values. MEMORY: traffic without a product.
+    COLLECTIVE: between devices."""
+
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+    MEMORY = "memory"
+    COLLECTIVE = "collective"
+
+
+class Part(StrEnum):
+    """The part of a step that an entry belongs to."""
+
+    EMBEDDING = "embedding"
+    ATTENTION = "attention"
+    FFN = "ffn"
+    LOGITS = "logits"
+    SAMPLING = "sampling"
+
+
+class Op(StrEnum):
+    """The collectives of a step."""
+
+    ALL_GATHER = "all-gather"
+    REDUCE_SCATTER = "reduce-scatter"
+    ALL_REDUCE = "all-reduce"
+    ALL_TO_ALL = "all-to-all"
+
+
+class Entry(NamedTuple):
+    """One piece of work (a named tuple, because a search makes some hundred thousand of them).
+
+    Attributes:
+        name: what it is, in the paper's notation where that says more than a word.
+        count: how often it occurs in the step.
+        flops, padding_flops: of dot products; useful ones, and those spent on padded rows, heads, or keys that are masked.
+        weight_bytes, kv_bytes, activation_bytes: HBM traffic.
+        op, axes, bytes, dtype: of a collective: what, over which mesh axes, and the bytes of the output of an all-gather or of the
+            input of the others.
+        padding_bytes: the part of `bytes` that carries padding.
+        seconds: time of one occurrence. overlapped: the part of it that is hidden behind other entries.
+    """
+
+    name: str
+    part: Part
+    kind: Kind
+    count: int = 1
+    flops: float = 0.0
+    padding_flops: float = 0.0
+    weight_bytes: float = 0.0
+    kv_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    op: Op | None = None
+    axes: tuple[str, ...] = ()
+    bytes: int = 0
+    dtype: str = ""
+    padding_bytes: float = 0.0
+    seconds: float = 0.0
+    overlapped: float = 0.0
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Time that all occurrences add to the step."""
+        return (self.seconds - self.overlapped) * self.count
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One line of a ledger's collectives: equal kind, axes and dtype summed over the step.
+
+    Attributes:
+        bytes: per device and step. count: ops per step. seconds: exposed time per step.
+    """
+
+    op: Op
+    axes: tuple[str, ...]
+    dtype: str
+    bytes: int
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The entries of one step on one device."""
+
+    entries: tuple[Entry, ...]
+
+    def __add__(self, other: Ledger) -> Ledger:
+        return Ledger(self.entries + other.entries)
+
+    def times(self, count: int) -> Ledger:
+        """The ledger of `count` such steps."""
+        return replace(self, entries=tuple(entry._replace(count=entry.count * count) for entry in self.entries))
+
+    def of(self, *, part: Part | None = None, kind: Kind | None = None) -> Ledger:
+        """The entries of one part, of one kind, or both."""
+        chosen = (e for e in self.entries if (part is None or e.part is part) and (kind is None or e.kind is kind))
+        return Ledger(tuple(chosen))
+
+    @cached_property
+    def seconds(self) -> float:
+        """Time of the step: all that is not hidden."""
+        return sum(entry.exposed_seconds for entry in self.entries)
+
+    @property
+    def flops(self) -> float:
+        """Useful FLOPs of dot products."""
+        return sum(entry.flops * entry.count for entry in self.entries)
+
+    @property
+    def padding_flops(self) -> float:
+        return sum(entry.padding_flops * entry.count for entry in self.entries)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of weights read from HBM."""
+        return sum(entry.weight_bytes * entry.count for entry in self.entries)
+
+    @property
+    def kv_bytes(self) -> float:
+        return sum(entry.kv_bytes * entry.count for entry in self.entries)
+
+    @property
+    def activation_bytes(self) -> float:
+        return sum(entry.activation_bytes * entry.count for entry in self.entries)
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The collectives by op, axes and dtype, the dearest first."""
+        found: dict[tuple[Op, tuple[str, ...], str], list[Entry]] = {}
+        for entry in self.entries:
+            if entry.op is not None:
+                found.setdefault((entry.op, entry.axes, entry.dtype), []).append(entry)
+        lines = (
+            Collective(*key, sum(e.bytes * e.count for e in group), sum(e.count for e in group), sum(e.exposed_seconds for e in group))
+            for key, group in found.items()
+        )
+        return tuple(sorted(lines, key=lambda line: -line.seconds))
+
+    def dearest(self) -> tuple[Entry, ...]:
+        """The entries by exposed time, largest first."""
+        return tuple(sorted(self.entries, key=lambda entry: -entry.exposed_seconds))
+
+
+def total_seconds(entries: Iterable[Entry]) -> float:
+    """Exposed time of these entries."""
+    return sum((entry.seconds - entry.overlapped) * entry.count for entry in entries)

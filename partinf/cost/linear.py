@@ -1,0 +1,80 @@
+"""Entries that every linear layer shares: the norm before it, gathered weights, and the collectives around a sublayer."""
+
+from __future__ import annotations
+
+from partinf.cost.ledger import Entry, Op, Part
+from partinf.cost.movement import Axes, Split, moves
+from partinf.cost.split import StepSplit
+from partinf.model_config import Norm
+
+_F32 = 4
+
+
+def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful: float) -> list[Entry]:
+    """Sums over a split E: the squares, and for a layer norm the values too, in float32."""
+    if not axes:
+        return []
+    sums = 2 if split.model.norm is Norm.LAYER else 1
+    return [split.pricing.collective("norm: sum over E", part, count, Op.ALL_REDUCE, axes, _F32 * sums * rows, "f32", useful)]
+
+
+def gather_embed(split: StepSplit, part: Part) -> list[Entry]:
+    """[T.t, E.w] → [T.t, E.e] before a sublayer's first product."""
+    elements = split.shape.num_tokens * split.model.embed_dim
+    return movement(split, part, "E before the sublayer", elements, Split(split.t, split.w), Split(split.t, split.e))
+
+
+def scatter_embed(split: StepSplit, part: Part) -> list[Entry]:
+    """[T.t, E.e] {f unreduced} → [T.t, E.w] after a sublayer's last product."""
+    elements = split.shape.num_tokens * split.model.embed_dim
+    return movement(split, part, "E after the sublayer", elements, Split(split.t, split.e, split.f), Split(split.t, split.w))
+
+
+def movement(
+    split: StepSplit, part: Part, name: str, elements: int, source: Split, target: Split, useful: float | None = None, itemsize: int = 0
+) -> list[Entry]:
+    """The collectives, once per layer, that bring an activation of `elements` from one split to another."""
+    share = split.shape.useful if useful is None else useful
+    size, dtype = (itemsize, split.kv_dtype) if itemsize else (split.act_bytes, split.act_dtype)
+    return [
+        split.pricing.collective(name, part, split.model.num_layers, op, axes, count * size, dtype.value, share)
+        for op, axes, count in moves(elements, source, target, split.sizes, split.joint)
+    ]
+
+
+class Weight:
+    """One weight matrix of a layer: its local size as stored and as used, and the gathers between the two."""
+
+    def __init__(self, split: StepSplit, name: str, out: int, stored: Axes, used: Axes) -> None:
+        """
+        Args:
+            out: entries of the dimension that is not E (heads × Q or F, times the matrices that are stored together).
+            stored, used: axes that split it before and after gathering.
+        """
+        self.split, self.name = split, name
+        self.elements = out * split.model.embed_dim
+        self.source, self.target = Split(stored, split.e_stored), Split(used, split.e)
+        self.stored_bytes = self.elements // split.ways(stored + split.e_stored) * split.weight_bytes
+        self.used_bytes = self.elements // split.ways(used + split.e) * split.weight_bytes
+
+    def gathers(self, part: Part, hidden: bool) -> list[Entry]:
+        """All-gathers of this weight, once per layer."""
+        split = self.split
+        found = []
+        for op, axes, count in moves(self.elements, self.source, self.target, split.sizes, split.joint):
+            num_bytes = count * split.weight_bytes
+            entry = split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, num_bytes, split.weight_dtype.value)
+            found.append(entry._replace(overlapped=entry.seconds) if hidden else entry)
+        return found
+
+    def product(self, part: Part, inputs: int, outputs: int, flops: float, useful: float) -> Entry:
+        """The product with this weight, once per layer; gathered weights are written to HBM once more and read again.
+
+        Args:
+            inputs, outputs: elements of the activations that are read and written on one device.
+        """
+        passed = 2 * self.used_bytes if self.used_bytes > self.stored_bytes else 0
+        activation = (inputs + outputs) * self.split.act_bytes + passed
+        return self.split.pricing.product(
+            f"× {self.name}", part, self.split.model.num_layers, flops, useful, self.stored_bytes, activation_bytes=activation
+        )

@@ -1,0 +1,135 @@
+"""Bytes that one device must hold: weights, KV cache, and the largest set of activations that lives at once.
+
+Weights and cache are exact, leaf by leaf. Activations are the largest of the sublayers' working sets: what a product reads and writes,
+gathered weights beside it, and the residual stream; a compiler may need less, and the compiled program is what counts in the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partinf.cost.attention import projection_weights
+from partinf.cost.ffn import ffn_weights, matrices_in
+from partinf.cost.movement import ways
+from partinf.cost.split import StepSplit
+from partinf.hardware import Slice
+from partinf.layout import AttentionRole, Layout, kv_head_axes
+from partinf.model_config import Block, ModelConfig, Norm, Position
+from partinf.workload import DType
+
+_F32 = 4
+# Keys per block where scores are made block by block.
+_SCORE_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes on one device, and how many a program may use."""
+
+    weights: int
+    kv: int
+    activations: int
+    usable: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.usable
+
+
+def usable_bytes(slice_: Slice) -> int:
+    """HBM that a program may use on one device."""
+    return slice_.chip.usable_hbm_per_device()
+
+
+def weight_bytes(split: StepSplit) -> int:
+    """Weights on one device. Embedding tables stay in the type of the activations when the matrices are int8."""
+    model = split.model
+    matrices = sum(weight.stored_bytes for weight in (*projection_weights(split), *ffn_weights(split)))
+    tables = (1 if model.tied_embeddings else 2) * model.padded_vocab_size
+    if model.position is Position.LEARNED:
+        tables += model.max_len
+    table_bytes = tables * model.embed_dim // split.ways(split.w_stored) * split.act_bytes
+    norms = (1 if model.block is Block.PARALLEL else 2) * model.embed_dim * (2 if model.norm is Norm.LAYER else 1)
+    small = norms + (2 * model.head_dim if model.qk_norm else 0)
+    layer = matrices + small * split.act_bytes + _scale_bytes(split) + _bias_bytes(split)
+    return model.num_layers * layer + table_bytes + model.embed_dim * split.act_bytes
+
+
+def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, context: int, kv: DType, page_size: int = 16) -> int:
+    """The cache of `rows` sequences of `context` tokens on one device, in whole pages."""
+    sizes = slice_.axis_sizes
+    decode_heads = layout.decode.attention_axes(AttentionRole.HEADS)
+    split_heads = tuple(axis for axis in kv_head_axes(layout, sizes, model.num_kv_heads) if axis in decode_heads)
+    lanes = -(-rows // ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
+    tokens = -(-context // page_size) * page_size
+    per_token = 2 * model.num_kv_heads // ways(split_heads, sizes) * model.head_dim * kv.num_bytes
+    return model.num_layers * lanes * tokens * per_token
+
+
+def activation_bytes(split: StepSplit) -> int:
+    """The largest working set of one step on one device."""
+    model, shape, act = split.model, split.shape, split.act_bytes
+    tokens = split.local_tokens
+    embed_spread, embed = model.embed_dim // split.ways(split.w), model.embed_dim // split.ways(split.e)
+    residual = tokens * embed_spread * act
+    hidden = tokens * model.ffn_dim // split.ways(split.f)
+    w_in, w_out = ffn_weights(split)
+    fed, widened = tokens * embed * act, matrices_in(split) * hidden * act
+    stages = [
+        fed + widened + _gathered(w_in.used_bytes, w_in.stored_bytes),
+        hidden * act + tokens * embed * act + _gathered(w_out.used_bytes, w_out.stored_bytes),
+        fed + _attention_bytes(split),
+    ]
+    rows = shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
+    logits = rows * model.padded_vocab_size * _F32
+    return residual + max(*stages, logits)
+
+
+def _gathered(used: int, stored: int) -> int:
+    return used if used > stored else 0
+
+
+def _attention_bytes(split: StepSplit) -> int:
+    """Queries, keys, values and scores of the core."""
+    model, shape, act = split.model, split.shape, split.act_bytes
+    query = projection_weights(split)[0]
+    total = _gathered(query.used_bytes, query.stored_bytes)
+    for group, tokens, slots, keys in (
+        (split.decode, shape.decode_rows, shape.decode_rows, shape.decode_context),
+        (split.prefill, shape.prefill_tokens, shape.prefill_slots, 0),
+    ):
+        if not tokens:
+            continue
+        dealt = split.ways(group.batch)
+        heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
+        local = -(-tokens // dealt)
+        total += local * (3 * heads + 2 * kv_heads) * model.head_dim * act
+        seen = keys or -(-tokens // max(slots, 1)) + shape.prefill_context
+        if split.pricing.program.blocked_attention:
+            total += local * heads * min(seen, _SCORE_BLOCK) * _F32
+        else:
+            total += local * heads * (keys or local + -(-slots // dealt) * shape.prefill_context) * (_F32 + act)
+    return total
+
+
+def _scale_bytes(split: StepSplit) -> int:
+    """Scales of int8 weights: one float32 per output channel over the whole contraction."""
+    if split.weight_dtype is not DType.INT8:
+        return 0
+    model = split.model
+    over_f = model.num_heads * model.head_dim + matrices_in(split) * model.ffn_dim
+    key = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv_stored)
+    return _F32 * (over_f // split.ways(split.f_stored) + key + 2 * model.embed_dim // split.ways(split.e_stored))
+
+
+def _bias_bytes(split: StepSplit) -> int:
+    if not split.model.biases:
+        return 0
+    model = split.model
+    over_f = model.num_heads * model.head_dim + matrices_in(split) * model.ffn_dim
+    key = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv_stored)
+    return split.act_bytes * (over_f // split.ways(split.f_stored) + key + 2 * model.embed_dim // split.ways(split.e_stored))

@@ -1,0 +1,92 @@
+"""Seconds for FLOPs and bytes: a chip, its calibration, a bandwidth model, and what kind of program is priced.
+
+`Program` says what is credited. The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of
+a shard attend to each other under a mask: that is what the JAX column runs, and what a traced jaxpr is compared with. The looped program
+is the one of the paper: collectives unrolled into the matmuls beside them and over all axes at once, weights gathered a layer ahead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partinf.cost.calibration import ROOFLINE, Calibration
+from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.ledger import Entry, Kind, Op, Part
+from partinf.hardware import Slice
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the priced program does beyond the plainest one.
+
+    Attributes:
+        joint_scatters: a reduce-scatter over several axes is one op that uses the links of all of them.
+        per_prompt_attention: prompt tokens attend within their own prompt only, instead of to all tokens of the shard under a mask.
+        gathers_ahead: gathers of weights run behind the compute of the layer before.
+        blocked_attention: scores are made block by block and never stored whole.
+    """
+
+    name: str
+    joint_scatters: bool
+    per_prompt_attention: bool
+    gathers_ahead: bool
+    blocked_attention: bool
+
+
+PLAIN = Program("plain", joint_scatters=False, per_prompt_attention=False, gathers_ahead=False, blocked_attention=False)
+LOOPED = Program("looped", joint_scatters=True, per_prompt_attention=True, gathers_ahead=True, blocked_attention=True)
+PROGRAMS = {program.name: program for program in (PLAIN, LOOPED)}
+
+
+class Pricing:
+    """Makes priced ledger entries for one slice."""
+
+    def __init__(
+        self,
+        slice_: Slice,
+        calibration: Calibration = ROOFLINE,
+        bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
+        program: Program = LOOPED,
+    ) -> None:
+        chip = slice_.chip
+        self.slice = slice_
+        self.calibration = calibration
+        self.program = program
+        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds)
+        self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
+        self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
+
+    def compute_seconds(self, flops: float, num_bytes: float) -> float:
+        """Time of an op: the longer of its compute and memory time."""
+        return max(flops / self._flop_rate, num_bytes / self._byte_rate)
+
+    def product(
+        self,
+        name: str,
+        part: Part,
+        count: int,
+        flops: float,
+        useful: float,
+        weight_bytes: float = 0.0,
+        kv_bytes: float = 0.0,
+        activation_bytes: float = 0.0,
+        kind: Kind = Kind.MATMUL,
+    ) -> Entry:
+        """A dot product of `flops`, of which the share `useful` is not padding."""
+        seconds = self.compute_seconds(flops, weight_bytes + kv_bytes + activation_bytes)
+        return Entry(
+            name, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, seconds=seconds
+        )
+
+    def traffic(self, name: str, part: Part, count: int, num_bytes: float) -> Entry:
+        """Activations that pass through HBM without a product."""
+        return Entry(name, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=self.compute_seconds(0.0, num_bytes))
+
+    def collective(
+        self, name: str, part: Part, count: int, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: str, useful: float = 1.0
+    ) -> Entry:
+        """One collective; `num_bytes` is the output of an all-gather, the input of the others."""
+        seconds = self.network.seconds(op, axes, num_bytes)
+        return Entry(
+            name, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=num_bytes * (1 - useful), seconds=seconds
+        )

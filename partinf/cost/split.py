@@ -1,0 +1,143 @@
+"""What is split how in one step: axes of every tensor, local sizes, and the share of each that is useful.
+
+`StepShape` is the step's padded shape, `StepSplit` the roles of a layout worked out for it. Everything that makes ledger entries reads
+from `StepSplit` and contains no case for any layout. Axes of size 1 are dropped here, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partinf.cost.movement import Axes, Split, ways
+from partinf.cost.pricing import Pricing
+from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
+from partinf.model_config import ModelConfig
+from partinf.workload import DType
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The padded shape of one step, and how much of it is real.
+
+    Attributes:
+        decode_rows: decode lanes, each with one token. decode_context: keys that each lane reads.
+        prefill_tokens: prompt tokens, flat. prefill_slots: prompts (or chunks) that share them evenly.
+        prefill_context: keys of earlier context that each slot reads.
+        real_rows, real_tokens, real_slots: how many of them are not padding; None for all.
+        real_context: keys of a lane that are not masked; None for all.
+        sampling: the program can sample; False for greedy selection alone.
+    """
+
+    decode_rows: int = 0
+    decode_context: int = 0
+    prefill_tokens: int = 0
+    prefill_slots: int = 0
+    prefill_context: int = 0
+    real_rows: int | None = None
+    real_tokens: int | None = None
+    real_slots: int | None = None
+    real_context: int | None = None
+    sampling: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the linear layers, padding included."""
+        return self.decode_rows + self.prefill_tokens
+
+    @property
+    def num_real_tokens(self) -> int:
+        rows = self.decode_rows if self.real_rows is None else self.real_rows
+        return rows + (self.prefill_tokens if self.real_tokens is None else self.real_tokens)
+
+    @property
+    def useful(self) -> float:
+        """Share of the tokens of the linear layers that are real."""
+        return self.num_real_tokens / max(self.num_tokens, 1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One token group in the attention core.
+
+    Attributes:
+        batch: axes over which whole requests are dealt. heads: axes that split query heads. kv: those that split kv heads too.
+    """
+
+    batch: Axes
+    heads: Axes
+    kv: Axes
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of padded dimensions that the architecture itself has (1 where nothing is padded)."""
+
+    heads: float = 1.0
+    ffn: float = 1.0
+    embed: float = 1.0
+
+
+class StepSplit:
+    """The roles of a layout worked out for one step.
+
+    Attributes:
+        e_stored, f_stored: axes that split E, and F and query heads, in the stored weights. kv_stored: those of f that split K.
+        e, f, kv: what is left of them after gathering. w: e and f, which split E of the activations between sublayers.
+        t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t.
+        act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layout: Layout, phase: Phase, shape: StepShape, pricing: Pricing, weights: DType, kv: DType, shares: Shares
+    ) -> None:
+        """
+        Args:
+            model: with padded dimensions, if any. phase: whose FFN roles the step runs. shares: useful part of padded dimensions.
+        """
+        self.model, self.layout, self.shape, self.pricing, self.shares = model, layout, shape, pricing, shares
+        self.sizes = pricing.slice.axis_sizes
+        keep = self._kept
+        self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
+        self.replica = keep(layout.storage_axes(Role.REPLICA))
+        self.t = keep(layout.token_axes(phase))
+        self.gathered = tuple(axis for axis in self.t if axis not in self.replica)
+        self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
+        self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
+        self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
+        self.kv_digits = keep(kv_head_axes(layout, self.sizes, model.num_kv_heads))
+        self.kv_stored = tuple(axis for axis in self.kv_digits if axis in self.f_stored)
+        self.kv = tuple(axis for axis in self.kv_digits if axis in self.f)
+        self.decode, self.prefill = self._group(layout.decode), self._group(layout.prefill)
+        self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
+        self.weight_dtype, self.kv_dtype = weights, kv
+        self.act_bytes = self.act_dtype.num_bytes
+        self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes
+
+    @property
+    def joint(self) -> bool:
+        return self.pricing.program.joint_scatters
+
+    def ways(self, axes: Axes) -> int:
+        return ways(axes, self.sizes)
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of the linear layers on one device."""
+        return -(-self.shape.num_tokens // self.ways(self.t))
+
+    @property
+    def q_projected(self) -> Split:
+        """Queries as projected: [T.t, H.f, Q] {e unreduced}."""
+        return Split(self.t, self.f, self.e)
+
+    @property
+    def kv_projected(self) -> Split:
+        """Keys and values as projected: [T.t, 2, K.kv, Q] {e unreduced}."""
+        return Split(self.t, self.kv, self.e)
+
+    def _kept(self, axes: Axes) -> Axes:
+        return tuple(axis for axis in axes if self.sizes[axis] > 1)
+
+    def _group(self, phase: Phase) -> Group:
+        heads = self._kept(phase.attention_axes(AttentionRole.HEADS))
+        return Group(self._kept(phase.attention_axes(AttentionRole.BATCH)), heads, tuple(a for a in self.kv_digits if a in heads))

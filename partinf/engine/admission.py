@@ -1,0 +1,96 @@
+"""The check of a request before it enters the engine: every offence at once, and nothing of the engine touched."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from partinf.engine.detokenize import Tokenizer
+from partinf.engine.request import Request, SamplingParams
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import RowSampling
+from partinf.errors import raise_offences
+
+Prompt = str | Sequence[int]
+
+
+class RequestCheck:
+    """Makes a `Request` of what a user asks for, or says why not."""
+
+    def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None, seed: int) -> None:
+        self._limits = limits
+        self._tokenizer = tokenizer
+        self._seed = seed
+
+    def __call__(self, prompt: Prompt, params: SamplingParams, request_id: str, number: int, arrival: float) -> Request:
+        """Check, encode and complete a request.
+
+        Raises:
+            InvalidInput: an empty prompt, one that fills the context, token ids outside the vocabulary, text or stop strings without a
+                tokenizer.
+        """
+        offences, tokens = self._encode(prompt)
+        offences += self._params_offences(params)
+        raise_offences(f"request {request_id}: {offence}" for offence in offences)
+        return Request(
+            id=request_id,
+            number=number,
+            prompt=tuple(tokens),
+            params=params,
+            max_tokens=min(params.max_tokens, self._limits.max_context - len(tokens)),
+            sampling=RowSampling(
+                temperature=float(params.temperature),
+                top_k=params.top_k,
+                top_p=float(params.top_p),
+                seed=derived_seed(self._seed, request_id) if params.seed is None else params.seed,
+            ),
+            arrival=arrival,
+        )
+
+    def _encode(self, prompt: Prompt) -> tuple[list[str], list[int]]:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                return ["the prompt is text, but the engine has no tokenizer; give token ids"], []
+            tokens = list(self._tokenizer.encode(prompt)) if prompt else []
+        elif isinstance(prompt, Iterable):
+            tokens = [_plain(token) for token in prompt]
+        else:
+            return [f"the prompt is of type {type(prompt).__name__}; give text or a list of token ids"], []
+        return self._token_offences("prompt", tokens) + self._length_offences(tokens), tokens
+
+    def _length_offences(self, tokens: list[int]) -> list[str]:
+        context, longest = self._limits.max_context, self._limits.max_prompt_len
+        if not tokens:
+            return ["the prompt is empty; at least one token is needed"]
+        if len(tokens) <= longest:
+            return []
+        why = "leaves one token to generate" if longest == context - 1 else "fits one step"
+        return [f"the prompt has {len(tokens)} tokens, the context {context}; the longest prompt is {longest}, which {why}"]
+
+    def _params_offences(self, params: SamplingParams) -> list[str]:
+        if not isinstance(params, SamplingParams):
+            return [f"params is of type {type(params).__name__}; give SamplingParams"]
+        offences = self._token_offences("stop_token_ids", list(params.stop_token_ids))
+        if params.stop and self._tokenizer is None:
+            offences.append("stop strings need a tokenizer, and the engine has none; use stop_token_ids")
+        return offences
+
+    def _token_offences(self, name: str, tokens: list[Any]) -> list[str]:
+        vocab = self._limits.vocab_size
+        bad = [token for token in tokens if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab]
+        if not bad:
+            return []
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return [f"{name} holds {bad[0]!r}{more}, which is no token id; valid: 0..{vocab - 1}"]
+
+
+def _plain(token: Any) -> Any:
+    """A number of another library as an int; anything else as it is."""
+    return token.__index__() if hasattr(token, "__index__") and not isinstance(token, bool) else token
+
+
+def derived_seed(seed: int, request_id: str) -> int:
+    """The seed of a request that names none, from the engine's seed and the request's id; below 2³²."""
+    digest = hashlib.blake2b(f"{seed}/{request_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,139 @@
+"""A runner without a model: its tokens can be worked out by hand, and it checks what it is given as a device never would.
+
+It keeps, per place of the KV cache, the token written there, and reads the context of every row back through its page table. A page
+that is wrong, shared, stale or missing therefore gives another token or an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
+
+Rule = Callable[[Sequence[int]], int]
+"""Context, first token first → the next token."""
+
+
+def weighted_sum(vocab_size: int) -> Rule:
+    """1·t₀ + 2·t₁ + 3·t₂ + … modulo the vocabulary: depends on every token of the context and on its place."""
+    return lambda context: sum(place * token for place, token in enumerate(context, start=1)) % vocab_size
+
+
+class FakeRunner:
+    """Executes steps at submission, in order.
+
+    Attributes:
+        steps: every step submitted, oldest first.
+    """
+
+    def __init__(self, limits: RunnerLimits, rule: Rule | None = None) -> None:
+        self._limits = limits
+        self._rule = rule or weighted_sum(limits.vocab_size)
+        self._kv: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) → (token, position)
+        self._last: dict[int, int] = {}  # slot → token sampled last
+        self._done: deque[StepOutput] = deque()
+        self.steps: list[Step] = []
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    def submit(self, step: Step) -> None:
+        """Run a step.
+
+        Raises:
+            ValueError: what a device would not notice: a full step, slots twice, page tables that do not fit, pages written by two rows.
+        """
+        self._check(step)
+        self.steps.append(step)
+        fed = [self._last[row.slot] if row.token is None else row.token for row in step.decode]
+        for row, token in zip(step.decode, fed, strict=True):
+            self._write(row.pages, row.position, (token,))
+        for chunk in step.prefill:
+            self._write(chunk.pages, chunk.start, chunk.tokens)
+        decode = tuple(self._sample(row.slot, row.pages, row.position + 1, row.sampling) for row in step.decode)
+        prefill = tuple(self._sample(chunk.slot, chunk.pages, chunk.end, chunk.sampling) if chunk.last else None for chunk in step.prefill)
+        self._done.append(StepOutput(decode, prefill))
+
+    def collect(self) -> StepOutput:
+        return self._done.popleft()
+
+    def reset(self) -> None:
+        self._done.clear()
+
+    def _write(self, pages: tuple[int, ...], start: int, tokens: tuple[int, ...]) -> None:
+        size = self._limits.page_size
+        for position, token in enumerate(tokens, start):
+            self._kv[pages[position // size], position % size] = (token, position)
+
+    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling) -> SampledToken:
+        size = self._limits.page_size
+        context = []
+        for position in range(length):
+            token, written = self._kv.get((pages[position // size], position % size), (-1, -1))
+            if written != position:
+                raise ValueError(f"slot {slot}: page {pages[position // size]} holds position {written}, where {position} is read")
+            context.append(token)
+        token = self._rule(context)
+        if not sampling.greedy:
+            key = f"{sampling.seed}/{sampling.sample_index}/{length}"
+            token += int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+        token %= self._limits.vocab_size
+        self._last[slot] = token
+        return SampledToken(token, -float(token))
+
+    def _check(self, step: Step) -> None:
+        problems = [*self._shape_problems(step), *self._page_problems(step)]
+        problems += [problem for chunk in step.prefill for problem in self._chunk_problems(chunk)]
+        for row in step.decode:
+            if row.token is None and row.slot not in self._last:
+                problems.append(f"slot {row.slot}: no token was sampled in it yet")
+        tokens = [row.token for row in step.decode if row.token is not None] + [t for chunk in step.prefill for t in chunk.tokens]
+        problems += [f"token {token} is outside the vocabulary" for token in tokens if not 0 <= token < self._limits.vocab_size]
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _shape_problems(self, step: Step) -> list[str]:
+        limits, problems = self._limits, []
+        if not step:
+            problems.append("the step is empty")
+        slots = [row.slot for row in step.decode] + [chunk.slot for chunk in step.prefill]
+        if len(set(slots)) < len(slots) or not set(slots) <= set(range(limits.num_slots)):
+            problems.append(f"slots {sorted(slots)} are not distinct ones of {limits.num_slots}")
+        for shard in range(limits.num_shards):
+            if sum(row.shard == shard for row in step.decode) > limits.max_decode_rows_per_shard:
+                problems.append(f"shard {shard} has more than {limits.max_decode_rows_per_shard} decode rows")
+        for shard in range(limits.num_prefill_shards):
+            chunks = [chunk for chunk in step.prefill if chunk.prefill_shard == shard]
+            if len(chunks) > limits.max_prefill_slots_per_shard:
+                problems.append(f"prefill shard {shard} has more than {limits.max_prefill_slots_per_shard} chunks")
+            if sum(len(chunk.tokens) for chunk in chunks) > limits.max_prefill_tokens_per_shard:
+                problems.append(f"prefill shard {shard} has more than {limits.max_prefill_tokens_per_shard} tokens")
+        return problems
+
+    def _chunk_problems(self, chunk: PrefillChunk) -> list[str]:
+        problems = []
+        if not chunk.tokens:
+            problems.append(f"slot {chunk.slot}: an empty chunk")
+        if chunk.prefill_shard not in self._limits.prefill_shards_of(chunk.shard):
+            problems.append(f"slot {chunk.slot}: shard {chunk.shard} cannot prefill on shard {chunk.prefill_shard}")
+        return problems
+
+    def _page_problems(self, step: Step) -> list[str]:
+        limits, problems = self._limits, []
+        writers: dict[int, int] = {}
+        rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
+        for row in rows:
+            start, end = (row.position, row.position + 1) if isinstance(row, DecodeRow) else (row.start, row.end)
+            if not 0 <= row.shard < limits.num_shards or any(page // limits.pages_per_shard != row.shard for page in row.pages):
+                problems.append(f"slot {row.slot}: pages {row.pages} are not all of shard {row.shard}")
+            if not 0 <= start < end <= limits.max_len or len(row.pages) != limits.pages_for(end):
+                problems.append(f"slot {row.slot}: {len(row.pages)} pages for positions up to {end}")
+                continue
+            for page in row.pages[start // limits.page_size :]:
+                if writers.setdefault(page, row.slot) != row.slot:
+                    problems.append(f"page {page} is written by slots {writers[page]} and {row.slot}")
+        return problems

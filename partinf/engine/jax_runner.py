@@ -1,0 +1,237 @@
+"""The runner that executes the model: fits each step into a compiled bucket, and keeps parameters and state on the devices.
+
+Everything is compiled before the first step (`warm_up`). A step is dispatched without waiting; `collect` waits for the oldest.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import RowSampling, SampledToken, Step, StepOutput
+from partinf.errors import InvalidInput
+from partinf.layout import AttentionRole
+from partinf.plan import Bucket, Plan
+from partinf.sharding import device_mesh
+from partinf.transformer.batch import Batch, SamplingBatch, empty_batch
+from partinf.transformer.params import Params
+from partinf.transformer.step import Out, compile_step, empty_state
+from partinf.transformer.step import Step as CompiledStep
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A step in its bucket: the arrays, and the rows of the output where the step's decode rows and chunks are found."""
+
+    batch: Batch
+    decode_rows: tuple[int, ...]
+    prefill_rows: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    out: Out
+    placed: Placed
+    padded_tokens: int
+
+
+class JaxRunner:
+    """Runs the steps of an engine on the devices of a plan.
+
+    Attributes:
+        plan, mesh, params: as given. num_compiled, compile_seconds: programs compiled so far, and the wall time of `warm_up`.
+    """
+
+    def __init__(self, plan: Plan, params: Params, mesh: Mesh | None = None) -> None:
+        """
+        Args:
+            plan: with buckets (`partinf.buckets.with_capacity`).
+            params: on the devices of `mesh`, as `abstract_params` describes them; a tuple of layers runs unrolled, stacked ones in a scan.
+        """
+        if not plan.buckets:
+            raise InvalidInput(f"the plan for {plan.model.name} has no buckets; give it some with partinf.buckets.with_capacity")
+        self.plan = plan
+        self.mesh = mesh if mesh is not None else device_mesh(plan)
+        self.num_compiled = 0
+        self.compile_seconds = 0.0
+        self.params = params
+        self._unrolled = isinstance(params["layers"], tuple)
+        self._steps: dict[Bucket, CompiledStep] = {}
+        self._batch_sharding = NamedSharding(self.mesh, P())
+        self._in_flight: deque[_Submitted] = deque()
+        self._buckets = sorted(plan.buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages))
+        self._limits = runner_limits(plan)
+        self._state = empty_state(plan, self.mesh, self._unrolled)
+
+    @property
+    def limits(self) -> RunnerLimits:
+        return self._limits
+
+    def warm_up(self, on_compiled: Callable[[Bucket, int, int], None] | None = None) -> None:
+        """Compile every bucket that is not compiled yet, as many at once as there are cores.
+
+        Args:
+            on_compiled: called with (bucket, number done, number in all) after each.
+        """
+        missing = [bucket for bucket in self._buckets if bucket not in self._steps]
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            futures = {pool.submit(compile_step, self.plan, self.mesh, bucket, self._unrolled): bucket for bucket in missing}
+            for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                self._steps[futures[future]] = future.result()
+                self.num_compiled += 1
+                if on_compiled is not None:
+                    on_compiled(futures[future], done, len(missing))
+        self.compile_seconds += time.perf_counter() - started
+
+    def submit(self, step: Step) -> None:
+        bucket = self._fit(step)
+        if bucket not in self._steps:
+            self.warm_up()
+        placed = place_step(step, bucket, self.plan, self._limits)
+        batch = jax.device_put(placed.batch, self._batch_sharding)
+        self._state, out = self._steps[bucket](self.params, self._state, batch)
+        self._in_flight.append(_Submitted(out, placed, bucket.num_tokens))
+
+    def collect(self) -> StepOutput:
+        submitted = self._in_flight.popleft()
+        tokens, logprobs = jax.device_get((submitted.out.tokens, submitted.out.logprobs))
+
+        def row(index: int | None) -> SampledToken | None:
+            return None if index is None else SampledToken(int(tokens[index]), float(logprobs[index]))
+
+        placed = submitted.placed
+        return StepOutput(
+            decode=tuple(SampledToken(int(tokens[i]), float(logprobs[i])) for i in placed.decode_rows),
+            prefill=tuple(row(index) for index in placed.prefill_rows),
+            padded_tokens=submitted.padded_tokens,
+        )
+
+    def reset(self) -> None:
+        """Forget what is in flight. The state is made anew: a step that failed may have consumed the donated one."""
+        self._in_flight.clear()
+        self._state = empty_state(self.plan, self.mesh, self._unrolled)
+
+    def _fit(self, step: Step) -> Bucket:
+        """The smallest bucket that holds the step."""
+        per_shard = np.bincount([row.shard for row in step.decode], minlength=1).max() * self.plan.num_shards if step.decode else 0
+        decode_pages = max((len(row.pages) for row in step.decode), default=0)
+        prefill_pages = max((self._limits.pages_for(chunk.start) for chunk in step.prefill), default=0)
+        random = any(not row.sampling.greedy for row in (*step.decode, *step.prefill))
+        for bucket in self._buckets:
+            if (
+                bucket.decode_rows >= per_shard
+                and bucket.decode_pages >= decode_pages
+                and bucket.prefill_pages >= prefill_pages
+                and (bucket.prefill_tokens > 0 or not step.prefill)
+                and bucket.random >= random
+                and _fits_prefill(step, bucket, self._limits)
+            ):
+                return bucket
+        needed = f"{per_shard} decode rows × {decode_pages} pages, {step.num_prefill_tokens} prefill tokens after {prefill_pages} pages"
+        raise InvalidInput(f"no bucket holds {needed}{', sampling' if random else ''}; there are: " + " | ".join(map(str, self._buckets)))
+
+
+def _fits_prefill(step: Step, bucket: Bucket, limits: RunnerLimits) -> bool:
+    tokens, slots = [0] * limits.num_prefill_shards, [0] * limits.num_prefill_shards
+    for chunk in step.prefill:
+        tokens[chunk.prefill_shard] += len(chunk.tokens)
+        slots[chunk.prefill_shard] += 1
+    count = limits.num_prefill_shards
+    return max(tokens) <= bucket.prefill_tokens // count and max(slots) <= bucket.prefill_slots // count
+
+
+def runner_limits(plan: Plan) -> RunnerLimits:
+    """What steps of this plan may hold, over all its buckets."""
+    biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))
+    ours, theirs = plan.batch_axes, plan.layout.prefill.attention_axes(AttentionRole.BATCH)
+    sizes = plan.axis_sizes
+    num_prefill = plan.ways(theirs)
+
+    def coordinates(shard: int, axes: Sequence[str]) -> dict[str, int]:
+        return dict(zip(axes, np.unravel_index(shard, tuple(sizes[a] for a in axes)), strict=True)) if axes else {}
+
+    def agrees(shard: int, other: int) -> bool:
+        mine, its = coordinates(shard, ours), coordinates(other, theirs)
+        return all(mine[axis] == its[axis] for axis in mine.keys() & its.keys())
+
+    allowed = tuple(tuple(p for p in range(num_prefill) if agrees(shard, p)) for shard in range(plan.num_shards))
+    return RunnerLimits(
+        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in plan.buckets) // plan.num_shards,
+        max_prefill_tokens=biggest.prefill_tokens,
+        max_prefill_slots_per_shard=biggest.prefill_slots // num_prefill,
+        page_size=plan.cache.page_size,
+        pages_per_shard=plan.cache.pages_per_shard,
+        num_shards=plan.num_shards,
+        num_slots=plan.cache.num_slots,
+        max_len=plan.max_len,
+        vocab_size=plan.model.vocab_size,
+        num_prefill_shards=num_prefill,
+        prefill_shards=allowed,
+        chunks=any(bucket.prefill_pages for bucket in plan.buckets),
+    )
+
+
+def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:
+    """Lay the step out in the bucket: lanes in equal blocks per shard, prompt tokens in equal blocks per prefill shard."""
+    batch: Batch = empty_batch(bucket)
+    decode_rows = _place_decode(step, bucket, plan, batch)
+    prefill_rows = _place_prefill(step, bucket, limits, batch)
+    return Placed(batch, decode_rows, prefill_rows)
+
+
+def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple[int, ...]:
+    lanes = bucket.decode_rows // plan.num_shards
+    used = [0] * plan.num_shards
+    rows = []
+    for row in step.decode:
+        lane = row.shard * lanes + used[row.shard]
+        used[row.shard] += 1
+        batch.decode.token[lane] = -1 if row.token is None else row.token
+        batch.decode.slot[lane] = row.slot
+        batch.decode.position[lane] = row.position
+        batch.decode.pages[lane, : len(row.pages)] = row.pages
+        _place_sampling(batch.sampling, lane, row.sampling, row.position + 1)
+        rows.append(lane)
+    return tuple(rows)
+
+
+def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batch) -> tuple[int | None, ...]:
+    shards, prefill = limits.num_prefill_shards, batch.prefill
+    tokens, slots = [0] * shards, [0] * shards
+    rows: list[int | None] = []
+    for chunk in step.prefill:
+        shard, count = chunk.prefill_shard, len(chunk.tokens)
+        first = shard * (bucket.prefill_tokens // shards) + tokens[shard]
+        slot = shard * (bucket.prefill_slots // shards) + slots[shard]
+        tokens[shard] += count
+        slots[shard] += 1
+        positions = np.arange(chunk.start, chunk.end)
+        span = slice(first, first + count)
+        prefill.token[span] = chunk.tokens
+        prefill.owner[span] = slot
+        prefill.position[span] = positions
+        prefill.page[span] = np.asarray(chunk.pages)[positions // limits.page_size]
+        prefill.start[slot] = chunk.start
+        earlier = limits.pages_for(chunk.start)
+        prefill.pages[slot, :earlier] = chunk.pages[:earlier]
+        if chunk.last:
+            prefill.last[slot], prefill.slot[slot] = first + count - 1, chunk.slot
+            _place_sampling(batch.sampling, bucket.decode_rows + slot, chunk.sampling, chunk.end)
+        rows.append(bucket.decode_rows + slot if chunk.last else None)
+    return tuple(rows)
+
+
+def _place_sampling(sampling: SamplingBatch, row: int, how: RowSampling, position: int) -> None:
+    sampling.temperature[row], sampling.top_k[row], sampling.top_p[row] = how.temperature, how.top_k, how.top_p
+    sampling.seed[row], sampling.sample[row], sampling.position[row] = how.seed, how.sample_index, position

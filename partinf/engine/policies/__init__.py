@@ -1,0 +1,6 @@
+"""Scheduling policies, one small file each behind `partinf.engine.scheduler.Policy`."""
+
+from partinf.engine.policies.fcfs import FirstComeFirstServed
+from partinf.engine.policies.request_level import RequestLevel, request_level_iterations
+
+__all__ = ["FirstComeFirstServed", "RequestLevel", "request_level_iterations"]

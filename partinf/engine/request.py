@@ -1,0 +1,292 @@
+"""A request on its way: what was asked (`SamplingParams`, `Request`), where it stands (`Sequence`), what comes out (`RequestOutput`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from partinf.engine.step import RowSampling
+from partinf.errors import raise_offences
+
+MAX_SEED = 2**32 - 1
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _seed(value: Any) -> bool:
+    return _whole(value, 0) and value <= MAX_SEED
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _all_of(values: Any, fine: Callable[[Any], bool]) -> bool:
+    return isinstance(values, tuple) and all(fine(value) for value in values)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    Attributes:
+        max_tokens: tokens to generate at most, ≥ 1; capped at what the context leaves after the prompt.
+        temperature: ≥ 0; 0 always takes the most likely token.
+        top_k: sample among the k most likely tokens; 0 is off.
+        top_p: sample among the most likely tokens that hold this probability mass, 0 < top_p ≤ 1; 1 is off.
+        seed: 0..2³² - 1. The same seed gives the same tokens whatever else runs. None: derived from the engine's seed and the request id.
+        stop: strings that end the text; the text before the first of them is returned. One string may be given bare.
+        stop_token_ids: tokens that end the text, besides those that the tokenizer names as end of sequence.
+        ignore_eos: go on after the tokenizer's end-of-sequence tokens.
+        logprobs: return the log-probability of every token.
+
+    Raises:
+        InvalidInput: every value out of range, with the valid range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        raise_offences(self._offences())
+
+    def _offences(self) -> list[str]:
+        checks = (
+            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
+            ("temperature", _finite(self.temperature) and self.temperature >= 0, "a finite number, at least 0 (0 is greedy)"),
+            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
+            ("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
+            ("seed", self.seed is None or _seed(self.seed), f"a whole number from 0 to {MAX_SEED}, or None"),
+            ("stop", _all_of(self.stop, lambda text: isinstance(text, str) and text != ""), "strings that are not empty"),
+            ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: _whole(token, 0)), "token ids, at least 0"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("logprobs", isinstance(self.logprobs, bool), "True or False"),
+        )
+        return [f"{name} = {getattr(self, name)!r}; valid: {valid}" for name, fine, valid in checks if not fine]
+
+
+class FinishReason(StrEnum):
+    """STOP: end-of-sequence, a stop token or a stop string. LENGTH: max_tokens or the context is used up. FAILED: `error` says why."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What a stream yields: one per generated token, and one without a token when a request ends without one (cancelled, failed).
+
+    Attributes:
+        token: None when the request ended without another token.
+        index: which of the generated tokens, from 0.
+        text: what this token adds to the text; may be empty (part of a character, or of a possible stop string), may hold the text of
+            earlier tokens. The texts of all events joined are the text of the output.
+        finish_reason: set on the last event. error: what went wrong, when it is FAILED.
+    """
+
+    request_id: str
+    token: int | None
+    index: int
+    text: str = ""
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that has been checked.
+
+    Attributes:
+        number: order of arrival, from 0. prompt: token ids, at least one.
+        max_tokens: `params.max_tokens`, or what the context leaves if less.
+        sampling: what the runner needs of `params`, the seed chosen.
+        arrival: time of `Engine.add_request` on the engine's clock, in seconds.
+    """
+
+    id: str
+    number: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    sampling: RowSampling
+    arrival: float
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that get K/V at most: all tokens but the last sampled one, which is never fed."""
+        return len(self.prompt) + self.max_tokens - 1
+
+
+class Status(StrEnum):
+    """WAITING: holds nothing. RUNNING: holds a slot and pages. FINISHED: holds nothing again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The mutable state of one request.
+
+    Two counts move at different times: `num_scheduled` when a step is scheduled, `tokens` when its output is committed. In between,
+    the token to feed next is known to the device only.
+
+    Attributes:
+        tokens: the prompt, then every token sampled so far. pieces: the text given out so far, in pieces.
+        slot, shard: the lane and the shard that owns the pages; -1 while it holds none.
+        pages: global page ids, in the order of positions.
+        num_scheduled: positions whose K/V are written by the steps scheduled so far.
+        prefill_len: tokens to prefill since the sequence was admitted; what lies beyond is decoded one by one.
+        num_iterations: steps that this sequence took part in.
+        started, first_token, last_token, finished: times on the engine's clock, in seconds; None until it happens.
+    """
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    status: Status = Status.WAITING
+    slot: int = -1
+    shard: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_scheduled: int = 0
+    prefill_len: int = 0
+    num_iterations: int = 0
+    finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.prefill_len = len(self.tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def prefilling(self) -> bool:
+        """Part of the prompt has not been scheduled yet."""
+        return self.num_scheduled < self.prefill_len
+
+    @property
+    def exhausted(self) -> bool:
+        """Every token that may be sampled has been scheduled; the sequence only waits for its output."""
+        return self.num_scheduled >= self.request.max_positions
+
+    def output(self) -> RequestOutput:
+        """The answer; only once the sequence has finished."""
+        assert self.finish_reason is not None, f"request {self.request.id} has not finished"
+        return RequestOutput(
+            id=self.request.id,
+            prompt=self.request.prompt,
+            tokens=tuple(self.generated),
+            text="".join(self.pieces),
+            finish_reason=self.finish_reason,
+            logprobs=tuple(self.logprobs) if self.request.params.logprobs else None,
+            error=self.error,
+            times=self.times(),
+            num_iterations=self.num_iterations,
+        )
+
+    def times(self) -> RequestTimes:
+        return RequestTimes(self.request.arrival, self.started, self.first_token, self.last_token, self.finished, self.num_generated)
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """When things happened to a request, in seconds on the engine's clock; None for what never happened.
+
+    Attributes:
+        started: its first iteration was scheduled. num_tokens: tokens generated.
+    """
+
+    arrival: float
+    started: float | None
+    first_token: float | None
+    last_token: float | None
+    finished: float | None
+    num_tokens: int
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds from arrival."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def time_per_token(self) -> float | None:
+        """Mean time per output token after the first (TPOT), seconds; None for fewer than two tokens."""
+        if self.first_token is None or self.last_token is None or self.num_tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.num_tokens - 1)
+
+    @property
+    def completion_time(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return None if self.finished is None else self.finished - self.arrival
+
+    @property
+    def normalized_latency(self) -> float | None:
+        """Completion time per generated token, seconds: the metric of Orca (section 6) and FastServe."""
+        return None if self.completion_time is None or not self.num_tokens else self.completion_time / self.num_tokens
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answer to a request.
+
+    Attributes:
+        tokens: every token that was sampled, the one that ended it included.
+        text: the tokens as text, without end-of-sequence and stop tokens and only up to the first stop string; "" without a tokenizer.
+        logprobs: of `tokens`, when asked for.
+        error: what went wrong, when finish_reason is FAILED or the request's own callback raised.
+        num_iterations: steps that the request took part in.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    times: RequestTimes
+    logprobs: tuple[float, ...] | None = None
+    error: BaseException | None = None
+    num_iterations: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds."""
+        return self.times.ttft
+
+    @property
+    def time_per_token(self) -> float | None:
+        """Mean time per output token after the first, seconds."""
+        return self.times.time_per_token

@@ -1,0 +1,98 @@
+"""The boundary between the engine and whatever executes a step: the model in JAX, a cost model with a virtual clock, or a fake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from partinf.engine.step import Step, StepOutput
+from partinf.errors import raise_offences
+
+
+@dataclass(frozen=True)
+class RunnerLimits:
+    """What a step may hold.
+
+    Attributes:
+        max_decode_rows_per_shard: decode rows of one shard of the decode batch axes; so many sequences may live on a shard.
+        max_prefill_tokens: prefill tokens of a step, in equal blocks over the prefill shards.
+        max_prefill_slots_per_shard: prefill chunks of one *prefill* shard.
+        page_size: tokens per KV page. pages_per_shard: pages owned by each of the `num_shards` shards of the decode batch axes.
+        num_slots: sequences that may be resident. max_len: longest context in tokens, prompt and output together.
+        vocab_size: token ids are 0..vocab_size - 1.
+        num_prefill_shards: shards of the prefill batch axes; a chunk is computed on one of them.
+        prefill_shards: per decode shard, the prefill shards that may compute its chunks (those that agree with it on the axes which
+            are batch axes in both phases); empty when any may.
+        chunks: whether a prompt may be cut and continued by later steps; if not, one step's share is the longest prompt.
+    """
+
+    max_decode_rows_per_shard: int
+    max_prefill_tokens: int
+    max_prefill_slots_per_shard: int
+    page_size: int
+    pages_per_shard: int
+    num_shards: int
+    num_slots: int
+    max_len: int
+    vocab_size: int
+    num_prefill_shards: int = 1
+    prefill_shards: tuple[tuple[int, ...], ...] = ()
+    chunks: bool = True
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int) and not isinstance(value, bool)}
+        offences = [f"{name} = {value}; it must be at least 1" for name, value in numbers.items() if value < 1]
+        if not offences and self.max_prefill_tokens % self.num_prefill_shards:
+            offences.append(f"max_prefill_tokens = {self.max_prefill_tokens} does not divide over {self.num_prefill_shards} prefill shards")
+        if self.prefill_shards and len(self.prefill_shards) != self.num_shards:
+            offences.append(f"prefill_shards has {len(self.prefill_shards)} entries for {self.num_shards} shards")
+        for shard, allowed in enumerate(self.prefill_shards):
+            if not allowed or not set(allowed) <= set(range(self.num_prefill_shards)):
+                offences.append(f"prefill_shards[{shard}] = {allowed}; valid: some of 0..{self.num_prefill_shards - 1}")
+        raise_offences(f"runner limits: {offence}" for offence in offences)
+
+    @property
+    def max_prefill_tokens_per_shard(self) -> int:
+        """Longest chunk: prefill tokens of one prefill shard."""
+        return self.max_prefill_tokens // self.num_prefill_shards
+
+    @property
+    def max_context(self) -> int:
+        """Longest sequence that can be served, prompt and output together: `max_len`, or what the pages of one shard hold if less."""
+        return min(self.max_len, self.pages_per_shard * self.page_size)
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Longest prompt that can be served: it leaves a token to generate, and fits one step where prompts are not cut."""
+        return min(self.max_context - 1, self.max_context if self.chunks else self.max_prefill_tokens_per_shard)
+
+    def prefill_shards_of(self, shard: int) -> tuple[int, ...]:
+        """The prefill shards that may compute chunks of sequences owned by this decode shard."""
+        return self.prefill_shards[shard] if self.prefill_shards else tuple(range(self.num_prefill_shards))
+
+    def pages_for(self, num_positions: int) -> int:
+        """Pages that hold this many tokens."""
+        return -(-num_positions // self.page_size)
+
+
+class Runner(Protocol):
+    """Executes steps in the order of submission.
+
+    Methods are called from one thread at a time, though not always the same one. An exception from `submit` or `collect` fails every
+    request in flight; the engine then calls `reset` and goes on with new requests.
+    """
+
+    @property
+    def limits(self) -> RunnerLimits: ...
+
+    def submit(self, step: Step) -> None:
+        """Start a step; may return before it has run."""
+        ...
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest step that was submitted and not yet collected."""
+        ...
+
+    def reset(self) -> None:
+        """Forget every step that was submitted and not collected."""
+        ...

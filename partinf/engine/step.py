@@ -1,0 +1,119 @@
+"""What the engine asks of a runner for one iteration, and what it gets back. Plain frozen data: every runner takes the same.
+
+A step mixes decode rows (one token of a sequence that is past its prompt) and prefill chunks (consecutive prompt tokens). A row names
+its sequence by `slot`, the number of its lane among the resident sequences, and `shard`, the shard of the decode batch axes that owns
+its KV pages. Page ids are global: page p of shard s is s * pages_per_shard + p. Positions count from 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How one row picks its token.
+
+    The random key is (seed, sample_index, position of the token that is predicted): nothing of the batch enters it.
+
+    Attributes:
+        temperature: 0 picks the most likely token. top_k: 0 is off. top_p: 1 is off.
+        seed: 0 ≤ seed < 2³². sample_index: which of a request's parallel samples this is.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    sample_index: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One token of one sequence: its K/V are written at `position`, the token at position + 1 is sampled.
+
+    Attributes:
+        token: the token fed; None takes the one last sampled in this slot, which the host has not seen yet.
+        pages: the pages of positions 0..position, in order.
+    """
+
+    slot: int
+    shard: int
+    token: int | None
+    position: int
+    pages: tuple[int, ...]
+    sampling: RowSampling
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Consecutive tokens of one sequence: their K/V are written at start..start + len(tokens) - 1.
+
+    Attributes:
+        shard: the shard that owns the pages.
+        start: position of the first token; what lies before it was written by earlier steps.
+        pages: the pages of positions 0..start + len(tokens) - 1, in order.
+        last: the prompt ends with this chunk, so the token at start + len(tokens) is sampled.
+        prefill_shard: the shard of the prefill batch axes that computes this chunk, one of `RunnerLimits.prefill_shards_of(shard)`.
+    """
+
+    slot: int
+    shard: int
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    last: bool
+    sampling: RowSampling
+    prefill_shard: int = 0
+
+    @property
+    def end(self) -> int:
+        """Position after the last token of the chunk."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One iteration. No slot occurs twice."""
+
+    decode: tuple[DecodeRow, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.prefill)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the linear layers, without padding."""
+        return len(self.decode) + self.num_prefill_tokens
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A token and its log-probability (natural, of the model's distribution before temperature and truncation)."""
+
+    token: int
+    logprob: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The result of one step.
+
+    Attributes:
+        decode: in the order of `Step.decode`.
+        prefill: in the order of `Step.prefill`; None for a chunk that was not the last of its prompt.
+        padded_tokens: tokens that really went through the linear layers, padding included; 0 when the runner does not pad.
+    """
+
+    decode: tuple[SampledToken, ...] = ()
+    prefill: tuple[SampledToken | None, ...] = ()
+    padded_tokens: int = 0

@@ -1,0 +1,288 @@
+"""Chips and slices: what the makers state, and which mesh axes a slice of chips offers.
+
+A slice is named `CHIP:SHAPE` (`v4:4x4x4`, `h200:8`, `cpu:2x2x2`), a multi-slice `CHIP:SHAPE*COUNT`. Its mesh axes are its torus axes,
+factors of them, or, where a switch joins the devices, any factorisation of their number; the two devices of a TPU7x chip are an axis
+`core` of their own and the network between slices is the axis `dcn`. `MeshAxis` keeps what a cost model must know of an axis: its
+size, its stride along the torus axis that it is cut from, and whether that axis wraps around.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from importlib.resources import files
+
+from partinf.axes import is_axis_name
+from partinf.errors import InvalidInput, nearest, raise_offences
+
+TORUS_NAMES = ("x", "y", "z")
+DCN_AXIS = "dcn"
+CORE_AXIS = "core"
+
+
+class Link(StrEnum):
+    """What joins neighbours along a mesh axis."""
+
+    TORUS = "torus"
+    SWITCH = "switch"
+    CORE = "core"
+    DCN = "dcn"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator chip as its maker states it. Bytes, bytes/s, FLOP/s and seconds, all per chip.
+
+    Attributes:
+        usable_hbm: bytes that a compiled program may use.
+        torus_dims: dimensions of the inter-chip torus, 0 where a switch joins the chips.
+        wrap_multiple: a torus axis wraps around when its size is a multiple of this.
+        link_bandwidth: one torus link, one way.
+        switch_bandwidth: one chip into its node's switch, one way; `node_size` chips share a switch.
+        devices_per_chip: JAX devices per chip, each owning an equal part of memory and compute.
+        hop_seconds: latency of one hop of a collective.
+        provisional: the figures are orders of magnitude, neither published nor measured.
+        source: where the figures come from.
+    """
+
+    name: str
+    family: str
+    hbm: int
+    usable_hbm: int
+    hbm_bandwidth: float
+    peak_bf16: float
+    peak_int8: float
+    host_bandwidth: float
+    dcn_bandwidth: float
+    source: str
+    torus_dims: int = 0
+    wrap_multiple: int = 0
+    max_axis: int = 1 << 20
+    link_bandwidth: float = 0.0
+    node_size: int = 0
+    switch_bandwidth: float = 0.0
+    devices_per_chip: int = 1
+    hop_seconds: float = 1e-6
+    provisional: bool = False
+
+    def usable_hbm_per_device(self) -> int:
+        """Bytes of HBM that a program may use on one JAX device."""
+        return self.usable_hbm // self.devices_per_chip
+
+
+@dataclass(frozen=True)
+class MeshAxis:
+    """One axis of a device mesh.
+
+    Attributes:
+        link: what joins neighbours along it.
+        torus: name of the torus axis that it is, or is a factor of; its own name otherwise.
+        stride: distance of neighbours in devices along that torus axis.
+        torus_size: size of that whole torus axis.
+        wraps: whether the torus axis has wraparound links.
+    """
+
+    name: str
+    size: int
+    link: Link
+    torus: str
+    stride: int = 1
+    torus_size: int = 0
+    wraps: bool = False
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Chips joined in one shape, and the mesh axes by which they are addressed.
+
+    Attributes:
+        shape: chips along each torus axis; `(n,)` or any factorisation of n for switched chips.
+        axes: the mesh axes, in mesh order: `dcn` first, torus axes or their factors, `core` last.
+        num_slices: slices joined by the data-centre network.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    axes: tuple[MeshAxis, ...]
+    num_slices: int = 1
+
+    @property
+    def name(self) -> str:
+        """The name that `parse_slice` reads, without the factorisation."""
+        shape = "x".join(map(str, self.shape))
+        return f"{self.chip.name}:{shape}" + (f"*{self.num_slices}" if self.num_slices > 1 else "")
+
+    @property
+    def mesh(self) -> str:
+        """The mesh axes as text, `x:4,y:4,z:4`."""
+        return ",".join(f"{axis.name}:{axis.size}" for axis in self.axes)
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.num_slices
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices_per_chip
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """Axis name → size, in mesh order."""
+        return {axis.name: axis.size for axis in self.axes}
+
+    def with_mesh(self, text: str) -> Slice:
+        """The same slice under another factorisation of its axes: `x0:4,x1:4,y:16`, or `4x2` for switched chips.
+
+        Raises:
+            InvalidInput: naming every factor that does not fit, and the sizes that would.
+        """
+        return replace(self, axes=_outer_axes(self) + _factored(self, text) + _inner_axes(self.chip))
+
+
+@functools.cache
+def chips() -> Mapping[str, Chip]:
+    """The shipped hardware table, name → chip."""
+    table = tomllib.loads(files("partinf").joinpath("hardware.toml").read_text())
+    known = {field.name for field in fields(Chip)}
+    strange = [(name, key) for name, row in table.items() for key in row if key not in known]
+    raise_offences(f"hardware.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in strange)
+    return {name: Chip(name=name, **row) for name, row in table.items()}
+
+
+def parse_slice(text: str, mesh: str | None = None) -> Slice:
+    """Read `CHIP:SHAPE` or `CHIP:SHAPE*COUNT`, optionally under a factorisation (see `Slice.with_mesh`).
+
+    Raises:
+        InvalidInput: an unknown chip (nearest name), a shape that is not a torus of the chip (valid sizes), a wrong factorisation.
+    """
+    match = re.fullmatch(r"(?P<chip>[a-z0-9-]+):(?P<shape>\d+(?:x\d+)*)(?:\*(?P<count>\d+))?", text.strip())
+    if match is None:
+        examples = "CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8 or cpu:2x2x2, or local"
+        raise InvalidInput(f"slice '{text}': expected {examples}{nearest_chip(text)}")
+    if match["chip"] not in chips():
+        raise InvalidInput(f"slice '{text}': unknown chip '{match['chip']}'{nearest(match['chip'], chips())}")
+    chip = chips()[match["chip"]]
+    shape = tuple(int(size) for size in match["shape"].split("x"))
+    count = int(match["count"] or 1)
+    raise_offences(_shape_offences(text, chip, shape, count))
+    return make_slice(chip, shape, count, mesh)
+
+
+def make_slice(chip: Chip, shape: tuple[int, ...], num_slices: int = 1, mesh: str | None = None) -> Slice:
+    """A slice of a given chip (from the table or calibrated); `shape` is taken as valid."""
+    bare = Slice(chip, shape, (), num_slices)
+    default = ",".join(f"{name}:{size}" for name, size in zip(_torus_names(bare), shape, strict=True))
+    return bare.with_mesh(mesh or default)
+
+
+def nearest_chip(text: str) -> str:
+    """The hint for a slice whose chip part may be misspelt."""
+    head = text.split(":")[0]
+    return "" if head in chips() else nearest(head, chips())
+
+
+def _shape_offences(text: str, chip: Chip, shape: tuple[int, ...], count: int) -> list[str]:
+    offences = []
+    if count < 1:
+        offences.append(f"slice '{text}': {count} slices; at least 1 is needed")
+    if chip.torus_dims == 0:
+        if any(size < 1 for size in shape) or len(shape) > 3:
+            offences.append(f"slice '{text}': a switched slice has one to three axes of at least 1 device")
+        return offences
+    if len(shape) != chip.torus_dims:
+        example = "x".join(["4"] * chip.torus_dims)
+        wrong = f"{chip.name} is a {chip.torus_dims}D torus, the shape has {len(shape)} axes"
+        offences.append(f"slice '{text}': {wrong}; for example {chip.name}:{example}")
+    for size in shape:
+        if not _valid_side(chip, size):
+            below = max((s for s in range(1, size) if _valid_side(chip, s)), default=1)
+            above = min((s for s in range(size + 1, size + 9) if _valid_side(chip, s)), default=None)
+            near = f"{below} or {above}" if above else f"{below}"
+            rule = "1, 2 or a multiple of 4" if chip.torus_dims == 3 else "1, 2, 4, 8 or 16"
+            offences.append(f"slice '{text}': {chip.name} has no torus axis of {size} chips; valid sides are {rule}, nearest {near}")
+    return offences
+
+
+def _valid_side(chip: Chip, size: int) -> bool:
+    if chip.torus_dims == 2:
+        return size in (1, 2, 4, 8, 16)
+    return size in (1, 2) or (size > 0 and size % 4 == 0 and size <= chip.max_axis)
+
+
+def _torus_names(slice_: Slice) -> tuple[str, ...]:
+    return TORUS_NAMES[: len(slice_.shape)]
+
+
+def _outer_axes(slice_: Slice) -> tuple[MeshAxis, ...]:
+    if slice_.num_slices == 1:
+        return ()
+    return (MeshAxis(DCN_AXIS, slice_.num_slices, Link.DCN, DCN_AXIS, 1, slice_.num_slices),)
+
+
+def _inner_axes(chip: Chip) -> tuple[MeshAxis, ...]:
+    if chip.devices_per_chip == 1:
+        return ()
+    return (MeshAxis(CORE_AXIS, chip.devices_per_chip, Link.CORE, CORE_AXIS, 1, chip.devices_per_chip),)
+
+
+def _factored(slice_: Slice, text: str) -> tuple[MeshAxis, ...]:
+    factors = _parse_factors(slice_, text)
+    if slice_.chip.torus_dims == 0:
+        return _switched_axes(slice_, text, factors)
+    axes: list[MeshAxis] = []
+    offences = []
+    for torus, side in zip(_torus_names(slice_), slice_.shape, strict=True):
+        mine = [(name, size) for name, size in factors if name.rstrip("0123456789") == torus]
+        if math.prod(size for _, size in mine) != side:
+            found = " · ".join(f"{name}:{size}" for name, size in mine) or "nothing"
+            offences.append(f"mesh '{text}': the factors of torus axis {torus} must multiply to {side}, found {found}")
+        stride = side
+        for name, size in mine:
+            stride //= max(size, 1)
+            wraps = side > 1 and side % slice_.chip.wrap_multiple == 0
+            axes.append(MeshAxis(name, size, Link.TORUS, torus, stride, side, wraps))
+    strange = [name for name, _ in factors if name.rstrip("0123456789") not in _torus_names(slice_)]
+    offences += [f"mesh '{text}': axis '{name}' is no factor of {', '.join(_torus_names(slice_))}" for name in strange]
+    raise_offences(offences)
+    return tuple(axes)
+
+
+def _switched_axes(slice_: Slice, text: str, factors: list[tuple[str, int]]) -> tuple[MeshAxis, ...]:
+    total = math.prod(slice_.shape)
+    if math.prod(size for _, size in factors) != total:
+        raise InvalidInput(f"mesh '{text}': the axes must multiply to the {total} devices of {slice_.name}")
+    stride, axes = total, []
+    for name, size in factors:
+        stride //= size
+        axes.append(MeshAxis(name, size, Link.SWITCH, "switch", stride, total, True))
+    return tuple(axes)
+
+
+def _parse_factors(slice_: Slice, text: str) -> list[tuple[str, int]]:
+    words = [word.strip() for word in text.split(",")]
+    if len(words) == 1 and re.fullmatch(r"\d+(x\d+)*", words[0]):
+        sizes = [int(size) for size in words[0].split("x")]
+        if slice_.chip.torus_dims and tuple(sizes) != slice_.shape:
+            raise InvalidInput(f"mesh '{text}': name the factors of {slice_.name}'s torus axes, for example x0:2,x1:2,y:4")
+        if len(sizes) > len(TORUS_NAMES):
+            raise InvalidInput(f"mesh '{text}': at most {len(TORUS_NAMES)} unnamed axes; name them as in a:2,b:2,c:2,d:2")
+        words = [f"{name}:{size}" for name, size in zip(TORUS_NAMES, sizes, strict=False)]
+    factors: list[tuple[str, int]] = []
+    offences = []
+    for word in words:
+        match = re.fullmatch(r"([a-z][a-z0-9]*):(\d+)", word)
+        if match is None or int(match[2]) < 1:
+            offences.append(f"mesh '{text}': '{word}' is not AXIS:SIZE, for example x:4")
+        elif not is_axis_name(match[1]) or match[1] in (DCN_AXIS, CORE_AXIS):
+            offences.append(f"mesh '{text}': '{match[1]}' cannot name a factor")
+        elif match[1] in [name for name, _ in factors]:
+            offences.append(f"mesh '{text}': axis '{match[1]}' is named twice")
+        else:
+            factors.append((match[1], int(match[2])))
+    raise_offences(offences)
+    return factors

@@ -1,0 +1,268 @@
+"""Layouts: a role for every mesh axis, and per phase which axes gather weights and how attention is split.
+
+This is the whole vocabulary of partitioning in partinf. Names such as "2D weight-stationary" are derived from roles for the reader
+(`ffn_name`, `attention_name`) and never branched on. Storage roles hold for the life of a model; phases choose, per step, which of the
+stored shards are gathered and how the attention core is split, so prefill and decode may differ without moving a weight.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from partinf.axes import is_axis_name
+from partinf.errors import nearest, raise_offences
+
+_R = TypeVar("_R", bound=StrEnum)
+
+
+class Role(StrEnum):
+    """What a mesh axis splits in the stored weights.
+
+    EMBED splits d_model (the contraction of W_in), FFN splits d_ff and the query heads, REPLICA copies the weights and splits the
+    tokens, STAGE splits the layers.
+    """
+
+    EMBED = "embed"
+    FFN = "ffn"
+    REPLICA = "replica"
+    STAGE = "stage"
+
+
+class AttentionRole(StrEnum):
+    """What a mesh axis splits in the attention core.
+
+    HEADS splits query heads (and key-value heads as far as they divide), BATCH whole requests, SEQUENCE the context of the KV cache,
+    NONE nothing.
+    """
+
+    HEADS = "heads"
+    BATCH = "batch"
+    SEQUENCE = "sequence"
+    NONE = "none"
+
+
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How one kind of step uses the stored shards.
+
+    Attributes:
+        gather: axes whose weight shards are gathered before use; the tokens are split over them instead.
+        attention: (axis, role) for every mesh axis, in mesh order.
+    """
+
+    gather: tuple[str, ...]
+    attention: tuple[tuple[str, AttentionRole], ...]
+
+    def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
+        """The axes with this attention role, in mesh order."""
+        return tuple(axis for axis, has in self.attention if has is role)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Roles of all mesh axes: storage once, and one `Phase` each for prefill and decode.
+
+    Attributes:
+        storage: (axis, role) for every mesh axis, in mesh order.
+    """
+
+    storage: tuple[tuple[str, Role], ...]
+    prefill: Phase
+    decode: Phase
+
+    def __post_init__(self) -> None:
+        raise_offences(self._offences())
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes' names, in mesh order."""
+        return tuple(axis for axis, _ in self.storage)
+
+    def storage_axes(self, role: Role) -> tuple[str, ...]:
+        """The axes with this storage role, in mesh order."""
+        return tuple(axis for axis, has in self.storage if has is role)
+
+    @property
+    def weight_axes(self) -> tuple[str, ...]:
+        """All axes that split weights, those of d_model before those of d_ff: the digit order of every d_model dimension."""
+        return self.storage_axes(Role.EMBED) + self.storage_axes(Role.FFN)
+
+    def phase(self, name: str) -> Phase:
+        """`prefill` or `decode`."""
+        return {"prefill": self.prefill, "decode": self.decode}[name]
+
+    def token_axes(self, phase: Phase) -> tuple[str, ...]:
+        """The axes that split tokens in the linear layers of this phase: replicas and gathered ones, in mesh order."""
+        split = set(self.storage_axes(Role.REPLICA)) | set(phase.gather)
+        return tuple(axis for axis in self.axes if axis in split)
+
+    def _offences(self) -> list[str]:
+        offences = []
+        names = list(self.axes)
+        offences += [f"axis '{name}' has a storage role twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        offences += [f"'{name}' is not an axis name (lower-case letters and digits)" for name in names if not is_axis_name(name)]
+        stored = set(self.weight_axes)
+        for label in PHASES:
+            phase = self.phase(label)
+            attended = [axis for axis, _ in phase.attention]
+            for axis in sorted({a for a in attended if attended.count(a) > 1}):
+                offences.append(f"{label}: axis '{axis}' has an attention role twice")
+            for axis in phase.gather:
+                if axis not in names:
+                    offences.append(f"{label}: gathers over '{axis}', which is no axis of this layout ({', '.join(names)})")
+                elif axis not in stored:
+                    storing = ", ".join(self.weight_axes) or "none"
+                    offences.append(f"{label}: gathers over '{axis}', which stores no shard of the weights; those that do: {storing}")
+            strange = [axis for axis in attended if axis not in names]
+            offences += [f"{label}: attention role for '{axis}', which is no axis of this layout ({', '.join(names)})" for axis in strange]
+            offences += [f"{label}: axis '{axis}' has no attention role" for axis in names if axis not in attended]
+        return offences
+
+
+def make_layout(
+    storage: Mapping[str, str],
+    decode_attention: Mapping[str, str],
+    prefill_attention: Mapping[str, str] | None = None,
+    decode_gather: Iterable[str] = (),
+    prefill_gather: Iterable[str] = (),
+) -> Layout:
+    """A `Layout` from plain strings; prefill attends as decode does unless it is given.
+
+    Raises:
+        InvalidInput: unknown role names, axes without a role, and everything else that `Layout` refuses, all at once.
+    """
+    offences: list[str] = []
+    roles = tuple((axis, _role(Role, role, f"axis '{axis}'", offences)) for axis, role in storage.items())
+
+    def attention(given: Mapping[str, str], label: str) -> tuple[tuple[str, AttentionRole], ...]:
+        pairs = [(axis, _role(AttentionRole, role, f"{label} attention of '{axis}'", offences)) for axis, role in given.items()]
+        order = {axis: index for index, axis in enumerate(storage)}
+        return tuple(sorted(pairs, key=lambda pair: order.get(pair[0], len(order))))
+
+    decode = attention(decode_attention, "decode")
+    prefill = attention(decode_attention if prefill_attention is None else prefill_attention, "prefill")
+    raise_offences(offences)
+    order = list(storage)
+
+    def in_order(axes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(axes, key=lambda axis: order.index(axis) if axis in order else len(order)))
+
+    return Layout(roles, Phase(in_order(prefill_gather), prefill), Phase(in_order(decode_gather), decode))
+
+
+def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
+    try:
+        return kind(text)
+    except ValueError:
+        offences.append(f"{where}: unknown role '{text}'{nearest(text, [role.value for role in kind])}")
+        return next(iter(kind))
+
+
+_TOP_KEYS = {"description", "source", "model", "slice", "mesh", "axes", "prefill", "decode", "chosen_for", "predicted", "weights", "kv"}
+_TOP_KEYS |= {"padded_heads", "prefill_from_tokens"}  # what `plan --save` adds
+_PHASE_KEYS = {"gather", "attention"}
+
+
+def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
+    """Read a layout file: its roles, and the rest of the file (description, constraints, predictions) as plain data.
+
+    Raises:
+        InvalidInput: unknown keys (nearest known key), missing tables, wrong roles; all at once.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise_offences([f"{where}: not a TOML file: {error}"])
+    offences = [f"{where}: unknown key '{key}'{nearest(key, _TOP_KEYS)}" for key in data if key not in _TOP_KEYS]
+    offences += [f"{where}: table [{key}] is missing" for key in ("axes", "decode") if key not in data]
+    for label in PHASES:
+        table = data.get(label, {})
+        offences += [f"{where}: [{label}] unknown key '{key}'{nearest(key, _PHASE_KEYS)}" for key in table if key not in _PHASE_KEYS]
+        if table and "attention" not in table:
+            offences.append(f"{where}: [{label}] needs `attention`, a role for every axis")
+    raise_offences(offences)
+    decode, prefill = data["decode"], data.get("prefill", data["decode"])
+    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], decode.get("gather", ()), prefill.get("gather", ()))
+    rest = {key: value for key, value in data.items() if key not in ("axes", "prefill", "decode")}
+    return layout, rest
+
+
+def layout_to_toml(layout: Layout, head: str = "") -> str:
+    """The `[axes]`, `[prefill]` and `[decode]` tables of a layout file, after `head` (top-level keys, already TOML)."""
+
+    def table(pairs: Iterable[tuple[str, str]]) -> str:
+        return "{ " + ", ".join(f'{axis} = "{role}"' for axis, role in pairs) + " }"
+
+    lines = [head.rstrip() + "\n"] if head else []
+    lines += ["[axes]"] + [f'{axis} = "{role}"' for axis, role in layout.storage]
+    for label in PHASES:
+        phase = layout.phase(label)
+        gather = ", ".join(f'"{axis}"' for axis in phase.gather)
+        lines += ["", f"[{label}]", f"gather = [{gather}]", f"attention = {table(phase.attention)}"]
+    return "\n".join(lines) + "\n"
+
+
+def head_axes(layout: Layout) -> tuple[str, ...]:
+    """Every axis that may split the query heads, major first: the stored ones, then those that attention adds in some phase."""
+    stored = layout.storage_axes(Role.FFN)
+    added = [
+        axis
+        for axis in layout.axes
+        if axis not in stored and any(dict(layout.phase(label).attention)[axis] is AttentionRole.HEADS for label in PHASES)
+    ]
+    return stored + tuple(added)
+
+
+def kv_head_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) -> tuple[str, ...]:
+    """The leading `head_axes` as far as they divide the key-value heads; over the others key-value heads are replicated."""
+    taken: list[str] = []
+    ways = 1
+    for axis in head_axes(layout):
+        ways *= sizes[axis]
+        if num_kv_heads % ways:
+            break
+        taken.append(axis)
+    return tuple(taken)
+
+
+def ffn_name(layout: Layout, phase: Phase, sizes: Mapping[str, int]) -> str:
+    """The paper's name for the FFN roles of a phase, for the reader: ws-1d, ws-2d, wg-x, wg-xy, wg-xyz or other.
+
+    Axes of size 1 do not count. X stands for the axes of d_model, as in the paper's storage `E_x F_yz`.
+    """
+    embed = {axis for axis in layout.storage_axes(Role.EMBED) if sizes[axis] > 1}
+    ffn = {axis for axis in layout.storage_axes(Role.FFN) if sizes[axis] > 1}
+    gather = {axis for axis in phase.gather if sizes[axis] > 1}
+    if not gather:
+        return "ws-2d" if embed and ffn else "other" if embed else "ws-1d"
+    if gather == embed | ffn:
+        return "wg-xyz"
+    if embed and gather == embed:
+        return "wg-x"
+    if embed and gather > embed:
+        return "wg-xy"
+    return "other"
+
+
+def attention_name(phase: Phase, sizes: Mapping[str, int]) -> str:
+    """heads, batch or sequence when all axes of size > 1 that split anything have that role; otherwise mixed (or none)."""
+    roles = {role for axis, role in phase.attention if sizes[axis] > 1 and role is not AttentionRole.NONE}
+    if len(roles) == 1:
+        return next(iter(roles)).value
+    return "mixed" if roles else "heads"
+
+
+def readable_name(layout: Layout, sizes: Mapping[str, int]) -> str:
+    """One line for tables: storage in the paper's notation, then FFN and attention of each phase."""
+    embed = "".join(axis for axis in layout.storage_axes(Role.EMBED) if sizes[axis] > 1)
+    ffn = "".join(axis for axis in layout.storage_axes(Role.FFN) if sizes[axis] > 1)
+    stored = f"E{'_' + embed if embed else ''} F{'_' + ffn if ffn else ''}"
+    parts = [f"{label} {ffn_name(layout, layout.phase(label), sizes)}/{attention_name(layout.phase(label), sizes)}" for label in PHASES]
+    return f"{stored}, {', '.join(parts)}"

@@ -1,0 +1,346 @@
+"""Architectures as data: one frozen `ModelConfig`, read from `models/<name>.toml` or from a Hugging Face `config.json`.
+
+Sizes carry the letters of `partinf.axes` (E, F, H, K, Q, V, N). What can be planned but not run yet says so in `runnable`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from partinf import resources
+from partinf.errors import InvalidInput, nearest, raise_offences
+
+_FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
+
+
+class Block(StrEnum):
+    """SERIAL: attention, then FFN on its result. PARALLEL: both on the same normalised input, added (PaLM)."""
+
+    SERIAL = "serial"
+    PARALLEL = "parallel"
+
+
+class Norm(StrEnum):
+    RMS = "rms"
+    LAYER = "layer"
+
+
+class Position(StrEnum):
+    ROPE = "rope"
+    LEARNED = "learned"
+
+
+class Activation(StrEnum):
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling: wavelengths beyond original_max_len/low_freq_factor are stretched by `factor`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only Transformer.
+
+    Attributes:
+        num_layers: N. embed_dim: E. ffn_dim: F. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
+        gated: the FFN has a gate and an up matrix (SwiGLU and kin) instead of one input matrix.
+        qk_norm: queries and keys are normalised per head before the rotation (Qwen 3).
+        max_len: longest context in tokens; 0 where the source states none.
+        source: where the sizes come from.
+    """
+
+    name: str
+    num_layers: int
+    embed_dim: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    block: Block = Block.SERIAL
+    gated: bool = True
+    activation: Activation = Activation.SILU
+    norm: Norm = Norm.RMS
+    norm_eps: float = 1e-5
+    position: Position = Position.ROPE
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    biases: bool = False
+    tied_embeddings: bool = False
+    qk_norm: bool = False
+    max_len: int = 0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        raise_offences(self._offences())
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V rounded up to a multiple that depends on the model alone, so that the same tree of parameters fits every mesh."""
+        multiple = _COARSE if self.vocab_size >= _LARGE_VOCAB else _FINE
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def kv_heads_with(self, num_heads: int) -> int:
+        """Key-value heads when the query heads are padded to `num_heads`: as many again for multihead attention, else unchanged."""
+        return num_heads if self.num_kv_heads == self.num_heads else self.num_kv_heads
+
+    def with_padded_heads(self, num_heads: int) -> ModelConfig:
+        """The same architecture with query heads padded to `num_heads`; 0 for no padding."""
+        if num_heads in (0, self.num_heads):
+            return self
+        return replace(self, num_heads=num_heads, num_kv_heads=self.kv_heads_with(num_heads))
+
+    @property
+    def runnable(self) -> str | None:
+        """None when the library can run this architecture; otherwise what is missing."""
+        missing = []
+        if self.block is not Block.SERIAL:
+            missing.append(f"{self.block} blocks")
+        if not self.gated or self.activation is not Activation.SILU:
+            missing.append(f"{'gated ' if self.gated else 'plain '}{self.activation} FFN")
+        if self.norm is not Norm.RMS:
+            missing.append(f"{self.norm} norm")
+        if self.position is not Position.ROPE:
+            missing.append(f"{self.position} positions")
+        if self.biases:
+            missing.append("biases")
+        if self.qk_norm:
+            missing.append("norms of queries and keys")
+        return ", ".join(missing) or None
+
+    def layer_params(self) -> int:
+        """Parameters of one layer, norms and biases included."""
+        matrices = 3 if self.gated else 2
+        heads = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        weights = self.embed_dim * (heads + matrices * self.ffn_dim)
+        norm_width = self.embed_dim * (2 if self.norm is Norm.LAYER else 1)
+        norms = norm_width * (1 if self.block is Block.PARALLEL else 2)
+        norms += 2 * self.head_dim if self.qk_norm else 0
+        biases = 0
+        if self.biases:
+            biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + 2 * self.embed_dim + (matrices - 1) * self.ffn_dim
+        return weights + norms + biases
+
+    def num_params(self) -> int:
+        """All parameters, the vocabulary unpadded; tied embeddings counted once."""
+        embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_embeddings else 2)
+        positions = self.max_len * self.embed_dim if self.position is Position.LEARNED else 0
+        final = self.embed_dim * (2 if self.norm is Norm.LAYER else 1)
+        return self.num_layers * self.layer_params() + embeddings + positions + final
+
+    def _offences(self) -> list[str]:
+        sizes = ("num_layers", "embed_dim", "ffn_dim", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+        offences = [f"model {self.name}: {key} = {getattr(self, key)}; it must be at least 1" for key in sizes if getattr(self, key) < 1]
+        if not offences and self.num_heads % self.num_kv_heads:
+            valid = ", ".join(str(k) for k in range(1, self.num_heads + 1) if self.num_heads % k == 0)
+            offences.append(
+                f"model {self.name}: {self.num_heads} query heads do not share {self.num_kv_heads} kv heads evenly; valid: {valid}"
+            )
+        if not offences and self.position is Position.ROPE and self.head_dim % 2:
+            offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
+        return offences
+
+
+def load_model_config(name: str | Path) -> ModelConfig:
+    """The architecture named `name`: a shipped model, a `.toml` file, or a directory with a Hugging Face `config.json`.
+
+    Raises:
+        InvalidInput: an unknown name (nearest one), a directory without config.json, or what the readers below refuse.
+    """
+    path = Path(name)
+    if not path.exists():
+        path = Path(str(resources.find("models", str(name))))
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.exists():
+            raise InvalidInput(f"{path}: no config.json in this directory; a Hugging Face model directory or a .toml file is needed")
+        try:
+            data = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise InvalidInput(f"{file}: not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise InvalidInput(f"{file}: expected a JSON object, found {type(data).__name__}")
+        return config_from_hf(data, path.resolve().name)
+    return config_from_toml(path.read_text(), path.stem)
+
+
+def config_from_toml(text: str, name: str) -> ModelConfig:
+    """Read a `models/*.toml` file.
+
+    Raises:
+        InvalidInput: unknown keys (nearest known one), missing keys, wrong types or values; all at once.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"model {name}: not a TOML file: {error}") from error
+    return _build(name, data)
+
+
+def _build(name: str, data: Mapping[str, Any]) -> ModelConfig:
+    known = {field.name: field for field in fields(ModelConfig) if field.name != "name"}
+    required = {key for key, field in known.items() if field.default is field.default_factory}
+    offences = [f"model {name}: unknown key '{key}'{nearest(key, known)}" for key in data if key not in known]
+    offences += [f"model {name}: '{key}' is missing" for key in known if key in required and key not in data]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in known:
+            values[key] = _checked(name, key, value, known[key].type, offences)
+    raise_offences(offences)
+    return ModelConfig(name=name, **values)
+
+
+_ENUMS = {"block": Block, "norm": Norm, "position": Position, "activation": Activation}
+
+
+def _checked(name: str, key: str, value: Any, annotation: Any, offences: list[str]) -> Any:
+    if key in _ENUMS:
+        allowed = [member.value for member in _ENUMS[key]]
+        if value not in allowed:
+            offences.append(f"model {name}: {key} = {value!r}; valid: {', '.join(allowed)}")
+            return None
+        return _ENUMS[key](value)
+    if key == "rope_scaling":
+        names = [field.name for field in fields(RopeScaling)]
+        if not isinstance(value, Mapping) or set(value) != set(names):
+            offences.append(f"model {name}: rope_scaling needs exactly {', '.join(names)}")
+            return None
+        return RopeScaling(**value)
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+    wanted = kinds[str(annotation)]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and annotation != "bool"):
+        offences.append(f"model {name}: {key} = {value!r}; expected {annotation}")
+        return None
+    return float(str(value)) if annotation == "float" else value
+
+
+def config_to_toml(config: ModelConfig) -> str:
+    """The inverse of `config_from_toml`, defaults left out."""
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    lines = []
+    for key, value in asdict(config).items():
+        if key == "name" or value == defaults[key] or value is None:
+            continue
+        if isinstance(value, dict):
+            lines.append(f"{key} = {{ " + ", ".join(f"{k} = {v}" for k, v in value.items()) + " }")
+        else:
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+_LLAMA_LIKE = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+
+
+def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
+    """Read a Hugging Face `config.json` of the Llama family, as transformers 4 or 5 writes it.
+
+    Version 5 writes `rope_parameters` and `dtype` where version 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`.
+
+    Raises:
+        InvalidInput: another architecture, missing keys, a rope type or option that is not supported; all at once.
+    """
+    offences: list[str] = []
+    architecture = (data.get("architectures") or [None])[0]
+    if architecture not in _LLAMA_LIKE and data.get("model_type") not in _LLAMA_LIKE.values():
+        found = architecture or data.get("model_type")
+        raise InvalidInput(f"{name}: config.json describes {found!r}; supported architectures: {', '.join(_LLAMA_LIKE)}")
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for key in required:
+        if not isinstance(data.get(key), int) or isinstance(data.get(key), bool):
+            offences.append(f"{name}: config.json: {key} = {data.get(key)!r}; a whole number is needed")
+    for key in ("attention_bias", "mlp_bias"):
+        if data.get(key):
+            offences.append(f"{name}: config.json: {key} = true is not supported")
+    if data.get("hidden_act", "silu") != "silu":
+        offences.append(f"{name}: config.json: hidden_act = {data['hidden_act']!r}; supported: 'silu'")
+    if data.get("sliding_window") and data.get("use_sliding_window", True):
+        offences.append(f"{name}: config.json: sliding_window = {data['sliding_window']} is not supported")
+    theta, scaling = _rope_from_hf(data, name, offences)
+    raise_offences(offences)
+    heads = data["num_attention_heads"]
+    return ModelConfig(
+        name=name,
+        num_layers=data["num_hidden_layers"],
+        embed_dim=data["hidden_size"],
+        ffn_dim=data["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=data.get("num_key_value_heads") or heads,
+        head_dim=data.get("head_dim") or data["hidden_size"] // heads,
+        vocab_size=data["vocab_size"],
+        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=bool(data.get("tie_word_embeddings", False)),
+        max_len=int(data.get("max_position_embeddings", 2048)),
+        source="config.json",
+    )
+
+
+def _rope_from_hf(data: Mapping[str, Any], name: str, offences: list[str]) -> tuple[float, RopeScaling | None]:
+    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
+    theta = float(rope.get("rope_theta", data.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", None):
+        return theta, None
+    if kind != "llama3":
+        offences.append(f"{name}: config.json: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
+        return theta, None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [key for key in keys if key not in rope]
+    if missing:
+        offences.append(f"{name}: config.json: llama3 rope scaling lacks {', '.join(missing)}")
+        return theta, None
+    factor, low, high = (float(rope[key]) for key in keys[:3])
+    return theta, RopeScaling(factor, low, high, int(rope[keys[3]]))
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` that both transformers 4 and 5 read; the inverse of `config_from_hf`."""
+    data: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied_embeddings,
+        "max_position_embeddings": config.max_len,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    if config.rope_scaling:
+        scaling = config.rope_scaling
+        data["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_len,
+        }
+    return data

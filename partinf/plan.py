@@ -1,0 +1,204 @@
+"""`Plan`: a layout bound to a model and a slice, checked, with everything that is fixed before a device is touched.
+
+Binding finds all offences at once: roles for axes that the slice lacks, dimensions that do not divide (with the sizes that would and
+what padding would cost). Everything that runs, proves or prices a model takes a `Plan`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from partinf.errors import raise_offences
+from partinf.hardware import Slice
+from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role
+from partinf.layout import head_axes as head_axes
+from partinf.layout import kv_head_axes as kv_head_axes
+from partinf.model_config import ModelConfig
+from partinf.workload import DType
+
+if TYPE_CHECKING:
+    from partinf.cost.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The padded shapes of one compiled step.
+
+    Attributes:
+        decode_rows: decode lanes, in equal blocks per shard of decode's batch axes.
+        decode_pages: KV pages that each lane may read.
+        prefill_tokens: flat prompt tokens. prefill_slots: prompts (or chunks of them) that share those tokens.
+        prefill_pages: pages of earlier context that each slot may read; 0 when every prompt begins in this step.
+        random: whether the program can sample; False compiles greedy selection alone.
+    """
+
+    decode_rows: int = 0
+    decode_pages: int = 0
+    prefill_tokens: int = 0
+    prefill_slots: int = 0
+    prefill_pages: int = 0
+    random: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the linear layers of this step process, padding included."""
+        return self.decode_rows + self.prefill_tokens
+
+    def __str__(self) -> str:
+        parts = []
+        if self.decode_rows:
+            parts.append(f"decode {self.decode_rows} × {self.decode_pages} pages")
+        if self.prefill_tokens:
+            parts.append(f"prefill {self.prefill_tokens} in {self.prefill_slots} slots, {self.prefill_pages} pages before")
+        return "; ".join(parts) + (", sampling" if self.random else ", greedy")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Sizes of the paged KV cache.
+
+    Attributes:
+        page_size: tokens per page.
+        pages_per_shard: pages owned by each shard of decode's batch axes.
+        num_slots: sequences that may be resident (each has a slot for its last sampled token).
+    """
+
+    page_size: int = 16
+    pages_per_shard: int = 64
+    num_slots: int = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout bound to a model and a slice.
+
+    Attributes:
+        weights, kv: storage types. Activations are bf16 unless the weights are f32.
+        max_len: longest context that is served, in tokens.
+        prefill_from_tokens: a step with at least this many tokens runs the FFN roles of the prefill phase.
+        padded_heads: query heads with padding, where the layout splits them into more parts than divide them; 0 for no padding.
+        predicted: phase name → priced ledger of the workload for which the plan was made; empty for a plan made by hand.
+        note: one sentence on why this layout, for the reader.
+        buckets: the padded shapes that are compiled before serving, see `partinf.buckets.with_capacity`.
+    """
+
+    model: ModelConfig
+    slice: Slice
+    layout: Layout
+    weights: DType = DType.BF16
+    kv: DType = DType.BF16
+    max_len: int = 2048
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    prefill_from_tokens: int = 1 << 30
+    predicted: tuple[tuple[str, Ledger], ...] = ()
+    note: str = ""
+    padded_heads: int = 0
+    buckets: tuple[Bucket, ...] = ()
+
+    def __post_init__(self) -> None:
+        raise_offences(layout_offences(self.model, self.slice, self.layout, self.padded_heads))
+
+    @property
+    def padded_model(self) -> ModelConfig:
+        """The architecture with the padded number of heads: what is stored and computed."""
+        return self.model.with_padded_heads(self.padded_heads)
+
+    @property
+    def runnable(self) -> str | None:
+        """None when the library can run this plan; otherwise what is missing."""
+        missing = [self.model.runnable] if self.model.runnable else []
+        if self.padded_heads not in (0, self.model.num_heads):
+            missing.append(f"heads padded from {self.model.num_heads} to {self.padded_heads}")
+        missing += [f"{label} in int8" for label, dtype in (("weights", self.weights), ("KV", self.kv)) if dtype is DType.INT8]
+        return ", ".join(missing) or None
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        return self.slice.axis_sizes
+
+    def ways(self, axes: tuple[str, ...]) -> int:
+        """Product of the sizes of these axes."""
+        return math.prod(self.axis_sizes[axis] for axis in axes)
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The axes over whose shards decode lanes and KV pages are dealt, in mesh order."""
+        return self.layout.decode.attention_axes(AttentionRole.BATCH)
+
+    @property
+    def num_shards(self) -> int:
+        """Owners of pages: the number of shards of the batch axes."""
+        return self.ways(self.batch_axes)
+
+    def ffn_phase(self, num_tokens: int) -> Phase:
+        """The FFN roles of a step with this many (padded) tokens."""
+        return self.layout.prefill if num_tokens >= self.prefill_from_tokens else self.layout.decode
+
+    def decode_row_multiple(self) -> int:
+        """Decode rows of a bucket must be a multiple of this: every axis that splits tokens or lanes."""
+        return self._multiple(self.batch_axes)
+
+    def prefill_slot_multiple(self) -> int:
+        """Prefill slots of a bucket must be a multiple of this: the batch axes of prefill attention."""
+        return self.ways(self.layout.prefill.attention_axes(AttentionRole.BATCH))
+
+    def prefill_token_multiple(self) -> int:
+        """Prefill tokens of a bucket must be a multiple of this."""
+        return self._multiple(self.layout.prefill.attention_axes(AttentionRole.BATCH))
+
+    def _multiple(self, batch_axes: tuple[str, ...]) -> int:
+        split = {axis for label in PHASES for axis in self.layout.token_axes(self.layout.phase(label))}
+        return self.ways(tuple(split | set(batch_axes)))
+
+
+def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_heads: int = 0) -> list[str]:
+    """Everything that keeps this layout from holding this model on this slice; empty when it can be bound."""
+    sizes = slice_.axis_sizes
+    offences = [f"layout: axis '{axis}' is no axis of {slice_.name} ({slice_.mesh})" for axis in layout.axes if axis not in sizes]
+    offences += [f"layout: axis '{axis}' of {slice_.name} has no role" for axis in sizes if axis not in layout.axes]
+    if offences:
+        return offences
+    if padded_heads and (padded_heads < model.num_heads or padded_heads % model.kv_heads_with(padded_heads)):
+        return [f"model {model.name}: {model.num_heads} query heads cannot be padded to {padded_heads} over {model.num_kv_heads} kv heads"]
+    model = model.with_padded_heads(padded_heads)
+    weight, ffn, heads = layout.weight_axes, layout.storage_axes(Role.FFN), head_axes(layout)
+    embed_stays = any(set(layout.storage_axes(Role.EMBED)) - set(layout.phase(label).gather) for label in PHASES)
+    hidden = ffn + layout.storage_axes(Role.EMBED) if embed_stays else ffn
+    checks = (
+        ("d_model E", model.embed_dim, weight, _params_per_unit(model, "E")),
+        ("d_ff F", model.ffn_dim, hidden, _params_per_unit(model, "F")),
+        ("query heads H", model.num_heads, heads, _params_per_unit(model, "H")),
+        ("padded vocabulary V", model.padded_vocab_size, weight, _params_per_unit(model, "V")),
+    )
+    for label, size, axes, per_unit in checks:
+        offences += _divides(model, label, size, axes, sizes, per_unit)
+    return offences
+
+
+def _divides(model: ModelConfig, label: str, size: int, axes: tuple[str, ...], sizes: dict[str, int], per_unit: int) -> list[str]:
+    ways = math.prod(sizes[axis] for axis in axes)
+    if size % ways == 0:
+        return []
+    padded = -(-size // ways) * ways
+    valid = [str(ways * k) for k in range(max(1, padded // ways - 1), padded // ways + 2)]
+    splits = ", ".join(str(k) for k in range(1, size + 1) if size % k == 0 and k <= 4096)
+    over = "·".join(f"{axis}:{sizes[axis]}" for axis in axes)
+    return [
+        f"model {model.name}: {label} = {size} does not divide over {over} ({ways} ways); {size} splits into {splits}; "
+        f"sizes that divide {ways} ways: {', '.join(valid)}; padding to {padded} would add {(padded - size) * per_unit / 1e6:.4g} M parameters"
+    ]
+
+
+def _params_per_unit(model: ModelConfig, letter: str) -> int:
+    """Parameters that one more unit of a dimension adds to the whole model."""
+    matrices = 3 if model.gated else 2
+    if letter == "E":
+        per_layer = model.head_dim * 2 * (model.num_heads + model.num_kv_heads) + matrices * model.ffn_dim
+        return model.num_layers * per_layer + model.vocab_size * (1 if model.tied_embeddings else 2)
+    if letter == "F":
+        return model.num_layers * model.embed_dim * matrices
+    if letter == "H":
+        return model.num_layers * model.embed_dim * model.head_dim * 2
+    return model.embed_dim * (1 if model.tied_embeddings else 2)

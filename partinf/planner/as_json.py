@@ -1,0 +1,115 @@
+"""A search's report as plain data for `--format json`. The field names are an interface that other programs rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from partinf.cost.ledger import Entry, Ledger
+from partinf.planner.report import Candidate, PhaseResult, PlanReport
+
+# Figures of an entry that are left out where they are zero or empty; a report holds tens of thousands of entries.
+_OPTIONAL = (
+    "flops",
+    "padding_flops",
+    "weight_bytes",
+    "kv_bytes",
+    "activation_bytes",
+    "bytes",
+    "padding_bytes",
+    "dtype",
+    "overlapped",
+)
+
+
+def report_json(report: PlanReport) -> dict[str, Any]:
+    """`{"model", "slice", "workload", "best", "candidates", …}`, candidates best first and those that do not fit last."""
+    workload = report.workload
+    candidates = [candidate_json(candidate) for candidate in report.candidates]
+    return {
+        "model": report.model.name,
+        "slice": report.slice.name,
+        "mesh": report.slice.mesh,
+        "workload": {
+            "phase": workload.phase,
+            "batch": workload.batch,
+            "input": workload.input_len,
+            "output": workload.output_len,
+            "context": workload.decode_context,
+            "weights": workload.weights.value,
+            "kv": workload.kv.value,
+            "objective": workload.objective.value,
+            "max_latency_ms": None if workload.max_latency is None else workload.max_latency * 1e3,
+        },
+        "bandwidth_model": report.bandwidth_model.value,
+        "program": report.program.name,
+        "calibration": {
+            "name": report.calibration.name,
+            "measured": report.calibration.measured,
+            "error": report.calibration.error,
+            "source": report.calibration.source,
+        },
+        "best": candidates[0],
+        "candidates": candidates,
+        "refused": [{"reason": refused.reason, "count": refused.count} for refused in report.refused],
+    }
+
+
+def candidate_json(candidate: Candidate) -> dict[str, Any]:
+    """One candidate; top-level times are those of the phase that was asked for."""
+    memory, asked = candidate.memory, candidate.asked
+    return {
+        "layout": candidate.name,
+        "roles": {axis: role.value for axis, role in candidate.layout.storage},
+        "fits": candidate.fits,
+        "tie_with_best": candidate.tie_with_best,
+        "meets_bound": candidate.meets_bound,
+        "padded_heads": candidate.padded_heads,
+        "hbm_bytes_per_device": {
+            "weights": memory.weights,
+            "kv": memory.kv,
+            "activations": memory.activations,
+            "total": memory.total,
+            "usable": memory.usable,
+        },
+        "step_seconds": asked.step_seconds,
+        "total_seconds": candidate.score,
+        "seconds_per_token": candidate.seconds_per_token,
+        "tokens_per_second": candidate.tokens_per_second,
+        "mfu": asked.mfu,
+        "chip_ms_per_token": candidate.chip_ms_per_token,
+        "ffn": asked.ffn,
+        "attention": asked.attention,
+        "phases": {result.name: _phase_json(result) for result in candidate.phases},
+    }
+
+
+def _phase_json(result: PhaseResult) -> dict[str, Any]:
+    return {
+        "gather": list(result.phase.gather),
+        "attention_roles": {axis: role.value for axis, role in result.phase.attention},
+        "ffn": result.ffn,
+        "attention": result.attention,
+        "step_seconds": result.step_seconds,
+        "mfu": result.mfu,
+        "collectives": collectives_json(result.ledger),
+        "ledger": [_entry_json(entry) for entry in result.ledger.entries],
+    }
+
+
+def collectives_json(ledger: Ledger) -> list[dict[str, Any]]:
+    """Collectives summed over the step by op, axes and dtype; bytes per device and step."""
+    return [
+        {"op": c.op.value, "axes": list(c.axes), "bytes": c.bytes, "count": c.count, "seconds": c.seconds, "dtype": c.dtype}
+        for c in ledger.collectives
+    ]
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    line: dict[str, Any] = {"name": entry.name, "part": entry.part.value, "kind": entry.kind.value, "count": entry.count, "seconds": entry.seconds}
+    if entry.op is not None:
+        line["op"], line["axes"] = entry.op.value, list(entry.axes)
+    for key in _OPTIONAL:
+        value = getattr(entry, key)
+        if value:
+            line[key] = value
+    return line

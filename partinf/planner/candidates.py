@@ -1,0 +1,125 @@
+"""Every way to assign roles to the axes of a slice, equal axes once.
+
+Axes are equal when swapping them changes no cost: same size, same kind of links, same wraparound. A factor of a torus axis is equal to
+no other axis. Storage is enumerated first; the options of a phase (gathered axes and attention roles) follow for each storage, so that
+both phases share it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from partinf.hardware import Link, MeshAxis, Slice
+from partinf.layout import AttentionRole, Layout, Phase, Role
+
+Storage = tuple[Role, ...]
+AxisClass = tuple[object, ...]
+
+_STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
+_ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
+
+
+@dataclass(frozen=True)
+class PhaseOption:
+    """Gathered axes and attention roles of one phase, aligned with the slice's axes."""
+
+    gather: tuple[bool, ...]
+    attention: tuple[AttentionRole, ...]
+
+
+@dataclass(frozen=True)
+class AxisTable:
+    """The axes of a slice as the enumeration sees them.
+
+    Attributes:
+        names, sizes: in mesh order. class_ids: equal numbers for equal axes. fixed: storage role of axes that have no choice.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    class_ids: tuple[int, ...]
+    fixed: tuple[Role | None, ...]
+
+    def phase(self, option: PhaseOption) -> Phase:
+        gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
+        return Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+
+    def layout(self, storage: Storage, prefill: PhaseOption, decode: PhaseOption) -> Layout:
+        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode))
+
+
+def axis_table(slice_: Slice) -> AxisTable:
+    """What the enumeration needs to know of a slice."""
+    axes = slice_.axes
+    fixed = tuple(Role.REPLICA if axis.link is Link.DCN or axis.size == 1 else None for axis in axes)
+    classes = tuple(_axis_class(axis, slice_) for axis in axes)
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(classes))}
+    return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), fixed)
+
+
+def storages(table: AxisTable) -> list[Storage]:
+    """Storage roles of all axes, one representative per class of equal axes."""
+    choices = [(role,) if role else _STORED for role in table.fixed]
+    seen: dict[object, Storage] = {}
+    for storage in itertools.product(*choices):
+        seen.setdefault(_signature(table, [(role,) for role in storage]), storage)
+    return list(seen.values())
+
+
+def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
+    """Every choice of gathered axes and attention roles for a storage, equal axes not yet merged."""
+    gathers = [(False, True) if role in (Role.EMBED, Role.FFN) and size > 1 else (False,) for role, size in zip(storage, table.sizes, strict=True)]
+    attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
+    for gather in itertools.product(*gathers):
+        for attention in itertools.product(*attended):
+            yield PhaseOption(gather, attention)
+
+
+class HeadSplits:
+    """How query and key-value heads are split by storage and attention roles: `layout.head_axes` and `kv_head_axes` without a layout."""
+
+    def __init__(self, table: AxisTable, num_kv_heads: int) -> None:
+        self._table, self._num_kv_heads = table, num_kv_heads
+        self._known: dict[tuple[Storage, tuple[bool, ...]], tuple[int, tuple[bool, ...]]] = {}
+
+    def of(self, storage: Storage, *options: PhaseOption) -> tuple[int, tuple[bool, ...]]:
+        """Parts into which query heads are split in these phases, and which axes split key-value heads too."""
+        asked = tuple(any(o.attention[i] is AttentionRole.HEADS for o in options) for i in range(len(storage)))
+        key = (storage, asked)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._work_out(storage, asked)
+        return found
+
+    def _work_out(self, storage: Storage, asked: tuple[bool, ...]) -> tuple[int, tuple[bool, ...]]:
+        stored = [i for i, role in enumerate(storage) if role is Role.FFN]
+        added = [i for i, role in enumerate(storage) if role is not Role.FFN and asked[i]]
+        parts, kv, dividing = 1, [False] * len(storage), True
+        for i in stored + added:
+            parts *= self._table.sizes[i]
+            dividing = dividing and self._num_kv_heads % parts == 0
+            kv[i] = dividing
+        return parts, tuple(kv)
+
+
+def option_signature(table: AxisTable, storage: Storage, option: PhaseOption, kv: tuple[bool, ...]) -> object:
+    """Equal for options that differ only by swapping equal axes.
+
+    Args:
+        kv: which axes split key-value heads; heads are dealt over leading axes as far as they divide, so order breaks that tie.
+    """
+    return _signature(table, list(zip(storage, option.gather, option.attention, kv, strict=True)))
+
+
+def _signature(table: AxisTable, marks: list[tuple[object, ...]]) -> object:
+    return tuple(sorted(zip(table.class_ids, marks, strict=True)))
+
+
+def _axis_class(axis: MeshAxis, slice_: Slice) -> AxisClass:
+    if axis.link is Link.TORUS and axis.size != axis.torus_size:
+        return (axis.name,)
+    if axis.link is Link.SWITCH:
+        return (axis.link.value, axis.size, min(axis.size, max(1, slice_.chip.node_size // axis.stride)))
+    return (axis.link.value, axis.size, axis.wraps)

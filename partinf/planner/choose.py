@@ -1,0 +1,140 @@
+"""From a report to the `Plan` that everything else takes: the best candidate, why it won, and when prefill's roles take over."""
+
+from __future__ import annotations
+
+from partinf.cost.calibration import calibration_for
+from partinf.cost.collectives import BandwidthModel
+from partinf.cost.ledger import Kind, Ledger, total_seconds
+from partinf.cost.movement import ways
+from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.cost.split import StepShape
+from partinf.errors import InvalidInput
+from partinf.hardware import Slice
+from partinf.layout import AttentionRole, Layout
+from partinf.model_config import ModelConfig
+from partinf.plan import CacheConfig, Plan
+from partinf.planner.evaluate import Evaluator
+from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.search import search
+from partinf.workload import Workload
+
+_NEVER = 1 << 30
+_MOST_TOKENS = 1 << 24
+
+
+def plan(
+    model: ModelConfig,
+    slice_: Slice,
+    workload: Workload,
+    *,
+    calibration: str = "fitted",
+    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
+    program: Program = LOOPED,
+    only_runnable: bool = False,
+) -> Plan:
+    """The best layout for a workload, as a plan.
+
+    Args:
+        only_runnable: leave out what can be planned but not run yet (padded heads).
+
+    Raises:
+        InvalidInput: nothing fits; by how much, and what would help.
+    """
+    report = search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+    fitting = [c for c in report.candidates if c.fits and not (only_runnable and c.padded_heads)]
+    if not fitting:
+        raise InvalidInput(misfit(report))
+    return plan_of(report, fitting[0])
+
+
+def misfit(report: PlanReport) -> str:
+    """Why nothing fits: the smallest budget that was found, against what a device has."""
+    least = min(report.candidates, key=lambda candidate: candidate.memory.total).memory
+    held = f"weights {least.weights / 1e9:.1f} + KV {least.kv / 1e9:.1f} + activations {least.activations / 1e9:.1f} GB"
+    return (
+        f"model {report.model.name} does not fit {report.slice.name}: {held} = {least.total / 1e9:.1f} GB per device under the smallest "
+        f"layout, usable {least.usable / 1e9:.1f} GB; a larger slice, a smaller batch or context, or int8 would help"
+    )
+
+
+def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
+    """One candidate of a report as a plan, sized for the report's workload."""
+    workload = report.workload
+    context = max(workload.max_context, 1)
+    page = CacheConfig().page_size
+    shards = ways(candidate.layout.decode.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
+    lanes = -(-workload.batch // shards)
+    cache = CacheConfig(page, lanes * -(-context // page), lanes * shards)
+    predicted = tuple((result.name, result.ledger) for result in candidate.phases)
+    return Plan(
+        report.model,
+        report.slice,
+        candidate.layout,
+        workload.weights,
+        workload.kv,
+        context,
+        cache,
+        prefill_from(report, candidate.layout, candidate.padded_heads),
+        predicted,
+        why(report, candidate),
+        candidate.padded_heads,
+    )
+
+
+def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> int:
+    """The number of tokens from which a step is faster under prefill's FFN roles than under decode's.
+
+    Both run the same linear layers, so they are compared on one shape; 2**30 when prefill's roles never win.
+    """
+    if layout.prefill.gather == layout.decode.gather:
+        return _NEVER
+    pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
+    evaluator = Evaluator(report.model, pricing, report.workload)
+    step = ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode)}), report.slice.axis_sizes)
+
+    def wins(multiple: int) -> bool:
+        shape = StepShape(prefill_tokens=multiple * step, prefill_slots=1)
+        seconds = [total_seconds(evaluator.linear(evaluator.split(layout, label, padded_heads, shape))) for label in ("prefill", "decode")]
+        return seconds[0] < seconds[1]
+
+    high = 1
+    while not wins(high):
+        high *= 2
+        if high * step > _MOST_TOKENS:
+            return _NEVER
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wins(middle) else (middle, high)
+    return high * step
+
+
+def why(report: PlanReport, candidate: Candidate) -> str:
+    """One or two sentences: what the step spends its time on, and what the nearest other kinds of layout would cost."""
+    asked = candidate.asked
+    parts = _shares(asked.ledger)
+    spent = ", ".join(f"{name} {share:.0%}" for name, share in parts[:3])
+    text = f"A {asked.name} step of {asked.step_seconds * 1e3:.4g} ms goes to {spent}."
+    others = []
+    for label, kind in (("FFN", "ffn"), ("attention over", "attention")):
+        mine = getattr(asked, kind)
+        rival = next((c for c in report.candidates if getattr(c.asked, kind) != mine), None)
+        if rival is None:
+            continue
+        other = getattr(rival.asked, kind)
+        if not rival.fits:
+            others.append(f"{label} {other} does not fit ({rival.memory.total / 1e9:.1f} GB per device)")
+        else:
+            extra = rival.score / candidate.score - 1
+            others.append(f"{label} {other} would cost {extra:+.1%}" + (" (a tie)" if rival.tie_with_best and candidate.tie_with_best else ""))
+    return text + (f" Against {asked.ffn} with attention over {asked.attention}, {' and '.join(others)}." if others else "")
+
+
+def _shares(ledger: Ledger) -> list[tuple[str, float]]:
+    """Shares of the step's time by what it is spent on, largest first."""
+    sums = {"matmuls": 0.0, "attention": 0.0, "collectives": 0.0, "other memory traffic": 0.0}
+    names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention", Kind.COLLECTIVE: "collectives", Kind.MEMORY: "other memory traffic"}
+    for entry in ledger.entries:
+        sums[names[entry.kind]] += entry.exposed_seconds
+    total = ledger.seconds or 1.0
+    return sorted(((name, value / total) for name, value in sums.items()), key=lambda pair: -pair[1])

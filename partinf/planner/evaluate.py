@@ -1,0 +1,130 @@
+"""The price of one phase under one choice of roles, with everything that choices share computed once.
+
+What the linear layers cost depends on storage and gathered axes, what attention costs on its roles besides; the way of new keys and
+values to the cache is the only thing that depends on both phases. The three are cached apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.memory import MemoryBudget, activation_bytes, kv_bytes, usable_bytes, weight_bytes
+from partinf.cost.movement import ways
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import Shares, StepShape, StepSplit
+from partinf.cost.step import attention_part, cache_part, linear_part, settle
+from partinf.layout import AttentionRole, Layout, Phase, head_axes
+from partinf.model_config import ModelConfig
+from partinf.workload import Workload
+
+# Padding heads beyond this factor is refused: another layout is always better.
+_MOST_PADDING = 2.0
+
+
+class Priced(NamedTuple):
+    """One phase priced: its padded shape, ledger and time, and the memory of its activations and of the weights."""
+
+    shape: StepShape
+    ledger: Ledger
+    seconds: float
+    activations: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class _Key:
+    storage: tuple[object, ...]
+    gather: tuple[str, ...]
+    kv_stored: tuple[str, ...]
+    shape: StepShape
+    heads: int
+
+
+class Evaluator:
+    """Prices phases of one model on one slice under one workload."""
+
+    def __init__(self, model: ModelConfig, pricing: Pricing, workload: Workload) -> None:
+        self.model, self.pricing, self.workload = model, pricing, workload
+        self.sizes = pricing.slice.axis_sizes
+        self._linear: dict[_Key, tuple[Entry, ...]] = {}
+        self._coupling: dict[object, Ledger] = {}
+
+    def padded_heads(self, parts: int) -> int | None:
+        """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
+        return _padded_heads(self.model, parts)
+
+    def split(self, layout: Layout, label: str, padded_heads: int, shape: StepShape | None = None) -> StepSplit:
+        """The roles of `layout` worked out for a step of the workload's phase `label`, or of a given shape with its FFN roles."""
+        phase = layout.phase(label)
+        model = self.model.with_padded_heads(padded_heads)
+        shares = Shares(heads=self.model.num_heads / model.num_heads)
+        shape = shape or self.shape(layout, phase, label)
+        return StepSplit(model, layout, phase, shape, self.pricing, self.workload.weights, self.workload.kv, shares)
+
+    def shape(self, layout: Layout, phase: Phase, label: str) -> StepShape:
+        """The workload's step of a phase, padded to what the roles divide."""
+        batch = self.workload.batch
+        owners = phase.attention_axes(AttentionRole.BATCH)
+        dealt = ways(owners, self.sizes)
+        multiple = ways(tuple(set(owners) | set(layout.token_axes(phase))), self.sizes)
+        if label == "decode":
+            rows = _round_up(batch, multiple)
+            context = max(self.workload.decode_context, 1)
+            return StepShape(decode_rows=rows, decode_context=context, real_rows=batch)
+        length = self.workload.input_len or self.workload.context_len or 1
+        slots = _round_up(batch, dealt)
+        tokens = _round_up(slots * length, multiple)
+        return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
+
+    def linear(self, split: StepSplit) -> tuple[Entry, ...]:
+        """Entries that do not depend on attention roles."""
+        key = _Key(split.layout.storage, split.gathered, split.kv_stored, split.shape, split.model.num_heads)
+        found = self._linear.get(key)
+        if found is None:
+            found = self._linear[key] = linear_part(split)
+        return found
+
+    def price(self, layout: Layout, label: str, padded_heads: int) -> Priced:
+        """One step of a phase without the coupling of prefill to decode's cache."""
+        split = self.split(layout, label, padded_heads)
+        ledger = settle(self.linear(split) + attention_part(split))
+        return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split), weight_bytes(split))
+
+    def coupling(self, layout: Layout, padded_heads: int) -> Ledger:
+        """What prefill pays for the cache's layout, which is decode's."""
+        split = self.split(layout, "prefill", padded_heads)
+        key = (split.prefill, split.decode.batch, split.decode.kv, split.shape, padded_heads)
+        found = self._coupling.get(key)
+        if found is None:
+            found = self._coupling[key] = Ledger(cache_part(split))
+        return found
+
+    def memory(self, layout: Layout, priced: list[Priced], padded_heads: int) -> MemoryBudget:
+        """The budget of a device that runs these phases."""
+        model = self.model.with_padded_heads(padded_heads)
+        context = max(self.workload.max_context, 1)
+        cache = kv_bytes(model, layout, self.pricing.slice, self.workload.batch, context, self.workload.kv)
+        weights = max(p.weights for p in priced)
+        return MemoryBudget(weights, cache, max(p.activations for p in priced), usable_bytes(self.pricing.slice))
+
+
+def heads_for(model: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> int | None:
+    """Query heads padded so that they split as this layout splits them; 0 for no padding, None when that would be absurd."""
+    return _padded_heads(model, ways(head_axes(layout), sizes))
+
+
+def _padded_heads(model: ModelConfig, parts: int) -> int | None:
+    heads, kv = model.num_heads, model.num_kv_heads
+    if heads % parts == 0:
+        return 0
+    multiple = parts if kv == heads else math.lcm(parts, kv)
+    padded = -(-heads // multiple) * multiple
+    return padded if padded <= _MOST_PADDING * heads else None
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,176 @@
+"""A layout as one reads it in the paper: numbered lines of shapes and collectives, each with its bytes and time.
+
+The lines follow the ledger: every entry of the step stands on exactly one line, with the shape of the tensor that it leaves behind.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from partinf.axes import ShardedShape
+from partinf.cost.ledger import Entry, Ledger, Op, Part
+from partinf.cost.movement import Axes, Split
+from partinf.cost.split import StepSplit
+
+_TITLES = {
+    Part.EMBEDDING: "Embedding",
+    Part.ATTENTION: "Attention, in every layer",
+    Part.FFN: "FFN, in every layer",
+    Part.LOGITS: "Logits of the rows that are sampled",
+    Part.SAMPLING: "Choice of tokens",
+}
+# What follows the core although it is priced with the projections.
+_AFTER_CORE = ("× W_O", "E after the sublayer")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry of the ledger and the shape that it leaves behind, whole and on one device (empty where there is nothing to say)."""
+
+    entry: Entry
+    shape: str = ""
+    local: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The lines of one part of a step, after the shape that it starts from."""
+
+    title: str
+    start: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """How a tensor is written: rows and columns take the axes of a `Split`, the other letters are whole."""
+
+    letters: tuple[str, ...]
+    rows: str
+    cols: str
+    source: Split
+    target: Split
+
+
+def explain(split: StepSplit, ledger: Ledger) -> list[Section]:
+    """One step as sections of lines, in the order in which it runs."""
+    tensors = _tensors(split)
+    sections = []
+    for part, title in _TITLES.items():
+        entries = sorted(ledger.of(part=part).entries, key=lambda e: part is Part.ATTENTION and e.name in _AFTER_CORE)
+        current: dict[str, Split] = {}
+        lines = tuple(_line(split, entry, tensors.get(entry.name), current) for entry in entries)
+        start = _shape(split, tensors["E before the sublayer"], Split(split.t, split.w))[0] if part in (Part.ATTENTION, Part.FFN) else ""
+        if lines:
+            sections.append(Section(title, start, lines))
+    return sections
+
+
+def _tensors(split: StepSplit) -> dict[str, _Tensor]:
+    """The tensor that each entry moves or makes, by the entry's name."""
+    stored, used = split.w_stored, Split(split.t, split.w)
+    whole_e, partial_e = Split(split.t, split.e), Split(split.t, split.e, split.f)
+    hidden = Split(split.t, split.f + split.e)
+    tokens, rows = _token_letters(split), ("B",)
+
+    def of(letters: tuple[str, ...], cols: str, source: Split, target: Split | None = None) -> _Tensor:
+        return _Tensor(letters, letters[0], cols, source, source if target is None else target)
+
+    table = {
+        "E before the sublayer": of((*tokens, "E"), "E", used, whole_e),
+        "× W_Q": of((*tokens, "H", "Q"), "H", split.q_projected),
+        "× W_KV": of((*tokens, "K", "Q"), "K", split.kv_projected),
+        "× W_O": of((*tokens, "E"), "E", partial_e),
+        "E after the sublayer": of((*tokens, "E"), "E", partial_e, used),
+        "× W_in": of((*tokens, "F"), "F", Split(split.t, split.f, split.e)),
+        "F after W_in": of((*tokens, "F"), "F", Split(split.t, split.f, split.e), hidden),
+        "F before W_out": of((*tokens, "F"), "F", hidden, Split(split.t, split.f)),
+        "× W_out": of((*tokens, "E"), "E", partial_e),
+        "decode rows to the logits": of((*rows, "E"), "E", used, Split(split.replica, stored)),
+        "logits": of((*rows, "V"), "V", Split(split.replica, (), stored)),
+        "logits into V": of((*rows, "V"), "V", Split(split.replica, (), stored), Split(split.replica, stored)),
+    }
+    for label, group in (("decode", split.decode), ("prefill", split.prefill)):
+        spread = Split(group.batch, group.heads)
+        table |= {
+            f"embedded {label} tokens": of((*tokens, "E"), "E", Split(split.replica, stored), used),
+            f"{label}: Q to its attention split": of((*tokens, "H", "Q"), "H", split.q_projected, spread),
+            f"{label}: new K, V to their split": of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
+            f"{label} core": of((*tokens, "H", "Q"), "H", spread),
+            f"{label}: output back": of((*tokens, "H", "Q"), "H", spread, Split(split.t, split.f)),
+        }
+    shared = tuple(axis for axis in split.decode.batch if axis in split.prefill.batch)
+    here, cached = Split(split.prefill.batch, split.prefill.kv), Split(shared, split.decode.kv)
+    table["new K, V to the cache"] = of((*tokens, "K", "Q"), "K", here, cached)
+    for name, letters, out, before, after in (
+        ("W_Q", ("H", "Q", "E"), "H", split.f_stored, split.f),
+        ("W_KV", ("K", "Q", "E"), "K", split.kv_stored, split.kv),
+        ("W_O", ("E", "H", "Q"), "H", split.f_stored, split.f),
+        ("W_in", ("F", "E"), "F", split.f_stored, split.f),
+        ("W_out", ("E", "F"), "F", split.f_stored, split.f),
+    ):
+        table[f"weights {name}"] = _Tensor(letters, out, "E", Split(before, split.e_stored), Split(after, split.e))
+    return table
+
+
+def _token_letters(split: StepSplit) -> tuple[str, ...]:
+    """`B L` where whole sequences are dealt, `T` where the tokens of one are."""
+    shape = split.shape
+    dealt = max(split.ways(split.t), split.ways(split.replica), split.ways(split.decode.batch), split.ways(split.prefill.batch))
+    sequences = shape.prefill_slots or shape.decode_rows
+    mixed = shape.prefill_tokens and shape.decode_rows
+    return ("T",) if mixed or sequences % dealt else ("B", "L")
+
+
+def _line(split: StepSplit, entry: Entry, tensor: _Tensor | None, current: dict[str, Split]) -> Line:
+    if tensor is None:
+        return Line(entry)
+    now = current.get(entry.name, tensor.source)
+    if entry.op is not None:
+        now = current[entry.name] = _after(entry.op, entry.axes, now, tensor.target)
+    shape, local = _shape(split, tensor, now)
+    return Line(entry, shape, local)
+
+
+def _after(op: Op, axes: Axes, now: Split, target: Split) -> Split:
+    """The split after one collective on the way to `target`; what is sliced for free goes with the first one."""
+    held = now.rows + now.cols + now.unreduced
+    rows = tuple(a for a in target.rows if a in now.rows or a not in held)
+    cols = tuple(a for a in target.cols if a in now.cols or a not in held)
+    rows += tuple(a for a in now.rows if a not in rows)
+    cols += tuple(a for a in now.cols if a not in cols)
+    unreduced = tuple(a for a in now.unreduced if a not in axes)
+    if op is Op.ALL_GATHER:
+        rows, cols = (tuple(a for a in dim if a not in axes) for dim in (rows, cols))
+    elif op in (Op.REDUCE_SCATTER, Op.ALL_TO_ALL):
+        rows, cols = (tuple(a for a in dim if a not in axes) for dim in (rows, cols))
+        rows += tuple(a for a in axes if a in target.rows)
+        cols += tuple(a for a in axes if a in target.cols)
+    return Split(_in_order(rows, target.rows), _in_order(cols, target.cols), unreduced)
+
+
+def _in_order(axes: Axes, digits: Axes) -> Axes:
+    """Axes in the digit order of the dimension that they are to split; others stay behind."""
+    return tuple(axis for axis in digits if axis in axes) + tuple(axis for axis in axes if axis not in digits)
+
+
+def _shape(split: StepSplit, tensor: _Tensor, now: Split) -> tuple[str, str]:
+    """The shape in the paper's notation, and its sizes on one device."""
+    axes = {tensor.rows: now.rows, tensor.cols: now.cols}
+    shape = ShardedShape(tuple((letter, axes.get(letter, ())) for letter in tensor.letters), now.unreduced)
+    model, step = split.model, split.shape
+    sequences = step.prefill_slots or step.decode_rows
+    sizes = {
+        "T": step.num_tokens,
+        "B": sequences,
+        "L": math.ceil(step.num_tokens / max(sequences, 1)),
+        "E": model.embed_dim,
+        "F": model.ffn_dim,
+        "H": model.num_heads,
+        "K": model.num_kv_heads,
+        "Q": model.head_dim,
+        "V": model.padded_vocab_size,
+    }
+    local = [math.ceil(sizes[letter] / split.ways(axes.get(letter, ()))) for letter in tensor.letters]
+    return str(shape), "×".join(map(str, local))

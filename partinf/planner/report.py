@@ -1,0 +1,104 @@
+"""What a search finds: candidates with their figures, as types; `cli` turns them into tables and JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partinf.cost.calibration import Calibration
+from partinf.cost.collectives import BandwidthModel
+from partinf.cost.ledger import Ledger
+from partinf.cost.memory import MemoryBudget
+from partinf.cost.pricing import Program
+from partinf.hardware import Slice
+from partinf.layout import Layout, Phase
+from partinf.model_config import ModelConfig
+from partinf.workload import Workload
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """One step of one phase under a candidate.
+
+    Attributes:
+        ffn, attention: the paper's names for its roles. tokens: real tokens of the step. tokens_per_sequence: of one sequence.
+    """
+
+    name: str
+    phase: Phase
+    ffn: str
+    attention: str
+    ledger: Ledger
+    step_seconds: float
+    mfu: float
+    tokens: int
+    tokens_per_sequence: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One role assignment with its figures.
+
+    Attributes:
+        score: what candidates are ordered by, in seconds: the step that was asked for, or the whole workload.
+        meets_bound: the latency bound holds, or there is none.
+        padded_heads: query heads with padding; 0 for none.
+        asked: the phase whose figures stand for the candidate.
+    """
+
+    layout: Layout
+    name: str
+    phases: tuple[PhaseResult, ...]
+    memory: MemoryBudget
+    score: float
+    asked: PhaseResult
+    num_chips: int
+    padded_heads: int = 0
+    meets_bound: bool = True
+    tie_with_best: bool = False
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Time per token of one sequence."""
+        return self.asked.step_seconds / self.asked.tokens_per_sequence
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.asked.tokens / self.asked.step_seconds
+
+    @property
+    def chip_ms_per_token(self) -> float:
+        return 1e3 * self.num_chips * self.asked.step_seconds / self.asked.tokens
+
+    def phase(self, name: str) -> PhaseResult | None:
+        """The result of a phase, if the search priced it."""
+        return next((result for result in self.phases if result.name == name), None)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Role assignments that cannot hold the model at all, by their reason."""
+
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """All candidates, the best first and those that do not fit last."""
+
+    model: ModelConfig
+    slice: Slice
+    workload: Workload
+    calibration: Calibration
+    bandwidth_model: BandwidthModel
+    program: Program
+    candidates: tuple[Candidate, ...]
+    refused: tuple[Refused, ...] = ()
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]

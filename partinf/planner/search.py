@@ -1,0 +1,246 @@
+"""The search: price every role assignment, order by objective, and join prefill and decode over one storage.
+
+For one phase all its options are priced. For a whole workload every storage and decode option is joined with the prefill option that is
+best beside it: prefill options are tried from the cheapest up until none that is left can win, which is exact because what the two
+phases pay for each other is never negative.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from partinf.cost.calibration import calibration_for
+from partinf.cost.collectives import BandwidthModel
+from partinf.cost.ledger import Ledger
+from partinf.cost.memory import MemoryBudget
+from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.errors import InvalidInput
+from partinf.hardware import Slice
+from partinf.layout import PHASES, Layout, Role, attention_name, ffn_name, readable_name
+from partinf.model_config import ModelConfig
+from partinf.planner.candidates import AxisTable, HeadSplits, PhaseOption, Storage, axis_table, option_signature, phase_options, storages
+from partinf.planner.evaluate import Evaluator, Priced
+from partinf.planner.report import Candidate, PhaseResult, PlanReport, Refused
+from partinf.workload import Workload
+
+TIE = 1.05
+
+
+class _Choice(NamedTuple):
+    """A priced option of one phase, for a storage; `kv` marks the axes that split key-value heads."""
+
+    option: PhaseOption
+    kv: tuple[bool, ...]
+    priced: Priced
+    padded_heads: int
+
+
+class _Pair(NamedTuple):
+    """Prefill and decode over one storage, as priced beside each other."""
+
+    prefill: _Choice
+    decode: _Choice
+    prefill_priced: Priced
+    decode_priced: Priced
+    padded_heads: int
+    fits: bool
+    seconds: float
+
+
+def search(
+    model: ModelConfig,
+    slice_: Slice,
+    workload: Workload,
+    *,
+    calibration: str = "fitted",
+    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
+    program: Program = LOOPED,
+) -> PlanReport:
+    """Price every role assignment of `slice_` for this workload.
+
+    Args:
+        calibration: `fitted` or `none` (the pure roofline).
+        program: what is credited, see `partinf.cost.pricing`.
+
+    Raises:
+        InvalidInput: when no assignment can hold the model at all, with the reasons.
+    """
+    constants = calibration_for(slice_.chip, calibration)
+    search_ = _Search(model, slice_, workload, Pricing(slice_, constants, bandwidth_model, program))
+    found = search_.single() if workload.phase else search_.whole()
+    if not found:
+        reasons = [f"model {model.name} on {slice_.name}: {reason}" for reason, _ in search_.refused.most_common()]
+        raise InvalidInput(reasons)
+    refused = tuple(Refused(reason, count) for reason, count in search_.refused.most_common())
+    return PlanReport(model, slice_, workload, constants, bandwidth_model, program, order(found), refused)
+
+
+def order(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """Those that fit and meet the bound first, each group by score; candidates within 5 % of the first are marked as ties."""
+    ranked = sorted(candidates, key=lambda c: (not c.fits, not c.meets_bound, c.score))
+    best = ranked[0]
+    return tuple(
+        replace(c, tie_with_best=True) if c.fits == best.fits and c.meets_bound == best.meets_bound and c.score <= TIE * best.score else c
+        for c in ranked
+    )
+
+
+class _Search:
+    """The state of one search: the evaluator's caches, and what was refused."""
+
+    def __init__(self, model: ModelConfig, slice_: Slice, workload: Workload, pricing: Pricing) -> None:
+        self.model, self.slice, self.workload = model, slice_, workload
+        self.table: AxisTable = axis_table(slice_)
+        self.evaluator = Evaluator(model, pricing, workload)
+        self.sizes = slice_.axis_sizes
+        self.refused: Counter[str] = Counter()
+        self.heads = HeadSplits(self.table, model.num_kv_heads)
+        self._repriced: dict[object, Priced] = {}
+        self._couplings: dict[object, float] = {}
+        self._helds: dict[object, MemoryBudget] = {}
+
+    def single(self) -> list[Candidate]:
+        """Candidates of the one phase that was asked for; the other phase has the same roles."""
+        label = self.workload.phase or "decode"
+        found = []
+        for storage in storages(self.table):
+            for choice in self._choices(storage, label):
+                layout = self.table.layout(storage, choice.option, choice.option)
+                ledger = choice.priced.ledger
+                if label == "prefill":
+                    ledger = ledger + self.evaluator.coupling(layout, choice.padded_heads)
+                memory = self.evaluator.memory(layout, [choice.priced], choice.padded_heads)
+                found.append(self._candidate(layout, choice.padded_heads, {label: ledger}, memory))
+        return found
+
+    def whole(self) -> list[Candidate]:
+        """For every storage and decode option, the best prefill option beside it."""
+        found = []
+        for storage in storages(self.table):
+            decodes = self._choices(storage, "decode")
+            prefills = sorted(self._choices(storage, "prefill", merged=False), key=lambda choice: choice.priced.seconds)
+            for decode in decodes:
+                best: _Pair | None = None
+                for prefill in prefills:
+                    base = prefill.priced.seconds + self.workload.output_len * decode.priced.seconds
+                    if best is not None and best.fits and base >= best.seconds:
+                        break
+                    pair = self._pair(storage, prefill, decode)
+                    if pair and (best is None or (not pair.fits, pair.seconds) < (not best.fits, best.seconds)):
+                        best = pair
+                if best is not None:
+                    found.append(self._joined(storage, best))
+        return found
+
+    def _pair(self, storage: Storage, prefill: _Choice, decode: _Choice) -> _Pair | None:
+        """Prefill and decode side by side; None when their heads do not split together."""
+        parts, kv = self.heads.of(storage, prefill.option, decode.option)
+        padded = self.evaluator.padded_heads(parts)
+        if padded is None:
+            return None
+        beside = [self._beside(storage, choice, (prefill, decode), label, padded, kv) for label, choice in (("prefill", prefill), ("decode", decode))]
+        held = self._held(storage, prefill, decode, beside, padded, kv)
+        fits = held.total + max(priced.activations for priced in beside) <= held.usable
+        seconds = beside[0].seconds + self.workload.output_len * beside[1].seconds
+        key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, padded)
+        coupling = self._couplings.get(key)
+        if coupling is None:
+            layout = self.table.layout(storage, prefill.option, decode.option)
+            coupling = self._couplings[key] = self.evaluator.coupling(layout, padded).seconds
+        return _Pair(prefill, decode, beside[0], beside[1], padded, fits, seconds + coupling)
+
+    def _held(
+        self, storage: Storage, prefill: _Choice, decode: _Choice, beside: list[Priced], padded: int, kv: tuple[bool, ...]
+    ) -> MemoryBudget:
+        """Weights and cache; both are the same for all prefill options that leave the heads split alike."""
+        key = (storage, decode.option.attention, kv, padded)
+        found = self._helds.get(key)
+        if found is None:
+            layout = self.table.layout(storage, prefill.option, decode.option)
+            found = self._helds[key] = replace(self.evaluator.memory(layout, beside, padded), activations=0)
+        return found
+
+    def _beside(
+        self, storage: Storage, choice: _Choice, pair: tuple[_Choice, _Choice], label: str, padded: int, kv: tuple[bool, ...]
+    ) -> Priced:
+        """A phase beside another; priced anew when its heads are split otherwise because of the other phase."""
+        if padded == choice.padded_heads and kv == choice.kv:
+            return choice.priced
+        key = (storage, choice.option, label, padded, kv)
+        found = self._repriced.get(key)
+        if found is None:
+            layout = self.table.layout(storage, pair[0].option, pair[1].option)
+            found = self._repriced[key] = self.evaluator.price(layout, label, padded)
+        return found
+
+    def _joined(self, storage: Storage, pair: _Pair) -> Candidate:
+        layout = self.table.layout(storage, pair.prefill.option, pair.decode.option)
+        coupling = self.evaluator.coupling(layout, pair.padded_heads)
+        ledgers = {"prefill": pair.prefill_priced.ledger + coupling, "decode": pair.decode_priced.ledger}
+        memory = self.evaluator.memory(layout, [pair.prefill_priced, pair.decode_priced], pair.padded_heads)
+        return self._candidate(layout, pair.padded_heads, ledgers, memory)
+
+    def _choices(self, storage: Storage, label: str, merged: bool = True) -> list[_Choice]:
+        """Priced options of a phase; with `merged` those that differ only by swapping equal axes appear once."""
+        if not self._holds(storage):
+            return []
+        seen: dict[object, _Choice | None] = {}
+        found = []
+        for option in phase_options(self.table, storage):
+            parts, kv = self.heads.of(storage, option)
+            signature = option_signature(self.table, storage, option, kv)
+            if signature in seen:
+                known = seen[signature]
+                if known is not None and not merged:
+                    found.append(known._replace(option=option, kv=kv))
+                continue
+            priced = seen[signature] = self._price(storage, option, label, parts, kv)
+            if priced is not None:
+                found.append(priced)
+        return found
+
+    def _price(self, storage: Storage, option: PhaseOption, label: str, parts: int, kv: tuple[bool, ...]) -> _Choice | None:
+        padded = self.evaluator.padded_heads(parts)
+        if padded is None:
+            self.refused[f"{self.model.num_heads} query heads do not split into {parts} parts"] += 1
+            return None
+        layout = self.table.layout(storage, option, option)
+        return _Choice(option, kv, self.evaluator.price(layout, label, padded), padded)
+
+    def _holds(self, storage: Storage) -> bool:
+        """Whether the model's dimensions split over this storage; counts the reason if not."""
+        parts = 1
+        for role, size in zip(storage, self.table.sizes, strict=True):
+            parts *= size if role in (Role.EMBED, Role.FFN) else 1
+        model = self.model
+        dims = (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim), ("padded vocabulary V", model.padded_vocab_size))
+        reasons = [f"{label} = {size} does not split into {parts} parts" for label, size in dims if size % parts]
+        self.refused.update(reasons)
+        return not reasons
+
+    def _candidate(self, layout: Layout, padded: int, ledgers: dict[str, Ledger], memory: MemoryBudget) -> Candidate:
+        results = {label: self._result(layout, label, ledgers[label]) for label in PHASES if label in ledgers}
+        asked = results[self.workload.phase or "decode"]
+        if self.workload.phase:
+            score = asked.step_seconds
+        else:
+            score = results["prefill"].step_seconds + self.workload.output_len * results["decode"].step_seconds
+        bound = self.workload.max_latency
+        name = readable_name(layout, self.sizes)
+        phases = tuple(results.values())
+        return Candidate(
+            layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or score <= bound
+        )
+
+    def _result(self, layout: Layout, label: str, ledger: Ledger) -> PhaseResult:
+        workload, chip = self.workload, self.slice.chip
+        each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
+        tokens = workload.batch * each
+        seconds = ledger.seconds
+        mfu = 2.0 * self.model.num_params() * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
+        phase = layout.phase(label)
+        ffn, attention = ffn_name(layout, phase, self.sizes), attention_name(phase, self.sizes)
+        return PhaseResult(label, phase, ffn, attention, ledger, seconds, mfu, tokens, each)

@@ -1,0 +1,117 @@
+"""Where layouts become JAX shardings: the only module that builds `Mesh` and `PartitionSpec`.
+
+Parameters, cache and step arguments are declared by letters (`partinf.axes`); this module knows which mesh axes split which letter
+under a plan. It also finds the devices: those that are here, virtual CPU devices, or abstract ones for tracing without any.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from partinf.errors import InvalidInput
+from partinf.hardware import Chip, Slice, chips, make_slice
+from partinf.layout import AttentionRole, Role
+from partinf.plan import Plan, kv_head_axes
+
+
+def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of real devices for the plan's slice, axes in mesh order.
+
+    Args:
+        devices: the devices to use; the first ones of `jax.devices()` if not given.
+
+    Raises:
+        InvalidInput: if there are fewer devices than the slice has.
+    """
+    sizes = plan.axis_sizes
+    count = math.prod(sizes.values())
+    if devices is None:
+        devices = jax.devices()
+    if len(devices) < count:
+        here = f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
+        raise InvalidInput(
+            f"slice {plan.slice.name} needs {count} devices, here are {here}; "
+            f"use --slice local, or set JAX_NUM_CPU_DEVICES={count} for virtual ones"
+        )
+    shape = tuple(sizes.values())
+    if devices[0].platform == "tpu" and plan.slice.chip.family == "tpu" and len(devices) == count:
+        return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    return Mesh(np.array(devices[:count]).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def abstract_mesh(plan: Plan) -> AbstractMesh:
+    """The plan's mesh without devices, for tracing."""
+    sizes = plan.axis_sizes
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that split each letter of a stored parameter or of the cache, major first; other letters are whole.
+
+    `D` stands for the embedding's d_model, which is split over all weight axes; `C` for the cache's key-value heads and `P` for its
+    pages; `V` is whole in storage.
+    """
+    layout = plan.layout
+    ffn = layout.storage_axes(Role.FFN)
+    kv_heads = kv_head_axes(layout, plan.axis_sizes, plan.model.num_kv_heads)
+    cached = set(layout.decode.attention_axes(AttentionRole.HEADS))
+    return {
+        "E": layout.storage_axes(Role.EMBED),
+        "D": layout.weight_axes,
+        "F": ffn,
+        "H": ffn,
+        "K": tuple(axis for axis in kv_heads if axis in ffn),
+        "C": tuple(axis for axis in kv_heads if axis in cached),
+        "P": plan.batch_axes,
+    }
+
+
+def spec(plan: Plan, letters: str) -> P:
+    """The PartitionSpec of an array whose dimensions carry these letters; `.` marks a dimension that is never split."""
+    axes = letter_axes(plan)
+    return P(*(axes.get(letter, ()) or None for letter in letters))
+
+
+def sharding(plan: Plan, mesh: Mesh | AbstractMesh, letters: str) -> NamedSharding:
+    """`spec` bound to a mesh."""
+    return NamedSharding(mesh, spec(plan, letters))
+
+
+def local_slice(mesh: str | None = None) -> Slice:
+    """The devices that are here, as a slice: one switched axis, or a factorisation of it (`4x2`).
+
+    CPU devices are virtual ones; GPUs are recognised by name. Where eight devices are here and no mesh is asked for, the mesh is 2×2×2.
+    """
+    devices = jax.devices()
+    kind = devices[0].device_kind.lower().replace(" ", "-")
+    by_family = [chip for name, chip in chips().items() if name in kind or kind in name]
+    if devices[0].platform == "cpu":
+        by_family = [chips()["cpu"]]
+    if not by_family:
+        known = ", ".join(chips())
+        raise InvalidInput(f"local: no chip of the hardware table matches the devices here ({devices[0].device_kind}); known: {known}")
+    count = len(devices) // by_family[0].devices_per_chip
+    shape = (2, 2, 2) if count == 8 else (count,)
+    return make_slice(_with_memory_here(by_family[0], devices), shape, mesh=mesh)
+
+
+def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
+    """The chip with the memory that this process finds: virtual CPU devices share the machine's, a GPU tells its own."""
+    if devices[0].platform == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+        return replace(chip, hbm=total, usable_hbm=int(0.9 * total))
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return chip if limit is None else replace(chip, usable_hbm=int(limit) * chip.devices_per_chip)
+
+
+def put(array: np.ndarray, target: NamedSharding) -> jax.Array:
+    """A host array onto its devices, each device receiving its own part alone."""
+    return jax.make_array_from_callback(array.shape, target, lambda index: array[index])

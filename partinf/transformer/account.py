@@ -1,0 +1,136 @@
+"""The second account of a step: the traced program itself, counted.
+
+Tracing a step over an abstract mesh needs no device and allocates nothing, whatever the model's size; its jaxpr holds every collective
+with the local shapes. Loops count as often as they run. This module reads programs and knows nothing of layouts or of the cost model,
+so that a comparison of the two can fail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from partinf.plan import Bucket, Plan
+from partinf.sharding import abstract_mesh
+from partinf.transformer.batch import empty_batch
+from partinf.transformer.params import abstract_params
+from partinf.transformer.step import abstract_state, build_step
+
+_KINDS = {
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "psum_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "psum": "all-reduce",
+    "psum2": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "ppermute": "collective-permute",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Collective:
+    """One kind of collective in a program.
+
+    Attributes:
+        op: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
+        axes: mesh axes of size > 1, in mesh order.
+        num_bytes: payload of one call on one device: the output of an all-gather, the input of the others.
+    """
+
+    op: str
+    axes: tuple[str, ...]
+    dtype: str
+    num_bytes: int
+
+
+@dataclass
+class Account:
+    """What one step does on one device.
+
+    Attributes:
+        collectives: how often each collective runs.
+        dot_flops: two per multiply-add of every dot product.
+    """
+
+    collectives: Counter[Collective] = field(default_factory=Counter)
+    dot_flops: int = 0
+
+    @property
+    def num_collectives(self) -> int:
+        return sum(self.collectives.values())
+
+    @property
+    def collective_bytes(self) -> int:
+        return sum(collective.num_bytes * count for collective, count in self.collectives.items())
+
+
+def trace_account(plan: Plan, bucket: Bucket) -> Account:
+    """Count the step of one bucket, traced over the plan's mesh without devices."""
+    mesh = abstract_mesh(plan)
+    whole = NamedSharding(mesh, P())
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), empty_batch(bucket))
+    step = build_step(plan, mesh, bucket, unrolled=False)
+    jaxpr = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), batch)
+    return count(jaxpr.jaxpr, plan.axis_sizes)
+
+
+def count(jaxpr: Any, sizes: Mapping[str, int]) -> Account:
+    """Count a jaxpr whose mesh axes have these sizes.
+
+    Raises:
+        ValueError: for a loop whose trip count is not static.
+    """
+    account = Account()
+    _count(jaxpr, 1, sizes, account)
+    return account
+
+
+def _count(jaxpr: Any, times: int, sizes: Mapping[str, int], account: Account) -> None:
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in _KINDS:
+            _count_collective(_KINDS[name], equation, times, sizes, account)
+        elif name == "dot_general":
+            account.dot_flops += times * _dot_flops(equation)
+        elif name == "while":
+            raise ValueError("a loop without a static trip count cannot be counted")
+        for inner, repeats in _inner(equation):
+            _count(inner, times * repeats, sizes, account)
+
+
+def _count_collective(op: str, equation: Any, times: int, sizes: Mapping[str, int], account: Account) -> None:
+    named = equation.params.get("axis_name", equation.params.get("axes"))
+    used = set(named if isinstance(named, tuple | list) else (named,))
+    axes = tuple(axis for axis, size in sizes.items() if axis in used and size > 1)
+    if not axes:
+        return
+    for variable in equation.outvars if op == "all-gather" else equation.invars:
+        shape = variable.aval
+        payload = math.prod(shape.shape) * shape.dtype.itemsize
+        account.collectives[Collective(op, axes, str(shape.dtype), payload)] += times
+
+
+def _dot_flops(equation: Any) -> int:
+    (contracting, _), _ = equation.params["dimension_numbers"]
+    contracted = math.prod(equation.invars[0].aval.shape[dim] for dim in contracting)
+    return 2 * contracted * math.prod(equation.outvars[0].aval.shape)
+
+
+def _inner(equation: Any) -> Iterator[tuple[Any, int]]:
+    """The jaxprs inside an equation and how often each runs."""
+    repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                yield inner, repeats

@@ -1,0 +1,96 @@
+"""What the host sends with every step: small integer arrays, equal on all devices, in the padded shapes of a bucket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from partinf.plan import Bucket
+
+Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One row per decode lane, lanes in equal blocks per shard of decode's batch axes. Empty lanes have position -1.
+
+    Attributes:
+        token: [D] token to feed; -1 takes the last one sampled for the slot. slot: [D] place of that last token, -1 for none.
+        position: [D] index of that token in its sequence. pages: [D, pages] global page ids that cover positions 0..position, -1 after.
+    """
+
+    token: Array
+    slot: Array
+    position: Array
+    pages: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Flat prompt tokens, and the slots (prompts or chunks) that they belong to; both in equal blocks per shard of prefill's batch axes.
+
+    Attributes:
+        token: [T] tokens. owner: [T] index of the token's prefill slot, -1 for padding. position: [T] index in its sequence.
+        page: [T] global id of the page that receives the token's keys and values, -1 for padding.
+        start: [S] positions of the slot's sequence that are already in the cache. pages: [S, pages] their global page ids, -1 after.
+        last: [S] flat index of the token from which the slot samples, -1 if it does not. slot: [S] place of the sampled token, or -1.
+    """
+
+    token: Array
+    owner: Array
+    position: Array
+    page: Array
+    start: Array
+    pages: Array
+    last: Array
+    slot: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How each sampled row chooses its token: [D + S], decode lanes first.
+
+    Attributes:
+        temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all.
+        seed, sample, position: the key of the row's random bits; position is that of the token to be chosen.
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    seed: Array
+    sample: Array
+    position: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    decode: DecodeBatch
+    prefill: PrefillBatch
+    sampling: SamplingBatch
+
+
+def empty_batch(bucket: Bucket) -> Batch:
+    """A batch of the bucket's shapes in which every lane, token and slot is padding (numpy, to be filled in)."""
+    lanes, tokens, slots = bucket.decode_rows, bucket.prefill_tokens, bucket.prefill_slots
+    rows = lanes + slots
+
+    def fill(value: int, *shape: int) -> np.ndarray:
+        return np.full(shape, value, np.int32)
+
+    return Batch(
+        DecodeBatch(fill(0, lanes), fill(-1, lanes), fill(-1, lanes), fill(-1, lanes, bucket.decode_pages)),
+        PrefillBatch(
+            fill(0, tokens), fill(-1, tokens), fill(-1, tokens), fill(-1, tokens),
+            fill(0, slots), fill(-1, slots, bucket.prefill_pages), fill(-1, slots), fill(-1, slots),
+        ),
+        SamplingBatch(
+            np.zeros(rows, np.float32), fill(0, rows), np.ones(rows, np.float32), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)
+        ),
+    )  # fmt: skip

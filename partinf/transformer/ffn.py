@@ -1,0 +1,29 @@
+"""The FFN sublayer, written once for every role assignment.
+
+With e and f the axes that still split E and F after gathering, and t those that split tokens:
+
+    1D weight-stationary   e = (),   f = xyz, t = ()      no collective but those around the sublayer
+    2D weight-stationary   e = x,    f = yz,  t = ()      reduce-scatter and all-gather over x in the middle
+    weight-gathered XY     e = (),   f = z,   t = xy      as 1D, over z alone
+    weight-gathered XYZ    e = (),   f = (),  t = xyz     none
+"""
+
+from __future__ import annotations
+
+import jax
+
+from partinf.collectives import Split, move
+from partinf.transformer.linear import dot
+from partinf.transformer.params import Params
+from partinf.transformer.routes import Routes
+
+
+def ffn(weights: Params, x: jax.Array, routes: Routes) -> jax.Array:
+    """SwiGLU of normalised x [T.t, E.e]; returns [T.t, E.e] {f unreduced}."""
+    hidden = dot("te,cfe->ctf", x, weights["w_in"])  # [2, T.t, F.f] {e unreduced}
+    frame = routes.frame((), routes.hidden_digits, 1, 2)
+    whole, split = Split(cols=routes.ffn), Split(cols=routes.ffn + routes.embed)
+    hidden = move(hidden, frame, Split(cols=routes.ffn, unreduced=routes.embed), split)  # [2, T.t, F.fe]
+    hidden = jax.nn.silu(hidden[0]) * hidden[1]  # [T.t, F.fe]
+    hidden = move(hidden, routes.frame((), routes.hidden_digits), split, whole)  # [T.t, F.f]
+    return dot("tf,ef->te", hidden, weights["w_out"])

@@ -1,0 +1,116 @@
+"""One forward pass inside `shard_map`: tokens → embed → blocks → norm → logits at the sampled positions.
+
+A worked example: 2×2×2 devices, axes x, y, z; storage x: embed, y, z: ffn (E_x F_yz); no gather; decode attends over batch on all axes,
+prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes and 16 prompt tokens. Local shapes of one device:
+
+    1. embedding table [256, E.xyz = 8]; lookup of all 24 tokens                x [24, E.xyz = 8]
+    2. norm (sum of squares over xyz), all-gather(yz)                           h [24, E.x = 32]
+    3. h · W_Q [H.yz 2, 8, E.x 32]                                              q [24, H.yz = 2, 8] {x unreduced}
+    4. decode lanes: reduce-scatter(x) onto lanes, all-to-all(yz)               q [8/8 = 1, H = 8, 8]
+       prompt tokens: reduce-scatter(x) onto heads                              q [16, H.yzx = 1, 8]
+    5. h · W_KV, stored K.y = 1 (2 kv heads divide over y, not over yz)         kv [24, 2, K.y = 1, 8] {x unreduced}
+       decode lanes: slice(z), reduce-scatter(x) onto lanes, all-to-all(y)      kv [1, 2, K = 2, 8]: the lane's owner writes its page
+       prompt tokens: all-reduce(x)                                             kv [16, 2, K.y = 1, 8] for attention over heads;
+       then all-gather(y) of the heads                                          kv [16, 2, K = 2, 8]: each owner keeps its own
+    6. attention; back by all-to-all(yz) and all-gather(x)                      o [24, H.yz = 2, 8]
+    7. o · W_O [E.x 32, H.yz 2, 8], reduce-scatter(z), reduce-scatter(y)        x [24, E.xyz = 8]
+    8. norm, all-gather(yz), · W_in [2, F.yz 48, E.x 32]                        [2, 24, F.yz = 48] {x unreduced}
+    9. reduce-scatter(x), silu · mul, all-gather(x), · W_out [E.x 32, F.yz 48]  [24, E.x = 32] {yz unreduced}
+    10. reduce-scatter(z), reduce-scatter(y)                                    x [24, E.xyz = 8]
+    11. rows to sample from: 8 lanes, last tokens of the prompts; logits        [rows, V = 256] {xyz unreduced}
+        reduce-scatter(z), (y), (x)                                             [rows, V.xyz = 32]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from partinf.collectives import Split, move, take_split
+from partinf.transformer.batch import Batch
+from partinf.transformer.block import block
+from partinf.transformer.linear import norm
+from partinf.transformer.params import Params
+from partinf.transformer.rope import frequencies
+from partinf.transformer.routes import Group, Routes
+
+
+def forward(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> tuple[jax.Array, Any]:
+    """Logits of the rows that are sampled, and the cache with this step's keys and values.
+
+    Args:
+        decode_tokens: [D] tokens to feed, already resolved from the last sampled ones.
+
+    Returns:
+        float32 [D.r + S, V.ef]: decode lanes split over the replica axes r, then all prefill slots; padding of V is -inf.
+    """
+    parts = []
+    if routes.bucket.decode_rows:
+        parts.append(_embed(params, decode_tokens, routes.decode, routes))
+    if routes.bucket.prefill_tokens:
+        parts.append(_embed(params, jnp.asarray(batch.prefill.token), routes.prefill, routes))
+    x = jnp.concatenate(parts) if len(parts) > 1 else parts[0]  # [T.t, E.w]
+    x, kv = _layers(params["layers"], x, kv, batch, routes)
+    return _logits(params, _sampled_rows(x, batch, routes), routes), kv
+
+
+def _embed(params: Params, tokens: jax.Array, group: Group, routes: Routes) -> jax.Array:
+    tokens = take_split(tokens, 0, group.order, routes.replica, routes.sizes)  # [T.r]
+    x = params["embed"][tokens]  # [T.r, E.ef]
+    frame = routes.frame(group.order, routes.weight_stored)
+    return move(x, frame, Split(routes.replica, routes.weight_stored), Split(routes.tokens, routes.weight))  # [T.t, E.w]
+
+
+def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) -> tuple[jax.Array, Any]:
+    """All layers: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry."""
+    freqs: np.ndarray = frequencies(routes.plan.model)
+    if isinstance(layers, tuple):
+        for index, weights in enumerate(layers):
+            x, kv = block(weights, x, kv, index, batch, routes, freqs)
+        return x, kv
+
+    def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
+        index, weights = inputs
+        return block(weights, *carry, index, batch, routes, freqs), None
+
+    indices = jnp.arange(routes.plan.model.num_layers)
+    (x, kv), _ = lax.scan(body, (x, kv), (indices, layers))
+    return x, kv
+
+
+def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
+    """The rows from which tokens are sampled, with E over all weight axes: [D.r + S, E.ef]."""
+    lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
+    parts = []
+    if routes.bucket.decode_rows:
+        frame = routes.frame(routes.decode.order, routes.weight_stored)
+        target = Split(routes.replica, routes.weight_stored)
+        parts.append(move(x[:lanes], frame, Split(routes.tokens, routes.weight), target))
+    if routes.bucket.prefill_slots:
+        order = routes.prefill.order
+        here = take_split(jnp.arange(routes.bucket.prefill_tokens), 0, order, routes.tokens, routes.sizes)
+        picked = (jnp.asarray(batch.prefill.last)[:, None] == here[None, :]).astype(x.dtype)
+        last = picked @ x[lanes:]  # [S, E.w] {t unreduced}: one term each, so exact
+        frame = routes.frame((), routes.weight_stored)
+        last = move(last, frame, Split(cols=routes.weight, unreduced=routes.tokens), Split(cols=routes.weight))
+        parts.append(move(last, frame, Split(cols=routes.weight), Split(cols=routes.weight_stored)))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
+    axes, model = routes.weight_stored, routes.plan.model
+    rows = norm(rows, params["final_norm"], axes, routes)
+    table = params.get("unembed", params["embed"])  # [V, E.ef]
+    logits = jnp.einsum("re,ve->rv", rows, table, preferred_element_type=jnp.float32)  # [R, V] {ef unreduced}
+    logits = move(logits, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
+    return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, logits, -jnp.inf)
+
+
+def vocabulary_ids(routes: Routes) -> jax.Array:
+    """The vocabulary entries whose logits this device holds, [V.ef]."""
+    axes = routes.weight_stored
+    return take_split(jnp.arange(routes.plan.model.padded_vocab_size), 0, axes, axes, routes.sizes)

@@ -1,0 +1,176 @@
+"""Which mesh axes split what at each point of one step: the roles of a plan worked out for one bucket.
+
+`Routes` is computed once per bucket from plain data and holds nothing but axis names and frames; attention, FFN and sampling ask it for
+the split before and after each `move` and contain no case for any layout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from partinf.collectives import Axes, Frame, Split
+from partinf.layout import AttentionRole, Phase, Role
+from partinf.plan import Bucket, Plan, head_axes, kv_head_axes
+
+
+@dataclass(frozen=True)
+class Group:
+    """The attention state of one token group.
+
+    Attributes:
+        batch: axes over which whole requests are dealt. heads: axes that split the query heads.
+        kv: axes among `heads` that split the key-value heads too.
+        order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers.
+    """
+
+    batch: Axes
+    heads: Axes
+    kv: Axes
+    order: Axes
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Axes and splits of one bucket under one plan."""
+
+    plan: Plan
+    bucket: Bucket
+
+    @cached_property
+    def phase(self) -> Phase:
+        return self.plan.ffn_phase(self.bucket.num_tokens)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return self.plan.axis_sizes
+
+    def ways(self, axes: Axes) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    # What splits weights and activations in the linear layers.
+
+    @cached_property
+    def embed_stored(self) -> Axes:
+        return self.plan.layout.storage_axes(Role.EMBED)
+
+    @cached_property
+    def ffn_stored(self) -> Axes:
+        return self.plan.layout.storage_axes(Role.FFN)
+
+    @cached_property
+    def embed(self) -> Axes:
+        """e: axes that still split E in the weights after gathering."""
+        return tuple(axis for axis in self.embed_stored if axis not in self.phase.gather)
+
+    @cached_property
+    def ffn(self) -> Axes:
+        """f: axes that still split F and the query heads after gathering."""
+        return tuple(axis for axis in self.ffn_stored if axis not in self.phase.gather)
+
+    @cached_property
+    def weight(self) -> Axes:
+        """w: axes that split E of the activations between sublayers, e then f."""
+        return self.embed + self.ffn
+
+    @cached_property
+    def weight_stored(self) -> Axes:
+        return self.plan.layout.weight_axes
+
+    @cached_property
+    def tokens(self) -> Axes:
+        """t: axes that split the tokens in the linear layers."""
+        return self.plan.layout.token_axes(self.phase)
+
+    @cached_property
+    def replica(self) -> Axes:
+        return self.plan.layout.storage_axes(Role.REPLICA)
+
+    # Digit orders.
+
+    @cached_property
+    def head_digits(self) -> Axes:
+        return head_axes(self.plan.layout)
+
+    @cached_property
+    def kv_digits(self) -> Axes:
+        return kv_head_axes(self.plan.layout, self.sizes, self.plan.model.num_kv_heads)
+
+    @cached_property
+    def hidden_digits(self) -> Axes:
+        return self.ffn_stored + self.embed_stored
+
+    def frame(self, rows: Axes, cols: Axes, row_dim: int = 0, col_dim: int = 1) -> Frame:
+        return Frame(rows, cols, self.sizes, row_dim, col_dim)
+
+    # Token groups.
+
+    @cached_property
+    def decode(self) -> Group:
+        return self._group(self.plan.layout.decode)
+
+    @cached_property
+    def prefill(self) -> Group:
+        return self._group(self.plan.layout.prefill)
+
+    def _group(self, phase: Phase) -> Group:
+        batch, heads = phase.attention_axes(AttentionRole.BATCH), phase.attention_axes(AttentionRole.HEADS)
+        others = tuple(axis for axis in self.plan.layout.axes if axis in self.tokens and axis not in batch)
+        return Group(batch, heads, tuple(axis for axis in self.kv_digits if axis in heads), batch + others)
+
+    @cached_property
+    def shared_batch(self) -> Axes:
+        """Batch axes of both groups: a prompt's tokens lie on the shard of these axes that owns its pages."""
+        return tuple(axis for axis in self.decode.batch if axis in self.prefill.batch)
+
+    @cached_property
+    def q_projected(self) -> Split:
+        """Queries as projected: [T.t, H.f, Q] {e unreduced}."""
+        return Split(self.tokens, self.ffn, self.embed)
+
+    @cached_property
+    def kv_projected(self) -> Split:
+        """Keys and values as projected: [T.t, 2, K.kf, Q] {e unreduced}, kf the axes of f that divide K."""
+        return Split(self.tokens, tuple(axis for axis in self.kv_digits if axis in self.ffn), self.embed)
+
+    def kv_choice(self, group: Group) -> tuple[np.ndarray, int] | None:
+        """Which local key-value heads this device's query heads read, where that is not simply equal runs in order.
+
+        Returns:
+            None when query head i reads key-value head i // (local H / local K); otherwise a table [ways of group.heads, chosen]
+            of local key-value heads, one row per coordinate along `group.heads` (major first), and nothing else is read: query head
+            i then reads chosen head i // (local H / chosen).
+        """
+        model, axes = self.plan.model, tuple(axis for axis in group.heads if self.sizes[axis] > 1)
+        per_device = [self._kv_of_queries(group, axes, index) for index in np.ndindex(*(self.sizes[axis] for axis in axes))]
+        local_queries, local_kv = per_device[0].size, model.num_kv_heads // self.ways(group.kv)
+        plain = np.arange(local_queries) // max(local_queries // local_kv, 1)
+        if local_queries % local_kv == 0 and all((row == plain).all() for row in per_device):
+            return None
+        chosen = [np.unique(row) for row in per_device]
+        counts = {len(row) for row in chosen}
+        if len(counts) == 1 and local_queries % len(chosen[0]) == 0:
+            run = local_queries // len(chosen[0])
+            if all((row == np.repeat(few, run)).all() for row, few in zip(per_device, chosen, strict=True)):
+                return np.stack(chosen), len(chosen[0])
+        return np.stack(per_device), local_queries
+
+    def _kv_of_queries(self, group: Group, axes: Axes, index: tuple[int, ...]) -> np.ndarray:
+        """Local key-value head of each local query head of the device at `index` along `axes`."""
+        model, at = self.plan.model, dict(zip(axes, index, strict=True))
+        queries = _held(model.num_heads, self.head_digits, {a: i for a, i in at.items() if a in group.heads}, self.sizes)
+        kv = _held(model.num_kv_heads, self.kv_digits, {a: i for a, i in at.items() if a in group.kv}, self.sizes)
+        return np.searchsorted(kv, queries // model.queries_per_kv_head)
+
+
+def _held(length: int, digits: Axes, at: dict[str, int], sizes: dict[str, int]) -> np.ndarray:
+    """Which of `length` entries the device at coordinates `at` holds, when those axes split a dimension with these digits."""
+    entries, rest, keep = np.arange(length), length, np.ones(length, bool)
+    for axis in digits:
+        rest //= sizes[axis]
+        if axis in at:
+            keep &= entries // rest % sizes[axis] == at[axis]
+    return entries[keep]

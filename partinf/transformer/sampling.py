@@ -1,0 +1,114 @@
+"""Choosing tokens from logits whose vocabulary is split over devices, [R, V.a].
+
+Nothing is gathered. Greedy selection is a maximum over devices. Top-k and top-p find their threshold bit by bit: a float's bits, read
+as an ordered integer, are built from the highest down by asking 32 times how many entries (how much mass) lie at or above a candidate.
+That is exact; entries equal to the threshold are all kept. Sampling adds Gumbel noise keyed by (seed, sample, position, vocabulary
+entry), so a row's choice depends neither on the batch nor on the mesh. `keep_plain` is the sorted twin of the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from partinf.collectives import Axes
+from partinf.transformer.batch import SamplingBatch
+
+Combine = Callable[[jax.Array], jax.Array]
+
+
+def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: bool) -> tuple[jax.Array, jax.Array]:
+    """One token per row and its log-probability under the unmodified distribution.
+
+    Args:
+        logits: float32 [R, V.a]; -inf where an entry must not be chosen. ids: [V.a], the vocabulary entries held here.
+        how: one entry per row.
+        axes: a, the axes of size > 1 that split the vocabulary.
+        random: False compiles greedy selection alone.
+    """
+    total: Combine = lambda x: lax.psum(x, axes) if axes else x  # noqa: E731
+    tokens = _argmax(logits, ids, axes)
+    if random:
+        tokens = jnp.where(how.temperature > 0, _sample(logits, ids, how, axes, total), tokens)
+    top = _max(jnp.max(logits, axis=-1), axes)
+    norm = jnp.log(total(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))) + top
+    chosen = total(jnp.sum(jnp.where(ids[None, :] == tokens[:, None], logits, 0.0), axis=-1))
+    return tokens, chosen - norm
+
+
+def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, total: Combine, top: jax.Array) -> jax.Array:
+    """Which entries survive: the top_k largest of a row, then the fewest of those whose mass reaches top_p of theirs.
+
+    Args:
+        logits: [R, V.a]. top_k: [R], 0 for all. top_p: [R]. total: sum over the devices. top: [R], the row's largest logit.
+    """
+    order = _ordered(logits)
+    wanted = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)
+    kept = order >= _threshold(order, lambda above: total(jnp.sum(above, axis=-1, dtype=jnp.int32)) >= wanted)[:, None]
+    mass = jnp.where(kept, jnp.exp(logits - top[:, None]), 0.0)
+    enough = top_p * total(jnp.sum(mass, axis=-1))
+    nucleus = _threshold(order, lambda above: total(jnp.sum(jnp.where(above, mass, 0.0), axis=-1)) >= enough)
+    return kept & ((order >= nucleus[:, None]) | (top_p >= 1.0)[:, None])
+
+
+def keep_plain(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The twin of `keep` on whole rows: by sorting."""
+    descending = -jnp.sort(-logits, axis=-1)
+    size = logits.shape[-1]
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
+    kept = logits >= jnp.take_along_axis(descending, last[:, None], axis=-1)
+    mass = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
+    by_mass = -jnp.sort(-mass, axis=-1)
+    needed = jnp.sum(jnp.cumsum(by_mass, axis=-1) < top_p[:, None], axis=-1)
+    smallest = jnp.take_along_axis(by_mass, jnp.minimum(needed, size - 1)[:, None], axis=-1)
+    return kept & ((mass >= smallest) | (top_p >= 1.0)[:, None])
+
+
+def _sample(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, total: Combine) -> jax.Array:
+    scaled = logits / jnp.maximum(how.temperature, 1e-6)[:, None]
+    top = _max(jnp.max(scaled, axis=-1), axes)
+    kept = keep(scaled, jnp.asarray(how.top_k), jnp.asarray(how.top_p), total, top)
+    return _argmax(jnp.where(kept, scaled + _gumbel(how, ids), -jnp.inf), ids, axes)
+
+
+def _gumbel(how: SamplingBatch, ids: jax.Array) -> jax.Array:
+    """Gumbel noise [R, V.a] from one counter per (seed, sample, position, vocabulary entry)."""
+
+    def row(seed: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+        return jax.vmap(lambda entry: jax.random.key_data(jax.random.fold_in(key, entry))[1])(ids)
+
+    bits = jax.vmap(row)(jnp.asarray(how.seed), jnp.asarray(how.sample), jnp.asarray(how.position))
+    uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * (0.5**24)  # in (0, 1), both ends excluded
+    return -jnp.log(-jnp.log(uniform))
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """float32 → uint32 with the same order; both zeros are one number."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _threshold(order: jax.Array, reaches: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest integer t per row such that the entries at or above t satisfy `reaches`; 0 if none does."""
+
+    def bit(index: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        return jnp.where(reaches(order >= candidate[:, None]), candidate, found)
+
+    return lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[0], jnp.uint32))
+
+
+def _max(x: jax.Array, axes: Axes) -> jax.Array:
+    return lax.pmax(x, axes) if axes else x
+
+
+def _argmax(logits: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
+    """The vocabulary entry of each row's largest logit, the lowest one among equals."""
+    best = jnp.max(logits, axis=-1)
+    top = _max(best, axes)
+    mine = jnp.where(best == top, ids[jnp.argmax(logits, axis=-1)], jnp.iinfo(jnp.int32).max)
+    return lax.pmin(mine, axes) if axes else mine

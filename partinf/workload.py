@@ -1,0 +1,81 @@
+"""What is to be served: batch, lengths and objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from partinf.errors import raise_offences
+
+
+class Objective(StrEnum):
+    """LATENCY: shortest step (or request). THROUGHPUT: most tokens per second. COST: fewest chip-seconds per token."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+    COST = "cost"
+
+
+class DType(StrEnum):
+    """Storage types of weights and KV cache."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+    F32 = "f32"
+
+    @property
+    def num_bytes(self) -> int:
+        return {DType.BF16: 2, DType.INT8: 1, DType.F32: 4}[self]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch of requests of equal lengths, the unit for which a layout is chosen.
+
+    Attributes:
+        batch: B, sequences decoded together.
+        input_len: prompt tokens per request (prefill).
+        output_len: generated tokens per request; 0 for scoring.
+        context_len: tokens in the cache when one decode step is judged; None means input plus half of the output.
+        phase: `prefill` or `decode` to judge one step of that phase; None for the whole workload.
+        weights, kv: storage types.
+        max_latency: bound in seconds on the step (single phase) or the whole request; None for no bound.
+    """
+
+    batch: int
+    input_len: int = 0
+    output_len: int = 0
+    context_len: int | None = None
+    phase: str | None = None
+    weights: DType = DType.BF16
+    kv: DType = DType.BF16
+    objective: Objective = Objective.LATENCY
+    max_latency: float | None = None
+
+    def __post_init__(self) -> None:
+        offences = []
+        if self.batch < 1:
+            offences.append(f"batch = {self.batch}; it must be at least 1")
+        for key in ("input_len", "output_len", "context_len"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                offences.append(f"{key.removesuffix('_len')} = {value}; it must not be negative")
+        if self.phase not in (None, "prefill", "decode"):
+            offences.append(f"phase = {self.phase!r}; valid: prefill, decode, or neither for the whole workload")
+        if self.phase in (None, "prefill") and self.input_len == 0 and not self.context_len:
+            offences.append("input = 0; prefill needs a prompt length of at least 1")
+        if self.max_latency is not None and self.max_latency <= 0:
+            offences.append(f"max latency = {self.max_latency} s; it must be positive")
+        raise_offences(offences)
+
+    @property
+    def decode_context(self) -> int:
+        """M of the decode step by which layouts are judged."""
+        if self.context_len is not None:
+            return self.context_len
+        return self.input_len + self.output_len // 2
+
+    @property
+    def max_context(self) -> int:
+        """Tokens per request that the cache must hold at the end."""
+        return max(self.context_len or 0, self.input_len + self.output_len)

@@ -1,0 +1,214 @@
+"""Bad directories: every offence in one exception, each naming the tensor, what was found and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from partinf.checkpoint.hf import check_hf, load_hf
+from partinf.errors import InvalidInput
+from partinf.model_config import ModelConfig, load_model_config
+from tests.checkpoint.paths import FIXTURES
+from tests.checkpoint.trees import abstract_tree, all_tensors, assert_same, make_mesh
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """A copy of the fixture with one file."""
+    return Path(shutil.copytree(FIXTURES / "llama_gqa", tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A copy of the fixture with shards and an index."""
+    return Path(shutil.copytree(FIXTURES / "llama_tied_mqa", tmp_path / "sharded"))
+
+
+def offences(directory: Path, config: ModelConfig | None = None) -> tuple[str, ...]:
+    with pytest.raises(InvalidInput) as caught:
+        check_hf(directory, config or load_model_config(directory))
+    return caught.value.offences
+
+
+def edit(directory: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_missing_misshapen_unexpected_and_unreadable_tensors_are_listed_together(single: Path) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((32, 64), np.float32)
+        tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((128, 64), np.int8)
+
+    edit(single, change)
+    assert offences(single) == (
+        "model.norm.weight: missing; expected shape (64,)",
+        "model.layers.1.self_attn.k_proj.weight: found shape (32, 64), expected (16, 64)",
+        "model.layers.0.mlp.up_proj.weight: stored as I8; expected one of BF16, F16, F32, F64",
+        "model.layers.0.self_attn.q_proj.bias: unexpected: found shape (64,); the architecture has no such tensor",
+    )
+
+
+def test_layers_that_offend_alike_share_a_line(single: Path) -> None:
+    found = offences(single, dataclasses.replace(load_model_config(single), num_layers=80))
+    assert len(found) == 9
+    assert "model.layers.[2-79].self_attn.q_proj.weight: missing; expected shape (64, 64) (78 tensors)" in found
+
+
+def test_a_truncated_file_names_what_is_cut_off(single: Path) -> None:
+    file = single / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    (found,) = offences(single)
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    del header["__metadata__"]
+    last = max(header, key=lambda name: header[name]["data_offsets"][1])
+    assert f"truncated: found {len(whole) - 100} bytes, expected {len(whole)}; 1 of 21 tensors cut off: {last}" in found
+
+
+def test_truncation_is_found_before_any_device_is_used(single: Path) -> None:
+    config = load_model_config(single)
+    file = single / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InvalidInput, match="truncated"):
+        load_hf(single, config, abstract_tree(config, make_mesh(4, 2)))
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "truncated, or no safetensors file: 0 bytes"),
+        (b"PK\x03\x04" + bytes(100), "truncated, or no safetensors file: 104 bytes"),
+        ((20).to_bytes(8, "little") + b"not a header at all!", "the header is not JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "the header is a list"),
+    ],
+)
+def test_a_file_that_is_something_else_is_one_offence(single: Path, content: bytes, words: str) -> None:
+    """The tensors that it might have held are not reported as missing as well."""
+    (single / "model.safetensors").write_bytes(content)
+    (found,) = offences(single)
+    assert words in found
+
+
+def test_a_header_that_contradicts_itself(single: Path) -> None:
+    header = json.dumps({"model.norm.weight": {"dtype": "F32", "shape": [64], "data_offsets": [0, 64]}}).encode()
+    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    assert "contradicts itself about model.norm.weight" in offences(single)[0]
+
+
+def test_tensors_that_overlap(single: Path) -> None:
+    entry = {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}
+    header = json.dumps({"model.norm.weight": entry, "lm_head.weight": entry}).encode()
+    (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(256))
+    assert "no valid safetensors file" in offences(single)[0]
+
+
+def test_damage_is_never_a_surprise(single: Path) -> None:
+    """Any bytes in the header either pass or are an offence; what passes can be loaded."""
+    config = load_model_config(single)
+    abstract = abstract_tree(config, make_mesh(1, 1))
+    file = single / "model.safetensors"
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        place = int(generator.integers(end))
+        changed = bytes([generator.choice(list(b'0123456789"[]{},:aF'))])
+        file.write_bytes(whole[:place] + changed + whole[place + 1 :])
+        try:
+            load_hf(single, config, abstract)
+        except InvalidInput:
+            refused += 1
+    assert refused > 30
+
+
+def test_bytes_after_the_end(single: Path) -> None:
+    with (single / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert "the file is damaged" in offences(single)[0]
+
+
+def test_an_index_that_names_a_missing_file(sharded: Path) -> None:
+    (sharded / "model-00002-of-00004.safetensors").unlink()
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    count = list(weight_map.values()).count("model-00002-of-00004.safetensors")
+    (found,) = offences(sharded)
+    assert f"places {count} tensors in model-00002-of-00004.safetensors, which does not exist; present: model-00001-of-00004" in found
+
+
+def test_an_index_that_is_wrong_about_a_tensor(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.layers.0.mlp.extra.weight"] = "model-00001-of-00004.safetensors"
+    index["weight_map"]["model.norm.weight"] = "model-00001-of-00004.safetensors"
+    real = json.loads((FIXTURES / "llama_tied_mqa" / INDEX).read_text())["weight_map"]["model.norm.weight"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    extra, moved = offences(sharded)
+    assert "places model.layers.0.mlp.extra.weight in model-00001-of-00004.safetensors, which does not hold it; did you mean" in extra
+    assert f"places model.norm.weight in model-00001-of-00004.safetensors; found in {real}" in moved
+
+
+def test_an_index_cannot_name_a_file_elsewhere(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../single/model.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert "names the file '../single/model.safetensors'; expected the plain name" in offences(sharded)[0]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"metadata": {}}', '{"weight_map": []}'])
+def test_an_index_that_is_none(sharded: Path, content: str) -> None:
+    (sharded / INDEX).write_text(content)
+    (found,) = offences(sharded)
+    assert "weight_map" in found
+
+
+def test_shards_without_an_index(sharded: Path) -> None:
+    config = load_model_config(sharded)
+    (sharded / INDEX).unlink()
+    abstract = abstract_tree(config, make_mesh(1, 1))
+    assert_same(load_hf(sharded, config, abstract), load_hf(FIXTURES / "llama_tied_mqa", config, abstract))
+    shutil.copy(sharded / "model-00001-of-00004.safetensors", sharded / "model-copy.safetensors")
+    assert all("is also in model-00001-of-00004.safetensors" in line for line in offences(sharded))
+
+
+def test_harmless_extras_are_tolerated(single: Path) -> None:
+    """Rotary buffers of old checkpoints; the output matrix that some tools store although it is tied."""
+    edit(single, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}))
+    config = load_model_config(single)
+    check_hf(single, config)
+    check_hf(single, dataclasses.replace(config, tied_embeddings=True))
+
+
+def test_every_stored_type_is_read(single: Path) -> None:
+    config = load_model_config(single)
+    types = (np.float64, np.float32, np.float16, jnp.bfloat16)
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for place, name in enumerate(sorted(tensors)):
+            tensors[name] = (np.round(tensors[name].astype(np.float32) * 16) / 16).astype(types[place % 4])
+
+    edit(single, change)
+    params = load_hf(single, config, abstract_tree(config, make_mesh(1, 1)))
+    np.testing.assert_array_equal(params["final_norm"], all_tensors(single)["model.norm.weight"].astype(np.float32))
+
+
+def test_directories_without_weights(tmp_path: Path) -> None:
+    config = load_model_config(FIXTURES / "llama_gqa")
+    assert "no such directory" in offences(tmp_path / "absent", config)[0]
+    assert "found none; expected model.safetensors" in offences(tmp_path, config)[0]
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "found pytorch_model.bin, which are not read" in offences(tmp_path, config)[0]

@@ -1,0 +1,56 @@
+"""What an import may cost: `import partinf` loads nothing, and the pure column never loads jax.
+
+import-linter checks the same rules on the text of the imports; this checks what an interpreter really loads.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+# Everything else under partinf/ is pure. Commands are checked with the command line.
+_JAX_COLUMN = ("sharding", "quantize", "collectives", "transformer", "checkpoint", "proof", "engine.jax_runner", "serve", "cli", "__main__")
+_HEAVY = ("jax", "jaxlib", "flax", "orbax", "chex", "optax", "tensorstore")
+
+
+def _loaded(run_python: Run, imports: str) -> set[str]:
+    done = run_python("-c", f"import sys\n{imports}\nprint(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def _modules(root: Path) -> list[str]:
+    paths = (path.relative_to(root).with_suffix("") for path in (root / "partinf").rglob("*.py"))
+    return sorted({".".join(path.parts).removesuffix(".__init__") for path in paths})
+
+
+def _is_pure(module: str) -> bool:
+    return not any(module == f"partinf.{name}" or module.startswith(f"partinf.{name}.") for name in _JAX_COLUMN)
+
+
+def test_importing_the_package_loads_nothing(run_python: Run) -> None:
+    loaded = _loaded(run_python, "import partinf")
+    assert {name for name in loaded if name.startswith("partinf")} == {"partinf"}
+    assert not loaded & {*_HEAVY, "numpy", "rich", "tokenizers", "safetensors"}
+
+
+def test_the_pure_column_never_loads_jax(run_python: Run, root: Path) -> None:
+    pure = [module for module in _modules(root) if _is_pure(module)]
+    assert "partinf.resources" in pure
+    loaded = _loaded(run_python, "\n".join(f"import {module}" for module in pure))
+    assert set(pure) <= loaded
+    guilty = [module for module in pure if loaded & set(_HEAVY) and _loaded(run_python, f"import {module}") & set(_HEAVY)]
+    assert not guilty
+
+
+@pytest.mark.parametrize("module", ["errors", "resources"])
+def test_the_lowest_floor_needs_the_standard_library_only(run_python: Run, module: str) -> None:
+    loaded = {name.partition(".")[0] for name in _loaded(run_python, f"import partinf.{module}")}
+    bare = {name.partition(".")[0] for name in _loaded(run_python, "")}
+    standard = set(__import__("sys").stdlib_module_names)
+    assert loaded - bare - standard <= {"partinf"}

@@ -1,0 +1,159 @@
+"""Whatever arrives, is cancelled or fails, however small the pools: everyone is answered once, with the tokens that it gets alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from partinf.engine import (
+    Engine,
+    FakeRunner,
+    FinishReason,
+    FirstComeFirstServed,
+    Policy,
+    RequestLevel,
+    RunnerLimits,
+    SamplingParams,
+    TokenEvent,
+)
+from tests.engine.support import VOCAB, alone
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that comes before iteration `at`; it may be cancelled some iterations later, or its callback may fail at some token."""
+
+    at: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    cancel_after: int | None
+    fail_at: int | None
+
+
+@st.composite
+def some_limits(draw: st.DrawFn) -> RunnerLimits:
+    num_shards, num_prefill_shards = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    allowed = st.lists(st.integers(0, num_prefill_shards - 1), min_size=1, unique=True).map(tuple)
+    mapped = st.tuples(*[allowed] * num_shards)
+    return RunnerLimits(
+        max_decode_rows_per_shard=draw(st.integers(1, 3)),
+        max_prefill_tokens=draw(st.integers(1, 9)) * num_prefill_shards,
+        max_prefill_slots_per_shard=draw(st.integers(1, 3)),
+        page_size=draw(st.integers(1, 4)),
+        pages_per_shard=draw(st.integers(2, 8)),
+        num_shards=num_shards,
+        num_slots=draw(st.integers(1, 6)),
+        max_len=draw(st.integers(8, 24)),
+        vocab_size=VOCAB,
+        num_prefill_shards=num_prefill_shards,
+        prefill_shards=draw(st.just(()) | mapped),
+    )
+
+
+@st.composite
+def some_params(draw: st.DrawFn) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=draw(st.integers(1, 12)),
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        seed=draw(st.none() | st.integers(0, 9)),
+        stop_token_ids=draw(st.lists(st.integers(0, VOCAB - 1), max_size=8).map(tuple)),
+    )
+
+
+ARRIVAL = st.builds(
+    Arrival,
+    at=st.integers(0, 12),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14).map(tuple),
+    params=some_params(),
+    cancel_after=st.none() | st.integers(0, 6),
+    fail_at=st.none() | st.none() | st.integers(0, 3),
+)
+POLICIES: st.SearchStrategy[Policy] = st.one_of(
+    st.builds(FirstComeFirstServed, st.none() | st.integers(1, 4), st.booleans()), st.builds(RequestLevel, st.integers(1, 4))
+)
+
+
+class World:
+    """Runs a list of arrivals to the end and keeps what came out."""
+
+    def __init__(self, limits: RunnerLimits, policy: Policy, lag: int) -> None:
+        self.limits = limits
+        self.engine = Engine(FakeRunner(limits), policy=policy, lag=lag, check_invariants=True)
+        self.outputs: dict[str, list[object]] = {}
+        self.events: dict[str, list[TokenEvent]] = {}
+
+    def add(self, name: str, arrival: Arrival) -> None:
+        self.outputs[name], self.events[name] = [], []
+
+        def on_token(event: TokenEvent) -> None:
+            self.events[name].append(event)
+            if event.index == arrival.fail_at:
+                raise ValueError("the callback's own fault")
+
+        self.engine.add_request(arrival.prompt, arrival.params, name, on_token)
+
+    def run(self, arrivals: dict[str, Arrival]) -> None:
+        last = max(arrival.at for arrival in arrivals.values())
+        bound = last + 50 + sum(len(arrival.prompt) + arrival.params.max_tokens for arrival in arrivals.values())
+        for iteration in range(bound):
+            for name, arrival in arrivals.items():
+                if arrival.at == iteration:
+                    self.add(name, arrival)
+                if arrival.cancel_after is not None and arrival.at + arrival.cancel_after == iteration:
+                    self.engine.cancel(name)
+            for output in self.engine.step():
+                self.outputs[output.id].append(output)
+            if iteration >= last and not self.engine.has_work:
+                return
+        raise AssertionError(f"not done after {bound} iterations")
+
+
+@settings(max_examples=150, deadline=None)
+@given(limits=some_limits(), policy=POLICIES, lag=st.integers(0, 2), arrivals=st.lists(ARRIVAL, min_size=1, max_size=10))
+@example(
+    limits=RunnerLimits(3, 4, 2, 2, 4, 1, 6, 8, VOCAB),
+    policy=FirstComeFirstServed(),
+    lag=1,
+    arrivals=[Arrival(0, (1, 2, 3), SamplingParams(max_tokens=5, stop_token_ids=tuple(range(VOCAB))), None, None)] * 5,
+)
+def test_everyone_is_answered_once_as_if_alone(limits: RunnerLimits, policy: Policy, lag: int, arrivals: list[Arrival]) -> None:
+    fitting = [arrival for arrival in arrivals if len(arrival.prompt) < limits.max_context]
+    if not fitting:
+        return
+    named = {f"r{number}": arrival for number, arrival in enumerate(fitting)}
+    world = World(limits, policy, lag)
+    world.run(named)
+    for name, arrival in named.items():
+        (output,) = world.outputs[name]
+        expected = alone(limits, arrival.prompt, arrival.params, name)
+        if output.finish_reason in (FinishReason.CANCELLED, FinishReason.FAILED):
+            assert output.tokens == expected.tokens[: len(output.tokens)]
+            assert (output.finish_reason is FinishReason.CANCELLED) <= (arrival.cancel_after is not None)
+            assert (output.finish_reason is FinishReason.FAILED) <= (arrival.fail_at is not None)
+        else:
+            assert (output.tokens, output.finish_reason) == (expected.tokens, expected.finish_reason)
+        events = [event.token for event in world.events[name] if event.token is not None]
+        assert tuple(events) == output.tokens[: len(events)]
+        if arrival.fail_at is None:
+            assert len(events) == len(output.tokens)
+            assert [event.finish_reason for event in world.events[name]][-1] is output.finish_reason
+    scheduler = world.engine._scheduler
+    scheduler.pool.check([])
+    assert not scheduler.waiting
+    metrics = world.engine.metrics
+    sampled = sum(len(step.decode) + sum(chunk.last for chunk in step.prefill) for step in world.engine._runner.steps)
+    assert metrics.generated_tokens + metrics.dropped_tokens == sampled
+    assert metrics.generated_tokens == sum(len(output.tokens) for outputs in world.outputs.values() for output in outputs)
+
+
+@settings(max_examples=50, deadline=None)
+@given(limits=some_limits(), lag=st.integers(0, 2), order=st.permutations(range(6)), seed=st.integers(0, 5))
+def test_tokens_do_not_depend_on_the_order_of_arrival(limits: RunnerLimits, lag: int, order: list[int], seed: int) -> None:
+    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10)
+    params = SamplingParams(max_tokens=4, temperature=1.0, seed=seed)
+    prompts = [[number, number + 1, 7] for number in range(6)]
+    engine = Engine(FakeRunner(limits), lag=lag, check_invariants=True)
+    outputs = engine.generate([prompts[number] for number in order], params)
+    assert [output.tokens for output in outputs] == [alone(limits, prompts[number], params, "x").tokens for number in order]

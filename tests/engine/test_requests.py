@@ -1,0 +1,129 @@
+"""Bad requests are refused with every offence, and disturb nobody."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from partinf.engine import SamplingParams
+from partinf.engine.admission import derived_seed
+from partinf.errors import InvalidInput
+from tests.engine.support import LETTERS, ROOMY, VOCAB, make_engine, run_all
+
+
+@pytest.mark.parametrize(
+    "values, valid",
+    [
+        ({"top_p": 2}, "top_p = 2; valid: greater than 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"temperature": -1}, "temperature = -1; valid: a finite number, at least 0"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": "warm"}, "temperature = 'warm'"),
+        ({"max_tokens": 0}, "max_tokens = 0; valid: a whole number, at least 1"),
+        ({"max_tokens": True}, "max_tokens = True"),
+        ({"max_tokens": 2.5}, "max_tokens = 2.5"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"seed": -1}, "seed = -1; valid: a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed = 4294967296"),
+        ({"stop": ("a", "")}, "stop = ('a', '')"),
+        ({"stop": 3}, "stop = 3"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids = (-1,)"),
+        ({"ignore_eos": "no"}, "ignore_eos = 'no'"),
+    ],
+)
+def test_params_out_of_range(values: dict[str, Any], valid: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        SamplingParams(**values)
+    assert len(caught.value.offences) == 1
+    assert valid in caught.value.offences[0]
+
+
+def test_all_offences_at_once() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        SamplingParams(max_tokens=0, temperature=-1, top_p=2)
+    assert len(caught.value.offences) == 3
+
+
+def test_lists_and_bare_strings_become_tuples() -> None:
+    params = SamplingParams(stop="end", stop_token_ids=[1, 2])  # type: ignore[arg-type]
+    assert params.stop == ("end",)
+    assert params.stop_token_ids == (1, 2)
+    assert hash(params) == hash(SamplingParams(stop=("end",), stop_token_ids=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    "prompt, params, offences",
+    [
+        ([], {}, ["the prompt is empty"]),
+        ("", {}, ["the prompt is text, but the engine has no tokenizer"]),
+        (7, {}, ["the prompt is of type int"]),
+        ([1, VOCAB, -1], {}, [f"prompt holds {VOCAB} and 1 more, which is no token id; valid: 0..{VOCAB - 1}"]),
+        ([1, "a"], {}, ["prompt holds 'a'"]),
+        ([1, True], {}, ["prompt holds True"]),
+        ([1] * 64, {}, ["the prompt has 64 tokens, the context 64; the longest prompt is 63"]),
+        ([1] * 99, {"stop_token_ids": (VOCAB,), "stop": "x"}, ["the prompt has 99 tokens", "stop_token_ids holds", "stop strings need"]),
+    ],
+)
+def test_refused_with_every_offence(prompt: Any, params: dict[str, Any], offences: list[str]) -> None:
+    engine = make_engine()
+    engine.add_request([1], SamplingParams(max_tokens=3), "good")
+    engine.step()
+    with pytest.raises(InvalidInput) as caught:
+        engine.add_request(prompt, SamplingParams(**params), "bad")
+    assert len(caught.value.offences) == len(offences)
+    for found, expected in zip(caught.value.offences, offences, strict=True):
+        assert found.startswith(f"request bad: {expected}")
+    outputs = run_all(engine)
+    assert set(outputs) == {"good"}
+    assert outputs["good"].tokens == (2, 3, 4)
+
+
+def test_text_prompts_are_checked_as_encoded() -> None:
+    engine = make_engine(tokenizer=LETTERS)
+    with pytest.raises(InvalidInput, match="the prompt is empty"):
+        engine.add_request("")
+    with pytest.raises(InvalidInput, match="the prompt has 70 tokens, the context 64"):
+        engine.add_request("a" * 70)
+    assert engine.generate(["abc"], SamplingParams(max_tokens=2))[0].prompt == (0, 1, 2)
+
+
+def test_generate_with_a_bad_prompt_queues_nothing() -> None:
+    engine = make_engine()
+    with pytest.raises(InvalidInput) as caught:
+        engine.generate([[1], [], [VOCAB]])
+    assert len(caught.value.offences) == 2
+    assert not engine.has_work
+
+
+def test_ids_in_flight_are_unique_and_made_up_ones_avoid_them() -> None:
+    engine = make_engine()
+    engine.add_request([1], SamplingParams(max_tokens=2), "request-1")
+    with pytest.raises(InvalidInput, match="in flight already"):
+        engine.add_request([1], request_id="request-1")
+    made_up = [engine.add_request([1], SamplingParams(max_tokens=2)) for _ in range(3)]
+    assert len({*made_up, "request-1"}) == 4
+    run_all(engine)
+    assert engine.add_request([1], SamplingParams(max_tokens=1), "request-1") == "request-1"
+
+
+def test_whole_numbers_of_other_libraries_are_tokens() -> None:
+    class Index:
+        def __index__(self) -> int:
+            return 4
+
+    assert make_engine().generate([[Index()]], SamplingParams(max_tokens=1))[0].tokens == (5,)  # type: ignore[list-item]
+
+
+def test_derived_seeds_differ_and_fit() -> None:
+    seeds = {derived_seed(seed, f"request-{number}") for seed in range(3) for number in range(100)}
+    assert len(seeds) == 300
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_context_is_what_one_shard_can_hold() -> None:
+    engine = make_engine(limits=replace(ROOMY, pages_per_shard=3))
+    with pytest.raises(InvalidInput, match="the prompt has 12 tokens, the context 12"):
+        engine.add_request([1] * 12)
+    assert len(engine.generate([[1] * 11], SamplingParams(max_tokens=9))[0].tokens) == 1

@@ -1,0 +1,162 @@
+"""Drives one compiled step through prefill, chunks over earlier context, mixed steps and decode, and compares with the reference.
+
+One program per layout: a bucket with decode lanes, prompt tokens and earlier pages, of which a step leaves empty what it does not need.
+Sequences have ragged lengths, pages come in random order, and every sampled row's logits are compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partinf.engine.jax_runner import place_step, runner_limits
+from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.hardware import parse_slice
+from partinf.layout import Layout
+from partinf.model_config import ModelConfig
+from partinf.plan import Bucket, CacheConfig, Plan
+from partinf.sharding import device_mesh
+from partinf.transformer import reference
+from partinf.transformer.params import abstract_params, random_params
+from partinf.transformer.step import compile_step, empty_state
+from partinf.workload import DType
+
+TOLERANCE = {"f32": 1e-4, "bf16": 1e-1}  # largest difference of a logit; logits here are of order 1
+
+MODEL = ModelConfig("tiny", 2, 64, 64, 8, 2, 8, 250, tied_embeddings=True, max_len=64)
+_LANES, _TOKENS, _SLOTS, _PAGE = 8, 16, 8, 4
+_BUCKET = Bucket(_LANES, 4, _TOKENS, _SLOTS, 3)
+_MAX_LEN = 12
+
+
+def make_plan(mesh: str, layout: Layout, model: ModelConfig = MODEL, prefill_from_tokens: int = 1 << 30, dtype: DType = DType.F32) -> Plan:
+    """A plan of the harness's sizes over 8 virtual devices."""
+    return Plan(
+        model,
+        parse_slice("cpu:8", mesh),
+        layout,
+        weights=dtype,
+        kv=dtype,
+        max_len=_MAX_LEN,
+        cache=CacheConfig(_PAGE, 32, _LANES),
+        buckets=(_BUCKET,),
+        prefill_from_tokens=prefill_from_tokens,
+    )
+
+
+@functools.cache
+def host_params(model: ModelConfig) -> dict:
+    """Random parameters on the host, in separate layers, the norms not all ones."""
+    from partinf.layout import make_layout
+
+    plan = Plan(model, parse_slice("cpu:1"), make_layout({"x": "replica"}, {"x": "batch"}), weights=DType.F32, kv=DType.F32)
+    params = jax.tree.map(np.asarray, random_params(plan, device_mesh(plan), unrolled=True, seed=7))
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda leaf: leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype) if leaf.ndim == 1 else leaf, params)
+
+
+def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bool) -> dict:
+    """Host parameters on a mesh, layers separate or stacked."""
+    if not unrolled:
+        params = params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *params["layers"])}
+    abstract = abstract_params(plan, mesh, unrolled)
+    return jax.tree.map(lambda leaf, want: jax.device_put(leaf.astype(want.dtype), want.sharding), params, abstract)
+
+
+@functools.cache
+def sequences(vocab: int) -> tuple[tuple[int, ...], ...]:
+    rng = np.random.default_rng(11)
+    return tuple(tuple(rng.integers(0, vocab, size=rng.integers(5, _MAX_LEN)).tolist()) for _ in range(_LANES))
+
+
+@functools.cache
+def expected_logits(model: ModelConfig) -> np.ndarray:
+    """The reference's logits [sequence, position, V]."""
+    rows = [list(tokens) + [0] * (_MAX_LEN - len(tokens)) for tokens in sequences(model.vocab_size)]
+    return np.asarray(jax.jit(reference.forward, static_argnums=1)(host_params(model), model, jnp.asarray(rows)))
+
+
+@dataclass
+class _Progress:
+    """One sequence on its way: how much of it has been fed; the last `decoded` tokens are fed one by one."""
+
+    tokens: tuple[int, ...]
+    shard: int
+    pages: tuple[int, ...]
+    prompt: int
+    fed: int = 0
+
+    def covering(self, end: int) -> tuple[int, ...]:
+        return self.pages[: -(-end // _PAGE)]
+
+
+def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False) -> float:
+    """Run all sequences through the plan's step; the largest difference of any sampled row's logits from the reference."""
+    mesh, rng = device_mesh(plan), random.Random(seed)
+    model = plan.model
+    params = place_params(plan, mesh, host_params(model), unrolled)
+    step = compile_step(plan, mesh, _BUCKET, unrolled, with_logits=True)
+    state, limits = empty_state(plan, mesh, unrolled), runner_limits(plan)
+    progress = _start(plan, rng)
+    want, worst, compared = expected_logits(model), 0.0, 0
+    for _ in range(40):
+        todo = _next_step(progress, plan, rng)
+        if not todo:
+            break
+        placed = place_step(todo, _BUCKET, plan, limits)
+        state, out = step(params, state, placed.batch)
+        logits, tokens = np.asarray(out.logits)[:, : model.vocab_size], np.asarray(out.tokens)
+        rows = [(placed.decode_rows[i], row.slot, row.position) for i, row in enumerate(todo.decode)]
+        rows += [(placed.prefill_rows[i], chunk.slot, chunk.end - 1) for i, chunk in enumerate(todo.prefill)]
+        for row, sequence, position in rows:
+            worst = max(worst, float(np.abs(logits[row] - want[sequence, position]).max()))
+            assert tokens[row] == logits[row].argmax()
+            compared += 1
+    assert all(one.fed == len(one.tokens) for one in progress)
+    assert compared > 2 * len(progress)
+    return worst
+
+
+def _start(plan: Plan, rng: random.Random) -> list[_Progress]:
+    per_shard = _LANES // plan.num_shards
+    started = []
+    for index, tokens in enumerate(sequences(plan.model.vocab_size)):
+        shard, place = divmod(index, per_shard)
+        first = shard * plan.cache.pages_per_shard + place * 3
+        pages = list(range(first, first + 3))
+        rng.shuffle(pages)
+        started.append(_Progress(tokens, shard, tuple(pages), len(tokens) - rng.randint(1, 3)))
+    return started
+
+
+def _next_step(progress: list[_Progress], plan: Plan, rng: random.Random) -> Step:
+    """Decode what is past its prompt, and chunks of at most 5 tokens of the rest in random order."""
+    limits = runner_limits(plan)
+    greedy = RowSampling()
+    decode = []
+    for slot, one in enumerate(progress):
+        if one.prompt <= one.fed < len(one.tokens):
+            decode.append(DecodeRow(slot, one.shard, one.tokens[one.fed], one.fed, one.covering(one.fed + 1), greedy))
+    tokens, slots = [0] * limits.num_prefill_shards, [0] * limits.num_prefill_shards
+    chunks = []
+    for slot in rng.sample(range(len(progress)), len(progress)):
+        one = progress[slot]
+        target = rng.choice(limits.prefill_shards_of(one.shard))
+        count = min(one.prompt - one.fed, 5, limits.max_prefill_tokens_per_shard - tokens[target])
+        if count <= 0 or slots[target] == limits.max_prefill_slots_per_shard:
+            continue
+        end = one.fed + count
+        chunk = PrefillChunk(slot, one.shard, one.tokens[one.fed : end], one.fed, one.covering(end), True, greedy, target)
+        chunks.append(chunk)
+        tokens[target] += count
+        slots[target] += 1
+    for row in decode:
+        progress[row.slot].fed += 1
+    for chunk in chunks:
+        progress[chunk.slot].fed = chunk.end
+    return Step(tuple(decode), tuple(chunks))

@@ -1,0 +1,58 @@
+"""Partitioned = reference, over role assignments × meshes, in prefill, chunked prefill, mixed steps and decode."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from partinf.layout import make_layout
+from partinf.workload import DType
+from tests.execution.assignments import Assignment, all_assignments, sampled_assignments
+from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
+
+
+@pytest.mark.parametrize("assignment", sampled_assignments(24, seed=2), ids=str)
+def test_sampled_assignments_equal_the_reference(assignment: Assignment) -> None:
+    assert largest_error(make_plan(assignment.mesh, assignment.layout())) < TOLERANCE["f32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assignment", all_assignments(), ids=str)
+def test_every_assignment_equals_the_reference(assignment: Assignment) -> None:
+    assert largest_error(make_plan(assignment.mesh, assignment.layout())) < TOLERANCE["f32"]
+
+
+MIXED = make_layout(
+    {"x": "embed", "y": "ffn", "z": "ffn"},
+    {"x": "batch", "y": "batch", "z": "heads"},
+    {"x": "heads", "y": "heads", "z": "none"},
+    prefill_gather=["x", "y"],
+)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4, 8])
+def test_every_kind_of_head_sharing(kv_heads: int) -> None:
+    model = dataclasses.replace(MODEL, name=f"kv{kv_heads}", num_kv_heads=kv_heads)
+    assert largest_error(make_plan("2x2x2", MIXED, model)) < TOLERANCE["f32"]
+
+
+def test_heads_that_an_axis_splits_within_a_kv_head() -> None:
+    layout = make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "none"}, {"x": "none", "y": "heads"})
+    model = dataclasses.replace(MODEL, name="kv4", num_kv_heads=4)
+    assert largest_error(make_plan("2x4", layout, model)) < TOLERANCE["f32"]
+
+
+def test_steps_with_many_tokens_run_the_prefill_phase() -> None:
+    assert largest_error(make_plan("2x2x2", MIXED, prefill_from_tokens=1)) < TOLERANCE["f32"]
+
+
+def test_untied_embeddings_and_unrolled_layers() -> None:
+    model = dataclasses.replace(MODEL, name="untied", tied_embeddings=False)
+    assert (
+        largest_error(make_plan("4x2", make_layout({"x": "ffn", "y": "embed"}, {"x": "batch", "y": "heads"}), model), unrolled=True) < 1e-4
+    )
+
+
+def test_bfloat16_stays_close() -> None:
+    assert largest_error(make_plan("2x2x2", MIXED, dtype=DType.BF16)) < TOLERANCE["bf16"]

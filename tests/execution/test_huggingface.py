@@ -1,0 +1,105 @@
+"""Fixtures that `transformers` computed: the reference and the partitioned step give its logits, and the engine its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.buckets import Capacity, with_capacity
+from partinf.checkpoint.hf import load_hf
+from partinf.engine.engine import Engine
+from partinf.engine.jax_runner import JaxRunner, place_step, runner_limits
+from partinf.engine.request import SamplingParams
+from partinf.engine.step import PrefillChunk, RowSampling, Step
+from partinf.hardware import parse_slice
+from partinf.layout import Layout, make_layout
+from partinf.model_config import load_model_config
+from partinf.plan import Plan
+from partinf.sharding import device_mesh
+from partinf.transformer import reference
+from partinf.transformer.params import abstract_params
+from partinf.transformer.step import compile_step, empty_state
+from partinf.workload import DType
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+NAMES = ("llama_gqa", "llama_tied_mqa", "llama_rope_scaled")
+TOLERANCE = 1e-4
+
+LAYOUTS = {
+    "llama_gqa": make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads")),
+    "llama_tied_mqa": make_layout({"x": "ffn", "y": "ffn", "z": "replica"}, {"x": "heads", "y": "batch", "z": "batch"}),
+    "llama_rope_scaled": make_layout(
+        dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "heads", "z": "batch"}, decode_gather=["z"], prefill_gather=["x", "z"]
+    ),
+}
+
+
+def make_plan(name: str, slice_name: str, layout: Layout, **capacity: object) -> Plan:
+    plan = Plan(load_model_config(FIXTURES / name), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32)
+    return with_capacity(
+        plan, Capacity(**{"max_rows": 8, "max_len": 64, "prefill_tokens": 80, "random": False, "chunked": False} | capacity)
+    )
+
+
+def load(plan: Plan, name: str, mesh: jax.sharding.Mesh) -> dict:
+    return load_hf(FIXTURES / name, plan.model, abstract_params(plan, mesh, unrolled=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_gives_their_logits(name: str) -> None:
+    plan = make_plan(name, "cpu:1", make_layout({"x": "replica"}, {"x": "none"}))
+    params = load(plan, name, device_mesh(plan))
+    expected = np.load(FIXTURES / name / "expected.npz")
+    logits = jax.jit(reference.forward, static_argnums=1)(params, plan.model, jnp.asarray(expected["tokens"]))
+    np.testing.assert_allclose(np.asarray(logits), expected["logits"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_partitioned_step_gives_their_logits(name: str) -> None:
+    """Prefixes of every length in one prefill each would be 40 programs; the last position of growing chunks covers all with one."""
+    plan = make_plan(name, "cpu:2x2x2", LAYOUTS[name], chunked=True, page_size=4)
+    mesh, limits = device_mesh(plan), runner_limits(plan)
+    params = load(plan, name, mesh)
+    bucket = next(bucket for bucket in plan.buckets if bucket.prefill_pages)
+    step = compile_step(plan, mesh, bucket, unrolled=False, with_logits=True)
+    state = empty_state(plan, mesh, unrolled=False)
+    expected = np.load(FIXTURES / name / "expected.npz")
+    for start, end in zip((0, 1, 7, 17, 30), (1, 7, 17, 30, 40), strict=True):
+        chunks = []
+        for slot, row in enumerate(expected["tokens"]):
+            pages = tuple(shard_page(plan, slot, page) for page in range(limits.pages_for(end)))
+            shard = limits.prefill_shards_of(slot % plan.num_shards)[0]
+            tokens = tuple(int(token) for token in row[start:end])
+            chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, pages, True, RowSampling(), shard))
+        placed = place_step(Step((), tuple(chunks)), bucket, plan, limits)
+        state, out = step(params, state, placed.batch)
+        for sequence, row in enumerate(placed.prefill_rows):
+            got = np.asarray(out.logits)[row, : plan.model.vocab_size]
+            np.testing.assert_allclose(got, expected["logits"][sequence, end - 1], atol=TOLERANCE, rtol=0)
+
+
+def shard_page(plan: Plan, slot: int, page: int) -> int:
+    """A page of the shard that owns this slot; slots on one shard take turns."""
+    shard, place = slot % plan.num_shards, slot // plan.num_shards
+    return shard * plan.cache.pages_per_shard + place * 16 + page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_gives_their_tokens(name: str) -> None:
+    plan = make_plan(name, "cpu:4x2", LAYOUTS_2D[name], chunked=True, page_size=4)
+    runner = JaxRunner(plan, load(plan, name, device_mesh(plan)))
+    expected = np.load(FIXTURES / name / "expected.npz")
+    assert expected["greedy_margin"].min() > 10 * TOLERANCE  # so the tokens are decided
+    outputs = Engine(runner, check_invariants=True).generate(expected["tokens"].tolist(), SamplingParams(max_tokens=16))
+    assert [list(output.tokens) for output in outputs] == expected["greedy"].tolist()
+
+
+LAYOUTS_2D = {
+    "llama_gqa": make_layout({"x": "ffn", "y": "embed"}, {"x": "batch", "y": "heads"}),
+    "llama_tied_mqa": make_layout({"x": "replica", "y": "ffn"}, {"x": "batch", "y": "batch"}, {"x": "heads", "y": "none"}),
+    "llama_rope_scaled": make_layout({"x": "embed", "y": "embed"}, {"x": "heads", "y": "batch"}, decode_gather=["x"]),
+}

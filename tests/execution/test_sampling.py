@@ -1,0 +1,119 @@
+"""Choosing tokens from a split vocabulary: thresholds against the sorted twin, and choices that depend on neither mesh nor batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from partinf.transformer.batch import SamplingBatch
+from partinf.transformer.sampling import choose, keep, keep_plain
+
+VOCAB = 64
+
+
+def sampling(rows: int, **values: object) -> SamplingBatch:
+    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "sample": 0, "position": 0} | values
+    types = {"temperature": np.float32, "top_p": np.float32, "seed": np.uint32}
+    return SamplingBatch(**{key: np.broadcast_to(np.asarray(value, types.get(key, np.int32)), (rows,)) for key, value in fields.items()})
+
+
+def choose_over(ways: int, logits: np.ndarray, how: SamplingBatch, random: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """`choose` with the vocabulary split over so many devices."""
+    mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
+    axes = ("x",) if ways > 1 else ()
+
+    def local(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return choose(part, ids, how, axes, random)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=(P(), P()), check_vma=False)
+    tokens, logprobs = jax.jit(mapped)(logits, jnp.arange(VOCAB))
+    return np.asarray(tokens), np.asarray(logprobs)
+
+
+def random_logits(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, VOCAB)).astype(np.float32) * 3
+
+
+keep_whole = jax.jit(lambda logits, k, p: keep(logits, k, p, lambda x: x, jnp.max(logits, axis=-1)))
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 1000), top_k=st.integers(0, VOCAB + 3), top_p=st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999, 1.0]), ties=st.booleans()
+)
+def test_thresholds_equal_the_sorted_twin(seed: int, top_k: int, top_p: float, ties: bool) -> None:
+    logits = random_logits(4, seed)
+    if ties:
+        logits = np.round(logits)
+    k, p = jnp.full(4, top_k, jnp.int32), jnp.full(4, top_p, jnp.float32)
+    ours, twin = np.asarray(keep_whole(logits, k, p)), np.asarray(keep_plain(jnp.asarray(logits), k, p))
+    for row, a, b in zip(logits, ours, twin, strict=True):
+        if (a != b).any():  # only where the mass of the smaller set meets top_p within rounding
+            survivors = row >= np.sort(row)[-top_k] if 0 < top_k < VOCAB else np.ones(VOCAB, bool)
+            mass = np.exp(row.astype(np.float64)) * survivors
+            assert mass[a & b].sum() / mass.sum() == pytest.approx(top_p, abs=1e-6)
+
+
+def test_thresholds_by_hand() -> None:
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    kept = lambda k, p: np.asarray(keep_whole(logits, jnp.asarray([k]), jnp.asarray([p], jnp.float32)))[0].tolist()  # noqa: E731
+    assert kept(0, 1.0) == [True] * 4
+    assert kept(2, 1.0) == [True, True, False, False]
+    assert kept(0, 0.6) == [True, True, False, False]
+    assert kept(0, 0.4) == [True, False, False, False]
+    assert kept(2, 0.9) == [True, True, False, False]  # 0.9 of the mass of the two that are left
+
+
+def test_choices_do_not_depend_on_the_mesh() -> None:
+    logits = random_logits(16)
+    how = sampling(16, temperature=0.8, top_k=np.arange(16), top_p=0.9, seed=np.arange(16), position=3)
+    one, eight = choose_over(1, logits, how), choose_over(8, logits, how)
+    np.testing.assert_array_equal(one[0], eight[0])
+    np.testing.assert_allclose(one[1], eight[1], rtol=1e-5)
+
+
+def test_choices_do_not_depend_on_the_batch() -> None:
+    logits = np.repeat(random_logits(1), 12, axis=0)
+    seeds = np.arange(12) % 3
+    tokens, _ = choose_over(2, logits, sampling(12, temperature=1.5, seed=seeds, position=7))
+    assert (tokens == tokens[seeds]).all()
+    assert len(set(tokens.tolist())) > 1
+
+
+def test_frequencies_are_those_of_the_distribution() -> None:
+    count = 4000
+    logits = np.repeat(random_logits(1, 2) / 3, count, axis=0)
+    tokens, _ = choose_over(1, logits, sampling(count, seed=5, position=np.arange(count)))
+    want = np.asarray(jax.nn.softmax(logits[0]))
+    got = np.bincount(tokens, minlength=VOCAB) / count
+    assert np.abs(got - want).max() < 4 * np.sqrt(want.max() / count)
+
+
+def test_greedy_takes_the_lowest_of_equals_and_its_log_probability() -> None:
+    logits = np.zeros((2, VOCAB), np.float32)
+    logits[1, 40] = 2.0
+    for random in (False, True):
+        tokens, logprobs = choose_over(8, logits, sampling(2, temperature=0.0), random)
+        assert tokens.tolist() == [0, 40]
+        np.testing.assert_allclose(logprobs, np.asarray(jax.nn.log_softmax(logits))[[0, 1], [0, 40]], rtol=1e-5)
+
+
+def test_a_small_temperature_or_top_k_of_one_is_greedy() -> None:
+    logits = random_logits(8)
+    for how in (sampling(8, temperature=1e-4, seed=1), sampling(8, top_k=1, seed=2), sampling(8, top_p=1e-6, seed=3)):
+        assert (choose_over(4, logits, how)[0] == logits.argmax(axis=-1)).all()
+
+
+@pytest.mark.parametrize("ways", [1, 8])
+def test_padding_of_the_vocabulary_is_never_chosen(ways: int) -> None:
+    logits = random_logits(64)
+    logits[:, 50:] = -np.inf
+    tokens, logprobs = choose_over(ways, logits, sampling(64, temperature=5.0, seed=np.arange(64)))
+    assert tokens.max() < 50
+    assert np.isfinite(logprobs).all()
