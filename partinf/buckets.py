@@ -25,7 +25,8 @@ class Capacity:
         prefill_tokens: prompt tokens per step, rounded up likewise.
         page_size: tokens per KV page.
         random: whether requests may sample; False compiles greedy selection alone.
-        chunked: whether prompts may be longer than one step's share of prefill tokens.
+        max_prompt_len: longest prompt that will come; one step then holds such a prompt whole on every shard that prefills. 0: any prompt
+            may come, and those that are longer than a shard's share of a step are cut over several.
     """
 
     max_rows: int = 32
@@ -33,7 +34,7 @@ class Capacity:
     prefill_tokens: int = 128
     page_size: int = 16
     random: bool = True
-    chunked: bool = True
+    max_prompt_len: int = 0
 
 
 def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
@@ -55,18 +56,20 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
     rows = _up(capacity.max_rows, plan.decode_row_multiple())
     pages = -(-max_len // capacity.page_size)
     cache = CacheConfig(capacity.page_size, rows // plan.num_shards * pages, rows)
-    return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, pages))
+    return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
 
 
-def _buckets(plan: Plan, capacity: Capacity, rows: int, pages: int) -> tuple[Bucket, ...]:
-    tokens = _up(capacity.prefill_tokens, plan.prefill_token_multiple())
-    slots = _up(min(8, capacity.max_rows), plan.prefill_slot_multiple())
+def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[Bucket, ...]:
+    pages = -(-max_len // capacity.page_size)
+    shards = plan.prefill_slot_multiple()
+    tokens = _up(max(capacity.prefill_tokens, capacity.max_prompt_len * shards), plan.prefill_token_multiple())
+    slots = _up(min(8, capacity.max_rows), shards)
     contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
     for context in contexts:
         decode = Bucket(rows, context, random=capacity.random)
         buckets += [decode, replace(decode, prefill_tokens=tokens, prefill_slots=slots)]
-        if capacity.chunked:
+        if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
             buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))
     return tuple(buckets)
 

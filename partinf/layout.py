@@ -263,6 +263,7 @@ def readable_name(layout: Layout, sizes: Mapping[str, int]) -> str:
     """One line for tables: storage in the paper's notation, then FFN and attention of each phase."""
     embed = "".join(axis for axis in layout.storage_axes(Role.EMBED) if sizes[axis] > 1)
     ffn = "".join(axis for axis in layout.storage_axes(Role.FFN) if sizes[axis] > 1)
-    stored = f"E{'_' + embed if embed else ''} F{'_' + ffn if ffn else ''}"
+    copies = "".join(axis for axis in layout.storage_axes(Role.REPLICA) if sizes[axis] > 1)
+    stored = f"E{'_' + embed if embed else ''} F{'_' + ffn if ffn else ''}" + (f", copies over {copies}" if copies else "")
     parts = [f"{label} {ffn_name(layout, layout.phase(label), sizes)}/{attention_name(layout.phase(label), sizes)}" for label in PHASES]
     return f"{stored}, {', '.join(parts)}"

@@ -187,7 +187,7 @@ def _divides(model: ModelConfig, label: str, size: int, axes: tuple[str, ...], s
     over = "·".join(f"{axis}:{sizes[axis]}" for axis in axes)
     return [
         f"model {model.name}: {label} = {size} does not divide over {over} ({ways} ways); {size} splits into {splits}; "
-        f"sizes that divide {ways} ways: {', '.join(valid)}; padding to {padded} would add {(padded - size) * per_unit / 1e6:.4g} M parameters"
+        f"sizes that divide {ways} ways: {', '.join(valid)}; padding to {padded} adds {(padded - size) * per_unit / 1e6:.4g} M parameters"
     ]
 
 

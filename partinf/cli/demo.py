@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 MODEL = "demo"
 _MAX_ROWS = 16
 _MAX_LEN = 64
+_MAX_PROMPT = 32
 
 
 @dataclass(frozen=True)
 class Result:
-    """One layout's run: the share of right answers, what the engine counted, and the collectives of one decode step."""
+    """One layout's run: right answers, what the engine counted, and the collectives of one decode step."""
 
     label: str
-    accuracy: float
+    num_right: int
     summary: Summary
     collectives: int
     generated_lens: tuple[int, ...]
@@ -63,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     chosen = _plan(model, where.name, where.mesh, workload, None)
     _explain_choice(console, chosen, workload)
     tasks = list(mixed_tasks(args.requests, args.seed))
-    plans = [("the planner's choice", chosen)]
+    plans = [("chosen by the planner", chosen)]
     plans += [(label, _plan(model, where.name, where.mesh, workload, layout)) for label, layout in _forced(tuple(where.axis_sizes)).items()]
     if where.num_devices > 1:
-        plans.append(("not split: one device", _plan(model, f"{where.chip.name}:1", None, workload, None)))
+        plans.append(("one device, not split", _plan(model, f"{where.chip.name}:1", None, workload, None)))
     results = [_run_one(console, label, plan, tasks) for label, plan in plans]
     _show_results(console, results, chosen)
-    return 0 if all(result.accuracy == results[0].accuracy for result in results) else 1
+    return 0 if all(result.num_right == results[0].num_right for result in results) else 1
 
 
 def _forced(axes: tuple[str, ...]) -> dict[str, Layout]:
@@ -90,24 +91,26 @@ def _plan(model: ModelConfig, slice_name: str, mesh: str | None, workload: Workl
     from partinf import api
     from partinf.buckets import Capacity
 
-    capacity = Capacity(max_rows=_MAX_ROWS, max_len=_MAX_LEN, prefill_tokens=64, random=False, chunked=False)
+    capacity = Capacity(max_rows=_MAX_ROWS, max_len=_MAX_LEN, prefill_tokens=64, max_prompt_len=_MAX_PROMPT, random=False)
     return api.plan(model, api.find_slice(slice_name, mesh), workload, layout=layout, capacity=capacity)
 
 
 def _explain_choice(console: Console, plan: Plan, workload: Workload) -> None:
-    from partinf.cli.explain import explain_lines
+    from partinf.cli.explain import print_step
+    from partinf.cost.calibration import calibration_for
+    from partinf.cost.pricing import PLAIN, Pricing
+    from partinf.cost.step import step_ledger
     from partinf.layout import readable_name
+    from partinf.planner.evaluate import Evaluator
 
-    sizes = plan.axis_sizes
     console.print(f"[bold]{plan.model.name}[/], {plan.model.num_params() / 1e3:.0f} k parameters, on {plan.slice.name} ({plan.slice.mesh})")
-    console.print(f"chosen: [bold]{readable_name(plan.layout, sizes)}[/]")
-    console.print(plan.note, soft_wrap=True)
-    console.print("\none layer of a decode step under it (the letters are explained in the README):")
-    for line in explain_lines(plan, "decode", workload):
-        console.print("  " + line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"chosen: [bold]{readable_name(plan.layout, plan.axis_sizes)}[/]. {plan.note}", soft_wrap=True)
+    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip, "fitted"), program=PLAIN)
+    split = Evaluator(plan.model, pricing, workload).split(plan.layout, "decode", 0)
+    print_step(console, "decode", split, step_ledger(split))
     console.print(
-        "\nA model this small gains nothing from being split: it is limited by the latency of its collectives, not by memory or compute.\n"
-        "What is shown here is that every way of splitting it gives the same, right answers.\n",
+        "\nA model this small gains nothing from being split: one device holds it many times over, and every collective costs more than\n"
+        "the work that it shares out. What is shown here is that every way of splitting it gives the same, right answers.\n",
         soft_wrap=True,
     )
 
@@ -130,25 +133,26 @@ def _run_one(console: Console, label: str, plan: Plan, tasks: list[Task]) -> Res
         outputs = model.generate(
             prompts, SamplingParams(max_tokens=_MAX_LEN), on_token=lambda event: advance(1) if event.finish_reason else None
         )
-    right = sum(check(task, output.text) for task, output in zip(tasks, outputs, strict=True))
+    num_right = sum(check(task, output.text) for task, output in zip(tasks, outputs, strict=True))
     lens = tuple(len(output.tokens) for output in outputs)
-    return Result(label, right / len(tasks), model.engine.metrics.summary(), collectives, lens)
+    return Result(label, num_right, model.engine.metrics.summary(), collectives, lens)
 
 
 def _show_results(console: Console, results: list[Result], plan: Plan) -> None:
+    from rich import box
     from rich.table import Table
 
     from partinf.engine.policies.request_level import request_level_iterations
 
-    table = Table(title=f"{len(results[0].generated_lens)} requests under each layout")
-    table.add_column("layout")
-    for heading in ("right answers", "tokens/s", "TTFT p50, ms", "ms per token", "collectives per step", "iterations"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"{len(results[0].generated_lens)} requests under each layout", box=box.SIMPLE_HEAD)
+    table.add_column("layout", no_wrap=True)
+    for heading in ("right", "tok/s", "TTFT ms", "ms/tok", "coll.", "steps"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         summary = result.summary
         table.add_row(
             result.label,
-            f"{result.accuracy:.1%}",
+            f"{result.num_right}/{len(result.generated_lens)}",
             f"{summary.tokens_per_second:.0f}",
             f"{1e3 * summary.ttft.p50:.0f}",
             f"{1e3 * summary.time_per_token.p50:.1f}",
@@ -159,10 +163,11 @@ def _show_results(console: Console, results: list[Result], plan: Plan) -> None:
     rows = plan.cache.num_slots
     static = request_level_iterations(results[0].generated_lens, rows)
     console.print(
+        "TTFT and time per token are medians over requests; coll.: collectives of one decode step; steps: iterations of the engine.\n"
         f"Requests join and leave between iterations. Request-level batching, {rows} at a time until the longest of them is done, "
         f"would have taken {static} iterations.",
         soft_wrap=True,
     )
     different = {result.label for result in results if result.generated_lens != results[0].generated_lens}
-    if different or len({result.accuracy for result in results}) > 1:
+    if different or len({result.num_right for result in results}) > 1:
         console.print(f"[bold red]answers differ between layouts: {', '.join(sorted(different))}[/]")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from partinf.cost.ledger import Ledger
     from partinf.cost.split import StepSplit
     from partinf.layout import Layout
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: the planner's choice")
+    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
     parser.epilog = "Example: partinf explain --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --layout ws-2d"
 
 
@@ -28,16 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import Pricing
     from partinf.cost.step import step_ledger
-    from partinf.layout import readable_name
+    from partinf.layout import PHASES, readable_name
     from partinf.planner.evaluate import Evaluator
 
     console = Console()
-    console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {readable_name(layout, asked.slice.axis_sizes)}", highlight=False)
+    name = readable_name(layout, asked.slice.axis_sizes)
+    console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
     pricing = Pricing(asked.slice, calibration_for(asked.slice.chip, asked.calibration), asked.bandwidth_model, asked.program)
     evaluator = Evaluator(asked.model, pricing, asked.workload)
-    for label in (asked.workload.phase,) if asked.workload.phase else ("prefill", "decode"):
+    for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
-        _print_step(console, label, split, step_ledger(split))
+        print_step(console, label, split, step_ledger(split))
     return 0
 
 
@@ -66,25 +69,28 @@ def _layout(asked: Asked, name: str) -> tuple[Layout, int]:
     return layout, padded
 
 
-def _print_step(console: object, label: str, split: StepSplit, ledger: Ledger) -> None:
-    from rich.console import Console
+def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -> None:
+    """Print the lines of one step, section by section, numbered through."""
     from rich.table import Table
 
     from partinf.planner.explain import explain
 
-    assert isinstance(console, Console)
     number = 0
-    console.print(f"\n[bold]{label} step[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device", highlight=False)
+    title = f"[bold]{label} step[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
+    console.print(f"\n{title}", highlight=False)
     for section in explain(split, ledger):
         table = Table(box=None, pad_edge=False, show_header=number == 0, header_style="bold")
-        for title, justify in (("", "right"), ("", "left"), ("then", "left"), ("here", "left"), ("bytes", "right"), ("µs", "right")):
-            table.add_column(title, justify=justify)  # type: ignore[arg-type]
+        table.add_column("", justify="right")
+        for name in ("", "then", "here"):
+            table.add_column(name)
+        for name in ("bytes", "µs"):
+            table.add_column(name, justify="right", no_wrap=True)
         for line in section.lines:
             number += 1
             table.add_row(str(number), _what(line), line.shape, line.local, _bytes(line), _time(line))
         start = f", from {section.start}" if section.start else ""
-        count = section.lines[0].entry.count
-        console.print(f"\n{section.title}{start}" + (f" (×{count})" if count > 1 else ""), highlight=False, markup=False)
+        times = f" (×{split.model.num_layers})" if section.per_layer else ""
+        console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
         console.print(table, markup=False)
 
 

@@ -34,9 +34,11 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
 def _heading(report: PlanReport) -> str:
     workload, calibration = report.workload, report.calibration
     aim = f"one {workload.phase} step" if workload.phase else f"{workload.input_len} tokens in, {workload.output_len} out"
-    context = f", context {workload.decode_context}" if workload.phase != "prefill" else f", input {workload.input_len or workload.context_len}"
+    prompt, cached = f", input {workload.input_len or workload.context_len}", f", context {workload.decode_context}"
+    context = prompt if workload.phase == "prefill" else cached
     constants = "pure roofline" if calibration.name == "none" else f"constants of {calibration.name}"
-    error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}" + ("" if calibration.measured else ", not measured on this chip")
+    measured = "" if calibration.measured else ", not measured on this chip"
+    error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}{measured}"
     return (
         f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{context}, "
         f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}; bandwidth model '{report.bandwidth_model}', program "
@@ -105,15 +107,17 @@ def _memory_bar(best: Candidate) -> str:
 
 
 def _ledger(result: PhaseResult) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{result.name} step, {result.step_seconds * 1e3:.4g} ms", title_justify="left")
-    for title, justify in (("entry", "left"), ("part", "left"), ("collective", "left"), ("count", "right"), ("MB", "right"), ("ms", "right"), ("", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    title = f"{result.name} step, {result.step_seconds * 1e3:.4g} ms"
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+    for name in ("entry", "part", "collective"):
+        table.add_column(name)
+    for name in ("count", "MB", "ms", ""):
+        table.add_column(name, justify="right")
     for entry in result.ledger.dearest()[:_ENTRIES]:
         op = f"{entry.op}({''.join(entry.axes)})" if entry.op else ""
-        share = entry.exposed_seconds / result.step_seconds
-        table.add_row(
-            entry.name, entry.part.value, op, str(entry.count), f"{_megabytes(entry):.1f}", f"{entry.exposed_seconds * 1e3:.3f}", f"{share:.0%}"
-        )
+        seconds = entry.exposed_seconds
+        share = f"{seconds / result.step_seconds:.0%}"
+        table.add_row(entry.name, entry.part.value, op, str(entry.count), f"{_megabytes(entry):.1f}", f"{seconds * 1e3:.3f}", share)
     return table
 
 

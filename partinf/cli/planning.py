@@ -33,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that both commands share. Numbers and names are read later, so that every wrong one is reported."""
     parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
     parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8, cpu:2x2x2, or local")
-    parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes: x0:2,x1:2,y:4, or 4x2 for switched chips")
+    parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the axes: x0:2,x1:2,y:4, or 4x2 for switched chips")
     parser.add_argument("--phase", metavar="PHASE", help="decode or prefill: judge one step of it; neither: the whole workload")
     parser.add_argument("--batch", default="1", metavar="N", help="sequences (default: 1)")
     parser.add_argument("--input", default="0", metavar="N", help="prompt tokens per request")
@@ -91,7 +91,11 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
         ),
     )
     raise_offences(offences)
-    assert model is not None and slice_ is not None and workload is not None and bandwidth_model is not None
+    # Whatever is None left an offence.
+    assert model is not None
+    assert slice_ is not None
+    assert workload is not None
+    assert bandwidth_model is not None
     return Asked(model, slice_, workload, args.calibration, bandwidth_model, PROGRAMS[args.program])
 
 

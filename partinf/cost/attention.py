@@ -72,9 +72,7 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
     share = useful * split.shares.heads * (seen / keys if keys else 1.0)
-    entries.append(
-        split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION)
-    )
+    entries.append(split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION))
     return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
 
 

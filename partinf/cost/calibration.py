@@ -47,9 +47,8 @@ ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline fr
 def _table() -> dict[str, Calibration]:
     data = tomllib.loads(resources.package_file("calibration.toml").read_text())
     known = {field.name for field in fields(Calibration)}
-    raise_offences(
-        f"calibration.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, row in data.items() for key in row if key not in known
-    )
+    unknown = [(name, key) for name, row in data.items() for key in row if key not in known]
+    raise_offences(f"calibration.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in unknown)
     return {name: Calibration(name=name, **row) for name, row in data.items()}
 
 

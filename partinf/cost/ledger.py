@@ -59,7 +59,7 @@ class Entry(NamedTuple):
     name: str
     part: Part
     kind: Kind
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # tuple.count is not used
     flops: float = 0.0
     padding_flops: float = 0.0
     weight_bytes: float = 0.0

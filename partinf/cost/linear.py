@@ -62,8 +62,8 @@ class Weight:
         split = self.split
         found = []
         for op, axes, count in moves(self.elements, self.source, self.target, split.sizes, split.joint):
-            num_bytes = count * split.weight_bytes
-            entry = split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, num_bytes, split.weight_dtype.value)
+            size, dtype = count * split.weight_bytes, split.weight_dtype.value
+            entry = split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, size, dtype)
             found.append(entry._replace(overlapped=entry.seconds) if hidden else entry)
         return found
 

@@ -86,7 +86,7 @@ class Pricing:
         self, name: str, part: Part, count: int, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: str, useful: float = 1.0
     ) -> Entry:
         """One collective; `num_bytes` is the output of an all-gather, the input of the others."""
-        seconds = self.network.seconds(op, axes, num_bytes)
+        seconds, padding = self.network.seconds(op, axes, num_bytes), num_bytes * (1 - useful)
         return Entry(
-            name, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=num_bytes * (1 - useful), seconds=seconds
+            name, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=padding, seconds=seconds
         )

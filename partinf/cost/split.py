@@ -88,7 +88,15 @@ class StepSplit:
     """
 
     def __init__(
-        self, model: ModelConfig, layout: Layout, phase: Phase, shape: StepShape, pricing: Pricing, weights: DType, kv: DType, shares: Shares
+        self,
+        model: ModelConfig,
+        layout: Layout,
+        phase: Phase,
+        shape: StepShape,
+        pricing: Pricing,
+        weights: DType,
+        kv: DType,
+        shares: Shares,
     ) -> None:
         """
         Args:

@@ -105,7 +105,8 @@ def collectives_json(ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
-    line: dict[str, Any] = {"name": entry.name, "part": entry.part.value, "kind": entry.kind.value, "count": entry.count, "seconds": entry.seconds}
+    line: dict[str, Any] = {"name": entry.name, "part": entry.part.value, "kind": entry.kind.value}
+    line |= {"count": entry.count, "seconds": entry.seconds}
     if entry.op is not None:
         line["op"], line["axes"] = entry.op.value, list(entry.axes)
     for key in _OPTIONAL:

@@ -70,7 +70,8 @@ def storages(table: AxisTable) -> list[Storage]:
 
 def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
     """Every choice of gathered axes and attention roles for a storage, equal axes not yet merged."""
-    gathers = [(False, True) if role in (Role.EMBED, Role.FFN) and size > 1 else (False,) for role, size in zip(storage, table.sizes, strict=True)]
+    stored = [role in (Role.EMBED, Role.FFN) and size > 1 for role, size in zip(storage, table.sizes, strict=True)]
+    gathers = [(False, True) if stores else (False,) for stores in stored]
     attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
     for gather in itertools.product(*gathers):
         for attention in itertools.product(*attended):

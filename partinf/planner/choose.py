@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger, total_seconds
 from partinf.cost.movement import ways
@@ -30,17 +29,19 @@ def plan(
     calibration: str = "fitted",
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
     program: Program = LOOPED,
-    only_runnable: bool = False,
+    only_runnable: bool | None = None,
 ) -> Plan:
     """The best layout for a workload, as a plan.
 
     Args:
-        only_runnable: leave out what can be planned but not run yet (padded heads).
+        only_runnable: leave out layouts that can be planned but not run yet (padded heads). None: where the model itself can be run.
 
     Raises:
         InvalidInput: nothing fits; by how much, and what would help.
     """
     report = search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+    if only_runnable is None:
+        only_runnable = model.runnable is None
     fitting = [c for c in report.candidates if c.fits and not (only_runnable and c.padded_heads)]
     if not fitting:
         raise InvalidInput(misfit(report))
@@ -125,8 +126,8 @@ def why(report: PlanReport, candidate: Candidate) -> str:
         if not rival.fits:
             others.append(f"{label} {other} does not fit ({rival.memory.total / 1e9:.1f} GB per device)")
         else:
-            extra = rival.score / candidate.score - 1
-            others.append(f"{label} {other} would cost {extra:+.1%}" + (" (a tie)" if rival.tie_with_best and candidate.tie_with_best else ""))
+            tie = " (a tie)" if rival.tie_with_best and candidate.tie_with_best else ""
+            others.append(f"{label} {other} would cost {rival.score / candidate.score - 1:+.1%}{tie}")
     return text + (f" Against {asked.ffn} with attention over {asked.attention}, {' and '.join(others)}." if others else "")
 
 

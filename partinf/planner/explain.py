@@ -35,11 +35,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """The lines of one part of a step, after the shape that it starts from."""
+    """The lines of one part of a step, after the shape that it starts from; `per_layer` if they run in every layer."""
 
     title: str
     start: str
     lines: tuple[Line, ...]
+    per_layer: bool
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def explain(split: StepSplit, ledger: Ledger) -> list[Section]:
         lines = tuple(_line(split, entry, tensors.get(entry.name), current) for entry in entries)
         start = _shape(split, tensors["E before the sublayer"], Split(split.t, split.w))[0] if part in (Part.ATTENTION, Part.FFN) else ""
         if lines:
-            sections.append(Section(title, start, lines))
+            sections.append(Section(title, start, lines, part in (Part.ATTENTION, Part.FFN)))
     return sections
 
 

@@ -141,7 +141,8 @@ class _Search:
         padded = self.evaluator.padded_heads(parts)
         if padded is None:
             return None
-        beside = [self._beside(storage, choice, (prefill, decode), label, padded, kv) for label, choice in (("prefill", prefill), ("decode", decode))]
+        pair = (prefill, decode)
+        beside = [self._beside(storage, choice, pair, label, padded, kv) for label, choice in zip(PHASES, pair, strict=True)]
         held = self._held(storage, prefill, decode, beside, padded, kv)
         fits = held.total + max(priced.activations for priced in beside) <= held.usable
         seconds = beside[0].seconds + self.workload.output_len * beside[1].seconds
@@ -231,9 +232,7 @@ class _Search:
         bound = self.workload.max_latency
         name = readable_name(layout, self.sizes)
         phases = tuple(results.values())
-        return Candidate(
-            layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or score <= bound
-        )
+        return Candidate(layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or score <= bound)
 
     def _result(self, layout: Layout, label: str, ledger: Ledger) -> PhaseResult:
         workload, chip = self.workload, self.slice.chip

@@ -139,6 +139,8 @@ def _choose(logits: jax.Array, batch: Batch, routes: Routes) -> tuple[jax.Array,
 
 def _whole_lanes(values: jax.Array, routes: Routes) -> jax.Array:
     """Gather the decode lanes, the leading rows, over the replica axes."""
+    if not routes.bucket.decode_rows:
+        return values
     mine = routes.bucket.decode_rows // routes.ways(routes.replica)
     lanes = move(values[:mine], routes.frame(routes.decode.order, ()), Split(routes.replica), Split())
     return jnp.concatenate([lanes, values[mine:]])

@@ -41,7 +41,7 @@ LAYOUTS = {
 def make_plan(name: str, slice_name: str, layout: Layout, **capacity: object) -> Plan:
     plan = Plan(load_model_config(FIXTURES / name), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32)
     return with_capacity(
-        plan, Capacity(**{"max_rows": 8, "max_len": 64, "prefill_tokens": 80, "random": False, "chunked": False} | capacity)
+        plan, Capacity(**{"max_rows": 8, "max_len": 64, "prefill_tokens": 80, "random": False} | capacity)
     )
 
 
@@ -61,7 +61,7 @@ def test_the_reference_gives_their_logits(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_partitioned_step_gives_their_logits(name: str) -> None:
     """Prefixes of every length in one prefill each would be 40 programs; the last position of growing chunks covers all with one."""
-    plan = make_plan(name, "cpu:2x2x2", LAYOUTS[name], chunked=True, page_size=4)
+    plan = make_plan(name, "cpu:2x2x2", LAYOUTS[name], page_size=4, prefill_tokens=56)
     mesh, limits = device_mesh(plan), runner_limits(plan)
     params = load(plan, name, mesh)
     bucket = next(bucket for bucket in plan.buckets if bucket.prefill_pages)
@@ -90,7 +90,7 @@ def shard_page(plan: Plan, slot: int, page: int) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_engine_gives_their_tokens(name: str) -> None:
-    plan = make_plan(name, "cpu:4x2", LAYOUTS_2D[name], chunked=True, page_size=4)
+    plan = make_plan(name, "cpu:4x2", LAYOUTS_2D[name], page_size=4, prefill_tokens=56)
     runner = JaxRunner(plan, load(plan, name, device_mesh(plan)))
     expected = np.load(FIXTURES / name / "expected.npz")
     assert expected["greedy_margin"].min() > 10 * TOLERANCE  # so the tokens are decided

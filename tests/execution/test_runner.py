@@ -38,7 +38,7 @@ ONE_DEVICE = make_layout({"x": "replica"}, {"x": "none"})
 
 def make_runner(slice_name: str, layout: Layout, **capacity: object) -> JaxRunner:
     plan = Plan(load_model_config("demo"), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32, prefill_from_tokens=40)
-    plan = with_capacity(plan, Capacity(**{"max_rows": 16, "max_len": 64, "prefill_tokens": 64, "chunked": False} | capacity))
+    plan = with_capacity(plan, Capacity(**{"max_rows": 16, "max_len": 64, "prefill_tokens": 64, "max_prompt_len": 30} | capacity))
     mesh = device_mesh(plan)
     runner = JaxRunner(plan, load_hf(DEMO, plan.model, abstract_params(plan, mesh, unrolled=False)), mesh)
     runner.warm_up()
@@ -142,7 +142,7 @@ def test_prompts_longer_than_a_step_are_refused_unless_they_may_be_cut(runner: J
 
 
 def test_prompts_are_cut_over_several_steps() -> None:
-    cut = Engine(make_runner("cpu:2x2x2", TWO_D, chunked=True, prefill_tokens=8, random=False), tokenizer=load_tokenizer(DEMO))
+    cut = Engine(make_runner("cpu:2x2x2", TWO_D, max_prompt_len=0, prefill_tokens=8, random=False), tokenizer=load_tokenizer(DEMO))
     task = next(task for task in mixed_tasks(50, seed=8) if task.kind == "recall" and len(cut._tokenizer.encode(task.prompt)) > 12)
     whole = Engine(make_runner("cpu:1", ONE_DEVICE, random=False), tokenizer=load_tokenizer(DEMO))
     params = SamplingParams(max_tokens=8)
