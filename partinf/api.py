@@ -21,7 +21,7 @@ from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
-from partinf.errors import collect, raise_offences
+from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.hardware import Slice, parse_slice
 from partinf.layout import Layout
 from partinf.model_config import ModelConfig, load_model_config
@@ -30,6 +30,8 @@ from partinf.workload import DType, Workload
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+_CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 
 DEFAULT_WORKLOAD = Workload(batch=32, input_len=64, output_len=64)
 
@@ -79,7 +81,7 @@ def plan(
     if capacity is None:
         needed = max(workload.max_context, 1)
         longest = min(needed, config.max_len or needed)
-        capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=max(workload.input_len, 1))
+        capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=min(max(workload.input_len, 1), _CHUNK))
     return with_capacity(bound, capacity)
 
 
@@ -137,14 +139,10 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
     from partinf.checkpoint.hf import check_hf
 
     config, directory = load_model_config(model), weights_directory(model)
-    offences = []
-    if config.runnable is not None:
-        offences.append(f"model {config.name} can be planned but not run yet: {config.runnable}")
     if directory is None and not random_weights:
-        offences.append(f"model {config.name} comes without weights; give a Hugging Face directory")
-    if directory is not None and not random_weights and not offences:
+        raise InvalidInput(f"model {config.name} comes without weights; give a Hugging Face directory")
+    if directory is not None and not random_weights:
         check_hf(directory, config)
-    raise_offences(offences)
     return config
 
 

@@ -208,6 +208,11 @@ def _shape_offences(text: str, chip: Chip, shape: tuple[int, ...], count: int) -
     return offences
 
 
+def valid_sides(chip: Chip, longest: int = 64) -> list[int]:
+    """Lengths of a torus axis in which the chip is offered, up to `longest`."""
+    return [size for size in range(1, longest + 1) if _valid_side(chip, size)]
+
+
 def _valid_side(chip: Chip, size: int) -> bool:
     if chip.torus_dims == 2:
         return size in (1, 2, 4, 8, 16)

@@ -1,6 +1,6 @@
 """Architectures as data: one frozen `ModelConfig`, read from `models/<name>.toml` or from a Hugging Face `config.json`.
 
-Sizes carry the letters of `partinf.axes` (E, F, H, K, Q, V, N). What can be planned but not run yet says so in `runnable`.
+Sizes carry the letters of `partinf.axes` (E, F, H, K, Q, V, N).
 """
 
 from __future__ import annotations
@@ -110,24 +110,6 @@ class ModelConfig:
             return self
         return replace(self, num_heads=num_heads, num_kv_heads=self.kv_heads_with(num_heads))
 
-    @property
-    def runnable(self) -> str | None:
-        """None when the library can run this architecture; otherwise what is missing."""
-        missing = []
-        if self.block is not Block.SERIAL:
-            missing.append(f"{self.block} blocks")
-        if not self.gated or self.activation is not Activation.SILU:
-            missing.append(f"{'gated ' if self.gated else 'plain '}{self.activation} FFN")
-        if self.norm is not Norm.RMS:
-            missing.append(f"{self.norm} norm")
-        if self.position is not Position.ROPE:
-            missing.append(f"{self.position} positions")
-        if self.biases:
-            missing.append("biases")
-        if self.qk_norm:
-            missing.append("norms of queries and keys")
-        return ", ".join(missing) or None
-
     def layer_params(self) -> int:
         """Parameters of one layer, norms and biases included."""
         matrices = 3 if self.gated else 2
@@ -156,6 +138,8 @@ class ModelConfig:
             offences.append(
                 f"model {self.name}: {self.num_heads} query heads do not share {self.num_kv_heads} kv heads evenly; valid: {valid}"
             )
+        if self.position is Position.LEARNED and self.max_len < 1:
+            offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
         if not offences and self.position is Position.ROPE and self.head_dim % 2:
             offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
         return offences

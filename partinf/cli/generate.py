@@ -49,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     layout = collect(offences, lambda: named_layout(args.layout))
     config = collect(offences, lambda: api.check_loadable(args.model))
     raise_offences(offences)
-    assert prompts is not None and params is not None and config is not None
+    assert prompts is not None
+    assert params is not None
+    assert config is not None
     plan = _plan(args, config, target, layout, len(prompts))
     api.check_prompts(args.model, plan, prompts, params)
     model = _load(args, plan)

@@ -14,17 +14,19 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from partinf.engine.admission import Prompt, RequestCheck
+from partinf.engine.batch import Batch, Policy
 from partinf.engine.detokenize import TextReader, Tokenizer
 from partinf.engine.metrics import Metrics
 from partinf.engine.policies.fcfs import FirstComeFirstServed
 from partinf.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, Status, TokenEvent
 from partinf.engine.runner import Runner, RunnerLimits
-from partinf.engine.scheduler import Batch, Policy, Scheduler
+from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import SampledToken, StepOutput
 from partinf.engine.streams import Driver, RequestStream
 from partinf.errors import InvalidInput, raise_offences
 
 OnToken = Callable[[TokenEvent], None]
+OnStep = Callable[[Batch, StepOutput, float, float], None]
 
 
 @dataclass(eq=False)
@@ -56,7 +58,9 @@ class Engine:
         policy: Policy | None = None,
         clock: Callable[[], float] = time.perf_counter,
         seed: int = 0,
-        lag: int = 0,
+        lag: int | None = None,
+        prefix_caching: bool = False,
+        on_step: OnStep | None = None,
         check_invariants: bool = False,
     ) -> None:
         """
@@ -65,20 +69,27 @@ class Engine:
             policy: who runs in an iteration; `FirstComeFirstServed` unless given.
             clock: seconds; only differences count. A virtual clock makes a simulation.
             seed: what requests without a seed of their own derive theirs from.
-            lag: steps that are submitted before the oldest is collected; 0 waits for each. The runner must then feed its own tokens.
+            lag: steps that are submitted before the oldest is collected; 0 waits for each. The runner must then feed its own tokens. Unless
+                given, it fills the runner's pipeline stages.
+            prefix_caching: share pages of equal prompt beginnings, where the runner can go on after them.
+            on_step: called at every commit with batch, output, and the times when it was scheduled and committed.
             check_invariants: check after every iteration that no page and no slot is lost or held twice.
         """
         self.metrics = Metrics(runner.limits.num_slots)
         self._runner = runner
         self._tokenizer = tokenizer
         self._clock = clock
-        self._lag = lag
+        self._lag = runner.limits.num_stages - 1 if lag is None else lag
+        self._on_step = on_step
         self._check_invariants = check_invariants
         self._check_request = RequestCheck(runner.limits, tokenizer, seed)
-        self._scheduler = Scheduler(runner.limits, policy or FirstComeFirstServed())
+        self._scheduler = Scheduler(runner.limits, policy or FirstComeFirstServed(), self.metrics, prefix_caching)
+        self._returns_whole_batches = bool(getattr(self._scheduler.policy, "returns_whole_batches", False))
         self._numbers = itertools.count()
         self._live: dict[str, _Live] = {}
-        self._in_flight: deque[Batch] = deque()
+        self._in_flight: deque[tuple[Batch, float]] = deque()  # with the time when it was scheduled
+        self._held: list[_Live] = []  # have all their tokens and wait for the rest of their batch
+        self._committed = 0.0  # time of the last commit
         self._events: deque[tuple[_Live, TokenEvent]] = deque()  # not delivered yet
         self._ended: list[Sequence] = []  # not returned by `step` yet
         self._turn = threading.RLock()  # held for an iteration
@@ -100,6 +111,7 @@ class Engine:
         params: SamplingParams | None = None,
         request_id: str | None = None,
         on_token: OnToken | None = None,
+        arrival: float | None = None,
     ) -> str:
         """Queue a request and return its id; `step` returns its output once it has ended.
 
@@ -107,15 +119,20 @@ class Engine:
             prompt: text, or token ids.
             request_id: must not be in flight; made up if not given.
             on_token: called for every event of this request during `step`. If it raises, its request ends as FAILED, no other.
+            arrival: when it arrived, on the engine's clock, if that was before now.
 
         Raises:
             InvalidInput: everything that is wrong with the request; nothing has been queued then.
         """
-        return self._enqueue(self._request(prompt, params, request_id), on_token, reported=True).request.id
+        return self._enqueue(self._request(prompt, params, request_id, arrival), on_token, reported=True).request.id
 
-    def step(self) -> list[RequestOutput]:
-        """Run one iteration, if there is work; returns the requests added by `add_request` that ended since the last call."""
-        self._iterate()
+    def step(self, *, wait: bool = True) -> list[RequestOutput]:
+        """Run one iteration, if there is work; returns the requests added by `add_request` that ended since the last call.
+
+        Args:
+            wait: wait for the oldest step when there is nothing to schedule; otherwise only when enough are in flight.
+        """
+        self._iterate(wait)
         with self._lock:
             ended, self._ended = self._ended, []
         return [sequence.output() for sequence in ended]
@@ -166,16 +183,16 @@ class Engine:
 
     # An iteration: schedule, run, commit.
 
-    def _iterate(self) -> None:
+    def _iterate(self, wait: bool = True) -> None:
         with self._turn:
             started = self._clock()
             try:
                 batch = self._schedule()
                 if batch is not None:
                     self._runner.submit(batch.step)
-                    self._in_flight.append(batch)
-                if self._in_flight and (batch is None or len(self._in_flight) > self._lag):
-                    self._commit(self._in_flight.popleft(), self._runner.collect())
+                    self._in_flight.append((batch, started))
+                if self._in_flight and ((batch is None and wait) or len(self._in_flight) > self._lag):
+                    self._commit(*self._in_flight.popleft(), self._runner.collect())
             except BaseException as error:
                 self._fail_all(error)
                 raise
@@ -185,29 +202,41 @@ class Engine:
 
     def _schedule(self) -> Batch | None:
         with self._lock:
-            batch = self._scheduler.schedule()
+            now = self._clock()
+            batch = self._scheduler.schedule(now)
             if batch is None and not self._in_flight and self._live:
                 raise RuntimeError(f"{self._scheduler.policy} runs none of {len(self._live)} requests")
-            now = self._clock()
             for sequence in batch.prefill if batch is not None else ():
                 if sequence.started is None:
                     sequence.started = now
             return batch
 
-    def _commit(self, batch: Batch, output: StepOutput) -> None:
+    def _commit(self, batch: Batch, scheduled: float, output: StepOutput) -> None:
         now = self._clock()
+        seconds = output.seconds or now - max(scheduled, self._committed)
+        self._committed = now
         with self._lock:
-            self.metrics.record_step(batch.step, output)
-            sampled = zip((*batch.decode, *batch.prefill), (*output.decode, *output.prefill), strict=True)
-            for sequence, token in sampled:
-                if token is not None:
+            self.metrics.record_step(batch.step, output, len(self._scheduler.waiting), seconds)
+            for sequence, token, new in zip(batch.decode, output.decode, batch.samples, strict=True):
+                sequence.in_flight -= 1
+                sequence.attained += seconds
+                if new:
                     self._accept(sequence, token, now)
+            for sequence, last in zip(batch.prefill, output.prefill, strict=True):
+                sequence.in_flight -= 1
+                sequence.attained += seconds
+                if last is not None:
+                    self._accept(sequence, last, now)
+            if self._held and not self._scheduler.running:
+                self._return_held()
             if self._check_invariants:
                 self._scheduler.check()
+        if self._on_step is not None:
+            self._on_step(batch, output, scheduled, now)
 
     def _accept(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
         """Give a sampled token to its sequence, and end that if it was the last. One that has ended meanwhile drops it."""
-        if sequence.status is Status.FINISHED:
+        if sequence.status in (Status.FINISHED, Status.HELD):
             self.metrics.dropped_tokens += 1
             return
         live = self._live[sequence.request.id]
@@ -235,7 +264,8 @@ class Engine:
         error: BaseException | None = None,
     ) -> None:
         sequence = live.sequence
-        sequence.pieces.append(text)
+        if text:
+            sequence.pieces.append(text)
         if live.on_token is None:
             return
         event = TokenEvent(
@@ -259,6 +289,12 @@ class Engine:
         error: BaseException | None = None,
     ) -> None:
         sequence = live.sequence
+        if self._returns_whole_batches and reason in (FinishReason.STOP, FinishReason.LENGTH) and sequence.status is not Status.HELD:
+            self._scheduler.finish(sequence, Status.HELD)
+            sequence.finish_reason = reason
+            self._emit(live, token, text)
+            self._held.append(live)
+            return
         self._scheduler.finish(sequence)
         del self._live[sequence.request.id]
         sequence.finish_reason, sequence.error = reason, error
@@ -268,9 +304,18 @@ class Engine:
         if live.reported:
             self._ended.append(sequence)
 
+    def _return_held(self) -> None:
+        """The last of a batch has ended: return all of it."""
+        held, self._held = self._held, []
+        for live in held:
+            if live.sequence.status is Status.HELD and live.sequence.finish_reason is not None:
+                self._end(live, live.sequence.finish_reason)
+
     def _fail_all(self, error: BaseException) -> None:
         with self._lock:
             self._in_flight.clear()
+            self._held.clear()
+            self._scheduler.pool.forget_prefixes()
             for live in list(self._live.values()):
                 self._end(live, FinishReason.FAILED, error=error)
             self._runner.reset()
@@ -296,12 +341,13 @@ class Engine:
 
     # A request on its way in.
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, arrival: float | None = None) -> Request:
         number = next(self._numbers)
         while request_id is None and f"request-{number}" in self._live:
             number = next(self._numbers)
         name = f"request-{number}" if request_id is None else request_id
-        return self._check_request(prompt, SamplingParams() if params is None else params, name, number, self._clock())
+        when = self._clock() if arrival is None else arrival
+        return self._check_request(prompt, SamplingParams() if params is None else params, name, number, when)
 
     def _requests(self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None) -> list[Request]:
         if isinstance(prompts, str):

@@ -33,6 +33,7 @@ class FakeRunner:
         self._limits = limits
         self._rule = rule or weighted_sum(limits.vocab_size)
         self._kv: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) → (token, position)
+        self._host: dict[tuple[int, int], tuple[int, int]] = {}  # the same in host memory
         self._last: dict[int, int] = {}  # slot → token sampled last
         self._done: deque[StepOutput] = deque()
         self.steps: list[Step] = []
@@ -49,6 +50,7 @@ class FakeRunner:
         """
         self._check(step)
         self.steps.append(step)
+        self._copy(step)
         fed = [self._last[row.slot] if row.token is None else row.token for row in step.decode]
         for row, token in zip(step.decode, fed, strict=True):
             self._write(row.pages, row.position, (token,))
@@ -63,6 +65,14 @@ class FakeRunner:
 
     def reset(self) -> None:
         self._done.clear()
+
+    def _copy(self, step: Step) -> None:
+        for copies, source, target in ((step.swap_out, self._kv, self._host), (step.swap_in, self._host, self._kv)):
+            for copy in copies:
+                ends = (copy.pages, copy.host_pages) if source is self._kv else (copy.host_pages, copy.pages)
+                for here, there in zip(*ends, strict=True):
+                    for offset in range(self._limits.page_size):
+                        target[there, offset] = source.get((here, offset), (-1, -1))
 
     def _write(self, pages: tuple[int, ...], start: int, tokens: tuple[int, ...]) -> None:
         size = self._limits.page_size

@@ -43,6 +43,9 @@ class Summary:
         padding_tokens: padding that went through the model with them, where the runner reports it.
         generated_tokens: tokens that reached a request. dropped_tokens: sampled for a request that had already ended.
         mean_batch_size: sequences per iteration. occupancy: the same as a share of the slots.
+        preemptions: times that a request lost its pages and began again; recomputed_tokens: what was computed for nothing by then.
+        cached_tokens: prompt tokens found in the prefix cache. swap_outs, swapped_out_pages, swapped_in_pages: to host memory and back.
+        mean_queue, longest_queue: requests waiting when an iteration was committed.
         busy_seconds: time spent in iterations. tokens_per_second: generated_tokens over busy_seconds.
         ttft, time_per_token, completion_time, normalized_latency: over requests, as `RequestTimes` defines them.
     """
@@ -56,6 +59,14 @@ class Summary:
     dropped_tokens: int
     mean_batch_size: float
     occupancy: float
+    preemptions: int
+    recomputed_tokens: int
+    cached_tokens: int
+    swap_outs: int
+    swapped_out_pages: int
+    swapped_in_pages: int
+    mean_queue: float
+    longest_queue: int
     busy_seconds: float
     tokens_per_second: float
     ttft: Distribution
@@ -84,12 +95,30 @@ class Metrics:
         self.generated_tokens = 0
         self.dropped_tokens = 0
         self.busy_seconds = 0.0
+        self.step_seconds = 0.0
+        self.preemptions = 0
+        self.recomputed_tokens = 0
+        self.cached_tokens = 0
+        self.swap_outs = 0
+        self.swapped_out_pages = 0
+        self.swapped_in_pages = 0
+        self.longest_queue = 0
+        self._queued = 0
         self._rows = 0
         self._finished: Counter[FinishReason] = Counter()
         self._times: deque[RequestTimes] = deque(maxlen=_REMEMBERED)
 
-    def record_step(self, step: Step, output: StepOutput) -> None:
+    @property
+    def times(self) -> list[RequestTimes]:
+        """Of the requests that ended, oldest first."""
+        return list(self._times)
+
+    def record_step(self, step: Step, output: StepOutput, queue_len: int = 0, seconds: float = 0.0) -> None:
+        """A step that was committed, the requests that waited then, and how long it took."""
         self.iterations += 1
+        self.step_seconds += seconds
+        self._queued += queue_len
+        self.longest_queue = max(self.longest_queue, queue_len)
         self.decode_tokens += len(step.decode)
         self.prefill_tokens += step.num_prefill_tokens
         self.padding_tokens += max(0, output.padded_tokens - step.num_tokens)
@@ -102,6 +131,7 @@ class Metrics:
 
     def summary(self) -> Summary:
         mean_batch_size = self._rows / self.iterations if self.iterations else 0.0
+        mean_queue = self._queued / self.iterations if self.iterations else 0.0
         times = list(self._times)
         return Summary(
             finished=dict(self._finished),
@@ -113,6 +143,14 @@ class Metrics:
             dropped_tokens=self.dropped_tokens,
             mean_batch_size=mean_batch_size,
             occupancy=mean_batch_size / self._num_slots,
+            preemptions=self.preemptions,
+            recomputed_tokens=self.recomputed_tokens,
+            cached_tokens=self.cached_tokens,
+            swap_outs=self.swap_outs,
+            swapped_out_pages=self.swapped_out_pages,
+            swapped_in_pages=self.swapped_in_pages,
+            mean_queue=mean_queue,
+            longest_queue=self.longest_queue,
             busy_seconds=self.busy_seconds,
             tokens_per_second=self.generated_tokens / self.busy_seconds if self.busy_seconds else 0.0,
             ttft=Distribution.of(t.ttft for t in times),

@@ -1,72 +1,181 @@
 """The page pool: who owns which page of the KV cache. It counts pages; what they hold is the runner's.
 
 Pages belong to the shards of the decode batch axes, `pages_per_shard` each, and all pages of a sequence lie on one shard. Slots, the
-lanes in which the runner keeps each resident sequence's last token, are one range for all shards.
+lanes in which the runner keeps each resident sequence's last token, are one range for all shards. Pages that hold the same tokens after
+the same tokens are shared where prefix caching is on: a page has as many references as holders.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 
+from partinf.engine.prefix_cache import PrefixCache
 from partinf.engine.request import Sequence
 from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import PageCopy
 
 
 class PagePool:
-    """Free pages per shard and free slots.
+    """Free pages per shard, free pages of host memory, and free slots.
 
-    A shard takes at most `max_decode_rows_per_shard` sequences, so that all residents can always decode in the same step.
+    A shard takes at most `max_decode_rows_per_shard` sequences, so that all residents can always decode in the same step, unless the
+    policy wants more residents than rows.
     """
 
-    def __init__(self, limits: RunnerLimits) -> None:
+    def __init__(self, limits: RunnerLimits, prefix_caching: bool = False) -> None:
         self._limits = limits
         first = range(0, limits.num_shards * limits.pages_per_shard, limits.pages_per_shard)
         self._free_pages = [list(range(low + limits.pages_per_shard - 1, low - 1, -1)) for low in first]
         self._free_slots = list(range(limits.num_slots))
+        self._free_host_pages = list(range(limits.num_host_pages - 1, -1, -1))
+        self._leaving_host_pages: list[int] = []  # read by the step that is being put together, free for the next
         self._num_sequences = [0] * limits.num_shards
+        self._refs = [0] * (limits.num_shards * limits.pages_per_shard)
+        self.prefixes = [PrefixCache(limits.page_size) for _ in range(limits.num_shards)] if prefix_caching and limits.chunks else []
 
     @property
     def num_free_pages(self) -> int:
-        return sum(map(len, self._free_pages))
+        return sum(self.free_pages(shard) for shard in range(self._limits.num_shards))
 
-    def choose_shard(self, num_pages: int, shards: Iterable[int]) -> int | None:
-        """The shard that takes another sequence of so many pages: fewest sequences, then most free pages, then the first.
+    @property
+    def num_free_host_pages(self) -> int:
+        return len(self._free_host_pages)
 
-        A decode step is padded to the fullest shard, hence sequences before pages. None when no shard of `shards` has room.
+    def free_pages(self, shard: int) -> int:
+        """Pages of a shard that nobody holds; those that the prefix cache remembers can be taken too."""
+        return len(self._free_pages[shard]) + (self.prefixes[shard].num_idle if self.prefixes else 0)
+
+    def choose_shard(self, num_pages: int, shards: Iterable[int], sequence: Sequence | None = None, crowd: bool = False) -> int | None:
+        """The shard that takes another sequence of so many pages; None when none of `shards` has room.
+
+        Fewest sequences, then most free pages, then the first: a decode step is padded to the fullest shard, hence sequences before
+        pages. Among shards that have at most one sequence more than the emptiest, the longest cached prefix comes before that.
+
+        Args:
+            sequence: whose prefix to look for. crowd: let more sequences live on a shard than it has decode rows.
         """
         if not self._free_slots:
             return None
-        most = self._limits.max_decode_rows_per_shard
-        fitting = [s for s in shards if self._num_sequences[s] < most and len(self._free_pages[s]) >= num_pages]
-        return min(fitting, key=lambda s: (self._num_sequences[s], -len(self._free_pages[s]), s), default=None)
+        most = self._limits.num_slots if crowd else self._limits.max_decode_rows_per_shard
+        found = {shard: [] if sequence is None else self._find(sequence, shard) for shard in shards}
+        fitting = [s for s, pages in found.items() if self._num_sequences[s] < most and self._fresh(s, num_pages, pages)]
+        if not fitting:
+            return None
+        crowded = min(self._num_sequences[s] for s in fitting) + 1
+        return min(
+            fitting,
+            key=lambda s: (self._num_sequences[s] > crowded, -len(found[s]), self._num_sequences[s], -self.free_pages(s), s),
+        )
 
-    def allocate(self, sequence: Sequence, num_pages: int, shard: int) -> None:
-        """Give the sequence a slot and pages of a shard that `choose_shard` named."""
-        free = self._free_pages[shard]
-        assert len(free) >= num_pages, f"shard {shard} has {len(free)} free pages, {num_pages} are asked for"
+    def allocate(self, sequence: Sequence, num_pages: int, shard: int) -> int:
+        """Give the sequence a slot and pages of a shard that `choose_shard` named; returns how many of them are cached already."""
+        cached = self._find(sequence, shard)
+        assert self._fresh(shard, num_pages, cached), f"shard {shard} has {self.free_pages(shard)} free pages, {num_pages} are asked for"
+        for page in cached:
+            self._refs[page] += 1
+            self.prefixes[shard].hold(page)
         sequence.shard = shard
         sequence.slot = heapq.heappop(self._free_slots)
-        sequence.pages = [free.pop() for _ in range(num_pages)]
+        sequence.set_pages(cached + [self._take(shard) for _ in range(num_pages - len(cached))])
         self._num_sequences[shard] += 1
+        return len(cached)
+
+    def grow(self, sequence: Sequence, num_pages: int) -> bool:
+        """Bring a resident sequence to so many pages; False, and nothing changed, when its shard has not enough."""
+        missing = num_pages - len(sequence.pages)
+        if missing > self.free_pages(sequence.shard):
+            return False
+        sequence.pages.extend(self._take(sequence.shard) for _ in range(missing))
+        return True
 
     def free(self, sequence: Sequence) -> None:
-        """Take back what `allocate` gave."""
-        self._free_pages[sequence.shard].extend(reversed(sequence.pages))
+        """Take back what `allocate` and `grow` gave, and what is in host memory."""
+        self._free_host_pages.extend(reversed(sequence.host_pages))
+        sequence.host_pages = []
+        if sequence.slot < 0:
+            return
+        self.remember(sequence, min(sequence.num_scheduled, len(sequence.tokens) - 1))
+        for page in reversed(sequence.pages):
+            self._release(page, sequence.shard)
         heapq.heappush(self._free_slots, sequence.slot)
         self._num_sequences[sequence.shard] -= 1
-        sequence.shard, sequence.slot, sequence.pages = -1, -1, []
+        sequence.shard, sequence.slot = -1, -1
+        sequence.set_pages([])
 
-    def check(self, residents: Iterable[Sequence]) -> None:
-        """Assert conservation: every page and slot is either free or held by exactly one resident, and pages are on their shard."""
+    def swap_out(self, sequence: Sequence) -> PageCopy | None:
+        """Free what the sequence holds on the device, its written pages for as many of host memory; None when that is full."""
+        used = self._limits.pages_for(sequence.num_scheduled)
+        if used > len(self._free_host_pages):
+            return None
+        host_pages = [self._free_host_pages.pop() for _ in range(used)]
+        copy = PageCopy(tuple(sequence.pages[:used]), tuple(host_pages), sequence.shard)
+        self.free(sequence)
+        sequence.host_pages = host_pages
+        return copy
+
+    def swap_in(self, sequence: Sequence, num_pages: int, shard: int) -> PageCopy:
+        """The way back, to a shard that `choose_shard` named. The host's pages are free once the step has been put together."""
+        host_pages, sequence.host_pages = sequence.host_pages, []
+        self.allocate(sequence, num_pages, shard)
+        self._leaving_host_pages += reversed(host_pages)
+        return PageCopy(tuple(sequence.pages[: len(host_pages)]), tuple(host_pages), shard)
+
+    def step_is_built(self) -> None:
+        """What the step reads from host memory may be overwritten by the next one."""
+        self._free_host_pages += self._leaving_host_pages
+        self._leaving_host_pages = []
+
+    def remember(self, sequence: Sequence, num_positions: int) -> None:
+        """Let later steps find the full pages of these positions, which have been written by the steps scheduled so far."""
+        if self.prefixes:
+            self.prefixes[sequence.shard].remember(sequence, num_positions)
+
+    def forget_prefixes(self) -> None:
+        """The pages were lost."""
+        for shard, cache in enumerate(self.prefixes):
+            self._free_pages[shard] += cache.clear()
+
+    def check(self, residents: Iterable[Sequence], swapped: Iterable[Sequence] = ()) -> None:
+        """Assert conservation: every page is free or held as often as it has references, every slot free or held by one resident, and
+        pages are on their shard."""
         residents = list(residents)
-        pages = [page for free in self._free_pages for page in free] + [page for sequence in residents for page in sequence.pages]
-        slots = self._free_slots + [sequence.slot for sequence in residents]
+        held = Counter(page for sequence in residents for page in sequence.pages)
+        idle = [page for cache in self.prefixes for page in cache.idle]
+        free = [page for free in self._free_pages for page in free] + idle
         per_shard = self._limits.pages_per_shard
-        assert sorted(pages) == list(range(self._limits.num_shards * per_shard)), "pages are lost or held twice"
+        assert sorted([*free, *held]) == list(range(self._limits.num_shards * per_shard)), "pages are lost or held twice"
+        assert all(self._refs[page] == held[page] for page in range(len(self._refs))), "references and holders differ"
+        assert self.prefixes or all(count == 1 for count in held.values()), "pages are lost or held twice"
+        slots = self._free_slots + [sequence.slot for sequence in residents]
         assert sorted(slots) == list(range(self._limits.num_slots)), "slots are lost or held twice"
-        for shard, free in enumerate(self._free_pages):
-            held = [sequence for sequence in residents if sequence.shard == shard]
-            assert self._num_sequences[shard] == len(held), f"shard {shard} counts {self._num_sequences[shard]} sequences, {len(held)} live"
-            on_shard = free + [page for sequence in held for page in sequence.pages]
+        host = self._free_host_pages + self._leaving_host_pages + [page for sequence in swapped for page in sequence.host_pages]
+        assert sorted(host) == list(range(self._limits.num_host_pages)), "pages of host memory are lost or held twice"
+        for shard, pages in enumerate(self._free_pages):
+            here = [sequence for sequence in residents if sequence.shard == shard]
+            assert self._num_sequences[shard] == len(here), f"shard {shard} counts {self._num_sequences[shard]} sequences, {len(here)} live"
+            on_shard = pages + [page for sequence in here for page in sequence.pages]
             assert all(page // per_shard == shard for page in on_shard), f"shard {shard} holds pages of another shard"
+
+    def _find(self, sequence: Sequence, shard: int) -> list[int]:
+        """Cached pages of the sequence's beginning. One token at least is left to compute: the one whose successor is wanted."""
+        if not self.prefixes or sequence.num_scheduled:
+            return []
+        return self.prefixes[shard].find(sequence, (len(sequence.tokens) - 1) // self._limits.page_size)
+
+    def _fresh(self, shard: int, num_pages: int, cached: list[int]) -> bool:
+        """Whether the shard has pages for what is not cached; cached ones that nobody holds count as free until they are taken."""
+        idle = sum(self._refs[page] == 0 for page in cached)
+        return self.free_pages(shard) - idle >= num_pages - len(cached)
+
+    def _take(self, shard: int) -> int:
+        free = self._free_pages[shard]
+        page = free.pop() if free else self.prefixes[shard].evict()
+        self._refs[page] = 1
+        return page
+
+    def _release(self, page: int, shard: int) -> None:
+        self._refs[page] -= 1
+        if not self._refs[page] and not (self.prefixes and self.prefixes[shard].idles(page)):
+            self._free_pages[shard].append(page)

@@ -138,10 +138,13 @@ class Request:
 
 
 class Status(StrEnum):
-    """WAITING: holds nothing. RUNNING: holds a slot and pages. FINISHED: holds nothing again."""
+    """WAITING: holds nothing. RUNNING: holds a slot and pages. SWAPPED: holds pages in host memory. HELD: has all its tokens and holds
+    nothing, but is not returned before its batch is done. FINISHED: holds nothing again."""
 
     WAITING = "waiting"
     RUNNING = "running"
+    SWAPPED = "swapped"
+    HELD = "held"
     FINISHED = "finished"
 
 
@@ -155,10 +158,14 @@ class Sequence:
     Attributes:
         tokens: the prompt, then every token sampled so far. pieces: the text given out so far, in pieces.
         slot, shard: the lane and the shard that owns the pages; -1 while it holds none.
-        pages: global page ids, in the order of positions.
-        num_scheduled: positions whose K/V are written by the steps scheduled so far.
-        prefill_len: tokens to prefill since the sequence was admitted; what lies beyond is decoded one by one.
-        num_iterations: steps that this sequence took part in.
+        digests: of the token prefixes that fill whole pages, made as they are needed.
+        pages: global page ids, in the order of positions. host_pages: places in host memory while it is swapped out.
+        max_positions: positions that get K/V at most.
+        num_scheduled: positions whose K/V are written by the steps scheduled so far, or were found in the prefix cache.
+        prefill_len: tokens known when the sequence was admitted last; what lies beyond is sampled and decoded one by one.
+        num_iterations: steps that this sequence took part in. num_preemptions: times that it lost its pages.
+        in_flight: steps with this sequence that are scheduled and not committed.
+        attained: seconds that its steps took so far.
         started, first_token, last_token, finished: times on the engine's clock, in seconds; None until it happens.
     """
 
@@ -170,9 +177,15 @@ class Sequence:
     slot: int = -1
     shard: int = -1
     pages: list[int] = field(default_factory=list)
+    host_pages: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    max_positions: int = 0
     num_scheduled: int = 0
     prefill_len: int = 0
     num_iterations: int = 0
+    num_preemptions: int = 0
+    in_flight: int = 0
+    attained: float = 0.0
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
     started: float | None = None
@@ -183,6 +196,19 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prefill_len = len(self.tokens)
+        self.max_positions = self.request.max_positions
+        self._table: tuple[int, ...] = ()
+
+    def page_table(self, num_pages: int) -> tuple[int, ...]:
+        """The first pages as a tuple, which is kept while nothing changes: most steps of a sequence have the same ones."""
+        if len(self._table) != num_pages:
+            self._table = tuple(self.pages[:num_pages])
+        return self._table
+
+    def set_pages(self, pages: list[int]) -> None:
+        """Give the sequence other pages than before (adding to the end of `pages` needs no call)."""
+        self.pages = pages
+        self._table = ()
 
     @property
     def generated(self) -> list[int]:
@@ -200,7 +226,7 @@ class Sequence:
     @property
     def exhausted(self) -> bool:
         """Every token that may be sampled has been scheduled; the sequence only waits for its output."""
-        return self.num_scheduled >= self.request.max_positions
+        return self.num_scheduled >= self.max_positions
 
     def output(self) -> RequestOutput:
         """The answer; only once the sequence has finished."""

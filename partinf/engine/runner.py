@@ -23,6 +23,8 @@ class RunnerLimits:
         num_prefill_shards: shards of the prefill batch axes; a chunk is computed on one of them.
         prefill_shards: per decode shard, the prefill shards that may compute its chunks (those that agree with it on the axes which
             are batch axes in both phases); empty when any may.
+        num_stages: pipeline stages; with more than one, a sequence is in one batch at a time and so many batches fill the pipeline.
+        num_host_pages: pages of host memory for sequences that are swapped out, 0 when the runner cannot swap.
         chunks: whether a prompt may be cut and continued by later steps; if not, one step's share is the longest prompt.
     """
 
@@ -38,10 +40,13 @@ class RunnerLimits:
     num_prefill_shards: int = 1
     prefill_shards: tuple[tuple[int, ...], ...] = ()
     chunks: bool = True
+    num_stages: int = 1
+    num_host_pages: int = 0
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int) and not isinstance(value, bool)}
-        offences = [f"{name} = {value}; it must be at least 1" for name, value in numbers.items() if value < 1]
+        least = {"num_host_pages": 0}
+        offences = [f"{name} = {value}; it must be at least {least.get(name, 1)}" for name, value in numbers.items() if value < least.get(name, 1)]
         if not offences and self.max_prefill_tokens % self.num_prefill_shards:
             offences.append(f"max_prefill_tokens = {self.max_prefill_tokens} does not divide over {self.num_prefill_shards} prefill shards")
         if self.prefill_shards and len(self.prefill_shards) != self.num_shards:

@@ -8,6 +8,7 @@ its KV pages. Page ids are global: page p of shard s is s * pages_per_shard + p.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,10 @@ class RowSampling:
         return self.temperature == 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """One token of one sequence: its K/V are written at `position`, the token at position + 1 is sampled.
+
+    A named tuple, because serving makes one per token.
 
     Attributes:
         token: the token fed; None takes the one last sampled in this slot, which the host has not seen yet.
@@ -76,12 +78,37 @@ class PrefillChunk:
         return self.start + len(self.tokens)
 
 
+class PageCopy(NamedTuple):
+    """KV pages of one sequence that move between the device and host memory, page by page in the same order.
+
+    Attributes:
+        pages: global page ids. host_pages: places in host memory, 0..num_host_pages - 1. shard: owner of the pages.
+    """
+
+    pages: tuple[int, ...]
+    host_pages: tuple[int, ...]
+    shard: int
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One iteration. No slot occurs twice."""
+    """One iteration. No slot occurs twice.
+
+    Copies come before the rows: first all of `swap_out`, whose pages are free afterwards, then all of `swap_in`. A step may consist of
+    copies alone.
+
+    Attributes:
+        swap_out: from the device to host memory. swap_in: back.
+        idle_rows, idle_tokens: decode rows and prompt tokens of padding that the policy asks for: what a batch that runs to the end of its
+            longest member spends on the others. A runner that pads by its own rules may ignore them.
+    """
 
     decode: tuple[DecodeRow, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
+    swap_out: tuple[PageCopy, ...] = ()
+    swap_in: tuple[PageCopy, ...] = ()
+    idle_rows: int = 0
+    idle_tokens: int = 0
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -92,12 +119,16 @@ class Step:
         """Tokens that go through the linear layers, without padding."""
         return len(self.decode) + self.num_prefill_tokens
 
+    @property
+    def num_rows(self) -> int:
+        """Sequences that take part."""
+        return len(self.decode) + len(self.prefill)
+
     def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill)
+        return bool(self.decode or self.prefill or self.swap_out or self.swap_in)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """A token and its log-probability (natural, of the model's distribution before temperature and truncation)."""
 
     token: int
@@ -112,8 +143,10 @@ class StepOutput:
         decode: in the order of `Step.decode`.
         prefill: in the order of `Step.prefill`; None for a chunk that was not the last of its prompt.
         padded_tokens: tokens that really went through the linear layers, padding included; 0 when the runner does not pad.
+        seconds: time that the step took on the device; 0 when the runner does not know it.
     """
 
     decode: tuple[SampledToken, ...] = ()
     prefill: tuple[SampledToken | None, ...] = ()
     padded_tokens: int = 0
+    seconds: float = 0.0

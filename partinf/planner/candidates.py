@@ -59,12 +59,20 @@ def axis_table(slice_: Slice) -> AxisTable:
     return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), fixed)
 
 
-def storages(table: AxisTable) -> list[Storage]:
-    """Storage roles of all axes, one representative per class of equal axes."""
+def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
+    """Storage roles of all axes, one representative of those that differ only by swapping equal axes.
+
+    Key-value heads are dealt over FFN axes first, then over others in mesh order, as far as they divide. With several of them the order
+    of the axes within either kind is therefore kept; with one there is nothing to deal.
+    """
     choices = [(role,) if role else _STORED for role in table.fixed]
     seen: dict[object, Storage] = {}
     for storage in itertools.product(*choices):
-        seen.setdefault(_signature(table, [(role,) for role in storage]), storage)
+        marked = list(zip(table.class_ids, storage, strict=True))
+        stored = [pair for pair in marked if pair[1] is Role.FFN]
+        others = [pair for pair in marked if pair[1] is not Role.FFN]
+        signature = (sorted(stored), sorted(others)) if num_kv_heads == 1 else (stored, others)
+        seen.setdefault(repr(signature), storage)
     return list(seen.values())
 
 

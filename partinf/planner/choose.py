@@ -29,19 +29,17 @@ def plan(
     calibration: str = "fitted",
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
     program: Program = LOOPED,
-    only_runnable: bool | None = None,
+    only_runnable: bool = True,
 ) -> Plan:
     """The best layout for a workload, as a plan.
 
     Args:
-        only_runnable: leave out layouts that can be planned but not run yet (padded heads). None: where the model itself can be run.
+        only_runnable: leave out layouts that can be planned but not run yet: those that pad heads.
 
     Raises:
         InvalidInput: nothing fits; by how much, and what would help.
     """
     report = search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
-    if only_runnable is None:
-        only_runnable = model.runnable is None
     fitting = [c for c in report.candidates if c.fits and not (only_runnable and c.padded_heads)]
     if not fitting:
         raise InvalidInput(misfit(report))

@@ -106,7 +106,7 @@ class _Search:
         """Candidates of the one phase that was asked for; the other phase has the same roles."""
         label = self.workload.phase or "decode"
         found = []
-        for storage in storages(self.table):
+        for storage in storages(self.table, self.model.num_kv_heads):
             for choice in self._choices(storage, label):
                 layout = self.table.layout(storage, choice.option, choice.option)
                 ledger = choice.priced.ledger
@@ -119,7 +119,7 @@ class _Search:
     def whole(self) -> list[Candidate]:
         """For every storage and decode option, the best prefill option beside it."""
         found = []
-        for storage in storages(self.table):
+        for storage in storages(self.table, self.model.num_kv_heads):
             decodes = self._choices(storage, "decode")
             prefills = sorted(self._choices(storage, "prefill", merged=False), key=lambda choice: choice.priced.seconds)
             for decode in decodes:

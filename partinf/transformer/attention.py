@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 
 from partinf.collectives import Split, move, take_split
+from partinf.model_config import Position
 from partinf.transformer import cache
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
-from partinf.transformer.linear import dot
+from partinf.transformer.linear import dot, head_norm
 from partinf.transformer.params import Params
 from partinf.transformer.rope import rotate
 from partinf.transformer.routes import Group, Routes
@@ -37,10 +38,10 @@ def attention(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, 
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     outputs = []
     if routes.bucket.decode_rows:
-        out, kv = _decode(q[:lanes], new[:lanes], kv, layer, batch.decode, routes, freqs)
+        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, freqs)
         outputs.append(out)
     if routes.bucket.prefill_tokens:
-        out, kv = _prefill(q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, freqs)
+        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, freqs)
         outputs.append(out)
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
     return dot("thq,ehq->te", out, weights["wo"]), kv
@@ -60,13 +61,11 @@ def attend(q: jax.Array, kv: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def _decode(
-    q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, freqs: np.ndarray
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, freqs: np.ndarray
 ) -> tuple[jax.Array, Any]:
     group, size = routes.decode, routes.plan.cache.page_size
-    q, new = _to_group(q, new, group, routes)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
     position, pages = _rows(batch.position, group, routes), _rows(batch.pages, group, routes)  # [B.b], [B.b, pages]
-    q = rotate(q, position, freqs)
-    new = _rotate_keys(new, position, freqs)
+    q, new = _to_group(weights, q, new, position, group, routes, freqs)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
     pages, owned = cache.local_pages(pages, group.batch, routes.plan.cache.pages_per_shard)
     row = jnp.arange(position.shape[0])
     current = jnp.maximum(position, 0) // size
@@ -78,13 +77,11 @@ def _decode(
 
 
 def _prefill(
-    q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, freqs: np.ndarray
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, freqs: np.ndarray
 ) -> tuple[jax.Array, Any]:
     group, plan = routes.prefill, routes.plan
-    q, new = _to_group(q, new, group, routes)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
     owner, position = _rows(batch.owner, group, routes), _rows(batch.position, group, routes)  # [T.b]
-    q = rotate(q, position, freqs)
-    new = _rotate_keys(new, position, freqs)
+    q, new = _to_group(weights, q, new, position, group, routes, freqs)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
 
     # To the owners of the pages: batch axes that only prefill has are gathered, the others hold all that their requests need.
     shared, owners = routes.shared_batch, routes.decode
@@ -124,10 +121,22 @@ def _earlier(kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jn
     return context, slots, take_split(jnp.asarray(batch.start), 0, order, group.batch, routes.sizes)
 
 
-def _to_group(q: jax.Array, new: jax.Array, group: Group, routes: Routes) -> tuple[jax.Array, jax.Array]:
+def _to_group(
+    weights: Params, q: jax.Array, new: jax.Array, position: jax.Array, group: Group, routes: Routes, freqs: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Projected queries, keys and values as the group attends to them: moved, with bias, normalised and rotated as the model has it."""
+    model = routes.plan.model
     q = move(q, routes.frame(group.order, routes.head_digits), routes.q_projected, Split(group.batch, group.heads))
     new = move(new, routes.frame(group.order, routes.kv_digits, 0, 2), routes.kv_projected, Split(group.batch, group.kv))
-    return q, new
+    if "bq" in weights:
+        q = q + take_split(weights["bq"], 0, routes.head_digits, group.heads, routes.sizes)[None]
+        new = new + take_split(weights["bkv"], 1, routes.kv_digits, group.kv, routes.sizes)[None]
+    keys, values = new[:, 0], new[:, 1]
+    if model.qk_norm:
+        q, keys = head_norm(q, weights["q_norm"], model), head_norm(keys, weights["k_norm"], model)
+    if model.position is Position.ROPE:
+        q, keys = rotate(q, position, freqs), rotate(keys, position, freqs)
+    return q, jnp.stack([keys, values], axis=1)
 
 
 def _from_group(out: jax.Array, group: Group, routes: Routes) -> jax.Array:
@@ -138,10 +147,6 @@ def _from_group(out: jax.Array, group: Group, routes: Routes) -> jax.Array:
 def _rows(array: jax.Array, group: Group, routes: Routes) -> jax.Array:
     """This shard's block of a host array whose first dimension runs over the group's tokens."""
     return take_split(jnp.asarray(array), 0, group.order, group.batch, routes.sizes)
-
-
-def _rotate_keys(new: jax.Array, position: jax.Array, freqs: np.ndarray) -> jax.Array:
-    return jnp.stack([rotate(new[:, 0], position, freqs), new[:, 1]], axis=1)
 
 
 def _choose(kv: jax.Array, group: Group, routes: Routes) -> jax.Array:

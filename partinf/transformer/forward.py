@@ -31,6 +31,7 @@ import numpy as np
 from jax import lax
 
 from partinf.collectives import Split, move, take_split
+from partinf.model_config import Position
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.linear import norm
@@ -50,17 +51,20 @@ def forward(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, rou
     """
     parts = []
     if routes.bucket.decode_rows:
-        parts.append(_embed(params, decode_tokens, routes.decode, routes))
+        parts.append(_embed(params, decode_tokens, jnp.asarray(batch.decode.position), routes.decode, routes))
     if routes.bucket.prefill_tokens:
-        parts.append(_embed(params, jnp.asarray(batch.prefill.token), routes.prefill, routes))
+        prefill = batch.prefill
+        parts.append(_embed(params, jnp.asarray(prefill.token), jnp.asarray(prefill.position), routes.prefill, routes))
     x = jnp.concatenate(parts) if len(parts) > 1 else parts[0]  # [T.t, E.w]
     x, kv = _layers(params["layers"], x, kv, batch, routes)
     return _logits(params, _sampled_rows(x, batch, routes), routes), kv
 
 
-def _embed(params: Params, tokens: jax.Array, group: Group, routes: Routes) -> jax.Array:
+def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group, routes: Routes) -> jax.Array:
     tokens = take_split(tokens, 0, group.order, routes.replica, routes.sizes)  # [T.r]
     x = params["embed"][tokens]  # [T.r, E.ef]
+    if routes.plan.model.position is Position.LEARNED:
+        x = x + params["positions"].at[take_split(positions, 0, group.order, routes.replica, routes.sizes)].get(mode="clip")
     frame = routes.frame(group.order, routes.weight_stored)
     return move(x, frame, Split(routes.replica, routes.weight_stored), Split(routes.tokens, routes.weight))  # [T.t, E.w]
 
@@ -103,7 +107,7 @@ def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
 
 def _logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     axes, model = routes.weight_stored, routes.plan.model
-    rows = norm(rows, params["final_norm"], axes, routes)
+    rows = norm(rows, params, "final_norm", axes, routes)
     table = params.get("unembed", params["embed"])  # [V, E.ef]
     logits = jnp.einsum("re,ve->rv", rows, table, preferred_element_type=jnp.float32)  # [R, V] {ef unreduced}
     logits = move(logits, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]

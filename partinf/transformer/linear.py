@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.collectives import Axes, Split, move, take_split
+from partinf.model_config import Activation, ModelConfig, Norm
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
@@ -16,16 +17,48 @@ def dot(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def norm(x: jax.Array, scale: jax.Array, axes: Axes, routes: Routes) -> jax.Array:
-    """RMS norm of x [T, E.axes] with the whole scale [E]."""
+def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:
+    """The model's norm of x [T, E.axes] with the whole scale [E] `weights[name]` (and its bias, for a layer norm)."""
+    model = routes.plan.model
     wide = x.astype(jnp.float32)
-    squares = jnp.sum(wide * wide, axis=-1, keepdims=True)  # [T, 1] {axes unreduced}
+    sums = [jnp.sum(wide * wide, axis=-1)]
+    if model.norm is Norm.LAYER:
+        sums.append(jnp.sum(wide, axis=-1))
+    total = jnp.stack(sums)  # [1 or 2, T] {axes unreduced}
     split = tuple(axis for axis in axes if routes.sizes[axis] > 1)
     if split:
-        squares = lax.psum(squares, split)
-    model = routes.plan.model
-    normed = (wide * lax.rsqrt(squares / model.embed_dim + model.norm_eps)).astype(x.dtype)
-    return normed * take_split(scale, 0, routes.weight_stored, axes, routes.sizes)[None, :]
+        total = lax.psum(total, split)
+    means = total[..., None] / model.embed_dim
+    if model.norm is Norm.LAYER:
+        wide, variance = wide - means[1], means[0] - means[1] ** 2
+    else:
+        variance = means[0]
+    normed = (wide * lax.rsqrt(variance + model.norm_eps)).astype(x.dtype) * embed_vector(weights[name], axes, routes)
+    return normed + embed_vector(weights[f"{name}_bias"], axes, routes) if model.norm is Norm.LAYER else normed
+
+
+def embed_vector(vector: jax.Array, axes: Axes, routes: Routes) -> jax.Array:
+    """The part [1, E.axes] of a whole vector [E]."""
+    return take_split(vector, 0, routes.weight_stored, axes, routes.sizes)[None, :]
+
+
+def head_norm(x: jax.Array, scale: jax.Array, model: ModelConfig) -> jax.Array:
+    """RMS norm over d_head of x [T, heads, Q] with scale [Q]."""
+    wide = x.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + model.norm_eps)
+    return normed.astype(x.dtype) * scale[None, None, :]
+
+
+def activate(hidden: jax.Array, model: ModelConfig) -> jax.Array:
+    """The FFN's nonlinearity on hidden [2, T, F] (gate, up) or [1, T, F] → [T, F]."""
+    functions = {
+        Activation.SILU: jax.nn.silu,
+        Activation.GELU: lambda x: jax.nn.gelu(x, approximate=False),
+        Activation.GELU_TANH: jax.nn.gelu,
+        Activation.RELU: jax.nn.relu,
+    }
+    first = functions[model.activation](hidden[0])
+    return first * hidden[1] if model.gated else first
 
 
 def gather_weights(layer: Params, routes: Routes) -> Params:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.errors import InvalidInput
-from partinf.model_config import ModelConfig
+from partinf.model_config import Block, ModelConfig, Norm, Position
 from partinf.plan import Plan
 from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType
@@ -28,43 +28,59 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Declared:
-    """One weight: its shape, the letter of each dimension (`.` is never split), and the fan-in of its initial values (0: ones)."""
+    """One weight: its shape, the letter of each dimension (`.` is never split), and its initial values.
+
+    Attributes:
+        fan_in: normally distributed with deviation fan_in^-1/2; 0 for the constant `fill`.
+    """
 
     shape: tuple[int, ...]
     letters: str
-    fan_in: int
+    fan_in: int = 0
+    fill: float = 1.0
 
 
 def declare_layer(model: ModelConfig) -> dict[str, Declared]:
-    """The weights of one layer."""
+    """The weights of one layer. Vectors (norms and biases) are whole on every device: they are small, and slicing them is free."""
     embed, ffn, heads, kv_heads, head = model.embed_dim, model.ffn_dim, model.num_heads, model.num_kv_heads, model.head_dim
-    return {
-        "attention_norm": Declared((embed,), ".", 0),
+    inner = 2 if model.gated else 1
+    layer = {
         "wq": Declared((heads, head, embed), "H.E", embed),
         "wkv": Declared((2, kv_heads, head, embed), ".K.E", embed),  # keys, values
         "wo": Declared((embed, heads, head), "EH.", heads * head),
-        "ffn_norm": Declared((embed,), ".", 0),
-        "w_in": Declared((2, ffn, embed), ".FE", embed),  # gate, up
+        "w_in": Declared((inner, ffn, embed), ".FE", embed),  # gate and up, or one matrix
         "w_out": Declared((embed, ffn), "EF", ffn),
     }
+    layer |= _declare_norm("attention_norm", model)
+    if model.block is Block.SERIAL:
+        layer |= _declare_norm("ffn_norm", model)
+    if model.qk_norm:
+        layer |= {"q_norm": Declared((head,), "."), "k_norm": Declared((head,), ".")}
+    if model.biases:
+        shapes = {"bq": (heads, head), "bkv": (2, kv_heads, head), "bo": (embed,), "b_in": (inner, ffn), "b_out": (embed,)}
+        layer |= {name: Declared(shape, "." * len(shape), fill=0.0) for name, shape in shapes.items()}
+    return layer
+
+
+def _declare_norm(name: str, model: ModelConfig) -> dict[str, Declared]:
+    found = {name: Declared((model.embed_dim,), ".")}
+    if model.norm is Norm.LAYER:
+        found[f"{name}_bias"] = Declared((model.embed_dim,), ".", fill=0.0)
+    return found
 
 
 def declare(model: ModelConfig, unrolled: bool) -> Params:
-    """The tree of declarations of a whole model.
-
-    Raises:
-        InvalidInput: for an architecture that can be planned but not run.
-    """
-    if model.runnable is not None:
-        raise InvalidInput(f"model {model.name} can be planned but not run yet: {model.runnable}")
+    """The tree of declarations of a whole model."""
     layer = declare_layer(model)
     layers: Any = tuple(dict(layer) for _ in range(model.num_layers))
     if not unrolled:
-        layers = {name: Declared((model.num_layers, *d.shape), "." + d.letters, d.fan_in) for name, d in layer.items()}
+        layers = {name: replace(d, shape=(model.num_layers, *d.shape), letters="." + d.letters) for name, d in layer.items()}
     table = Declared((model.padded_vocab_size, model.embed_dim), ".D", model.embed_dim)
-    tree: Params = {"embed": table, "layers": layers, "final_norm": Declared((model.embed_dim,), ".", 0)}
+    tree: Params = {"embed": table, "layers": layers, **_declare_norm("final_norm", model)}
     if not model.tied_embeddings:
         tree["unembed"] = table
+    if model.position is Position.LEARNED:
+        tree["positions"] = Declared((model.max_len, model.embed_dim), ".D", model.embed_dim)
     return tree
 
 
@@ -111,7 +127,7 @@ def params_bytes_per_device(plan: Plan) -> int:
 
 def _initial(d: Declared, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if d.fan_in == 0:
-        return jnp.ones(d.shape, dtype)
+        return jnp.full(d.shape, d.fill, dtype)
     return (jax.random.normal(key, d.shape, jnp.float32) * d.fan_in**-0.5).astype(dtype)
 
 

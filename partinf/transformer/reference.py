@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from partinf.model_config import ModelConfig
+from partinf.model_config import Activation, Block, ModelConfig, Norm, Position
 from partinf.transformer.params import Params
 from partinf.transformer.rope import frequencies, rotate
 
@@ -16,10 +16,17 @@ from partinf.transformer.rope import frequencies, rotate
 def forward(params: Params, model: ModelConfig, tokens: jax.Array) -> jax.Array:
     """Logits [B, L, V] (float32, V unpadded) of tokens [B, L], every sequence starting at position 0."""
     x = params["embed"][tokens]  # [B, L, E]
+    if model.position is Position.LEARNED:
+        x = x + params["positions"][None, : tokens.shape[1]]
     for layer in _layers(params, model):
-        x = x + _attention(layer, model, _norm(x, layer["attention_norm"], model))
-        x = x + _ffn(layer, _norm(x, layer["ffn_norm"], model))
-    x = _norm(x, params["final_norm"], model)
+        h = _norm(x, layer, "attention_norm", model)
+        attended = _attention(layer, model, h)
+        if model.block is Block.PARALLEL:
+            x = x + attended + _ffn(layer, model, h)
+        else:
+            x = x + attended
+            x = x + _ffn(layer, model, _norm(x, layer, "ffn_norm", model))
+    x = _norm(x, params, "final_norm", model)
     table = params.get("unembed", params["embed"])
     return jnp.einsum("ble,ve->blv", x, table, preferred_element_type=jnp.float32)[..., : model.vocab_size]
 
@@ -36,28 +43,50 @@ def greedy(params: Params, model: ModelConfig, prompt: list[int], count: int) ->
 
 
 def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
-    length, group = x.shape[1], model.queries_per_kv_head
-    positions, freqs = jnp.arange(length)[None, :], frequencies(model)  # [1, L]
-    q = rotate(jnp.einsum("ble,hqe->blhq", x, layer["wq"]), positions, freqs)
-    k = rotate(jnp.einsum("ble,kqe->blkq", x, layer["wkv"][0]), positions, freqs)
+    positions = jnp.arange(x.shape[1])[None, :]  # [1, L]
+    q = jnp.einsum("ble,hqe->blhq", x, layer["wq"])
+    k = jnp.einsum("ble,kqe->blkq", x, layer["wkv"][0])
     v = jnp.einsum("ble,kqe->blkq", x, layer["wkv"][1])
-    q = q.reshape(*q.shape[:2], model.num_kv_heads, group, model.head_dim)  # [B, L, K, G, Q]
+    if model.biases:
+        q, k, v = q + layer["bq"][None, None], k + layer["bkv"][0][None, None], v + layer["bkv"][1][None, None]
+    if model.qk_norm:
+        q, k = _rms(q, model) * layer["q_norm"][None, None, None], _rms(k, model) * layer["k_norm"][None, None, None]
+    if model.position is Position.ROPE:
+        q, k = rotate(q, positions, frequencies(model)), rotate(k, positions, frequencies(model))
+    q = q.reshape(*q.shape[:2], model.num_kv_heads, model.queries_per_kv_head, model.head_dim)  # [B, L, K, G, Q]
     scores = jnp.einsum("blkgq,bmkq->bkglm", q, k, preferred_element_type=jnp.float32) * model.head_dim**-0.5
     causal = (positions[:, :, None] >= positions[:, None, :])[:, None, None]  # [1, 1, 1, L, M]
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
     out = jnp.einsum("bkglm,bmkq->blkgq", weights, v).reshape(*x.shape[:2], model.num_heads, model.head_dim)
-    return jnp.einsum("blhq,ehq->ble", out, layer["wo"])
+    out = jnp.einsum("blhq,ehq->ble", out, layer["wo"])
+    return out + layer["bo"][None, None] if model.biases else out
 
 
-def _ffn(layer: Params, x: jax.Array) -> jax.Array:
-    gate, up = jnp.einsum("ble,fe->blf", x, layer["w_in"][0]), jnp.einsum("ble,fe->blf", x, layer["w_in"][1])
-    return jnp.einsum("blf,ef->ble", jax.nn.silu(gate) * up, layer["w_out"])
+def _ffn(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
+    hidden = jnp.einsum("ble,cfe->cblf", x, layer["w_in"])  # gate and up, or one matrix
+    if model.biases:
+        hidden = hidden + layer["b_in"][:, None, None]
+    activation = {
+        Activation.SILU: jax.nn.silu,
+        Activation.GELU: lambda y: jax.nn.gelu(y, approximate=False),
+        Activation.GELU_TANH: jax.nn.gelu,
+        Activation.RELU: jax.nn.relu,
+    }[model.activation]
+    hidden = activation(hidden[0]) * hidden[1] if model.gated else activation(hidden[0])
+    out = jnp.einsum("blf,ef->ble", hidden, layer["w_out"])
+    return out + layer["b_out"][None, None] if model.biases else out
 
 
-def _norm(x: jax.Array, scale: jax.Array, model: ModelConfig) -> jax.Array:
+def _norm(x: jax.Array, weights: Params, name: str, model: ModelConfig) -> jax.Array:
+    if model.norm is Norm.RMS:
+        return _rms(x, model) * weights[name][None, None]
+    centred = x.astype(jnp.float32) - jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
+    return _rms(centred, model).astype(x.dtype) * weights[name][None, None] + weights[f"{name}_bias"][None, None]
+
+
+def _rms(x: jax.Array, model: ModelConfig) -> jax.Array:
     wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + model.norm_eps)
-    return normed.astype(x.dtype) * scale[None, None, :]
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + model.norm_eps)).astype(x.dtype)
 
 
 def _layers(params: Params, model: ModelConfig) -> list[Params]:

@@ -44,7 +44,6 @@ def test_json_says_how_it_ran(capsys: pytest.CaptureFixture[str], tmp_path: Path
 BAD = [
     (["--model", "dmo", "--prompt", "x", "--top-p", "2", "--slice", "v4:3x3x3", "--layout", "ws-9d"], 4, "did you mean 'demo'"),
     (["--model", "llama-3-8b", "--prompt", "x"], 1, "comes without weights"),
-    (["--model", "palm-8b", "--prompt", "x"], 2, "parallel blocks"),
     (["--model", "demo", "--prompts", "no-such-file"], 1, "no such file"),
     (["--model", "demo", "--prompt", "copy: " + "a " * 130 + "="], 1, "the longest prompt is 127"),
     (["--model", "demo", "--prompt", "x", "--max-len", "4096"], 1, "a context of 128 tokens"),

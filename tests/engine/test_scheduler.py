@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.engine import FirstComeFirstServed, Policy, RequestLevel, RunnerLimits, SamplingParams, request_level_iterations
+from partinf.engine.batch import Batch
 from partinf.engine.request import Request, Sequence, Status
-from partinf.engine.scheduler import Batch, Scheduler
+from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import RowSampling
 from partinf.errors import InvalidInput
 from tests.engine.support import ROOMY
@@ -25,6 +26,8 @@ def sequence(number: int, prompt_len: int, max_tokens: int) -> Sequence:
 
 def commit(scheduler: Scheduler, batch: Batch) -> None:
     """Give every sampling row a token; those that have all of theirs leave."""
+    for row in (*batch.decode, *batch.prefill):
+        row.in_flight -= 1
     ended = [row for row, chunk in zip(batch.prefill, batch.step.prefill, strict=True) if chunk.last]
     for row in (*batch.decode, *ended):
         row.tokens.append(1)

@@ -1,16 +1,42 @@
-"""Role assignments of small meshes, one representative per class of axes that may be exchanged."""
+"""Role assignments of small meshes, one representative per class of axes that may be exchanged; and the model families."""
 
 from __future__ import annotations
 
 import itertools
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from partinf.layout import Layout, make_layout
+from partinf.model_config import Activation, Block, Norm, Position
 
 MESHES = {"8": (8,), "4x2": (4, 2), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase
 _ATTENTION = ("heads", "batch", "none")
+
+
+# What distinguishes the model families from Llama, as fields of ModelConfig.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "palm": {"block": Block.PARALLEL, "num_kv_heads": 1},
+    "gpt": {
+        "gated": False,
+        "activation": Activation.GELU_TANH,
+        "norm": Norm.LAYER,
+        "position": Position.LEARNED,
+        "biases": True,
+        "num_kv_heads": 8,
+    },
+    "opt": {
+        "gated": False,
+        "activation": Activation.RELU,
+        "norm": Norm.LAYER,
+        "position": Position.LEARNED,
+        "biases": True,
+        "tied_embeddings": False,
+    },
+    "gelu": {"gated": False, "activation": Activation.GELU, "block": Block.PARALLEL, "biases": True},
+    "qwen3": {"qk_norm": True, "num_kv_heads": 4},
+}
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,20 @@ def make_plan(mesh: str, layout: Layout, model: ModelConfig = MODEL, prefill_fro
 
 @functools.cache
 def host_params(model: ModelConfig) -> dict:
-    """Random parameters on the host, in separate layers, the norms not all ones."""
+    """Random parameters on the host, in separate layers; norms not all ones, biases not all zero."""
     from partinf.layout import make_layout
 
     plan = Plan(model, parse_slice("cpu:1"), make_layout({"x": "replica"}, {"x": "batch"}), weights=DType.F32, kv=DType.F32)
     params = jax.tree.map(np.asarray, random_params(plan, device_mesh(plan), unrolled=True, seed=7))
     rng = np.random.default_rng(3)
-    return jax.tree.map(lambda leaf: leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype) if leaf.ndim == 1 else leaf, params)
+
+    def vary(path: tuple, leaf: np.ndarray) -> np.ndarray:
+        name = path[-1].key
+        if name.endswith("bias") or name.startswith("b"):
+            return rng.normal(size=leaf.shape).astype(leaf.dtype)
+        return leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype) if leaf.ndim == 1 else leaf
+
+    return jax.tree_util.tree_map_with_path(vary, params)
 
 
 def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bool) -> dict:

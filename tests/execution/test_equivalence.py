@@ -8,7 +8,7 @@ import pytest
 
 from partinf.layout import make_layout
 from partinf.workload import DType
-from tests.execution.assignments import Assignment, all_assignments, sampled_assignments
+from tests.execution.assignments import FAMILIES, Assignment, all_assignments, sampled_assignments
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
 
@@ -29,6 +29,14 @@ MIXED = make_layout(
     {"x": "heads", "y": "heads", "z": "none"},
     prefill_gather=["x", "y"],
 )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    """The blocks of PaLM, GPT-2 and GPT-3, OPT and Qwen 3, with random biases and norms."""
+    model = dataclasses.replace(MODEL, name=family, **FAMILIES[family])
+    assert largest_error(make_plan("2x2x2", MIXED, model)) < TOLERANCE["f32"]
+    assert largest_error(make_plan("2x2x2", MIXED, model, prefill_from_tokens=1)) < TOLERANCE["f32"]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4, 8])

@@ -40,9 +40,7 @@ LAYOUTS = {
 
 def make_plan(name: str, slice_name: str, layout: Layout, **capacity: object) -> Plan:
     plan = Plan(load_model_config(FIXTURES / name), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32)
-    return with_capacity(
-        plan, Capacity(**{"max_rows": 8, "max_len": 64, "prefill_tokens": 80, "random": False} | capacity)
-    )
+    return with_capacity(plan, Capacity(**{"max_rows": 8, "max_len": 64, "prefill_tokens": 80, "random": False} | capacity))
 
 
 def load(plan: Plan, name: str, mesh: jax.sharding.Mesh) -> dict:

@@ -8,12 +8,11 @@ import pytest
 
 from partinf.errors import InvalidInput
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
 from partinf.plan import Bucket, Plan
 from partinf.sharding import device_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.cache import cache_bytes_per_device
-from partinf.transformer.params import declare, params_bytes_per_device, random_params
+from partinf.transformer.params import params_bytes_per_device, random_params
 from partinf.transformer.step import empty_state
 from partinf.workload import DType
 from tests.execution.harness import MODEL, make_plan
@@ -42,8 +41,6 @@ def test_random_weights_are_the_same_on_every_mesh() -> None:
 
 
 def test_what_cannot_be_run_yet_says_so() -> None:
-    with pytest.raises(InvalidInput, match="parallel blocks"):
-        declare(load_model_config("palm-8b"), unrolled=False)
     plan = Plan(MODEL, make_plan("2x2x2", LAYOUT).slice, LAYOUT, weights=DType.INT8)
     with pytest.raises(InvalidInput, match="int8 weights can be planned but not run yet"):
         params_bytes_per_device(plan)

@@ -135,7 +135,8 @@ def test_nothing_compiles_while_serving(runner: JaxRunner, engine: Engine) -> No
 
 
 def test_prompts_longer_than_a_step_are_refused_unless_they_may_be_cut(runner: JaxRunner) -> None:
-    plan = dataclasses.replace(runner.plan, buckets=tuple(dataclasses.replace(b, prefill_tokens=b.prefill_tokens // 4) for b in runner.plan.buckets))
+    buckets = tuple(dataclasses.replace(bucket, prefill_tokens=bucket.prefill_tokens // 4) for bucket in runner.plan.buckets)
+    plan = dataclasses.replace(runner.plan, buckets=buckets)
     short = Engine(JaxRunner(plan, runner.params, runner.mesh))
     with pytest.raises(InvalidInput, match="the longest prompt is 16, which fits one step"):
         short.add_request([3] * 17)

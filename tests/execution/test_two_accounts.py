@@ -9,7 +9,6 @@ import dataclasses
 from collections import Counter
 
 import pytest
-from tests.execution.assignments import Assignment, all_assignments, sampled_assignments
 
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
@@ -21,8 +20,9 @@ from partinf.plan import Bucket, CacheConfig, Plan
 from partinf.transformer import attention, ffn
 from partinf.transformer.account import Account, trace_account
 from partinf.workload import DType
+from tests.execution.assignments import FAMILIES, Assignment, all_assignments, sampled_assignments
 
-MODEL = ModelConfig("tiny", 3, 64, 128, 8, 4, 16, 500)
+MODEL = ModelConfig("tiny", 3, 64, 128, 8, 4, 16, 500, max_len=64)
 DTYPES = {DType.BF16: "bfloat16", DType.F32: "float32"}
 BUCKETS = {
     "decode": Bucket(16, 8),
@@ -95,6 +95,32 @@ TWO_D = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz",
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 def test_every_kind_of_head_sharing(kv_heads: int) -> None:
     check(make_plan("2x2x2", TWO_D, model=dataclasses.replace(MODEL, num_kv_heads=kv_heads, tied_embeddings=True)), BUCKETS["mixed"])
+
+
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str, kind: str) -> None:
+    model = dataclasses.replace(MODEL, **FAMILIES[family])
+    for gather in ("", "x", "yz", "xyz"):
+        layout = make_layout(
+            dict(TWO_D.storage), dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads"), decode_gather=gather, prefill_gather=gather
+        )
+        check(make_plan("2x2x2", layout, model=model), BUCKETS[kind])
+
+
+@pytest.mark.parametrize("roles", ["batch", "heads"])
+def test_palm_540b_on_64_chips(roles: str) -> None:
+    """Its 48 heads split over y and z alone, 16 ways; over all 64 chips they would have to be padded."""
+    layout = make_layout(
+        {"x": "embed", "y": "ffn", "z": "ffn"},
+        dict.fromkeys("xyz", "batch") if roles == "batch" else {"x": "none", "y": "heads", "z": "heads"},
+        {"x": "none", "y": "heads", "z": "heads"},
+        prefill_gather="xyz",
+    )
+    plan = make_plan("4x4x4", layout, model=load_model_config("palm-540b"), slice_name="v4:4x4x4")
+    check(plan, Bucket(64, 128))
+    check(plan, Bucket(0, 0, 2048, 1, 0))
+    check(dataclasses.replace(plan, prefill_from_tokens=1), Bucket(0, 0, 4096, 2, 0))
 
 
 @pytest.mark.parametrize("gather", ["", "x", "xy", "xyz"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partinf.engine.scheduler import BatchBuilder
+from partinf.engine.batch import BatchBuilder
 
 
 @dataclass(frozen=True)

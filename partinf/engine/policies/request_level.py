@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from partinf.engine.scheduler import BatchBuilder
+from partinf.engine.batch import BatchBuilder
 
 
 @dataclass(frozen=True)

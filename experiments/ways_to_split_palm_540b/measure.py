@@ -1,0 +1,65 @@
+"""The best layout of every FFN kind for PaLM 540B on 64 TPU v4 chips, in decode and in prefill, with its time by kind of work.
+
+python experiments/ways_to_split_palm_540b/measure.py     writes results.json beside this file
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from partinf.cost.ledger import Kind, Ledger
+from partinf.hardware import parse_slice
+from partinf.model_config import load_model_config
+from partinf.planner import search
+from partinf.workload import DType, Workload
+
+STEPS = {
+    "decode, 64 sequences at context 2048, int8": Workload(64, context_len=2048, phase="decode", weights=DType.INT8),
+    "decode, 512 sequences at context 2048, bf16": Workload(512, context_len=2048, phase="decode"),
+    "prefill of 1 × 2048 tokens, int8": Workload(1, input_len=2048, phase="prefill", weights=DType.INT8),
+    "prefill of 512 × 2048 tokens, bf16": Workload(512, input_len=2048, phase="prefill"),
+}
+
+
+def shares(ledger: Ledger) -> dict[str, float]:
+    """Exposed milliseconds by kind of work."""
+    weights = [entry for entry in ledger.of(kind=Kind.COLLECTIVE).entries if entry.name.startswith("weights")]
+    collectives = ledger.of(kind=Kind.COLLECTIVE).seconds
+    gathers = sum(entry.exposed_seconds for entry in weights)
+    matmuls = ledger.of(kind=Kind.MATMUL).seconds
+    attention = ledger.of(kind=Kind.ATTENTION).seconds
+    parts = {
+        "matmuls": matmuls,
+        "attention core": attention,
+        "activation collectives": collectives - gathers,
+        "weight gathers": gathers,
+        "other": ledger.seconds - matmuls - attention - collectives,
+    }
+    return {name: 1e3 * seconds for name, seconds in parts.items()}
+
+
+def main() -> None:
+    model, slice_ = load_model_config("palm-540b"), parse_slice("v4:4x4x4")
+    results = []
+    for label, workload in STEPS.items():
+        report = search(model, slice_, workload)
+        best: dict[str, dict[str, object]] = {}
+        for candidate in report.candidates:
+            phase = candidate.asked
+            if candidate.fits and phase.ffn != "other" and phase.ffn not in best:
+                milliseconds = 1e3 * phase.step_seconds
+                best[phase.ffn] = {
+                    "layout": candidate.name,
+                    "attention": phase.attention,
+                    "ms": milliseconds,
+                    "parts": shares(phase.ledger),
+                }
+        results.append({"step": label, "best": best})
+    (Path(__file__).parent / "results.json").write_text(
+        json.dumps({"model": model.name, "slice": slice_.name, "steps": results}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

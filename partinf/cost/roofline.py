@@ -1,0 +1,66 @@
+"""Bounds that need no layout: what a model's bytes and FLOPs alone say about a slice (the scaling book's rules of thumb).
+
+    step     B · KV bytes / bandwidth + max(2 · B · N / FLOP/s, weight bytes / bandwidth)        attention is always bound by bandwidth
+    critical batch   where the two sides of that maximum meet
+
+All take the maker's figures and the chips of the slice together, no collective counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from partinf.hardware import Chip, Slice, make_slice, valid_sides
+from partinf.model_config import ModelConfig
+from partinf.workload import DType
+
+
+def critical_batch(chip: Chip, weights: DType = DType.BF16) -> float:
+    """Tokens per step from which reading the weights is hidden behind their products, which are in bf16 whatever the storage."""
+    return weights.num_bytes / DType.BF16.num_bytes * chip.peak_bf16 / chip.hbm_bandwidth
+
+
+def kv_bytes_per_token(model: ModelConfig, kv: DType = DType.BF16) -> int:
+    """Keys and values of one token in all layers, whole."""
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * kv.num_bytes
+
+
+def read_seconds(slice_: Slice, num_bytes: float) -> float:
+    """Time in which the slice reads this many bytes, spread evenly, from its HBM."""
+    return num_bytes / (slice_.num_chips * slice_.chip.hbm_bandwidth)
+
+
+def step_seconds(slice_: Slice, num_params: float, weights: DType, batch: int, kv_bytes_per_sequence: float) -> float:
+    """One decode step."""
+    compute = 2 * batch * num_params / (slice_.num_chips * slice_.chip.peak_bf16)
+    return read_seconds(slice_, batch * kv_bytes_per_sequence) + max(compute, read_seconds(slice_, num_params * weights.num_bytes))
+
+
+def prefill_seconds(slice_: Slice, num_params: float, tokens: int, mfu: float = 1.0) -> float:
+    """Prefill of this many tokens at a given share of peak FLOP/s; attention's own FLOPs are not counted."""
+    return 2 * num_params * tokens / (slice_.num_chips * slice_.chip.peak_bf16 * mfu)
+
+
+def smallest_slice(chip: Chip, num_bytes: float, most_chips: int = 8192) -> Slice | None:
+    """The slice with the fewest chips whose usable HBM holds this many bytes, the most cubic among equals; None if none does."""
+    for shape in shapes(chip, most_chips):
+        if math.prod(shape) * chip.usable_hbm >= num_bytes:
+            return make_slice(chip, shape)
+    return None
+
+
+def shapes(chip: Chip, most_chips: int) -> Iterator[tuple[int, ...]]:
+    """Shapes in which the chip is offered, fewest chips first, the most cubic first among equals, sides in falling order."""
+    if chip.torus_dims == 0:
+        sizes = [1 << power for power in range(most_chips.bit_length()) if 1 << power <= most_chips]
+        yield from ((size,) for size in sizes)
+        return
+    sides = [side for side in valid_sides(chip) if side <= most_chips]
+    found = [shape for shape in itertools.product(sides, repeat=chip.torus_dims) if math.prod(shape) <= most_chips and _falls(shape)]
+    yield from sorted(found, key=lambda shape: (math.prod(shape), max(shape)))
+
+
+def _falls(shape: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in itertools.pairwise(shape))

@@ -1,0 +1,251 @@
+"""One iteration while a policy puts it together: the `Policy` protocol, the `BatchBuilder` that it fills, the `Batch` that comes out.
+
+What a step can hold, slots, pages and positions are settled here, once for all policies; a policy only says who.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from partinf.engine.request import Sequence, Status
+from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, Step
+
+if TYPE_CHECKING:
+    from partinf.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step and the sequences behind its rows, in the same order.
+
+    Attributes:
+        samples: per decode row, whether its token is a new one; a row that feeds a known token before the last known one samples nothing.
+    """
+
+    step: Step
+    decode: tuple[Sequence, ...]
+    prefill: tuple[Sequence, ...]
+    samples: tuple[bool, ...] = ()
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.decode) + len(self.prefill)
+
+
+class Policy(Protocol):
+    """Who runs in the next iteration.
+
+    A policy may have an attribute `returns_whole_batches`: requests that end wait for the last resident one before they are returned.
+    """
+
+    def schedule(self, batch: BatchBuilder) -> None:
+        """Fill `batch` by calling its methods. It must run something whenever nothing else is in flight."""
+        ...
+
+
+class BatchBuilder:
+    """One iteration while a policy puts it together.
+
+    `run` gives a resident sequence its next token or chunk; `admit` makes a waiting one resident; `start` does both or neither.
+    `preempt` and `swap_out` take a sequence's pages away between two of its tokens; `swap_in` brings it back. Each says whether it could.
+    """
+
+    def __init__(self, scheduler: Scheduler, now: float = 0.0) -> None:
+        limits = scheduler.limits
+        self.now = now
+        self.limits = limits
+        self._scheduler = scheduler
+        self._decode: list[tuple[Sequence, DecodeRow, bool]] = []
+        self._prefill: list[tuple[Sequence, PrefillChunk]] = []
+        self._copies: tuple[list[PageCopy], list[PageCopy]] = ([], [])  # out, in
+        self._taken: set[int] = set()  # numbers of those in this step, or swapped in by it
+        self._decode_rows = [limits.max_decode_rows_per_shard] * limits.num_shards  # still free, per shard
+        self._prefill_tokens = [limits.max_prefill_tokens_per_shard] * limits.num_prefill_shards  # the same, per prefill shard
+        self._prefill_slots = [limits.max_prefill_slots_per_shard] * limits.num_prefill_shards
+        self._idle = [0, 0]
+
+    # Who is there.
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Those that wait, in order of arrival."""
+        return list(self._scheduler.waiting.values())
+
+    @property
+    def oldest_waiting(self) -> Sequence | None:
+        return next(iter(self._scheduler.waiting.values()), None)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Those that are resident and have something to run now, in order of admission."""
+        return [sequence for sequence in self._scheduler.running.values() if self.ready(sequence)]
+
+    @property
+    def swapped(self) -> list[Sequence]:
+        """Those whose pages are in host memory, in the order in which they left."""
+        return list(self._scheduler.swapped.values())
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in this step so far."""
+        return len(self._decode) + len(self._prefill)
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether a resident has something to run now: in a pipeline a sequence is in one batch at a time."""
+        return sequence.num_scheduled < sequence.max_positions and (sequence.in_flight == 0 or self.limits.num_stages == 1)
+
+    def taken(self, sequence: Sequence) -> bool:
+        """Whether this step runs the sequence or swaps it in, so that its pages must stay."""
+        return sequence.request.number in self._taken
+
+    def missing_pages(self, sequence: Sequence) -> int:
+        """Pages that a resident's next token needs beyond those that it has and those that are free on its shard."""
+        have = len(sequence.pages) + self._scheduler.pool.free_pages(sequence.shard)
+        return max(0, self.limits.pages_for(sequence.num_scheduled + 1) - have)
+
+    def free_pages(self, shard: int | None = None) -> int:
+        """Pages that nobody holds, of one shard or of all."""
+        pool = self._scheduler.pool
+        return pool.num_free_pages if shard is None else pool.free_pages(shard)
+
+    # What can be done with them.
+
+    def admit(self, sequence: Sequence, *, reserve: bool = False, crowd: bool = False) -> bool:
+        """Give slot and pages to a waiting sequence on the shard with most room; it need not run in this iteration.
+
+        Args:
+            reserve: all pages that it can ever need, so that it never waits for more; otherwise those of its prompt.
+            crowd: let more sequences be resident than a step has decode rows.
+        """
+        return self._admit(sequence, list(range(self.limits.num_shards)), reserve, crowd)
+
+    def start(self, sequence: Sequence, *, chunked: bool = False, reserve: bool = False, crowd: bool = False) -> bool:
+        """Admit a waiting sequence to a shard where it can also run its first chunk now, and run it."""
+        least = self._least_chunk(len(sequence.tokens), 0, chunked)
+        shards = [shard for shard in range(self.limits.num_shards) if self._prefill_shard(shard, least) is not None]
+        return bool(shards) and self._admit(sequence, shards, reserve, crowd) and self.run(sequence, chunked=chunked)
+
+    def run(self, sequence: Sequence, *, chunked: bool = False, at_most: int | None = None) -> bool:
+        """Give a resident sequence its next decode row, or its prompt, or a chunk of it, as a place in this step.
+
+        A prompt runs whole or not at all, unless `chunked`, `at_most` (tokens of it), or it is longer than any step's block of prefill
+        tokens.
+        """
+        if sequence.num_scheduled >= sequence.prefill_len or (sequence.num_scheduled and not self.limits.chunks):
+            return self.run_token(sequence)
+        return self._run_prefill(sequence, chunked, at_most)
+
+    def run_token(self, sequence: Sequence) -> bool:
+        """Give a resident sequence a decode row, which feeds the next known token of its prompt if it is not past that."""
+        position, shard = sequence.num_scheduled, sequence.shard
+        num_pages = position // self.limits.page_size + 1
+        if not self._decode_rows[shard]:
+            return False
+        if len(sequence.pages) < num_pages and not self._scheduler.pool.grow(sequence, num_pages):
+            return False
+        token = sequence.tokens[position] if position < len(sequence.tokens) else None
+        row = DecodeRow(sequence.slot, shard, token, position, sequence.page_table(num_pages), sequence.request.sampling)
+        self._decode.append((sequence, row, position + 1 >= sequence.prefill_len))
+        self._decode_rows[shard] -= 1
+        self._advance(sequence, 1)
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Let a resident sequence wait again, without its pages: what it knows is computed again when it is admitted the next time."""
+        assert not self.taken(sequence), f"request {sequence.request.id} is in the step that preempts it"
+        self._scheduler.preempt(sequence)
+
+    def swap_out(self, sequence: Sequence) -> bool:
+        """Move a resident sequence's pages to host memory; False when that is full."""
+        assert not self.taken(sequence), f"request {sequence.request.id} is in the step that swaps it out"
+        if not sequence.num_scheduled:  # nothing to move yet
+            self._scheduler.preempt(sequence)
+            return True
+        copy = self._scheduler.swap_out(sequence)
+        if copy is not None:
+            self._copies[0].append(copy)
+        return copy is not None
+
+    def swap_in(self, sequence: Sequence) -> bool:
+        """Bring a swapped sequence back, with room for its next token; it need not run in this iteration."""
+        if sequence.in_flight:  # its last token is known when that step is committed
+            return False
+        num_pages = max(self.limits.pages_for(min(sequence.num_scheduled + 1, sequence.max_positions)), len(sequence.host_pages))
+        shard = self._scheduler.pool.choose_shard(num_pages, range(self.limits.num_shards), crowd=True)
+        if shard is None:
+            return False
+        self._copies[1].append(self._scheduler.swap_in(sequence, num_pages, shard))
+        self._taken.add(sequence.request.number)
+        return True
+
+    def pad(self, rows: int, tokens: int) -> None:
+        """Let the step spend so many decode rows and prompt tokens on padding, as a batch does that runs to its longest member's end."""
+        self._idle = [rows, tokens]
+
+    def build(self) -> Batch | None:
+        decode, prefill = tuple(row for _, row, _ in self._decode), tuple(chunk for _, chunk in self._prefill)
+        step = Step(decode, prefill, tuple(self._copies[0]), tuple(self._copies[1]), *self._idle)
+        for sequence, chunk in self._prefill:
+            self._scheduler.pool.remember(sequence, chunk.end)
+        self._scheduler.pool.step_is_built()
+        if not step:
+            return None
+        sequences = tuple(sequence for sequence, _, _ in self._decode), tuple(sequence for sequence, _ in self._prefill)
+        return Batch(step, *sequences, tuple(new for _, _, new in self._decode))
+
+    def _admit(self, sequence: Sequence, shards: list[int], reserve: bool, crowd: bool) -> bool:
+        if sequence.in_flight or sequence.status is not Status.WAITING:  # preempted; its last token is not known yet
+            return False
+        num_pages = self.limits.pages_for(sequence.max_positions if reserve else len(sequence.tokens))
+        shard = self._scheduler.pool.choose_shard(num_pages, shards, sequence, crowd)
+        if shard is None:
+            return False
+        self._scheduler.admit(sequence, shard, num_pages)
+        return True
+
+    def _run_prefill(self, sequence: Sequence, chunked: bool, at_most: int | None) -> bool:
+        least = 1 if at_most is not None else self._least_chunk(sequence.prefill_len, sequence.num_scheduled, chunked)
+        prefill_shard = self._prefill_shard(sequence.shard, least)
+        if prefill_shard is None:
+            return False
+        start = sequence.num_scheduled
+        length = min(sequence.prefill_len - start, self._prefill_tokens[prefill_shard])
+        if at_most is not None:
+            length = min(length, at_most)
+        end = start + length
+        chunk = PrefillChunk(
+            slot=sequence.slot,
+            shard=sequence.shard,
+            tokens=tuple(sequence.tokens[start:end]),
+            start=start,
+            pages=sequence.page_table(self.limits.pages_for(end)),
+            last=end == sequence.prefill_len,
+            sampling=sequence.request.sampling,
+            prefill_shard=prefill_shard,
+        )
+        self._prefill.append((sequence, chunk))
+        self._prefill_tokens[prefill_shard] -= length
+        self._prefill_slots[prefill_shard] -= 1
+        self._advance(sequence, length)
+        return True
+
+    def _least_chunk(self, prefill_len: int, done: int, chunked: bool) -> int:
+        """The smallest number of prompt tokens worth running now."""
+        whole = not chunked and prefill_len <= self.limits.max_prefill_tokens_per_shard
+        return prefill_len - done if whole else 1
+
+    def _prefill_shard(self, shard: int, least: int) -> int | None:
+        """The emptiest prefill shard that takes a chunk of at least so many tokens of a sequence on this shard."""
+        fitting = [p for p in self.limits.prefill_shards_of(shard) if self._prefill_slots[p] and self._prefill_tokens[p] >= least]
+        return max(fitting, key=lambda p: self._prefill_tokens[p], default=None)
+
+    def _advance(self, sequence: Sequence, num_positions: int) -> None:
+        sequence.num_scheduled += num_positions
+        sequence.num_iterations += 1
+        sequence.in_flight += 1
+        self._taken.add(sequence.request.number)

@@ -1,0 +1,79 @@
+"""The prefix cache of one shard: which full pages hold which tokens after which tokens.
+
+A page is named by a hash chain over (name of the page before, its tokens), so equal names mean equal contexts from the first token on.
+Pages that nobody holds stay findable until they are needed, the one that was let go longest ago first; of one sequence the last page
+goes first, because without the pages before it a page cannot be found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+from partinf.engine.request import Sequence
+
+
+class PrefixCache:
+    """Names of pages, both ways, and the idle ones in the order in which they were let go."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._by_digest: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self.idle: dict[int, None] = {}
+
+    @property
+    def num_idle(self) -> int:
+        return len(self.idle)
+
+    def find(self, sequence: Sequence, most: int) -> list[int]:
+        """The cached pages of the sequence's first tokens, in order, at most so many."""
+        self._name(sequence, most)
+        pages = []
+        for digest in sequence.digests[:most]:
+            page = self._by_digest.get(digest)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def remember(self, sequence: Sequence, num_positions: int) -> None:
+        """Make the full pages of the first positions findable, unless others with the same tokens are."""
+        full = num_positions // self._page_size
+        self._name(sequence, full)
+        for page, digest in zip(sequence.pages[:full], sequence.digests[:full], strict=True):
+            if digest not in self._by_digest and page not in self._digest_of:
+                self._by_digest[digest] = page
+                self._digest_of[page] = digest
+
+    def hold(self, page: int) -> None:
+        """Somebody holds this page."""
+        self.idle.pop(page, None)
+
+    def idles(self, page: int) -> bool:
+        """Nobody holds this page any more; whether it stays here."""
+        if page in self._digest_of:
+            self.idle[page] = None
+        return page in self._digest_of
+
+    def evict(self) -> int:
+        """Forget the page that has been idle longest, and return it."""
+        page = next(iter(self.idle))
+        del self.idle[page]
+        del self._by_digest[self._digest_of.pop(page)]
+        return page
+
+    def clear(self) -> list[int]:
+        """Forget everything, and return the pages that were idle."""
+        idle = list(self.idle)
+        self.idle.clear()
+        self._by_digest.clear()
+        self._digest_of.clear()
+        return idle
+
+    def _name(self, sequence: Sequence, num_pages: int) -> None:
+        """Make the digests of the sequence's first pages."""
+        digests, size = sequence.digests, self._page_size
+        for index in range(len(digests), num_pages):
+            tokens = array("I", sequence.tokens[index * size : (index + 1) * size]).tobytes()
+            digests.append(hashlib.blake2b((digests[-1] if digests else b"") + tokens, digest_size=16).digest())

@@ -1,0 +1,156 @@
+"""`partinf plan` and `partinf explain` as a user calls them: the JSON's fields, saved files, and bad input, all offences at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partinf.cli import main
+from partinf.planner.files import plan_from_toml
+
+PALM = ["--model", "palm-540b", "--slice", "v4:4x4x4", "--batch", "64", "--weights", "int8"]
+DECODE = [*PALM, "--phase", "decode", "--context", "2048"]
+CANDIDATE = {
+    "layout": str,
+    "roles": dict,
+    "fits": bool,
+    "tie_with_best": bool,
+    "hbm_bytes_per_device": dict,
+    "step_seconds": float,
+    "seconds_per_token": float,
+    "tokens_per_second": float,
+    "mfu": float,
+    "chip_ms_per_token": float,
+    "ffn": str,
+    "attention": str,
+    "phases": dict,
+}
+PHASE = {
+    "gather": list,
+    "attention_roles": dict,
+    "ffn": str,
+    "attention": str,
+    "step_seconds": float,
+    "mfu": float,
+    "collectives": list,
+    "ledger": list,
+}
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    assert main(["plan", *arguments, "--format", "json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def has_fields(value: dict[str, object], fields: dict[str, type]) -> None:
+    for key, kind in fields.items():
+        assert isinstance(value[key], kind), key
+
+
+@pytest.mark.parametrize("phases", [["decode"], ["prefill"], ["prefill", "decode"]], ids=" ".join)
+def test_json_fields(capsys: pytest.CaptureFixture[str], phases: list[str]) -> None:
+    lengths = ["--input", "1024", "--output", "64"]
+    asked = ["--phase", phases[0]] if len(phases) == 1 else []
+    report = planned(capsys, "--model", "llama-3-8b", "--slice", "v5e:2x4", "--batch", "8", *lengths, *asked)
+    assert {"model", "slice", "workload", "best", "candidates"} <= report.keys()
+    assert report["best"] == report["candidates"][0]
+    for candidate in report["candidates"]:
+        has_fields(candidate, CANDIDATE)
+        assert list(candidate["phases"]) == phases
+        memory = candidate["hbm_bytes_per_device"]
+        assert memory["total"] == memory["weights"] + memory["kv"] + memory["activations"]
+        assert candidate["fits"] == (memory["total"] <= memory["usable"])
+        for phase in candidate["phases"].values():
+            has_fields(phase, PHASE)
+            assert all(set(line) >= {"op", "axes", "bytes", "count", "seconds"} for line in phase["collectives"])
+            exposed = sum((line["seconds"] - line.get("overlapped", 0.0)) * line["count"] for line in phase["ledger"])
+            assert exposed == pytest.approx(phase["step_seconds"])
+        assert candidate["step_seconds"] == candidate["phases"][phases[-1]]["step_seconds"]
+
+
+def test_figures_of_the_asked_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    best = planned(capsys, *DECODE)["best"]
+    step = best["step_seconds"]
+    assert best["tokens_per_second"] == pytest.approx(64 / step)
+    assert best["chip_ms_per_token"] == pytest.approx(1e3 * 64 * step / 64)
+    assert best["mfu"] == pytest.approx(2 * 540.36e9 * 64 / (64 * 275e12 * step), rel=1e-3)
+    assert best["seconds_per_token"] == step
+
+
+def test_the_papers_layout_within_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    """A 2D weight-stationary FFN with batch-sharded attention is first or within 5 % of it, without jax."""
+    code = (
+        "import sys\nfrom partinf.cli import main\n"
+        f"main({['plan', *DECODE, '--format', 'json']!r})\nassert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    wanted = next(c for c in report["candidates"] if c["ffn"] == "ws-2d" and c["attention"] == "batch")
+    assert wanted["tie_with_best"]
+    assert wanted["step_seconds"] <= 1.05 * report["best"]["step_seconds"]
+
+
+def test_table_and_saved_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    assert main(["plan", *PALM, "--input", "1984", "--output", "64", "--save", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "Chosen:" in out
+    assert "Memory |" in out
+    saved = plan_from_toml(file.read_text(), str(file))
+    assert saved.model.name == "palm-540b"
+    assert saved.slice.name == "v4:4x4x4"
+    assert main(["explain", *DECODE, "--layout", str(file)]) == 0
+    assert "decode step" in capsys.readouterr().out
+
+
+def test_explain_in_the_papers_notation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *DECODE, "--layout", "ws-2d"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("all-gather(yz)", "B L E_x", "B L F_yz {x unreduced}", "B_xyz L H Q", "reduce-scatter(x)", "all-to-all(yz)"):
+        assert words in out, words
+
+
+BAD = {
+    "unknown model": (["--model", "palm-540"], "did you mean 'palm-540b'"),
+    "impossible slice": (["--slice", "v4:4x4x3"], "no torus axis of 3 chips"),
+    "unknown chip": (["--slice", "v9:4x4"], "unknown chip 'v9'"),
+    "batch 0": (["--batch", "0"], "batch = 0"),
+    "batch that is no number": (["--batch", "many"], "--batch many: a whole number"),
+    "negative context": (["--context", "-5"], "context = -5"),
+    "unknown phase": (["--phase", "encode"], "phase = 'encode'"),
+    "unknown type": (["--weights", "int9"], "--weights int9"),
+    "unknown objective": (["--objective", "speed"], "--objective speed"),
+    "impossible bound": (["--max-latency-ms", "0"], "it must be positive"),
+    "bound without number": (["--max-latency-ms", "fast"], "--max-latency-ms fast"),
+    "unknown format": (["--format", "xml"], "--format xml"),
+    "unknown bandwidth model": (["--bandwidth-model", "none"], "--bandwidth-model none"),
+    "unknown calibration": (["--calibration", "some"], "--calibration some"),
+    "unknown mesh": (["--mesh", "x:8,y:4,z:4"], "must multiply to 4"),
+    "nowhere to save": (["--save", "/nowhere/plan.toml"], "there is no directory /nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    flags, words = BAD[name]
+    assert main(["plan", *DECODE, *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_all_offences_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [flag for name in ("unknown model", "impossible slice", "batch 0", "negative context", "unknown type") for flag in BAD[name][0]]
+    assert main(["plan", *DECODE, *flags]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_what_no_layout_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "palm-540b", "--slice", "cpu:5", "--phase", "decode", "--context", "8"]) == 0
+    assert main(["explain", *DECODE, "--slice", "v5e:4x4", "--layout", "ws-2d"]) == 2
+    assert re.search(r"axis 'z' is no axis of v5e:4x4", capsys.readouterr().err)

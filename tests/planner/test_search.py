@@ -1,0 +1,137 @@
+"""The search is exact: merging equal axes and joining phases lose nothing against trying everything."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from partinf.cost.calibration import ROOFLINE
+from partinf.cost.pricing import Pricing
+from partinf.cost.step import step_ledger
+from partinf.errors import InvalidInput
+from partinf.hardware import parse_slice
+from partinf.layout import AttentionRole, Layout, Phase, Role
+from partinf.model_config import ModelConfig, load_model_config
+from partinf.plan import Plan, layout_offences
+from partinf.planner import plan, search
+from partinf.planner.evaluate import Evaluator, heads_for
+from partinf.workload import DType, Workload
+
+SMALL = ModelConfig("small", 4, 1024, 4096, 16, 4, 64, 4096)
+STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
+ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
+
+
+def every_layout(axes: tuple[str, ...]) -> list[Layout]:
+    """Each storage, gather and attention role of each axis, both phases alike; no axis equal to another."""
+    layouts = []
+    for storage in itertools.product(STORED, repeat=len(axes)):
+        stored = [axis for axis, role in zip(axes, storage, strict=True) if role is not Role.REPLICA]
+        for count in range(len(stored) + 1):
+            for gather in itertools.combinations(stored, count):
+                for attention in itertools.product(ATTENDED, repeat=len(axes)):
+                    phase = Phase(gather, tuple(zip(axes, attention, strict=True)))
+                    layouts.append(Layout(tuple(zip(axes, storage, strict=True)), phase, phase))
+    return layouts
+
+
+def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None:
+    padded = heads_for(evaluator.model, layout, evaluator.sizes)
+    if padded is None or layout_offences(evaluator.model, evaluator.pricing.slice, layout, padded):
+        return None
+    return step_ledger(evaluator.split(layout, label, padded)).seconds
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x2", "cpu:2x2x2", "v4:4x4x8"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("kv_heads", [1, 4, 16])
+def test_equal_axes_once_loses_nothing(name: str, phase: str, kv_heads: int) -> None:
+    model = ModelConfig("small", 4, 4096, 16384, 64, kv_heads, 64, 4096)
+    slice_, workload = parse_slice(name), Workload(batch=16, input_len=128, phase=phase)
+    report = search(model, slice_, workload, calibration="none")
+    evaluator = Evaluator(model, Pricing(slice_, ROOFLINE), workload)
+    brute = {round(s, 12) for layout in every_layout(("x", "y", "z")) if (s := seconds_of(evaluator, layout, phase)) is not None}
+    found = {round(candidate.score, 12) for candidate in report.candidates}
+    assert found == brute
+
+
+def test_whole_workload_equals_trying_every_pair() -> None:
+    slice_, workload = parse_slice("cpu:4x2"), Workload(batch=8, input_len=64, output_len=16, weights=DType.BF16)
+    report = search(SMALL, slice_, workload)
+    pricing = Pricing(slice_, report.calibration)
+    evaluator = Evaluator(SMALL, pricing, workload)
+    best = float("inf")
+    for prefill, decode in itertools.product(every_layout(("x", "y")), repeat=2):
+        if prefill.storage != decode.storage:
+            continue
+        layout = Layout(prefill.storage, prefill.prefill, decode.decode)
+        first, second = (seconds_of(evaluator, layout, label) for label in ("prefill", "decode"))
+        if first is not None and second is not None:
+            best = min(best, first + workload.output_len * second)
+    assert report.best.score == pytest.approx(best)
+
+
+def test_order_and_ties() -> None:
+    workload = Workload(batch=64, context_len=2048, phase="decode", weights=DType.INT8)
+    report = search(load_model_config("palm-540b"), parse_slice("v4:4x4x4"), workload)
+    assert [c.fits for c in report.candidates] == sorted((c.fits for c in report.candidates), reverse=True)
+    fitting = [c for c in report.candidates if c.fits]
+    assert [c.score for c in fitting] == sorted(c.score for c in fitting)
+    assert all(c.tie_with_best == (c.score <= 1.05 * report.best.score) for c in fitting)
+    wanted = next(c for c in report.candidates if c.asked.ffn == "ws-2d" and c.asked.attention == "batch")
+    assert wanted.tie_with_best
+    assert len(report.candidates) == 680
+
+
+def test_large_prefill_gathers_weights_and_decode_keeps_them() -> None:
+    workload = Workload(batch=512, input_len=2048, output_len=64)
+    chosen = plan(load_model_config("palm-540b"), parse_slice("v4:4x4x4"), workload)
+    assert set(chosen.layout.prefill.gather) == {"x", "y", "z"}
+    assert not chosen.layout.decode.gather
+    assert 64 < chosen.prefill_from_tokens < 512 * 2048
+    assert [label for label, _ in chosen.predicted] == ["prefill", "decode"]
+    assert chosen.note
+
+
+def test_crossover_is_where_the_linear_layers_are_level() -> None:
+    workload = Workload(batch=512, input_len=2048, output_len=64)
+    slice_ = parse_slice("v4:4x4x4")
+    chosen = plan(load_model_config("palm-540b"), slice_, workload)
+    from partinf.cost.calibration import calibration_for
+    from partinf.cost.ledger import total_seconds
+    from partinf.cost.split import StepShape
+
+    evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip)), workload)
+
+    def seconds(label: str, tokens: int) -> float:
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=1)
+        return total_seconds(evaluator.linear(evaluator.split(chosen.layout, label, chosen.padded_heads, shape)))
+
+    switch = chosen.prefill_from_tokens
+    assert seconds("prefill", switch) < seconds("decode", switch)
+    assert seconds("prefill", switch - 64) >= seconds("decode", switch - 64)
+
+
+def test_plans_that_run_have_no_padded_heads() -> None:
+    """A report lists layouts that pad heads; the plan for an engine is one that it runs."""
+    model = ModelConfig("twelve", 4, 1024, 4096, 12, 12, 64, 4096)
+    workload = Workload(batch=8, context_len=128, phase="decode")
+    report = search(model, parse_slice("cpu:2x2x2"), workload)
+    assert any(candidate.padded_heads == 16 for candidate in report.candidates)
+    chosen = plan(model, parse_slice("cpu:2x2x2"), workload)
+    assert chosen.padded_heads == 0
+    assert isinstance(chosen, Plan)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    with pytest.raises(InvalidInput, match=r"does not fit v4:2x2x2: weights .* usable 33\.0 GB"):
+        plan(load_model_config("palm-540b"), parse_slice("v4:2x2x2"), Workload(batch=1, context_len=128, phase="decode"))
+
+
+def test_latency_bound_orders_before_time() -> None:
+    workload = Workload(batch=64, context_len=2048, phase="decode", weights=DType.INT8, max_latency=0.029)
+    report = search(load_model_config("palm-540b"), parse_slice("v4:4x4x4"), workload)
+    met = [candidate.meets_bound for candidate in report.candidates if candidate.fits]
+    assert any(met)
+    assert met == sorted(met, reverse=True)
