@@ -108,11 +108,9 @@ class Plan:
     @property
     def runnable(self) -> str | None:
         """None when the library can run this plan; otherwise what is missing."""
-        missing = []
-        if self.padded_heads not in (0, self.model.num_heads):
-            missing.append(f"heads padded from {self.model.num_heads} to {self.padded_heads}")
-        missing += [f"{label} in int8" for label, dtype in (("weights", self.weights), ("KV", self.kv)) if dtype is DType.INT8]
-        return ", ".join(missing) or None
+        if self.padded_heads in (0, self.model.num_heads):
+            return None
+        return f"heads padded from {self.model.num_heads} to {self.padded_heads}"
 
     @property
     def axis_sizes(self) -> dict[str, int]:

@@ -17,7 +17,10 @@ from pathlib import Path
 from experiments.calibrate_v4.measured import BF16_STEP, COLUMNS, INT8_STEP, Column, mfu, predict
 from partinf.cost.calibration import Calibration
 from partinf.cost.ledger import Kind
-from partinf.workload import DType
+from partinf.hardware import parse_slice
+from partinf.model_config import load_model_config
+from partinf.planner import search
+from partinf.workload import DType, Workload
 
 FITTED = ("matmul_efficiency", "collective_factor", "hop_seconds")
 START = Calibration("v4", 0.8, 1.0, 1.0, 2e-6, True, 0.0, "")
@@ -83,6 +86,30 @@ def checks(constants: Calibration) -> dict[str, dict[str, float]]:
     }
 
 
+def choices() -> dict[str, dict[str, object]]:
+    """Where the planner puts the layout that was run, among all role assignments of the same slice; slower than the first by `gap`."""
+    found = {}
+    for column in COLUMNS:
+        length = column.context if column.phase == "prefill" else 0
+        context = None if length else column.context
+        workload = Workload(column.batch, length, context_len=context, phase=column.phase, weights=column.weights)
+        report = search(load_model_config(column.model), parse_slice(column.slice), workload)
+        ffn = "wg-xyz" if column.gather else "ws-2d"
+        ranked = [(c.asked.ffn, c.asked.attention) for c in report.candidates]
+        place = ranked.index((ffn, column.attention))
+        mine = report.candidates[place]
+        kinds = list(dict.fromkeys(ranked))
+        found[column.name] = {
+            "run": f"{ffn}, {column.attention}",
+            "first": f"{report.best.asked.ffn}, {report.best.asked.attention}",
+            "first_layout": report.best.name,
+            "place_among_kinds": kinds.index((ffn, column.attention)) + 1,
+            "gap": mine.score / report.best.score - 1,
+            "tie": mine.tie_with_best,
+        }
+    return found
+
+
 def left_out() -> dict[str, float]:
     """Error of each column under constants fitted without it: whether the fit generalises."""
     found = {}
@@ -115,6 +142,7 @@ def main() -> None:
         "columns": rows,
         "checks": checks(constants),
         "errors_when_left_out": left_out(),
+        "choices_with_the_shipped_constants": choices(),
     }
     Path(__file__).with_name("results.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

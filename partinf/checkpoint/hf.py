@@ -21,6 +21,7 @@ from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, Tensor
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
 from partinf.errors import raise_offences
 from partinf.model_config import ModelConfig, config_to_hf
+from partinf.quantize import Quantized, quantize
 
 Params = Any  # the plain nested dict of arrays that `transformer.params` declares
 
@@ -44,15 +45,41 @@ def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params)
 def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params) -> Params:
     """`load_hf` from an open reader, whose `bytes_read` then tells what was read."""
     sources = leaf_sources(config, stacked=isinstance(abstract_params.get("layers"), Mapping))
-    leaves = by_path(abstract_params)
+    leaves = by_path(abstract_params, quantized_whole=True)
     expected = {path: source.leaf_shape for path, source in sources.items()}
-    disagreements = compare_shapes(shapes_by_path(abstract_params), expected, "the parameter tree", f"the model {config.name}")
+    wanted = shapes_by_path(abstract_params, quantized_whole=True)
+    disagreements = compare_shapes(wanted, expected, "the parameter tree", f"the model {config.name}")
     reader.check(tensor_shapes(config), tolerated(config), more=disagreements)
     arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract_params), arrays)
+    structure = jax.tree.structure(abstract_params, is_leaf=lambda x: isinstance(x, Quantized))
+    return jax.tree.unflatten(structure, arrays)
 
 
-def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -> Quantized:
+    """Quantise while loading: a shard's scales need the whole contraction, so its rows are read whole and then cut."""
+    blocks: dict[Any, Quantized] = {}
+
+    def rows(index: tuple[slice, ...]) -> Quantized:
+        whole = tuple(slice(None) if dim in leaf.contracted_dims else part for dim, part in enumerate(index))
+        key = tuple(part.indices(size) for part, size in zip(whole, leaf.shape, strict=True))
+        if key not in blocks:
+            blocks[key] = quantize(read_leaf(reader, source, whole, np.dtype(np.float32)), leaf.contracted)
+        return blocks[key]
+
+    def values(index: tuple[slice, ...]) -> np.ndarray:
+        return rows(index).values[tuple(part if dim in leaf.contracted_dims else slice(None) for dim, part in enumerate(index))]
+
+    def scale(index: tuple[slice, ...]) -> np.ndarray:
+        kept = iter(index)
+        return rows(tuple(slice(None) if dim in leaf.contracted_dims else next(kept) for dim in range(len(leaf.shape)))).scale
+
+    make = jax.make_array_from_callback
+    return Quantized(make(leaf.shape, leaf.values.sharding, values), make(leaf.scale.shape, leaf.scale.sharding, scale), leaf.contracted)
+
+
+def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
+    if isinstance(leaf, Quantized):
+        return _load_quantized(reader, source, leaf)
     # Devices that hold the same shard ask for the same index; the file is read once for all of them.
     blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
 

@@ -6,12 +6,20 @@ from typing import Any
 
 import jax
 
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """Path → leaf, in the order in which jax flattens the tree."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+from partinf.quantize import Quantized
 
 
-def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+def by_path(tree: Any, quantized_whole: bool = False) -> dict[str, Any]:
+    """Path → leaf, in the order in which jax flattens the tree.
+
+    Args:
+        quantized_whole: take a quantised weight as one leaf instead of as its values and scales.
+    """
+    is_leaf = (lambda x: isinstance(x, Quantized)) if quantized_whole else None
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def shapes_by_path(tree: Any, quantized_whole: bool = False) -> dict[str, tuple[int, ...]]:
     """Path → shape."""
-    return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}
+    return {path: tuple(leaf.shape) for path, leaf in by_path(tree, quantized_whole).items()}

@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     prompts.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line; - reads standard input")
     add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
-    parser.add_argument("--weights", choices=("f32", "bf16"), help="type of weights and activations (default: f32 on CPU, bf16 elsewhere)")
+    parser.add_argument("--weights", choices=("f32", "bf16", "int8"), help="storage of the weights (default: f32 on CPU, bf16 elsewhere)")
+    parser.add_argument("--kv", choices=("f32", "bf16", "int8"), help="storage of the KV cache (default: as the activations)")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate per prompt (default: 64)")
     parser.add_argument("--max-len", type=int, default=0, metavar="N", help="longest context to serve (default: the model's, at most 2048)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -71,9 +72,10 @@ def _plan(args: argparse.Namespace, config: ModelConfig, target: Slice | None, l
 
     where = target if target is not None else api.find_slice("local", args.mesh)
     dtype = DType(args.weights or ("f32" if where.chip.family == "cpu" else "bf16"))
+    kv = DType(args.kv) if args.kv else DType.F32 if dtype is DType.F32 else DType.BF16
     max_len = args.max_len or min(config.max_len or 2048, 2048)
     rows = min(num_prompts, 32)
-    workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=dtype)
+    workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
     capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(256, max_len), random=args.temperature != 0)
     return api.plan(config, where, workload, layout=layout, capacity=capacity)
 

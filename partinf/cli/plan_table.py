@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from partinf.cost.ledger import Entry
+from partinf.planner.advice import batch_advice, preflight
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 
@@ -27,6 +28,8 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
         _show_choice(console, report, best)
     else:
         console.print(misfit(report), highlight=False)
+        for change in preflight(report):
+            console.print(f"  {change}", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
 
@@ -94,6 +97,8 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
         text = f"from {switch} tokens per step on" if switch < 1 << 30 else "never by the token count"
         console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
     console.print(_memory_bar(best), highlight=False)
+    if best.phase("decode"):
+        console.print(f"Largest batch worth decoding together under these roles: {batch_advice(report)}.", highlight=False)
     for result in best.phases:
         console.print(_ledger(result))
 

@@ -7,7 +7,7 @@ from partinf.engine.batch import Policy
 from partinf.engine.engine import Engine
 from partinf.engine.fake_runner import FakeRunner
 from partinf.engine.metrics import Distribution, Metrics, Summary
-from partinf.engine.policies import FirstComeFirstServed, RequestLevel, request_level_iterations
+from partinf.engine.policies import FirstComeFirstServed, Orca, RequestLevel, request_level_iterations
 from partinf.engine.request import FinishReason, RequestOutput, RequestTimes, SamplingParams, TokenEvent
 from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.streams import RequestFailed, RequestStream
@@ -19,6 +19,7 @@ __all__ = [
     "FinishReason",
     "FirstComeFirstServed",
     "Metrics",
+    "Orca",
     "Policy",
     "RequestFailed",
     "RequestLevel",

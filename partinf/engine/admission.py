@@ -54,7 +54,11 @@ class RequestCheck:
                 return ["the prompt is text, but the engine has no tokenizer; give token ids"], []
             tokens = list(self._tokenizer.encode(prompt)) if prompt else []
         elif isinstance(prompt, Iterable):
-            tokens = [_plain(token) for token in prompt]
+            tokens = (
+                list(prompt)
+                if isinstance(prompt, list | tuple) and set(map(type, prompt)) <= {int}
+                else [_plain(token) for token in prompt]
+            )
         else:
             return [f"the prompt is of type {type(prompt).__name__}; give text or a list of token ids"], []
         return self._token_offences("prompt", tokens) + self._length_offences(tokens), tokens
@@ -78,6 +82,8 @@ class RequestCheck:
 
     def _token_offences(self, name: str, tokens: list[Any]) -> list[str]:
         vocab = self._limits.vocab_size
+        if set(map(type, tokens)) <= {int} and (not tokens or (min(tokens) >= 0 and max(tokens) < vocab)):
+            return []
         bad = [token for token in tokens if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab]
         if not bad:
             return []

@@ -31,11 +31,16 @@ OnStep = Callable[[Batch, StepOutput, float, float], None]
 
 @dataclass(eq=False)
 class _Live:
-    """A request in flight, with what only the engine needs of it. `reported`: `step` returns its output."""
+    """A request in flight, with what only the engine needs of it.
+
+    Attributes:
+        reader: None without a tokenizer. full_len: length of `Sequence.tokens` at which it ends. reported: `step` returns its output.
+    """
 
     sequence: Sequence
-    reader: TextReader
+    reader: TextReader | None
     end_tokens: frozenset[int]
+    full_len: int
     on_token: OnToken | None
     reported: bool
 
@@ -104,6 +109,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to do or to return."""
         return self._pending() or bool(self._ended)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that are submitted and not committed."""
+        return len(self._in_flight)
 
     def add_request(
         self,
@@ -242,8 +252,10 @@ class Engine:
         live = self._live[sequence.request.id]
         self.metrics.generated_tokens += 1
         sequence.tokens.append(sampled.token)
-        sequence.logprobs.append(sampled.logprob)
-        sequence.first_token = now if sequence.first_token is None else sequence.first_token
+        if sequence.request.params.logprobs:
+            sequence.logprobs.append(sampled.logprob)
+        if sequence.first_token is None:
+            sequence.first_token = now
         sequence.last_token = now
         try:
             text, reason = _read(live, sampled.token)
@@ -252,7 +264,7 @@ class Engine:
             return
         if reason is not None:
             self._end(live, reason, text=text, token=sampled)
-        else:
+        elif text or live.on_token is not None:
             self._emit(live, sampled, text)
 
     def _emit(
@@ -366,11 +378,12 @@ class Engine:
 
     def _enqueue(self, request: Request, on_token: OnToken | None, *, reported: bool) -> Sequence:
         ends = set(request.params.stop_token_ids)
-        stream = None
+        reader = None
         if self._tokenizer is not None:
             ends |= set() if request.params.ignore_eos else set(self._tokenizer.eos_ids)
-            stream = self._tokenizer.stream(continuation=True)
-        live = _Live(Sequence(request), TextReader(stream, request.params.stop), frozenset(ends), on_token, reported)
+            reader = TextReader(self._tokenizer.stream(continuation=True), request.params.stop)
+        full_len = len(request.prompt) + request.max_tokens
+        live = _Live(Sequence(request), reader, frozenset(ends), full_len, on_token, reported)
         with self._lock:
             if request.id in self._live:
                 raise InvalidInput(f"request {request.id}: this id is in flight already; choose another one")
@@ -381,11 +394,12 @@ class Engine:
 
 def _read(live: _Live, token: int) -> tuple[str, FinishReason | None]:
     """The text that a sampled token adds, and whether it ends the request."""
+    reader, full = live.reader, len(live.sequence.tokens) == live.full_len
     if token in live.end_tokens:
-        return live.reader.finish(), FinishReason.STOP
-    text = live.reader.push(token)
-    if live.reader.stopped:
+        return "" if reader is None else reader.finish(), FinishReason.STOP
+    if reader is None:
+        return "", FinishReason.LENGTH if full else None
+    text = reader.push(token)
+    if reader.stopped:
         return text, FinishReason.STOP
-    if live.sequence.num_generated == live.sequence.request.max_tokens:
-        return text + live.reader.finish(), FinishReason.LENGTH
-    return text, None
+    return (text + reader.finish(), FinishReason.LENGTH) if full else (text, None)

@@ -45,8 +45,8 @@ class RunnerLimits:
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int) and not isinstance(value, bool)}
-        least = {"num_host_pages": 0}
-        offences = [f"{name} = {value}; it must be at least {least.get(name, 1)}" for name, value in numbers.items() if value < least.get(name, 1)]
+        least = dict.fromkeys(numbers, 1) | {"num_host_pages": 0}
+        offences = [f"{name} = {value}; it must be at least {least[name]}" for name, value in numbers.items() if value < least[name]]
         if not offences and self.max_prefill_tokens % self.num_prefill_shards:
             offences.append(f"max_prefill_tokens = {self.max_prefill_tokens} does not divide over {self.num_prefill_shards} prefill shards")
         if self.prefill_shards and len(self.prefill_shards) != self.num_shards:

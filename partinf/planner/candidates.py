@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from partinf.hardware import Link, MeshAxis, Slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
@@ -21,12 +22,12 @@ _STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
 _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
-@dataclass(frozen=True)
-class PhaseOption:
-    """Gathered axes and attention roles of one phase, aligned with the slice's axes."""
+class PhaseOption(NamedTuple):
+    """Gathered axes and attention roles of one phase, aligned with the slice's axes; `heads` marks those that split heads."""
 
     gather: tuple[bool, ...]
     attention: tuple[AttentionRole, ...]
+    heads: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
     attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
     for gather in itertools.product(*gathers):
         for attention in itertools.product(*attended):
-            yield PhaseOption(gather, attention)
+            yield PhaseOption(gather, attention, tuple(role is AttentionRole.HEADS for role in attention))
 
 
 class HeadSplits:
@@ -95,7 +96,7 @@ class HeadSplits:
 
     def of(self, storage: Storage, *options: PhaseOption) -> tuple[int, tuple[bool, ...]]:
         """Parts into which query heads are split in these phases, and which axes split key-value heads too."""
-        asked = tuple(any(o.attention[i] is AttentionRole.HEADS for o in options) for i in range(len(storage)))
+        asked = options[0].heads if len(options) == 1 else tuple(map(any, zip(*(o.heads for o in options), strict=True)))
         key = (storage, asked)
         found = self._known.get(key)
         if found is None:

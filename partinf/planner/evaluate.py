@@ -52,6 +52,7 @@ class Evaluator:
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, tuple[Entry, ...]] = {}
         self._coupling: dict[object, Ledger] = {}
+        self._weight_bytes: dict[object, int] = {}
 
     def padded_heads(self, parts: int) -> int | None:
         """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
@@ -92,7 +93,14 @@ class Evaluator:
         """One step of a phase without the coupling of prefill to decode's cache."""
         split = self.split(layout, label, padded_heads)
         ledger = settle(self.linear(split) + attention_part(split))
-        return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split), weight_bytes(split))
+        return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split), self._weights(split))
+
+    def _weights(self, split: StepSplit) -> int:
+        key = (split.layout.storage, split.kv_stored, split.model.num_heads)
+        found = self._weight_bytes.get(key)
+        if found is None:
+            found = self._weight_bytes[key] = weight_bytes(split)
+        return found
 
     def coupling(self, layout: Layout, padded_heads: int) -> Ledger:
         """What prefill pays for the cache's layout, which is decode's."""

@@ -123,17 +123,31 @@ class _Search:
             decodes = self._choices(storage, "decode")
             prefills = sorted(self._choices(storage, "prefill", merged=False), key=lambda choice: choice.priced.seconds)
             for decode in decodes:
-                best: _Pair | None = None
-                for prefill in prefills:
-                    base = prefill.priced.seconds + self.workload.output_len * decode.priced.seconds
-                    if best is not None and best.fits and base >= best.seconds:
-                        break
-                    pair = self._pair(storage, prefill, decode)
-                    if pair and (best is None or (not pair.fits, pair.seconds) < (not best.fits, best.seconds)):
-                        best = pair
+                best = self._best_beside(storage, decode, prefills)
                 if best is not None:
                     found.append(self._joined(storage, best))
         return found
+
+    def _best_beside(self, storage: Storage, decode: _Choice, prefills: list[_Choice]) -> _Pair | None:
+        """The prefill option that is best beside a decode option: the first that fits and that no later one can beat.
+
+        `prefills` are in order of their own time, which is a bound from below for the pair, as decode's own memory is for the pair's.
+        """
+        alone = self.table.layout(storage, decode.option, decode.option)
+        held = self.evaluator.memory(alone, [decode.priced], decode.padded_heads)
+        room = held.usable - held.weights - held.kv
+        hopeless = not held.fits or all(prefill.priced.activations > room for prefill in prefills)
+        best: _Pair | None = None
+        for prefill in prefills:
+            base = prefill.priced.seconds + self.workload.output_len * decode.priced.seconds
+            if best is not None and (best.fits or hopeless) and base >= best.seconds:
+                break
+            if not hopeless and prefill.priced.activations > room:
+                continue
+            pair = self._pair(storage, prefill, decode)
+            if pair and (best is None or (not pair.fits, pair.seconds) < (not best.fits, best.seconds)):
+                best = pair
+        return best
 
     def _pair(self, storage: Storage, prefill: _Choice, decode: _Choice) -> _Pair | None:
         """Prefill and decode side by side; None when their heads do not split together."""

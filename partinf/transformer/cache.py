@@ -8,7 +8,6 @@ Page ids are global: shard · pages_per_shard + local id; -1 is no page.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -17,43 +16,35 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.collectives import Axes
-from partinf.errors import InvalidInput
 from partinf.plan import Plan
+from partinf.quantize import Quantized, dequantize, quantize
 from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType
 
 _LETTERS = "P..C."
 
 
-def cache_dtype(plan: Plan) -> jnp.dtype:
-    """The cache's type.
-
-    Raises:
-        InvalidInput: for a storage type that can be planned but not run.
-    """
-    types = {DType.BF16: jnp.bfloat16, DType.F32: jnp.float32}
-    if plan.kv not in types:
-        raise InvalidInput(f"{plan.kv} KV can be planned but not run yet; runnable: {', '.join(types)}")
-    return jnp.dtype(types[plan.kv])
-
-
 def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any:
-    """The cache as `jax.ShapeDtypeStruct`s with shardings."""
-    model = plan.model
+    """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head."""
+    model, lead = plan.model, () if unrolled else (plan.model.num_layers,)
     shape = (plan.cache.pages_per_shard * plan.num_shards, plan.cache.page_size, 2, model.num_kv_heads, model.head_dim)
-    dtype = cache_dtype(plan)
-    if unrolled:
-        layer = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(plan, mesh, _LETTERS))
-        return (layer,) * model.num_layers
-    return jax.ShapeDtypeStruct((model.num_layers, *shape), dtype, sharding=sharding(plan, mesh, "." + _LETTERS))
+
+    def array(shape: tuple[int, ...], dtype: Any, letters: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=sharding(plan, mesh, "." * len(lead) + letters))
+
+    if plan.kv is DType.INT8:
+        layer: Any = Quantized(array(shape, jnp.int8, _LETTERS), array(shape[:-1], jnp.float32, _LETTERS[:-1]), (-1,))
+    else:
+        layer = array(shape, jnp.float32 if plan.kv is DType.F32 else jnp.bfloat16, _LETTERS)
+    return (layer,) * model.num_layers if unrolled else layer
 
 
 def cache_bytes_per_device(plan: Plan) -> int:
     """Bytes of the cache that one device holds."""
     model, axes = plan.model, letter_axes(plan)["C"]
     heads = model.num_kv_heads // plan.ways(axes)
-    per_token = 2 * heads * model.head_dim * cache_dtype(plan).itemsize
-    return model.num_layers * plan.cache.pages_per_shard * plan.cache.page_size * per_token
+    per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
+    return model.num_layers * plan.cache.pages_per_shard * plan.cache.page_size * 2 * heads * per_head
 
 
 def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tuple[jax.Array, jax.Array]:
@@ -65,19 +56,19 @@ def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tup
 
 def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: jax.Array) -> Any:
     """Store new [T, 2, K, Q] at (pages [T], offsets [T]) of a layer where `owned`; the rest is dropped."""
-    array = kv[layer] if isinstance(kv, tuple) else kv
-    slots = jnp.where(owned, pages, math.prod(array.shape))  # out of range: dropped
-    if isinstance(kv, tuple):
-        updated = array.at[slots, offsets].set(new.astype(array.dtype), mode="drop")
-        return (*kv[:layer], updated, *kv[layer + 1 :])
-    return array.at[layer, slots, offsets].set(new.astype(array.dtype), mode="drop")
+    held = kv[layer] if isinstance(kv, tuple) else kv
+    slots = jnp.where(owned, pages, jnp.iinfo(jnp.int32).max)  # out of range: dropped
+    where = (slots, offsets) if isinstance(kv, tuple) else (layer, slots, offsets)
+    stored = quantize(new, (-1,)) if isinstance(held, Quantized) else new
+    updated = jax.tree.map(lambda array, part: array.at[where].set(part.astype(array.dtype), mode="drop"), held, stored)
+    return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
 
 
 def read(kv: Any, layer: Any, pages: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The contents [B, M, 2, K, Q] of page tables pages [B, pages]; ids must be local, entries out of range read some page."""
-    if isinstance(kv, tuple):
-        found = kv[layer].at[pages].get(mode="clip")
-    else:
-        found = kv.at[layer, pages].get(mode="clip")
+    held, where = (kv[layer], pages) if isinstance(kv, tuple) else (kv, (layer, pages))
+    found = jax.tree.map(lambda array: array.at[where].get(mode="clip"), held)  # [B, pages, S, 2, K(, Q)]
+    if isinstance(found, Quantized):
+        found = dequantize(found, dtype)
     rows, count, size = found.shape[:3]
     return found.reshape(rows, count * size, *found.shape[3:]).astype(dtype)

@@ -6,15 +6,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Axes, Split, move, take_split
+from partinf.collectives import Axes, Frame, Split, move, take_split
 from partinf.model_config import Activation, ModelConfig, Norm
+from partinf.quantize import Quantized
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
 
-def dot(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """An einsum that accumulates in float32 and returns the type of `x`."""
-    return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
+    """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel."""
+    dtype = x.dtype if dtype is None else dtype
+    if not isinstance(weights, Quantized):
+        return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32).astype(dtype)
+    _, weight_letters, out_letters = spec.replace("->", ",").split(",")
+    sizes = dict(zip(weight_letters, weights.shape, strict=True))
+    scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
+    out = jnp.einsum(spec, x, weights.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (out * scale).astype(dtype)
+
+
+def lookup(table: jax.Array | Quantized, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows [T, E] of a table [V, E]."""
+    if isinstance(table, Quantized):
+        return (table.values[rows].astype(jnp.float32) * table.scale[rows][:, None]).astype(dtype)
+    return table[rows].astype(dtype)
 
 
 def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:
@@ -77,6 +92,20 @@ def gather_weights(layer: Params, routes: Routes) -> Params:
     }
     gathered = dict(layer)
     for name, (digits, row_dim, col_dim, stored, used) in where.items():
+        source, target = Split(stored, routes.embed_stored), Split(used, routes.embed)
         frame = routes.frame(digits, routes.weight_stored, row_dim, col_dim)
-        gathered[name] = move(layer[name], frame, Split(stored, routes.embed_stored), Split(used, routes.embed))
+        weights = layer[name]
+        if isinstance(weights, Quantized):
+            values = move(weights.values, frame, source, target)
+            gathered[name] = Quantized(values, _gather_scale(weights, frame, source, target), weights.contracted)
+        else:
+            gathered[name] = move(weights, frame, source, target)
     return gathered
+
+
+def _gather_scale(weights: Quantized, frame: Frame, source: Split, target: Split) -> jax.Array:
+    """Scales [output dimensions] follow their weight: those of W_O and W_out run over E, the others over H, K or F."""
+    if frame.col_dim in weights.contracted_dims:
+        return move(weights.scale, frame, Split(source.rows), Split(target.rows))  # the rows stand where they stand in the weight
+    only_embed = Frame((), frame.cols, frame.sizes, 1, 0)
+    return move(weights.scale, only_embed, Split(cols=source.cols), Split(cols=target.cols))

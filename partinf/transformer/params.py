@@ -9,7 +9,6 @@ one dict per layer (unrolled, faster on CPU).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.errors import InvalidInput
 from partinf.model_config import Block, ModelConfig, Norm, Position
 from partinf.plan import Plan
+from partinf.quantize import Quantized, quantize
 from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType
 
@@ -28,16 +27,24 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Declared:
-    """One weight: its shape, the letter of each dimension (`.` is never split), and its initial values.
+    """One weight: its shape, the letter of each dimension (`.` is never split), and its initial values: the constant `fill`, or normally
+    distributed with deviation 1/√(size of the contraction).
 
     Attributes:
-        fan_in: normally distributed with deviation fan_in^-1/2; 0 for the constant `fill`.
+        contracted: dimensions over which a product with this weight sums, counted from the end; none for vectors, which are never
+            quantised.
     """
 
     shape: tuple[int, ...]
     letters: str
-    fan_in: int = 0
-    fill: float = 1.0
+    contracted: tuple[int, ...] = ()
+    fill: float | None = None
+
+    def scale_letters(self) -> str:
+        return "".join(letter for dim, letter in enumerate(self.letters) if dim - len(self.letters) not in self.contracted)
+
+    def scale_shape(self) -> tuple[int, ...]:
+        return tuple(size for dim, size in enumerate(self.shape) if dim - len(self.shape) not in self.contracted)
 
 
 def declare_layer(model: ModelConfig) -> dict[str, Declared]:
@@ -45,17 +52,17 @@ def declare_layer(model: ModelConfig) -> dict[str, Declared]:
     embed, ffn, heads, kv_heads, head = model.embed_dim, model.ffn_dim, model.num_heads, model.num_kv_heads, model.head_dim
     inner = 2 if model.gated else 1
     layer = {
-        "wq": Declared((heads, head, embed), "H.E", embed),
-        "wkv": Declared((2, kv_heads, head, embed), ".K.E", embed),  # keys, values
-        "wo": Declared((embed, heads, head), "EH.", heads * head),
-        "w_in": Declared((inner, ffn, embed), ".FE", embed),  # gate and up, or one matrix
-        "w_out": Declared((embed, ffn), "EF", ffn),
+        "wq": Declared((heads, head, embed), "H.E", (-1,)),
+        "wkv": Declared((2, kv_heads, head, embed), ".K.E", (-1,)),  # keys, values
+        "wo": Declared((embed, heads, head), "EH.", (-2, -1)),
+        "w_in": Declared((inner, ffn, embed), ".FE", (-1,)),  # gate and up, or one matrix
+        "w_out": Declared((embed, ffn), "EF", (-1,)),
     }
     layer |= _declare_norm("attention_norm", model)
     if model.block is Block.SERIAL:
         layer |= _declare_norm("ffn_norm", model)
     if model.qk_norm:
-        layer |= {"q_norm": Declared((head,), "."), "k_norm": Declared((head,), ".")}
+        layer |= {"q_norm": Declared((head,), ".", fill=1.0), "k_norm": Declared((head,), ".", fill=1.0)}
     if model.biases:
         shapes = {"bq": (heads, head), "bkv": (2, kv_heads, head), "bo": (embed,), "b_in": (inner, ffn), "b_out": (embed,)}
         layer |= {name: Declared(shape, "." * len(shape), fill=0.0) for name, shape in shapes.items()}
@@ -63,7 +70,7 @@ def declare_layer(model: ModelConfig) -> dict[str, Declared]:
 
 
 def _declare_norm(name: str, model: ModelConfig) -> dict[str, Declared]:
-    found = {name: Declared((model.embed_dim,), ".")}
+    found = {name: Declared((model.embed_dim,), ".", fill=1.0)}
     if model.norm is Norm.LAYER:
         found[f"{name}_bias"] = Declared((model.embed_dim,), ".", fill=0.0)
     return found
@@ -75,61 +82,70 @@ def declare(model: ModelConfig, unrolled: bool) -> Params:
     layers: Any = tuple(dict(layer) for _ in range(model.num_layers))
     if not unrolled:
         layers = {name: replace(d, shape=(model.num_layers, *d.shape), letters="." + d.letters) for name, d in layer.items()}
-    table = Declared((model.padded_vocab_size, model.embed_dim), ".D", model.embed_dim)
+    table = Declared((model.padded_vocab_size, model.embed_dim), ".D", (-1,))
     tree: Params = {"embed": table, "layers": layers, **_declare_norm("final_norm", model)}
     if not model.tied_embeddings:
         tree["unembed"] = table
     if model.position is Position.LEARNED:
-        tree["positions"] = Declared((model.max_len, model.embed_dim), ".D", model.embed_dim)
+        tree["positions"] = Declared((model.max_len, model.embed_dim), ".D")
     return tree
 
 
-def param_dtype(plan: Plan) -> jnp.dtype:
-    """The type in which weights and activations are computed.
-
-    Raises:
-        InvalidInput: for a storage type that can be planned but not run.
-    """
-    types = {DType.BF16: jnp.bfloat16, DType.F32: jnp.float32}
-    if plan.weights not in types:
-        raise InvalidInput(f"{plan.weights} weights can be planned but not run yet; runnable: {', '.join(types)}")
-    return jnp.dtype(types[plan.weights])
+def activation_dtype(plan: Plan) -> jnp.dtype:
+    """The type of activations, norms and biases, and of weights that are not quantised."""
+    return jnp.dtype(jnp.float32 if plan.weights is DType.F32 else jnp.bfloat16)
 
 
 def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Params:
     """The tree as `jax.ShapeDtypeStruct`s with shardings: what loaders, checkpoints and the compiler take."""
-    dtype = param_dtype(plan)
-    return _map(lambda d: jax.ShapeDtypeStruct(d.shape, dtype, sharding=sharding(plan, mesh, d.letters)), declare(plan.model, unrolled))
+    dtype = activation_dtype(plan)
+
+    def leaf(d: Declared) -> Any:
+        def array(shape: tuple[int, ...], kind: Any, letters: str) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, kind, sharding=sharding(plan, mesh, letters))
+
+        if not _is_quantized(plan, d):
+            return array(d.shape, dtype, d.letters)
+        return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
+
+    return jax.tree.map(leaf, declare(plan.model, unrolled), is_leaf=lambda x: isinstance(x, Declared))
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:
     """Random weights of the right scale, made on the devices that hold them; the same on every mesh."""
-    dtype = param_dtype(plan)
     leaves, tree = jax.tree.flatten(declare(plan.model, unrolled), is_leaf=lambda x: isinstance(x, Declared))
 
-    def make() -> list[jax.Array]:
+    def make() -> Params:
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        return [_initial(d, key, dtype) for d, key in zip(leaves, keys, strict=True)]
+        return jax.tree.unflatten(tree, [_initial(plan, d, key) for d, key in zip(leaves, keys, strict=True)])
 
-    targets = [sharding(plan, mesh, d.letters) for d in leaves]
-    return jax.tree.unflatten(tree, jax.jit(make, out_shardings=targets)())
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params(plan, mesh, unrolled)))()
 
 
 def params_bytes_per_device(plan: Plan) -> int:
     """Bytes of parameters that one device holds."""
-    axes, sizes, itemsize = letter_axes(plan), plan.axis_sizes, param_dtype(plan).itemsize
+    axes, sizes, itemsize = letter_axes(plan), plan.axis_sizes, activation_dtype(plan).itemsize
+
+    def held(shape: tuple[int, ...], letters: str) -> int:
+        return math.prod(shape) // math.prod(sizes[axis] for letter in letters for axis in axes.get(letter, ()))
+
     total = 0
     for d in jax.tree.leaves(declare(plan.model, unrolled=False), is_leaf=lambda x: isinstance(x, Declared)):
-        ways = math.prod(sizes[axis] for letter in d.letters for axis in axes.get(letter, ()))
-        total += math.prod(d.shape) * itemsize // ways
+        if _is_quantized(plan, d):
+            total += held(d.shape, d.letters) + 4 * held(d.scale_shape(), d.scale_letters())
+        else:
+            total += held(d.shape, d.letters) * itemsize
     return total
 
 
-def _initial(d: Declared, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    if d.fan_in == 0:
+def _is_quantized(plan: Plan, d: Declared) -> bool:
+    return plan.weights is DType.INT8 and bool(d.contracted)
+
+
+def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:
+    dtype = activation_dtype(plan)
+    if d.fill is not None:
         return jnp.full(d.shape, d.fill, dtype)
-    return (jax.random.normal(key, d.shape, jnp.float32) * d.fan_in**-0.5).astype(dtype)
-
-
-def _map(function: Callable[[Declared], Any], tree: Params) -> Params:
-    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, Declared))
+    fan_in = math.prod(d.shape[dim] for dim in d.contracted) or d.shape[-1]
+    weights = jax.random.normal(key, d.shape, jnp.float32) * fan_in**-0.5
+    return quantize(weights, d.contracted) if _is_quantized(plan, d) else weights.astype(dtype)

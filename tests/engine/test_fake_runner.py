@@ -46,7 +46,7 @@ def test_a_page_of_another_sequence_gives_another_token() -> None:
         runner = FakeRunner(LIMITS)
         runner.submit(Step(prefill=(CHUNK,)))
         runner.submit(Step(prefill=(replace(CHUNK, slot=1, tokens=(9, 9, 9, 9, 9), pages=(3, 1)),)))
-        runner.submit(Step(decode=(replace(ROW, token=6, pages=pages),)))
+        runner.submit(Step(decode=(ROW._replace(token=6, pages=pages),)))
         tokens.append([runner.collect() for _ in range(3)][-1].decode[0])
     assert tokens[0] != tokens[1]
 
@@ -74,9 +74,9 @@ def test_sampling_depends_on_seed_sample_and_position_alone() -> None:
         (Step(prefill=(replace(CHUNK, tokens=(1,) * 17, pages=(0, 1, 2, 3, 3)),)), "prefill shard 0 has more than 16 tokens"),
         (Step(prefill=(replace(CHUNK, tokens=(), pages=()),)), "an empty chunk"),
         (Step(prefill=(replace(CHUNK, tokens=(1, VOCAB, 3, 4, 5)),)), f"token {VOCAB} is outside"),
-        (Step(decode=(replace(ROW, slot=1),), prefill=(CHUNK,)), "page 0 is written by slots 1 and 0"),
+        (Step(decode=(ROW._replace(slot=1),), prefill=(CHUNK,)), "page 0 is written by slots 1 and 0"),
         (Step(decode=(ROW,)), "no token was sampled in it yet"),
-        (Step(decode=(replace(ROW, token=1),)), "holds position -1, where 0 is read"),
+        (Step(decode=(ROW._replace(token=1),)), "holds position -1, where 0 is read"),
     ],
 )
 def test_what_it_refuses(step: Step, problem: str) -> None:
@@ -85,6 +85,6 @@ def test_what_it_refuses(step: Step, problem: str) -> None:
 
 
 def test_too_many_decode_rows() -> None:
-    rows = tuple(replace(ROW, slot=slot, token=1, position=0, pages=(slot,)) for slot in range(3))
+    rows = tuple(ROW._replace(slot=slot, token=1, position=0, pages=(slot,)) for slot in range(3))
     with pytest.raises(ValueError, match="shard 0 has more than 2 decode rows"):
         FakeRunner(replace(LIMITS, max_decode_rows_per_shard=2)).submit(Step(decode=rows))

@@ -123,7 +123,7 @@ def test_a_token_that_only_the_device_knows_is_left_open() -> None:
 def test_nobody_overtakes_a_chunked_prompt_that_has_to_pause() -> None:
     # 4 tokens on each prefill shard. Sequences 2 and 3 are cut in the first iteration; in the second, 2 (which may use either) takes the
     # prefill shard that 3 needs. Request 4 would fit on the other one.
-    limits = replace(ROOMY, num_shards=2, num_prefill_shards=2, prefill_shards=((0,), (0, 1)), max_prefill_tokens=8)
+    limits = replace(ROOMY, num_shards=2, num_prefill_shards=2, prefill_shards=((0,), (0, 1)), max_prefill_tokens=8, page_size=2)
     lines = trace(limits, FirstComeFirstServed(chunk_prefills=True), [(3, 9), (2, 1), (10, 1), (10, 1), (1, 1)])
     assert lines[:3] == ["| 0:3 1:2 2:2 3:1", "0 | 2:4", "0 | 2:4"]
 

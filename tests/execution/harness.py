@@ -20,13 +20,15 @@ from partinf.hardware import parse_slice
 from partinf.layout import Layout
 from partinf.model_config import ModelConfig
 from partinf.plan import Bucket, CacheConfig, Plan
+from partinf.quantize import Quantized, quantize
 from partinf.sharding import device_mesh
 from partinf.transformer import reference
 from partinf.transformer.params import abstract_params, random_params
 from partinf.transformer.step import compile_step, empty_state
 from partinf.workload import DType
 
-TOLERANCE = {"f32": 1e-4, "bf16": 1e-1}  # largest difference of a logit; logits here are of order 1
+# Largest difference of a logit from the float32 reference; logits here are of order 1.
+TOLERANCE = {"f32": 1e-4, "bf16": 1e-1, "int8": 3e-1}
 
 MODEL = ModelConfig("tiny", 2, 64, 64, 8, 2, 8, 250, tied_embeddings=True, max_len=64)
 _LANES, _TOKENS, _SLOTS, _PAGE = 8, 16, 8, 4
@@ -34,14 +36,21 @@ _BUCKET = Bucket(_LANES, 4, _TOKENS, _SLOTS, 3)
 _MAX_LEN = 12
 
 
-def make_plan(mesh: str, layout: Layout, model: ModelConfig = MODEL, prefill_from_tokens: int = 1 << 30, dtype: DType = DType.F32) -> Plan:
+def make_plan(
+    mesh: str,
+    layout: Layout,
+    model: ModelConfig = MODEL,
+    prefill_from_tokens: int = 1 << 30,
+    dtype: DType = DType.F32,
+    kv: DType | None = None,
+) -> Plan:
     """A plan of the harness's sizes over 8 virtual devices."""
     return Plan(
         model,
         parse_slice("cpu:8", mesh),
         layout,
         weights=dtype,
-        kv=dtype,
+        kv=dtype if kv is None else kv,
         max_len=_MAX_LEN,
         cache=CacheConfig(_PAGE, 32, _LANES),
         buckets=(_BUCKET,),
@@ -71,8 +80,13 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
     """Host parameters on a mesh, layers separate or stacked."""
     if not unrolled:
         params = params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *params["layers"])}
-    abstract = abstract_params(plan, mesh, unrolled)
-    return jax.tree.map(lambda leaf, want: jax.device_put(leaf.astype(want.dtype), want.sharding), params, abstract)
+
+    def place(want: jax.ShapeDtypeStruct | Quantized, leaf: np.ndarray) -> jax.Array | Quantized:
+        if isinstance(want, Quantized):
+            return jax.tree.map(lambda one, part: jax.device_put(part, one.sharding), want, quantize(leaf, want.contracted))
+        return jax.device_put(leaf.astype(want.dtype), want.sharding)
+
+    return jax.tree.map(place, abstract_params(plan, mesh, unrolled), params, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 @functools.cache

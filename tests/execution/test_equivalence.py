@@ -64,3 +64,10 @@ def test_untied_embeddings_and_unrolled_layers() -> None:
 
 def test_bfloat16_stays_close() -> None:
     assert largest_error(make_plan("2x2x2", MIXED, dtype=DType.BF16)) < TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize(("dtype", "kv"), [(DType.INT8, DType.BF16), (DType.BF16, DType.INT8), (DType.INT8, DType.INT8)])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_int8_stays_close(dtype: DType, kv: DType, gathered: bool) -> None:
+    plan = make_plan("2x2x2", MIXED, dtype=dtype, kv=kv, prefill_from_tokens=1 if gathered else 1 << 30)
+    assert largest_error(plan) < TOLERANCE["int8"]

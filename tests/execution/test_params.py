@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from partinf.errors import InvalidInput
 from partinf.layout import make_layout
-from partinf.plan import Bucket, Plan
+from partinf.plan import Bucket
 from partinf.sharding import device_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.cache import cache_bytes_per_device
@@ -25,9 +24,10 @@ def bytes_on(device: jax.Device, tree: object) -> int:
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards if shard.device == device)
 
 
+@pytest.mark.parametrize("dtype", list(DType))
 @pytest.mark.parametrize("unrolled", [True, False])
-def test_declared_bytes_are_those_on_every_device(unrolled: bool) -> None:
-    plan = make_plan("2x2x2", LAYOUT)
+def test_declared_bytes_are_those_on_every_device(unrolled: bool, dtype: DType) -> None:
+    plan = make_plan("2x2x2", LAYOUT, dtype=dtype)
     mesh = device_mesh(plan)
     params, state = random_params(plan, mesh, unrolled), empty_state(plan, mesh, unrolled)
     assert {bytes_on(device, params) for device in mesh.devices.flat} == {params_bytes_per_device(plan)}
@@ -38,12 +38,6 @@ def test_random_weights_are_the_same_on_every_mesh() -> None:
     here = [make_plan(mesh, make_layout(roles, dict.fromkeys(roles, "batch"))) for mesh, roles in MESHES]
     trees = [random_params(plan, device_mesh(plan), unrolled=True, seed=4) for plan in here]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-6), *trees)
-
-
-def test_what_cannot_be_run_yet_says_so() -> None:
-    plan = Plan(MODEL, make_plan("2x2x2", LAYOUT).slice, LAYOUT, weights=DType.INT8)
-    with pytest.raises(InvalidInput, match="int8 weights can be planned but not run yet"):
-        params_bytes_per_device(plan)
 
 
 def test_the_account_counts_loops_as_often_as_they_run() -> None:

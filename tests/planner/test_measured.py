@@ -7,8 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from experiments.calibrate_v4.measured import COLUMNS, Column, predict
 
+from experiments.calibrate_v4.measured import COLUMNS, Column, predict
 from partinf import resources
 from partinf.cost.calibration import calibration_for
 from partinf.hardware import chips, parse_slice
@@ -39,9 +39,7 @@ def test_shipped_constants_are_those_of_the_experiment() -> None:
 def test_the_papers_layout_is_first_or_a_tie(column: Column) -> None:
     """On 16 and 8 chips 1D weight-stationary is predicted to be faster than the 2D that was run: those columns are not here."""
     length = column.context if column.phase == "prefill" else 0
-    workload = Workload(
-        column.batch, length, context_len=None if length else column.context, phase=column.phase, weights=column.weights
-    )
+    workload = Workload(column.batch, length, context_len=None if length else column.context, phase=column.phase, weights=column.weights)
     report = search(load_model_config(column.model), parse_slice(column.slice), workload)
     wanted = [c for c in report.candidates if c.asked.ffn == FFN[column.gather] and c.asked.attention == column.attention]
     assert wanted[0].fits

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.planner.support import layout_of, split_of
 
 from partinf import resources
 from partinf.cost.memory import kv_bytes, weight_bytes
@@ -15,6 +14,7 @@ from partinf.cost.split import StepShape
 from partinf.hardware import parse_slice
 from partinf.model_config import ModelConfig, load_model_config
 from partinf.workload import DType
+from tests.planner.support import layout_of, split_of
 
 PARAMS = {
     "palm-8b": 8.63e9,
@@ -34,7 +34,7 @@ def test_parameter_counts(name: str) -> None:
     assert load_model_config(name).num_params() == pytest.approx(PARAMS[name], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in resources.names("models")])
+@pytest.mark.parametrize("name", resources.names("models"))
 def test_every_model_names_its_source(name: str) -> None:
     assert load_model_config(name).source
 

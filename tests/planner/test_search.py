@@ -43,9 +43,16 @@ def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None
     return step_ledger(evaluator.split(layout, label, padded)).seconds
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x2", "cpu:2x2x2", "v4:4x4x8"])
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("kv_heads", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("name", "phase", "kv_heads"),
+    [
+        ("v4:2x2x2", "decode", 4),
+        ("v4:4x4x8", "decode", 4),
+        ("cpu:2x2x2", "prefill", 4),
+        ("v4:4x4x8", "prefill", 1),
+        ("v4:2x2x2", "decode", 64),
+    ],
+)
 def test_equal_axes_once_loses_nothing(name: str, phase: str, kv_heads: int) -> None:
     model = ModelConfig("small", 4, 4096, 16384, 64, kv_heads, 64, 4096)
     slice_, workload = parse_slice(name), Workload(batch=16, input_len=128, phase=phase)

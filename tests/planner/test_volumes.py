@@ -5,12 +5,12 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from tests.planner.support import layout_of, moved_elements, split_of
 
 from partinf.cost.ffn import ffn_entries
 from partinf.cost.split import StepShape
 from partinf.hardware import parse_slice
 from partinf.model_config import ModelConfig
+from tests.planner.support import layout_of, moved_elements, split_of
 
 E, F, N = 18432, 73728, 64
 MLP = ModelConfig("two-matrix", 1, E, F, 64, 1, 256, 4096, gated=False)

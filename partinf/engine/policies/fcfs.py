@@ -1,10 +1,11 @@
-"""Iteration-level scheduling, first come, first served (Orca, Algorithm 1, one batch in flight)."""
+"""First come, first served with pages on demand: the newest running sequence gives its pages up when they run out (as vLLM does)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from partinf.engine.batch import BatchBuilder
+from partinf.engine.request import Sequence, Status
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class FirstComeFirstServed:
     """Every resident sequence runs in every iteration; then prompts join in order of arrival while they fit.
 
     The first one that does not fit ends the search: nobody overtakes. If a arrived before b, a has therefore run at least as many
-    iterations as b as long as both live, provided that prompts run whole.
+    iterations as b as long as both live, provided that prompts run whole and nobody was preempted. Pages are given out as they are
+    needed; when there are none for a sequence, the newest on its shard waits again, and nobody is admitted in that iteration.
 
     Attributes:
         max_batch_size: sequences that may be resident; None leaves it to the runner's limits.
@@ -23,9 +25,32 @@ class FirstComeFirstServed:
     chunk_prefills: bool = False
 
     def schedule(self, batch: BatchBuilder) -> None:
-        room = True
-        for sequence in batch.running:
-            room = batch.run(sequence, chunked=self.chunk_prefills) and room
-        while room and (self.max_batch_size is None or batch.num_resident < self.max_batch_size):
+        room, preempted = True, False
+        running = sorted(batch.running, key=_arrival)
+        for index, sequence in enumerate(running):
+            if sequence.status is not Status.RUNNING or batch.run(sequence, chunked=self.chunk_prefills):
+                continue
+            if not batch.missing_pages(sequence):
+                room = False  # the step is full
+            elif _make_room(batch, sequence, running[index:]):
+                preempted = True
+                batch.run(sequence, chunked=self.chunk_prefills)
+            else:
+                preempted = True
+        while room and not preempted and (self.max_batch_size is None or batch.num_resident < self.max_batch_size):
             oldest = batch.oldest_waiting
             room = oldest is not None and batch.start(oldest, chunked=self.chunk_prefills)
+
+
+def _make_room(batch: BatchBuilder, sequence: Sequence, running: list[Sequence]) -> bool:
+    """Preempt the newest of `running` on the shard until there is a page for the sequence; whether it is not itself the newest."""
+    for victim in reversed(running):
+        if victim.status is Status.RUNNING and victim.shard == sequence.shard:
+            batch.preempt(victim)
+            if victim is sequence or not batch.missing_pages(sequence):
+                return victim is not sequence
+    return False
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.request.number

@@ -1,0 +1,77 @@
+"""How long `partinf plan` takes, as a process and in-process, and write results.json.
+
+    python -m experiments.planner_speed.measure
+
+Processes are started and waited for, so interpreter start and imports count. Each figure is the median of several runs. The bounds are
+those that the planner was built to: `plan` on 64 chips under 1 s as a process and 0.5 s in-process, `--help` under 0.3 s, 4096 chips
+under 5 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from partinf.hardware import parse_slice
+from partinf.model_config import load_model_config
+from partinf.planner import search
+from partinf.workload import DType, Workload
+
+PALM = ["plan", "--model", "palm-540b", "--slice", "v4:4x4x4"]
+PLAN = [*PALM, "--phase", "decode", "--batch", "64", "--context", "2048", "--weights", "int8"]
+WHOLE = [*PALM, "--batch", "512", "--input", "1984", "--output", "64"]
+PROCESSES = {
+    "plan --help": (["plan", "--help"], 0.3),
+    "plan, one decode step, json": ([*PLAN, "--format", "json"], 1.0),
+    "plan, one decode step, table": (PLAN, 1.0),
+    "plan, whole workload, json": ([*WHOLE, "--format", "json"], None),
+}
+DECODE = Workload(64, context_len=2048, phase="decode", weights=DType.INT8)
+SEARCHES = {
+    "PaLM 540B decode, v4:4x4x4": ("palm-540b", "v4:4x4x4", DECODE, 0.5),
+    "PaLM 540B whole workload, v4:4x4x4": ("palm-540b", "v4:4x4x4", Workload(512, 1984, 64), 0.5),
+    "LLaMA 3 70B whole workload, v4:4x4x4": ("llama-3-70b", "v4:4x4x4", Workload(64, 1984, 64), 0.5),
+    "PaLM 540B whole workload, v4:16x16x16": ("palm-540b", "v4:16x16x16", Workload(4096, 1984, 64), 5.0),
+}
+
+
+def median(run: Callable[[], object], count: int) -> float:
+    """Median wall time of `count` runs after one that is not counted."""
+    run()
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def process(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "partinf", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="runs per figure (default: 5)")
+    runs = parser.parse_args().runs
+    rows = []
+    for name, (arguments, bound) in PROCESSES.items():
+        rows.append({"what": name, "as": "process", "seconds": median(lambda a=arguments: process(a), runs), "bound": bound})
+    for name, (model, slice_, workload, bound) in SEARCHES.items():
+        found = (load_model_config(model), parse_slice(slice_), workload)
+        rows.append({"what": name, "as": "search", "seconds": median(lambda f=found: search(*f), runs), "bound": bound})
+    for row in rows:
+        within = "" if row["bound"] is None else "within" if row["seconds"] <= row["bound"] else "OVER"
+        print(f"{row['what']:42} {row['as']:8} {row['seconds']:7.3f} s  {within} {row['bound'] or ''}")
+    Path(__file__).with_name("results.json").write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

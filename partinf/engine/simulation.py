@@ -1,0 +1,175 @@
+"""An engine over the cost model, and the loop that feeds any engine, simulated or real, with requests as they arrive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from partinf.cost.memory import activation_bytes, usable_bytes
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import StepShape, StepSplit
+from partinf.engine.arrivals import Arrival
+from partinf.engine.cost_runner import CostRunner
+from partinf.engine.engine import Engine
+from partinf.engine.request import SamplingParams
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step_price import StepPrice
+from partinf.errors import InvalidInput
+from partinf.layout import AttentionRole
+from partinf.plan import Bucket, CacheConfig, Plan
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How large the simulated engine is.
+
+    Attributes:
+        max_rows: sequences decoded together. max_residents: sequences that may hold pages; 0 for as many as are decoded together.
+        max_len: longest context. prefill_tokens: prompt tokens per step. page_size: tokens per KV page.
+        num_stages: pipeline stages, each a slice of its own that holds its part of the layers.
+        host_bytes: host memory per chip for swapped pages. kv_pages: pages per shard; 0 takes what memory is left.
+        overhead_seconds: added to every iteration for the host.
+    """
+
+    max_rows: int = 64
+    max_residents: int = 0
+    max_len: int = 2048
+    prefill_tokens: int = 4096
+    page_size: int = 16
+    num_stages: int = 1
+    host_bytes: float = 0.0
+    kv_pages: int = 0
+    overhead_seconds: float = 0.0
+
+
+def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing, buckets: tuple[Bucket, ...] = ()) -> tuple[CostRunner, StepPrice]:
+    """A runner that simulates this plan, with a pool of as many KV pages as its devices have room for.
+
+    Raises:
+        InvalidInput: the weights leave no room for one sequence of the longest context.
+    """
+    plan = replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, 1, max(sizing.max_rows, sizing.max_residents)))
+    price = StepPrice(plan, pricing, buckets=buckets)
+    stages, chip = sizing.num_stages, plan.slice.chip
+    page_bytes = price.page_bytes / stages
+    pages = sizing.kv_pages or int(_free_bytes(plan, pricing, price, sizing) // page_bytes)
+    if pages * sizing.page_size < sizing.max_len:
+        raise InvalidInput(
+            f"model {plan.model.name} on {plan.slice.name}: beside the weights there is room for {max(pages, 0) * sizing.page_size} tokens "
+            f"of KV per shard, and one request of {sizing.max_len} tokens needs more; a larger slice, int8 or a shorter context would help"
+        )
+    rows = _up(sizing.max_rows, plan.num_shards)
+    prefill_shards = plan.ways(plan.layout.prefill.attention_axes(AttentionRole.BATCH))
+    limits = RunnerLimits(
+        max_decode_rows_per_shard=rows // plan.num_shards,
+        max_prefill_tokens=_up(sizing.prefill_tokens, prefill_shards),
+        max_prefill_slots_per_shard=rows,
+        page_size=sizing.page_size,
+        pages_per_shard=pages,
+        num_shards=plan.num_shards,
+        num_slots=max(rows * stages, sizing.max_residents),
+        max_len=sizing.max_len,
+        vocab_size=plan.model.vocab_size,
+        num_prefill_shards=prefill_shards,
+        num_stages=stages,
+        num_host_pages=int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards,
+    )
+    page_seconds = page_bytes * chip.devices_per_chip / chip.host_bandwidth
+    width = plan.model.embed_dim * 2 / (plan.slice.num_devices / chip.devices_per_chip)  # a token's activations, each chip sends its share
+    runner = CostRunner(
+        limits,
+        price,
+        overhead_seconds=sizing.overhead_seconds,
+        transfer_seconds=lambda tokens: tokens * width / chip.dcn_bandwidth,
+        page_seconds=(page_seconds, page_seconds),
+    )
+    return runner, price
+
+
+def _free_bytes(plan: Plan, pricing: Pricing, price: StepPrice, sizing: Sizing) -> float:
+    """Memory of one device beside its weights and the activations of the largest step."""
+    rows = _up(sizing.max_rows, plan.decode_row_multiple())
+    tokens = _up(sizing.prefill_tokens, plan.prefill_token_multiple())
+    slots = _up(max(1, sizing.prefill_tokens // sizing.max_len), plan.prefill_slot_multiple())
+    shape = StepShape(decode_rows=rows, decode_context=sizing.max_len, prefill_tokens=tokens, prefill_slots=slots)
+    phase = plan.ffn_phase(shape.num_tokens)
+    split = StepSplit(plan.padded_model, plan.layout, phase, shape, pricing, plan.weights, plan.kv, price.shares)
+    return usable_bytes(plan.slice) - price.weight_bytes() / sizing.num_stages - activation_bytes(split)
+
+
+class Clock(Protocol):
+    """Tells the time, and lets it pass."""
+
+    def __call__(self) -> float: ...
+
+    def advance_to(self, time: float, /) -> None: ...
+
+
+class WallClock:
+    """Seconds since it was made; `advance_to` sleeps."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self._start
+
+    def advance_to(self, when: float) -> None:
+        time.sleep(max(0.0, when - self()))
+
+
+def play(
+    engine: Engine,
+    arrivals: Iterable[Arrival],
+    clock: Clock,
+    *,
+    next_finish: Callable[[], float] | None = None,
+    prompt: Callable[[int, int], list[int]] | None = None,
+    on_finished: Callable[[int], None] | None = None,
+) -> int:
+    """Give the engine each request at its time, counted from now, and run it until all are answered; returns how many were refused.
+
+    Args:
+        clock: the engine's. next_finish: when the oldest step in flight will be done, where that is known: a request that comes before
+            then can still join the step after it.
+        prompt: (number, length) → token ids; by default prompts that share no prefix.
+        on_finished: called with the number of requests that ended in an iteration.
+    """
+    start, refused = clock(), 0
+    coming = sorted(arrivals, key=lambda arrival: arrival.time)
+    coming.reverse()
+    number, make = 0, prompt or distinct_prompt
+    while coming or engine.has_work:
+        now = clock()
+        while coming and start + coming[-1].time <= now:
+            arrival = coming.pop()
+            try:
+                params = SamplingParams(max_tokens=arrival.output_len, ignore_eos=True, seed=number)
+                engine.add_request(make(number, arrival.input_len), params, f"arrival-{number}", arrival=start + arrival.time)
+            except InvalidInput:
+                refused += 1
+            number += 1
+        upcoming = start + coming[-1].time if coming else None
+        if not engine.has_work:
+            if upcoming is not None:
+                clock.advance_to(upcoming)
+            continue
+        early = next_finish is not None and upcoming is not None and engine.num_in_flight > 0 and upcoming < next_finish()
+        before = engine.metrics.iterations + engine.num_in_flight
+        ended = engine.step(wait=not early)
+        if early and upcoming is not None and engine.metrics.iterations + engine.num_in_flight == before:
+            clock.advance_to(upcoming)
+        if ended and on_finished is not None:
+            on_finished(len(ended))
+    return refused
+
+
+def distinct_prompt(number: int, length: int) -> list[int]:
+    """Token ids below 256 that differ from request to request at the beginning."""
+    return [number & 255, number >> 8 & 255, number >> 16 & 255][:length] + [0] * (length - 3)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,239 @@
+"""What one step of an engine costs under the cost model: the closed form of `partinf.cost`, fast enough to be asked for every iteration.
+
+The price of a step falls into three parts that share nothing but the compute behind which gathers of weights can hide: linear layers
+(a function of the tokens), the decode core (rows and keys), and what prompts add (tokens, prompts, earlier keys). Each is kept by its
+rounded shape, so that an hour of traffic asks the cost model for a few thousand shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from partinf.cost.ledger import Entry, Kind, Part
+from partinf.cost.memory import kv_bytes, weight_bytes
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import Shares, StepShape, StepSplit
+from partinf.cost.step import attention_part, cache_part, linear_part
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import Step
+from partinf.errors import InvalidInput
+from partinf.plan import Bucket, Plan
+
+_ROUND_BITS = 5  # shapes keep so many leading bits beyond the first: within 1/32 of the true size
+
+
+class Price(NamedTuple):
+    """Time of a step.
+
+    Attributes:
+        seconds: on all stages together. tokens: that went through the linear layers, padding included.
+    """
+
+    seconds: float
+    tokens: int
+
+
+class _Sum(NamedTuple):
+    """Sums over entries: time if nothing overlapped, time that could be hidden, compute that it could hide behind."""
+
+    seconds: float
+    hidden: float
+    behind: float
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> _Sum:
+        seconds = hidden = behind = 0.0
+        for entry in entries:
+            seconds += entry.seconds * entry.count
+            hidden += entry.overlapped * entry.count
+            if entry.kind in (Kind.MATMUL, Kind.ATTENTION) and entry.part in (Part.ATTENTION, Part.FFN):
+                behind += entry.seconds * entry.count
+        return cls(seconds, hidden, behind)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What a policy may know of costs, in seconds.
+
+    Attributes:
+        first_iteration: tokens of a prompt → its prefill alone. decode: the shortest iteration, one row.
+        page_out, page_in: one KV page to host memory and back. pages_for: tokens → pages.
+    """
+
+    first_iteration: Callable[[int], float]
+    decode: float
+    page_out: float = 0.0
+    page_in: float = 0.0
+    pages_for: Callable[[int], int] = lambda tokens: tokens
+
+
+class StepPrice:
+    """Prices the steps of one plan.
+
+    Attributes:
+        page_bytes: of one KV page on one device, all layers. shares: useful part of padded dimensions.
+    """
+
+    def __init__(self, plan: Plan, pricing: Pricing, *, buckets: tuple[Bucket, ...] = (), sampling: bool = True) -> None:
+        """
+        Args:
+            buckets: padded shapes; a step is priced at the smallest that holds it. Without them, at its own shape: decode rows as on the
+                fullest shard, contexts at their mean, prompts at the length that gives their mean work.
+        """
+        self.plan = plan
+        self._pricing = pricing
+        self._sampling = sampling
+        self._buckets = sorted(buckets, key=lambda b: (b.num_tokens, b.prefill_pages, b.decode_pages))
+        self.shares = Shares(heads=plan.model.num_heads / plan.padded_model.num_heads)
+        self._linear: dict[Hashable, _Sum] = {}
+        self._decode: dict[Hashable, _Sum] = {}
+        self._prompt: dict[Hashable, _Sum] = {}
+        self._page_size = plan.cache.page_size
+        self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
+
+    def __call__(self, step: Step) -> Price:
+        if self._buckets:
+            shape = self._padded(step)
+        else:
+            shape = self._real(step)
+        if not shape.num_tokens:
+            return Price(0.0, 0)
+        return Price(self.seconds(shape), shape.num_tokens)
+
+    def seconds(self, shape: StepShape) -> float:
+        """Time of a step of this shape."""
+        rows, prompt = shape.decode_rows, shape.prefill_tokens
+        sums = [self._part(self._linear, (rows, prompt, shape.prefill_slots), shape, linear_part)]
+        if rows:
+            alone = StepShape(decode_rows=rows, decode_context=shape.decode_context)
+            sums.append(
+                self._part(
+                    self._decode, (rows, shape.decode_context, prompt >= self.plan.prefill_from_tokens), alone, attention_part, shape
+                )
+            )
+        if prompt:
+            alone = StepShape(prefill_tokens=prompt, prefill_slots=shape.prefill_slots, prefill_context=shape.prefill_context)
+            key = (prompt, shape.prefill_slots, shape.prefill_context, shape.num_tokens >= self.plan.prefill_from_tokens)
+            sums.append(self._part(self._prompt, key, alone, lambda split: attention_part(split) + cache_part(split), shape))
+        hidden, behind = sum(s.hidden for s in sums), sum(s.behind for s in sums)
+        return sum(s.seconds for s in sums) - min(hidden, behind)
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        """Time of a step that prefills one prompt of so many tokens and does nothing else."""
+        return self.seconds(StepShape(prefill_tokens=self._tokens(num_tokens), prefill_slots=self._slots(1), sampling=self._sampling))
+
+    def decode_seconds(self, rows: int, context: int) -> float:
+        """Time of a step that decodes so many rows after so many tokens each."""
+        rows = _up(rows, self.plan.decode_row_multiple())
+        return self.seconds(StepShape(decode_rows=rows, decode_context=_rounded(context), sampling=self._sampling))
+
+    def estimates(self, limits: RunnerLimits, stages: int = 1) -> Estimates:
+        """What a policy needs to know."""
+        chip = self.plan.slice.chip
+        page = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / stages
+        return Estimates(self.prefill_seconds, self.decode_seconds(1, limits.page_size), page, page, limits.pages_for)
+
+    def weight_bytes(self) -> int:
+        """Weights on one device."""
+        return weight_bytes(self._split(StepShape(decode_rows=self.plan.decode_row_multiple(), decode_context=1)))
+
+    def _part(
+        self,
+        kept: dict[Hashable, _Sum],
+        key: Hashable,
+        shape: StepShape,
+        entries: Callable[[StepSplit], tuple[Entry, ...]],
+        whole: StepShape | None = None,
+    ) -> _Sum:
+        found = kept.get(key)
+        if found is None:
+            found = kept[key] = _Sum.of(entries(self._split(shape, whole)))
+        return found
+
+    def _split(self, shape: StepShape, whole: StepShape | None = None) -> StepSplit:
+        """`whole`: the step that this shape is a part of, whose tokens choose the FFN roles."""
+        plan = self.plan
+        phase = plan.ffn_phase((whole or shape).num_tokens)
+        return StepSplit(plan.padded_model, plan.layout, phase, shape, self._pricing, plan.weights, plan.kv, self.shares)
+
+    def _real(self, step: Step) -> StepShape:
+        """The step's own shape, rounded to what the plan's axes divide and to a few leading bits."""
+        rows, context = 0, 0
+        if step.decode:
+            rows, context = self._decode_shape(step)
+        tokens = self._prompt_tokens(step) + step.idle_tokens
+        if not tokens:
+            return StepShape(decode_rows=rows, decode_context=context, sampling=self._sampling)
+        lens = [len(chunk.tokens) for chunk in step.prefill]
+        alike = round(step.num_prefill_tokens**2 / max(1, sum(length * length for length in lens)))
+        earlier = sum(chunk.start for chunk in step.prefill) // max(1, len(lens))
+        return StepShape(
+            decode_rows=rows,
+            decode_context=context,
+            prefill_tokens=self._tokens(tokens),
+            prefill_slots=self._slots(max(1, alike)),
+            prefill_context=_rounded(earlier),
+            sampling=self._sampling,
+        )
+
+    def _decode_shape(self, step: Step) -> tuple[int, int]:
+        rows = step.decode
+        count = len(rows) + step.idle_rows
+        shards = self.plan.num_shards
+        if shards > 1:
+            per_shard = [0] * shards
+            for row in rows:
+                per_shard[row.shard] += 1
+            count = max(count, max(per_shard) * shards)
+        context = sum([row.position for row in rows]) // len(rows) + 1
+        return _up(count, self.plan.decode_row_multiple()), _rounded(context)
+
+    def _prompt_tokens(self, step: Step) -> int:
+        """Prompt tokens with the padding to the fullest prefill shard."""
+        shards = self.plan.prefill_slot_multiple()
+        if shards == 1:
+            return step.num_prefill_tokens
+        per_shard = [0] * shards
+        for chunk in step.prefill:
+            per_shard[chunk.prefill_shard] += len(chunk.tokens)
+        return max(per_shard) * shards
+
+    def _tokens(self, count: int) -> int:
+        return _up(_rounded(count), self.plan.prefill_token_multiple())
+
+    def _slots(self, count: int) -> int:
+        return _up(count, self.plan.prefill_slot_multiple())
+
+    def _padded(self, step: Step) -> StepShape:
+        """The smallest bucket that holds the step, as the JAX runner chooses it."""
+        shards = self.plan.num_shards
+        per_shard = [0] * shards
+        for row in step.decode:
+            per_shard[row.shard] += 1
+        rows, tokens, slots = max(per_shard) * shards, step.num_prefill_tokens, len(step.prefill)
+        pages = max((len(row.pages) for row in step.decode), default=0)
+        earlier = max((-(-chunk.start // self._page_size) for chunk in step.prefill), default=0)
+        for bucket in self._buckets:
+            holds = bucket.decode_rows >= rows and bucket.decode_pages >= pages and bucket.prefill_pages >= earlier
+            if holds and bucket.prefill_tokens >= tokens and bucket.prefill_slots >= slots:
+                return StepShape(
+                    decode_rows=bucket.decode_rows,
+                    decode_context=bucket.decode_pages * self._page_size,
+                    prefill_tokens=bucket.prefill_tokens,
+                    prefill_slots=bucket.prefill_slots,
+                    prefill_context=bucket.prefill_pages * self._page_size,
+                    sampling=bucket.random,
+                )
+        raise InvalidInput(f"no bucket of the plan holds {rows} decode rows × {pages} pages and {tokens} prefill tokens")
+
+
+def _rounded(size: int) -> int:
+    """The size with a few leading bits, rounded to nearest."""
+    shift = max(0, size.bit_length() - 1 - _ROUND_BITS)
+    return (size + (1 << shift >> 1)) >> shift << shift
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,63 @@
+"""int8: rounding, the same quantised model on every mesh, and what it does to answers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf import resources
+from partinf.buckets import Capacity, with_capacity
+from partinf.checkpoint.hf import load_hf
+from partinf.checkpoint.tokenizer import load_tokenizer
+from partinf.demo_tasks import check, mixed_tasks
+from partinf.engine.engine import Engine
+from partinf.engine.jax_runner import JaxRunner
+from partinf.engine.request import SamplingParams
+from partinf.hardware import parse_slice
+from partinf.layout import Layout, make_layout
+from partinf.model_config import load_model_config
+from partinf.plan import Plan
+from partinf.quantize import Quantized, dequantize, quantize
+from partinf.sharding import device_mesh
+from partinf.transformer.params import abstract_params
+from partinf.workload import DType
+
+DEMO = resources.find("models", "demo")
+TWO_D = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads"))
+
+
+def make_plan(slice_name: str, layout: Layout, weights: DType, kv: DType) -> Plan:
+    return Plan(load_model_config("demo"), parse_slice(slice_name), layout, weights=weights, kv=kv)
+
+
+def load(plan: Plan, unrolled: bool = False) -> dict:
+    mesh = device_mesh(plan)
+    return load_hf(DEMO, plan.model, abstract_params(plan, mesh, unrolled))
+
+
+def test_rounding_is_to_the_nearest_level_and_equal_in_numpy_and_jax() -> None:
+    weights = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
+    weights[2] = 0
+    ours, theirs = quantize(weights, (0, 2)), quantize(jnp.asarray(weights), (0, 2))
+    assert ours.scale.shape == (6,)
+    assert np.abs(dequantize(ours, np.float32) - weights).max() <= ours.scale.max() / 2 * 1.0001
+    np.testing.assert_array_equal(ours.values, np.asarray(theirs.values))
+    np.testing.assert_array_equal(ours.scale, np.asarray(theirs.scale))
+
+
+def test_the_quantised_model_is_the_same_on_every_mesh() -> None:
+    layouts = {"cpu:1": make_layout({"x": "ffn"}, {"x": "heads"}), "cpu:2x2x2": TWO_D}
+    one, eight = (load(make_plan(name, layout, DType.INT8, DType.BF16)) for name, layout in layouts.items())
+    assert any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(eight, is_leaf=lambda x: isinstance(x, Quantized)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, eight)
+
+
+@pytest.mark.parametrize(("weights", "kv"), [(DType.INT8, DType.BF16), (DType.INT8, DType.INT8)])
+def test_the_demo_model_still_answers(weights: DType, kv: DType) -> None:
+    plan = with_capacity(make_plan("cpu:2x2x2", TWO_D, weights, kv), Capacity(max_rows=32, max_len=64, prefill_tokens=128, random=False))
+    engine = Engine(JaxRunner(plan, load(plan)), tokenizer=load_tokenizer(DEMO))
+    tasks = list(mixed_tasks(100, seed=23))
+    outputs = engine.generate([task.prompt for task in tasks], SamplingParams(max_tokens=32))
+    assert sum(check(task, output.text) for task, output in zip(tasks, outputs, strict=True)) >= 95
