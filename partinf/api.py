@@ -12,6 +12,7 @@ jax is imported by what needs devices, when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ def load(
     if random_weights or directory is None:
         params = random_params(plan, mesh, unrolled, seed)
     else:
-        params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled))
+        params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
     tokenizer = load_tokenizer(directory) if directory is not None else None
     runner = JaxRunner(plan, params, mesh)
     runner.warm_up(on_compiled)
@@ -155,7 +156,7 @@ def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], para
     check = RequestCheck(runner_limits(plan), load_tokenizer(directory) if directory is not None else None, seed=0)
     offences: list[str] = []
     for number, prompt in enumerate(prompts, start=1):
-        collect(offences, lambda prompt=prompt, number=number: check(prompt, params, str(number), number, 0.0))
+        collect(offences, partial(check, prompt, params, str(number), number, 0.0))
     raise_offences(offences)
 
 

@@ -108,9 +108,9 @@ class Plan:
     @property
     def runnable(self) -> str | None:
         """None when the library can run this plan; otherwise what is missing."""
-        if self.padded_heads in (0, self.model.num_heads):
+        if self.padded_heads in (0, self.model.num_heads) or self.model.num_kv_heads in (1, self.model.num_heads):
             return None
-        return f"heads padded from {self.model.num_heads} to {self.padded_heads}"
+        return f"heads in groups, padded from {self.model.num_heads} to {self.padded_heads}"
 
     @property
     def axis_sizes(self) -> dict[str, int]:

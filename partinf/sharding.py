@@ -61,7 +61,7 @@ def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
     """
     layout = plan.layout
     ffn = layout.storage_axes(Role.FFN)
-    kv_heads = kv_head_axes(layout, plan.axis_sizes, plan.model.num_kv_heads)
+    kv_heads = kv_head_axes(layout, plan.axis_sizes, plan.padded_model.num_kv_heads)
     cached = set(layout.decode.attention_axes(AttentionRole.HEADS))
     return {
         "E": layout.storage_axes(Role.EMBED),

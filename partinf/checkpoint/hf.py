@@ -26,7 +26,7 @@ from partinf.quantize import Quantized, quantize
 Params = Any  # the plain nested dict of arrays that `transformer.params` declares
 
 
-def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params) -> Params:
+def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params, padded_heads: int = 0) -> Params:
     """The weights of a Hugging Face directory as sharded arrays.
 
     Args:
@@ -34,17 +34,18 @@ def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params)
         config: The architecture, which says what must be there.
         abstract_params: The tree to build, of `jax.ShapeDtypeStruct` with sharding; its `layers` are a sequence of dicts, or one dict of
             arrays stacked on a leading layer dimension. Weights are cast to its types; rows beyond the vocabulary are zero.
+        padded_heads: query heads in the tree (and key-value heads, where they are as many); those beyond the model's are zero.
 
     Raises:
         InvalidInput: before any device is used, with every missing, unexpected, truncated or misshapen tensor and every bad file.
     """
     with TensorReader(directory) as reader:
-        return load_from(reader, config, abstract_params)
+        return load_from(reader, config, abstract_params, padded_heads)
 
 
-def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params) -> Params:
+def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params, padded_heads: int = 0) -> Params:
     """`load_hf` from an open reader, whose `bytes_read` then tells what was read."""
-    sources = leaf_sources(config, stacked=isinstance(abstract_params.get("layers"), Mapping))
+    sources = leaf_sources(config, isinstance(abstract_params.get("layers"), Mapping), padded_heads)
     leaves = by_path(abstract_params, quantized_whole=True)
     expected = {path: source.leaf_shape for path, source in sources.items()}
     wanted = shapes_by_path(abstract_params, quantized_whole=True)

@@ -82,37 +82,41 @@ class LeafSource:
         return tuple(math.prod(group) for group in self.groups)
 
 
-def _source(weight: Weight, config: ModelConfig, layers: range | None, stacked: bool) -> LeafSource:
-    sizes = {
-        "V": config.vocab_size,
+def _sizes(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    return {
+        "V": vocab_size,
         "E": config.embed_dim,
         "F": config.ffn_dim,
         "H": config.num_heads,
         "K": config.num_kv_heads,
         "Q": config.head_dim,
     }
+
+
+def _source(weight: Weight, config: ModelConfig, layers: range | None, stacked: bool, padded_heads: int) -> LeafSource:
+    sizes, whole = _sizes(config, config.vocab_size), _sizes(config.with_padded_heads(padded_heads), config.padded_vocab_size)
     groups = tuple(tuple(sizes[letter] for letter in group) for group in weight.dims.split())
-    padded = tuple(config.padded_vocab_size if letter == "V" else sizes[letter] for letter in weight.dims if letter != " ")
+    padded = tuple(whole[letter] for letter in weight.dims if letter != " ")
     lead = ((len(layers),) if layers is not None and stacked else ()) + ((len(weight.tensors),) if len(weight.tensors) > 1 else ())
     names = tuple(tensor.format(layer=layer) for layer in layers or (None,) for tensor in weight.tensors)
     return LeafSource(lead, names, groups, padded)
 
 
-def leaf_sources(config: ModelConfig, stacked: bool = False) -> dict[str, LeafSource]:
-    """The source of every leaf by its path in the tree.
+def leaf_sources(config: ModelConfig, stacked: bool = False, padded_heads: int = 0) -> dict[str, LeafSource]:
+    """The source of every leaf by its path in the tree; heads beyond the model's are padding at the end of their dimension.
 
     Paths read `layers/0/wq`, or `layers/wq` where `stacked` says that the layers are one dict of arrays with a leading layer dimension.
     """
     sources = {}
     for name, weight in MODEL_WEIGHTS.items():
         if not (name == "unembed" and config.tied_embeddings):
-            sources[name] = _source(weight, config, None, False)
+            sources[name] = _source(weight, config, None, False, padded_heads)
     for name, weight in LAYER_WEIGHTS.items():
         if stacked:
-            sources[f"layers/{name}"] = _source(weight, config, range(config.num_layers), True)
+            sources[f"layers/{name}"] = _source(weight, config, range(config.num_layers), True, padded_heads)
         else:
             for layer in range(config.num_layers):
-                sources[f"layers/{layer}/{name}"] = _source(weight, config, range(layer, layer + 1), False)
+                sources[f"layers/{layer}/{name}"] = _source(weight, config, range(layer, layer + 1), False, padded_heads)
     return sources
 
 
@@ -124,7 +128,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _runs(group: tuple[int, ...], wanted: tuple[range, ...]) -> list[tuple[int, int]]:
     """Contiguous [start, stop) pieces of a tensor's dimension that hold the wanted indices of the leaf's dimensions merged in it.
 
-    Indices beyond the dimension, which are the padding of the vocabulary, have no piece.
+    Indices beyond the dimension, which are the padding of the vocabulary or of the heads, have no piece.
     """
     *outer, size = group
     inner = (min(wanted[-1].start, size), min(wanted[-1].stop, size))
@@ -132,7 +136,7 @@ def _runs(group: tuple[int, ...], wanted: tuple[range, ...]) -> list[tuple[int, 
         return []
     if not outer:
         return [inner]
-    major = wanted[0]
+    major = range(min(wanted[0].start, outer[0]), min(wanted[0].stop, outer[0]))
     if inner == (0, size):
         return [(major.start * size, major.stop * size)]
     return [(head * size + inner[0], head * size + inner[1]) for head in major]

@@ -23,9 +23,8 @@ class Calibration:
         matmul_efficiency: share of peak FLOP/s that large matmuls reach.
         hbm_share: share of the stated HBM bandwidth that streams reach.
         collective_factor: measured over modelled time of a collective's bytes.
-        hop_seconds: time of one hop of an all-gather or reduce-scatter, added to that of its bytes: looped into a matmul they start a
-            transfer and a partial product at every hop. Other collectives add the chip's own hop latency. 0 takes the latter as a lower
-            bound for all of them and adds nothing.
+        hop_seconds: time of one hop of a collective, added to that of its bytes: a looped collective starts a transfer and a partial
+            matmul at every hop. 0 takes the chip's hop latency as a lower bound instead of adding it.
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.

@@ -23,8 +23,6 @@ from partinf.hardware import Chip, Link, MeshAxis, Slice
 
 # The die-to-die link of a two-device chip is about six ICI links wide (Google, TPU7x system architecture).
 _CORE_LINKS = 6
-# Collectives that a program may unroll into the matmul beside them, one partial matmul per hop.
-_LOOPED = (Op.ALL_GATHER, Op.REDUCE_SCATTER)
 # A message between hosts passes two network adapters and a switch.
 _DCN_HOP_SECONDS = 1e-5
 
@@ -58,8 +56,7 @@ class Network:
         """
         Args:
             factor: calibrated ratio of measured to modelled time of the bytes.
-            hop_seconds: calibrated time per hop of gathers and scatters, added to that of their bytes, as the chip's own is for
-                other collectives; 0 takes the chip's as a lower bound for all of them instead.
+            hop_seconds: calibrated time per hop, added to that of the bytes; 0 takes the chip's as a lower bound instead.
         """
         self.chip: Chip = slice_.chip
         self.model = model
@@ -80,12 +77,10 @@ class Network:
             else:
                 transfer = payload * (stage.ways - 1) / stage.ways / stage.bandwidth * self.factor
                 payload /= stage.ways
-            if not self._hop_scale:
-                spent += max(transfer, stage.hop_seconds)
-            elif op in _LOOPED:
+            if self._hop_scale:
                 spent += transfer + stage.hop_seconds * self._hop_scale
             else:
-                spent += transfer + stage.hop_seconds
+                spent += max(transfer, stage.hop_seconds)
         return 2 * spent if op is Op.ALL_REDUCE else spent
 
     def _make_stages(self, names: tuple[str, ...]) -> tuple[_Stage, ...]:

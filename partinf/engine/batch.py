@@ -108,6 +108,11 @@ class BatchBuilder:
         have = len(sequence.pages) + self._scheduler.pool.free_pages(sequence.shard)
         return max(0, self.limits.pages_for(sequence.num_scheduled + 1) - have)
 
+    def can_prefill(self, sequence: Sequence) -> bool:
+        """Whether this step has room for the prompt of a waiting sequence, pages and slots aside."""
+        least = self._least_chunk(len(sequence.tokens), 0, chunked=False)
+        return any(self._prefill_shard(shard, least) is not None for shard in range(self.limits.num_shards))
+
     def free_pages(self, shard: int | None = None) -> int:
         """Pages that nobody holds, of one shard or of all."""
         pool = self._scheduler.pool

@@ -9,7 +9,7 @@ other in each direction; a step waits only for those whose pages it touches.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageCopy, SampledToken, Step, StepOutput
@@ -133,5 +133,10 @@ class CostRunner:
         self._page_ready = {page: time for page, time in self._page_ready.items() if time > now}
         if not self._page_ready:
             return now
-        touched = self._page_ready.keys() & {page for row in (*step.decode, *step.prefill) for page in row.pages}
+        touched = self._page_ready.keys() & {page for pages in _page_tables(step) for page in pages}
         return max((self._page_ready[page] for page in touched), default=now)
+
+
+def _page_tables(step: Step) -> Iterator[tuple[int, ...]]:
+    yield from (row.pages for row in step.decode)
+    yield from (chunk.pages for chunk in step.prefill)

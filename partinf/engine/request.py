@@ -44,6 +44,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the text, besides those that the tokenizer names as end of sequence.
         ignore_eos: go on after the tokenizer's end-of-sequence tokens.
         logprobs: return the log-probability of every token.
+        priority: the lowest runs first under the `priority` policy; others ignore it.
 
     Raises:
         InvalidInput: every value out of range, with the valid range.
@@ -58,6 +59,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -78,6 +80,7 @@ class SamplingParams:
             ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: _whole(token, 0)), "token ids, at least 0"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
             ("logprobs", isinstance(self.logprobs, bool), "True or False"),
+            ("priority", _whole(self.priority, -MAX_SEED), "a whole number"),
         )
         return [f"{name} = {getattr(self, name)!r}; valid: {valid}" for name, fine, valid in checks if not fine]
 

@@ -110,7 +110,7 @@ class BatchAdvice:
         reasons = {
             "memory": f"a larger one does not fit beside the weights (critical batch {self.critical:.0f})",
             "latency": f"a larger one misses the latency bound (memory would hold {self.by_memory})",
-            "compute": f"beyond the critical batch tokens take proportionally longer (memory would hold {self.by_memory})",
+            "compute": f"from there on reading the weights is hidden behind their products (memory would hold {self.by_memory})",
         }
         return f"batch {self.batch}: {reasons[self.limit]}"
 

@@ -34,16 +34,17 @@ def plan(
     """The best layout for a workload, as a plan.
 
     Args:
-        only_runnable: leave out layouts that can be planned but not run yet: those that pad heads.
+        only_runnable: leave out layouts that can be planned but not run yet: those that pad heads in groups.
 
     Raises:
         InvalidInput: nothing fits; by how much, and what would help.
     """
     report = search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
-    fitting = [c for c in report.candidates if c.fits and not (only_runnable and c.padded_heads)]
-    if not fitting:
+    plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
+    best = next((found for found in plans if not (only_runnable and found.runnable)), None)
+    if best is None:
         raise InvalidInput(misfit(report))
-    return plan_of(report, fitting[0])
+    return best
 
 
 def misfit(report: PlanReport) -> str:
@@ -124,16 +125,29 @@ def why(report: PlanReport, candidate: Candidate) -> str:
         if not rival.fits:
             others.append(f"{label} {other} does not fit ({rival.memory.total / 1e9:.1f} GB per device)")
         else:
-            tie = " (a tie)" if rival.tie_with_best and candidate.tie_with_best else ""
-            others.append(f"{label} {other} would cost {rival.score / candidate.score - 1:+.1%}{tie}")
+            tie = "a tie; " if rival.tie_with_best and candidate.tie_with_best else ""
+            reason = _difference(asked.ledger, rival.asked.ledger)
+            others.append(f"{label} {other} would cost {rival.score / candidate.score - 1:+.1%} ({tie}{reason})")
     return text + (f" Against {asked.ffn} with attention over {asked.attention}, {' and '.join(others)}." if others else "")
+
+
+def _difference(mine: Ledger, other: Ledger) -> str:
+    """Where another step spends more time and where less, in milliseconds."""
+    mine_by, other_by = _by_kind(mine), _by_kind(other)
+    changes = sorted(((other_by[name] - mine_by[name], name) for name in mine_by), key=lambda pair: -abs(pair[0]))
+    return ", ".join(f"{name} {seconds * 1e3:+.3g} ms" for seconds, name in changes[:2])
 
 
 def _shares(ledger: Ledger) -> list[tuple[str, float]]:
     """Shares of the step's time by what it is spent on, largest first."""
-    sums = {"matmuls": 0.0, "attention": 0.0, "collectives": 0.0, "other memory traffic": 0.0}
+    total = ledger.seconds or 1.0
+    return sorted(((name, value / total) for name, value in _by_kind(ledger).items()), key=lambda pair: -pair[1])
+
+
+def _by_kind(ledger: Ledger) -> dict[str, float]:
+    """Exposed seconds by what they are spent on."""
     names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention", Kind.COLLECTIVE: "collectives", Kind.MEMORY: "other memory traffic"}
+    sums = dict.fromkeys(names.values(), 0.0)
     for entry in ledger.entries:
         sums[names[entry.kind]] += entry.exposed_seconds
-    total = ledger.seconds or 1.0
-    return sorted(((name, value / total) for name, value in sums.items()), key=lambda pair: -pair[1])
+    return sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from partinf.errors import raise_offences
 from partinf.hardware import parse_slice
 from partinf.layout import layout_from_toml, layout_to_toml
 from partinf.model_config import load_model_config
@@ -47,6 +48,7 @@ def plan_from_toml(text: str, where: str) -> Plan:
         InvalidInput: what `layout_from_toml` refuses, an unknown model or slice, or a layout that cannot hold the model.
     """
     layout, rest = layout_from_toml(text, where)
+    raise_offences(f"{where}: '{key}' is missing; a plan names its model and slice" for key in ("model", "slice") if key not in rest)
     slice_ = parse_slice(rest["slice"], rest.get("mesh"))
     return Plan(
         load_model_config(rest["model"]),

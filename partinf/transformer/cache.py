@@ -26,7 +26,7 @@ _LETTERS = "P..C."
 
 def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any:
     """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head."""
-    model, lead = plan.model, () if unrolled else (plan.model.num_layers,)
+    model, lead = plan.padded_model, () if unrolled else (plan.model.num_layers,)
     shape = (plan.cache.pages_per_shard * plan.num_shards, plan.cache.page_size, 2, model.num_kv_heads, model.head_dim)
 
     def array(shape: tuple[int, ...], dtype: Any, letters: str) -> jax.ShapeDtypeStruct:
@@ -41,7 +41,7 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
 
 def cache_bytes_per_device(plan: Plan) -> int:
     """Bytes of the cache that one device holds."""
-    model, axes = plan.model, letter_axes(plan)["C"]
+    model, axes = plan.padded_model, letter_axes(plan)["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
     return model.num_layers * plan.cache.pages_per_shard * plan.cache.page_size * 2 * heads * per_head

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from partinf.errors import InvalidInput
 from partinf.model_config import Block, ModelConfig, Norm, Position
 from partinf.plan import Plan
 from partinf.quantize import Quantized, quantize
@@ -96,6 +97,17 @@ def activation_dtype(plan: Plan) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if plan.weights is DType.F32 else jnp.bfloat16)
 
 
+def runnable_model(plan: Plan) -> ModelConfig:
+    """The architecture as it is stored and computed, with its padded heads.
+
+    Raises:
+        InvalidInput: a plan that cannot be run.
+    """
+    if plan.runnable is not None:
+        raise InvalidInput(f"model {plan.model.name} can be planned but not run yet on {plan.slice.name}: {plan.runnable}")
+    return plan.padded_model
+
+
 def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Params:
     """The tree as `jax.ShapeDtypeStruct`s with shardings: what loaders, checkpoints and the compiler take."""
     dtype = activation_dtype(plan)
@@ -108,12 +120,12 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
             return array(d.shape, dtype, d.letters)
         return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
 
-    return jax.tree.map(leaf, declare(plan.model, unrolled), is_leaf=lambda x: isinstance(x, Declared))
+    return jax.tree.map(leaf, declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:
     """Random weights of the right scale, made on the devices that hold them; the same on every mesh."""
-    leaves, tree = jax.tree.flatten(declare(plan.model, unrolled), is_leaf=lambda x: isinstance(x, Declared))
+    leaves, tree = jax.tree.flatten(declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
 
     def make() -> Params:
         keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -130,7 +142,7 @@ def params_bytes_per_device(plan: Plan) -> int:
         return math.prod(shape) // math.prod(sizes[axis] for letter in letters for axis in axes.get(letter, ()))
 
     total = 0
-    for d in jax.tree.leaves(declare(plan.model, unrolled=False), is_leaf=lambda x: isinstance(x, Declared)):
+    for d in jax.tree.leaves(declare(runnable_model(plan), unrolled=False), is_leaf=lambda x: isinstance(x, Declared)):
         if _is_quantized(plan, d):
             total += held(d.shape, d.letters) + 4 * held(d.scale_shape(), d.scale_letters())
         else:

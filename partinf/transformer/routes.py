@@ -97,7 +97,7 @@ class Routes:
 
     @cached_property
     def kv_digits(self) -> Axes:
-        return kv_head_axes(self.plan.layout, self.sizes, self.plan.model.num_kv_heads)
+        return kv_head_axes(self.plan.layout, self.sizes, self.plan.padded_model.num_kv_heads)
 
     @cached_property
     def hidden_digits(self) -> Axes:
@@ -144,7 +144,7 @@ class Routes:
             of local key-value heads, one row per coordinate along `group.heads` (major first), and nothing else is read: query head
             i then reads chosen head i // (local H / chosen).
         """
-        model, axes = self.plan.model, tuple(axis for axis in group.heads if self.sizes[axis] > 1)
+        model, axes = self.plan.padded_model, tuple(axis for axis in group.heads if self.sizes[axis] > 1)
         per_device = [self._kv_of_queries(group, axes, index) for index in np.ndindex(*(self.sizes[axis] for axis in axes))]
         local_queries, local_kv = per_device[0].size, model.num_kv_heads // self.ways(group.kv)
         plain = np.arange(local_queries) // max(local_queries // local_kv, 1)
@@ -160,7 +160,7 @@ class Routes:
 
     def _kv_of_queries(self, group: Group, axes: Axes, index: tuple[int, ...]) -> np.ndarray:
         """Local key-value head of each local query head of the device at `index` along `axes`."""
-        model, at = self.plan.model, dict(zip(axes, index, strict=True))
+        model, at = self.plan.padded_model, dict(zip(axes, index, strict=True))
         queries = _held(model.num_heads, self.head_digits, {a: i for a, i in at.items() if a in group.heads}, self.sizes)
         kv = _held(model.num_kv_heads, self.kv_digits, {a: i for a, i in at.items() if a in group.kv}, self.sizes)
         return np.searchsorted(kv, queries // model.queries_per_kv_head)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import dataclasses
+
 import pytest
 
 from partinf.errors import InvalidInput
@@ -54,7 +56,10 @@ def test_padded_heads() -> None:
     plan = Plan(palm, slice_, heads, padded_heads=64)
     assert plan.padded_model.num_heads == 64
     assert plan.padded_model.num_kv_heads == 1
-    assert plan.runnable
+    assert plan.runnable is None
+    grouped = dataclasses.replace(MODEL, num_heads=12, num_kv_heads=4)
+    in_groups = Plan(grouped, parse_slice("cpu:2x2x2"), LAYOUT, padded_heads=16)
+    assert in_groups.runnable == "heads in groups, padded from 12 to 16"
     with pytest.raises(InvalidInput, match="cannot be padded to 40"):
         Plan(palm, slice_, heads, padded_heads=40)
 

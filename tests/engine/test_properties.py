@@ -19,7 +19,12 @@ from partinf.engine import (
     SamplingParams,
     TokenEvent,
 )
-from tests.engine.support import VOCAB, alone
+from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
+from partinf.engine.policies.priority import by_priority
+from partinf.engine.policies.ranked import Eviction, Pages
+from partinf.engine.policies.srpt import shortest_remaining_first
+from partinf.engine.step_price import Estimates
+from tests.engine.support import VOCAB, Ticks, alone
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
         prefill_shards=draw(st.just(()) | mapped),
         num_stages=draw(st.sampled_from([1, 1, 2, 3])),
         chunks=draw(st.booleans()),
+        num_host_pages=draw(st.sampled_from([0, 2, 30])),
     )
 
 
@@ -62,18 +68,25 @@ def some_params(draw: st.DrawFn) -> SamplingParams:
         temperature=draw(st.sampled_from([0.0, 1.0])),
         seed=draw(st.none() | st.integers(0, 9)),
         stop_token_ids=draw(st.lists(st.integers(0, VOCAB - 1), max_size=8).map(tuple)),
+        priority=draw(st.integers(0, 2)),
     )
 
 
 ARRIVAL = st.builds(
     Arrival,
     at=st.integers(0, 12),
-    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14).map(tuple),
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=14).map(tuple) | st.integers(1, 14).map(lambda n: (1, 2, 3, 4) * n),
     params=some_params(),
     cancel_after=st.none() | st.integers(0, 6),
     fail_at=st.none() | st.none() | st.integers(0, 3),
 )
+ESTIMATES = Estimates(first_iteration=lambda tokens: tokens / 4, decode=1.0, page_out=0.01, page_in=0.01)
+PAGES = st.builds(Pages, st.sampled_from(list(Eviction)), st.none() | st.just(ESTIMATES), st.sampled_from([0.0, 0.3]))
+SIZE = st.none() | st.integers(1, 4)
 POLICIES: st.SearchStrategy[Policy] = st.one_of(
+    st.builds(MultiLevelFeedbackQueue, st.just(ESTIMATES), SIZE, st.booleans(), st.sampled_from([2.0, 30.0]), PAGES),
+    st.builds(shortest_remaining_first, st.just(ESTIMATES), SIZE, PAGES),
+    st.builds(by_priority, SIZE, PAGES),
     st.builds(FirstComeFirstServed, st.none() | st.integers(1, 4), st.booleans()),
     st.builds(RequestLevel, st.integers(1, 4), st.booleans()),
     st.builds(Orca, st.none() | st.integers(1, 4)),
@@ -85,7 +98,9 @@ class World:
 
     def __init__(self, limits: RunnerLimits, policy: Policy, lag: int, prefix_caching: bool = False) -> None:
         self.limits = limits
-        self.engine = Engine(FakeRunner(limits), policy=policy, lag=lag, prefix_caching=prefix_caching, check_invariants=True)
+        self.clock = Ticks()
+        options = {"policy": policy, "lag": lag, "prefix_caching": prefix_caching, "clock": self.clock}
+        self.engine = Engine(FakeRunner(limits), check_invariants=True, **options)  # type: ignore[arg-type]
         self.outputs: dict[str, list[object]] = {}
         self.events: dict[str, list[TokenEvent]] = {}
 
@@ -103,6 +118,7 @@ class World:
         last = max(arrival.at for arrival in arrivals.values())
         bound = last + 200 + 20 * sum(len(arrival.prompt) + arrival.params.max_tokens for arrival in arrivals.values())
         for iteration in range(bound):
+            self.clock.now = float(iteration)
             for name, arrival in arrivals.items():
                 if arrival.at == iteration:
                     self.add(name, arrival)

@@ -43,6 +43,7 @@ def make_plan(
     prefill_from_tokens: int = 1 << 30,
     dtype: DType = DType.F32,
     kv: DType | None = None,
+    padded_heads: int = 0,
 ) -> Plan:
     """A plan of the harness's sizes over 8 virtual devices."""
     return Plan(
@@ -55,6 +56,7 @@ def make_plan(
         cache=CacheConfig(_PAGE, 32, _LANES),
         buckets=(_BUCKET,),
         prefill_from_tokens=prefill_from_tokens,
+        padded_heads=padded_heads,
     )
 
 
@@ -78,6 +80,8 @@ def host_params(model: ModelConfig) -> dict:
 
 def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bool) -> dict:
     """Host parameters on a mesh, layers separate or stacked."""
+    layers = tuple({name: pad_heads(leaf, name, plan) for name, leaf in layer.items()} for layer in params["layers"])
+    params = params | {"layers": layers}
     if not unrolled:
         params = params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *params["layers"])}
 
@@ -87,6 +91,14 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
         return jax.device_put(leaf.astype(want.dtype), want.sharding)
 
     return jax.tree.map(place, abstract_params(plan, mesh, unrolled), params, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def pad_heads(leaf: np.ndarray, name: str, plan: Plan) -> np.ndarray:
+    """Zero heads after the model's own."""
+    dims = {"wq": {0: "H"}, "wkv": {1: "K"}, "wo": {1: "H"}, "bq": {0: "H"}, "bkv": {1: "K"}}.get(name, {})
+    model, padded = plan.model, plan.padded_model
+    extra = {"H": padded.num_heads - model.num_heads, "K": padded.num_kv_heads - model.num_kv_heads}
+    return np.pad(leaf, [(0, extra[dims[dim]]) if dim in dims else (0, 0) for dim in range(leaf.ndim)])
 
 
 @functools.cache

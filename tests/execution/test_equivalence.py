@@ -71,3 +71,11 @@ def test_bfloat16_stays_close() -> None:
 def test_int8_stays_close(dtype: DType, kv: DType, gathered: bool) -> None:
     plan = make_plan("2x2x2", MIXED, dtype=dtype, kv=kv, prefill_from_tokens=1 if gathered else 1 << 30)
     assert largest_error(plan) < TOLERANCE["int8"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 6])
+def test_padded_heads_change_nothing(kv_heads: int) -> None:
+    """Six heads over eight devices, padded to eight; multiquery and multihead."""
+    model = dataclasses.replace(MODEL, name=f"six{kv_heads}", num_heads=6, num_kv_heads=kv_heads)
+    layout = make_layout(dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "heads", "z": "batch"})
+    assert largest_error(make_plan("2x2x2", layout, model, padded_heads=8)) < TOLERANCE["f32"]

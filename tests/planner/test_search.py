@@ -120,14 +120,14 @@ def test_crossover_is_where_the_linear_layers_are_level() -> None:
     assert seconds("prefill", switch - 64) >= seconds("decode", switch - 64)
 
 
-def test_plans_that_run_have_no_padded_heads() -> None:
-    """A report lists layouts that pad heads; the plan for an engine is one that it runs."""
-    model = ModelConfig("twelve", 4, 1024, 4096, 12, 12, 64, 4096)
+def test_plans_are_layouts_that_run() -> None:
+    """A report lists layouts that pad heads in groups; the plan for an engine is one that it runs."""
+    model = ModelConfig("twelve", 4, 1024, 4096, 12, 4, 64, 4096)
     workload = Workload(batch=8, context_len=128, phase="decode")
     report = search(model, parse_slice("cpu:2x2x2"), workload)
     assert any(candidate.padded_heads == 16 for candidate in report.candidates)
     chosen = plan(model, parse_slice("cpu:2x2x2"), workload)
-    assert chosen.padded_heads == 0
+    assert chosen.runnable is None
     assert isinstance(chosen, Plan)
 
 

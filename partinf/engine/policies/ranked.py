@@ -1,0 +1,159 @@
+"""What policies with a ranking share: fill the batch from the best down, and take pages from the worst when they run out.
+
+A sequence can be preempted after every token. What becomes of its pages is the second half of such a policy: computed again later,
+moved to host memory when another needs room (reactive) or before (proactive), or never taken away, so that new requests wait (defer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from partinf.engine.batch import BatchBuilder
+from partinf.engine.request import Sequence as Request
+from partinf.engine.request import Status
+from partinf.engine.step_price import Estimates
+
+
+class Eviction(StrEnum):
+    """What becomes of the pages of a sequence that has to make room; see the module."""
+
+    RECOMPUTE = "recompute"
+    REACTIVE = "reactive"
+    PROACTIVE = "proactive"
+    DEFER = "defer"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """How a ranked policy treats pages.
+
+    Attributes:
+        estimates: of a copy in each direction, and of computing again: whichever is shorter is done. None always swaps where it may.
+        reserve: share of each pool that proactive swapping keeps free for bursts.
+    """
+
+    eviction: Eviction = Eviction.RECOMPUTE
+    estimates: Estimates | None = None
+    reserve: float = 0.1
+
+    @property
+    def reserves_at_start(self) -> bool:
+        return self.eviction is Eviction.DEFER
+
+    def evict(self, batch: BatchBuilder, victim: Request) -> None:
+        """Take a resident's pages the cheaper way that is allowed; computing again is always possible."""
+        if self.eviction is Eviction.RECOMPUTE or not self._swapping_pays(victim) or not batch.swap_out(victim):
+            batch.preempt(victim)
+
+    def _swapping_pays(self, victim: Request) -> bool:
+        if self.estimates is None:
+            return True
+        copies = self.estimates.pages_for(victim.num_scheduled) * (self.estimates.page_out + self.estimates.page_in)
+        return copies < self.estimates.first_iteration(victim.num_scheduled)
+
+
+def fill(batch: BatchBuilder, ranked: Sequence[Request], max_batch_size: int | None, pages: Pages) -> None:
+    """Run the best of `ranked` (best first) that fit into the batch; those below make room for those above.
+
+    When one does not fit although everybody below has made room, those below still run if they need no room themselves.
+    """
+    most = max_batch_size or batch.limits.num_slots
+    victims = [one for one in ranked if _evictable(one)] if not pages.reserves_at_start else []
+    blocked = False
+    for place, sequence in enumerate(ranked):
+        if batch.num_rows >= most:
+            return
+        if blocked and sequence.status is not Status.RUNNING:
+            continue
+        if batch.taken(sequence) or _bring(batch, sequence, pages):
+            continue
+        if blocked or sequence.in_flight or not _short_of_pages(batch, sequence):
+            continue
+        blocked = not _make_room(batch, sequence, victims, ranked[: place + 1], pages)
+
+
+def _bring(batch: BatchBuilder, sequence: Request, pages: Pages) -> bool:
+    """Make a sequence resident if it is not, and run it."""
+    if sequence.status is Status.WAITING:
+        return batch.start(sequence, reserve=pages.reserves_at_start, crowd=True)
+    if sequence.status is Status.SWAPPED and not batch.swap_in(sequence):
+        return False
+    return sequence.status is Status.RUNNING and batch.ready(sequence) and batch.run(sequence)
+
+
+def _short_of_pages(batch: BatchBuilder, sequence: Request) -> bool:
+    """Whether it is pages or slots that a sequence lacks, and not its turn in the pipeline or room in the step."""
+    if sequence.status is Status.RUNNING:
+        return batch.ready(sequence) and batch.missing_pages(sequence) > 0
+    return sequence.status is Status.SWAPPED or batch.can_prefill(sequence)
+
+
+def _make_room(batch: BatchBuilder, sequence: Request, victims: list[Request], better: Sequence[Request], pages: Pages) -> bool:
+    """Evict the worst ranked one by one until the sequence runs; False when nobody ranked below it is left."""
+    spared = {id(one) for one in better}
+    while victims:
+        if id(victims[-1]) in spared:
+            return False
+        victim = victims.pop()
+        if not _evictable(victim) or batch.taken(victim):
+            continue
+        pages.evict(batch, victim)
+        if _bring(batch, sequence, pages):
+            return True
+    return False
+
+
+def _evictable(sequence: Request) -> bool:
+    """A resident whose prefill is not in the middle: it is never interrupted, or two long ones could take turns for ever."""
+    return sequence.status is Status.RUNNING and sequence.num_scheduled >= sequence.prefill_len
+
+
+def swap_ahead(batch: BatchBuilder, by_next_time: Sequence[Request], pages: Pages) -> None:
+    """Proactive swapping (FastServe, section 4.3): keep a reserve of pages free, and fetch what runs next while there is more.
+
+    Args:
+        by_next_time: everybody, the one that is expected to run first in front.
+    """
+    total = batch.limits.pages_per_shard * batch.limits.num_shards
+    reserve = int(pages.reserve * total)
+    for victim in reversed(by_next_time):
+        if batch.free_pages() >= reserve:
+            break
+        if _evictable(victim) and not batch.taken(victim) and not victim.in_flight:
+            pages.evict(batch, victim)
+    for sequence in by_next_time:
+        if sequence.status is Status.RUNNING:
+            continue
+        if sequence.status is not Status.SWAPPED or batch.free_pages() - len(sequence.host_pages) - 1 < reserve:
+            break
+        if not batch.swap_in(sequence):
+            break
+
+
+def everybody(batch: BatchBuilder) -> Iterable[Request]:
+    """All that are not done and may be in the next step, wherever their pages are."""
+    yield from batch.running
+    yield from batch.swapped
+    yield from batch.waiting
+
+
+@dataclass
+class Ranked:
+    """A policy that is nothing but a ranking: the lowest key first.
+
+    Attributes:
+        key: of a sequence, compared anew in every iteration. name: for messages.
+    """
+
+    key: Callable[[Request], tuple[float, ...]]
+    name: str = "ranked"
+    max_batch_size: int | None = None
+    pages: Pages = field(default_factory=Pages)
+
+    def schedule(self, batch: BatchBuilder) -> None:
+        ranked = sorted(everybody(batch), key=self.key)
+        fill(batch, ranked, self.max_batch_size, self.pages)
+        if self.pages.eviction is Eviction.PROACTIVE:
+            swap_ahead(batch, ranked, self.pages)
