@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "explain": "print a layout as numbered lines of shapes and collectives",
     "demo": "plan, partition and run a small trained model, and check its answers",
     "generate": "continue prompts with a model of your own",
+    "simulate": "serve requests on a slice that is not here, on a virtual clock",
 }
 
 

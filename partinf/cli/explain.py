@@ -25,15 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     asked = read(args)
     layout, padded_heads = _layout(asked, args.layout)
-    from rich.console import Console
-
+    from partinf.cli.plan_table import wide_console
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import Pricing
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name
     from partinf.planner.evaluate import Evaluator
 
-    console = Console()
+    console = wide_console()
     name = readable_name(layout, asked.slice.axis_sizes)
     console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
     pricing = Pricing(asked.slice, calibration_for(asked.slice.chip, asked.calibration), asked.bandwidth_model, asked.program)

@@ -11,6 +11,7 @@ from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 
 _BAR = 40
+_PIPE_WIDTH = 140
 _ENTRIES = 10
 
 
@@ -20,7 +21,7 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
     Args:
         top: candidates to list. saved: the file that the plan was written to, to be named.
     """
-    console = Console()
+    console = wide_console()
     console.print(_heading(report), highlight=False)
     console.print(_candidates(report, top))
     best = report.best
@@ -32,6 +33,12 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
             console.print(f"  {change}", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
+
+
+def wide_console() -> Console:
+    """The terminal as wide as it is; a pipe or a file as wide as the tables want."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
 
 
 def _heading(report: PlanReport) -> str:

@@ -6,7 +6,7 @@ gathered weights beside it, and the residual stream; a compiler may need less, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from partinf.cost.attention import projection_weights
 from partinf.cost.ffn import ffn_weights, matrices_in
@@ -22,8 +22,7 @@ _F32 = 4
 _SCORE_BLOCK = 512
 
 
-@dataclass(frozen=True)
-class MemoryBudget:
+class MemoryBudget(NamedTuple):
     """Bytes on one device, and how many a program may use."""
 
     weights: int
@@ -70,34 +69,51 @@ def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, conte
     return model.num_layers * lanes * tokens * per_token
 
 
-def activation_bytes(split: StepSplit) -> int:
-    """The largest working set of one step on one device."""
+class LinearSet(NamedTuple):
+    """Working sets that do not depend on attention roles.
+
+    Attributes:
+        residual: the stream that lives all the time. largest: of the FFN's products and the logits.
+        attention: what the attention core finds beside itself: its input and a gathered W_Q.
+    """
+
+    residual: int
+    largest: int
+    attention: int
+
+
+def linear_set(split: StepSplit) -> LinearSet:
+    """The part of `activation_bytes` that all attention roles share."""
     model, shape, act = split.model, split.shape, split.act_bytes
     tokens = split.local_tokens
     embed_spread, embed = model.embed_dim // split.ways(split.w), model.embed_dim // split.ways(split.e)
-    residual = tokens * embed_spread * act
     hidden = tokens * model.ffn_dim // split.ways(split.f)
     w_in, w_out = ffn_weights(split)
+    query = projection_weights(split)[0]
     fed, widened = tokens * embed * act, matrices_in(split) * hidden * act
-    stages = [
-        fed + widened + _gathered(w_in.used_bytes, w_in.stored_bytes),
-        hidden * act + tokens * embed * act + _gathered(w_out.used_bytes, w_out.stored_bytes),
-        fed + _attention_bytes(split),
-    ]
     rows = shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
-    logits = rows * model.padded_vocab_size * _F32
-    return residual + max(*stages, logits)
+    largest = max(
+        fed + widened + _gathered(w_in.used_bytes, w_in.stored_bytes),
+        fed + hidden * act + _gathered(w_out.used_bytes, w_out.stored_bytes),
+        rows * model.padded_vocab_size * _F32,
+    )
+    return LinearSet(tokens * embed_spread * act, largest, fed + _gathered(query.used_bytes, query.stored_bytes))
+
+
+def activation_bytes(split: StepSplit, linear: LinearSet | None = None) -> int:
+    """The largest working set of one step on one device; `linear` is worked out when it is not given."""
+    shared = linear or linear_set(split)
+    return shared.residual + max(shared.largest, shared.attention + _core_bytes(split))
 
 
 def _gathered(used: int, stored: int) -> int:
     return used if used > stored else 0
 
 
-def _attention_bytes(split: StepSplit) -> int:
+def _core_bytes(split: StepSplit) -> int:
     """Queries, keys, values and scores of the core."""
     model, shape, act = split.model, split.shape, split.act_bytes
-    query = projection_weights(split)[0]
-    total = _gathered(query.used_bytes, query.stored_bytes)
+    total = 0
     for group, tokens, slots, keys in (
         (split.decode, shape.decode_rows, shape.decode_rows, shape.decode_context),
         (split.prefill, shape.prefill_tokens, shape.prefill_slots, 0),

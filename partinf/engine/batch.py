@@ -177,10 +177,11 @@ class BatchBuilder:
         return copy is not None
 
     def swap_in(self, sequence: Sequence) -> bool:
-        """Bring a swapped sequence back, with room for its next token; it need not run in this iteration."""
+        """Bring a swapped sequence back, with room for its next token, or for the rest of its prompt; it need not run in this iteration."""
         if sequence.in_flight:  # its last token is known when that step is committed
             return False
-        num_pages = max(self.limits.pages_for(min(sequence.num_scheduled + 1, sequence.max_positions)), len(sequence.host_pages))
+        needed = max(sequence.prefill_len, min(sequence.num_scheduled + 1, sequence.max_positions))
+        num_pages = max(self.limits.pages_for(needed), len(sequence.host_pages))
         shard = self._scheduler.pool.choose_shard(num_pages, range(self.limits.num_shards), crowd=True)
         if shard is None:
             return False

@@ -102,7 +102,8 @@ def report(metrics: Metrics, seconds: float, refused: int, bounds: Bounds, machi
 def latency_rows(figures: dict[str, Any]) -> Iterable[tuple[str, Distribution]]:
     """The latencies of a report, to be printed."""
     for name, values in figures["latency"].items():
-        yield name, Distribution(**{key: math.nan if value is None else value for key, value in values.items()})
+        mean, p50, p95, p99 = (math.nan if values[key] is None else values[key] for key in ("mean", "p50", "p95", "p99"))
+        yield name, Distribution(values["count"], mean, p50, p95, p99)
 
 
 def _ratio(part: float, whole: float) -> float | None:

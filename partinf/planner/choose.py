@@ -9,7 +9,7 @@ from partinf.cost.pricing import LOOPED, Pricing, Program
 from partinf.cost.split import StepShape
 from partinf.errors import InvalidInput
 from partinf.hardware import Slice
-from partinf.layout import AttentionRole, Layout
+from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.model_config import ModelConfig
 from partinf.plan import CacheConfig, Plan
 from partinf.planner.evaluate import Evaluator
@@ -94,8 +94,9 @@ def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> i
 
     def wins(multiple: int) -> bool:
         shape = StepShape(prefill_tokens=multiple * step, prefill_slots=1)
-        seconds = [total_seconds(evaluator.linear(evaluator.split(layout, label, padded_heads, shape))) for label in ("prefill", "decode")]
-        return seconds[0] < seconds[1]
+        splits = (evaluator.split(layout, label, padded_heads, shape) for label in PHASES)
+        prefill, decode = (total_seconds(evaluator.linear(split).entries) for split in splits)
+        return prefill < decode
 
     high = 1
     while not wins(high):

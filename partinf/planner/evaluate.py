@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from partinf.cost.ledger import Entry, Ledger
-from partinf.cost.memory import MemoryBudget, activation_bytes, kv_bytes, usable_bytes, weight_bytes
+from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part, settle
-from partinf.layout import AttentionRole, Layout, Phase, head_axes
+from partinf.layout import AttentionRole, Layout, Phase, head_axes, kv_head_axes
 from partinf.model_config import ModelConfig
 from partinf.workload import Workload
 
@@ -26,17 +25,22 @@ _MOST_PADDING = 2.0
 
 
 class Priced(NamedTuple):
-    """One phase priced: its padded shape, ledger and time, and the memory of its activations and of the weights."""
+    """One phase priced: its padded shape, ledger and time, and the memory of its activations."""
 
     shape: StepShape
     ledger: Ledger
     seconds: float
     activations: int
-    weights: int
 
 
-@dataclass(frozen=True)
-class _Key:
+class _Linear(NamedTuple):
+    """Entries and working sets of everything but attention."""
+
+    entries: tuple[Entry, ...]
+    working_set: LinearSet
+
+
+class _Key(NamedTuple):
     storage: tuple[object, ...]
     gather: tuple[str, ...]
     kv_stored: tuple[str, ...]
@@ -50,7 +54,7 @@ class Evaluator:
     def __init__(self, model: ModelConfig, pricing: Pricing, workload: Workload) -> None:
         self.model, self.pricing, self.workload = model, pricing, workload
         self.sizes = pricing.slice.axis_sizes
-        self._linear: dict[_Key, tuple[Entry, ...]] = {}
+        self._linear: dict[_Key, _Linear] = {}
         self._coupling: dict[object, Ledger] = {}
         self._weight_bytes: dict[object, int] = {}
 
@@ -81,25 +85,27 @@ class Evaluator:
         tokens = _round_up(slots * length, multiple)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
 
-    def linear(self, split: StepSplit) -> tuple[Entry, ...]:
-        """Entries that do not depend on attention roles."""
+    def linear(self, split: StepSplit) -> _Linear:
+        """What does not depend on attention roles."""
         key = _Key(split.layout.storage, split.gathered, split.kv_stored, split.shape, split.model.num_heads)
         found = self._linear.get(key)
         if found is None:
-            found = self._linear[key] = linear_part(split)
+            found = self._linear[key] = _Linear(linear_part(split), linear_set(split))
         return found
 
     def price(self, layout: Layout, label: str, padded_heads: int) -> Priced:
         """One step of a phase without the coupling of prefill to decode's cache."""
         split = self.split(layout, label, padded_heads)
-        ledger = settle(self.linear(split) + attention_part(split))
-        return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split), self._weights(split))
+        linear = self.linear(split)
+        ledger = settle(linear.entries + attention_part(split))
+        return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split, linear.working_set))
 
-    def _weights(self, split: StepSplit) -> int:
-        key = (split.layout.storage, split.kv_stored, split.model.num_heads)
+    def _weights(self, layout: Layout, padded_heads: int) -> int:
+        kv_heads = self.model.with_padded_heads(padded_heads).num_kv_heads
+        key = (layout.storage, kv_head_axes(layout, self.sizes, kv_heads), padded_heads)
         found = self._weight_bytes.get(key)
         if found is None:
-            found = self._weight_bytes[key] = weight_bytes(split)
+            found = self._weight_bytes[key] = weight_bytes(self.split(layout, "decode", padded_heads))
         return found
 
     def coupling(self, layout: Layout, padded_heads: int) -> Ledger:
@@ -112,12 +118,12 @@ class Evaluator:
         return found
 
     def memory(self, layout: Layout, priced: list[Priced], padded_heads: int) -> MemoryBudget:
-        """The budget of a device that runs these phases."""
+        """The budget of a device that runs these phases; without phases, of weights and cache alone."""
         model = self.model.with_padded_heads(padded_heads)
         context = max(self.workload.max_context, 1)
         cache = kv_bytes(model, layout, self.pricing.slice, self.workload.batch, context, self.workload.kv)
-        weights = max(p.weights for p in priced)
-        return MemoryBudget(weights, cache, max(p.activations for p in priced), usable_bytes(self.pricing.slice))
+        weights = self._weights(layout, padded_heads)
+        return MemoryBudget(weights, cache, max((p.activations for p in priced), default=0), usable_bytes(self.pricing.slice))
 
 
 def heads_for(model: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> int | None:

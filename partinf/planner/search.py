@@ -17,8 +17,8 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import LOOPED, Pricing, Program
-from partinf.errors import InvalidInput
-from partinf.hardware import Slice
+from partinf.errors import InvalidInput, raise_offences
+from partinf.hardware import Link, Slice
 from partinf.layout import PHASES, Layout, Role, attention_name, ffn_name, readable_name
 from partinf.model_config import ModelConfig
 from partinf.planner.candidates import AxisTable, HeadSplits, PhaseOption, Storage, axis_table, option_signature, phase_options, storages
@@ -27,6 +27,7 @@ from partinf.planner.report import Candidate, PhaseResult, PlanReport, Refused
 from partinf.workload import Workload
 
 TIE = 1.05
+_MOST_AXES = 4
 
 
 class _Choice(NamedTuple):
@@ -45,7 +46,9 @@ class _Pair(NamedTuple):
     decode: _Choice
     prefill_priced: Priced
     decode_priced: Priced
+    coupling: Ledger
     padded_heads: int
+    memory: MemoryBudget
     fits: bool
     seconds: float
 
@@ -66,8 +69,9 @@ def search(
         program: what is credited, see `partinf.cost.pricing`.
 
     Raises:
-        InvalidInput: when no assignment can hold the model at all, with the reasons.
+        InvalidInput: when no assignment can hold the model at all, with the reasons, or when the mesh has too many axes to try all.
     """
+    raise_offences(_axis_offences(slice_))
     constants = calibration_for(slice_.chip, calibration)
     search_ = _Search(model, slice_, workload, Pricing(slice_, constants, bandwidth_model, program))
     found = search_.single() if workload.phase else search_.whole()
@@ -88,6 +92,15 @@ def order(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     )
 
 
+def _axis_offences(slice_: Slice) -> list[str]:
+    free = [axis.name for axis in slice_.axes if axis.size > 1 and axis.link is not Link.DCN]
+    if len(free) <= _MOST_AXES:
+        return []
+    return [
+        f"mesh '{slice_.mesh}': {len(free)} axes have 15**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
+    ]
+
+
 class _Search:
     """The state of one search: the evaluator's caches, and what was refused."""
 
@@ -99,16 +112,17 @@ class _Search:
         self.refused: Counter[str] = Counter()
         self.heads = HeadSplits(self.table, model.num_kv_heads)
         self._repriced: dict[object, Priced] = {}
-        self._couplings: dict[object, float] = {}
+        self._couplings: dict[object, Ledger] = {}
         self._helds: dict[object, MemoryBudget] = {}
 
     def single(self) -> list[Candidate]:
-        """Candidates of the one phase that was asked for; the other phase has the same roles."""
+        """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
         label = self.workload.phase or "decode"
         found = []
         for storage in storages(self.table, self.model.num_kv_heads):
             for choice in self._choices(storage, label):
-                layout = self.table.layout(storage, choice.option, choice.option)
+                kept = choice.option._replace(gather=(False,) * len(storage)) if label == "prefill" else choice.option
+                layout = self.table.layout(storage, choice.option, kept)
                 ledger = choice.priced.ledger
                 if label == "prefill":
                     ledger = ledger + self.evaluator.coupling(layout, choice.padded_heads)
@@ -133,10 +147,9 @@ class _Search:
 
         `prefills` are in order of their own time, which is a bound from below for the pair, as decode's own memory is for the pair's.
         """
-        alone = self.table.layout(storage, decode.option, decode.option)
-        held = self.evaluator.memory(alone, [decode.priced], decode.padded_heads)
-        room = held.usable - held.weights - held.kv
-        hopeless = not held.fits or all(prefill.priced.activations > room for prefill in prefills)
+        held = self._held(storage, decode, decode, decode.padded_heads, decode.kv)
+        room = held.usable - held.total
+        hopeless = decode.priced.activations > room or all(prefill.priced.activations > room for prefill in prefills)
         best: _Pair | None = None
         for prefill in prefills:
             base = prefill.priced.seconds + self.workload.output_len * decode.priced.seconds
@@ -157,25 +170,23 @@ class _Search:
             return None
         pair = (prefill, decode)
         beside = [self._beside(storage, choice, pair, label, padded, kv) for label, choice in zip(PHASES, pair, strict=True)]
-        held = self._held(storage, prefill, decode, beside, padded, kv)
-        fits = held.total + max(priced.activations for priced in beside) <= held.usable
+        held = self._held(storage, prefill, decode, padded, kv)
+        memory = held._replace(activations=max(priced.activations for priced in beside))
         seconds = beside[0].seconds + self.workload.output_len * beside[1].seconds
         key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, padded)
         coupling = self._couplings.get(key)
         if coupling is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
-            coupling = self._couplings[key] = self.evaluator.coupling(layout, padded).seconds
-        return _Pair(prefill, decode, beside[0], beside[1], padded, fits, seconds + coupling)
+            coupling = self._couplings[key] = self.evaluator.coupling(layout, padded)
+        return _Pair(prefill, decode, beside[0], beside[1], coupling, padded, memory, memory.fits, seconds + coupling.seconds)
 
-    def _held(
-        self, storage: Storage, prefill: _Choice, decode: _Choice, beside: list[Priced], padded: int, kv: tuple[bool, ...]
-    ) -> MemoryBudget:
-        """Weights and cache; both are the same for all prefill options that leave the heads split alike."""
+    def _held(self, storage: Storage, prefill: _Choice, decode: _Choice, padded: int, kv: tuple[bool, ...]) -> MemoryBudget:
+        """Weights and cache alone; both are the same for all prefill options that leave the heads split alike."""
         key = (storage, decode.option.attention, kv, padded)
         found = self._helds.get(key)
         if found is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
-            found = self._helds[key] = replace(self.evaluator.memory(layout, beside, padded), activations=0)
+            found = self._helds[key] = self.evaluator.memory(layout, [], padded)
         return found
 
     def _beside(
@@ -193,10 +204,8 @@ class _Search:
 
     def _joined(self, storage: Storage, pair: _Pair) -> Candidate:
         layout = self.table.layout(storage, pair.prefill.option, pair.decode.option)
-        coupling = self.evaluator.coupling(layout, pair.padded_heads)
-        ledgers = {"prefill": pair.prefill_priced.ledger + coupling, "decode": pair.decode_priced.ledger}
-        memory = self.evaluator.memory(layout, [pair.prefill_priced, pair.decode_priced], pair.padded_heads)
-        return self._candidate(layout, pair.padded_heads, ledgers, memory)
+        ledgers = {"prefill": pair.prefill_priced.ledger + pair.coupling, "decode": pair.decode_priced.ledger}
+        return self._candidate(layout, pair.padded_heads, ledgers, pair.memory)
 
     def _choices(self, storage: Storage, label: str, merged: bool = True) -> list[_Choice]:
         """Priced options of a phase; with `merged` those that differ only by swapping equal axes appear once."""

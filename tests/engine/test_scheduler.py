@@ -29,7 +29,8 @@ def commit(scheduler: Scheduler, batch: Batch) -> None:
     for row in (*batch.decode, *batch.prefill):
         row.in_flight -= 1
     ended = [row for row, chunk in zip(batch.prefill, batch.step.prefill, strict=True) if chunk.last]
-    for row in (*batch.decode, *ended):
+    sampling = [row for row, new in zip(batch.decode, batch.samples, strict=True) if new]
+    for row in (*sampling, *ended):
         row.tokens.append(1)
         if row.num_generated == row.request.max_tokens:
             scheduler.finish(row)

@@ -130,6 +130,7 @@ BAD = {
     "unknown format": (["--format", "xml"], "--format xml"),
     "unknown bandwidth model": (["--bandwidth-model", "none"], "--bandwidth-model none"),
     "unknown calibration": (["--calibration", "some"], "--calibration some"),
+    "too many axes": (["--mesh", "x0:2,x1:2,y0:2,y1:2,z:4"], "at most 4 axes can be searched"),
     "unknown mesh": (["--mesh", "x:8,y:4,z:4"], "must multiply to 4"),
     "nowhere to save": (["--save", "/nowhere/plan.toml"], "there is no directory /nowhere"),
 }

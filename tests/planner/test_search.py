@@ -113,7 +113,7 @@ def test_crossover_is_where_the_linear_layers_are_level() -> None:
 
     def seconds(label: str, tokens: int) -> float:
         shape = StepShape(prefill_tokens=tokens, prefill_slots=1)
-        return total_seconds(evaluator.linear(evaluator.split(chosen.layout, label, chosen.padded_heads, shape)))
+        return total_seconds(evaluator.linear(evaluator.split(chosen.layout, label, chosen.padded_heads, shape)).entries)
 
     switch = chosen.prefill_from_tokens
     assert seconds("prefill", switch) < seconds("decode", switch)

@@ -1,0 +1,167 @@
+"""Serve requests as they arrive on a slice that need not be here: the engine over the cost model, on a virtual clock."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partinf.cli.serving import Load, add_load_arguments, need, number, read_load, show, whole
+
+if TYPE_CHECKING:
+    from partinf.cost.pricing import Pricing
+    from partinf.engine.simulation import Sizing
+    from partinf.plan import Plan
+
+_DEFAULT_BATCH = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
+    parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4; with --stages, of one stage")
+    parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes")
+    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    parser.add_argument("--weights", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
+    parser.add_argument("--kv", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
+    parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
+    parser.add_argument("--program", default="looped", metavar="KIND", help="looped (the paper's) or plain (what runs today)")
+    add_load_arguments(parser, requests=1000, lengths="chat")
+    parser.add_argument("--max-len", default="0", metavar="N", help="longest context (default: the longest request)")
+    parser.add_argument("--prefill-tokens", default="0", metavar="N", help="prompt tokens per iteration (default: the longest context)")
+    parser.add_argument("--page-size", default="16", metavar="N", help="tokens per KV page (default: 16)")
+    parser.add_argument("--kv-pages", default="0", metavar="N", help="KV pages per shard (default: what memory is left)")
+    parser.add_argument(
+        "--residents", default="0", metavar="N", help="sequences that may hold pages (default: 4 batches where one can preempt)"
+    )
+    parser.add_argument("--host-memory", default="64", metavar="GB", help="host memory per chip for swapped pages (default: 64)")
+    parser.add_argument("--stages", default="1", metavar="N", help="pipeline stages, each on a slice of its own (default: 1)")
+    parser.add_argument("--overhead-us", default="0", metavar="US", help="added to every iteration for the host (default: 0)")
+    parser.add_argument("--random-weights", action="store_true", help="accepted and repeated: a simulation reads no weights")
+    parser.epilog = "Example: partinf simulate --model llama-3-8b --slice v5e:2x4 --scheduler mlfq --arrivals poisson:4 --requests 500"
+
+
+def run(args: argparse.Namespace) -> int:
+    from partinf.errors import collect
+
+    offences: list[str] = []
+    load = read_load(args, offences, _DEFAULT_BATCH)
+    if args.trace and not Path(args.trace).absolute().parent.is_dir():
+        offences.append(f"--trace {args.trace}: there is no directory {Path(args.trace).absolute().parent}")
+    names = ("max_len", "prefill_tokens", "page_size", "kv_pages", "residents", "stages")
+    numbers = {name: whole(args, name, offences) for name in names}
+    host, overhead = number(args, "host_memory", offences), number(args, "overhead_us", offences)
+    bound = collect(offences, lambda: _bind(args, load))
+    load, (plan, pricing) = need(offences, load), need(offences, bound)
+    longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
+    max_len = numbers["max_len"] or min(longest, plan.model.max_len or longest)
+    ranked = load.scheduler in ("mlfq", "mlfq-naive", "srpt", "priority")
+    rows = load.options.max_batch_size
+    sizing = _sizing(rows, max_len, numbers, ranked, (host or 0.0) * 1e9, (overhead or 0.0) / 1e6)
+    figures = _simulate(args, load, plan, pricing, sizing)
+    show(figures, args.format, _heading(figures))
+    return 0
+
+
+def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
+    """The plan and how it is priced."""
+    from partinf.cli.arguments import named_layout
+    from partinf.cost.calibration import calibration_for
+    from partinf.cost.pricing import PROGRAMS, Pricing
+    from partinf.errors import InvalidInput, collect, nearest
+    from partinf.hardware import parse_slice
+    from partinf.model_config import load_model_config
+    from partinf.plan import Plan
+    from partinf.workload import DType
+
+    offences: list[str] = []
+    model = collect(offences, lambda: load_model_config(args.model))
+    slice_ = collect(offences, lambda: parse_slice(args.slice, args.mesh))
+    layout = collect(offences, lambda: named_layout(args.layout))
+    types = [t for t in (args.weights, args.kv) if t not in list(DType)]
+    offences += [f"storage type {name}: valid: {', '.join(DType)}" for name in types]
+    if args.program not in PROGRAMS:
+        offences.append(f"--program {args.program}: unknown{nearest(args.program, PROGRAMS)}")
+    calibration = None if slice_ is None else collect(offences, lambda: calibration_for(slice_.chip, args.calibration))
+    if offences or model is None or slice_ is None or calibration is None or load is None:
+        raise InvalidInput(offences)
+    weights, kv = DType(args.weights), DType(args.kv)
+    if layout is None:
+        from partinf.engine.serving_plan import Traffic, serving_plan
+
+        traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
+        plan = serving_plan(model, slice_, traffic, weights, kv, args.calibration, max(1, whole(args, "stages", [])))
+    else:
+        plan = Plan(model, slice_, layout, weights, kv)
+    return plan, Pricing(slice_, calibration, program=PROGRAMS[args.program])
+
+
+def _sizing(rows: int, max_len: int, numbers: dict[str, int], ranked: bool, host_bytes: float, overhead: float) -> Sizing:
+    from partinf.engine.simulation import Sizing
+
+    return Sizing(
+        max_rows=rows,
+        max_residents=numbers["residents"] or (4 * rows if ranked else 0),
+        max_len=max_len,
+        prefill_tokens=numbers["prefill_tokens"] or max_len,
+        page_size=numbers["page_size"] or 16,
+        num_stages=numbers["stages"] or 1,
+        host_bytes=host_bytes,
+        kv_pages=numbers["kv_pages"],
+        overhead_seconds=overhead,
+    )
+
+
+def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing, sizing: Sizing) -> dict[str, Any]:
+    from partinf.cli.progress import progress_bar
+    from partinf.engine.engine import Engine
+    from partinf.engine.policies.registry import make_policy
+    from partinf.engine.report import Machine, report
+    from partinf.engine.schedule_trace import ScheduleTrace
+    from partinf.engine.simulation import cost_runner, play
+    from partinf.layout import readable_name
+
+    started = time.perf_counter()
+    runner, price = cost_runner(plan, pricing, sizing)
+    policy = make_policy(load.scheduler, load.options, price.estimates(runner.limits, sizing.num_stages))
+    trace = ScheduleTrace() if args.trace else None
+    engine = Engine(
+        runner, policy=policy, clock=runner.clock, prefix_caching=args.prefix_caching, on_step=None if trace is None else trace.on_step
+    )
+    with progress_bar("simulating", len(load.arrivals)) as advance:
+        refused = play(engine, load.arrivals, runner.clock, next_finish=lambda: runner.next_finish, on_finished=advance)
+    if trace is not None:
+        trace.write(Path(args.trace))
+    chips = plan.slice.num_chips * sizing.num_stages
+    machine = Machine(plan.model.num_params(), chips, plan.slice.chip.peak_bf16)
+    seconds = runner.clock.now - load.arrivals[0].time
+    return {
+        "model": plan.model.name,
+        "slice": plan.slice.name,
+        "stages": sizing.num_stages,
+        "mesh": plan.slice.mesh,
+        "layout": readable_name(plan.layout, plan.axis_sizes),
+        "kv_tokens": runner.limits.pages_per_shard * runner.limits.num_shards * sizing.page_size,
+        "scheduler": load.scheduler,
+        "max_batch": load.options.max_batch_size,
+        "eviction": args.eviction,
+        "arrivals": args.arrivals if not args.arrivals.startswith("trace:") else f"trace:{Path(args.arrivals[6:]).name}",
+        "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
+        "seed": int(args.seed),
+        "random_weights": args.random_weights,
+        "calibration_error": pricing.calibration.error,
+        "calibration_measured": pricing.calibration.measured,
+        "wall_seconds": time.perf_counter() - started,
+        **report(engine.metrics, seconds, refused, load.bounds, machine),
+    }
+
+
+def _heading(figures: dict[str, Any]) -> list[str]:
+    stages = f", {figures['stages']} stages" if figures["stages"] > 1 else ""
+    measured = "" if figures["calibration_measured"] else ", nothing measured on this chip"
+    return [
+        f"[bold]{figures['model']}[/] on {figures['slice']} ({figures['mesh']}){stages}: {figures['layout']}; "
+        f"{figures['kv_tokens']} tokens of KV",
+        f"{figures['scheduler']}, at most {figures['max_batch']} per iteration; {figures['arrivals']}, lengths {figures['lengths']}; "
+        f"step times ±{figures['calibration_error']:.0%}{measured}; simulated in {figures['wall_seconds']:.1f} s",
+    ]

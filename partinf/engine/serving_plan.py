@@ -1,0 +1,85 @@
+"""A layout for serving: chosen for the iterations that requests make of themselves, a full batch that decodes and now and then a prompt.
+
+The planner judges the prefill of a whole batch of prompts, which it may deal over the axes. Requests come one by one, and a single prompt
+would be padded to every shard that prompts are dealt over. So the planner's best are judged again, with prompts that are split by heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from partinf.cost.pricing import Pricing
+from partinf.engine.arrivals import Arrival
+from partinf.engine.step_price import StepPrice
+from partinf.errors import InvalidInput
+from partinf.hardware import Slice
+from partinf.layout import AttentionRole, Layout, Phase
+from partinf.model_config import ModelConfig
+from partinf.plan import Plan
+from partinf.planner.choose import misfit, plan_of
+from partinf.planner.search import search
+from partinf.workload import DType, Workload
+
+_JUDGED = 24  # candidates of the planner that are judged again
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Mean lengths of the requests, and how many are decoded together."""
+
+    max_batch_size: int
+    input_len: int
+    output_len: int
+
+    @classmethod
+    def of(cls, arrivals: Sequence[Arrival], max_batch_size: int) -> Traffic:
+        inputs, outputs = sum(a.input_len for a in arrivals), sum(a.output_len for a in arrivals)
+        return cls(max_batch_size, max(1, inputs // len(arrivals)), max(1, outputs // len(arrivals)))
+
+
+def serving_plan(
+    model: ModelConfig,
+    slice_: Slice,
+    traffic: Traffic,
+    weights: DType = DType.BF16,
+    kv: DType = DType.BF16,
+    calibration: str = "fitted",
+    num_stages: int = 1,
+) -> Plan:
+    """The layout with the shortest mean iteration in the steady state: one decode step, and the prefills of those who replace the ended.
+
+    Args:
+        slice_: of one pipeline stage, which holds its part of the layers.
+
+    Raises:
+        InvalidInput: nothing fits.
+    """
+    part = replace(model, num_layers=-(-model.num_layers // num_stages))
+    workload = Workload(traffic.max_batch_size, traffic.input_len, traffic.output_len, weights=weights, kv=kv)
+    found = search(part, slice_, workload, calibration=calibration)
+    fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
+    pricing = Pricing(slice_, found.calibration, found.bandwidth_model, found.program)
+    plans = [replace(plan, model=model, predicted=()) for c in fitting for plan in _undealt(plan_of(found, c))]
+    if not plans:
+        raise InvalidInput(misfit(found))
+    return min(plans, key=lambda plan: iteration_seconds(plan, pricing, traffic))
+
+
+def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
+    """Mean iteration of a full batch whose ended requests are replaced at once."""
+    price = StepPrice(plan, pricing)
+    decode = price.decode_seconds(traffic.max_batch_size, traffic.input_len + traffic.output_len // 2)
+    return decode + traffic.max_batch_size / traffic.output_len * price.prefill_seconds(traffic.input_len)
+
+
+def _undealt(plan: Plan) -> Iterator[Plan]:
+    """The plan with prompts that are not dealt over axes: by heads over those axes, or by nothing where heads do not divide."""
+    layout = plan.layout
+    dealt = layout.prefill.attention_axes(AttentionRole.BATCH)
+    for role in (AttentionRole.HEADS, AttentionRole.NONE) if plan.ways(dealt) > 1 else (AttentionRole.BATCH,):
+        attention = tuple((axis, role if axis in dealt else has) for axis, has in layout.prefill.attention)
+        try:
+            yield replace(plan, layout=Layout(layout.storage, Phase(layout.prefill.gather, attention), layout.decode))
+        except InvalidInput:
+            continue

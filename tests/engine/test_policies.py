@@ -1,0 +1,228 @@
+"""The policies on cases that one works out by hand, and any of them under preemption after every token."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partinf.engine import Engine, FakeRunner, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
+from partinf.engine.batch import BatchBuilder
+from partinf.engine.cost_runner import CostRunner
+from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
+from partinf.engine.policies.priority import by_priority
+from partinf.engine.policies.ranked import Eviction, Pages
+from partinf.engine.policies.registry import POLICIES, PolicyOptions, make_policy
+from partinf.engine.policies.srpt import shortest_remaining_first
+from partinf.engine.request import Sequence, Status
+from partinf.engine.step import Step
+from partinf.engine.step_price import Estimates, Price
+from partinf.errors import InvalidInput
+from tests.engine.support import ROOMY, VOCAB, alone, run_all
+from tests.engine.test_scheduler import trace
+
+# A prompt token takes 0.1 s, a decode iteration 0.4 s.
+ESTIMATES = Estimates(first_iteration=lambda tokens: tokens / 10, decode=0.4)
+
+
+def price(step: Step) -> Price:
+    return Price(step.num_prefill_tokens / 10 + (0.4 if step.decode else 0.0), step.num_tokens)
+
+
+def mean_latency(policy: Policy) -> float:
+    """Three jobs at once, one at a time: (first iteration, further iterations) of 0.6 s and 3, 2.5 s and 2, 0.7 s and none."""
+    runner = CostRunner(ROOMY, price)
+    engine = Engine(runner, policy=policy, clock=runner.clock, check_invariants=True)
+    for prompt_len, max_tokens in ((6, 4), (25, 3), (7, 1)):
+        engine.add_request([1] * prompt_len, SamplingParams(max_tokens=max_tokens))
+    return sum(output.times.completion_time or 0.0 for output in run_all(engine).values()) / 3
+
+
+def test_the_worked_example() -> None:
+    """FastServe's four figures for three jobs; the jobs are ones that give all four."""
+    assert mean_latency(Orca(1)) == pytest.approx(4.23, abs=0.005)
+    assert mean_latency(MultiLevelFeedbackQueue(ESTIMATES, 1, skip_join=False, alpha=100.0)) == pytest.approx(5.0, abs=0.005)
+    assert mean_latency(MultiLevelFeedbackQueue(ESTIMATES, 1, alpha=100.0)) == pytest.approx(3.33, abs=0.005)
+    assert mean_latency(shortest_remaining_first(ESTIMATES, 1)) == pytest.approx(3.0, abs=0.005)
+
+
+def test_request_level_returns_a_batch_when_all_of_it_is_done() -> None:
+    runner = CostRunner(ROOMY, price)
+    engine = Engine(runner, policy=RequestLevel(2), clock=runner.clock)
+    for name, max_tokens in (("short", 1), ("long", 3), ("next", 1)):
+        engine.add_request([1] * 5, SamplingParams(max_tokens=max_tokens), name)
+    outputs = run_all(engine)
+    assert {name: output.times.finished for name, output in outputs.items()} == pytest.approx({"short": 1.8, "long": 1.8, "next": 2.3})
+    assert outputs["short"].times.last_token == pytest.approx(1.0)
+
+
+def test_fastertransformer_prefills_to_the_shortest_prompt_and_goes_on_token_by_token() -> None:
+    # Prompts of 3 and 5 tokens: 3 of each at once; then request 1 feeds the rest of its prompt beside the decode of request 0.
+    lines = trace(ROOMY, RequestLevel(2, shortest_prefill=True), [(3, 2), (5, 2), (1, 1)])
+    assert lines == ["| 0:3 1:3", "0 1 |", "1 |", "1 |", "| 2:1"]
+    engine = Engine(FakeRunner(ROOMY), policy=RequestLevel(2, shortest_prefill=True), check_invariants=True)
+    params = SamplingParams(max_tokens=3)
+    got = [output.tokens for output in engine.generate([[1, 2], [3, 4, 5, 6, 7]], params)]
+    assert got == [alone(ROOMY, prompt, params, "x").tokens for prompt in ([1, 2], [3, 4, 5, 6, 7])]
+
+
+def test_padding_that_request_level_asks_for() -> None:
+    runner = FakeRunner(ROOMY)
+    Engine(runner, policy=RequestLevel(2)).generate([[1, 2], [3, 4, 5, 6, 7]], [SamplingParams(max_tokens=n) for n in (1, 3)])
+    assert [(step.idle_rows, step.idle_tokens) for step in runner.steps] == [(0, 3), (1, 0), (1, 0)]
+
+
+def test_orca_keeps_two_disjoint_batches_in_two_stages() -> None:
+    runner = FakeRunner(replace(ROOMY, num_stages=2))
+    engine = Engine(runner, policy=Orca(2), check_invariants=True)
+    outputs = engine.generate([[number] for number in range(4)], SamplingParams(max_tokens=3))
+    assert len(outputs) == 4
+    slots = [{row.slot for row in (*step.decode, *step.prefill)} for step in runner.steps]
+    assert slots == [{0, 1}, {2, 3}] * 3
+
+
+def test_priorities() -> None:
+    engine = Engine(FakeRunner(ROOMY), policy=by_priority(1), check_invariants=True)
+    for name, priority in (("low", 5), ("high", -1), ("middle", 0)):
+        engine.add_request([1], SamplingParams(max_tokens=2, priority=priority), name)
+    assert list(run_all(engine)) == ["high", "middle", "low"]
+
+
+def test_a_long_request_is_not_starved_by_short_ones() -> None:
+    """Short requests keep coming faster than they are served; the long one still gets an iteration about every α."""
+    runner = CostRunner(replace(ROOMY, num_slots=64, pages_per_shard=1000), price)
+    engine = Engine(runner, policy=MultiLevelFeedbackQueue(ESTIMATES, 1, alpha=3.0), clock=runner.clock)
+    ended = {}
+    engine.add_request([1] * 20, SamplingParams(max_tokens=10), "long")
+    for number in range(2000):
+        engine.add_request([1], SamplingParams(max_tokens=1), f"short-{number}")
+        ended |= {output.id: output.times for output in engine.step()}
+        if "long" in ended:
+            break
+    assert ended["long"].completion_time < 60 * 3.0
+
+
+@pytest.mark.parametrize("eviction", list(Eviction))
+def test_who_makes_room_goes_on_where_it_was(eviction: Eviction) -> None:
+    limits = replace(ROOMY, pages_per_shard=6, num_host_pages=0 if eviction is Eviction.RECOMPUTE else 20)
+    policy = MultiLevelFeedbackQueue(ESTIMATES, 2, pages=Pages(eviction, None, reserve=0.2), alpha=1e9)
+    engine = Engine(FakeRunner(limits), policy=policy, check_invariants=True)
+    params = SamplingParams(max_tokens=9)
+    prompts = [[1, 2, 3, 4, 5, 6], [7, 8], [9], [10, 11, 12]]
+    for number, prompt in enumerate(prompts):
+        engine.add_request(prompt, params, str(number))
+        engine.step()
+    outputs = run_all(engine)
+    assert [outputs[str(n)].tokens for n in range(4)] == [alone(limits, prompt, params, "x").tokens for prompt in prompts]
+    metrics = engine.metrics
+    assert (metrics.preemptions > 0) == (eviction is Eviction.RECOMPUTE)
+    assert (metrics.swap_outs > 0) == (eviction in (Eviction.REACTIVE, Eviction.PROACTIVE))
+    assert metrics.swapped_in_pages == metrics.swapped_out_pages
+
+
+def test_what_is_cheaper_is_done() -> None:
+    """Copies that take longer than computing again are not made."""
+    slow = replace(ESTIMATES, page_out=10.0, page_in=10.0)
+    limits = replace(ROOMY, pages_per_shard=6, num_host_pages=20)
+    policy = MultiLevelFeedbackQueue(ESTIMATES, 2, pages=Pages(Eviction.REACTIVE, slow), alpha=1e9)
+    engine = Engine(FakeRunner(limits), policy=policy, check_invariants=True)
+    for prompt in ([1] * 6, [2] * 6, [3] * 6):
+        engine.add_request(prompt, SamplingParams(max_tokens=9))
+        engine.step()
+    run_all(engine)
+    assert (engine.metrics.swap_outs, engine.metrics.preemptions > 0) == (0, True)
+
+
+class Restless:
+    """Preempts, swaps and runs at random, whatever sense it makes."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def schedule(self, batch: BatchBuilder) -> None:
+        for sequence in batch.running:
+            choice = self._rng.random()
+            if choice < 0.15:
+                batch.preempt(sequence)
+            elif choice < 0.35:
+                batch.swap_out(sequence)
+        for sequence in [*batch.swapped, *batch.waiting]:
+            if self._rng.random() < 0.5:
+                self._bring(batch, sequence)
+        for sequence in batch.running:
+            if self._rng.random() < 0.8 and not batch.taken(sequence):
+                batch.run(sequence, chunked=self._rng.random() < 0.5)
+        if not batch.num_rows:
+            self._force(batch)
+
+    def _bring(self, batch: BatchBuilder, sequence: Sequence) -> None:
+        if sequence.status is Status.SWAPPED:
+            batch.swap_in(sequence)
+        elif sequence.status is Status.WAITING:
+            batch.start(sequence, chunked=self._rng.random() < 0.5, reserve=self._rng.random() < 0.3, crowd=self._rng.random() < 0.5)
+
+    def _force(self, batch: BatchBuilder) -> None:
+        """Run somebody: everything else has to make room."""
+        for sequence in batch.running:
+            if not batch.taken(sequence):
+                if not sequence.in_flight and batch.run(sequence):
+                    return
+                batch.preempt(sequence)
+        for sequence in batch.swapped:
+            if batch.swap_in(sequence):
+                return
+        for sequence in batch.waiting:
+            if batch.start(sequence, chunked=True):
+                return
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    lag=st.integers(0, 2),
+    caching=st.booleans(),
+    chunks=st.booleans(),
+    num_shards=st.integers(1, 2),
+    host=st.sampled_from([0, 3, 50]),
+)
+def test_tokens_do_not_depend_on_preemption(seed: int, lag: int, caching: bool, chunks: bool, num_shards: int, host: int) -> None:
+    rng = random.Random(seed)
+    limits = RunnerLimits(
+        3, 14 * num_shards, 3, 2, 9, num_shards, 5, 18, VOCAB, num_prefill_shards=num_shards, chunks=chunks, num_host_pages=host
+    )
+    engine = Engine(FakeRunner(limits), policy=Restless(seed), lag=lag, prefix_caching=caching, check_invariants=True)
+    prompts = [[1, 2, 3, 4, 5, 6][: rng.randint(1, 6)] + [rng.randrange(VOCAB)] * rng.randint(0, 5) for _ in range(8)]
+    params = [SamplingParams(max_tokens=rng.randint(1, 9), temperature=float(rng.random() < 0.5), seed=number) for number in range(8)]
+    outputs = engine.generate(prompts, params)
+    assert [o.tokens for o in outputs] == [alone(limits, p, one, "x").tokens for p, one in zip(prompts, params, strict=True)]
+    assert engine._scheduler.pool.num_free_pages == 9 * num_shards
+    assert engine._scheduler.pool.num_free_host_pages == host
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), num_stages=st.integers(1, 3), max_batch=st.integers(1, 4))
+def test_orcas_invariant_over_stages(seed: int, num_stages: int, max_batch: int) -> None:
+    """If a arrived before b, a has run at least as many iterations as b while both are in flight."""
+    rng = random.Random(seed)
+    limits = replace(ROOMY, num_stages=num_stages, pages_per_shard=30, num_slots=rng.randint(1, 8))
+    engine = Engine(FakeRunner(limits), policy=Orca(max_batch), check_invariants=True)
+    for number in range(20):
+        engine.add_request([1] * rng.randint(1, 12), SamplingParams(max_tokens=rng.randint(1, 9)), str(number))
+        for _ in range(rng.choice([0, 0, 1, 2])):
+            engine.step()
+            live = [live.sequence.num_iterations for live in engine._live.values()]
+            assert live == sorted(live, reverse=True)
+    assert len(run_all(engine)) > 0
+
+
+def test_every_name_makes_a_policy_that_serves() -> None:
+    prompts, params = [[number] * 3 for number in range(6)], SamplingParams(max_tokens=4)
+    want = [alone(ROOMY, prompt, params, "x").tokens for prompt in prompts]
+    for name in POLICIES:
+        engine = Engine(FakeRunner(ROOMY), policy=make_policy(name, PolicyOptions(3), ESTIMATES), check_invariants=True)
+        assert [output.tokens for output in engine.generate(prompts, params)] == want, name
+    with pytest.raises(InvalidInput, match="did you mean 'orca'"):
+        make_policy("orka", PolicyOptions(3), ESTIMATES)
