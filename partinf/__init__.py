@@ -20,7 +20,7 @@ _WHERE = {
     "ModelConfig": "model_config",
     "Objective": "workload",
     "Phase": "layout",
-    "Plan": "plan",
+    "Plan": "plans",
     "RequestOutput": "engine.request",
     "Role": "layout",
     "SamplingParams": "engine.request",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from partinf.hardware import Chip, Slice, parse_slice
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
     from partinf.model_config import ModelConfig, load_model_config
-    from partinf.plan import Plan
+    from partinf.plans import Plan
     from partinf.workload import DType, Objective, Workload
 
 __all__ = [

@@ -26,7 +26,7 @@ from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.hardware import Slice, parse_slice
 from partinf.layout import Layout
 from partinf.model_config import ModelConfig, load_model_config
-from partinf.plan import Bucket, Plan
+from partinf.plans import Bucket, Plan
 from partinf.workload import DType, Workload
 
 if TYPE_CHECKING:

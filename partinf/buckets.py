@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from partinf.errors import raise_offences
-from partinf.plan import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, CacheConfig, Plan
 
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from partinf.errors import InvalidInput
 from partinf.hardware import Chip, Slice, chips, make_slice
 from partinf.layout import AttentionRole, Role
-from partinf.plan import Plan, kv_head_axes
+from partinf.plans import Plan, kv_head_axes
 
 
 def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh:

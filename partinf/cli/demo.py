@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from partinf.engine.metrics import Summary
     from partinf.layout import Layout
     from partinf.model_config import ModelConfig
-    from partinf.plan import Plan
+    from partinf.plans import Plan
     from partinf.workload import Workload
 
 MODEL = "demo"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partinf.hardware import Slice
     from partinf.layout import Layout
     from partinf.model_config import ModelConfig
-    from partinf.plan import Plan
+    from partinf.plans import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from partinf.cli.serving import Load, add_load_arguments, need, number, read_loa
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
     from partinf.engine.simulation import Sizing
-    from partinf.plan import Plan
+    from partinf.plans import Plan
 
 _DEFAULT_BATCH = 64
 
@@ -71,7 +71,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
     from partinf.errors import InvalidInput, collect, nearest
     from partinf.hardware import parse_slice
     from partinf.model_config import load_model_config
-    from partinf.plan import Plan
+    from partinf.plans import Plan
     from partinf.workload import DType
 
     offences: list[str] = []

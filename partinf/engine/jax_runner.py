@@ -21,7 +21,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling, SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
-from partinf.plan import Bucket, Plan
+from partinf.plans import Bucket, Plan
 from partinf.sharding import device_mesh
 from partinf.transformer.batch import Batch, SamplingBatch, empty_batch
 from partinf.transformer.params import Params

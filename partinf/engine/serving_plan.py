@@ -16,7 +16,7 @@ from partinf.errors import InvalidInput
 from partinf.hardware import Slice
 from partinf.layout import AttentionRole, Layout, Phase
 from partinf.model_config import ModelConfig
-from partinf.plan import Plan
+from partinf.plans import Plan
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
 from partinf.workload import DType, Workload

@@ -18,7 +18,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step_price import StepPrice
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
-from partinf.plan import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, CacheConfig, Plan
 
 
 @dataclass(frozen=True)

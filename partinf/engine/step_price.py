@@ -19,7 +19,7 @@ from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
 from partinf.errors import InvalidInput
-from partinf.plan import Bucket, Plan
+from partinf.plans import Bucket, Plan
 
 _ROUND_BITS = 5  # shapes keep so many leading bits beyond the first: within 1/32 of the true size
 

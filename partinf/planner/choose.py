@@ -11,7 +11,7 @@ from partinf.errors import InvalidInput
 from partinf.hardware import Slice
 from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.model_config import ModelConfig
-from partinf.plan import CacheConfig, Plan
+from partinf.plans import CacheConfig, Plan
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search

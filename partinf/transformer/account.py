@@ -17,7 +17,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from partinf.plan import Bucket, Plan
+from partinf.plans import Bucket, Plan
 from partinf.sharding import abstract_mesh
 from partinf.transformer.batch import empty_batch
 from partinf.transformer.params import abstract_params

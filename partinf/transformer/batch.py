@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from partinf.plan import Bucket
+from partinf.plans import Bucket
 
 Array = jax.Array | np.ndarray
 

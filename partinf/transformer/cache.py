@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.collectives import Axes
-from partinf.plan import Plan
+from partinf.plans import Plan
 from partinf.quantize import Quantized, dequantize, quantize
 from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType

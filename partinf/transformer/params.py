@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from partinf.errors import InvalidInput
 from partinf.model_config import Block, ModelConfig, Norm, Position
-from partinf.plan import Plan
+from partinf.plans import Plan
 from partinf.quantize import Quantized, quantize
 from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType

@@ -14,7 +14,7 @@ import numpy as np
 
 from partinf.collectives import Axes, Frame, Split
 from partinf.layout import AttentionRole, Phase, Role
-from partinf.plan import Bucket, Plan, head_axes, kv_head_axes
+from partinf.plans import Bucket, Plan, head_axes, kv_head_axes
 
 
 @dataclass(frozen=True)

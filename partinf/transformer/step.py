@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.collectives import Split, move
 from partinf.errors import raise_offences
-from partinf.plan import Bucket, Plan
+from partinf.plans import Bucket, Plan
 from partinf.sharding import sharding
 from partinf.transformer.batch import Batch, empty_batch
 from partinf.transformer.cache import abstract_cache

@@ -11,7 +11,7 @@ from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import make_layout
 from partinf.model_config import ModelConfig, load_model_config
-from partinf.plan import Plan
+from partinf.plans import Plan
 from partinf.workload import DType, Workload
 
 MODEL = ModelConfig("small", 2, 64, 192, 8, 4, 8, 512)

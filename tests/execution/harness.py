@@ -19,7 +19,7 @@ from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
 from partinf.hardware import parse_slice
 from partinf.layout import Layout
 from partinf.model_config import ModelConfig
-from partinf.plan import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.quantize import Quantized, quantize
 from partinf.sharding import device_mesh
 from partinf.transformer import reference

@@ -18,7 +18,7 @@ from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model_config import load_model_config
-from partinf.plan import Plan
+from partinf.plans import Plan
 from partinf.sharding import device_mesh
 from partinf.transformer import reference
 from partinf.transformer.params import abstract_params

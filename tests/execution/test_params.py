@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from partinf.layout import make_layout
-from partinf.plan import Bucket
+from partinf.plans import Bucket
 from partinf.sharding import device_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.cache import cache_bytes_per_device

@@ -18,7 +18,7 @@ from partinf.engine.request import SamplingParams
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model_config import load_model_config
-from partinf.plan import Plan
+from partinf.plans import Plan
 from partinf.quantize import Quantized, dequantize, quantize
 from partinf.sharding import device_mesh
 from partinf.transformer.params import abstract_params

@@ -16,7 +16,7 @@ from partinf.cost.step import step_ledger
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model_config import ModelConfig, load_model_config
-from partinf.plan import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer import attention, ffn
 from partinf.transformer.account import Account, trace_account
 from partinf.workload import DType

@@ -13,7 +13,7 @@ from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
 from partinf.model_config import ModelConfig, load_model_config
-from partinf.plan import Plan, layout_offences
+from partinf.plans import Plan, layout_offences
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
 from partinf.workload import DType, Workload

@@ -2,6 +2,8 @@
 
 Binding finds all offences at once: roles for axes that the slice lacks, dimensions that do not divide (with the sizes that would and
 what padding would cost). Everything that runs, proves or prices a model takes a `Plan`.
+
+The module is called `plans` because `partinf.plan` is the library's function that makes one.
 """
 
 from __future__ import annotations
