@@ -51,9 +51,9 @@ def _layout(asked: Asked, name: str) -> tuple[Layout, int]:
     """
     from partinf.cli.arguments import named_layout
     from partinf.errors import raise_offences
-    from partinf.plans import layout_offences
     from partinf.planner.evaluate import heads_for
     from partinf.planner.search import search
+    from partinf.plans import layout_offences
 
     layout = named_layout(name)
     if layout is None:

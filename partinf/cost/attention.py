@@ -22,7 +22,7 @@ def projection_weights(split: StepSplit) -> tuple[Weight, Weight, Weight]:
     return (
         Weight(split, "W_Q", model.num_heads * model.head_dim, split.f_stored, split.f),
         Weight(split, "W_KV", 2 * model.num_kv_heads * model.head_dim, split.kv_stored, split.kv),
-        Weight(split, "W_O", model.num_heads * model.head_dim, split.f_stored, split.f),
+        Weight(split, "W_O", model.num_heads * model.head_dim, split.f_stored, split.f, to_embed=True),
     )
 
 

@@ -24,7 +24,7 @@ def ffn_weights(split: StepSplit) -> tuple[Weight, Weight]:
     hidden = split.model.ffn_dim
     return (
         Weight(split, "W_in", matrices_in(split) * hidden, split.f_stored, split.f),
-        Weight(split, "W_out", hidden, split.f_stored, split.f),
+        Weight(split, "W_out", hidden, split.f_stored, split.f, to_embed=True),
     )
 
 

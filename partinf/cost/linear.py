@@ -6,6 +6,7 @@ from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Axes, Split, moves
 from partinf.cost.split import StepSplit
 from partinf.model_config import Norm
+from partinf.workload import DType
 
 _F32 = 4
 
@@ -45,15 +46,19 @@ def movement(
 class Weight:
     """One weight matrix of a layer: its local size as stored and as used, and the gathers between the two."""
 
-    def __init__(self, split: StepSplit, name: str, out: int, stored: Axes, used: Axes) -> None:
+    def __init__(self, split: StepSplit, name: str, out: int, stored: Axes, used: Axes, to_embed: bool = False) -> None:
         """
         Args:
             out: entries of the dimension that is not E (heads × Q or F, times the matrices that are stored together).
             stored, used: axes that split it before and after gathering.
+            to_embed: E is what comes out (W_O, W_out), so int8 scales run over E; otherwise over the other dimension.
         """
         self.split, self.name = split, name
         self.elements = out * split.model.embed_dim
         self.source, self.target = Split(stored, split.e_stored), Split(used, split.e)
+        self.channels = split.model.embed_dim if to_embed else out
+        self.scale_source = Split(cols=split.e_stored) if to_embed else Split(stored)
+        self.scale_target = Split(cols=split.e) if to_embed else Split(used)
         self.stored_bytes = self.elements // split.ways(stored + split.e_stored) * split.weight_bytes
         self.used_bytes = self.elements // split.ways(used + split.e) * split.weight_bytes
 
@@ -63,9 +68,12 @@ class Weight:
         found = []
         for op, axes, count in moves(self.elements, self.source, self.target, split.sizes, split.joint):
             size, dtype = count * split.weight_bytes, split.weight_dtype.value
-            entry = split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, size, dtype)
-            found.append(entry._replace(overlapped=entry.seconds) if hidden else entry)
-        return found
+            found.append(split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, size, dtype))
+        if split.weight_dtype is DType.INT8:
+            for op, axes, count in moves(self.channels, self.scale_source, self.scale_target, split.sizes, split.joint):
+                size = count * _F32
+                found.append(split.pricing.collective(f"scales of {self.name}", part, split.model.num_layers, op, axes, size, "f32"))
+        return [entry._replace(overlapped=entry.seconds) for entry in found] if hidden else found
 
     def product(self, part: Part, inputs: int, outputs: int, flops: float, useful: float) -> Entry:
         """The product with this weight, once per layer; gathered weights are written to HBM once more and read again.

@@ -16,9 +16,9 @@ from partinf.errors import InvalidInput
 from partinf.hardware import Slice
 from partinf.layout import AttentionRole, Layout, Phase
 from partinf.model_config import ModelConfig
-from partinf.plans import Plan
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
+from partinf.plans import Plan
 from partinf.workload import DType, Workload
 
 _JUDGED = 24  # candidates of the planner that are judged again

@@ -11,10 +11,10 @@ from partinf.errors import InvalidInput
 from partinf.hardware import Slice
 from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.model_config import ModelConfig
-from partinf.plans import CacheConfig, Plan
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
+from partinf.plans import CacheConfig, Plan
 from partinf.workload import Workload
 
 _NEVER = 1 << 30

@@ -34,8 +34,8 @@ from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.linear import dot, lookup, norm
-from partinf.transformer.params import Params, activation_dtype
+from partinf.transformer.linear import dot, norm
+from partinf.transformer.params import Params
 from partinf.transformer.rope import frequencies
 from partinf.transformer.routes import Group, Routes
 
@@ -62,7 +62,7 @@ def forward(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, rou
 
 def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group, routes: Routes) -> jax.Array:
     tokens = take_split(tokens, 0, group.order, routes.replica, routes.sizes)  # [T.r]
-    x = lookup(params["embed"], tokens, activation_dtype(routes.plan))  # [T.r, E.ef]
+    x = params["embed"][tokens]  # [T.r, E.ef]
     if routes.plan.model.position is Position.LEARNED:
         x = x + params["positions"].at[take_split(positions, 0, group.order, routes.replica, routes.sizes)].get(mode="clip")
     frame = routes.frame(group.order, routes.weight_stored)

@@ -25,13 +25,6 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
     return (out * scale).astype(dtype)
 
 
-def lookup(table: jax.Array | Quantized, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows [T, E] of a table [V, E]."""
-    if isinstance(table, Quantized):
-        return (table.values[rows].astype(jnp.float32) * table.scale[rows][:, None]).astype(dtype)
-    return table[rows].astype(dtype)
-
-
 def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:
     """The model's norm of x [T, E.axes] with the whole scale [E] `weights[name]` (and its bias, for a layer norm)."""
     model = routes.plan.model

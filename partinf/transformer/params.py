@@ -32,8 +32,8 @@ class Declared:
     distributed with deviation 1/√(size of the contraction).
 
     Attributes:
-        contracted: dimensions over which a product with this weight sums, counted from the end; none for vectors, which are never
-            quantised.
+        contracted: dimensions over which a layer's product with this weight sums, counted from the end; none for vectors and tables,
+            which are never quantised.
     """
 
     shape: tuple[int, ...]
@@ -83,7 +83,7 @@ def declare(model: ModelConfig, unrolled: bool) -> Params:
     layers: Any = tuple(dict(layer) for _ in range(model.num_layers))
     if not unrolled:
         layers = {name: replace(d, shape=(model.num_layers, *d.shape), letters="." + d.letters) for name, d in layer.items()}
-    table = Declared((model.padded_vocab_size, model.embed_dim), ".D", (-1,))
+    table = Declared((model.padded_vocab_size, model.embed_dim), ".D")  # never quantised: logits are what int8 would hurt most
     tree: Params = {"embed": table, "layers": layers, **_declare_norm("final_norm", model)}
     if not model.tied_embeddings:
         tree["unembed"] = table
@@ -158,6 +158,6 @@ def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:
     dtype = activation_dtype(plan)
     if d.fill is not None:
         return jnp.full(d.shape, d.fill, dtype)
-    fan_in = math.prod(d.shape[dim] for dim in d.contracted) or d.shape[-1]
+    fan_in = math.prod(d.shape[dim] for dim in d.contracted or (-1,))
     weights = jax.random.normal(key, d.shape, jnp.float32) * fan_in**-0.5
     return quantize(weights, d.contracted) if _is_quantized(plan, d) else weights.astype(dtype)

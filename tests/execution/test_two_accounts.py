@@ -46,7 +46,7 @@ def ledger_of(plan: Plan, bucket: Bucket) -> tuple[Counter[tuple], float]:
     pricing = Pricing(plan.slice, program=PLAIN)
     split = StepSplit(plan.model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, Shares())
     ledger = step_ledger(split)
-    names = {DType.BF16.value: "bfloat16", DType.F32.value: "float32"}
+    names = {DType.BF16.value: "bfloat16", DType.F32.value: "float32"}  # int8 is called the same in both
     order = list(plan.axis_sizes)
     found: Counter[tuple] = Counter()
     for entry in ledger.entries:
@@ -89,6 +89,14 @@ def test_every_assignment(assignment: Assignment) -> None:
         check(make_plan(assignment.mesh, assignment.layout()), bucket)
 
 
+@pytest.mark.parametrize("assignment", sampled_assignments(8, seed=4), ids=str)
+def test_int8_weights(assignment: Assignment) -> None:
+    """Weights are gathered as int8, their scales beside them; activations are bf16."""
+    plan = dataclasses.replace(make_plan(assignment.mesh, assignment.layout()), weights=DType.INT8)
+    check(plan, BUCKETS["mixed"])
+    check(plan, BUCKETS["decode"])
+
+
 TWO_D = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads"))
 
 
@@ -123,8 +131,9 @@ def test_palm_540b_on_64_chips(roles: str) -> None:
     check(dataclasses.replace(plan, prefill_from_tokens=1), Bucket(0, 0, 4096, 2, 0))
 
 
+@pytest.mark.parametrize("weights", [DType.BF16, DType.INT8])
 @pytest.mark.parametrize("gather", ["", "x", "xy", "xyz"])
-def test_llama_3_70b_on_64_chips(gather: str) -> None:
+def test_llama_3_70b_on_64_chips(gather: str, weights: DType) -> None:
     layout = make_layout(
         {"x": "embed", "y": "ffn", "z": "ffn"},
         dict.fromkeys("xyz", "batch"),
@@ -133,6 +142,7 @@ def test_llama_3_70b_on_64_chips(gather: str) -> None:
         prefill_gather=gather,
     )
     plan = make_plan("4x4x4", layout, model=load_model_config("llama-3-70b"), slice_name="v4:4x4x4")
+    plan = dataclasses.replace(plan, weights=weights)
     check(plan, Bucket(256, 32))
     check(plan, Bucket(0, 0, 4096, 2, 0))
 

@@ -13,9 +13,9 @@ from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
 from partinf.model_config import ModelConfig, load_model_config
-from partinf.plans import Plan, layout_offences
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
+from partinf.plans import Plan, layout_offences
 from partinf.workload import DType, Workload
 
 SMALL = ModelConfig("small", 4, 1024, 4096, 16, 4, 64, 4096)

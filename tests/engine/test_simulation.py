@@ -1,0 +1,222 @@
+"""The cost runner's clock, its prices against the ledger, the requests that are drawn, and the loop that feeds them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from partinf.cli import main
+from partinf.cost.calibration import calibration_for
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import StepShape
+from partinf.cost.step import step_ledger
+from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
+from partinf.engine.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
+from partinf.engine.cost_runner import CostRunner
+from partinf.engine.schedule_trace import ScheduleTrace
+from partinf.engine.simulation import Sizing, cost_runner, play
+from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, Step
+from partinf.engine.step_price import Price, StepPrice
+from partinf.errors import InvalidInput
+from partinf.hardware import parse_slice
+from partinf.layout import make_layout
+from partinf.model_config import load_model_config
+from partinf.plans import Bucket, Plan
+from tests.engine.support import ROOMY, run_all
+
+GREEDY = RowSampling()
+
+
+def one_second(step: Step) -> Price:
+    return Price(1.0 if step.num_tokens else 0.0, step.num_tokens)
+
+
+def row(slot: int, *pages: int) -> DecodeRow:
+    return DecodeRow(slot, 0, 1, 0, pages, GREEDY)
+
+
+def plan_on(slice_name: str = "v4:2x2x2", **options: object) -> tuple[Plan, Pricing]:
+    slice_ = parse_slice(slice_name)
+    axes = list(slice_.axis_sizes)
+    layout = make_layout(dict.fromkeys(axes, "ffn") | {axes[0]: "embed"}, dict.fromkeys(axes, "batch"), dict.fromkeys(axes, "heads"))
+    plan = Plan(load_model_config("palm-8b"), slice_, layout, **options)  # type: ignore[arg-type]
+    return plan, Pricing(slice_, calibration_for(slice_.chip))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        StepShape(decode_rows=32, decode_context=1200),
+        StepShape(prefill_tokens=2048, prefill_slots=4),
+        StepShape(decode_rows=8, decode_context=64, prefill_tokens=512, prefill_slots=2, prefill_context=128),
+    ],
+)
+def test_a_step_costs_what_its_ledger_says(shape: StepShape) -> None:
+    plan, pricing = plan_on(prefill_from_tokens=100)
+    price = StepPrice(plan, pricing)
+    assert price.seconds(shape) == pytest.approx(step_ledger(price._split(shape)).seconds, rel=1e-12)
+
+
+def test_a_step_is_priced_by_its_fullest_shard_and_mean_context() -> None:
+    plan, pricing = plan_on()
+    price = StepPrice(plan, pricing)
+    rows = tuple(DecodeRow(slot, 3, 1, 99, (0,), GREEDY) for slot in range(3))  # all on one shard of eight
+    assert price(Step(rows)) == Price(price.seconds(StepShape(decode_rows=24, decode_context=100)), 24)
+
+
+def test_a_bucket_is_priced_whole() -> None:
+    plan, pricing = plan_on()
+    price = StepPrice(plan, pricing, buckets=(Bucket(16, 8), Bucket(16, 8, 64, 2)))
+    chunk = PrefillChunk(0, 0, (1,) * 5, 0, (0,), True, GREEDY)
+    assert price(Step((row(1, 0),))).seconds == price.seconds(StepShape(decode_rows=16, decode_context=128))
+    assert price(Step(prefill=(chunk,))).tokens == 80
+    with pytest.raises(InvalidInput, match="no bucket"):
+        price(Step(prefill=(replace(chunk, start=4, pages=(0, 1, 2)),)))
+
+
+def test_stages_overlap_batches() -> None:
+    runner = CostRunner(replace(ROOMY, num_stages=2), one_second, transfer_seconds=lambda tokens: 0.1, overhead_seconds=0.05)
+    runner.submit(Step((row(0, 0),)))
+    runner.submit(Step((row(1, 1),)))
+    assert (runner.collect().seconds, runner.clock.now) == (pytest.approx(1.15), pytest.approx(1.15))
+    runner.collect()
+    assert runner.clock.now == pytest.approx(1.65)  # half a second behind: the second stage is the bottleneck
+
+
+def test_copies_run_beside_the_compute() -> None:
+    runner = CostRunner(replace(ROOMY, num_host_pages=8), one_second, page_seconds=(0.2, 0.3))
+    runner.submit(Step((row(0, 0),), swap_out=(PageCopy((5, 6), (0, 1), 0),)))
+    runner.collect()
+    assert runner.clock.now == 1.0  # nothing of this step needs pages 5 and 6
+    runner.submit(Step((row(0, 5),), swap_in=(PageCopy((5, 6), (0, 1), 0),)))
+    runner.collect()
+    assert runner.clock.now == pytest.approx(1.0 + 0.6 + 1.0)  # this one waits for both
+
+
+def test_swaps_of_pages_that_are_still_on_their_way_out_wait() -> None:
+    runner = CostRunner(replace(ROOMY, num_host_pages=8), one_second, page_seconds=(2.0, 0.5))
+    runner.submit(Step((row(0, 0),), swap_out=(PageCopy((5,), (0,), 0),)))
+    runner.submit(Step((row(1, 5),)))  # a new owner writes page 5, which is free when the copy is done
+    runner.collect()
+    runner.collect()
+    assert runner.clock.now == pytest.approx(3.0)
+
+
+def test_a_request_on_the_virtual_clock() -> None:
+    runner = CostRunner(ROOMY, one_second)
+    engine = Engine(runner, clock=runner.clock, check_invariants=True)
+    play(engine, [Arrival(0.5, 4, 3), Arrival(1.0, 4, 1)], runner.clock)
+    first, second = engine.metrics.times
+    # The first starts at once and ends at 3.5; the second waits from 1.0 to 1.5 for its iteration, which is the first one's second.
+    assert (second.ttft, second.completion_time) == (pytest.approx(3.0), pytest.approx(3.0)) or first.ttft == pytest.approx(1.5)
+    assert {times.arrival for times in engine.metrics.times} == {0.5, 1.0}
+    assert runner.clock.now == pytest.approx(3.5)
+
+
+def test_an_arrival_fills_the_pipeline_while_a_step_is_in_flight() -> None:
+    runner = CostRunner(replace(ROOMY, num_stages=2), one_second)
+    engine = Engine(runner, policy=Orca(1), clock=runner.clock, check_invariants=True)
+    play(engine, [Arrival(0.0, 4, 1), Arrival(0.6, 4, 1)], runner.clock, next_finish=lambda: runner.next_finish)
+    assert [times.finished for times in engine.metrics.times] == pytest.approx([1.0, 1.6])
+
+
+def test_memory_decides_how_many_tokens_are_kept() -> None:
+    plan, pricing = plan_on()
+    runner, price = cost_runner(plan, pricing, Sizing(max_rows=32, max_len=2048, page_size=64))
+    held = runner.limits.pages_per_shard * price.page_bytes + price.weight_bytes()
+    assert 0.8 * plan.slice.chip.usable_hbm < held < plan.slice.chip.usable_hbm
+    with pytest.raises(InvalidInput, match="room for 0 tokens"):
+        cost_runner(Plan(load_model_config("palm-540b"), plan.slice, plan.layout), pricing, Sizing())
+
+
+def test_arrivals_and_lengths() -> None:
+    lengths = parse_lengths("uniform:32-512:1-128")
+    slow, fast = (parse_arrivals(f"poisson:{rate}", lengths, 4000, seed=3) for rate in (1, 10))
+    assert [(a.input_len, a.output_len) for a in slow] == [(a.input_len, a.output_len) for a in fast]
+    assert fast[-1].time == pytest.approx(400, rel=0.05)
+    burst = parse_arrivals("gamma:10:4", lengths, 4000, seed=3)
+    between = [b.time - a.time for a, b in itertools.pairwise(burst)]
+    assert statistics.stdev(between) / statistics.mean(between) == pytest.approx(4, rel=0.2)
+    assert {arrival.time for arrival in parse_arrivals("backlog", parse_lengths("fixed:7:3"), 5)} == {0.0}
+    assert {arrival.input_len for arrival in parse_arrivals("backlog", parse_lengths("fixed:7:3"), 5)} == {7}
+    rng = random.Random(0)
+    chat = [chat_lengths(rng) for _ in range(20000)]
+    assert statistics.mean(a for a, _ in chat) == pytest.approx(378, rel=0.03)
+    assert statistics.mean(b for _, b in chat) == pytest.approx(415, rel=0.03)
+    assert max(a + b for a, b in chat) <= 2048
+
+
+@pytest.mark.parametrize("text", ["poisson", "poisson:0", "poisson:x", "gamma:1", "gamma:1:-1", "uniform:1", "trace:", "backlog:3"])
+def test_bad_arrivals_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="valid: poisson:RATE, gamma:RATE:CV"):
+        parse_arrivals(text, chat_lengths, 5)
+
+
+@pytest.mark.parametrize("text", ["chat:3", "fixed:1", "fixed:0:1", "uniform:9-3:1-2", "uniform:1:2", "gauss:1:2"])
+def test_bad_lengths_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match=f"lengths '{text}'"):
+        parse_lengths(text)
+
+
+def test_traces(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:45.0000000,5,0\n")
+    assert read_trace(path) == [Arrival(0.0, 5, 1), Arrival(pytest.approx(1.68059), 374, 44)]
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,374,44\n")
+    with pytest.raises(InvalidInput, match="line 2: yesterday,374,44 cannot be read"):
+        read_trace(path)
+    path.write_text("when,in\n1,2\n")
+    with pytest.raises(InvalidInput, match="no column TIMESTAMP, ContextTokens, GeneratedTokens"):
+        read_trace(path)
+
+
+def test_the_trace_of_a_schedule(tmp_path: Path) -> None:
+    trace, runner = ScheduleTrace(), CostRunner(ROOMY, one_second)
+    engine = Engine(runner, policy=FirstComeFirstServed(), clock=runner.clock, on_step=trace.on_step)
+    engine.add_request([1, 2], SamplingParams(max_tokens=3), "a")
+    run_all(engine)
+    trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    bars = {(event["name"], event["ts"], event["dur"]) for event in events if event["ph"] == "X"}
+    assert bars == {
+        ("prefill 2", 0.0, 1e6),
+        ("decode 1", 1e6, 1e6),
+        ("decode 1", 2e6, 1e6),
+        ("a prefill", 0.0, 1e6),
+        ("a decode", 1e6, 2e6),
+    }
+
+
+def test_simulate_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = [
+        "simulate",
+        "--model",
+        "opt-13b",
+        "--slice",
+        "a100-40:1",
+        "--scheduler",
+        "mlfq",
+        "--arrivals",
+        "poisson:1",
+        "--lengths",
+        "fixed:50:10",
+        "--requests",
+        "20",
+    ]
+    assert main([*flags, "--format", "json", "--ttft", "500", "--trace", str(tmp_path / "t.json")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["requests"] == {"finished": 20, "refused": 0}
+    assert figures["counters"]["generated_tokens"] == 200
+    assert figures["goodput"]["share"] == 1.0
+    assert 0 < figures["mfu"] < 0.5
+    assert (tmp_path / "t.json").exists()
+    assert main(flags) == 0
+    assert "time to first token" in capsys.readouterr().out
+    assert main([*flags, "--scheduler", "mlfk", "--alpha-ms", "soon", "--max-batch", "-3"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
