@@ -32,6 +32,8 @@ from partinf.workload import DType, Workload
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from partinf.engine.scoring import Scores
+
 _CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 
 DEFAULT_WORKLOAD = Workload(batch=32, input_len=64, output_len=64)
@@ -93,6 +95,7 @@ def load(
     random_weights: bool = False,
     on_compiled: Callable[[Bucket, int, int], None] | None = None,
     unrolled: bool | None = None,
+    compile_steps: bool = True,
     seed: int = 0,
 ) -> Model:
     """Read a model's weights onto the devices of its plan and compile its steps.
@@ -103,6 +106,7 @@ def load(
         random_weights: run without weights, with random ones.
         on_compiled: called with (bucket, number done, number in all) as steps are compiled.
         unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster.
+        compile_steps: compile the steps now rather than when they are first needed.
         seed: of random weights and of requests that name none.
 
     Raises:
@@ -127,7 +131,8 @@ def load(
         params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
     tokenizer = load_tokenizer(directory) if directory is not None else None
     runner = JaxRunner(plan, params, mesh)
-    runner.warm_up(on_compiled)
+    if compile_steps:
+        runner.warm_up(on_compiled)
     return Model(plan, mesh, params, runner, Engine(runner, tokenizer=tokenizer, seed=seed), tokenizer)
 
 
@@ -191,6 +196,7 @@ class Model:
         self.runner = runner
         self.engine = engine
         self.tokenizer = tokenizer
+        self._scorer: Any = None
 
     def generate(
         self,
@@ -205,3 +211,16 @@ class Model:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
         """Answer one prompt token by token, with `for` or `async for`; see `Engine.stream`."""
         return self.engine.stream(prompt, params)
+
+    def score(self, texts: Sequence[Prompt]) -> Scores:
+        """Log-probabilities of every token of the texts after the first, by prefill alone; the first call compiles.
+
+        Raises:
+            InvalidInput: every text that is too short or too long, or holds ids outside the vocabulary.
+        """
+        from partinf.engine.scoring import Scorer
+
+        if self._scorer is None:
+            self._scorer = Scorer(self.plan, self.params, self.mesh)
+        tokens = [list(self.tokenizer.encode(text)) if isinstance(text, str) else list(text) for text in texts]
+        return self._scorer.score(tokens)

@@ -47,6 +47,12 @@ def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh
     return Mesh(np.array(devices[:count]).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
 
+def mesh_in_order(plan: Plan, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of devices that are given row-major over the plan's mesh axes, as the description of a slice that is not here."""
+    sizes = plan.axis_sizes
+    return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 def abstract_mesh(plan: Plan) -> AbstractMesh:
     """The plan's mesh without devices, for tracing."""
     sizes = plan.axis_sizes

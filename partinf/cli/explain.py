@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    asked = read(args)
+    auto = args.slice.startswith("auto")
+    asked = read(args, extra=[f"--slice {args.slice}: a layout is explained on one slice; `partinf plan` finds it"] if auto else [])
     layout, padded_heads = _layout(asked, args.layout)
     from partinf.cli.plan_table import wide_console
     from partinf.cost.calibration import calibration_for

@@ -10,43 +10,56 @@ from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
     from partinf.planner.report import PlanReport
+    from partinf.planner.slices import Trial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
+    parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
     parser.add_argument("--save", metavar="FILE", help="write the best layout as a layout file")
+    parser.add_argument("--plot", metavar="FILE", help="draw the ledgers of the top candidates as stacked bars (.png, .svg or .pdf)")
     parser.add_argument("--top", default="12", metavar="N", help="candidates in the table (default: 12)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
+    parser.description = f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms."
     parser.epilog = "Example: partinf plan --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8"
 
 
 def run(args: argparse.Namespace) -> int:
     asked = read(args, args.objective, args.max_latency_ms, _offences(args))
-    from partinf.planner.search import search
-
-    report = search(
-        asked.model,
-        asked.slice,
-        asked.workload,
-        calibration=asked.calibration,
-        bandwidth_model=asked.bandwidth_model,
-        program=asked.program,
-    )
+    trials = _trials(asked)
+    report = trials[0].report
+    price = float(args.price_per_chip_hour) if args.price_per_chip_hour else None
     if args.save:
         _save(report, asked, Path(args.save))
+    if args.plot:
+        from partinf.planner.plot import draw
+
+        draw(report, Path(args.plot), int(args.top))
     if args.format == "json":
         import json
 
-        from partinf.planner.as_json import report_json
+        from partinf.planner.as_json import report_json, trials_json
 
-        print(json.dumps(report_json(report), separators=(",", ":")))
+        print(json.dumps(report_json(report) | trials_json(trials, price), separators=(",", ":")))
     else:
-        from partinf.cli.plan_table import show
+        from partinf.cli.plan_table import show, show_trials
 
+        show_trials(trials, price)
         show(report, int(args.top), args.save)
     return 0
+
+
+def _trials(asked: Asked) -> list[Trial]:
+    """The slice that was asked for, or with `auto` all that were tried, the cheapest first."""
+    from partinf.planner.search import search
+    from partinf.planner.slices import Trial, cheapest
+
+    how = {"calibration": asked.calibration, "bandwidth_model": asked.bandwidth_model, "program": asked.program}
+    if asked.auto:
+        return cheapest(asked.model, asked.slice.chip, asked.workload, **how)
+    return [Trial(search(asked.model, asked.slice, asked.workload, **how))]
 
 
 def _offences(args: argparse.Namespace) -> list[str]:
@@ -57,7 +70,22 @@ def _offences(args: argparse.Namespace) -> list[str]:
         offences.append(f"--top {args.top}: a whole number of at least 1 is needed")
     if args.save and not Path(args.save).absolute().parent.is_dir():
         offences.append(f"--save {args.save}: there is no directory {Path(args.save).absolute().parent}")
+    if args.plot:
+        from partinf.planner.plot import plot_offences
+
+        offences += plot_offences(Path(args.plot))
+    if args.slice.startswith("auto") and args.max_latency_ms is None:
+        offences.append(f"--slice {args.slice} needs --max-latency-ms: the cheapest slice is that which keeps a bound")
+    if args.price_per_chip_hour and not _positive(args.price_per_chip_hour):
+        offences.append(f"--price-per-chip-hour {args.price_per_chip_hour}: a positive number is needed")
     return offences
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def _save(report: PlanReport, asked: Asked, path: Path) -> None:

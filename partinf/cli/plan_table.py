@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -9,6 +11,7 @@ from partinf.cost.ledger import Entry
 from partinf.planner.advice import batch_advice, preflight
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.slices import Trial, price_per_million_tokens
 
 _BAR = 40
 _PIPE_WIDTH = 140
@@ -33,6 +36,24 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
             console.print(f"  {change}", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
+
+
+def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
+    """Print the slices that were tried, and the price of the chosen one; nothing for one slice without a price."""
+    console = wide_console()
+    if len(trials) > 1:
+        table = Table(box=None, pad_edge=False, header_style="bold", title="Slices, the cheapest first", title_justify="left")
+        table.add_column("slice")
+        for title in ("chips", "ms", "chip-seconds", ""):
+            table.add_column(title, justify="right")
+        for trial in trials:
+            where, late = trial.report.slice, "" if trial.accepted else "late"
+            table.add_row(where.name, str(where.num_chips), f"{1e3 * trial.seconds:.4g}", f"{trial.chip_seconds:.4g}", late)
+        console.print(table)
+        console.print()
+    if per_chip_hour is not None:
+        price = price_per_million_tokens(trials[0].report, per_chip_hour)
+        console.print(f"At {per_chip_hour:g} per chip-hour, a million tokens cost {price:.4g}.", highlight=False)
 
 
 def wide_console() -> Console:

@@ -19,7 +19,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Asked:
-    """A search as asked for on the command line."""
+    """A search as asked for on the command line.
+
+    Attributes:
+        slice: the slice; with `auto`, one chip of the kind of which the slice is to be found.
+    """
 
     model: ModelConfig
     slice: Slice
@@ -27,6 +31,7 @@ class Asked:
     calibration: str
     bandwidth_model: BandwidthModel
     program: Program
+    auto: bool = False
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,13 +101,20 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     assert slice_ is not None
     assert workload is not None
     assert bandwidth_model is not None
-    return Asked(model, slice_, workload, args.calibration, bandwidth_model, PROGRAMS[args.program])
+    auto = _is_auto(args.slice)
+    return Asked(model, slice_, workload, args.calibration, bandwidth_model, PROGRAMS[args.program], auto)
 
 
 def read_slice(text: str, mesh: str | None) -> Slice:
-    """The slice of `--slice` and `--mesh`; `local` asks jax for the devices that are here."""
+    """The slice of `--slice` and `--mesh`; `local` asks jax for the devices that are here, `auto:CHIP` is one chip.
+
+    Raises:
+        InvalidInput: what is no slice.
+    """
     from partinf.hardware import parse_slice
 
+    if _is_auto(text):
+        return _one_chip(text, mesh)
     if text != "local":
         return parse_slice(text, mesh)
     from partinf.cli import devices
@@ -111,6 +123,25 @@ def read_slice(text: str, mesh: str | None) -> Slice:
     from partinf.sharding import local_slice
 
     return local_slice(mesh)
+
+
+def _is_auto(text: str) -> bool:
+    return text.partition(":")[0] == "auto"
+
+
+def _one_chip(text: str, mesh: str | None) -> Slice:
+    from partinf.errors import nearest, raise_offences
+    from partinf.hardware import chips, make_slice
+
+    name = text.partition(":")[2]
+    offences = []
+    if name not in chips():
+        offences.append(f"--slice {text}: expected auto:CHIP{nearest(name, chips())}")
+    if mesh:
+        offences.append(f"--mesh {mesh}: a mesh belongs to one slice, and --slice {text} tries many")
+    raise_offences(offences)
+    chip = chips()[name]
+    return make_slice(chip, (1,) * (chip.torus_dims or 1))
 
 
 def _collect(offences: list[str], make: Callable[[], _T]) -> _T | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.slices import Trial, price_per_million_tokens
 
 # Figures of an entry that are left out where they are zero or empty; a report holds tens of thousands of entries.
 _OPTIONAL = (
@@ -52,6 +54,20 @@ def report_json(report: PlanReport) -> dict[str, Any]:
         "candidates": candidates,
         "refused": [{"reason": refused.reason, "count": refused.count} for refused in report.refused],
     }
+
+
+def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[str, Any]:
+    """`{"slices": [...]}`, the cheapest first, where several were tried; with a price, what a million tokens cost on the chosen one."""
+    found: dict[str, Any] = {}
+    if len(trials) > 1:
+        found["slices"] = [
+            {"slice": t.report.slice.name, "chips": t.report.slice.num_chips, "seconds": t.seconds}
+            | {"meets_bound": t.accepted, "chip_seconds": t.chip_seconds}
+            for t in trials
+        ]
+    if per_chip_hour is not None:
+        found["price_per_million_tokens"] = price_per_million_tokens(trials[0].report, per_chip_hour)
+    return found
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:

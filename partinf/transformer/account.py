@@ -53,17 +53,30 @@ class Collective:
     num_bytes: int
 
 
+@dataclass(frozen=True, order=True)
+class Dot:
+    """One size of dot product in a program: its FLOPs, and the bytes of its two operands and its result."""
+
+    flops: int
+    num_bytes: int
+
+
 @dataclass
 class Account:
     """What one step does on one device.
 
     Attributes:
         collectives: how often each collective runs.
-        dot_flops: two per multiply-add of every dot product.
+        dots: how often each size of dot product runs.
     """
 
     collectives: Counter[Collective] = field(default_factory=Counter)
-    dot_flops: int = 0
+    dots: Counter[Dot] = field(default_factory=Counter)
+
+    @property
+    def dot_flops(self) -> int:
+        """Two per multiply-add of every dot product."""
+        return sum(dot.flops * count for dot, count in self.dots.items())
 
     @property
     def num_collectives(self) -> int:
@@ -101,7 +114,7 @@ def _count(jaxpr: Any, times: int, sizes: Mapping[str, int], account: Account) -
         if name in _KINDS:
             _count_collective(_KINDS[name], equation, times, sizes, account)
         elif name == "dot_general":
-            account.dot_flops += times * _dot_flops(equation)
+            account.dots[_dot(equation)] += times
         elif name == "while":
             raise ValueError("a loop without a static trip count cannot be counted")
         for inner, repeats in _inner(equation):
@@ -120,10 +133,12 @@ def _count_collective(op: str, equation: Any, times: int, sizes: Mapping[str, in
         account.collectives[Collective(op, axes, str(shape.dtype), payload)] += times
 
 
-def _dot_flops(equation: Any) -> int:
+def _dot(equation: Any) -> Dot:
     (contracting, _), _ = equation.params["dimension_numbers"]
-    contracted = math.prod(equation.invars[0].aval.shape[dim] for dim in contracting)
-    return 2 * contracted * math.prod(equation.outvars[0].aval.shape)
+    tensors = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    contracted = math.prod(tensors[0].shape[dim] for dim in contracting)
+    num_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    return Dot(2 * contracted * math.prod(tensors[-1].shape), num_bytes)
 
 
 def _inner(equation: Any) -> Iterator[tuple[Any, int]]:

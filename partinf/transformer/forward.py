@@ -49,6 +49,12 @@ def forward(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, rou
     Returns:
         float32 [D.r + S, V.ef]: decode lanes split over the replica axes r, then all prefill slots; padding of V is -inf.
     """
+    x, kv = hidden(params, kv, batch, decode_tokens, routes)
+    return logits(params, _sampled_rows(x, batch, routes), routes), kv
+
+
+def hidden(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> tuple[jax.Array, Any]:
+    """The last layer's output [T.t, E.w] for all tokens of the step, decode lanes first, and the cache."""
     parts = []
     if routes.bucket.decode_rows:
         parts.append(_embed(params, decode_tokens, jnp.asarray(batch.decode.position), routes.decode, routes))
@@ -56,8 +62,7 @@ def forward(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, rou
         prefill = batch.prefill
         parts.append(_embed(params, jnp.asarray(prefill.token), jnp.asarray(prefill.position), routes.prefill, routes))
     x = jnp.concatenate(parts) if len(parts) > 1 else parts[0]  # [T.t, E.w]
-    x, kv = _layers(params["layers"], x, kv, batch, routes)
-    return _logits(params, _sampled_rows(x, batch, routes), routes), kv
+    return _layers(params["layers"], x, kv, batch, routes)
 
 
 def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group, routes: Routes) -> jax.Array:
@@ -105,13 +110,14 @@ def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
+def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
+    """Logits [R, V.ef] of rows [R, E.ef], float32; padding of V is -inf."""
     axes, model = routes.weight_stored, routes.plan.model
     rows = norm(rows, params, "final_norm", axes, routes)
     table = params.get("unembed", params["embed"])  # [V, E.ef]
-    logits = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
-    logits = move(logits, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
-    return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, logits, -jnp.inf)
+    found = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
+    found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
+    return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, found, -jnp.inf)
 
 
 def vocabulary_ids(routes: Routes) -> jax.Array:

@@ -33,10 +33,16 @@ def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, ra
     tokens = _argmax(logits, ids, axes)
     if random:
         tokens = jnp.where(how.temperature > 0, _sample(logits, ids, how, axes, total), tokens)
+    return tokens, logprobs(logits, ids, tokens, axes)
+
+
+def logprobs(logits: jax.Array, ids: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+    """Log-probability [R] of one token per row; arguments as in `choose`."""
+    total: Combine = lambda x: lax.psum(x, axes) if axes else x  # noqa: E731
     top = _max(jnp.max(logits, axis=-1), axes)
     norm = jnp.log(total(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))) + top
     chosen = total(jnp.sum(jnp.where(ids[None, :] == tokens[:, None], logits, 0.0), axis=-1))
-    return tokens, chosen - norm
+    return chosen - norm
 
 
 def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, total: Combine, top: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -162,7 +161,7 @@ def test_every_command_of_the_table_is_a_module() -> None:
 
 
 @pytest.mark.parametrize("command", [*dispatch.COMMANDS, None])
-def test_help_answers_at_once(run_python: Run, command: str | None) -> None:
+def test_help_imports_nothing_heavy(run_python: Run, command: str | None) -> None:
     arguments = [command, "--help"] if command else ["--help"]
     code = (
         "import sys\n"
@@ -173,14 +172,6 @@ def test_help_answers_at_once(run_python: Run, command: str | None) -> None:
         "    print(*sys.modules, file=sys.stderr)\n"
         "    sys.exit(stop.code)\n"
     )
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = run_python("-c", code)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert not set(done.stderr.split()) & {"numpy", "jax", "rich", "flax"}
-        if seconds[-1] < 0.3:
-            break
-    # The best of five, so that a busy machine does not fail the test.
-    assert min(seconds) < 0.3
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stderr.split()) & {"numpy", "jax", "rich", "flax"}  # what would take its time; experiments/planner_speed measures

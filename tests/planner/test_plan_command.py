@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from partinf.cli import main
+from partinf.hardware import parse_slice
+from partinf.model_config import load_model_config
+from partinf.planner import search
 from partinf.planner.files import plan_from_toml
+from partinf.planner.plot import by_work
+from partinf.workload import Workload
 
 PALM = ["--model", "palm-540b", "--slice", "v4:4x4x4", "--batch", "64", "--weights", "int8"]
 DECODE = [*PALM, "--phase", "decode", "--context", "2048"]
@@ -155,3 +160,25 @@ def test_what_no_layout_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "palm-540b", "--slice", "cpu:5", "--phase", "decode", "--context", "8"]) == 0
     assert main(["explain", *DECODE, "--slice", "v5e:4x4", "--layout", "ws-2d"]) == 2
     assert re.search(r"axis 'z' is no axis of v5e:4x4", capsys.readouterr().err)
+
+
+def test_plot_of_the_ledgers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "ledgers.svg"
+    assert main(["plan", *PALM, "--input", "1984", "--output", "64", "--top", "3", "--plot", str(file)]) == 0
+    drawn = file.read_text()
+    for words in ("activation collectives", "prefill step", "decode step", "wg-xyz"):
+        assert words in drawn, words
+    report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x4"), Workload(8, context_len=1024, phase="decode"))
+    for result in report.best.phases:
+        assert sum(by_work(result.ledger).values()) == pytest.approx(result.step_seconds)
+
+
+def test_what_keeps_a_plot_from_being_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", *DECODE, "--plot", "/nowhere/plot.bmp"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "partinf[plot]" in lines[0]
+    assert ".png, .svg, .pdf" in lines[1]
+    assert "no directory /nowhere" in lines[2]

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 
 from partinf.engine.batch import BatchBuilder
-from partinf.engine.policies.ranked import Eviction, Pages, fill, swap_ahead
+from partinf.engine.policies.ranked import AheadSwapper, Eviction, Pages, fill
 from partinf.engine.request import Sequence, Status
 from partinf.engine.step_price import Estimates
 
@@ -57,6 +57,9 @@ class MultiLevelFeedbackQueue:
     _places: itertools.count[int] = field(default_factory=itertools.count, repr=False)
     _newest: int = field(default=-1, repr=False)
 
+    def __post_init__(self) -> None:
+        self._swap_ahead = AheadSwapper(self.pages)
+
     def quantum(self, level: int) -> float:
         """Service in seconds after which a queue (from 0) demotes."""
         return self.estimates.decode * 2.0**level
@@ -68,7 +71,7 @@ class MultiLevelFeedbackQueue:
         ranked = [entry.sequence for entry in entries]
         fill(batch, ranked, self.max_batch_size, self.pages)
         if self.pages.eviction is Eviction.PROACTIVE:
-            swap_ahead(batch, self._by_next_time(entries, batch), self.pages)
+            self._swap_ahead(batch, self._by_next_time(entries, batch))
 
     def _meet(self, batch: BatchBuilder) -> None:
         """Let those join that have arrived since the last iteration."""

@@ -44,10 +44,11 @@ class Pages:
 
     def evict(self, batch: BatchBuilder, victim: Request) -> None:
         """Take a resident's pages the cheaper way that is allowed; computing again is always possible."""
-        if self.eviction is Eviction.RECOMPUTE or not self._swapping_pays(victim) or not batch.swap_out(victim):
+        if self.eviction is Eviction.RECOMPUTE or not self.swapping_pays(victim) or not batch.swap_out(victim):
             batch.preempt(victim)
 
-    def _swapping_pays(self, victim: Request) -> bool:
+    def swapping_pays(self, victim: Request) -> bool:
+        """Whether two copies take less time than computing a resident's pages again."""
         if self.estimates is None:
             return True
         copies = self.estimates.pages_for(victim.num_scheduled) * (self.estimates.page_out + self.estimates.page_in)
@@ -57,15 +58,20 @@ class Pages:
 def fill(batch: BatchBuilder, ranked: Sequence[Request], max_batch_size: int | None, pages: Pages) -> None:
     """Run the best of `ranked` (best first) that fit into the batch; those below make room for those above.
 
-    When one does not fit although everybody below has made room, those below still run if they need no room themselves.
+    When one does not fit although everybody below has made room, those below still run if they need no room themselves. Where pages are
+    swapped ahead, only residents and those that find free pages run, unless nobody is resident.
     """
     most = max_batch_size or batch.limits.num_slots
     victims = [one for one in ranked if _evictable(one)] if not pages.reserves_at_start else []
-    blocked = False
+    blocked, ahead = False, pages.eviction is Eviction.PROACTIVE
     for place, sequence in enumerate(ranked):
         if batch.num_rows >= most:
             return
         if blocked and sequence.status is not Status.RUNNING:
+            continue
+        if ahead and sequence.status is not Status.RUNNING and batch.num_resident:
+            if sequence.status is Status.WAITING:
+                _bring(batch, sequence, pages)  # what lacks room is swapped ahead of the next iteration
             continue
         if batch.taken(sequence) or _bring(batch, sequence, pages):
             continue
@@ -110,26 +116,52 @@ def _evictable(sequence: Request) -> bool:
     return sequence.status is Status.RUNNING and sequence.num_scheduled >= sequence.prefill_len
 
 
-def swap_ahead(batch: BatchBuilder, by_next_time: Sequence[Request], pages: Pages) -> None:
-    """Proactive swapping (FastServe, section 4.3): keep a reserve of pages free, and fetch what runs next while there is more.
+class AheadSwapper:
+    """Proactive swapping (FastServe, section 4.3): pages move before they are needed, no faster than the link carries them.
 
-    Args:
-        by_next_time: everybody, the one that is expected to run first in front.
+    A reserve of pages is kept free for bursts; whoever is expected to run last leaves for it, and for those in host memory that are
+    expected to run first. A step never waits for a copy, because nobody runs in the iteration that brings its pages.
     """
-    total = batch.limits.pages_per_shard * batch.limits.num_shards
-    reserve = int(pages.reserve * total)
-    for victim in reversed(by_next_time):
-        if batch.free_pages() >= reserve:
-            break
-        if _evictable(victim) and not batch.taken(victim) and not victim.in_flight:
-            pages.evict(batch, victim)
-    for sequence in by_next_time:
-        if sequence.status is Status.RUNNING:
-            continue
-        if sequence.status is not Status.SWAPPED or batch.free_pages() - len(sequence.host_pages) - 1 < reserve:
-            break
-        if not batch.swap_in(sequence):
-            break
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+        self._last = 0.0
+        self._credit = 0.0
+
+    def __call__(self, batch: BatchBuilder, by_next_time: Sequence[Request]) -> None:
+        """Add this iteration's copies to the batch.
+
+        Args:
+            by_next_time: everybody, the one that is expected to run first in front.
+        """
+        self._earn(batch.now)
+        reserve = int(self._pages.reserve * batch.limits.pages_per_shard * batch.limits.num_shards)
+        wanted = reserve
+        coming = [one for one in by_next_time if one.status is Status.SWAPPED and not one.in_flight]
+        resident = [one for one in by_next_time if _evictable(one) and not batch.taken(one) and not one.in_flight]
+        places = {id(one): place for place, one in enumerate(by_next_time)}
+        if coming and resident and places[id(resident[-1])] > places[id(coming[0])]:
+            wanted += len(coming[0].host_pages) + 1
+        while resident and batch.free_pages() < wanted and self._credit > 0:
+            victim = resident.pop()
+            if not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
+                break  # computing again is for those who need room now
+            self._credit -= len(victim.host_pages)
+        for sequence in coming:
+            if batch.free_pages() - len(sequence.host_pages) - 1 < reserve or self._credit <= 0:
+                break
+            self._credit -= len(sequence.host_pages)
+            if not batch.swap_in(sequence):
+                break
+
+    def _earn(self, now: float) -> None:
+        """Pages that the link has carried since the last iteration may be followed by as many."""
+        estimates = self._pages.estimates
+        if estimates is None or not estimates.page_in:
+            self._credit = float("inf")
+            return
+        carried = (now - self._last) / max(estimates.page_in, estimates.page_out)
+        self._credit, self._last = min(self._credit + carried, carried), now
 
 
 def everybody(batch: BatchBuilder) -> Iterable[Request]:
@@ -152,8 +184,11 @@ class Ranked:
     max_batch_size: int | None = None
     pages: Pages = field(default_factory=Pages)
 
+    def __post_init__(self) -> None:
+        self._swap_ahead = AheadSwapper(self.pages)
+
     def schedule(self, batch: BatchBuilder) -> None:
         ranked = sorted(everybody(batch), key=self.key)
         fill(batch, ranked, self.max_batch_size, self.pages)
         if self.pages.eviction is Eviction.PROACTIVE:
-            swap_ahead(batch, ranked, self.pages)
+            self._swap_ahead(batch, ranked)

@@ -1,0 +1,59 @@
+"""Draw results.json: chip-milliseconds per token against latency, the fronts as lines.
+
+python -m experiments.pareto_palm.draw        writes pareto.png beside this file
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+COLOURS = {"palm-8b": "#3b6ea5", "palm-62b": "#e0a030", "palm-540b": "#b5483a"}
+# Pope et al. (2023), tables 2 and 3: model, phase, latency of the step, chips, tokens of the step.
+PUBLISHED = (
+    ("palm-540b", "decode", 1.82 / 64, 64, 64),
+    ("palm-540b", "decode", 6.0 / 64, 64, 512),
+    ("palm-62b", "decode", 0.73 / 64, 16, 32),
+    ("palm-62b", "decode", 5.1 / 64, 8, 512),
+    ("palm-540b", "prefill", 0.29, 64, 2048),
+    ("palm-540b", "prefill", 85.2, 64, 512 * 2048),
+    ("palm-62b", "prefill", 0.16, 16, 2048),
+    ("palm-62b", "prefill", 20.2, 32, 512 * 2048),
+)
+
+
+def main() -> None:
+    results = json.loads((HERE / "results.json").read_text())
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
+    for panel, phase in zip(panels, ("decode", "prefill"), strict=True):
+        for model, colour in COLOURS.items():
+            for weights, style in (("int8", "-"), ("bf16", "--")):
+                mine = [p for p in results["points"] if (p["model"], p["phase"], p["weights"]) == (model, phase, weights)]
+                front = [p for p in mine if p["front"]]
+                panel.scatter([p["latency_s"] for p in mine], [p["chip_ms_per_token"] for p in mine], s=5, color=colour, alpha=0.35)
+                panel.plot(
+                    [p["latency_s"] for p in front], [p["chip_ms_per_token"] for p in front], style, color=colour, label=f"{model} {weights}"
+                )
+        for model, which, seconds, chips, tokens in PUBLISHED:
+            if which == phase:
+                panel.scatter([seconds], [1e3 * chips * seconds / tokens], marker="*", s=110, color=COLOURS[model], edgecolor="black", zorder=3)
+        panel.scatter([], [], marker="*", s=110, color="white", edgecolor="black", label="measured (paper)")
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel("seconds per token" if phase == "decode" else "seconds per prompt batch", fontsize=8)
+        panel.set_ylabel("chip-milliseconds per token", fontsize=8)
+        panel.set_title(f"{phase}, {results['context']} tokens of context", fontsize=10)
+        panel.grid(True, which="both", alpha=0.15)
+    panels[0].legend(fontsize=7, frameon=False)
+    figure.suptitle("Latency against cost on TPU v4 (predicted): lines are the fronts over batches and slices", fontsize=11)
+    figure.savefig(HERE / "pareto.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A second opinion on a candidate: the traced program counted, and priced by a formula that shares nothing with the planner's.
+
+    step = Σ dots max(FLOPs / peak, bytes / HBM bandwidth) + Σ collectives (bytes over links + hops · 1 µs)
+
+Every dot reads its operands and writes its result once. A collective over K chips moves payload · (K-1)/K through each chip, an
+all-reduce twice that; on a torus it uses one link each way of every axis it runs over (one link alone where an axis does not wrap), on a
+switch a chip's port. Half of an all-to-all's bytes cross the middle of each axis. No constant is fitted.
+"""
+
+from __future__ import annotations
+
+import math
+
+from partinf.hardware import Slice
+from partinf.layout import Layout
+from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.planner.report import Candidate, PlanReport
+from partinf.transformer.account import Account, Collective, trace_account
+
+HOP_SECONDS = 1e-6
+PAGE = 16
+
+
+def judged_seconds(report: PlanReport, candidate: Candidate) -> float:
+    """The step of a candidate under this account."""
+    plan, bucket = program_of(report, candidate)
+    return price(trace_account(plan, bucket), report.slice)
+
+
+def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
+    """The plan and bucket that run the report's step: rows, tokens and slots rounded up to what the roles divide."""
+    workload, phase = report.workload, candidate.asked.phase
+    layout = Layout(candidate.layout.storage, phase, phase)
+    plan = Plan(report.model, report.slice, layout, workload.weights, workload.kv, padded_heads=candidate.padded_heads)
+    if workload.phase == "decode":
+        rows = _up(workload.batch, plan.decode_row_multiple())
+        pages = -(-workload.decode_context // PAGE)
+        bucket, cached = Bucket(rows, pages), pages * rows // plan.num_shards
+    else:
+        slots = _up(workload.batch, plan.prefill_slot_multiple())
+        tokens = _up(slots * workload.input_len, plan.prefill_token_multiple())
+        rows = _up(slots, plan.decode_row_multiple())
+        bucket, cached = Bucket(prefill_tokens=tokens, prefill_slots=slots), -(-slots * workload.input_len // PAGE)
+    cache = CacheConfig(PAGE, max(cached, 1), rows)
+    return Plan(report.model, report.slice, layout, workload.weights, workload.kv, cache=cache, padded_heads=candidate.padded_heads), bucket
+
+
+def price(account: Account, slice_: Slice) -> float:
+    """Seconds of a counted step."""
+    chip = slice_.chip
+    dots = sum(n * max(dot.flops / chip.peak_bf16, dot.num_bytes / chip.hbm_bandwidth) for dot, n in account.dots.items())
+    return dots + sum(n * collective_seconds(collective, slice_) for collective, n in account.collectives.items())
+
+
+def collective_seconds(collective: Collective, slice_: Slice) -> float:
+    """One collective: bytes over links, and one hop at a time to the farthest chip."""
+    chip, axes = slice_.chip, [axis for axis in slice_.axes if axis.name in collective.axes]
+    ways = math.prod(axis.size for axis in axes)
+    if chip.torus_dims == 0:
+        passes = 2 if collective.op == "all-reduce" else 1
+        return passes * (collective.num_bytes * (ways - 1) / ways / chip.switch_bandwidth + HOP_SECONDS)
+    links = {axis.name: 2 if axis.wraps else 1 for axis in axes}
+    hops = HOP_SECONDS * sum(axis.size // 2 if axis.wraps else axis.size - 1 for axis in axes)
+    if collective.op == "all-to-all":
+        crossing = max(axis.size / 2 * collective.num_bytes / 2 / links[axis.name] for axis in axes)
+        return crossing / chip.link_bandwidth + hops
+    passes = 2 if collective.op == "all-reduce" else 1
+    return passes * (collective.num_bytes * (ways - 1) / ways / (sum(links.values()) * chip.link_bandwidth) + hops)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,149 @@
+"""Serve requests as they arrive with the real engine on the devices here, and print what `simulate` prints."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partinf.cli.arguments import add_where, named_layout, named_slice
+from partinf.cli.serving import Load, add_load_arguments, need, read_load, show, whole
+
+if TYPE_CHECKING:
+    from partinf.api import Model
+    from partinf.engine.step_price import Estimates
+    from partinf.plans import Plan
+
+_DEFAULT_BATCH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model")
+    add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
+    parser.add_argument("--weights", choices=("f32", "bf16"), help="type of weights and activations (default: f32 on CPU, bf16 elsewhere)")
+    parser.add_argument("--random-weights", action="store_true", help="run a model without weights; the output repeats it")
+    add_load_arguments(parser, requests=64, lengths="uniform:4-24:4-24")
+    parser.add_argument("--lag", default="1", metavar="N", help="steps in flight before the oldest is awaited (default: 1)")
+    parser.epilog = "Example: partinf bench --model demo --scheduler mlfq --arrivals poisson:50 --requests 200"
+
+
+def run(args: argparse.Namespace) -> int:
+    from partinf import api
+    from partinf.cli import devices
+    from partinf.errors import collect
+
+    offences: list[str] = []
+    target = collect(offences, lambda: named_slice(args.slice, args.mesh))
+    devices.prepare(target)
+    load = read_load(args, offences, _DEFAULT_BATCH)
+    lag = whole(args, "lag", offences)
+    layout = collect(offences, lambda: named_layout(args.layout))
+    config = collect(offences, lambda: api.check_loadable(args.model, args.random_weights))
+    if args.trace and not Path(args.trace).absolute().parent.is_dir():
+        offences.append(f"--trace {args.trace}: there is no directory {Path(args.trace).absolute().parent}")
+    load, config = need(offences, load), need(offences, config)
+    longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
+    if config.max_len and longest > config.max_len:
+        need([f"the longest request has {longest} tokens, and model {config.name} has a context of {config.max_len}"], None)
+    plan = _plan(args, load, longest, target, layout)
+    model = _load(args, plan)
+    figures = _bench(args, load, model, lag)
+    show(figures, args.format, _heading(figures))
+    return 0
+
+
+def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layout: Any) -> Plan:
+    from partinf import api
+    from partinf.buckets import Capacity
+    from partinf.workload import DType, Workload
+
+    where = target if target is not None else api.find_slice("local", args.mesh)
+    dtype = DType(args.weights or ("f32" if where.chip.family == "cpu" else "bf16"))
+    prompt = max(arrival.input_len for arrival in load.arrivals)
+    rows = load.options.max_batch_size
+    workload = Workload(batch=rows, input_len=prompt, output_len=max(1, longest - prompt), weights=dtype, kv=dtype)
+    capacity = Capacity(max_rows=rows, max_len=longest, prefill_tokens=max(128, prompt), random=False, max_prompt_len=prompt)
+    return api.plan(args.model, where, workload, layout=layout, capacity=capacity)
+
+
+def _load(args: argparse.Namespace, plan: Plan) -> Model:
+    from partinf import api
+    from partinf.cli.progress import progress_bar
+
+    with progress_bar("compiling", len(plan.buckets)) as advance:
+        return api.load(args.model, plan, random_weights=args.random_weights, on_compiled=lambda *_: advance(1))
+
+
+def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict[str, Any]:
+    from partinf.cli.progress import progress_bar
+    from partinf.engine.engine import Engine
+    from partinf.engine.policies.registry import make_policy
+    from partinf.engine.report import Machine, report
+    from partinf.engine.schedule_trace import ScheduleTrace
+    from partinf.engine.simulation import WallClock, play
+    from partinf.layout import readable_name
+
+    plan = model.plan
+    estimates = measured_estimates(model)
+    trace, clock = ScheduleTrace() if args.trace else None, WallClock()
+    policy = make_policy(load.scheduler, load.options, estimates)
+    on_step = None if trace is None else trace.on_step
+    engine = Engine(model.runner, policy=policy, clock=clock, lag=lag, prefix_caching=args.prefix_caching, on_step=on_step)
+    rng = random.Random(load.arrivals[0].input_len)
+    compiled, started = model.runner.num_compiled, clock()
+    with progress_bar("serving", len(load.arrivals)) as advance:
+        refused = play(
+            engine, load.arrivals, clock, prompt=lambda _, n: rng.choices(range(plan.model.vocab_size), k=n), on_finished=advance
+        )
+    seconds = clock() - started - load.arrivals[0].time
+    if trace is not None:
+        trace.write(Path(args.trace))
+    chip = plan.slice.chip
+    return {
+        "model": plan.model.name,
+        "slice": plan.slice.name,
+        "mesh": plan.slice.mesh,
+        "layout": readable_name(plan.layout, plan.axis_sizes),
+        "weights": plan.weights.value,
+        "random_weights": args.random_weights,
+        "programs": model.runner.num_compiled,
+        "compile_seconds": model.runner.compile_seconds,
+        "compiled_while_serving": model.runner.num_compiled - compiled,
+        "scheduler": load.scheduler,
+        "max_batch": load.options.max_batch_size,
+        "eviction": args.eviction,
+        "lag": lag,
+        "arrivals": args.arrivals if not args.arrivals.startswith("trace:") else f"trace:{Path(args.arrivals[6:]).name}",
+        "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
+        "seed": int(args.seed),
+        "decode_seconds": estimates.decode,
+        **report(engine.metrics, seconds, refused, load.bounds, Machine(plan.model.num_params(), plan.slice.num_chips, chip.peak_bf16)),
+    }
+
+
+def measured_estimates(model: Model, repeats: int = 5) -> Estimates:
+    """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own; a step's bucket pads all
+    prompts alike, so the first iteration takes the same time for each length that a step can hold."""
+    from partinf.engine.engine import Engine
+    from partinf.engine.request import SamplingParams
+    from partinf.engine.step_price import Estimates
+
+    engine, limits = Engine(model.runner), model.runner.limits
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    prompt = [1] * max(1, min(8, limits.max_context - 4))
+    outputs = [engine.generate([prompt], params)[0] for _ in range(repeats + 1)][1:]  # the first has first-call costs
+    prefill = statistics.median(output.ttft or 0.0 for output in outputs)
+    decode = statistics.median(output.time_per_token or prefill for output in outputs)
+    share = limits.max_prefill_tokens_per_shard
+    return Estimates(lambda tokens: prefill * -(-tokens // share), decode, pages_for=limits.pages_for)
+
+
+def _heading(figures: dict[str, Any]) -> list[str]:
+    weights = "random weights" if figures["random_weights"] else "its weights"
+    return [
+        f"[bold]{figures['model']}[/] ({weights}, {figures['weights']}) on {figures['slice']} ({figures['mesh']}): {figures['layout']}",
+        f"{figures['programs']} programs compiled in {figures['compile_seconds']:.1f} s, {figures['compiled_while_serving']} while serving",
+        f"{figures['scheduler']}, at most {figures['max_batch']} per iteration; {figures['arrivals']}, lengths {figures['lengths']}",
+    ]

@@ -1,0 +1,59 @@
+"""Run a saved plan on a TPU slice: the pod scripts of this checkout, driven by a plan and a description.
+
+The work is done by `tpu_scripts/`, which is no part of the package: launching sends a commit of a checkout, so it needs one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partinf.plans import Plan
+
+# What a dry run of a plan alone shows in place of what only a description can say.
+_PLACEHOLDERS = {"project": "your-project", "zone": "your-zone1-a", "time_to_live": "1h"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", required=True, type=Path, metavar="FILE", help="a plan saved by partinf plan --save")
+    parser.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live, …: see tpu_scripts/README.md")
+    parser.add_argument("--manifest", action="store_true", help="print a GKE JobSet instead")
+    parser.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
+    parser.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
+    parser.add_argument("--output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where results go (default: pod-runs)")
+    parser.add_argument("--prices", type=Path, metavar="FILE", help="another price file than tpu_scripts/prices.toml")
+    parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
+    parser.add_argument("--poll-seconds", type=float, default=20.0, metavar="S", help="between two looks at a machine (default: 20)")
+    parser.epilog = "Example: partinf launch --plan plan.toml --description pod.toml --dry-run"
+
+
+def run(args: argparse.Namespace) -> int:
+    from partinf.errors import InvalidInput
+
+    folder = Path(__file__).resolve().parents[2] / "tpu_scripts"
+    if not (folder / "pod.py").is_file():
+        raise InvalidInput("launch: tpu_scripts/ is not here; launching sends a commit, so run it from a checkout of partinf")
+    if args.description is None and not args.dry_run and not args.manifest:
+        raise InvalidInput("--description is missing: a plan does not say which project pays, where and for how long; or pass --dry-run")
+    sys.path.insert(0, str(folder))
+    pod: Any = importlib.import_module("pod")
+    text, plan = pod.read_plan(args.plan)
+    if args.description is not None:
+        content, where, beside = pod.read_text(args.description, "description"), str(args.description), args.description.resolve().parent
+    else:
+        content, where, beside = _placeholder(plan), str(args.plan), folder.parent
+        print(f"partinf: placeholders for {', '.join(_PLACEHOLDERS)}: a --description gives them", file=sys.stderr)
+    description = pod.read_description(content, where, beside, plan)
+    args.prices = args.prices or pod.PRICES
+    return int(pod.perform(pod.options_of(args, "manifest" if args.manifest else "launch"), description, text))
+
+
+def _placeholder(plan: Plan) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", f"run-{plan.model.name}".lower())[:30].strip("-")
+    lines = [f'{key} = "{value}"' for key, value in {"name": name, **_PLACEHOLDERS}.items()]
+    return "\n".join([*lines, "[gke]", 'image = "your-image"', ""])

@@ -1,0 +1,56 @@
+"""Log-probabilities of given texts under a model of your own, by prefill alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from partinf.cli import running
+from partinf.errors import collect
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from partinf.engine.scoring import Scores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
+    texts.add_argument("--texts", metavar="FILE", help="a file with one text per line; - reads standard input")
+    running.add_arguments(parser)
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def run(args: argparse.Namespace) -> int:
+    place = running.Running(args)
+    texts = collect(place.offences, lambda: running.read_lines(args.text, args.texts, "--texts")) or []
+    plan = place.plan(min(max(len(texts), 1), 32), random=False)
+    scores = place.load(plan, compile_steps=False).score(texts)
+    if args.format == "json":
+        fields = ("num_tokens", "padded_tokens", "seconds", "mfu", "chip_ms_per_token")
+        found = [{"text": text, "logprobs": one, "total": sum(one)} for text, one in zip(texts, scores.logprobs, strict=True)]
+        print(json.dumps({"model": args.model, "scores": found} | {name: getattr(scores, name) for name in fields}, indent=2))
+    else:
+        from rich.console import Console
+
+        _show(Console(), texts, scores)
+    return 0
+
+
+def _show(console: Console, texts: list[str], scores: Scores) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tokens", "log-probability", "per token"):
+        table.add_column(heading, justify="right")
+    table.add_column("text")
+    for text, one in zip(texts, scores.logprobs, strict=True):
+        table.add_row(f"{len(one)}", f"{sum(one):.3f}", f"{sum(one) / len(one):.3f}", text, style=None)
+    console.print(table, markup=False)
+    console.print(
+        f"{scores.num_tokens} tokens in {scores.seconds:.3g} s, {scores.padded_tokens - scores.num_tokens} of padding; "
+        f"MFU {scores.mfu:.2%}, {scores.chip_ms_per_token:.3g} chip-ms per token",
+        highlight=False,
+    )

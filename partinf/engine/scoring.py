@@ -1,0 +1,173 @@
+"""Scoring: the log-probabilities of given texts, by prefill alone.
+
+Texts are packed into steps of one shape, cut where they are longer than a shard's share of a step; the pages of a text are its own until
+its last chunk has run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from partinf.engine.jax_runner import place_step, runner_limits
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import PrefillChunk, RowSampling, Step
+from partinf.errors import InvalidInput, raise_offences
+from partinf.plans import Bucket, Plan
+from partinf.transformer.params import Params
+from partinf.transformer.score import compile_score_step
+from partinf.transformer.step import empty_state
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The result of one call.
+
+    Attributes:
+        logprobs: per text, the log-probability of every token after the first, given those before it.
+        num_tokens: tokens that were fed, without padding. padded_tokens: with it. seconds: wall time of the steps.
+        mfu: 2 · parameters · tokens / (chips · peak · seconds). chip_ms_per_token: chips · seconds / tokens, in milliseconds.
+    """
+
+    logprobs: list[list[float]]
+    num_tokens: int
+    padded_tokens: int
+    seconds: float
+    mfu: float
+    chip_ms_per_token: float
+
+
+@dataclass
+class _Text:
+    index: int
+    tokens: Sequence[int]
+    shard: int
+    pages: tuple[int, ...]
+    fed: int = 0
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens to feed: the last one has no successor to score."""
+        return len(self.tokens) - 1
+
+
+class Scorer:
+    """Scores texts under one plan; compiles its step when it is made."""
+
+    def __init__(self, plan: Plan, params: Params, mesh: Mesh) -> None:
+        """
+        Args:
+            plan: with buckets; the largest prefill bucket gives the shape of the step.
+        """
+        bucket = max(plan.buckets, key=lambda b: (b.prefill_tokens, b.prefill_pages))
+        self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)
+        self.plan = replace(plan, buckets=(replace(self.bucket, decode_rows=plan.decode_row_multiple()),))
+        self._limits: RunnerLimits = runner_limits(self.plan)
+        self._params, self._mesh = params, mesh
+        self._unrolled = isinstance(params["layers"], tuple)
+        self._whole = NamedSharding(mesh, P())
+        self._step = compile_score_step(self.plan, mesh, self.bucket, self._unrolled)
+
+    def score(self, texts: Sequence[Sequence[int]]) -> Scores:
+        """Score token sequences of at least two tokens each.
+
+        Raises:
+            InvalidInput: every sequence that is too short, too long, or holds ids outside the vocabulary.
+        """
+        self._check(texts)
+        state = empty_state(self.plan, self._mesh, self._unrolled)
+        waiting = deque(enumerate(texts))
+        free = [list(range(self._limits.pages_per_shard)) for _ in range(self._limits.num_shards)]
+        running: list[_Text] = []
+        done: dict[int, _Text] = {}
+        steps, started = 0, time.perf_counter()
+        while waiting or running:
+            self._admit(waiting, running, free)
+            state = self._run(state, running)
+            steps += 1
+            for text in [text for text in running if text.fed == text.num_fed]:
+                running.remove(text)
+                done[text.index] = text
+                free[text.shard] += [page - text.shard * self._limits.pages_per_shard for page in text.pages]
+        seconds = time.perf_counter() - started
+        return self._scores([done[index].scores for index in range(len(texts))], steps, seconds)
+
+    def _check(self, texts: Sequence[Sequence[int]]) -> None:
+        longest, vocab = min(self._limits.max_context, self._limits.max_prompt_len + 1), self._limits.vocab_size
+        offences = []
+        for number, tokens in enumerate(texts, start=1):
+            if not 2 <= len(tokens) <= longest:
+                offences.append(f"text {number} has {len(tokens)} tokens; from 2 to {longest} can be scored")
+            offences += [f"text {number} holds token {token}; valid: 0..{vocab - 1}" for token in set(tokens) if not 0 <= token < vocab]
+        if not texts:
+            offences.append("no texts; at least one is needed")
+        raise_offences(offences)
+
+    def _admit(self, waiting: deque[tuple[int, Sequence[int]]], running: list[_Text], free: list[list[int]]) -> None:
+        """Give pages to texts in order, each on the shard with most of them free, as long as there is room."""
+        while waiting and len(running) < self.bucket.prefill_slots:
+            index, tokens = waiting[0]
+            count = self._limits.pages_for(len(tokens) - 1)
+            shard = max(range(len(free)), key=lambda one: len(free[one]))
+            if len(free[shard]) < count:
+                if not running:
+                    raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {self._limits.pages_per_shard}")
+                return
+            waiting.popleft()
+            pages = tuple(shard * self._limits.pages_per_shard + free[shard].pop() for _ in range(count))
+            running.append(_Text(index, tokens, shard, pages))
+
+    def _run(self, state: object, running: list[_Text]) -> object:
+        """One step: the next chunk of as many running texts as have room."""
+        limits, shards = self._limits, self._limits.num_prefill_shards
+        used, slots = [0] * shards, [0] * shards
+        chosen: list[tuple[_Text, PrefillChunk]] = []
+        for text in running:
+            target = min(limits.prefill_shards_of(text.shard), key=lambda one: used[one])
+            room = limits.max_prefill_tokens_per_shard - used[target]
+            count = min(text.num_fed - text.fed, room)
+            whole = count == text.num_fed - text.fed
+            if slots[target] == limits.max_prefill_slots_per_shard or count == 0 or not (whole or limits.chunks):
+                continue
+            tokens = tuple(text.tokens[text.fed : text.fed + count])
+            chunk = PrefillChunk(
+                0, text.shard, tokens, text.fed, text.pages[: limits.pages_for(text.fed + count)], True, RowSampling(), target
+            )
+            chosen.append((text, chunk))
+            used[target] += count
+            slots[target] += 1
+        placed = place_step(Step((), tuple(chunk for _, chunk in chosen)), self.bucket, self.plan, limits)
+        targets = np.zeros(self.bucket.prefill_tokens, np.int32)
+        spans = []
+        for (text, chunk), row in zip(chosen, placed.prefill_rows, strict=True):
+            last = int(placed.batch.prefill.last[row])
+            span = slice(last + 1 - len(chunk.tokens), last + 1)
+            targets[span] = text.tokens[chunk.start + 1 : chunk.end + 1]
+            spans.append(span)
+        state, scores = self._step(self._params, state, *jax.device_put((placed.batch, targets), self._whole))
+        found = np.asarray(scores)
+        for (text, chunk), span in zip(chosen, spans, strict=True):
+            text.scores += found[span].tolist()
+            text.fed = chunk.end
+        return state
+
+    def _scores(self, logprobs: list[list[float]], steps: int, seconds: float) -> Scores:
+        num_tokens = sum(map(len, logprobs))
+        chips, chip = self.plan.slice.num_chips, self.plan.slice.chip
+        flops = 2 * self.plan.model.num_params() * num_tokens
+        return Scores(
+            logprobs,
+            num_tokens,
+            steps * self.bucket.prefill_tokens,
+            seconds,
+            flops / (chips * chip.peak_bf16 * seconds),
+            1e3 * chips * seconds / num_tokens,
+        )

@@ -1,0 +1,94 @@
+"""The ledgers of a search's best candidates as stacked bars: where the time of each layout goes.
+
+matplotlib is an extra (`plot`) and is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partinf.cost.ledger import Kind, Ledger
+from partinf.layout import AttentionRole
+from partinf.planner.report import Candidate, PhaseResult, PlanReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUFFIXES = (".png", ".svg", ".pdf")
+COLOURS = {
+    "matmuls": "#3b6ea5",
+    "attention core": "#e0a030",
+    "activation collectives": "#b5483a",
+    "weight gathers": "#7a4f9a",
+    "other memory traffic": "#9a9a9a",
+}
+_BAR_INCHES = 0.42
+
+
+def plot_offences(path: Path) -> list[str]:
+    """What keeps a picture from being written there: no matplotlib, an unknown kind of file, no directory."""
+    offences = []
+    if importlib.util.find_spec("matplotlib") is None:
+        offences.append("--plot needs matplotlib, which is not installed: pip install 'partinf[plot]'")
+    if path.suffix not in SUFFIXES:
+        offences.append(f"--plot {path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        offences.append(f"--plot {path}: there is no directory {path.absolute().parent}")
+    return offences
+
+
+def by_work(ledger: Ledger) -> dict[str, float]:
+    """Exposed seconds by kind of work; the kinds are the keys of `COLOURS` and sum to the step."""
+    sums = dict.fromkeys(COLOURS, 0.0)
+    names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention core", Kind.MEMORY: "other memory traffic"}
+    for entry in ledger.entries:
+        moved = "weight gathers" if entry.name.startswith(("weights ", "scales of ")) else "activation collectives"
+        sums[names.get(entry.kind, moved)] += entry.exposed_seconds
+    return sums
+
+
+def draw(report: PlanReport, path: Path, top: int) -> None:
+    """Write a picture of the `top` candidates, one panel per phase, the best on top."""
+    from matplotlib.figure import Figure
+
+    candidates = report.candidates[:top]
+    labels = [result.name for result in report.best.phases]
+    figure = Figure(figsize=(1.2 + 5.6 * len(labels), 1.6 + _BAR_INCHES * len(candidates)), layout="constrained")
+    panels = figure.subplots(1, len(labels), squeeze=False)[0]
+    for panel, label in zip(panels, labels, strict=True):
+        _panel(panel, candidates, label)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    workload = report.workload
+    figure.suptitle(f"{report.model.name} on {report.slice.name}, batch {workload.batch}, weights {workload.weights}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(panel: Axes, candidates: Sequence[Candidate], label: str) -> None:
+    steps = [result for candidate in candidates if (result := candidate.phase(label)) is not None]
+    parts = [by_work(step.ledger) for step in steps]
+    unit, scale = ("s", 1.0) if max(step.step_seconds for step in steps) >= 1 else ("ms", 1e3)
+    left = [0.0] * len(steps)
+    for name, colour in COLOURS.items():
+        widths = [scale * part[name] for part in parts]
+        panel.barh(range(len(steps)), widths, left=left, color=colour, label=name, height=0.7)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for row, (candidate, end) in enumerate(zip(candidates, left, strict=True)):
+        note = "" if candidate.fits else ", does not fit"
+        panel.text(end, row, f" {end:.4g}{note}", va="center", fontsize=8)
+    names = [f"{c.name.split(', ')[0]}\n{_roles(step)}" for c, step in zip(candidates, steps, strict=True)]
+    panel.set_yticks(range(len(steps)), names, fontsize=7)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.25 * max(left))
+    panel.set_xlabel(f"{unit} per {label} step (predicted)", fontsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _roles(step: PhaseResult) -> str:
+    """`ws-2d, batch xy, heads z`."""
+    split = {role: "".join(step.phase.attention_axes(role)) for role in AttentionRole if role is not AttentionRole.NONE}
+    return ", ".join([step.ffn, *(f"{role} {axes}" for role, axes in split.items() if axes)])

@@ -1,0 +1,156 @@
+"""What a proof says, as types; and as the JSON that `partinf prove` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, the compiler's own figures; of a program that it refused only `needed` is known.
+
+    Attributes:
+        arguments: weights, cache and the batch. aliased: the part of the output that reuses them (the cache).
+        needed: arguments, temporaries, code, and output that aliases nothing; `fits` compares it with `usable`.
+    """
+
+    arguments: int
+    temporaries: int
+    output: int
+    aliased: int
+    code: int
+    needed: int
+    usable: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal collectives of the compiled program.
+
+    Attributes:
+        op: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute. axes: mesh axes, in mesh order.
+        bytes: payload of one: the output of an all-gather, the input of the others. count: how many run in a step.
+        seconds: of one, by the analytic model of the network. overlapped_fraction: the part of it that runs beside compute.
+        source_op: the line of ours that it comes from. asked: what our program asked for there, if not this op.
+        merged: how many of ours the compiler made one op of.
+    """
+
+    op: str
+    axes: tuple[str, ...]
+    dtype: str
+    bytes: int
+    count: int
+    seconds: float
+    overlapped_fraction: float
+    source_op: str
+    asked: str
+    merged: int = 1
+
+    @property
+    def exposed_seconds(self) -> float:
+        """What all of them add to the step."""
+        return self.seconds * self.count * (1 - self.overlapped_fraction)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which the compiled program is not the planned one.
+
+    Attributes:
+        kind: reduce-scatter turned all-reduce, merged collectives, padding, extra copy, other collective, or not found.
+        what: one sentence. count: occurrences per step. seconds: what it adds to the step, negative for a gain.
+        source_op: the line of ours that it comes from, if known.
+    """
+
+    kind: str
+    what: str
+    count: int
+    seconds: float
+    source_op: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time of one step.
+
+    Attributes:
+        compute: per block the longer of its cycles and its bytes, summed. collectives: exposed time. overlapped: hidden time.
+        floor: weights and cache read once at the full bandwidth of HBM; no step is shorter.
+        error: relative error to expect. note: what the estimate leaves out or borrows.
+    """
+
+    compute: float
+    collectives: float
+    overlapped: float
+    floor: float
+    error: float
+    note: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return max(self.floor, self.compute + self.collectives)
+
+
+@dataclass(frozen=True)
+class StepProof:
+    """One bucket compiled.
+
+    Attributes:
+        refusal: the compiler's message when it does not fit. advice: the smallest change that would make it fit.
+        estimate: None when it does not fit. planned_seconds: what the plan's own account says for the same bucket.
+    """
+
+    bucket: str
+    fits: bool
+    memory: Memory
+    compile_seconds: float
+    collectives: tuple[Collective, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    estimate: Estimate | None = None
+    planned_seconds: float = 0.0
+    refusal: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A plan, compiled for its slice by the compiler that its chips will run.
+
+    Attributes:
+        steps: one per bucket.
+    """
+
+    model: str
+    slice: str
+    compiler: str
+    steps: tuple[StepProof, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether every bucket fits."""
+        return all(step.fits for step in self.steps)
+
+
+def proof_json(proof: Proof) -> dict[str, Any]:
+    """The JSON of a proof: the figures of the first bucket at the top level, and every bucket under `steps`."""
+    steps = [_step_json(step) for step in proof.steps]
+    head = {"model": proof.model, "slice": proof.slice, "compiler": proof.compiler}
+    return {**head, **(steps[0] if steps else {}), "fits": proof.fits, "steps": steps}
+
+
+def _step_json(step: StepProof) -> dict[str, Any]:
+    estimate = step.estimate
+    return {
+        "bucket": step.bucket,
+        "fits": step.fits,
+        "memory": asdict(step.memory),
+        "collectives": [asdict(collective) for collective in step.collectives],
+        "step_seconds_estimate": None if estimate is None else estimate.seconds,
+        "estimate": None if estimate is None else asdict(estimate),
+        "planned_seconds": step.planned_seconds,
+        "compile_seconds": step.compile_seconds,
+        "differences": [asdict(difference) for difference in step.differences],
+        "refusal": step.refusal,
+        "advice": step.advice,
+    }

@@ -1,0 +1,69 @@
+"""The devices of a slice that is not here, as the TPU compiler describes them, in mesh order.
+
+Every device is put where its coordinates say: axis x of the mesh is axis x of the torus, a factor of it is a digit of that coordinate.
+So a collective over a mesh axis runs over the links that the cost model prices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from partinf.errors import InvalidInput
+from partinf.hardware import TORUS_NAMES, Link, Slice
+
+_MEGACORE = ("v4",)  # two cores that are programmed as one device
+_LONGEST_UNLINKED = 4  # v4 and v5p: sides from here on are wired as rings
+
+
+def offence(slice_: Slice) -> str | None:
+    """Why this slice cannot be proven here, or None."""
+    if slice_.chip.family == "tpu":
+        return None
+    return f"slice {slice_.name}: a proof compiles for TPU slices; on {slice_.chip.family} devices run the plan itself"
+
+
+def describe(slice_: Slice) -> tuple[str, dict[str, Any]]:
+    """Name and options for `jax.experimental.topologies.get_topology_desc`."""
+    three = slice_.chip.torus_dims == 3
+    options: dict[str, Any] = {}
+    if slice_.chip.name in _MEGACORE:
+        options["chip_config_name"] = "megacore"
+    if three and min(slice_.shape) >= _LONGEST_UNLINKED:
+        options["wrap"] = (True, True, True)
+    if math.prod(slice_.shape) < 4:
+        options["chips_per_host_bounds"] = (*slice_.shape, 1, 1)[:3]
+    if slice_.num_slices > 1:
+        options["num_slices"] = slice_.num_slices
+    return slice_.chip.name + ":" + "x".join(map(str, slice_.shape)), options
+
+
+def devices_in_mesh_order(slice_: Slice) -> list[Any]:
+    """The devices of the slice, row-major over its mesh axes.
+
+    Raises:
+        InvalidInput: a slice for which the compiler knows no topology.
+    """
+    from jax.experimental import topologies
+
+    name, options = describe(slice_)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:
+        raise InvalidInput(f"slice {slice_.name}: the TPU compiler has no such topology: {str(error).splitlines()[0]}") from error
+    if len(devices) != slice_.num_devices:
+        raise InvalidInput(f"slice {slice_.name}: {slice_.num_devices} devices expected, the TPU compiler describes {len(devices)}")
+    return sorted(devices, key=lambda device: _digits(slice_, device))
+
+
+def _digits(slice_: Slice, device: Any) -> tuple[int, ...]:
+    """The place of a device on each mesh axis."""
+    found = []
+    for axis in slice_.axes:
+        if axis.link is Link.TORUS:
+            found.append(device.coords[TORUS_NAMES.index(axis.torus)] // axis.stride % axis.size)
+        elif axis.link is Link.CORE:
+            found.append(device.core_on_chip)
+        else:
+            found.append(device.slice_index)
+    return tuple(found)

@@ -1,0 +1,103 @@
+"""HBM traffic of a scheduled instruction: what it reads and writes, where slices of stacked arrays count as what they touch.
+
+A fusion that slices one layer out of stacked weights reads that layer alone, one that updates a page of the cache in place writes that
+page alone. Arrays in on-chip memory count nothing.
+"""
+
+from __future__ import annotations
+
+from partinf.proof.hlo import Computation, Instruction, Module
+
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "opt-barrier"}
+_FREE |= {"partition-id", "replica-id", "iota", "copy-done", "async-done", "reshape"}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_VIEWS = {"bitcast", "reshape", "transpose", "copy"}
+_DEEPEST = 6  # views and fusions within fusions that are followed
+
+
+def collective_op(instruction: Instruction) -> str | None:
+    """The kind of a collective, of the instruction that starts it where it is split in two; None for others."""
+    op = instruction.opcode.removesuffix("-start")
+    return op if op in COLLECTIVES else None
+
+
+def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one execution moves between HBM and the chip; collectives are priced elsewhere."""
+    if instruction.opcode in _FREE or collective_op(instruction) or instruction.opcode.endswith("-done"):
+        return 0
+    operands = [computation.by_name.get(name) for name in instruction.operands]
+    sizes = [sum(shape.hbm_bytes for shape in operand.shapes) if operand else 0 for operand in operands]
+    written = sum(shape.hbm_bytes for shape in instruction.shapes)
+    called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
+    if called is not None:
+        return _fusion_bytes(module, called, sizes, written)
+    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * (sizes[1] if len(sizes) > 1 else 0)
+    if instruction.opcode == "copy-start":
+        return sizes[0] if sizes else 0
+    return sum(sizes) + written
+
+
+def _fusion_bytes(module: Module, called: Computation, sizes: list[int], written: int) -> int:
+    total = 0
+    for index, name in _parameters(called).items():
+        size = sizes[index] if index < len(sizes) else 0
+        touched, updated = _touched(module, called, name)
+        total += size if touched is None else min(size, touched)
+        if updated and size:
+            written = max(0, written - size) + updated
+    return total + written
+
+
+def _parameters(called: Computation) -> dict[int, str]:
+    """Parameter number → name."""
+    found = [i for i in called.instructions if i.opcode == "parameter"]
+    return {int(i.rest.removeprefix("parameter(").partition(")")[0]): i.name for i in found}
+
+
+def _touched(module: Module, called: Computation, name: str, depth: int = 0) -> tuple[int | None, int]:
+    """Bytes of a parameter that a fusion reads, None for all of it; and, where it is updated in place, the bytes written to it."""
+    read, updated = 0, 0
+    for user in called.instructions:
+        if name not in user.operands:
+            continue
+        inner: tuple[int | None, int] = None, 0
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            inner = sum(shape.num_bytes for shape in user.shapes), 0
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            update = called.by_name.get(user.operands[1])
+            inner = 0, sum(shape.num_bytes for shape in update.shapes) if update else 0
+        elif depth < _DEEPEST and not user.root and _is_view(module, user):
+            inner = _touched(module, called, user.name, depth + 1)
+        elif user.opcode == "fusion" and depth < _DEEPEST:
+            inner = _touched_inside(module, user, name, depth + 1)
+        if inner[0] is None:
+            return None, 0
+        read, updated = read + inner[0], updated + inner[1]
+    return read, updated
+
+
+def _is_view(module: Module, user: Instruction) -> bool:
+    """Whether an instruction within a fusion only renames what it is given: nothing is read before something slices it."""
+    if user.opcode in _VIEWS:
+        return True
+    called = module.computations.get(user.called("calls") or "") if user.opcode == "fusion" else None
+    return called is not None and all(i.opcode == "parameter" or i.opcode in _VIEWS for i in called.instructions)
+
+
+def _touched_inside(module: Module, fusion: Instruction, name: str, depth: int) -> tuple[int | None, int]:
+    """The same for an operand of a fusion within a fusion."""
+    called = module.computations.get(fusion.called("calls") or "")
+    if called is None:
+        return None, 0
+    parameters = _parameters(called)
+    read, updated = 0, 0
+    for index, operand in enumerate(fusion.operands):
+        if operand == name:
+            inner, more = _touched(module, called, parameters[index], depth)
+            if inner is None:
+                return None, 0
+            read, updated = read + inner, updated + more
+    return read, updated

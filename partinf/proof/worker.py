@@ -1,0 +1,74 @@
+"""The compiling process: reads a job, compiles it with the TPU compiler, writes what came out, and ends.
+
+It has a process of its own because libtpu wants its environment before jax is imported, may be loaded once per process, and may crash.
+Run as `python -m partinf.proof.worker DIRECTORY`; the job lies in DIRECTORY/job, results go there.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partinf.plans import Bucket, Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation.
+
+    Attributes:
+        memory_bytes: how much data the process may hold.
+    """
+
+    plan: Plan
+    bucket: Bucket
+    memory_bytes: int
+
+
+def main(directory: Path) -> None:
+    """Compile the job of a directory; whatever the compiler refuses is a result, not a failure."""
+    job: Job = pickle.loads((directory / "job").read_bytes())
+    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, job.memory_bytes))
+    try:
+        result = _compile(job, directory)
+    except Exception as error:
+        result = {"refused": type(error).__name__, "message": str(error)}
+    (directory / "result.json").write_text(json.dumps(result))
+
+
+def _compile(job: Job, directory: Path) -> dict[str, Any]:
+    import jax
+
+    from partinf.proof.topology import devices_in_mesh_order
+    from partinf.sharding import mesh_in_order
+    from partinf.transformer.step import compile_step
+
+    mesh = mesh_in_order(job.plan, devices_in_mesh_order(job.plan.slice))
+    compiler = f"libtpu {_libtpu_version()}, jax {jax.__version__}"
+    start = time.monotonic()
+    compiled: Any = compile_step(job.plan, mesh, job.bucket, unrolled=False)
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    (directory / "program").write_text(compiled.as_text())
+    kinds = ("argument", "output", "alias", "temp", "generated_code")
+    return {
+        "compiler": compiler,
+        "compile_seconds": seconds,
+        "memory": {kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds},
+    }
+
+
+def _libtpu_version() -> str:
+    from importlib.metadata import version
+
+    return version("libtpu")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,57 @@
+"""Scores of given text equal the reference's log-probabilities, whole and in chunks, on any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.buckets import Capacity, with_capacity
+from partinf.checkpoint.hf import load_hf
+from partinf.engine.scoring import Scorer
+from partinf.errors import InvalidInput
+from partinf.hardware import parse_slice
+from partinf.layout import Layout, make_layout
+from partinf.model_config import load_model_config
+from partinf.plans import Plan
+from partinf.sharding import device_mesh
+from partinf.transformer.params import abstract_params
+from partinf.workload import DType
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "llama_gqa"
+LAYOUTS = {
+    "heads": make_layout({"x": "embed", "y": "ffn", "z": "replica"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads")),
+    "batch": make_layout({"x": "ffn", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"}, prefill_gather=["x", "y"]),
+}
+
+
+def make_scorer(layout: Layout, **capacity: int) -> Scorer:
+    plan = Plan(load_model_config(FIXTURE), parse_slice("cpu:2x2x2"), layout, weights=DType.F32, kv=DType.F32, prefill_from_tokens=1)
+    plan = with_capacity(plan, Capacity(**{"max_rows": 8, "max_len": 48, "page_size": 4} | capacity))
+    mesh = device_mesh(plan)
+    return Scorer(plan, load_hf(FIXTURE, plan.model, abstract_params(plan, mesh, unrolled=False)), mesh)
+
+
+@pytest.mark.parametrize(("name", "prefill_tokens"), [("heads", 16), ("heads", 128), ("batch", 32)])
+def test_scores_are_the_references(name: str, prefill_tokens: int) -> None:
+    expected = np.load(FIXTURE / "expected.npz")
+    tokens, logits = expected["tokens"], expected["logits"]
+    want = np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
+    texts = [tokens[row % 2, : 5 + 7 * row].tolist() for row in range(6)]
+    scores = make_scorer(LAYOUTS[name], prefill_tokens=prefill_tokens).score(texts)
+    for row, (text, got) in enumerate(zip(texts, scores.logprobs, strict=True)):
+        places = np.arange(len(text) - 1)
+        np.testing.assert_allclose(got, want[row % 2, places, text[1:]], atol=1e-4)
+    assert scores.num_tokens == sum(len(text) - 1 for text in texts)
+    assert scores.padded_tokens >= scores.num_tokens
+    assert scores.mfu > 0
+
+
+def test_bad_texts_are_all_named() -> None:
+    scorer = make_scorer(LAYOUTS["heads"], prefill_tokens=16)
+    with pytest.raises(InvalidInput) as error:
+        scorer.score([[1], [1, 96], list(range(60))])
+    assert [offence.split(" has ")[0].split(" holds ")[0] for offence in error.value.offences] == ["text 1", "text 2", "text 3"]

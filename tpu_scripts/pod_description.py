@@ -1,0 +1,168 @@
+"""The one description that drives creating, running and deleting a pod: read from TOML, checked whole before any command runs."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pod_types import TpuType, parse_type, type_of_slice
+
+from partinf.errors import InvalidInput, collect, nearest, raise_offences
+from partinf.plans import Plan
+
+# TPU images carry a Python that may be older than partinf needs, hence uv; libtpu comes with the extra.
+SETUP = (
+    "python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && "
+    "python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
+)
+REQUIRED = ("name", "project", "zone", "type", "time_to_live", "command")
+WHY = {
+    "project": "nothing runs without the Google Cloud project that pays for it",
+    "zone": "nothing runs without a zone, for example us-west4-a",
+    "time_to_live": "nothing is created that may live for ever; for example '2h'",
+    "command": 'what every worker runs, as a list: ["python", "-m", "partinf", …]',
+}
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Gke:
+    """What a JobSet needs beside the description: a container image that holds partinf, and the cluster it goes to."""
+
+    image: str = ""
+    context: str = ""
+    namespace: str = "default"
+
+
+@dataclass(frozen=True)
+class Description:
+    """One pod run.
+
+    Attributes:
+        tpu: the slice; in the file `type`, and `topology` where the type has several.
+        runtime: the software version of the TPU VM; by default the one of the generation.
+        time_to_live: seconds after which nothing of this run may exist, all attempts together.
+        wait: seconds to wait for capacity per attempt.
+        retries: further attempts after capacity was lost.
+        command: the argument list that every worker runs in the synced checkout.
+        setup: the argument list that prepares the synced checkout, once per worker and commit.
+        repository: the git checkout whose `commit` is sent.
+        confirm_above_chips: a larger slice needs a confirmation.
+    """
+
+    name: str
+    project: str
+    zone: str
+    tpu: TpuType
+    time_to_live: int
+    command: tuple[str, ...]
+    runtime: str
+    repository: Path
+    spot: bool = False
+    wait: int = 1800
+    retries: int = 2
+    setup: tuple[str, ...] = ("bash", "-c", SETUP)
+    commit: str = "HEAD"
+    confirm_above_chips: int = 16
+    gke: Gke = field(default_factory=Gke)
+
+
+_KEYS = ({key.name for key in fields(Description)} - {"tpu"}) | {"type", "topology"}
+
+
+def read_description(text: str, where: str, folder: Path, plan: Plan | None = None) -> Description:
+    """Read a description; with a plan, `type` and `command` may be left out and `type` must be the plan's slice.
+
+    Raises:
+        InvalidInput: everything that is wrong with it, each with what would be valid.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{where}: not TOML: {error}") from None
+    offences = [f"unknown key '{key}'{nearest(key, _KEYS)}" for key in table if key not in _KEYS]
+    table = {key: value for key, value in table.items() if key in _KEYS}
+    if plan is not None:
+        _fill_from_plan(table, plan, offences)
+    offences += [f"'{key}' is missing{': ' + WHY[key] if key in WHY else ''}" for key in REQUIRED if table.get(key) in (None, "", [])]
+    offences += _name_offences(table)
+    numbers: dict[str, Any] = {
+        key: collect(offences, lambda key=key: _seconds(key, table[key])) for key in ("time_to_live", "wait") if table.get(key)
+    }
+    tpu = None
+    if isinstance(table.get("type"), str) and table["type"]:
+        tpu = collect(offences, lambda: parse_type(table["type"], table.get("topology")))
+    if tpu is not None and plan is not None and tpu.slice.name != plan.slice.name and sorted(tpu.slice.shape) != sorted(plan.slice.shape):
+        offences.append(f"type '{tpu.name}' is {tpu.slice.name}, but the plan is for {plan.slice.name}")
+    gke = collect(offences, lambda: _gke(table.get("gke", {})))
+    lists: dict[str, Any] = {key: tuple(table[key]) for key in ("command", "setup") if _is_argument_list(table, key, offences)}
+    offences += _scalar_offences(table)
+    raise_offences(f"{where}: {offence}" for offence in offences)
+    assert tpu is not None
+    assert gke is not None
+    rest: dict[str, Any] = {
+        key: table[key] for key in ("name", "project", "zone", "spot", "retries", "commit", "confirm_above_chips") if key in table
+    }
+    runtime = table.get("runtime", tpu.generation.runtime)
+    repository = (folder / table.get("repository", ".")).resolve()
+    return Description(tpu=tpu, runtime=runtime, repository=repository, gke=gke, **rest, **numbers, **lists)
+
+
+def _fill_from_plan(table: dict[str, Any], plan: Plan, offences: list[str]) -> None:
+    if "type" not in table:
+        tpu = collect(offences, lambda: type_of_slice(plan.slice))
+        table["type"] = tpu.name if tpu else None
+        if tpu and not tpu.default_topology:
+            table["topology"] = tpu.topology
+    if "command" not in table:
+        arguments = ["--model", plan.model.name, "--slice", plan.slice.name, "--mesh", plan.slice.mesh, "--layout", "partinf-plan.toml"]
+        kinds = ["--weights", plan.weights.value, "--kv", plan.kv.value]
+        table["command"] = ["python", "-m", "partinf", "simulate", *arguments, *kinds, "--format", "json"]
+
+
+def _name_offences(table: dict[str, Any]) -> list[str]:
+    patterns = {
+        "name": (r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?", "lower-case letters, digits and '-', at most 30, for example my-run"),
+        "project": (r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", "a project id such as my-project"),
+        "zone": (r"[a-z]+-[a-z]+\d+-[a-z]", "a zone such as us-west4-a"),
+    }
+    wrong = [key for key, (pattern, _) in patterns.items() if table.get(key) and not re.fullmatch(pattern, str(table[key]))]
+    return [f"{key} '{table[key]}': expected {patterns[key][1]}" for key in wrong]
+
+
+def _scalar_offences(table: dict[str, Any]) -> list[str]:
+    kinds = {"spot": bool, "retries": int, "confirm_above_chips": int, "commit": str, "repository": str, "runtime": str, "type": str}
+    kinds |= {"topology": str, "name": str, "project": str, "zone": str}
+    wrong = [key for key, kind in kinds.items() if table.get(key) is not None and type(table[key]) is not kind]
+    offences = [f"{key} = {table[key]!r}: expected {kinds[key].__name__}" for key in wrong]
+    if "retries" not in wrong and not 0 <= table.get("retries", 0) <= 20:
+        offences.append(f"retries = {table['retries']}: expected 0 to 20")
+    return offences
+
+
+def _is_argument_list(table: dict[str, Any], key: str, offences: list[str]) -> bool:
+    if not table.get(key):
+        return False
+    good = isinstance(table[key], list) and all(isinstance(word, str) for word in table[key])
+    if not good:
+        offences.append(f"{key} = {table[key]!r}: expected a list of words, one per argument; a shell line is ['bash', '-c', '…']")
+    return good
+
+
+def _seconds(key: str, value: Any) -> int:
+    match = re.fullmatch(r"(\d+)([smhd])", str(value))
+    if match is None or int(match[1]) == 0:
+        raise InvalidInput(f"{key} = {value!r}: expected a number and a unit, such as '90m', '2h' or '1d'")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _gke(table: Any) -> Gke:
+    known = {key.name for key in fields(Gke)}
+    if not isinstance(table, dict):
+        raise InvalidInput(f"gke = {table!r}: expected a table with {', '.join(sorted(known))}")
+    raise_offences(f"unknown key 'gke.{key}'{nearest(key, known)}" for key in table if key not in known)
+    raise_offences(f"gke.{key} = {value!r}: expected text" for key, value in table.items() if not isinstance(value, str))
+    return Gke(**table)

@@ -1,0 +1,122 @@
+"""The same description as a GKE JobSet: the manifest, and a run that deletes it whatever happens.
+
+The manifest is JSON, which kubectl takes as it takes YAML and in which no name needs quoting rules. Kubernetes restarts after a lost node
+(`maxRestarts`) and ends what outlives its time (`activeDeadlineSeconds`), so nothing has to watch it from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pod_commands import Command, Runner, Signals
+from pod_description import Description
+
+from partinf.errors import raise_offences
+
+_POLLS_WITHOUT_ANSWER = 10
+
+
+def manifest(description: Description, run_id: str) -> dict[str, Any]:
+    """A JobSet of one slice: one pod per host.
+
+    Raises:
+        InvalidInput: no image is given.
+    """
+    raise_offences(["'gke.image' is missing: a container image that holds partinf"] if not description.gke.image else [])
+    tpu = description.tpu
+    select = {
+        "cloud.google.com/gke-tpu-accelerator": tpu.generation.gke_accelerator,
+        "cloud.google.com/gke-tpu-topology": tpu.topology,
+    }
+    if description.spot:
+        select["cloud.google.com/gke-spot"] = "true"
+    container = {
+        "name": "worker",
+        "image": description.gke.image,
+        "command": list(description.command),
+        "env": [{"name": "PARTINF_RUN_ID", "value": run_id}],
+        # The first is how the hosts of a slice find each other, the second the coordinator of jax.distributed.
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        "resources": {"requests": {"google.com/tpu": tpu.chips_per_host}, "limits": {"google.com/tpu": tpu.chips_per_host}},
+    }
+    pod = {"restartPolicy": "Never", "nodeSelector": select, "containers": [container]}
+    job = {
+        "parallelism": tpu.num_hosts,
+        "completions": tpu.num_hosts,
+        "backoffLimit": 0,
+        "activeDeadlineSeconds": description.time_to_live,
+        "template": {"spec": pod},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": f"{description.name}-{run_id}",
+            "namespace": description.gke.namespace,
+            "labels": {"partinf-run": run_id},
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": description.retries},
+            "ttlSecondsAfterFinished": description.time_to_live,
+            "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def run_jobset(
+    description: Description,
+    run_id: str,
+    runner: Runner,
+    signals: Signals,
+    output: Path,
+    poll_seconds: float = 20.0,
+    now: Callable[[], float] = time.time,
+) -> int:
+    """Apply the manifest, wait for its end, keep the logs, delete it; 0 when it completed.
+
+    Raises:
+        InvalidInput: no image or no cluster is given.
+    """
+    raise_offences(["'gke.context' is missing: the kubectl context of the cluster"] if not description.gke.context else [])
+    content = json.dumps(manifest(description, run_id), indent=2) + "\n"
+    file = output / "jobset.json"
+    if not runner.dry:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    kube = ("kubectl", f"--context={description.gke.context}", f"--namespace={description.gke.namespace}")
+    name = f"{description.name}-{run_id}"
+    try:
+        done = runner.run(Command((*kube, "apply", f"--filename={file}"), shielded=True, timeout=300))
+        state = "" if not done.code else f"apply: {done.err.strip()}"
+        deadline, silent = now() + description.time_to_live, 0
+        while not state:
+            asked = runner.run(Command((*kube, "get", "jobset", name, "--output=jsonpath={.status.terminalState}"), "Completed"))
+            state, silent = asked.out.strip(), silent + 1 if asked.code else 0
+            if not state and (silent >= _POLLS_WITHOUT_ANSWER or now() >= deadline):
+                state = "no answer from the cluster" if silent else "the time to live is over"
+            if not state:
+                signals.sleep(poll_seconds)
+        logs = runner.run(Command((*kube, "logs", f"--selector=jobset.sigs.k8s.io/jobset-name={name}", "--prefix", "--tail=-1")))
+        if not runner.dry:
+            (output / "logs.txt").write_text(logs.out)
+    finally:
+        gone = _delete(runner, (*kube, "delete", "jobset", name, "--ignore-not-found", "--wait"), poll_seconds)
+    if state != "Completed":
+        print(f"pod: {state}", file=sys.stderr)
+    return 0 if state == "Completed" and gone else 1
+
+
+def _delete(runner: Runner, words: tuple[str, ...], poll_seconds: float) -> bool:
+    command = Command(words, shielded=True, timeout=900)
+    for _ in range(5):
+        if not runner.run(command).code:
+            return True
+        time.sleep(poll_seconds)
+    print(f"pod: THE JOBSET MAY STILL EXIST AND COST MONEY. Delete it yourself: {command}", file=sys.stderr)
+    return False
