@@ -21,6 +21,7 @@ _WHERE = {
     "Objective": "workload",
     "Phase": "layout",
     "Plan": "plans",
+    "Proof": "proof",
     "RequestOutput": "engine.request",
     "Role": "layout",
     "SamplingParams": "engine.request",
@@ -31,6 +32,7 @@ _WHERE = {
     "make_layout": "layout",
     "parse_slice": "hardware",
     "plan": "api",
+    "prove": "proof",
     "with_capacity": "buckets",
 }
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
     from partinf.model_config import ModelConfig, load_model_config
     from partinf.plans import Plan
+    from partinf.proof import Proof, prove
     from partinf.workload import DType, Objective, Workload
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "Objective",
     "Phase",
     "Plan",
+    "Proof",
     "RequestOutput",
     "Role",
     "SamplingParams",
@@ -69,6 +73,7 @@ __all__ = [
     "make_layout",
     "parse_slice",
     "plan",
+    "prove",
     "with_capacity",
 ]
 

@@ -32,7 +32,7 @@ from partinf.workload import DType, Workload
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from partinf.engine.scoring import Scores
+    from partinf.scoring import Scores
 
 _CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 
@@ -218,7 +218,7 @@ class Model:
         Raises:
             InvalidInput: every text that is too short or too long, or holds ids outside the vocabulary.
         """
-        from partinf.engine.scoring import Scorer
+        from partinf.scoring import Scorer
 
         if self._scorer is None:
             self._scorer = Scorer(self.plan, self.params, self.mesh)

@@ -46,6 +46,7 @@ class Chip:
         switch_bandwidth: one chip into its node's switch, one way; `node_size` chips share a switch.
         devices_per_chip: JAX devices per chip, each owning an equal part of memory and compute.
         hop_seconds: latency of one hop of a collective.
+        device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
         provisional: the figures are orders of magnitude, neither published nor measured.
         source: where the figures come from.
     """
@@ -60,6 +61,7 @@ class Chip:
     host_bandwidth: float
     dcn_bandwidth: float
     source: str
+    device_kinds: tuple[str, ...] = ()
     torus_dims: int = 0
     wrap_multiple: int = 0
     max_axis: int = 1 << 20
@@ -151,7 +153,21 @@ def chips() -> Mapping[str, Chip]:
     known = {field.name for field in fields(Chip)}
     strange = [(name, key) for name, row in table.items() for key in row if key not in known]
     raise_offences(f"hardware.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in strange)
-    return {name: Chip(name=name, **row) for name, row in table.items()}
+    return {name: Chip(name=name, **row | {"device_kinds": tuple(row.get("device_kinds", ()))}) for name, row in table.items()}
+
+
+def chip_of_kind(device_kind: str) -> Chip:
+    """The chip of a JAX device by its `device_kind`.
+
+    Raises:
+        InvalidInput: a kind that the table does not know.
+    """
+    kind = device_kind.lower()
+    exact = [chip for chip in chips().values() if kind in chip.device_kinds]
+    partly = [chip for chip in chips().values() if chip.family == "gpu" and any(part in kind for part in chip.device_kinds)]
+    if not exact + partly:
+        raise InvalidInput(f"no chip of the hardware table is a {device_kind!r}; known: {', '.join(chips())}")
+    return (exact + partly)[0]
 
 
 def parse_slice(text: str, mesh: str | None = None) -> Slice:

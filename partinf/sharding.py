@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.errors import InvalidInput
-from partinf.hardware import Chip, Slice, chips, make_slice
+from partinf.hardware import Chip, Slice, chip_of_kind, make_slice
 from partinf.layout import AttentionRole, Role
 from partinf.plans import Plan, kv_head_axes
 
@@ -92,21 +92,21 @@ def sharding(plan: Plan, mesh: Mesh | AbstractMesh, letters: str) -> NamedShardi
 
 
 def local_slice(mesh: str | None = None) -> Slice:
-    """The devices that are here, as a slice: one switched axis, or a factorisation of it (`4x2`).
+    """The devices that are here, as a slice: a torus by its chips' coordinates, or one switched axis.
 
-    CPU devices are virtual ones; GPUs are recognised by name. Where eight devices are here and no mesh is asked for, the mesh is 2×2×2.
+    CPU devices are virtual ones. Eight switched devices make a 2×2×2 mesh unless another is asked for (`4x2`).
+
+    Raises:
+        InvalidInput: devices that the hardware table does not know.
     """
     devices = jax.devices()
-    kind = devices[0].device_kind.lower().replace(" ", "-")
-    by_family = [chip for name, chip in chips().items() if name in kind or kind in name]
-    if devices[0].platform == "cpu":
-        by_family = [chips()["cpu"]]
-    if not by_family:
-        known = ", ".join(chips())
-        raise InvalidInput(f"local: no chip of the hardware table matches the devices here ({devices[0].device_kind}); known: {known}")
-    count = len(devices) // by_family[0].devices_per_chip
-    shape = (2, 2, 2) if count == 8 else (count,)
-    return make_slice(_with_memory_here(by_family[0], devices), shape, mesh=mesh)
+    chip = chip_of_kind(devices[0].device_kind)
+    if chip.torus_dims:
+        corners = np.array([device.coords for device in devices])
+        shape = tuple(int(side) for side in corners.max(axis=0) - corners.min(axis=0) + 1)[: chip.torus_dims]
+    else:
+        shape = (2, 2, 2) if len(devices) == 8 else (len(devices),)
+    return make_slice(_with_memory_here(chip, devices), shape, mesh=mesh)
 
 
 def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:

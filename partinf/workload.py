@@ -40,6 +40,8 @@ class Workload:
         phase: `prefill` or `decode` to judge one step of that phase; None for the whole workload.
         weights, kv: storage types.
         max_latency: bound in seconds on the step (single phase) or the whole request; None for no bound.
+        prefill_batch: prompts of one prefill step; None for the whole batch. Prompts that come one by one are prefilled at 1 and then
+            decode together, `batch` of them.
     """
 
     batch: int
@@ -51,11 +53,14 @@ class Workload:
     kv: DType = DType.BF16
     objective: Objective = Objective.LATENCY
     max_latency: float | None = None
+    prefill_batch: int | None = None
 
     def __post_init__(self) -> None:
         offences = []
         if self.batch < 1:
             offences.append(f"batch = {self.batch}; it must be at least 1")
+        if self.prefill_batch is not None and self.prefill_batch < 1:
+            offences.append(f"prefill batch = {self.prefill_batch}; it must be at least 1")
         for key in ("input_len", "output_len", "context_len"):
             value = getattr(self, key)
             if value is not None and value < 0:
@@ -79,3 +84,18 @@ class Workload:
     def max_context(self) -> int:
         """Tokens per request that the cache must hold at the end."""
         return max(self.context_len or 0, self.input_len + self.output_len)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts of one prefill step."""
+        return min(self.prefill_batch or self.batch, self.batch)
+
+    @property
+    def num_prefills(self) -> int:
+        """Prefill steps that a decoded batch needs."""
+        return -(-self.batch // self.prompts_per_step)
+
+    @property
+    def counted_prefills(self) -> int:
+        """Prefill steps by which layouts are judged: a request waits for its own, throughput and cost count all of them."""
+        return 1 if self.objective is Objective.LATENCY else self.num_prefills

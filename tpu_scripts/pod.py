@@ -18,9 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent)]  # these modules, and partinf of the checkout where it is not installed
-
 from pod_commands import EXPIRES_LABEL, Executor, Gcloud, Interrupted, Recorder, Runner, Signals, delete_machine, list_machines
 from pod_cost import PRICES, estimate
 from pod_description import Description, read_description

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pod_checkout import HERE
 from pod_description import Description
-from pod_types import HERE
 
 from partinf.errors import InvalidInput, nearest, raise_offences
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,41 +87,41 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
     offences = [f"unknown key '{key}'{nearest(key, _KEYS)}" for key in table if key not in _KEYS]
     table = {key: value for key, value in table.items() if key in _KEYS}
     if plan is not None:
-        _fill_from_plan(table, plan, offences)
-    offences += [f"'{key}' is missing{': ' + WHY[key] if key in WHY else ''}" for key in REQUIRED if table.get(key) in (None, "", [])]
-    offences += _name_offences(table)
-    numbers: dict[str, Any] = {
-        key: collect(offences, lambda key=key: _seconds(key, table[key])) for key in ("time_to_live", "wait") if table.get(key)
-    }
-    tpu = None
-    if isinstance(table.get("type"), str) and table["type"]:
-        tpu = collect(offences, lambda: parse_type(table["type"], table.get("topology")))
-    if tpu is not None and plan is not None and tpu.slice.name != plan.slice.name and sorted(tpu.slice.shape) != sorted(plan.slice.shape):
-        offences.append(f"type '{tpu.name}' is {tpu.slice.name}, but the plan is for {plan.slice.name}")
-    gke = collect(offences, lambda: _gke(table.get("gke", {})))
+        collect(offences, lambda: _fill_from_plan(table, plan))
+    missing = [key for key in REQUIRED if table.get(key) in (None, "", []) and not (key == "type" and plan)]
+    offences += [f"'{key}' is missing{': ' + WHY[key] if key in WHY else ''}" for key in missing]
+    offences += _name_offences(table) + _scalar_offences(table)
+    times: dict[str, Any] = {}
+    for key in ("time_to_live", "wait"):
+        if table.get(key):
+            times[key] = collect(offences, partial(_seconds, key, table[key]))
     lists: dict[str, Any] = {key: tuple(table[key]) for key in ("command", "setup") if _is_argument_list(table, key, offences)}
-    offences += _scalar_offences(table)
+    gke = collect(offences, lambda: _gke(table.get("gke", {})))
+    tpu = None
+    if table.get("type") and all(isinstance(table.get(key, ""), str) for key in ("type", "topology")):
+        tpu = collect(offences, lambda: parse_type(table["type"], table.get("topology")))
+    if tpu is not None and plan is not None and (tpu.slice.chip, sorted(tpu.slice.shape)) != (plan.slice.chip, sorted(plan.slice.shape)):
+        offences.append(f"type '{tpu.name}' is {tpu.slice.name}, but the plan is for {plan.slice.name}")
     raise_offences(f"{where}: {offence}" for offence in offences)
     assert tpu is not None
     assert gke is not None
-    rest: dict[str, Any] = {
-        key: table[key] for key in ("name", "project", "zone", "spot", "retries", "commit", "confirm_above_chips") if key in table
-    }
+    simple = ("name", "project", "zone", "spot", "retries", "commit", "confirm_above_chips")
+    rest: dict[str, Any] = {key: table[key] for key in simple if key in table}
     runtime = table.get("runtime", tpu.generation.runtime)
     repository = (folder / table.get("repository", ".")).resolve()
-    return Description(tpu=tpu, runtime=runtime, repository=repository, gke=gke, **rest, **numbers, **lists)
+    return Description(tpu=tpu, runtime=runtime, repository=repository, gke=gke, **rest, **times, **lists)
 
 
-def _fill_from_plan(table: dict[str, Any], plan: Plan, offences: list[str]) -> None:
-    if "type" not in table:
-        tpu = collect(offences, lambda: type_of_slice(plan.slice))
-        table["type"] = tpu.name if tpu else None
-        if tpu and not tpu.default_topology:
-            table["topology"] = tpu.topology
+def _fill_from_plan(table: dict[str, Any], plan: Plan) -> None:
     if "command" not in table:
         arguments = ["--model", plan.model.name, "--slice", plan.slice.name, "--mesh", plan.slice.mesh, "--layout", "partinf-plan.toml"]
         kinds = ["--weights", plan.weights.value, "--kv", plan.kv.value]
         table["command"] = ["python", "-m", "partinf", "simulate", *arguments, *kinds, "--format", "json"]
+    if "type" not in table:
+        tpu = type_of_slice(plan.slice)
+        table["type"] = tpu.name
+        if not tpu.default_topology:
+            table["topology"] = tpu.topology
 
 
 def _name_offences(table: dict[str, Any]) -> list[str]:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pod_checkout import HERE
 from pod_commands import PLAN, SOURCE, WORKER_SCRIPT, Command, Done, Gcloud, Runner, archive
 from pod_description import Description
-from pod_types import HERE
 
 COPY_ATTEMPTS = 3
 DELETE_ATTEMPTS = 5

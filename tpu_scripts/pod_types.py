@@ -8,12 +8,11 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from pod_checkout import HERE
 
 from partinf.errors import InvalidInput, nearest
 from partinf.hardware import Slice, parse_slice
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ def parse_type(name: str, topology: str | None = None) -> TpuType:
     prefix, _, number = name.rpartition("-")
     known = [f"{prefix}-{number}" for prefix, generation in generations().items() for number in generation.topologies]
     if name not in known:
-        raise InvalidInput(f"type '{name}': no such TPU type{nearest(name, known)}")
+        sizes = f"; {prefix} comes as {', '.join(generations()[prefix].topologies)}" if prefix in generations() else nearest(name, known)
+        raise InvalidInput(f"type '{name}': no such TPU type{sizes}")
     generation = generations()[prefix]
     default = parse_slice(f"{generation.chip}:{generation.topologies[number]}")
     if topology is None or topology == generation.topologies[number]:

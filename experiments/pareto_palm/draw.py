@@ -28,6 +28,10 @@ PUBLISHED = (
 )
 
 
+def coordinates(points: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+    return [p["latency_s"] for p in points], [p["chip_ms_per_token"] for p in points]
+
+
 def main() -> None:
     results = json.loads((HERE / "results.json").read_text())
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
@@ -38,11 +42,17 @@ def main() -> None:
                 front = [p for p in mine if p["front"]]
                 panel.scatter([p["latency_s"] for p in mine], [p["chip_ms_per_token"] for p in mine], s=5, color=colour, alpha=0.35)
                 panel.plot(
-                    [p["latency_s"] for p in front], [p["chip_ms_per_token"] for p in front], style, color=colour, label=f"{model} {weights}"
+                    [p["latency_s"] for p in front],
+                    [p["chip_ms_per_token"] for p in front],
+                    style,
+                    color=colour,
+                    label=f"{model} {weights}",
                 )
         for model, which, seconds, chips, tokens in PUBLISHED:
             if which == phase:
-                panel.scatter([seconds], [1e3 * chips * seconds / tokens], marker="*", s=110, color=COLOURS[model], edgecolor="black", zorder=3)
+                panel.scatter(
+                    [seconds], [1e3 * chips * seconds / tokens], marker="*", s=110, color=COLOURS[model], edgecolor="black", zorder=3
+                )
         panel.scatter([], [], marker="*", s=110, color="white", edgecolor="black", label="measured (paper)")
         panel.set_xscale("log")
         panel.set_yscale("log")

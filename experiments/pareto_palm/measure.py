@@ -55,7 +55,9 @@ def mark_front(points: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
-    asked = ((m, s, p, b, w) for m in MODELS for s in SLICES for p in ("decode", "prefill") for b in BATCHES for w in (DType.INT8, DType.BF16))
+    asked = (
+        (m, s, p, b, w) for m in MODELS for s in SLICES for p in ("decode", "prefill") for b in BATCHES for w in (DType.INT8, DType.BF16)
+    )
     points = [found for one in asked if (found := point(*one)) is not None]
     mark_front(points)
     results = {"context": CONTEXT, "points": points}

@@ -13,8 +13,8 @@ import math
 
 from partinf.hardware import Slice
 from partinf.layout import Layout
-from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.planner.report import Candidate, PlanReport
+from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer.account import Account, Collective, trace_account
 
 HOP_SECONDS = 1e-6

@@ -55,7 +55,9 @@ def split(model: ModelConfig, gather: str, tokens: int) -> StepSplit:
 def crossings(volumes: dict[str, list[float]]) -> list[dict[str, object]]:
     """Where one layout begins to move less than the one before; volumes are linear in the tokens."""
     step = TOKENS[1] - TOKENS[0]
-    lines = {name: ((values[1] - values[0]) / step, values[0] - (values[1] - values[0]) / step * TOKENS[0]) for name, values in volumes.items()}
+    lines = {
+        name: ((values[1] - values[0]) / step, values[0] - (values[1] - values[0]) / step * TOKENS[0]) for name, values in volumes.items()
+    }
     found = []
     for before, after in itertools.pairwise(GATHERED):
         (slope, start), (other_slope, other_start) = lines[before], lines[after]
@@ -68,7 +70,8 @@ def main() -> None:
     mlp = ModelConfig("two matrices", 1, palm.embed_dim, palm.ffn_dim, 64, 1, 256, 4096, gated=False)
     two = {name: [moved_bytes(ffn_entries(split(mlp, gather, t))) for t in TOKENS] for name, gather in GATHERED.items()}
     whole = {
-        name: [moved_bytes(step_ledger(split(palm, gather, t)).entries) / palm.num_layers for t in TOKENS] for name, gather in GATHERED.items()
+        name: [moved_bytes(step_ledger(split(palm, gather, t)).entries) / palm.num_layers for t in TOKENS]
+        for name, gather in GATHERED.items()
     }
     best = {str(t): min(two, key=lambda name, i=i: two[name][i]) for i, t in enumerate(TOKENS)}
     results = {

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     auto = args.slice.startswith("auto")
     asked = read(args, extra=[f"--slice {args.slice}: a layout is explained on one slice; `partinf plan` finds it"] if auto else [])
-    layout, padded_heads = _layout(asked, args.layout)
+    layout, padded_heads = named_or_chosen(asked, args.layout)
     from partinf.cli.plan_table import wide_console
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import Pricing
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _layout(asked: Asked, name: str) -> tuple[Layout, int]:
+def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
     """The layout and its padded heads.
 
     Raises:

@@ -56,10 +56,12 @@ def _trials(asked: Asked) -> list[Trial]:
     from partinf.planner.search import search
     from partinf.planner.slices import Trial, cheapest
 
-    how = {"calibration": asked.calibration, "bandwidth_model": asked.bandwidth_model, "program": asked.program}
+    model, workload, program = asked.model, asked.workload, asked.program
+    calibration, bandwidth_model = asked.calibration, asked.bandwidth_model
     if asked.auto:
-        return cheapest(asked.model, asked.slice.chip, asked.workload, **how)
-    return [Trial(search(asked.model, asked.slice, asked.workload, **how))]
+        chip = asked.slice.chip
+        return cheapest(model, chip, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+    return [Trial(search(model, asked.slice, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program))]
 
 
 def _offences(args: argparse.Namespace) -> list[str]:

@@ -52,7 +52,7 @@ def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
         console.print(table)
         console.print()
     if per_chip_hour is not None:
-        price = price_per_million_tokens(trials[0].report, per_chip_hour)
+        price = price_per_million_tokens(trials[0], per_chip_hour)
         console.print(f"At {per_chip_hour:g} per chip-hour, a million tokens cost {price:.4g}.", highlight=False)
 
 
@@ -64,6 +64,7 @@ def wide_console() -> Console:
 
 def _heading(report: PlanReport) -> str:
     workload, calibration = report.workload, report.calibration
+    prompts = f" (prefill {workload.prompts_per_step})" if workload.prefill_batch else ""
     aim = f"one {workload.phase} step" if workload.phase else f"{workload.input_len} tokens in, {workload.output_len} out"
     prompt, cached = f", input {workload.input_len or workload.context_len}", f", context {workload.decode_context}"
     context = prompt if workload.phase == "prefill" else cached
@@ -71,7 +72,7 @@ def _heading(report: PlanReport) -> str:
     measured = "" if calibration.measured else ", not measured on this chip"
     error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}{measured}"
     return (
-        f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{context}, "
+        f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{prompts}{context}, "
         f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}; bandwidth model '{report.bandwidth_model}', program "
         f"'{report.program.name}'; {len(report.candidates)} role assignments"
     )

@@ -34,13 +34,14 @@ class Asked:
     auto: bool = False
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that both commands share. Numbers and names are read later, so that every wrong one is reported."""
-    parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
-    parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8, cpu:2x2x2, or local")
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The flags that several commands share. Numbers and names are read later, so that every wrong one is reported."""
+    parser.add_argument("--model", required=required, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
+    parser.add_argument("--slice", required=required, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8, cpu:2x2x2, or local")
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the axes: x0:2,x1:2,y:4, or 4x2 for switched chips")
     parser.add_argument("--phase", metavar="PHASE", help="decode or prefill: judge one step of it; neither: the whole workload")
     parser.add_argument("--batch", default="1", metavar="N", help="sequences (default: 1)")
+    parser.add_argument("--prefill-batch", metavar="N", help="prompts prefilled together, to be decoded in --batch (default: all of it)")
     parser.add_argument("--input", default="0", metavar="N", help="prompt tokens per request")
     parser.add_argument("--output", default="0", metavar="N", help="generated tokens per request")
     parser.add_argument("--context", metavar="N", help="tokens in the cache at the decode step (default: input + output/2)")
@@ -68,7 +69,10 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     offences = list(extra)
     model = _collect(offences, lambda: load_model_config(args.model))
     slice_ = _collect(offences, lambda: read_slice(args.slice, args.mesh))
-    numbers = {flag: _whole(flag, getattr(args, flag), offences) for flag in ("batch", "input", "output", "context")}
+    flags = ("batch", "prefill-batch", "input", "output", "context")
+    numbers = {flag: _whole(flag, getattr(args, flag.replace("-", "_")), offences) for flag in flags}
+    if (numbers["prefill-batch"] or 1) > max(_or(numbers["batch"], 1), 1):
+        offences.append(f"--prefill-batch {args.prefill_batch}: more prompts than are decoded together, --batch {args.batch}")
     limit = _number("max-latency-ms", max_latency_ms, offences)
     weights = _enum("weights", DType, args.weights, offences)
     kv = _enum("kv", DType, args.kv, offences)
@@ -93,6 +97,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
             kv=kv or DType.BF16,
             objective=aim or Objective.LATENCY,
             max_latency=None if limit is None else limit / 1e3,
+            prefill_batch=numbers["prefill-batch"],
         ),
     )
     raise_offences(offences)

@@ -34,6 +34,7 @@ def report_json(report: PlanReport) -> dict[str, Any]:
         "workload": {
             "phase": workload.phase,
             "batch": workload.batch,
+            "prefill_batch": workload.prompts_per_step,
             "input": workload.input_len,
             "output": workload.output_len,
             "context": workload.decode_context,
@@ -66,7 +67,7 @@ def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[st
             for t in trials
         ]
     if per_chip_hour is not None:
-        found["price_per_million_tokens"] = price_per_million_tokens(trials[0].report, per_chip_hour)
+        found["price_per_million_tokens"] = price_per_million_tokens(trials[0], per_chip_hour)
     return found
 
 

@@ -80,7 +80,7 @@ class Evaluator:
             rows = _round_up(batch, multiple)
             context = max(self.workload.decode_context, 1)
             return StepShape(decode_rows=rows, decode_context=context, real_rows=batch)
-        length = self.workload.input_len or self.workload.context_len or 1
+        batch, length = self.workload.prompts_per_step, self.workload.input_len or self.workload.context_len or 1
         slots = _round_up(batch, dealt)
         tokens = _round_up(slots * length, multiple)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)

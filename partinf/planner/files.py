@@ -30,6 +30,7 @@ def plan_to_toml(plan: Plan, workload: Workload, description: str = "") -> str:
     chosen = {
         "phase": workload.phase,
         "batch": workload.batch,
+        "prefill_batch": workload.prefill_batch,
         "input": workload.input_len,
         "output": workload.output_len,
         "context": workload.decode_context,

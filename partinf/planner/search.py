@@ -152,7 +152,7 @@ class _Search:
         hopeless = decode.priced.activations > room or all(prefill.priced.activations > room for prefill in prefills)
         best: _Pair | None = None
         for prefill in prefills:
-            base = prefill.priced.seconds + self.workload.output_len * decode.priced.seconds
+            base = self.workload.counted_prefills * prefill.priced.seconds + self.workload.output_len * decode.priced.seconds
             if best is not None and (best.fits or hopeless) and base >= best.seconds:
                 break
             if not hopeless and prefill.priced.activations > room:
@@ -172,13 +172,14 @@ class _Search:
         beside = [self._beside(storage, choice, pair, label, padded, kv) for label, choice in zip(PHASES, pair, strict=True)]
         held = self._held(storage, prefill, decode, padded, kv)
         memory = held._replace(activations=max(priced.activations for priced in beside))
-        seconds = beside[0].seconds + self.workload.output_len * beside[1].seconds
+        prefills = self.workload.counted_prefills
+        seconds = prefills * beside[0].seconds + self.workload.output_len * beside[1].seconds
         key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, padded)
         coupling = self._couplings.get(key)
         if coupling is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
             coupling = self._couplings[key] = self.evaluator.coupling(layout, padded)
-        return _Pair(prefill, decode, beside[0], beside[1], coupling, padded, memory, memory.fits, seconds + coupling.seconds)
+        return _Pair(prefill, decode, beside[0], beside[1], coupling, padded, memory, memory.fits, seconds + prefills * coupling.seconds)
 
     def _held(self, storage: Storage, prefill: _Choice, decode: _Choice, padded: int, kv: tuple[bool, ...]) -> MemoryBudget:
         """Weights and cache alone; both are the same for all prefill options that leave the heads split alike."""
@@ -248,19 +249,18 @@ class _Search:
     def _candidate(self, layout: Layout, padded: int, ledgers: dict[str, Ledger], memory: MemoryBudget) -> Candidate:
         results = {label: self._result(layout, label, ledgers[label]) for label in PHASES if label in ledgers}
         asked = results[self.workload.phase or "decode"]
-        if self.workload.phase:
-            score = asked.step_seconds
-        else:
-            score = results["prefill"].step_seconds + self.workload.output_len * results["decode"].step_seconds
+        score = latency = asked.step_seconds
+        if not self.workload.phase:
+            prefill, decode = results["prefill"].step_seconds, self.workload.output_len * results["decode"].step_seconds
+            score, latency = self.workload.counted_prefills * prefill + decode, prefill + decode
         bound = self.workload.max_latency
-        name = readable_name(layout, self.sizes)
-        phases = tuple(results.values())
-        return Candidate(layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or score <= bound)
+        name, phases = readable_name(layout, self.sizes), tuple(results.values())
+        return Candidate(layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or latency <= bound)
 
     def _result(self, layout: Layout, label: str, ledger: Ledger) -> PhaseResult:
         workload, chip = self.workload, self.slice.chip
         each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
-        tokens = workload.batch * each
+        tokens = (workload.batch if label == "decode" else workload.prompts_per_step) * each
         seconds = ledger.seconds
         mfu = 2.0 * self.model.num_params() * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         phase = layout.phase(label)

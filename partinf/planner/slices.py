@@ -37,11 +37,19 @@ class Trial:
     @property
     def seconds(self) -> float:
         """What the bound is on: the step, or the whole request."""
-        return self.report.best.score
+        return self._with_prefills(1)
 
     @property
     def chip_seconds(self) -> float:
-        return self.report.slice.num_chips * self.seconds
+        """Of the step, or of everything that the whole batch needs."""
+        return self.report.slice.num_chips * self._with_prefills(self.report.workload.num_prefills)
+
+    def _with_prefills(self, count: int) -> float:
+        best, workload = self.report.best, self.report.workload
+        prefill, decode = best.phase("prefill"), best.phase("decode")
+        if workload.phase or prefill is None or decode is None:
+            return best.asked.step_seconds
+        return count * prefill.step_seconds + workload.output_len * decode.step_seconds
 
 
 def cheapest(
@@ -87,8 +95,8 @@ def slices_of(chip: Chip) -> list[Slice]:
     return [make_slice(chip, shape) for shape in found.values()]
 
 
-def price_per_million_tokens(report: PlanReport, per_chip_hour: float) -> float:
+def price_per_million_tokens(trial: Trial, per_chip_hour: float) -> float:
     """Money for a million tokens under the best candidate: generated ones of a whole workload, those of the step of one phase."""
-    workload, best = report.workload, report.best
+    workload, best = trial.report.workload, trial.report.best
     tokens = best.asked.tokens if workload.phase or not workload.output_len else workload.batch * workload.output_len
-    return report.slice.num_chips * best.score / _SECONDS_PER_HOUR * per_chip_hour / tokens * 1e6
+    return trial.chip_seconds / _SECONDS_PER_HOUR * per_chip_hour / tokens * 1e6

@@ -78,7 +78,11 @@ class Reader:
                     collectives += self._collectives(block, instruction, times, hidden.get(instruction.name, 0.0))
                 elif self._only_moves(instruction):
                     copies.append(self._copy(block, instruction, times))
-                elif instruction.opcode == "custom-call" and not instruction.cycles and "custom_call_target=\"tpu_custom_call\"" in instruction.rest:
+                elif (
+                    instruction.opcode == "custom-call"
+                    and not instruction.cycles
+                    and 'custom_call_target="tpu_custom_call"' in instruction.rest
+                ):
                     unestimated.append(instruction.name)
         return Schedule(seconds, moved, _summed(collectives), tuple(copies), tuple(unestimated))
 
@@ -135,7 +139,12 @@ class Reader:
 
     def _asked(self, instruction: Instruction) -> str:
         """What our program asked for: the end of the op's name, or that of its reduction where the compiler rewrote it."""
-        names = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_to_all": "all-to-all", "ppermute": "collective-permute"}
+        names = {
+            "reduce_scatter": "reduce-scatter",
+            "all_gather": "all-gather",
+            "all_to_all": "all-to-all",
+            "ppermute": "collective-permute",
+        }
         names |= {"psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"}
         last = instruction.op_name.rpartition("/")[2].split(".")[0]
         reduction = self._module.computations.get(instruction.called("to_apply") or "")

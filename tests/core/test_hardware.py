@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.errors import InvalidInput
-from partinf.hardware import Link, chips, parse_slice, valid_sides
+from partinf.hardware import Link, chip_of_kind, chips, parse_slice, valid_sides
 
 
 @pytest.mark.parametrize("name", chips())
@@ -81,3 +81,27 @@ def test_names_are_read_back(name: str, data: st.DataObject) -> None:
     slice_ = parse_slice(f"{name}:{'x'.join(map(str, shape))}")
     assert slice_.num_devices == math.prod(axis.size for axis in slice_.axes)
     assert parse_slice(slice_.name, None if chip.devices_per_chip > 1 else slice_.mesh) == slice_
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_devices_are_recognised_by_jaxs_name(kind: str, chip: str) -> None:
+    assert chip_of_kind(kind).name == chip
+
+
+def test_an_unknown_device_is_named() -> None:
+    with pytest.raises(InvalidInput, match="'Quantum 9000'"):
+        chip_of_kind("Quantum 9000")

@@ -85,7 +85,8 @@ def test_the_demo_model_answers_right(engine: Engine) -> None:
     right = {kind: [] for kind in {task.kind for task in tasks}}
     for task, output in zip(tasks, outputs, strict=True):
         right[task.kind].append(check(task, output.text))
-    assert {kind: sum(answers) / len(answers) for kind, answers in right.items() if sum(answers) < 0.9 * len(answers)} == {}
+    shares = {kind: sum(answers) / len(answers) for kind, answers in right.items()}
+    assert {kind: share for kind, share in shares.items() if share < 0.96} == {}  # models/demo/evaluation.json has it from 1000 each
 
 
 def test_tokens_are_the_same_alone_in_a_batch_and_in_any_order(engine: Engine) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
-from partinf.engine.scoring import Scorer
+from partinf.scoring import Scorer
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout

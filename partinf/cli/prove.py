@@ -1,0 +1,194 @@
+"""Let the TPU compiler say, without a TPU, whether a plan fits, which collectives it runs and how long a step may take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partinf.cli.planning import add_model_arguments
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from partinf.plans import Bucket, Plan
+    from partinf.proof import Proof, StepProof
+    from partinf.workload import Workload
+
+_SHOWN = 14  # rows of a table; JSON has all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", metavar="FILE", help="a plan that `partinf plan --save` wrote; instead of --model and --slice")
+    add_model_arguments(parser, required=False)
+    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    parser.add_argument("--timeout", default="600", metavar="SECONDS", help="bound on one compilation (default: 600)")
+    parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
+    parser.epilog = (
+        "Example: partinf prove --model palm-540b --slice v4:4x4x4 --layout ws-2d --phase decode --batch 64 --context 2048 --weights int8"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from partinf.errors import raise_offences
+    from partinf.proof import unavailable
+
+    reason = unavailable()
+    raise_offences([*_offences(args), *([reason] if reason else [])])
+    plan, workload = _saved(args) if args.plan else _asked(args)
+    from partinf.cli.progress import progress_bar
+    from partinf.proof import Limits, proof_json, prove
+
+    plan, buckets = _with_buckets(plan, workload)
+    with progress_bar(f"compiling for {plan.slice.name}", len(buckets)) as advance:
+        proof = prove(plan, buckets, Limits(seconds=float(args.timeout)), advance)
+    if args.format == "json":
+        import json
+
+        print(json.dumps(proof_json(proof), separators=(",", ":")))
+    else:
+        show(proof)
+    return 0
+
+
+def _offences(args: argparse.Namespace) -> list[str]:
+    offences = []
+    if args.format not in ("table", "json"):
+        offences.append(f"--format {args.format}: valid: table, json")
+    if not args.timeout.isdigit() or int(args.timeout) < 1:
+        offences.append(f"--timeout {args.timeout}: a whole number of seconds of at least 1 is needed")
+    if args.plan and not Path(args.plan).is_file():
+        offences.append(f"--plan {args.plan}: there is no such file")
+    if args.plan and (args.model or args.slice):
+        offences.append("--plan names its model and slice; leave out --model and --slice")
+    if not args.plan and not (args.model and args.slice):
+        offences.append("either --plan FILE, or --model and --slice, must be given")
+    return offences
+
+
+def _saved(args: argparse.Namespace) -> tuple[Plan, Workload]:
+    """A saved plan and the workload that it was chosen for."""
+    from partinf.layout import layout_from_toml
+    from partinf.planner.files import plan_from_toml
+    from partinf.workload import Workload
+
+    text = Path(args.plan).read_text()
+    plan = plan_from_toml(text, args.plan)
+    chosen = layout_from_toml(text, args.plan)[1].get("chosen_for", {})
+    workload = Workload(
+        batch=chosen.get("batch", 1),
+        input_len=chosen.get("input", 1),
+        output_len=chosen.get("output", 0),
+        context_len=chosen.get("context"),
+        phase=chosen.get("phase"),
+        weights=plan.weights,
+        kv=plan.kv,
+    )
+    return plan, workload
+
+
+def _asked(args: argparse.Namespace) -> tuple[Plan, Workload]:
+    """The plan of a named layout, or the one that the planner chooses."""
+    from partinf.cli.explain import named_or_chosen
+    from partinf.cli.planning import read
+    from partinf.plans import Plan
+
+    asked = read(args)
+    layout, padded = named_or_chosen(asked, args.layout)
+    chosen = asked.workload
+    return Plan(asked.model, asked.slice, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
+
+
+def _with_buckets(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, ...]]:
+    """The plan with a cache for the workload, and the steps that serve it: decode first."""
+    from dataclasses import replace
+
+    from partinf.plans import Bucket, CacheConfig
+
+    size = plan.cache.page_size
+    rows = _up(workload.batch, plan.decode_row_multiple())
+    pages = -(-max(workload.max_context, workload.decode_context, 1) // size)
+    buckets = []
+    if workload.phase != "prefill":
+        buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
+    if workload.phase != "decode":
+        tokens = _up(workload.batch * workload.input_len, plan.prefill_token_multiple())
+        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(workload.batch, plan.prefill_slot_multiple())))
+    cache = CacheConfig(size, rows // plan.num_shards * pages, rows)
+    longest = max(plan.max_len, pages * size)
+    switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
+    if workload.phase is None:
+        switch = min(switch, max(rows + 1, 2))
+    return replace(plan, cache=cache, max_len=longest, prefill_from_tokens=switch), tuple(buckets)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def show(proof: Proof) -> None:
+    """Print a proof as tables."""
+    from partinf.cli.plan_table import wide_console
+
+    console = wide_console()
+    verdict = "fits" if proof.fits else "does not fit"
+    console.print(f"{proof.model} on {proof.slice}: {verdict} ({proof.compiler})", highlight=False)
+    for step in proof.steps:
+        _show_step(console, step)
+
+
+def _show_step(console: Console, step: StepProof) -> None:
+    held = step.memory
+    console.print(f"\n[bold]{step.bucket}[/bold]", highlight=False)
+    gib = 1 << 30
+    if not step.fits:
+        console.print(f"does not fit: {held.needed / gib:.2f} GiB needed, {held.usable / gib:.2f} GiB usable per device", highlight=False)
+        console.print(f"the compiler: {step.refusal}", highlight=False, markup=False)
+        if step.advice:
+            console.print(f"would fit: {step.advice}", highlight=False, markup=False)
+        return
+    parts = f"arguments {held.arguments / gib:.2f}, temporaries {held.temporaries / gib:.2f}, code {held.code / gib:.3f}"
+    console.print(f"{held.needed / gib:.2f} of {held.usable / gib:.2f} GiB per device: {parts}", highlight=False)
+    if step.estimate:
+        e = step.estimate
+        parts = f"{e.compute * 1e3:.3g} compute and memory, {e.collectives * 1e3:.3g} collectives, {e.overlapped * 1e3:.3g} more hidden"
+        floor = f"floor {e.floor * 1e3:.3g}, planned {step.planned_seconds * 1e3:.3g}"
+        console.print(f"step {e.seconds * 1e3:.4g} ms ± {e.error:.0%}: {parts}; {floor}", highlight=False)
+        if e.note:
+            console.print(e.note, highlight=False, markup=False)
+    console.print(f"compiled in {step.compile_seconds:.1f} s", highlight=False)
+    _show_collectives(console, step)
+    _show_differences(console, step)
+
+
+def _show_collectives(console: Console, step: StepProof) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("collective", "axes"):
+        table.add_column(name)
+    for name in ("bytes", "count", "µs each", "hidden"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("from")
+    for one in step.collectives[:_SHOWN]:
+        hidden = f"{one.overlapped_fraction:.0%}"
+        cells = (one.op, "".join(one.axes), f"{one.bytes:,}", f"{one.count}", f"{one.seconds * 1e6:.1f}", hidden, one.source_op)
+        table.add_row(*cells)
+    console.print(table, markup=False)
+
+
+def _show_differences(console: Console, step: StepProof) -> None:
+    from rich.table import Table
+
+    if not step.differences:
+        console.print("the compiled program is the planned one", highlight=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("compiled against planned")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_column("ms", justify="right")
+    table.add_column("from")
+    for d in step.differences[:_SHOWN]:
+        table.add_row(d.kind, d.what, f"{d.count}", f"{d.seconds * 1e3:+.3f}", d.source_op)
+    console.print(table, markup=False)

@@ -1,0 +1,242 @@
+"""A Google Cloud and a Kubernetes cluster in a folder: the fake `gcloud` and `kubectl`, started as programs of those names.
+
+They accept the commands and flags of accepted_commands.toml, keep their state in $FAKE_CLOUD/state.json, log every call, and run what a
+worker is told as real processes, one home folder per worker. $FAKE_CLOUD/script.json says what goes wrong, by step: `fail` (so many
+times; "late" of create: it happens and is reported as failed), `preempt` (so many times the capacity is lost in that step), `interrupt`
+(SIGINT to whoever called), `states` (what describe says before ACTIVE), `hosts`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+HOME = Path(os.environ["FAKE_CLOUD"])
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> int:
+    program = Path(sys.argv[0]).name
+    words = [program, *sys.argv[1:]]
+    with (HOME / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with (HOME / "calls.jsonl").open("a") as log:
+            log.write(json.dumps(words) + "\n")
+    try:
+        command, places, flags = _parse(words)
+        script = json.loads((HOME / "script.json").read_text())
+        state = json.loads((HOME / "state.json").read_text())
+        cloud = Cloud(state, script, places, flags)
+        try:
+            return cloud.kubectl(command) if program == "kubectl" else cloud.gcloud(command)
+        finally:
+            (HOME / "state.json").write_text(json.dumps(state))
+    except Refused as refusal:
+        print(f"ERROR: ({program}) {refusal}", file=sys.stderr)
+        return refusal.code
+
+
+class Refused(Exception):
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def _parse(words: list[str]) -> tuple[str, list[str], dict[str, str]]:
+    """The command, its positional arguments and its flags, or a refusal of what the data file does not list."""
+    table = tomllib.loads((HERE / "accepted_commands.toml").read_text())
+    plain = [word for word in words if not word.startswith("--")]
+    command = next((name for name in table if " " in name and plain[: name.count(" ") + 1] == name.split()), None)
+    if command is None:
+        raise Refused(f"Invalid choice: {shlex.join(plain[:5])}", 2)
+    allowed = table[command]["flags"] + table[words[0]]["flags"]
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            if name + equals not in allowed:
+                raise Refused(f"unrecognized arguments: {word}", 2)
+            flags[name] = value
+    places = plain[command.count(" ") + 1 :]
+    low, high = table[command]["places"]
+    if not low <= len(places) <= high:
+        raise Refused(f"{len(places)} positional arguments, expected {low} to {high}", 2)
+    return command, places, flags
+
+
+class Cloud:
+    """One call on the state."""
+
+    def __init__(self, state: dict, script: dict, places: list[str], flags: dict[str, str]) -> None:
+        self.state, self.script, self.places, self.flags = state, script, places, flags
+
+    def gcloud(self, command: str) -> int:
+        if not self.flags.get("--project") or not self.flags.get("--zone"):
+            raise Refused("The required property [project] or [zone] is not set", 2)
+        group, verb = command.split()[-2:]
+        step = verb
+        if group == "tpu-vm":
+            step = ("upload" if self.places[-1].endswith(":") else "download") if verb == "scp" else self._ssh_step()
+        late = self._trouble(step)
+        code = getattr(self, f"_{verb}")()
+        if late:
+            raise Refused("INTERNAL: the answer was lost")
+        return code
+
+    def _ssh_step(self) -> str:
+        return shlex.split(self.flags["--command"])[2]
+
+    def _trouble(self, step: str) -> bool:
+        """What the script has in store for this step; True when it shall happen and be reported as failed."""
+        self.state["steps"][step] = self.state["steps"].get(step, 0) + 1
+        if self.script.get("interrupt") == step and not self.state.get("interrupted"):
+            self.state["interrupted"] = True
+            os.kill(os.getppid(), signal.SIGINT)
+            time.sleep(0.1)
+        if self.script.get("preempt", {}).get(step, 0) >= self.state["steps"][step]:
+            for machine in self.state["machines"].values():
+                machine["state"] = "SUSPENDED"
+                self._stop(machine)
+        left = self.script.get("fail", {}).get(step, 0)
+        if left == "late":
+            return True
+        if left and self.state["steps"][step] <= left:
+            raise Refused(f"INTERNAL: {step} fails as the script says")
+        return False
+
+    def _machine(self, active: bool = False) -> dict:
+        name = self.places[-1].removesuffix(":") if self.flags.get("--worker") == "all" else self.places[0].partition(":")[0]
+        machine = self.state["machines"].get(name)
+        if machine is None:
+            raise Refused(f"NOT_FOUND: {name}")
+        if active and machine["state"] != "ACTIVE":
+            raise Refused(f"{name} is {machine['state']}, ssh: connect to host port 22: Connection refused", 255)
+        return machine
+
+    def _homes(self, machine: dict) -> list[Path]:
+        homes = [Path(home) for home in machine["homes"]]
+        worker = self.flags.get("--worker", "0")
+        return homes if worker == "all" else [homes[int(worker)]]
+
+    def _create(self) -> int:
+        name = self.places[0]
+        if name in self.state["machines"]:
+            raise Refused(f"ALREADY_EXISTS: {name}")
+        labels = dict(pair.split("=") for pair in self.flags["--labels"].split(","))
+        homes = [HOME / "machines" / name / f"worker {number}" for number in range(self.script.get("hosts", 2))]
+        for home in homes:
+            home.mkdir(parents=True)
+        where = f"projects/{self.flags['--project']}/locations/{self.flags['--zone']}/queuedResources/{name}"
+        states = self.script.get("states", [])
+        machine = {"name": where, "state": "ACTIVE", "before": list(states), "labels": labels, "homes": [str(home) for home in homes]}
+        self.state["machines"][name] = machine
+        self.state["created"] += 1
+        return 0
+
+    def _describe(self) -> int:
+        machine = self._machine()
+        print(machine["before"].pop(0) if machine["before"] and machine["state"] == "ACTIVE" else machine["state"])
+        return 0
+
+    def _list(self) -> int:
+        rows = [
+            {"name": m["name"], "state": {"state": m["state"]}, "tpu": {"nodeSpec": [{"node": {"labels": m["labels"]}}]}}
+            for m in self.state["machines"].values()
+        ]
+        print(json.dumps(rows))
+        return 0
+
+    def _delete(self) -> int:
+        machine = self._machine()
+        if "--force" not in self.flags:
+            raise Refused("FAILED_PRECONDITION: the queued resource has nodes")
+        self._stop(machine)
+        shutil.rmtree(HOME / "machines" / self.places[0])
+        del self.state["machines"][self.places[0]]
+        return 0
+
+    def _scp(self) -> int:
+        machine = self._machine(active=True)
+        if self.places[-1].endswith(":"):
+            for home in self._homes(machine):
+                for source in self.places[:-1]:
+                    shutil.copy(source, home)
+        else:
+            shutil.copy(self._homes(machine)[0] / self.places[0].partition(":")[2], self.places[1])
+        return 0
+
+    def _ssh(self) -> int:
+        homes = self._homes(self._machine(active=True))
+        command = ["bash", "-c", self.flags["--command"]]
+        processes = [
+            subprocess.Popen(
+                command, cwd=home, env={**os.environ, "HOME": str(home)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+            )
+            for home in homes
+        ]
+        codes = []
+        for process in processes:
+            print(process.communicate()[0], end="")
+            codes.append(process.returncode)
+        return max(codes)
+
+    @staticmethod
+    def _stop(machine: dict) -> None:
+        """End what the workers run: each run is the leader of its own group."""
+        for home in machine["homes"]:
+            for file in Path(home).glob("partinf-pod/runs/*/pid"):
+                if not (file.parent / "exit_code").exists():
+                    try:
+                        os.killpg(int(file.read_text()), signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+
+    def kubectl(self, command: str) -> int:
+        if "--context" not in self.flags:
+            raise Refused("no context is set")
+        verb = command.split()[-1]
+        self._trouble(f"kubectl-{verb}")
+        return getattr(self, f"_kube_{verb}")()
+
+    def _kube_apply(self) -> int:
+        jobset = json.loads(Path(self.flags["--filename"]).read_text())
+        if jobset["kind"] != "JobSet" or jobset["metadata"]["namespace"] != self.flags["--namespace"]:
+            raise Refused("no matches for kind")
+        job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+        container = job["template"]["spec"]["containers"][0]
+        environment = {**os.environ, **{pair["name"]: pair["value"] for pair in container["env"]}}
+        done = [
+            subprocess.run(container["command"], env=environment, capture_output=True, text=True, cwd=HOME)
+            for _ in range(job["completions"])
+        ]
+        logs = "".join(f"[pod/{number}] {line}\n" for number, pod in enumerate(done) for line in pod.stdout.splitlines())
+        state = "Failed" if any(pod.returncode for pod in done) else "Completed"
+        self.state["jobsets"][jobset["metadata"]["name"]] = {"state": state, "logs": logs}
+        return 0
+
+    def _kube_get(self) -> int:
+        print(self._jobset(self.places[1])["state"], end="")
+        return 0
+
+    def _kube_logs(self) -> int:
+        print(self._jobset(self.flags["--selector"].partition("=")[2])["logs"], end="")
+        return 0
+
+    def _kube_delete(self) -> int:
+        if self.state["jobsets"].pop(self.places[1], None) is None and "--ignore-not-found" not in self.flags:
+            raise Refused("NotFound")
+        return 0
+
+    def _jobset(self, name: str) -> dict:
+        if name not in self.state["jobsets"]:
+            raise Refused(f"jobsets.jobset.x-k8s.io {name!r} not found")
+        return self.state["jobsets"][name]
