@@ -55,10 +55,16 @@ class Collective:
 
 @dataclass(frozen=True, order=True)
 class Dot:
-    """One size of dot product in a program: its FLOPs, and the bytes of its two operands and its result."""
+    """One size of dot product in a program.
+
+    Attributes:
+        num_bytes: of its two operands and its result, as they are multiplied.
+        stored_bytes: the same, but an operand that was widened just before counts as it was stored, because compilers fuse that.
+    """
 
     flops: int
     num_bytes: int
+    stored_bytes: int
 
 
 @dataclass
@@ -109,12 +115,15 @@ def count(jaxpr: Any, sizes: Mapping[str, int]) -> Account:
 
 
 def _count(jaxpr: Any, times: int, sizes: Mapping[str, int], account: Account) -> None:
+    narrow: dict[Any, int] = {}  # bytes per element before a conversion
     for equation in jaxpr.eqns:
         name = equation.primitive.name
+        if name == "convert_element_type":
+            narrow[equation.outvars[0]] = equation.invars[0].aval.dtype.itemsize
         if name in _KINDS:
             _count_collective(_KINDS[name], equation, times, sizes, account)
         elif name == "dot_general":
-            account.dots[_dot(equation)] += times
+            account.dots[_dot(equation, narrow)] += times
         elif name == "while":
             raise ValueError("a loop without a static trip count cannot be counted")
         for inner, repeats in _inner(equation):
@@ -133,12 +142,15 @@ def _count_collective(op: str, equation: Any, times: int, sizes: Mapping[str, in
         account.collectives[Collective(op, axes, str(shape.dtype), payload)] += times
 
 
-def _dot(equation: Any) -> Dot:
+def _dot(equation: Any, narrow: Mapping[Any, int]) -> Dot:
     (contracting, _), _ = equation.params["dimension_numbers"]
-    tensors = [variable.aval for variable in (*equation.invars, *equation.outvars)]
-    contracted = math.prod(tensors[0].shape[dim] for dim in contracting)
-    num_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
-    return Dot(2 * contracted * math.prod(tensors[-1].shape), num_bytes)
+    contracted = math.prod(equation.invars[0].aval.shape[dim] for dim in contracting)
+    num_bytes = stored_bytes = 0
+    for variable in (*equation.invars, *equation.outvars):
+        size, itemsize = math.prod(variable.aval.shape), variable.aval.dtype.itemsize
+        num_bytes += size * itemsize
+        stored_bytes += size * min(itemsize, narrow.get(variable, itemsize))
+    return Dot(2 * contracted * math.prod(equation.outvars[0].aval.shape), num_bytes, stored_bytes)
 
 
 def _inner(equation: Any) -> Iterator[tuple[Any, int]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax import lax
 
 from partinf.plans import Bucket
 
@@ -94,3 +95,16 @@ def empty_batch(bucket: Bucket) -> Batch:
             np.zeros(rows, np.float32), fill(0, rows), np.ones(rows, np.float32), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)
         ),
     )  # fmt: skip
+
+
+def pack(batch: Batch) -> np.ndarray:
+    """All arrays of a batch as one int32 vector: one transfer per step instead of one per array and device."""
+    return np.concatenate([np.ascontiguousarray(leaf).view(np.int32).reshape(-1) for leaf in jax.tree.leaves(batch)])
+
+
+def unpack(packed: jax.Array, bucket: Bucket) -> Batch:
+    """The inverse of `pack`, inside the program."""
+    leaves, tree = jax.tree.flatten(empty_batch(bucket))
+    ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
+    parts = [packed[end - leaf.size : end].reshape(leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [lax.bitcast_convert_type(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)])

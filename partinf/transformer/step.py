@@ -19,7 +19,7 @@ from partinf.collectives import Split, move
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, Plan
 from partinf.sharding import sharding
-from partinf.transformer.batch import Batch, empty_batch
+from partinf.transformer.batch import Batch, empty_batch, pack, unpack
 from partinf.transformer.cache import abstract_cache
 from partinf.transformer.forward import forward, vocabulary_ids
 from partinf.transformer.params import Params, abstract_params
@@ -113,13 +113,16 @@ def build_step(plan: Plan, mesh: Mesh | AbstractMesh, bucket: Bucket, unrolled: 
     return jax.shard_map(local_step, mesh=mesh, in_specs=in_specs, out_specs=(state_specs, out_specs), check_vma=False)
 
 
-def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Step:
-    """The step of one bucket, lowered and compiled for the mesh; the state is donated."""
+def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:
+    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batch)`, and donates the state."""
     step = build_step(plan, mesh, bucket, unrolled, with_logits)
-    whole = NamedSharding(mesh, P())
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), empty_batch(bucket))
-    arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), batch
-    return jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+
+    def packed_step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
+        return step(params, state, unpack(packed, bucket))
+
+    packed = jax.ShapeDtypeStruct(pack(empty_batch(bucket)).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
+    arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
+    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile()
 
 
 def _choose(logits: jax.Array, batch: Batch, routes: Routes) -> tuple[jax.Array, jax.Array]:

@@ -23,6 +23,7 @@ from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.quantize import Quantized, quantize
 from partinf.sharding import device_mesh
 from partinf.transformer import reference
+from partinf.transformer.batch import pack
 from partinf.transformer.params import abstract_params, random_params
 from partinf.transformer.step import compile_step, empty_state
 from partinf.workload import DType
@@ -142,7 +143,7 @@ def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False) -> float:
         if not todo:
             break
         placed = place_step(todo, _BUCKET, plan, limits)
-        state, out = step(params, state, placed.batch)
+        state, out = step(params, state, pack(placed.batch))
         logits, tokens = np.asarray(out.logits)[:, : model.vocab_size], np.asarray(out.tokens)
         rows = [(placed.decode_rows[i], row.slot, row.position) for i, row in enumerate(todo.decode)]
         rows += [(placed.prefill_rows[i], chunk.slot, chunk.end - 1) for i, chunk in enumerate(todo.prefill)]

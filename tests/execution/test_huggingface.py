@@ -21,6 +21,7 @@ from partinf.model_config import load_model_config
 from partinf.plans import Plan
 from partinf.sharding import device_mesh
 from partinf.transformer import reference
+from partinf.transformer.batch import pack
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import compile_step, empty_state
 from partinf.workload import DType
@@ -74,7 +75,7 @@ def test_the_partitioned_step_gives_their_logits(name: str) -> None:
             tokens = tuple(int(token) for token in row[start:end])
             chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, pages, True, RowSampling(), shard))
         placed = place_step(Step((), tuple(chunks)), bucket, plan, limits)
-        state, out = step(params, state, placed.batch)
+        state, out = step(params, state, pack(placed.batch))
         for sequence, row in enumerate(placed.prefill_rows):
             got = np.asarray(out.logits)[row, : plan.model.vocab_size]
             np.testing.assert_allclose(got, expected["logits"][sequence, end - 1], atol=TOLERANCE, rtol=0)
