@@ -66,7 +66,7 @@ status() {
 # follow RUN: both outputs from their beginning until the run ends.
 follow() {
   local run="$base/runs/$1"
-  tail -q -n +1 --pid="$(cat "$run/pid")" -f "$run/stdout" "$run/stderr"
+  tail -q -n +1 --sleep-interval=0.5 --pid="$(cat "$run/pid")" -f "$run/stdout" "$run/stderr"
 }
 
 # pack RUN: outputs, exit code and results as one file to fetch.

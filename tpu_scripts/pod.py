@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -185,6 +186,8 @@ def _confirm(description: Description, options: Options) -> None:
 
 def _commit(description: Description) -> str:
     """The full hash of the commit, which exists; uncommitted changes are mentioned, because they are not sent."""
+    if shutil.which("git") is None:
+        raise InvalidInput("git is not on PATH; what is sent is a git commit")
     git = ["git", "-C", str(description.repository)]
     found = subprocess.run([*git, "rev-parse", "--verify", "--quiet", f"{description.commit}^{{commit}}"], capture_output=True, text=True)
     if found.returncode:
@@ -235,8 +238,11 @@ def _follow(pod: Pod, signals: Signals) -> int:
     finally:
         for process in processes:
             process.terminate()
-        for thread in threads:
+        for thread, process in zip(threads, processes, strict=True):
             thread.join(timeout=5)
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 def read_text(path: Path, what: str) -> str:

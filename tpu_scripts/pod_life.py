@@ -7,7 +7,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pod_checkout import HERE
@@ -57,8 +57,9 @@ class Pod:
     attempt: int = field(default=1)
 
     def create(self) -> None:
+        self.sleep(0)  # an interrupt that has been waiting comes through here, before anything is asked for
         command = self.gcloud.create(self.expires)
-        done = self.runner.run(command)
+        done = self._run(command)
         if done.code and "ALREADY_EXISTS" in done.err:
             raise NotOurs(f"create: {self.gcloud.machine} exists already; take another --run-id, or delete it")
         if done.code:
@@ -68,7 +69,7 @@ class Pod:
         """Until the queued resource is active; no capacity within the deadline counts as lost capacity."""
         deadline, unanswered = self.now() + self.description.wait, 0
         while True:
-            done = self.runner.run(self.gcloud.describe())
+            done = self._run(self.gcloud.describe())
             state = done.out.strip()
             unanswered = unanswered + 1 if done.code else 0
             if state == "ACTIVE" and not done.code:
@@ -121,7 +122,7 @@ class Pod:
     def statuses(self) -> tuple[list[str], Done]:
         """What each worker that answers says of the run: `running`, `exit N` or `lost`."""
         pretend = "partinf-status exit 0\n" * self.description.tpu.num_hosts
-        done = self.runner.run(self.gcloud.worker("status", self.gcloud.run_id, pretend=pretend))
+        done = self._run(self.gcloud.worker("status", self.gcloud.run_id, pretend=pretend))
         mark = "partinf-status "
         return [line.removeprefix(mark).strip() for line in done.out.splitlines() if line.startswith(mark)], done
 
@@ -138,7 +139,7 @@ class Pod:
     def delete(self) -> bool:
         """Delete the machine; True when it is gone."""
         for number in range(DELETE_ATTEMPTS):
-            done = self.runner.run(self.gcloud.delete())
+            done = self._run(self.gcloud.delete())
             if not done.code or "NOT_FOUND" in done.err:
                 return True
             _say(f"deleting failed ({number + 1} of {DELETE_ATTEMPTS}): {_last(done)}")
@@ -146,12 +147,18 @@ class Pod:
         _say(f"MACHINE MAY STILL EXIST AND COST MONEY. Delete it yourself: {self.gcloud.delete()}")
         return False
 
+    def _run(self, command: Command) -> Done:
+        """No command but those that create and delete may take longer than there is time to live."""
+        if not command.shielded:
+            command = replace(command, timeout=min(command.timeout, max(1.0, self.expires - self.now())))
+        return self.runner.run(command)
+
     def _need(self, step: str, command: Command, attempts: int = 1) -> Done:
         for number in range(attempts):
             if number:
                 self._need_machine()
                 self.sleep(self.poll_seconds)
-            done = self.runner.run(command)
+            done = self._run(command)
             if not done.code:
                 return done
             _say(f"{step} failed ({number + 1} of {attempts}): {_last(done)}")
@@ -163,7 +170,7 @@ class Pod:
         """Tell lost capacity and the end of the time to live from an ordinary failure."""
         if self.now() >= self.expires:
             raise StepFailed(f"the time to live of {self.description.time_to_live} s is over")
-        done = self.runner.run(self.gcloud.describe())
+        done = self._run(self.gcloud.describe())
         if done.out.strip() in GONE or "NOT_FOUND" in done.err:
             raise Preempted(f"the machine is {done.out.strip() or 'gone'}")
 

@@ -1,0 +1,124 @@
+"""From a saved plan to a run: `partinf launch`, and a partinf command through the scripts as two worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from partinf.cli import main
+from tests.tpu_scripts.support import HERE, SCRIPTS, git
+
+WORKLOAD = ["--model", "demo", "--batch", "8", "--input", "16", "--output", "8"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("plans") / "a plan.toml"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["plan", *WORKLOAD, "--slice", "v4:2x2x2", "--save", str(file), "--format", "json"]) == 0
+    return file
+
+
+def test_a_plan_alone_shows_its_commands(plan: Path, cloud, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not (root / ".git").exists():
+        pytest.skip("it shows how this checkout's commit is sent, and this is no checkout")
+    assert main(["launch", "--plan", str(plan), "--dry-run", "--run-id", "r1"]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("gcloud compute tpus queued-resources create run-demo-r1 --project=your-project --zone=your-zone1-a ")
+    assert "--accelerator-type=v4-16" in lines[0]
+    assert any("partinf-plan.toml" in line and " scp " in line for line in lines)
+    assert " delete " in lines[-1]
+    assert "placeholders for project, zone, time_to_live" in said.err
+    assert cloud.calls == []
+
+
+def test_a_plan_alone_gives_a_manifest_and_does_not_run(plan: Path, cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "--plan", str(plan), "--manifest", "--run-id", "r1"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "JobSet"
+    assert main(["launch", "--plan", str(plan)]) == 2
+    assert "--description is missing" in capsys.readouterr().err
+    assert cloud.calls == []
+
+
+def test_a_plan_gives_type_and_command_and_its_slice_must_be_the_types(plan: Path, cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--plan", str(plan), "--dry-run", "--description"]
+    assert main(["launch", *flags, str(cloud.describe(type=None, command=None))]) == 0
+    assert "python -m partinf simulate --model demo --slice v4:2x2x2" in capsys.readouterr().out
+    assert main(["launch", *flags, str(cloud.describe(type="v4-8"))]) == 2
+    assert "type 'v4-8' is v4:2x2x1, but the plan is for v4:2x2x2" in capsys.readouterr().err
+
+
+def test_a_plan_for_what_is_no_tpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.toml"
+    assert main(["plan", *WORKLOAD, "--slice", "cpu:2x2", "--save", str(file), "--format", "json"]) == 0
+    capsys.readouterr()
+    assert main(["launch", "--plan", str(file), "--dry-run"]) == 2
+    assert "slice 'cpu:2x2': no TPU type gives it" in capsys.readouterr().err
+
+
+def test_partinf_runs_on_two_workers_as_it_runs_here(plan: Path, cloud, root: Path) -> None:
+    """What is sent is a commit of this checkout's own files, and every worker runs it from there with the plan that was sent along."""
+    checkout = cloud.folder / "a checkout"
+    for name in ("partinf", "models", "layouts"):
+        shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    git(checkout, "init", "--quiet")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "--quiet", "--message", "all")
+    (checkout / "partinf" / "__init__.py").write_text("raise SystemExit('not the commit')\n")
+
+    words = ["simulate", "--model", "demo", "--slice", "v4:2x2x2", "--layout", "partinf-plan.toml", "--requests", "8", "--kv-pages", "64"]
+    words += ["--format", "json"]
+    description = cloud.describe(repository=str(checkout), command=["python", "-m", "partinf", *words])
+    assert main(["launch", "--plan", str(plan), "--description", str(description), "--run-id", "r1", *_quick(cloud)]) == 0
+    local = subprocess.run(
+        [sys.executable, "-m", "partinf", *[str(plan) if word == "partinf-plan.toml" else word for word in words]],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    expected = _without_wall_time(local.stdout)
+    assert expected["requests"]
+    for worker in range(2):
+        assert _without_wall_time(cloud.result("r1", worker, "stdout")) == expected
+    assert cloud.state["machines"] == {}
+
+
+def _quick(cloud) -> list[str]:
+    return ["--output", str(cloud.folder / "my results"), "--poll-seconds", "0.5"]
+
+
+def _without_wall_time(text: str) -> dict:
+    return {key: value for key, value in json.loads(text).items() if key != "wall_seconds"}
+
+
+def test_shell_is_clean() -> None:
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert shellcheck is not None
+    done = subprocess.run([shellcheck, *map(str, SCRIPTS.glob("*.sh"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_fakes_accept_names_its_reference_pages() -> None:
+    table = tomllib.loads((HERE / "accepted_commands.toml").read_text())
+    assert all(row["source"].startswith(("https://cloud.google.com/", "https://kubernetes.io/")) for row in table.values())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["gcloud", "compute", "tpus", "queued-resources", "make", "x"],
+        ["gcloud", "compute", "tpus", "queued-resources", "create", "x", "--project=p", "--zone=z", "--max-run-duration=1h"],
+        ["gcloud", "compute", "tpus", "queued-resources", "delete", "x", "--zone=z"],
+        ["kubectl", "apply", "--filename=x"],
+    ],
+)
+def test_the_fakes_refuse_what_they_do_not_know(cloud, words: list[str]) -> None:
+    assert subprocess.run(words, env=cloud.environment, capture_output=True).returncode != 0
