@@ -164,6 +164,8 @@ def load_model_config(name: str | Path) -> ModelConfig:
             raise InvalidInput(f"{file}: not JSON: {error}") from error
         if not isinstance(data, dict):
             raise InvalidInput(f"{file}: expected a JSON object, found {type(data).__name__}")
+        from partinf.hf_config import config_from_hf  # it builds on this module
+
         return config_from_hf(data, path.resolve().name)
     return config_from_toml(path.read_text(), path.stem)
 
@@ -230,101 +232,3 @@ def config_to_toml(config: ModelConfig) -> str:
         else:
             lines.append(f"{key} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
-
-
-_LLAMA_LIKE = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-
-
-def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
-    """Read a Hugging Face `config.json` of the Llama family, as transformers 4 or 5 writes it.
-
-    Version 5 writes `rope_parameters` and `dtype` where version 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`.
-
-    Raises:
-        InvalidInput: another architecture, missing keys, a rope type or option that is not supported; all at once.
-    """
-    offences: list[str] = []
-    architecture = (data.get("architectures") or [None])[0]
-    if architecture not in _LLAMA_LIKE and data.get("model_type") not in _LLAMA_LIKE.values():
-        found = architecture or data.get("model_type")
-        raise InvalidInput(f"{name}: config.json describes {found!r}; supported architectures: {', '.join(_LLAMA_LIKE)}")
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in required:
-        if not isinstance(data.get(key), int) or isinstance(data.get(key), bool):
-            offences.append(f"{name}: config.json: {key} = {data.get(key)!r}; a whole number is needed")
-    for key in ("attention_bias", "mlp_bias"):
-        if data.get(key):
-            offences.append(f"{name}: config.json: {key} = true is not supported")
-    if data.get("hidden_act", "silu") != "silu":
-        offences.append(f"{name}: config.json: hidden_act = {data['hidden_act']!r}; supported: 'silu'")
-    if data.get("sliding_window") and data.get("use_sliding_window", True):
-        offences.append(f"{name}: config.json: sliding_window = {data['sliding_window']} is not supported")
-    theta, scaling = _rope_from_hf(data, name, offences)
-    raise_offences(offences)
-    heads = data["num_attention_heads"]
-    return ModelConfig(
-        name=name,
-        num_layers=data["num_hidden_layers"],
-        embed_dim=data["hidden_size"],
-        ffn_dim=data["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=data.get("num_key_value_heads") or heads,
-        head_dim=data.get("head_dim") or data["hidden_size"] // heads,
-        vocab_size=data["vocab_size"],
-        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tied_embeddings=bool(data.get("tie_word_embeddings", False)),
-        max_len=int(data.get("max_position_embeddings", 2048)),
-        source="config.json",
-    )
-
-
-def _rope_from_hf(data: Mapping[str, Any], name: str, offences: list[str]) -> tuple[float, RopeScaling | None]:
-    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", data.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", None):
-        return theta, None
-    if kind != "llama3":
-        offences.append(f"{name}: config.json: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
-        return theta, None
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in keys if key not in rope]
-    if missing:
-        offences.append(f"{name}: config.json: llama3 rope scaling lacks {', '.join(missing)}")
-        return theta, None
-    factor, low, high = (float(rope[key]) for key in keys[:3])
-    return theta, RopeScaling(factor, low, high, int(rope[keys[3]]))
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` that both transformers 4 and 5 read; the inverse of `config_from_hf`."""
-    data: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied_embeddings,
-        "max_position_embeddings": config.max_len,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    if config.rope_scaling:
-        scaling = config.rope_scaling
-        data["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_len,
-        }
-    return data

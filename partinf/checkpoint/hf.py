@@ -1,4 +1,4 @@
-"""Hugging Face Llama directories to sharded parameters, and back.
+"""Hugging Face directories to sharded parameters, and back.
 
 Owns the step from files to devices: everything is checked by header first, then each device's shard is built from the bytes under it and
 no others, so a host needs memory for its own shards of one leaf at a time, not for the model. Names and shapes come from `hf_names`.
@@ -15,12 +15,13 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from partinf.checkpoint.hf_names import LeafSource, leaf_sources, read_leaf, split_leaf, tensor_shapes, tolerated
+from partinf.checkpoint.hf_names import LeafSource, leaf_sources, read_leaf, recognize, split_leaf, tensor_shapes, tolerated
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
 from partinf.errors import raise_offences
-from partinf.model_config import ModelConfig, config_to_hf
+from partinf.hf_config import config_to_hf
+from partinf.model_config import ModelConfig
 from partinf.quantize import Quantized, quantize
 
 Params = Any  # the plain nested dict of arrays that `transformer.params` declares
@@ -45,12 +46,13 @@ def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params,
 
 def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params, padded_heads: int = 0) -> Params:
     """`load_hf` from an open reader, whose `bytes_read` then tells what was read."""
-    sources = leaf_sources(config, isinstance(abstract_params.get("layers"), Mapping), padded_heads)
+    naming = recognize(config, reader.inventory.names)
+    sources = leaf_sources(config, isinstance(abstract_params.get("layers"), Mapping), padded_heads, naming)
     leaves = by_path(abstract_params, quantized_whole=True)
     expected = {path: source.leaf_shape for path, source in sources.items()}
     wanted = shapes_by_path(abstract_params, quantized_whole=True)
     disagreements = compare_shapes(wanted, expected, "the parameter tree", f"the model {config.name}")
-    reader.check(tensor_shapes(config), tolerated(config), more=disagreements)
+    reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements)
     arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
     structure = jax.tree.structure(abstract_params, is_leaf=lambda x: isinstance(x, Quantized))
     return jax.tree.unflatten(structure, arrays)
@@ -100,7 +102,8 @@ def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStr
 def check_hf(directory: str | Path, config: ModelConfig) -> None:
     """Raise `InvalidInput` with every offence of the weights in a directory. Reads headers only, so it takes milliseconds for any size."""
     with TensorReader(directory) as reader:
-        reader.check(tensor_shapes(config), tolerated(config))
+        naming = recognize(config, reader.inventory.names)
+        reader.check(tensor_shapes(config, naming), tolerated(config, naming))
 
 
 def save_hf(
@@ -111,7 +114,7 @@ def save_hf(
     config_fields: Mapping[str, Any] | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read.
+    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read, for the Llama family and Qwen 3.
 
     Args:
         params: The whole tree; its padding of the vocabulary is dropped and its types are kept.
@@ -121,9 +124,10 @@ def save_hf(
         max_file_bytes: Weights beyond it are split over several files with an index.
 
     Raises:
-        InvalidInput: a tree that is not this model's, arrays that live partly on other hosts, or a directory with weights.
+        InvalidInput: another family (GPT-2 and OPT are read, but not written), a tree that is not this model's, arrays that live partly
+            on other hosts, or a directory with weights.
     """
-    directory = Path(directory)
+    directory, described = Path(directory), config_to_hf(config)
     sources = leaf_sources(config, stacked=isinstance(params.get("layers"), Mapping))
     expected = {path: source.leaf_shape for path, source in sources.items()}
     offences = compare_shapes(shapes_by_path(params), expected, "the parameters", f"the model {config.name}")
@@ -140,7 +144,7 @@ def save_hf(
     files = _assign_files(sources, leaves, max_file_bytes)
     _write_weights(directory, sources, leaves, files)
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
-    fields = config_to_hf(config) | _both_versions(config, dtypes[0] if len(dtypes) == 1 else "float32") | dict(config_fields or {})
+    fields = described | _both_versions(config, dtypes[0] if len(dtypes) == 1 else "float32") | dict(config_fields or {})
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 

@@ -62,6 +62,11 @@ class Inventory:
     explained: set[str] = field(default_factory=set)
     unlisted: bool = False
 
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that is there, or that an index says should be."""
+        return {*self.tensors, *self.explained}
+
 
 def _plain_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -27,6 +27,18 @@ SPECS = {
     "ffn_norm": ("y",),
     "w_in": (None, "y", "x"),
     "w_out": ("x", "y"),
+    # GPT-2's and OPT's, and Qwen 3's norms of the heads.
+    "positions": ("y", "x"),
+    "final_norm_bias": ("x",),
+    "attention_norm_bias": (None,),
+    "ffn_norm_bias": ("y",),
+    "bq": ("y", None),
+    "bkv": (None, "y", "x"),
+    "bo": ("x",),
+    "b_in": (None, "y"),
+    "b_out": ("y",),
+    "q_norm": (None,),
+    "k_norm": ("x",),
 }
 
 

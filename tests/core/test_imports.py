@@ -14,7 +14,19 @@ import pytest
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # Everything else under partinf/ is pure. Commands are checked with the command line.
-_JAX_COLUMN = ("sharding", "quantize", "collectives", "transformer", "checkpoint", "proof", "engine.jax_runner", "scoring", "serve", "cli", "__main__")
+_JAX_COLUMN = (
+    "sharding",
+    "quantize",
+    "collectives",
+    "transformer",
+    "checkpoint",
+    "proof",
+    "engine.jax_runner",
+    "scoring",
+    "serve",
+    "cli",
+    "__main__",
+)
 _HEAVY = ("jax", "jaxlib", "flax", "orbax", "chex", "optax", "tensorstore")
 
 

@@ -1,4 +1,4 @@
-"""Architectures: TOML files and Hugging Face configs, read and written, and everything that is refused."""
+"""Architectures: TOML files, read and written, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from partinf import resources
 from partinf.errors import InvalidInput
-from partinf.model_config import ModelConfig, config_from_hf, config_from_toml, config_to_hf, config_to_toml, load_model_config
+from partinf.model_config import ModelConfig, config_from_toml, config_to_toml, load_model_config
 
 REQUIRED = "num_layers = 2\nembed_dim = 64\nffn_dim = 192\nnum_heads = 8\nnum_kv_heads = 4\nhead_dim = 8\nvocab_size = 512\n"
 
@@ -38,21 +38,6 @@ def test_all_offences_of_a_file_at_once() -> None:
 def test_refused(change: tuple[str, str], words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         config_from_toml(REQUIRED.replace(*change), "mine")
-
-
-def test_hugging_face_round_trip() -> None:
-    config = config_from_toml(REQUIRED + "max_len = 128\n", "mine")
-    again = config_from_hf(config_to_hf(config), "mine")
-    assert again.num_params() == config.num_params()
-    assert (again.embed_dim, again.num_kv_heads, again.max_len) == (64, 4, 128)
-
-
-def test_hugging_face_offences_at_once() -> None:
-    data = config_to_hf(config_from_toml(REQUIRED, "mine")) | {"hidden_size": "64", "hidden_act": "gelu", "attention_bias": True}
-    data |= {"rope_parameters": {"rope_type": "yarn"}}
-    with pytest.raises(InvalidInput) as caught:
-        config_from_hf(data, "mine")
-    assert len(caught.value.offences) == 4
 
 
 def test_unknown_model_names_the_nearest() -> None:

@@ -27,7 +27,7 @@ from partinf.transformer.step import compile_step, empty_state
 from partinf.workload import DType
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-NAMES = ("llama_gqa", "llama_tied_mqa", "llama_rope_scaled")
+NAMES = ("llama_gqa", "llama_tied_mqa", "llama_rope_scaled", "gpt2_small", "opt_small", "qwen3_small")
 TOLERANCE = 1e-4
 
 LAYOUTS = {
@@ -35,6 +35,11 @@ LAYOUTS = {
     "llama_tied_mqa": make_layout({"x": "ffn", "y": "ffn", "z": "replica"}, {"x": "heads", "y": "batch", "z": "batch"}),
     "llama_rope_scaled": make_layout(
         dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "heads", "z": "batch"}, decode_gather=["z"], prefill_gather=["x", "z"]
+    ),
+    "gpt2_small": make_layout({"x": "embed", "y": "ffn", "z": "embed"}, {"x": "heads", "y": "heads", "z": "batch"}),
+    "opt_small": make_layout({"x": "ffn", "y": "embed", "z": "replica"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads")),
+    "qwen3_small": make_layout(
+        dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "batch", "z": "none"}, decode_gather=["x"], prefill_gather=["y"]
     ),
 }
 
@@ -101,4 +106,7 @@ LAYOUTS_2D = {
     "llama_gqa": make_layout({"x": "ffn", "y": "embed"}, {"x": "batch", "y": "heads"}),
     "llama_tied_mqa": make_layout({"x": "replica", "y": "ffn"}, {"x": "batch", "y": "batch"}, {"x": "heads", "y": "none"}),
     "llama_rope_scaled": make_layout({"x": "embed", "y": "embed"}, {"x": "heads", "y": "batch"}, decode_gather=["x"]),
+    "gpt2_small": make_layout({"x": "ffn", "y": "embed"}, {"x": "heads", "y": "heads"}, {"x": "batch", "y": "heads"}),
+    "opt_small": make_layout({"x": "embed", "y": "ffn"}, {"x": "batch", "y": "heads"}),
+    "qwen3_small": make_layout({"x": "ffn", "y": "ffn"}, {"x": "batch", "y": "heads"}, decode_gather=["y"]),
 }

@@ -1,0 +1,247 @@
+"""GPT-2, OPT and Qwen 3 directories: what their tables have that Llama's has not, every number in its place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
+from partinf.checkpoint.hf_names import leaf_sources, read_leaf, recognize
+from partinf.checkpoint.safetensors_files import TensorReader
+from partinf.checkpoint.tree_paths import by_path
+from partinf.errors import InvalidInput
+from partinf.model_config import ModelConfig, load_model_config
+from partinf.transformer.params import declare
+from tests.checkpoint.paths import FAMILIES, FIXTURES
+from tests.checkpoint.trees import abstract_tree, all_tensors, assert_same, make_mesh, random_params
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(params=FAMILIES)
+def directory(request: pytest.FixtureRequest) -> Path:
+    return FIXTURES / request.param
+
+
+def gpt2_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    heads = (config.num_heads, config.head_dim)
+    query, key, value = (part.T.reshape(*heads, -1) for part in np.split(w[f"{at}.attn.c_attn.weight"], 3, axis=1))
+    query_bias, key_bias, value_bias = (part.reshape(heads) for part in np.split(w[f"{at}.attn.c_attn.bias"], 3))
+    return {
+        "attention_norm": w[f"{at}.ln_1.weight"],
+        "attention_norm_bias": w[f"{at}.ln_1.bias"],
+        "wq": query,
+        "bq": query_bias,
+        "wkv": np.stack([key, value]),
+        "bkv": np.stack([key_bias, value_bias]),
+        "wo": w[f"{at}.attn.c_proj.weight"].T.reshape(-1, *heads),
+        "bo": w[f"{at}.attn.c_proj.bias"],
+        "ffn_norm": w[f"{at}.ln_2.weight"],
+        "ffn_norm_bias": w[f"{at}.ln_2.bias"],
+        "w_in": w[f"{at}.mlp.c_fc.weight"].T[None],
+        "b_in": w[f"{at}.mlp.c_fc.bias"][None],
+        "w_out": w[f"{at}.mlp.c_proj.weight"].T,
+        "b_out": w[f"{at}.mlp.c_proj.bias"],
+    }
+
+
+def opt_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    heads = (config.num_heads, config.head_dim)
+    return {
+        "attention_norm": w[f"{at}.self_attn_layer_norm.weight"],
+        "attention_norm_bias": w[f"{at}.self_attn_layer_norm.bias"],
+        "wq": w[f"{at}.self_attn.q_proj.weight"].reshape(*heads, -1),
+        "bq": w[f"{at}.self_attn.q_proj.bias"].reshape(heads),
+        "wkv": np.stack([w[f"{at}.self_attn.{letter}_proj.weight"].reshape(*heads, -1) for letter in "kv"]),
+        "bkv": np.stack([w[f"{at}.self_attn.{letter}_proj.bias"].reshape(heads) for letter in "kv"]),
+        "wo": w[f"{at}.self_attn.out_proj.weight"].reshape(-1, *heads),
+        "bo": w[f"{at}.self_attn.out_proj.bias"],
+        "ffn_norm": w[f"{at}.final_layer_norm.weight"],
+        "ffn_norm_bias": w[f"{at}.final_layer_norm.bias"],
+        "w_in": w[f"{at}.fc1.weight"][None],
+        "b_in": w[f"{at}.fc1.bias"][None],
+        "w_out": w[f"{at}.fc2.weight"],
+        "b_out": w[f"{at}.fc2.bias"],
+    }
+
+
+def qwen3_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    kv_heads = (config.num_kv_heads, config.head_dim)
+    return {
+        "attention_norm": w[f"{at}.input_layernorm.weight"],
+        "wq": w[f"{at}.self_attn.q_proj.weight"].reshape(config.num_heads, config.head_dim, -1),
+        "wkv": np.stack([w[f"{at}.self_attn.{letter}_proj.weight"].reshape(*kv_heads, -1) for letter in "kv"]),
+        "q_norm": w[f"{at}.self_attn.q_norm.weight"],
+        "k_norm": w[f"{at}.self_attn.k_norm.weight"],
+        "wo": w[f"{at}.self_attn.o_proj.weight"].reshape(-1, config.num_heads, config.head_dim),
+        "ffn_norm": w[f"{at}.post_attention_layernorm.weight"],
+        "w_in": np.stack([w[f"{at}.mlp.gate_proj.weight"], w[f"{at}.mlp.up_proj.weight"]]),
+        "w_out": w[f"{at}.mlp.down_proj.weight"],
+    }
+
+
+# Of each family: its layers, where they are, and the model's own tensors (the rows of the positions that are used come last).
+BY_HAND: dict[str, tuple[Callable[..., dict[str, np.ndarray]], str, dict[str, str]]] = {
+    "gpt2_small": (
+        gpt2_layer,
+        "transformer.h",
+        {"embed": "wte.weight", "positions": "wpe.weight", "final_norm": "ln_f.weight", "final_norm_bias": "ln_f.bias"},
+    ),
+    "opt_small": (
+        opt_layer,
+        "model.decoder.layers",
+        {
+            "embed": "embed_tokens.weight",
+            "positions": "embed_positions.weight",
+            "final_norm": "final_layer_norm.weight",
+            "final_norm_bias": "final_layer_norm.bias",
+        },
+    ),
+    "qwen3_small": (qwen3_layer, "model.layers", {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}),
+}
+
+
+def expected_params(directory: Path, config: ModelConfig, stacked: bool) -> Any:
+    """The tree built by hand from whole tensors, without the tables."""
+    whole = {name: np.asarray(tensor, np.float32) for name, tensor in all_tensors(directory).items()}
+    make_layer, at, names = BY_HAND[directory.name]
+    tree: dict[str, Any] = {leaf: whole[f"{at.rpartition('.')[0]}.{name}"] for leaf, name in names.items()}
+    tree["embed"] = np.pad(tree["embed"], ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
+    if "positions" in tree:
+        tree["positions"] = tree["positions"][-config.max_len :]
+    layers = tuple(make_layer(whole, f"{at}.{number}", config) for number in range(config.num_layers))
+    tree["layers"] = jax.tree.map(lambda *parts: np.stack(parts), *layers) if stacked else layers
+    return tree
+
+
+@pytest.mark.parametrize("rows, columns, stacked", [(1, 1, False), (4, 2, False), (2, 4, True)])
+def test_every_shard_is_the_slice_of_the_whole(directory: Path, rows: int, columns: int, stacked: bool) -> None:
+    """And all shards together cost each byte once: of a fused tensor, each leaf reads its own part."""
+    config = load_model_config(directory)
+    expected = expected_params(directory, config, stacked)
+    with TensorReader(directory) as reader:
+        assert_same(load_from(reader, config, abstract_tree(config, make_mesh(rows, columns), stacked=stacked)), expected)
+        skipped = 2 * 64 * 2 if directory.name == "opt_small" else 0  # two rows of positions
+        assert reader.bytes_read == sum(tensor.nbytes for tensor in all_tensors(directory).values()) - skipped
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_any_slice_equals_the_slice_of_the_whole(directory: Path, stacked: bool) -> None:
+    config = load_model_config(directory)
+    whole = by_path(expected_params(directory, config, stacked))
+    generator = np.random.default_rng(0)
+    with TensorReader(directory) as reader:
+        for path, source in leaf_sources(config, stacked, naming=recognize(config, reader.inventory.names)).items():
+            for _ in range(6):
+                ends = [sorted(generator.choice(size + 1, 2, replace=False)) for size in source.leaf_shape]
+                index = tuple(slice(int(start), int(stop)) for start, stop in ends)
+                found = read_leaf(reader, source, index, np.dtype(np.float32))
+                np.testing.assert_array_equal(found, whole[path][index], err_msg=f"{path} {index}")
+
+
+def test_padded_heads_are_zeros_at_the_end(directory: Path) -> None:
+    """Of keys and values too, where every query head has its own."""
+    config = load_model_config(directory)
+    padded, heads = config.with_padded_heads(12), {"wq": 0, "bq": 0, "wkv": 1, "bkv": 1, "wo": 1}
+    abstract = abstract_tree(padded, make_mesh(1, 1))
+    found = load_hf(directory, config, abstract, padded_heads=12)["layers"][1]
+    for name, whole in expected_params(directory, config, False)["layers"][1].items():
+        missing = found[name].shape[heads[name]] - whole.shape[heads[name]] if name in heads else 0
+        widths = [(0, missing if dim == heads.get(name) else 0) for dim in range(whole.ndim)]
+        np.testing.assert_array_equal(found[name], np.pad(whole, widths), err_msg=name)
+
+
+def test_the_tables_have_the_leaves_of_the_parameter_tree(directory: Path) -> None:
+    config = load_model_config(directory)
+    for stacked in (False, True):
+        declared = {path: leaf.shape for path, leaf in by_path(declare(config, not stacked)).items()}
+        assert {path: source.leaf_shape for path, source in leaf_sources(config, stacked).items()} == declared
+
+
+def edit(directory: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def offences(directory: Path) -> tuple[str, ...]:
+    with pytest.raises(InvalidInput) as caught:
+        check_hf(directory, load_model_config(directory))
+    return caught.value.offences
+
+
+@pytest.mark.parametrize(
+    "name, missing, misshapen, words",
+    [
+        ("gpt2_small", "transformer.h.1.attn.c_attn.bias", "transformer.h.0.attn.c_attn.weight", ("(192,)", "(64, 192)")),
+        ("opt_small", "model.decoder.layers.1.fc1.bias", "model.decoder.embed_positions.weight", ("(128,)", "(66, 64)")),
+        ("qwen3_small", "model.layers.1.self_attn.k_norm.weight", "model.layers.0.self_attn.q_proj.weight", ("(16,)", "(128, 64)")),
+    ],
+)
+def test_offences_name_tensors_as_they_are_stored(tmp_path: Path, name: str, missing: str, misshapen: str, words: tuple[str, str]) -> None:
+    directory = Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors[missing]
+        tensors[misshapen] = np.zeros((3, 3), np.float32)
+        tensors["extra.weight"] = np.zeros(3, np.float32)
+
+    edit(directory, change)
+    assert offences(directory) == (
+        f"{missing}: missing; expected shape {words[0]}",
+        f"{misshapen}: found shape (3, 3), expected {words[1]}",
+        "extra.weight: unexpected: found shape (3,); the architecture has no such tensor",
+    )
+
+
+@pytest.mark.parametrize("name, base, instead", [("gpt2_small", "transformer.", ""), ("opt_small", "model.decoder.", "decoder.")])
+def test_names_as_they_were_first_published(tmp_path: Path, name: str, base: str, instead: str) -> None:
+    """Without the prefix, with the masks that GPT-2 kept as buffers, and with the tied matrix stored again."""
+    directory = Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+    tensors = {key.replace(base, instead, 1): tensor for key, tensor in load_file(directory / "model.safetensors").items()}
+    tensors["lm_head.weight"] = np.zeros((1, 1), np.float32)
+    if name == "gpt2_small":
+        tensors |= {"h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32), "h.0.attn.masked_bias": np.zeros((), np.float32)}
+    save_file(tensors, directory / "model.safetensors")
+    config = load_model_config(directory)
+    abstract = abstract_tree(config, make_mesh(2, 2))
+    assert_same(load_hf(directory, config, abstract), load_hf(FIXTURES / name, config, abstract))
+
+
+def test_an_index_whose_files_are_missing_still_tells_the_family(tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(FIXTURES / "opt_small", tmp_path / "opt_small"))
+    weight_map = dict.fromkeys(load_file(directory / "model.safetensors"), "model-00001-of-00001.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (found,) = offences(directory)
+    assert "which does not exist" in found
+
+
+@pytest.mark.parametrize("name", ["gpt2_small", "opt_small"])
+def test_what_is_not_written_is_refused_before_anything_is(tmp_path: Path, name: str) -> None:
+    config = load_model_config(FIXTURES / name)
+    with pytest.raises(InvalidInput, match="directories are written for Llama and Qwen 3 only"):
+        save_hf(random_params(config), config, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_qwen3_is_saved_and_loaded_unchanged(tmp_path: Path, stacked: bool) -> None:
+    config = load_model_config(FIXTURES / "qwen3_small")
+    params = random_params(config, stacked=stacked)
+    save_hf(params, config, tmp_path / config.name)
+    assert load_model_config(tmp_path / config.name) == config
+    assert_same(load_hf(tmp_path / config.name, config, abstract_tree(config, make_mesh(1, 1), stacked=stacked)), params)
+
+
+def test_blocks_that_no_family_has() -> None:
+    with pytest.raises(InvalidInput, match="no Hugging Face family has such blocks; known families: Llama, GPT-2, OPT"):
+        leaf_sources(load_model_config("palm-8b"))

@@ -1,0 +1,153 @@
+"""Hugging Face configurations: what is read of each family, what is written, and everything that is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from partinf.errors import InvalidInput
+from partinf.hf_config import config_from_hf, config_to_hf
+from partinf.model_config import Activation, ModelConfig, Norm, Position, config_from_toml, load_model_config
+
+REQUIRED = "num_layers = 2\nembed_dim = 64\nffn_dim = 192\nnum_heads = 8\nnum_kv_heads = 4\nhead_dim = 8\nvocab_size = 512\n"
+# As published, without the fields that say nothing of the architecture.
+GPT2 = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+OPT = {
+    "_remove_final_layer_norm": False,
+    "activation_function": "relu",
+    "architectures": ["OPTForCausalLM"],
+    "do_layer_norm_before": True,
+    "ffn_dim": 20480,
+    "hidden_size": 5120,
+    "max_position_embeddings": 2048,
+    "model_type": "opt",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "vocab_size": 50272,
+    "word_embed_proj_dim": 5120,
+}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def offences(data: dict[str, Any]) -> tuple[str, ...]:
+    with pytest.raises(InvalidInput) as caught:
+        config_from_hf(data, "mine")
+    return tuple(line.removeprefix("mine: config.json: ") for line in caught.value.offences)
+
+
+def test_gpt2() -> None:
+    layer_norm: dict[str, Any] = {"norm": Norm.LAYER, "position": Position.LEARNED, "biases": True, "gated": False}
+    found = config_from_hf(GPT2, "gpt2")
+    assert found == ModelConfig(
+        "gpt2", 12, 768, 3072, 12, 12, 64, 50257,
+        activation=Activation.GELU_TANH, tied_embeddings=True, max_len=1024, source="config.json", **layer_norm,
+    )  # fmt: skip
+    assert found.num_params() == 124_439_808  # as transformers counts them
+    assert config_from_hf(GPT2 | {"n_inner": 1000}, "gpt2").ffn_dim == 1000
+
+
+@pytest.mark.parametrize("data, shipped", [(OPT, "opt-13b"), (QWEN3, "qwen-3-8b")])
+def test_published_files_are_the_shipped_models(data: dict[str, Any], shipped: str) -> None:
+    ours = load_model_config(shipped)
+    found = config_from_hf(data, shipped)
+    differing = {key for key, value in vars(ours).items() if getattr(found, key) != value}
+    assert differing <= {"source"}
+
+
+def test_either_name_of_a_family_is_enough() -> None:
+    by_type = {key: value for key, value in GPT2.items() if key != "architectures"}
+    by_architecture = {key: value for key, value in GPT2.items() if key != "model_type"}
+    assert config_from_hf(by_type, "gpt2") == config_from_hf(by_architecture, "gpt2") == config_from_hf(GPT2, "gpt2")
+
+
+def test_an_unknown_architecture_names_those_that_are_read() -> None:
+    words = r"'BloomForCausalLM'; supported architectures: Llama.*, Mistral.*, Qwen3.*, GPT2LMHeadModel, OPTForCausalLM"
+    with pytest.raises(InvalidInput, match=words):
+        config_from_hf({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "mine")
+
+
+def test_every_offence_of_gpt2_at_once() -> None:
+    bad = {"n_layer": "12", "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}
+    assert offences(GPT2 | bad) == (
+        'n_layer = "12"; a whole number is needed',
+        'activation_function = "relu" is not supported; supported: "gelu_new", "gelu_pytorch_tanh"',
+        "scale_attn_by_inverse_layer_idx = true is not supported; supported: false",
+        "tie_word_embeddings = false is not supported; supported: true",
+    )
+    (found,) = offences(GPT2 | {"n_head": 13})
+    assert "768 does not divide into 13 heads" in found
+
+
+def test_every_offence_of_opt_at_once() -> None:
+    """OPT-350m norms after the block and projects its embeddings."""
+    bad = {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "enable_bias": False, "ffn_dim": None}
+    assert offences(OPT | bad) == (
+        "ffn_dim = null; a whole number is needed",
+        "do_layer_norm_before = false is not supported; supported: true",
+        "enable_bias = false is not supported; supported: true",
+        "word_embed_proj_dim = 512 is not supported; it must equal hidden_size = 5120",
+    )
+    assert not config_from_hf(OPT | {"tie_word_embeddings": False}, "opt").tied_embeddings
+
+
+def test_every_offence_of_qwen3_at_once() -> None:
+    bad = {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4096, "head_dim": None}
+    assert offences(QWEN3 | bad) == (
+        "head_dim = null; a whole number is needed",
+        "attention_bias = true is not supported; supported: false",
+        "sliding_window = 4096 is not supported",
+    )
+
+
+@pytest.mark.parametrize("shipped", ["opt-13b", "palm-8b"])
+def test_what_is_not_written(shipped: str) -> None:
+    with pytest.raises(InvalidInput, match="written for Llama and Qwen 3 only"):
+        config_to_hf(load_model_config(shipped))
+
+
+@pytest.mark.parametrize("qk_norm", ["false", "true"])
+def test_hugging_face_round_trip(qk_norm: str) -> None:
+    config = config_from_toml(REQUIRED + f"max_len = 128\nqk_norm = {qk_norm}\n", "mine")
+    again = config_from_hf(config_to_hf(config), "mine")
+    assert again.num_params() == config.num_params()
+    assert (again.embed_dim, again.num_kv_heads, again.max_len) == (64, 4, 128)
+
+
+def test_hugging_face_offences_at_once() -> None:
+    data = config_to_hf(config_from_toml(REQUIRED, "mine")) | {"hidden_size": "64", "hidden_act": "gelu", "attention_bias": True}
+    data |= {"rope_parameters": {"rope_type": "yarn"}}
+    with pytest.raises(InvalidInput) as caught:
+        config_from_hf(data, "mine")
+    assert len(caught.value.offences) == 4
