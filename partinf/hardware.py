@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from importlib.resources import files
+from pathlib import Path
 
 from partinf.axes import is_axis_name
 from partinf.errors import InvalidInput, nearest, raise_offences
@@ -41,7 +42,7 @@ class Chip:
     Attributes:
         usable_hbm: bytes that a compiled program may use.
         torus_dims: dimensions of the inter-chip torus, 0 where a switch joins the chips.
-        wrap_multiple: a torus axis wraps around when its size is a multiple of this.
+        wrap_multiple: a torus axis wraps around when its size is a multiple of this; in a 3D torus, when all of them are.
         link_bandwidth: one torus link, one way.
         switch_bandwidth: one chip into its node's switch, one way; `node_size` chips share a switch.
         devices_per_chip: JAX devices per chip, each owning an equal part of memory and compute.
@@ -257,6 +258,7 @@ def _factored(slice_: Slice, text: str) -> tuple[MeshAxis, ...]:
         return _switched_axes(slice_, text, factors)
     axes: list[MeshAxis] = []
     offences = []
+    wrapped = _wrapped_sides(slice_)
     for torus, side in zip(_torus_names(slice_), slice_.shape, strict=True):
         mine = [(name, size) for name, size in factors if name.rstrip("0123456789") == torus]
         if math.prod(size for _, size in mine) != side:
@@ -265,12 +267,18 @@ def _factored(slice_: Slice, text: str) -> tuple[MeshAxis, ...]:
         stride = side
         for name, size in mine:
             stride //= max(size, 1)
-            wraps = side > 1 and side % slice_.chip.wrap_multiple == 0
-            axes.append(MeshAxis(name, size, Link.TORUS, torus, stride, side, wraps))
+            axes.append(MeshAxis(name, size, Link.TORUS, torus, stride, side, side in wrapped))
     strange = [name for name, _ in factors if name.rstrip("0123456789") not in _torus_names(slice_)]
     offences += [f"mesh '{text}': axis '{name}' is no factor of {', '.join(_torus_names(slice_))}" for name in strange]
     raise_offences(offences)
     return tuple(axes)
+
+
+def _wrapped_sides(slice_: Slice) -> set[int]:
+    """Lengths of the torus axes that wrap around. A 3D slice is a torus only when it is made of whole cubes, else a mesh throughout."""
+    multiple = slice_.chip.wrap_multiple
+    whole = {side for side in slice_.shape if side > 1 and side % multiple == 0}
+    return whole if slice_.chip.torus_dims == 2 or all(side in whole for side in slice_.shape) else set()
 
 
 def _switched_axes(slice_: Slice, text: str, factors: list[tuple[str, int]]) -> tuple[MeshAxis, ...]:
@@ -307,3 +315,9 @@ def _parse_factors(slice_: Slice, text: str) -> list[tuple[str, int]]:
             factors.append((match[1], int(match[2])))
     raise_offences(offences)
     return factors
+
+
+def has_accelerator() -> bool:
+    """Whether the machine shows a device file of a TPU or GPU."""
+    patterns = ("dev/accel*", "dev/vfio/[0-9]*", "dev/nvidia[0-9]*", "dev/kfd")
+    return any(True for pattern in patterns for _ in Path("/").glob(pattern))

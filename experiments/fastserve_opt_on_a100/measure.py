@@ -3,7 +3,7 @@
     python -m experiments.fastserve_opt_on_a100.measure        # twenty minutes on two cores, writes results.json
 
 Mean, P95 and P99 of completion time and of latency per generated token, over Poisson load; the load that each scheduler carries at a
-mean of 0.3 s per token; and for the multi-level feedback queue the three ways to make room, and α of 0.3, 3 and 30 s.
+mean of 0.3 s per token; and for the multi-level feedback queue the three ways to make room, and α of 0.3 and 30 s.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from partinf.layout import make_layout
 from partinf.model_config import load_model_config
 from partinf.plans import Plan
 
-REQUESTS, BATCH, TARGET = 600, 16, 0.3
+REQUESTS, BATCH, TARGET = 400, 16, 0.3
 HOST_BYTES = 128e9  # per GPU, for swapped pages
 SCHEDULERS = ("orca", "fcfs", "mlfq", "mlfq-naive", "srpt")
-WAYS = tuple(itertools.product((0.3, 3.0, 30.0), ("proactive", "reactive", "recompute")))
+WAYS = tuple(itertools.product((0.3, 30.0), ("proactive", "reactive", "recompute")))
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Setup:
 
 
 SETUPS = (Setup("opt-13b", "a100-40:1", 1, 1.5), Setup("opt-66b", "a100-40:8", 1, 1.7), Setup("opt-175b", "a100-40:8", 2, 1.4))
-SHARES = (0.5, 0.7, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5)
+SHARES = (0.6, 0.9, 1.1, 1.3, 1.6, 2.0, 2.5)
 
 
 def simulate(setup: Setup, scheduler: str, rate: float, eviction: str = "proactive", alpha: float = 0.3) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def main() -> int:
 
 
 def alphas(scheduler: str) -> tuple[float, ...]:
-    return (0.3, 3.0, 30.0) if scheduler == "mlfq" else (0.3,)
+    return (0.3, 30.0) if scheduler == "mlfq" else (0.3,)
 
 
 if __name__ == "__main__":

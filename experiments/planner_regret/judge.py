@@ -2,9 +2,11 @@
 
     step = Σ dots max(FLOPs / peak, bytes / HBM bandwidth) + Σ collectives (bytes over links + hops · 1 µs)
 
-Every dot reads its operands and writes its result once. A collective over K chips moves payload · (K-1)/K through each chip, an
-all-reduce twice that; on a torus it uses one link each way of every axis it runs over (one link alone where an axis does not wrap), on a
-switch a chip's port. Half of an all-to-all's bytes cross the middle of each axis. No constant is fitted.
+Every dot reads its operands and writes its result once; weights that are stored as int8 and widened for the product count as int8 (a
+compiler fuses the conversion), or, in the second of two judgements, as they are multiplied. A collective over K chips moves
+payload · (K-1)/K through each chip, an all-reduce twice that; on a torus it uses one link each way of every axis it runs over (one link
+alone where an axis does not wrap), on a switch a chip's port. Half of an all-to-all's bytes cross the middle of each axis. No constant is
+fitted.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ HOP_SECONDS = 1e-6
 PAGE = 16
 
 
-def judged_seconds(report: PlanReport, candidate: Candidate) -> float:
-    """The step of a candidate under this account."""
+def judged_seconds(report: PlanReport, candidate: Candidate) -> tuple[float, float]:
+    """The step of a candidate under this account: operands as stored, and as multiplied."""
     plan, bucket = program_of(report, candidate)
-    return price(trace_account(plan, bucket), report.slice)
+    account = trace_account(plan, bucket)
+    return price(account, report.slice), price(account, report.slice, fused=False)
 
 
 def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
@@ -45,10 +48,12 @@ def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
     return Plan(report.model, report.slice, layout, workload.weights, workload.kv, cache=cache, padded_heads=candidate.padded_heads), bucket
 
 
-def price(account: Account, slice_: Slice) -> float:
+def price(account: Account, slice_: Slice, fused: bool = True) -> float:
     """Seconds of a counted step."""
-    chip = slice_.chip
-    dots = sum(n * max(dot.flops / chip.peak_bf16, dot.num_bytes / chip.hbm_bandwidth) for dot, n in account.dots.items())
+    chip, dots = slice_.chip, 0.0
+    for dot, count in account.dots.items():
+        num_bytes = dot.stored_bytes if fused else dot.num_bytes
+        dots += count * max(dot.flops / chip.peak_bf16, num_bytes / chip.hbm_bandwidth)
     return dots + sum(n * collective_seconds(collective, slice_) for collective, n in account.collectives.items())
 
 

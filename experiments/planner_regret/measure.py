@@ -1,6 +1,7 @@
 """The planner's choice against every other candidate that fits and runs, under an account that is not its own.
 
-python -m experiments.planner_regret.measure [--cases N] [--most N]     writes results.json beside this file
+python -m experiments.planner_regret.measure [--most N]             writes results.json beside this file
+python -m experiments.planner_regret.measure --only v4:2x2x4       judges some cases anew and replaces their rows
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,16 @@ from partinf.model_config import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate, PlanReport
 
+CASES = 30
+
 
 @dataclass(frozen=True)
 class Judged:
-    """A candidate and its time under the second account."""
+    """A candidate and its time under the second account, with int8 weights read as such and as they are multiplied."""
 
     candidate: Candidate
     seconds: float
+    unfused: float
 
 
 def rivals(report: PlanReport, most: int, draw: random.Random) -> list[Candidate]:
@@ -43,7 +46,7 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, object] | Non
     chosen = rivals(report, most, draw)
     if not chosen:
         return None
-    judged = [Judged(candidate, judged_seconds(report, candidate)) for candidate in chosen]
+    judged = [Judged(candidate, *judged_seconds(report, candidate)) for candidate in chosen]
     first, best = judged[0], min(judged, key=lambda j: j.seconds)
     return {
         "case": str(case),
@@ -52,6 +55,7 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, object] | Non
         "chosen": _line(first),
         "best": _line(best),
         "regret": first.seconds / best.seconds - 1,
+        "regret_unfused": first.unfused / min(j.unfused for j in judged) - 1,
         "median_candidate": sorted(j.seconds for j in judged)[len(judged) // 2] / best.seconds - 1,
     }
 
@@ -69,18 +73,27 @@ def _line(judged: Judged) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=int, default=30, help="cases that fit (default: 30)")
     parser.add_argument("--most", type=int, default=250, help="candidates judged per case (default: 250)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     args = parser.parse_args()
-    draw, rows = random.Random(SEED), []
-    start = time.process_time()
-    for case in cases(2 * args.cases):
-        row = judge(case, args.most, draw) if len(rows) < args.cases else None
+    results_file = Path(__file__).with_name("results.json")
+    kept = json.loads(results_file.read_text())["rows"] if args.only else []
+    rows: list[dict[str, object]] = []
+    for case in cases(2 * CASES):
+        if len(rows) == CASES:
+            break
+        if args.only not in str(case):
+            row = next((row for row in kept if row["case"] == str(case)), None)
+        else:
+            row = judge(case, args.most, random.Random(f"{SEED} {case}"))
+            if row is not None:
+                print(
+                    f"{row['case']:60} {row['judged']:3} of {row['candidates']:4} {row['regret']:7.2%} {row['regret_unfused']:7.2%}",
+                    flush=True,
+                )
         if row is not None:
             rows.append(row)
-            print(f"{row['case']:60} {row['judged']:3} of {row['candidates']:4} {row['regret']:7.2%}", flush=True)
-    results = {"seed": SEED, "most_judged": args.most, "cpu_seconds": round(time.process_time() - start), "rows": rows}
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results_file.write_text(json.dumps({"seed": SEED, "most_judged": args.most, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

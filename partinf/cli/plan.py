@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
     parser.add_argument("--save", metavar="FILE", help="write the best layout as a layout file")
     parser.add_argument("--plot", metavar="FILE", help="draw the ledgers of the top candidates as stacked bars (.png, .svg or .pdf)")
+    parser.add_argument("--html", metavar="FILE", help="write one self-contained page: choice, memory, candidates, steps line by line")
     parser.add_argument("--top", default="12", metavar="N", help="candidates in the table (default: 12)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
     parser.description = f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms."
@@ -37,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
         from partinf.planner.plot import draw
 
         draw(report, Path(args.plot), int(args.top))
+    if args.html:
+        from partinf.planner.page import page
+
+        Path(args.html).write_text(page(report, int(args.top)))
     if args.format == "json":
         import json
 
@@ -70,8 +75,9 @@ def _offences(args: argparse.Namespace) -> list[str]:
         offences.append(f"--format {args.format}: valid: table, json")
     if not args.top.isdigit() or int(args.top) < 1:
         offences.append(f"--top {args.top}: a whole number of at least 1 is needed")
-    if args.save and not Path(args.save).absolute().parent.is_dir():
-        offences.append(f"--save {args.save}: there is no directory {Path(args.save).absolute().parent}")
+    for flag, file in (("save", args.save), ("html", args.html)):
+        if file and not Path(file).absolute().parent.is_dir():
+            offences.append(f"--{flag} {file}: there is no directory {Path(file).absolute().parent}")
     if args.plot:
         from partinf.planner.plot import plot_offences
 

@@ -12,6 +12,7 @@ from partinf.planner.advice import batch_advice, preflight
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
+from partinf.planner.switch import switch_table
 
 _BAR = 40
 _PIPE_WIDTH = 140
@@ -122,14 +123,29 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     if plan.runnable:
         console.print(f"Can be planned but not run yet: {plan.runnable}.", highlight=False)
     if report.workload.phase is None:
-        switch = plan.prefill_from_tokens
-        text = f"from {switch} tokens per step on" if switch < 1 << 30 else "never by the token count"
-        console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
+        _show_switch(console, report, best, plan.prefill_from_tokens)
     console.print(_memory_bar(best), highlight=False)
     if best.phase("decode"):
         console.print(f"Largest batch worth decoding together under these roles: {batch_advice(report)}.", highlight=False)
     for result in best.phases:
         console.print(_ledger(result))
+
+
+def _show_switch(console: Console, report: PlanReport, best: Candidate, from_tokens: int) -> None:
+    rows = switch_table(report, best, from_tokens)
+    text = f"from {from_tokens} tokens per step on" if rows else "never by the token count"
+    console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
+    if not rows:
+        return
+    names = {result.name: result.ffn for result in best.phases}
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Linear layers, ms per step", title_justify="left")
+    for name in ("tokens", *(f"{label}: {ffn}" for label, ffn in names.items())):
+        table.add_column(name, justify="right")
+    table.add_column("runs")
+    for row in rows:
+        times = (f"{1e3 * seconds:.4g}" for seconds in (row.prefill_seconds, row.decode_seconds))
+        table.add_row(str(row.tokens), *times, names[row.runs])
+    console.print(table)
 
 
 def _memory_bar(best: Candidate) -> str:

@@ -36,8 +36,10 @@ class Asked:
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The flags that several commands share. Numbers and names are read later, so that every wrong one is reported."""
-    parser.add_argument("--model", required=required, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
-    parser.add_argument("--slice", required=required, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8, cpu:2x2x2, or local")
+    anywhere = "CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8, cpu:2x2x2, or local"
+    known = "a model of models/, a .toml file, or a Hugging Face directory"
+    parser.add_argument("--model", required=required, metavar="NAME|DIR", help=known)
+    parser.add_argument("--slice", required=required, metavar="SLICE", help=anywhere)
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the axes: x0:2,x1:2,y:4, or 4x2 for switched chips")
     parser.add_argument("--phase", metavar="PHASE", help="decode or prefill: judge one step of it; neither: the whole workload")
     parser.add_argument("--batch", default="1", metavar="N", help="sequences (default: 1)")

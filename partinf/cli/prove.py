@@ -24,9 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
     parser.add_argument("--timeout", default="600", metavar="SECONDS", help="bound on one compilation (default: 600)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
-    parser.epilog = (
-        "Example: partinf prove --model palm-540b --slice v4:4x4x4 --layout ws-2d --phase decode --batch 64 --context 2048 --weights int8"
-    )
+    example = "--model palm-540b --slice v4:4x4x4 --layout ws-2d --phase decode --batch 64 --context 2048 --weights int8"
+    parser.epilog = f"Example: partinf prove {example}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +80,7 @@ def _saved(args: argparse.Namespace) -> tuple[Plan, Workload]:
         output_len=chosen.get("output", 0),
         context_len=chosen.get("context"),
         phase=chosen.get("phase"),
+        prefill_batch=chosen.get("prefill_batch"),
         weights=plan.weights,
         kv=plan.kv,
     )
@@ -112,8 +112,9 @@ def _with_buckets(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     if workload.phase != "prefill":
         buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
     if workload.phase != "decode":
-        tokens = _up(workload.batch * workload.input_len, plan.prefill_token_multiple())
-        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(workload.batch, plan.prefill_slot_multiple())))
+        prompts = min(workload.prefill_batch or workload.batch, workload.batch)
+        tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
+        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(prompts, plan.prefill_slot_multiple())))
     cache = CacheConfig(size, rows // plan.num_shards * pages, rows)
     longest = max(plan.max_len, pages * size)
     switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
@@ -152,13 +153,14 @@ def _show_step(console: Console, step: StepProof) -> None:
     if step.estimate:
         e = step.estimate
         parts = f"{e.compute * 1e3:.3g} compute and memory, {e.collectives * 1e3:.3g} collectives, {e.overlapped * 1e3:.3g} more hidden"
-        floor = f"floor {e.floor * 1e3:.3g}, planned {step.planned_seconds * 1e3:.3g}"
+        floor = f"floor {e.floor * 1e3:.3g}, the cost model says {step.planned_seconds * 1e3:.3g}"
         console.print(f"step {e.seconds * 1e3:.4g} ms ± {e.error:.0%}: {parts}; {floor}", highlight=False)
         if e.note:
             console.print(e.note, highlight=False, markup=False)
     console.print(f"compiled in {step.compile_seconds:.1f} s", highlight=False)
     _show_collectives(console, step)
     _show_differences(console, step)
+    _show_work(console, step)
 
 
 def _show_collectives(console: Console, step: StepProof) -> None:
@@ -191,4 +193,17 @@ def _show_differences(console: Console, step: StepProof) -> None:
     table.add_column("from")
     for d in step.differences[:_SHOWN]:
         table.add_row(d.kind, d.what, f"{d.count}", f"{d.seconds * 1e3:+.3f}", d.source_op)
+    console.print(table, markup=False)
+
+
+def _show_work(console: Console, step: StepProof) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("dearest instructions beside collectives")
+    table.add_column("count", justify="right")
+    table.add_column("ms", justify="right")
+    table.add_column("from")
+    for one in step.work[:_SHOWN]:
+        table.add_row(one.what, f"{one.count}", f"{one.seconds * one.count * 1e3:.3f}", one.source_op)
     console.print(table, markup=False)

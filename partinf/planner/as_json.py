@@ -8,6 +8,7 @@ from typing import Any
 from partinf.cost.ledger import Entry, Ledger
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
+from partinf.planner.switch import NEVER, prefill_from
 
 # Figures of an entry that are left out where they are zero or empty; a report holds tens of thousands of entries.
 _OPTIONAL = (
@@ -52,9 +53,23 @@ def report_json(report: PlanReport) -> dict[str, Any]:
             "source": report.calibration.source,
         },
         "best": candidates[0],
+        "ffn_by_tokens": _ffn_by_tokens(report),
         "candidates": candidates,
         "refused": [{"reason": refused.reason, "count": refused.count} for refused in report.refused],
     }
+
+
+def _ffn_by_tokens(report: PlanReport) -> list[dict[str, Any]]:
+    """Which FFN roles of the best candidate a step runs, by its number of tokens; empty for a single phase."""
+    best = report.best
+    results = {result.name: result for result in best.phases}
+    if len(results) < 2:
+        return []
+    switch = prefill_from(report, best.layout, best.padded_heads)
+    found = [{"from_tokens": 1, "phase": "decode", "ffn": results["decode"].ffn}]
+    if switch < NEVER:
+        found.append({"from_tokens": switch, "phase": "prefill", "ffn": results["prefill"].ffn})
+    return found
 
 
 def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[str, Any]:

@@ -1,24 +1,20 @@
-"""From a report to the `Plan` that everything else takes: the best candidate, why it won, and when prefill's roles take over."""
+"""From a report to the `Plan` that everything else takes: the best candidate and why it won."""
 
 from __future__ import annotations
 
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.ledger import Kind, Ledger, total_seconds
+from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.movement import ways
-from partinf.cost.pricing import LOOPED, Pricing, Program
-from partinf.cost.split import StepShape
+from partinf.cost.pricing import LOOPED, Program
 from partinf.errors import InvalidInput
 from partinf.hardware import Slice
-from partinf.layout import PHASES, AttentionRole, Layout
+from partinf.layout import AttentionRole
 from partinf.model_config import ModelConfig
-from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
+from partinf.planner.switch import prefill_from
 from partinf.plans import CacheConfig, Plan
 from partinf.workload import Workload
-
-_NEVER = 1 << 30
-_MOST_TOKENS = 1 << 24
 
 
 def plan(
@@ -79,35 +75,6 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
         why(report, candidate),
         candidate.padded_heads,
     )
-
-
-def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> int:
-    """The number of tokens from which a step is faster under prefill's FFN roles than under decode's.
-
-    Both run the same linear layers, so they are compared on one shape; 2**30 when prefill's roles never win.
-    """
-    if layout.prefill.gather == layout.decode.gather:
-        return _NEVER
-    pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
-    evaluator = Evaluator(report.model, pricing, report.workload)
-    step = ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode)}), report.slice.axis_sizes)
-
-    def wins(multiple: int) -> bool:
-        shape = StepShape(prefill_tokens=multiple * step, prefill_slots=1)
-        splits = (evaluator.split(layout, label, padded_heads, shape) for label in PHASES)
-        prefill, decode = (total_seconds(evaluator.linear(split).entries) for split in splits)
-        return prefill < decode
-
-    high = 1
-    while not wins(high):
-        high *= 2
-        if high * step > _MOST_TOKENS:
-            return _NEVER
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if wins(middle) else (middle, high)
-    return high * step
 
 
 def why(report: PlanReport, candidate: Candidate) -> str:

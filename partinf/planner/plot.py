@@ -10,21 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cost.ledger import Kind, Ledger
-from partinf.layout import AttentionRole
-from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.work import COLOURS, by_work, roles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg", ".pdf")
-COLOURS = {
-    "matmuls": "#3b6ea5",
-    "attention core": "#e0a030",
-    "activation collectives": "#b5483a",
-    "weight gathers": "#7a4f9a",
-    "other memory traffic": "#9a9a9a",
-}
 _BAR_INCHES = 0.42
 
 
@@ -38,16 +30,6 @@ def plot_offences(path: Path) -> list[str]:
     if not path.absolute().parent.is_dir():
         offences.append(f"--plot {path}: there is no directory {path.absolute().parent}")
     return offences
-
-
-def by_work(ledger: Ledger) -> dict[str, float]:
-    """Exposed seconds by kind of work; the kinds are the keys of `COLOURS` and sum to the step."""
-    sums = dict.fromkeys(COLOURS, 0.0)
-    names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention core", Kind.MEMORY: "other memory traffic"}
-    for entry in ledger.entries:
-        moved = "weight gathers" if entry.name.startswith(("weights ", "scales of ")) else "activation collectives"
-        sums[names.get(entry.kind, moved)] += entry.exposed_seconds
-    return sums
 
 
 def draw(report: PlanReport, path: Path, top: int) -> None:
@@ -79,16 +61,10 @@ def _panel(panel: Axes, candidates: Sequence[Candidate], label: str) -> None:
     for row, (candidate, end) in enumerate(zip(candidates, left, strict=True)):
         note = "" if candidate.fits else ", does not fit"
         panel.text(end, row, f" {end:.4g}{note}", va="center", fontsize=8)
-    names = [f"{c.name.split(', ')[0]}\n{_roles(step)}" for c, step in zip(candidates, steps, strict=True)]
+    names = [f"{c.name.split(', ')[0]}\n{roles_of(step)}" for c, step in zip(candidates, steps, strict=True)]
     panel.set_yticks(range(len(steps)), names, fontsize=7)
     panel.tick_params(axis="x", labelsize=8)
     panel.invert_yaxis()
     panel.set_xlim(0, 1.25 * max(left))
     panel.set_xlabel(f"{unit} per {label} step (predicted)", fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _roles(step: PhaseResult) -> str:
-    """`ws-2d, batch xy, heads z`."""
-    split = {role: "".join(step.phase.attention_axes(role)) for role in AttentionRole if role is not AttentionRole.NONE}
-    return ", ".join([step.ffn, *(f"{role} {axes}" for role, axes in split.items() if axes)])

@@ -15,7 +15,7 @@ from partinf.hardware import parse_slice
 from partinf.model_config import load_model_config
 from partinf.planner import search
 from partinf.planner.files import plan_from_toml
-from partinf.planner.plot import by_work
+from partinf.planner.work import by_work
 from partinf.workload import Workload
 
 PALM = ["--model", "palm-540b", "--slice", "v4:4x4x4", "--batch", "64", "--weights", "int8"]
@@ -137,6 +137,7 @@ BAD = {
     "unknown calibration": (["--calibration", "some"], "--calibration some"),
     "too many axes": (["--mesh", "x0:2,x1:2,y0:2,y1:2,z:4"], "at most 4 axes can be searched"),
     "unknown mesh": (["--mesh", "x:8,y:4,z:4"], "must multiply to 4"),
+    "nowhere for a page": (["--html", "/nowhere/plan.html"], "there is no directory /nowhere"),
     "nowhere to save": (["--save", "/nowhere/plan.toml"], "there is no directory /nowhere"),
 }
 
@@ -172,6 +173,18 @@ def test_plot_of_the_ledgers(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x4"), Workload(8, context_len=1024, phase="decode"))
     for result in report.best.phases:
         assert sum(by_work(result.ledger).values()) == pytest.approx(result.step_seconds)
+
+
+def test_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "plan.html"
+    assert main(["plan", *PALM, "--input", "1984", "--output", "64", "--top", "3", "--html", str(file)]) == 0
+    text = file.read_text()
+    for words in ("E_x F_yz", "Memory of a device", "prefill step, line by line", "B L F_yz {x unreduced}"):
+        assert words in text, words
+    assert not re.search(r"<(script|img|link)|https?://|url\(", text)
+    small = ["--slice", "v4:2x2x2", "--phase", "decode", "--context", "8", "--format", "json"]
+    assert main(["plan", "--model", "palm-540b", *small, "--html", str(file)]) == 0
+    assert "Nothing fits" in file.read_text()
 
 
 def test_what_keeps_a_plot_from_being_drawn(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""A recorded hour of conversations on two models: which scheduler, batch and slice meets a bound. Writes results.json.
+
+    python -m experiments.azure_trace.measure TRACE.csv [--requests N]
+
+TRACE.csv is AzureLLMInferenceTrace_conv.csv (Patel et al., Splitwise, ISCA 2024; Azure public data set, CC-BY-4.0). Only figures are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from partinf.cost.calibration import calibration_for
+from partinf.cost.pricing import Pricing
+from partinf.engine import Engine
+from partinf.engine.arrivals import Arrival, read_trace
+from partinf.engine.policies.ranked import Eviction
+from partinf.engine.policies.registry import PolicyOptions, make_policy
+from partinf.engine.report import Bounds, Machine, report
+from partinf.engine.serving_plan import Traffic, serving_plan
+from partinf.engine.simulation import Sizing, cost_runner, play
+from partinf.hardware import parse_slice
+from partinf.layout import readable_name
+from partinf.model_config import load_model_config
+
+BOUNDS = Bounds(ttft=1.0, time_per_token=0.05)
+CASES = [("palm-62b", slice_, size) for slice_ in ("v4:2x2x2", "v4:4x2x2") for size in (32, 128)]
+CASES += [("llama-3-70b", slice_, size) for slice_ in ("v5e:4x4", "v5e:4x8") for size in (32, 128)]
+SCHEDULERS = ("request-level", "orca", "fcfs", "mlfq")
+
+
+def simulate(job: tuple[str, str, int, str, list[Arrival]]) -> dict[str, Any]:
+    """One scheduler on one slice; None as figures where the model leaves no room for the longest request."""
+    model_name, slice_name, size, scheduler, arrivals = job
+    model, slice_ = load_model_config(model_name), parse_slice(slice_name)
+    longest = max(arrival.input_len + arrival.output_len for arrival in arrivals)
+    started = time.perf_counter()
+    plan = serving_plan(model, slice_, Traffic.of(arrivals, size))
+    pricing = Pricing(slice_, calibration_for(slice_.chip))
+    residents = 4 * size if scheduler == "mlfq" else 0
+    runner, price = cost_runner(plan, pricing, Sizing(size, residents, longest, longest, page_size=64, host_bytes=64e9))
+    options = PolicyOptions(size, 0.3, Eviction.PROACTIVE)
+    engine = Engine(runner, policy=make_policy(scheduler, options, price.estimates(runner.limits)), clock=runner.clock)
+    refused = play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)
+    seconds = runner.clock.now - arrivals[0].time
+    machine = Machine(model.num_params(), slice_.num_chips, slice_.chip.peak_bf16)
+    figures = report(engine.metrics, seconds, refused, BOUNDS, machine)
+    wall = time.perf_counter() - started
+    print(f"{model_name} {slice_name} {size} {scheduler}: {figures['goodput']['share']:.1%} in {wall:.0f} s", file=sys.stderr)
+    names = {"model": model_name, "slice": slice_name, "max_batch": size, "scheduler": scheduler}
+    return names | {"layout": readable_name(plan.layout, plan.axis_sizes), "wall_seconds": wall} | figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--requests", type=int, help="only the first so many")
+    args = parser.parse_args()
+    arrivals = read_trace(args.trace, args.requests)
+    jobs = [(*case, scheduler, arrivals) for case in CASES for scheduler in SCHEDULERS]
+    with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
+        runs = list(pool.map(simulate, jobs))
+    results = {"trace": args.trace.name, "requests": len(arrivals), "seconds": arrivals[-1].time, "runs": runs}
+    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

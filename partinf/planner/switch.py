@@ -1,0 +1,83 @@
+"""From how many tokens a step runs prefill's FFN roles instead of decode's: the one number that the engine looks up, and its table.
+
+Both phases run the same linear layers over one storage, so they are compared on one shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from partinf.cost.ledger import total_seconds
+from partinf.cost.movement import ways
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import StepShape
+from partinf.layout import PHASES, Layout
+from partinf.planner.evaluate import Evaluator
+from partinf.planner.report import Candidate, PlanReport
+
+NEVER = 1 << 30
+_MOST_TOKENS = 1 << 24
+_APART = 4
+
+
+@dataclass(frozen=True)
+class SwitchRow:
+    """Steps of this many tokens: seconds of their linear layers under either phase's roles, and the phase whose roles they run."""
+
+    tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    runs: str
+
+
+def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> int:
+    """The number of tokens from which a step is faster under prefill's FFN roles than under decode's; `NEVER` when it never is."""
+    if layout.prefill.gather == layout.decode.gather:
+        return NEVER
+    step, seconds = _multiple(report, layout), _linear_seconds(report, layout, padded_heads)
+
+    def wins(multiple: int) -> bool:
+        prefill, decode = seconds(multiple * step)
+        return prefill < decode
+
+    high = 1
+    while not wins(high):
+        high *= 2
+        if high * step > _MOST_TOKENS:
+            return NEVER
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wins(middle) else (middle, high)
+    return high * step
+
+
+def switch_table(report: PlanReport, candidate: Candidate, from_tokens: int) -> list[SwitchRow]:
+    """Steps below, at and above the switch, four times as many tokens from row to row; empty when there is no switch."""
+    if from_tokens >= NEVER:
+        return []
+    layout = candidate.layout
+    step, seconds = _multiple(report, layout), _linear_seconds(report, layout, candidate.padded_heads)
+    sizes = {from_tokens * _APART**power for power in range(3)}
+    size = from_tokens // _APART // step * step
+    while size >= step:
+        sizes.add(size)
+        size = size // _APART // step * step
+    return [SwitchRow(size, *seconds(size), "prefill" if size >= from_tokens else "decode") for size in sorted(sizes)]
+
+
+def _multiple(report: PlanReport, layout: Layout) -> int:
+    return ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode)}), report.slice.axis_sizes)
+
+
+def _linear_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
+    """A function of the tokens: seconds of the linear layers under prefill's and under decode's roles."""
+    evaluator = Evaluator(report.model, Pricing(report.slice, report.calibration, report.bandwidth_model, report.program), report.workload)
+
+    def seconds(tokens: int) -> tuple[float, float]:
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=1)
+        prefill, decode = (evaluator.linear(evaluator.split(layout, label, padded_heads, shape)).entries for label in PHASES)
+        return total_seconds(prefill), total_seconds(decode)
+
+    return seconds

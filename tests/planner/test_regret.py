@@ -1,0 +1,41 @@
+"""The choice under the second account: what is written down, and one case anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.planner_regret.cases import Case, cases
+from experiments.planner_regret.judge import collective_seconds
+from partinf.hardware import parse_slice
+from partinf.transformer.account import Collective
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "planner_regret" / "results.json"
+
+
+def test_thirty_cases_with_small_regrets() -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    assert len(rows) == 30
+    assert {row["case"] for row in rows} <= {str(case) for case in cases(60)}
+    assert max(row["regret"] for row in rows) < 0.05
+    assert all(row["regret"] >= 0 for row in rows)
+
+
+def test_cases_are_seeded() -> None:
+    assert cases(5) == cases(30)[:5]
+    assert isinstance(cases(1)[0], Case)
+
+
+@pytest.mark.parametrize(
+    ("slice_name", "op", "seconds"),
+    [
+        ("v4:4x4x4", "all-gather", 96e6 * 3 / 4 / 90e9 + 2e-6),  # a ring of four, both ways
+        ("v4:2x2x4", "reduce-scatter", 96e6 * 1 / 2 / 45e9 + 1e-6),  # a pair without wraparound
+        ("v5e:4x4", "all-to-all", 4 / 2 * 96e6 / 2 / 45e9 + 3e-6),  # half of it crosses the middle of a line of four
+        ("h200:4x2", "all-reduce", 2 * (96e6 * 3 / 4 / 450e9 + 1e-6)),
+    ],
+)
+def test_the_judges_collectives_by_hand(slice_name: str, op: str, seconds: float) -> None:
+    assert collective_seconds(Collective(op, ("x",), "bfloat16", 96_000_000), parse_slice(slice_name)) == pytest.approx(seconds)
