@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,16 +18,23 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.errors import InvalidInput
-from partinf.hardware import Chip, Slice, chip_of_kind, make_slice
+from partinf.hardware import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, has_accelerator, make_slice
 from partinf.layout import AttentionRole, Role
 from partinf.plans import Plan, kv_head_axes
+
+
+def devices_here() -> Sequence[jax.Device]:
+    """jax's devices; those of the CPU where no accelerator shows, because an installed libtpu would look for a TPU and complain."""
+    if not jax.config.jax_platforms and not has_accelerator():
+        jax.config.update("jax_platforms", "cpu")
+    return jax.devices()
 
 
 def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of real devices for the plan's slice, axes in mesh order.
 
     Args:
-        devices: the devices to use; the first ones of `jax.devices()` if not given.
+        devices: the devices to use; the first ones of those here if not given.
 
     Raises:
         InvalidInput: if there are fewer devices than the slice has.
@@ -34,23 +42,43 @@ def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh
     sizes = plan.axis_sizes
     count = math.prod(sizes.values())
     if devices is None:
-        devices = jax.devices()
+        devices = devices_here()
     if len(devices) < count:
         here = f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
         raise InvalidInput(
             f"slice {plan.slice.name} needs {count} devices, here are {here}; "
             f"use --slice local, or set JAX_NUM_CPU_DEVICES={count} for virtual ones"
         )
-    shape = tuple(sizes.values())
     if devices[0].platform == "tpu" and plan.slice.chip.family == "tpu" and len(devices) == count:
-        return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
-    return Mesh(np.array(devices[:count]).reshape(shape), tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+        devices = by_place(plan.slice, devices)
+    return mesh_in_order(plan, devices[:count])
 
 
 def mesh_in_order(plan: Plan, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of devices that are given row-major over the plan's mesh axes, as the description of a slice that is not here."""
+    """A mesh of devices that are given row-major over the plan's mesh axes."""
     sizes = plan.axis_sizes
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def by_place(slice_: Slice, devices: Sequence[Any]) -> list[Any]:
+    """TPU devices row-major over the slice's mesh axes, each where its coordinates say.
+
+    Axis x of the mesh is axis x of the torus and a factor of it a digit of that coordinate, so a collective over a mesh axis runs over
+    the links that the cost model prices and the proof compiles for.
+    """
+    corner = np.array([device.coords for device in devices]).min(axis=0)
+
+    def digits(device: Any) -> tuple[int, ...]:
+        found = []
+        for axis in slice_.axes:
+            if axis.link is Link.TORUS:
+                dimension = TORUS_NAMES.index(axis.torus)
+                found.append(int(device.coords[dimension] - corner[dimension]) // axis.stride % axis.size)
+            else:
+                found.append(device.core_on_chip if axis.link is Link.CORE else device.slice_index)
+        return tuple(found)
+
+    return sorted(devices, key=digits)
 
 
 def abstract_mesh(plan: Plan) -> AbstractMesh:
@@ -99,7 +127,7 @@ def local_slice(mesh: str | None = None) -> Slice:
     Raises:
         InvalidInput: devices that the hardware table does not know.
     """
-    devices = jax.devices()
+    devices = devices_here()
     chip = chip_of_kind(devices[0].device_kind)
     if chip.torus_dims:
         corners = np.array([device.coords for device in devices])

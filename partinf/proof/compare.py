@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from partinf.cost.ledger import Ledger
-from partinf.proof.report import Collective, Difference
-from partinf.proof.schedule import Copy
+from partinf.proof.report import Collective, Difference, Work
 
 _DTYPES = {"bf16": "bfloat16", "f32": "float32"}  # the ledger's names; int8 is called the same
 # Copies that take less than this share of the step are left out.
-_NOTICED = 0.002
+_NOTICED = 0.005
 
 Seconds = Callable[[str, tuple[str, ...], int], float]
 
@@ -58,18 +57,18 @@ def differences(planned: Counter[Key], compiled: Iterable[Collective], seconds: 
     missing, extra = planned - real, real - planned
     found = _rewritten(missing, extra, compiled, seconds)
     found += _regrouped(missing, extra, sources, seconds)
-    found += [_plain("not found", key, count, -seconds(*key[:2], key.bytes)) for key, count in missing.items()]
+    found += [_plain("eliminated", key, count, -seconds(*key[:2], key.bytes)) for key, count in missing.items()]
     found += [_plain("other collective", key, count, seconds(*key[:2], key.bytes), sources[key]) for key, count in extra.items()]
     found += _merged(compiled, seconds)
     return tuple(sorted(found, key=lambda d: -abs(d.seconds)))
 
 
-def extra_copies(copies: Iterable[Copy], step_seconds: float) -> tuple[Difference, ...]:
+def extra_copies(work: Iterable[Work], step_seconds: float) -> tuple[Difference, ...]:
     """Data that the compiled program moves within a device and the plan knows nothing of, where it takes time worth noticing."""
     found = [
         Difference("extra copy", f"{copy.what}, {copy.num_bytes / 1e6:.3g} MB each", copy.count, copy.count * copy.seconds, copy.source_op)
-        for copy in copies
-        if copy.count * copy.seconds > _NOTICED * step_seconds
+        for copy in work
+        if copy.moves and copy.count * copy.seconds > _NOTICED * step_seconds
     ]
     return tuple(sorted(found, key=lambda d: -d.seconds))
 

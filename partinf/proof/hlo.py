@@ -144,6 +144,22 @@ class Module:
             bounds += [int(value[1])] if value else []
         return max(bounds)
 
+    def argument(self, block: Computation, instruction: Instruction) -> str:
+        """The weight or state that an instruction reads, directly or through the loop that it stands in; empty if it reads none."""
+        entry = self.computations[self.entry]
+        loop = next((i for i in entry.instructions if i.opcode == "while" and i.called("body") == block.name), None)
+        for name in instruction.operands:
+            operand = block.by_name.get(name)
+            index = re.search(r"\bindex=(\d+)", operand.rest) if operand and operand.opcode == "get-tuple-element" else None
+            if index and loop:
+                given = entry.by_name.get(loop.operands[0])
+                operand = entry.by_name.get(given.operands[int(index[1])]) if given and given.opcode == "tuple" else None
+            while operand and operand.opcode == "bitcast":
+                operand = entry.by_name.get(operand.operands[0])
+            if operand and operand.opcode == "parameter" and operand.op_name.startswith(("params", "state")):
+                return operand.op_name.replace("\\'", "'")
+        return ""
+
     def source(self, instruction: Instruction) -> tuple[Frame, ...]:
         """The stack of source lines that an instruction comes from, innermost first; empty where the compiler made it up."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.rest)

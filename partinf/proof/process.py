@@ -33,6 +33,7 @@ _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
+_WORKER = ("-m", "partinf.proof.worker")
 # Settings of the calling process that would change what is compiled, or where.
 _NOT_INHERITED = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "TF_")
 
@@ -111,7 +112,7 @@ def _run(directory: Path, seconds: float) -> tuple[int, str]:
     environment = {**kept, **_ENVIRONMENT, "TMPDIR": str(directory), "PYTHONPATH": os.pathsep.join(paths)}
     with (directory / "errors").open("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "partinf.proof.worker", str(directory)],
+            [sys.executable, *_WORKER, str(directory)],
             env=environment,
             cwd=directory,
             stdin=subprocess.DEVNULL,

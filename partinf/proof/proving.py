@@ -17,7 +17,6 @@ from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import PLAIN, Pricing
-from partinf.cost.roofline import smallest_slice
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
@@ -33,6 +32,7 @@ from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
 _ERROR = 0.25
+_LISTED = 16  # instructions in a report
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -94,7 +94,7 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         return network.seconds(Op(op), axes, num_bytes) if op in list(Op) else 0.0
 
     found = differences(planned_collectives(ledger, plan.axis_sizes), schedule.collectives, seconds)
-    found += extra_copies(schedule.copies, estimate.seconds)
+    found += extra_copies(schedule.work, estimate.seconds)
     found += stored_padding(held.arguments, _stored(plan, bucket))
     return StepProof(
         str(bucket),
@@ -103,6 +103,7 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         compiled.seconds,
         schedule.collectives,
         tuple(sorted(found, key=lambda d: -abs(d.seconds))),
+        schedule.work[:_LISTED],
         estimate,
         _planned_seconds(plan, bucket),
     )
@@ -168,9 +169,21 @@ def _advice(plan: Plan, bucket: Bucket, held: Memory) -> str:
         if held.needed and saved > 0 and held.needed - saved <= held.usable:
             found.append(f"{label} (saves {saved / 2**30:.2f} GiB per device)")
             break
-    larger = smallest_slice(plan.slice.chip, held.needed * plan.slice.num_devices) if held.needed else None
-    if larger is not None:
-        found.append(f"{larger.name}, the smallest {plan.slice.chip.name} slice that would hold these bytes")
+    larger = _larger(plan, held)
+    if larger:
+        found.append(larger)
     if not found and plan.ways(plan.layout.decode.attention_axes(AttentionRole.BATCH)) < math.prod(plan.axis_sizes.values()):
         found.append("attention over batch on all axes, which deals the cache over all devices")
     return "; or ".join(found)
+
+
+def _larger(plan: Plan, held: Memory) -> str:
+    """The slice whose devices would hold these bytes: this one with its shortest sides doubled."""
+    slice_ = plan.slice
+    shape, total = list(slice_.shape), held.needed * math.prod(slice_.shape)
+    while held.needed and total > held.usable * math.prod(shape):
+        side = shape.index(min(shape))
+        shape[side] *= 2
+        if shape[side] > slice_.chip.max_axis:
+            return ""
+    return f"{slice_.chip.name}:{'x'.join(map(str, shape))}, over whose devices these bytes fit" if held.needed else ""

@@ -54,11 +54,28 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Work:
+    """An instruction that is no collective.
+
+    Attributes:
+        count: how often it runs in a step. seconds: of one. num_bytes: of its result. moves: whether it only moves data.
+    """
+
+    what: str
+    count: int
+    seconds: float
+    num_bytes: int
+    moves: bool
+    source_op: str
+
+
+@dataclass(frozen=True)
 class Difference:
     """One way in which the compiled program is not the planned one.
 
     Attributes:
-        kind: reduce-scatter turned all-reduce, merged collectives, padding, extra copy, other collective, or not found.
+        kind: reduce-scatter turned all-reduce, merged collectives, padding, extra copy, other collective, or
+            eliminated (planned, and not in the compiled program).
         what: one sentence. count: occurrences per step. seconds: what it adds to the step, negative for a gain.
         source_op: the line of ours that it comes from, if known.
     """
@@ -98,7 +115,8 @@ class StepProof:
 
     Attributes:
         refusal: the compiler's message when it does not fit. advice: the smallest change that would make it fit.
-        estimate: None when it does not fit. planned_seconds: what the plan's own account says for the same bucket.
+        work: the dearest instructions beside collectives. estimate: None when it does not fit.
+        planned_seconds: what the plan's own account says for the same bucket.
     """
 
     bucket: str
@@ -107,6 +125,7 @@ class StepProof:
     compile_seconds: float
     collectives: tuple[Collective, ...] = ()
     differences: tuple[Difference, ...] = ()
+    work: tuple[Work, ...] = ()
     estimate: Estimate | None = None
     planned_seconds: float = 0.0
     refusal: str = ""
@@ -151,6 +170,7 @@ def _step_json(step: StepProof) -> dict[str, Any]:
         "planned_seconds": step.planned_seconds,
         "compile_seconds": step.compile_seconds,
         "differences": [asdict(difference) for difference in step.differences],
+        "work": [asdict(one) for one in step.work],
         "refusal": step.refusal,
         "advice": step.advice,
     }

@@ -13,26 +13,20 @@ from dataclasses import dataclass
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
-from partinf.hardware import Chip, Slice
+from partinf.hardware import DCN_AXIS, Chip, Slice
 from partinf.proof.hlo import DTYPE_NAMES, Computation, Instruction, Module, Shape, groups
-from partinf.proof.report import Collective
-from partinf.proof.traffic import collective_op, hbm_bytes
+from partinf.proof.report import Collective, Work
+from partinf.proof.traffic import collective_of, collective_op, hbm_bytes
 
 # Cycles in the compiled text are of this clock (Hz).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 # Source files that move or multiply for others: the line that asked for it says more.
 _CARRIERS = ("partinf/collectives.py", "partinf/transformer/linear.py", "partinf/quantize.py")
 
-
-@dataclass(frozen=True)
-class Copy:
-    """Instructions that only move data within the device. seconds: of one."""
-
-    count: int
-    seconds: float
-    num_bytes: int
-    what: str
-    source_op: str
+_FED_BY = 3  # how many instructions back the source of a nameless one is looked for
+# jax's names of collectives → ours.
+_ASKED = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_to_all": "all-to-all", "ppermute": "collective-permute"}
+_ASKED |= {"psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +34,14 @@ class Schedule:
     """A compiled program, read.
 
     Attributes:
-        compute_seconds: per block the longer of cycles and bytes, times how often it runs.
+        compute_seconds: per block the longer of cycles and bytes, times how often it runs. work: what takes it, the dearest first.
         unestimated: kernels for which the compiler gives no cycles.
     """
 
     compute_seconds: float
     hbm_bytes: int
     collectives: tuple[Collective, ...]
-    copies: tuple[Copy, ...]
+    work: tuple[Work, ...]
     unestimated: tuple[str, ...]
 
 
@@ -65,7 +59,7 @@ class Reader:
         """The whole program."""
         seconds, moved = 0.0, 0
         collectives: list[Collective] = []
-        copies: list[Copy] = []
+        work: list[Work] = []
         unestimated: list[str] = []
         for block, times in self._module.blocks():
             cycles = sum(instruction.cycles for instruction in block.instructions)
@@ -74,17 +68,18 @@ class Reader:
             moved += times * num_bytes
             hidden = self._hidden(block)
             for instruction in block.instructions:
-                if collective_op(instruction):
+                if collective_of(self._module, block, instruction):
                     collectives += self._collectives(block, instruction, times, hidden.get(instruction.name, 0.0))
-                elif self._only_moves(instruction):
-                    copies.append(self._copy(block, instruction, times))
+                elif instruction.cycles:
+                    work.append(self._work(block, instruction, times))
                 elif (
                     instruction.opcode == "custom-call"
                     and not instruction.cycles
                     and 'custom_call_target="tpu_custom_call"' in instruction.rest
                 ):
                     unestimated.append(instruction.name)
-        return Schedule(seconds, moved, _summed(collectives), tuple(copies), tuple(unestimated))
+        dearest = sorted(work, key=lambda one: -one.seconds * one.count)
+        return Schedule(seconds, moved, _summed(collectives), tuple(dearest), tuple(unestimated))
 
     def time(self, block: Computation, instruction: Instruction) -> float:
         """Seconds of one instruction that is no collective."""
@@ -96,7 +91,7 @@ class Reader:
         open_: dict[str, float] = {}
         closed: dict[str, float] = {}
         for instruction in block.instructions:
-            if instruction.opcode.endswith("-start") and collective_op(instruction):
+            if instruction.opcode.endswith("-start") and collective_of(self._module, block, instruction):
                 open_[instruction.name] = 0.0
             elif instruction.opcode.endswith("-done") and instruction.operands and instruction.operands[0] in open_:
                 closed[instruction.operands[0]] = open_.pop(instruction.operands[0])
@@ -106,11 +101,14 @@ class Reader:
         return closed
 
     def _collectives(self, block: Computation, instruction: Instruction, times: int, hidden: float) -> list[Collective]:
-        op = collective_op(instruction) or ""
-        axes = axes_of(groups(instruction), self._sizes)
-        payloads = self._payloads(block, instruction, op)
+        home, inner = collective_of(self._module, block, instruction) or (block, instruction)
+        op = collective_op(inner) or ""
+        if op == "all-reduce" and home.name.startswith("all-reduce-scatter"):  # fused with the slice of its result
+            op = "reduce-scatter"
+        axes = (DCN_AXIS,) if inner.opcode == "send" else axes_of(groups(inner), self._sizes)
+        payloads = _payloads(home, inner, op)
         source = self._source(block, instruction)
-        asked = self._asked(instruction)
+        asked = self._asked(inner)
         total = self._seconds(op, axes, sum(shape.num_bytes for shape in payloads))
         fraction = min(1.0, hidden / total) if total else 0.0
         share = sum(shape.num_bytes for shape in payloads) or 1
@@ -123,15 +121,6 @@ class Reader:
             if axes
         ]  # fmt: skip
 
-    def _payloads(self, block: Computation, instruction: Instruction, op: str) -> list[Shape]:
-        """The output of an all-gather, the input of the others, array by array."""
-        operands = [shape for name in instruction.operands if name in block.by_name for shape in block.by_name[name].shapes]
-        if op != "all-gather":
-            return operands
-        if not instruction.opcode.endswith("-start"):
-            return list(instruction.shapes)
-        return list(instruction.shapes[len(operands) : 2 * len(operands)])  # (inputs, outputs, …)
-
     def _seconds(self, op: str, axes: tuple[str, ...], num_bytes: int) -> float:
         if op == "collective-permute":  # one neighbour, one link
             return self._network.seconds(Op.ALL_GATHER, axes, 2 * num_bytes) if axes else 0.0
@@ -139,39 +128,45 @@ class Reader:
 
     def _asked(self, instruction: Instruction) -> str:
         """What our program asked for: the end of the op's name, or that of its reduction where the compiler rewrote it."""
-        names = {
-            "reduce_scatter": "reduce-scatter",
-            "all_gather": "all-gather",
-            "all_to_all": "all-to-all",
-            "ppermute": "collective-permute",
-        }
-        names |= {"psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"}
         last = instruction.op_name.rpartition("/")[2].split(".")[0]
         reduction = self._module.computations.get(instruction.called("to_apply") or "")
-        if last not in names and reduction and reduction.instructions:
+        if last not in _ASKED and reduction and reduction.instructions:
             last = re.split(r"[.\d]", reduction.instructions[0].name)[0]
-        return names.get(last, "")
+        return _ASKED.get(last, "")
 
     def _source(self, block: Computation, instruction: Instruction) -> str:
-        """The line of ours; of what feeds it where the compiler made it up."""
+        """The line of ours; where the compiler made the instruction up, the most telling one of what feeds it."""
         frames = self._module.source(instruction)
-        for name in instruction.operands:
-            frames = frames or (self._module.source(block.by_name[name]) if name in block.by_name else ())
+        level = [instruction]
+        for _ in range(0 if frames else _FED_BY):
+            level = [block.by_name[name] for one in level for name in one.operands if name in block.by_name]
+            frames = max([frames, *map(self._module.source, level)], key=len)
         return _of_ours(frames)
 
     def _only_moves(self, instruction: Instruction) -> bool:
-        if not instruction.cycles:
-            return False
         if instruction.opcode in ("copy", "transpose"):
             return True
         called = self._module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
         moving = {"parameter", "constant", "dynamic-slice", "bitcast", "copy", "transpose", "slice", "reshape", "tuple"}
         return called is not None and all(inner.opcode in moving for inner in called.instructions)
 
-    def _copy(self, block: Computation, instruction: Instruction, times: int) -> Copy:
+    def _work(self, block: Computation, instruction: Instruction, times: int) -> Work:
         shape = instruction.shapes[0]
-        what = f"{instruction.opcode} of {shape.dtype}{list(shape.dims)}"
-        return Copy(times, self.time(block, instruction), shape.num_bytes, what, self._source(block, instruction))
+        argument = self._module.argument(block, instruction)
+        what = f"{instruction.opcode} of {argument + ' ' if argument else ''}{shape.dtype}{list(shape.dims)}"
+        source, moves = self._source(block, instruction), self._only_moves(instruction)
+        return Work(what, times, self.time(block, instruction), shape.num_bytes, moves, source)
+
+
+def _payloads(home: Computation, collective: Instruction, op: str) -> list[Shape]:
+    """The output of an all-gather, the input of the others, array by array."""
+    operands = [shape for name in collective.operands if name in home.by_name for shape in home.by_name[name].shapes]
+    operands = [shape for shape in operands if shape.dtype != "token"]
+    if op != "all-gather":
+        return operands
+    if not collective.opcode.endswith("-start"):
+        return list(collective.shapes)
+    return list(collective.shapes[len(operands) : 2 * len(operands)])  # (inputs, outputs, …)
 
 
 def byte_rate(chip: Chip) -> float:

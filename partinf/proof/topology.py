@@ -1,8 +1,4 @@
-"""The devices of a slice that is not here, as the TPU compiler describes them, in mesh order.
-
-Every device is put where its coordinates say: axis x of the mesh is axis x of the torus, a factor of it is a digit of that coordinate.
-So a collective over a mesh axis runs over the links that the cost model prices.
-"""
+"""The devices of a slice that is not here, as the TPU compiler describes them, in mesh order."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import math
 from typing import Any
 
 from partinf.errors import InvalidInput
-from partinf.hardware import TORUS_NAMES, Link, Slice
+from partinf.hardware import Slice
 
 _MEGACORE = ("v4",)  # two cores that are programmed as one device
 _LONGEST_UNLINKED = 4  # v4 and v5p: sides from here on are wired as rings
@@ -46,6 +42,8 @@ def devices_in_mesh_order(slice_: Slice) -> list[Any]:
     """
     from jax.experimental import topologies
 
+    from partinf.sharding import by_place
+
     name, options = describe(slice_)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
@@ -53,17 +51,4 @@ def devices_in_mesh_order(slice_: Slice) -> list[Any]:
         raise InvalidInput(f"slice {slice_.name}: the TPU compiler has no such topology: {str(error).splitlines()[0]}") from error
     if len(devices) != slice_.num_devices:
         raise InvalidInput(f"slice {slice_.name}: {slice_.num_devices} devices expected, the TPU compiler describes {len(devices)}")
-    return sorted(devices, key=lambda device: _digits(slice_, device))
-
-
-def _digits(slice_: Slice, device: Any) -> tuple[int, ...]:
-    """The place of a device on each mesh axis."""
-    found = []
-    for axis in slice_.axes:
-        if axis.link is Link.TORUS:
-            found.append(device.coords[TORUS_NAMES.index(axis.torus)] // axis.stride % axis.size)
-        elif axis.link is Link.CORE:
-            found.append(device.core_on_chip)
-        else:
-            found.append(device.slice_index)
-    return tuple(found)
+    return by_place(slice_, devices)

@@ -6,24 +6,42 @@ page alone. Arrays in on-chip memory count nothing.
 
 from __future__ import annotations
 
+import re
+
 from partinf.proof.hlo import Computation, Instruction, Module
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "opt-barrier"}
-_FREE |= {"partition-id", "replica-id", "iota", "copy-done", "async-done", "reshape"}
+_FREE |= {"partition-id", "replica-id", "iota", "reshape", "call-start", "async-start", "send", "recv"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _VIEWS = {"bitcast", "reshape", "transpose", "copy"}
+# Which operand of an update in place holds the new values.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 _DEEPEST = 6  # views and fusions within fusions that are followed
 
 
 def collective_op(instruction: Instruction) -> str | None:
     """The kind of a collective, of the instruction that starts it where it is split in two; None for others."""
     op = instruction.opcode.removesuffix("-start")
+    if instruction.opcode == "send":  # between slices: the hosts do it
+        found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+        op = found[1].lower().replace("_", "-") if found else ""
     return op if op in COLLECTIVES else None
+
+
+def collective_of(module: Module, block: Computation, instruction: Instruction) -> tuple[Computation, Instruction] | None:
+    """The collective that an instruction is, starts on another core of the chip, or holds fused; with the computation it stands in."""
+    if collective_op(instruction):
+        return block, instruction
+    if instruction.opcode not in ("call-start", "async-start", "fusion"):
+        return None
+    called = module.computations.get(instruction.called("to_apply") or instruction.called("calls") or "")
+    inner = next((inner for inner in called.instructions if collective_op(inner)), None) if called else None
+    return (called, inner) if called and inner else None
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that one execution moves between HBM and the chip; collectives are priced elsewhere."""
-    if instruction.opcode in _FREE or collective_op(instruction) or instruction.opcode.endswith("-done"):
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or collective_of(module, computation, instruction):
         return 0
     operands = [computation.by_name.get(name) for name in instruction.operands]
     sizes = [sum(shape.hbm_bytes for shape in operand.shapes) if operand else 0 for operand in operands]
@@ -33,8 +51,8 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
         return _fusion_bytes(module, called, sizes, written)
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
-    if instruction.opcode == "dynamic-update-slice":
-        return 2 * (sizes[1] if len(sizes) > 1 else 0)
+    if instruction.opcode in _UPDATES:
+        return 2 * sizes[_UPDATES[instruction.opcode]]
     if instruction.opcode == "copy-start":
         return sizes[0] if sizes else 0
     return sum(sizes) + written
@@ -66,8 +84,8 @@ def _touched(module: Module, called: Computation, name: str, depth: int = 0) -> 
         inner: tuple[int | None, int] = None, 0
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             inner = sum(shape.num_bytes for shape in user.shapes), 0
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            update = called.by_name.get(user.operands[1])
+        elif user.opcode in _UPDATES and user.operands[0] == name:
+            update = called.by_name.get(user.operands[_UPDATES[user.opcode]])
             inner = 0, sum(shape.num_bytes for shape in update.shapes) if update else 0
         elif depth < _DEEPEST and not user.root and _is_view(module, user):
             inner = _touched(module, called, user.name, depth + 1)

@@ -6,9 +6,11 @@ Run as `python -m partinf.proof.worker DIRECTORY`; the job lies in DIRECTORY/job
 
 from __future__ import annotations
 
+import ctypes
 import json
 import pickle
 import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from partinf.plans import Bucket, Plan
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Job:
 def main(directory: Path) -> None:
     """Compile the job of a directory; whatever the compiler refuses is a result, not a failure."""
     job: Job = pickle.loads((directory / "job").read_bytes())
+    _end_with_parent()
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, job.memory_bytes))
     try:
         result = _compile(job, directory)
@@ -62,6 +67,12 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
         "compile_seconds": seconds,
         "memory": {kind: getattr(memory, f"{kind}_size_in_bytes") for kind in kinds},
     }
+
+
+def _end_with_parent() -> None:
+    """Let Linux end this process when the one that waits for it ends in whatever way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _libtpu_version() -> str:

@@ -1,0 +1,139 @@
+"""Small proofs by the real compiler, one for each family of slices, and what is said when there is no proof."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from partinf.errors import InvalidInput
+from partinf.hardware import parse_slice
+from partinf.layout import make_layout
+from partinf.model_config import ModelConfig
+from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.proof import CompilerFailed, Limits, process, prove, unavailable
+from partinf.workload import DType
+
+MODEL = ModelConfig("tiny", 2, 1024, 2048, 16, 8, 128, 2000, max_len=256)
+BUCKET = Bucket(64, 4)
+_HAS_WHEELS = sys.platform == "linux" and platform.machine() == "x86_64"
+needs_compiler = pytest.mark.skipif(not _HAS_WHEELS, reason="libtpu has wheels for Linux x86-64 only")
+
+
+def plan_for(slice_name: str) -> Plan:
+    slice_ = parse_slice(slice_name)
+    storage = {axis.name: "embed" if axis.name == "x" else "ffn" for axis in slice_.axes}
+    layout = make_layout(storage, dict.fromkeys(storage, "batch"))
+    return Plan(MODEL, slice_, layout, cache=CacheConfig(16, 32, 64))
+
+
+@needs_compiler
+@pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x2", "v4:2x2x1"])
+def test_a_small_plan_is_proven(slice_name: str) -> None:
+    assert unavailable() is None
+    plan = plan_for(slice_name)
+    proof = prove(plan, [BUCKET])
+    (step,) = proof.steps
+    assert proof.fits
+    assert "libtpu" in proof.compiler
+    assert 0 < step.memory.needed < step.memory.usable
+    assert step.estimate is not None
+    assert step.estimate.seconds >= step.estimate.floor > 0
+    # What is planned runs: every byte is accounted for by a collective of the plan or by a listed difference.
+    kinds = {difference.kind for difference in step.differences}
+    assert not kinds - {"extra copy", "merged collectives", "eliminated", "reduce-scatter turned all-reduce"}
+    asked = {collective.asked for collective in step.collectives}
+    assert asked == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert all(c.source_op.startswith("partinf/transformer/") for c in step.collectives)
+    assert {c.count for c in step.collectives if "ffn" in c.source_op} == {2}  # once per layer
+
+
+@needs_compiler
+def test_what_does_not_fit_is_refused_with_the_compilers_figures() -> None:
+    plan = replace(plan_for("v5e:2x2"), model=replace(MODEL, num_layers=80, embed_dim=8192, ffn_dim=65536))
+    (step,) = prove(plan, [BUCKET]).steps
+    assert not step.fits
+    assert step.memory.needed > step.memory.usable == int(15.75 * 2**30)
+    assert "RESOURCE_EXHAUSTED" in step.refusal
+    assert "v5e:" in step.advice
+
+
+@needs_compiler
+def test_the_command_prints_the_promised_fields(run_python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    where = ("--model", "llama-125m", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64")
+    done = run_python("-m", "partinf", "prove", *where, "--format", "json", TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert {"compiler", "fits", "memory", "collectives", "step_seconds_estimate", "compile_seconds", "differences"} <= set(said)
+    assert {"op", "axes", "bytes", "count", "overlapped_fraction", "source_op"} <= set(said["collectives"][0])
+    assert not list(tmp_path.iterdir())  # no dump, no job
+
+
+def test_without_the_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(InvalidInput, match="not installed") as caught:
+        prove(plan_for("v5e:2x2"), [BUCKET])
+    assert len(caught.value.offences) == 1
+
+
+def test_a_compiler_that_does_not_match_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.99" if name == "libtpu" else "0.10.2")
+    assert "libtpu 0.0.99 does not match jax 0.10.2" in (unavailable() or "")
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Run this code where the compiler would run."""
+    monkeypatch.setattr(process, "unavailable", lambda: None)
+    return lambda code: monkeypatch.setattr(process, "_WORKER", ("-c", code))
+
+
+def test_a_crash_of_the_compiler_is_reported(worker: Callable[[str], None]) -> None:
+    worker("import os, sys; sys.stderr.write('F0101 Check failed: shapes'); sys.stderr.flush(); os.kill(os.getpid(), 11)")
+    with pytest.raises(CompilerFailed, match="crashed with SIGSEGV: F0101 Check failed: shapes"):
+        prove(plan_for("v5e:2x2"), [BUCKET])
+
+
+def test_the_bound_on_time_holds_and_no_process_is_left(worker: Callable[[str], None], tmp_path: Path) -> None:
+    note = tmp_path / "pids"
+    child = "subprocess.Popen(['sleep', '60'])"
+    worker(f"import os, subprocess, time; p = {child}; open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{p.pid}}'); time.sleep(60)")
+    with pytest.raises(CompilerFailed, match="stopped after 2 s"):
+        prove(plan_for("v5e:2x2"), [BUCKET], Limits(seconds=2))
+    for pid in map(int, note.read_text().split()):
+        assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for whoever inherited it."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_only_tpu_slices_are_proven() -> None:
+    plan = plan_for("v5e:2x2")
+    with pytest.raises(InvalidInput, match="compiles for TPU slices"):
+        prove(replace(plan, slice=parse_slice("cpu:2x2")), [BUCKET])
+    with pytest.raises(InvalidInput, match="no buckets"):
+        prove(plan)
+
+
+def test_int8_changes_what_is_planned() -> None:
+    from partinf.proof.proving import _stored
+
+    plan = plan_for("v5e:2x2")
+    assert _stored(replace(plan, weights=DType.INT8), BUCKET) < _stored(plan, BUCKET)
