@@ -29,14 +29,17 @@ from partinf.layout import readable_name
 from partinf.model_config import load_model_config
 
 BOUNDS = Bounds(ttft=1.0, time_per_token=0.05)
-CASES = [("palm-62b", slice_, size) for slice_ in ("v4:2x2x2", "v4:4x2x2") for size in (32, 128)]
-CASES += [("llama-3-70b", slice_, size) for slice_ in ("v5e:4x4", "v5e:4x8") for size in (32, 128)]
+# Model, slice, batch, and of how many equal replicas this is one: it gets every n-th request.
+CASES = [("palm-62b", slice_, size, 1) for slice_ in ("v4:2x2x2", "v4:4x2x2") for size in (32, 128)]
+CASES += [("llama-3-70b", slice_, size, 4) for slice_ in ("v5e:4x4", "v5e:4x8") for size in (32, 128)]
+CASES += [("llama-3-70b", "v5e:8x8", 128, replicas) for replicas in (1, 4)]
 SCHEDULERS = ("request-level", "orca", "fcfs", "mlfq")
 
 
-def simulate(job: tuple[str, str, int, str, list[Arrival]]) -> dict[str, Any]:
+def simulate(job: tuple[str, str, int, int, str, list[Arrival]]) -> dict[str, Any]:
     """One scheduler on one slice; None as figures where the model leaves no room for the longest request."""
-    model_name, slice_name, size, scheduler, arrivals = job
+    model_name, slice_name, size, replicas, scheduler, everything = job
+    arrivals = everything[::replicas]
     model, slice_ = load_model_config(model_name), parse_slice(slice_name)
     longest = max(arrival.input_len + arrival.output_len for arrival in arrivals)
     started = time.perf_counter()
@@ -51,8 +54,8 @@ def simulate(job: tuple[str, str, int, str, list[Arrival]]) -> dict[str, Any]:
     machine = Machine(model.num_params(), slice_.num_chips, slice_.chip.peak_bf16)
     figures = report(engine.metrics, seconds, refused, BOUNDS, machine)
     wall = time.perf_counter() - started
-    print(f"{model_name} {slice_name} {size} {scheduler}: {figures['goodput']['share']:.1%} in {wall:.0f} s", file=sys.stderr)
-    names = {"model": model_name, "slice": slice_name, "max_batch": size, "scheduler": scheduler}
+    print(f"{model_name} {slice_name} {size} 1/{replicas} {scheduler}: {figures['goodput']['share']:.1%} in {wall:.0f} s", file=sys.stderr)
+    names = {"model": model_name, "slice": slice_name, "max_batch": size, "replicas": replicas, "scheduler": scheduler}
     return names | {"layout": readable_name(plan.layout, plan.axis_sizes), "wall_seconds": wall} | figures
 
 

@@ -11,11 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.batch import Batch, Policy
 from partinf.engine.detokenize import TextReader, Tokenizer
+from partinf.engine.live import Live
+from partinf.engine.live import OnToken as OnToken
 from partinf.engine.metrics import Metrics
 from partinf.engine.policies.fcfs import FirstComeFirstServed
 from partinf.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, Status, TokenEvent
@@ -25,24 +26,7 @@ from partinf.engine.step import SampledToken, StepOutput
 from partinf.engine.streams import Driver, RequestStream
 from partinf.errors import InvalidInput, raise_offences
 
-OnToken = Callable[[TokenEvent], None]
 OnStep = Callable[[Batch, StepOutput, float, float], None]
-
-
-@dataclass(eq=False)
-class _Live:
-    """A request in flight, with what only the engine needs of it.
-
-    Attributes:
-        reader: None without a tokenizer. full_len: length of `Sequence.tokens` at which it ends. reported: `step` returns its output.
-    """
-
-    sequence: Sequence
-    reader: TextReader | None
-    end_tokens: frozenset[int]
-    full_len: int
-    on_token: OnToken | None
-    reported: bool
 
 
 class Engine:
@@ -91,11 +75,11 @@ class Engine:
         self._scheduler = Scheduler(runner.limits, policy or FirstComeFirstServed(), self.metrics, prefix_caching)
         self._returns_whole_batches = bool(getattr(self._scheduler.policy, "returns_whole_batches", False))
         self._numbers = itertools.count()
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._in_flight: deque[tuple[Batch, float]] = deque()  # with the time when it was scheduled
-        self._held: list[_Live] = []  # have all their tokens and wait for the rest of their batch
+        self._held: list[Live] = []  # have all their tokens and wait for the rest of their batch
         self._committed = 0.0  # time of the last commit
-        self._events: deque[tuple[_Live, TokenEvent]] = deque()  # not delivered yet
+        self._events: deque[tuple[Live, TokenEvent]] = deque()  # not delivered yet
         self._ended: list[Sequence] = []  # not returned by `step` yet
         self._turn = threading.RLock()  # held for an iteration
         self._lock = threading.RLock()  # held to change the state, never while the runner or a callback runs
@@ -258,7 +242,7 @@ class Engine:
             sequence.first_token = now
         sequence.last_token = now
         try:
-            text, reason = _read(live, sampled.token)
+            text, reason = live.read(sampled.token)
         except Exception as error:
             self._end(live, FinishReason.FAILED, error=error, token=sampled)
             return
@@ -269,7 +253,7 @@ class Engine:
 
     def _emit(
         self,
-        live: _Live,
+        live: Live,
         sampled: SampledToken | None,
         text: str,
         reason: FinishReason | None = None,
@@ -293,7 +277,7 @@ class Engine:
 
     def _end(
         self,
-        live: _Live,
+        live: Live,
         reason: FinishReason,
         *,
         text: str = "",
@@ -315,6 +299,8 @@ class Engine:
         self._emit(live, token, text, reason, error)
         if live.reported:
             self._ended.append(sequence)
+        if self._held and not self._scheduler.running:
+            self._return_held()
 
     def _return_held(self) -> None:
         """The last of a batch has ended: return all of it."""
@@ -383,23 +369,10 @@ class Engine:
             ends |= set() if request.params.ignore_eos else set(self._tokenizer.eos_ids)
             reader = TextReader(self._tokenizer.stream(continuation=True), request.params.stop)
         full_len = len(request.prompt) + request.max_tokens
-        live = _Live(Sequence(request), reader, frozenset(ends), full_len, on_token, reported)
+        live = Live(Sequence(request), reader, frozenset(ends), full_len, on_token, reported)
         with self._lock:
             if request.id in self._live:
                 raise InvalidInput(f"request {request.id}: this id is in flight already; choose another one")
             self._live[request.id] = live
             self._scheduler.add(live.sequence)
         return live.sequence
-
-
-def _read(live: _Live, token: int) -> tuple[str, FinishReason | None]:
-    """The text that a sampled token adds, and whether it ends the request."""
-    reader, full = live.reader, len(live.sequence.tokens) == live.full_len
-    if token in live.end_tokens:
-        return "" if reader is None else reader.finish(), FinishReason.STOP
-    if reader is None:
-        return "", FinishReason.LENGTH if full else None
-    text = reader.push(token)
-    if reader.stopped:
-        return text, FinishReason.STOP
-    return (text + reader.finish(), FinishReason.LENGTH) if full else (text, None)

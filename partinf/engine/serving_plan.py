@@ -21,6 +21,7 @@ from partinf.planner.search import search
 from partinf.plans import Plan
 from partinf.workload import DType, Workload
 
+_NEVER = 1 << 30
 _JUDGED = 24  # candidates of the planner that are judged again
 
 
@@ -60,7 +61,9 @@ def serving_plan(
     found = search(part, slice_, workload, calibration=calibration)
     fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
     pricing = Pricing(slice_, found.calibration, found.bandwidth_model, found.program)
-    plans = [replace(plan, model=model, predicted=()) for c in fitting for plan in _undealt(plan_of(found, c))]
+    plans = [
+        _gathering_where_it_pays(replace(plan, model=model, predicted=()), pricing) for c in fitting for plan in _undealt(plan_of(found, c))
+    ]
     if not plans:
         raise InvalidInput(misfit(found))
     return min(plans, key=lambda plan: iteration_seconds(plan, pricing, traffic))
@@ -71,6 +74,17 @@ def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
     price = StepPrice(plan, pricing)
     decode = price.decode_seconds(traffic.max_batch_size, traffic.input_len + traffic.output_len // 2)
     return decode + traffic.max_batch_size / traffic.output_len * price.prefill_seconds(traffic.input_len)
+
+
+def _gathering_where_it_pays(plan: Plan, pricing: Pricing) -> Plan:
+    """The plan without prefill's FFN roles where they lose once attention is counted in: the planner compares linear layers alone, and
+    tokens that are split for them have to be exchanged when attention splits heads."""
+    never = replace(plan, prefill_from_tokens=_NEVER)
+    if plan.prefill_from_tokens >= _NEVER:
+        return never
+    length = 2 * plan.prefill_from_tokens
+    seconds = [StepPrice(each, pricing).prefill_seconds(length) for each in (plan, never)]
+    return plan if seconds[0] < seconds[1] else never
 
 
 def _undealt(plan: Plan) -> Iterator[Plan]:

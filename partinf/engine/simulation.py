@@ -140,7 +140,7 @@ def play(
     start, refused = clock(), 0
     coming = sorted(arrivals, key=lambda arrival: arrival.time)
     coming.reverse()
-    number, make = 0, prompt or distinct_prompt
+    number, make = 0, prompt or (lambda number, length: distinct_prompt(number, length, engine.limits.vocab_size))
     while coming or engine.has_work:
         now = clock()
         while coming and start + coming[-1].time <= now:
@@ -166,9 +166,10 @@ def play(
     return refused
 
 
-def distinct_prompt(number: int, length: int) -> list[int]:
-    """Token ids below 256 that differ from request to request at the beginning."""
-    return [number & 255, number >> 8 & 255, number >> 16 & 255][:length] + [0] * (length - 3)
+def distinct_prompt(number: int, length: int, vocab_size: int) -> list[int]:
+    """Token ids that differ from request to request at the beginning: the number's digits in base `vocab_size` or 256."""
+    base = min(256, vocab_size)
+    return [number % base, number // base % base, number // base**2 % base][:length] + [0] * (length - 3)
 
 
 def _up(size: int, multiple: int) -> int:

@@ -59,6 +59,17 @@ def test_request_level_returns_a_batch_when_all_of_it_is_done() -> None:
     assert outputs["short"].times.last_token == pytest.approx(1.0)
 
 
+def test_a_batch_is_returned_when_its_last_member_is_cancelled() -> None:
+    engine = Engine(FakeRunner(ROOMY), policy=RequestLevel(2), check_invariants=True)
+    for name, max_tokens in (("short", 1), ("long", 9)):
+        engine.add_request([1], SamplingParams(max_tokens=max_tokens), name)
+    engine.step()
+    engine.step()
+    engine.cancel("long")
+    outputs = run_all(engine)
+    assert {name: output.finish_reason.value for name, output in outputs.items()} == {"short": "length", "long": "cancelled"}
+
+
 def test_fastertransformer_prefills_to_the_shortest_prompt_and_goes_on_token_by_token() -> None:
     # Prompts of 3 and 5 tokens: 3 of each at once; then request 1 feeds the rest of its prompt beside the decode of request 0.
     lines = trace(ROOMY, RequestLevel(2, shortest_prefill=True), [(3, 2), (5, 2), (1, 1)])

@@ -20,6 +20,7 @@ from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
 from partinf.engine.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
 from partinf.engine.cost_runner import CostRunner
 from partinf.engine.schedule_trace import ScheduleTrace
+from partinf.engine.serving_plan import Traffic, serving_plan
 from partinf.engine.simulation import Sizing, cost_runner, play
 from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, Step
 from partinf.engine.step_price import Price, StepPrice
@@ -111,11 +112,18 @@ def test_swaps_of_pages_that_are_still_on_their_way_out_wait() -> None:
 def test_a_request_on_the_virtual_clock() -> None:
     runner = CostRunner(ROOMY, one_second)
     engine = Engine(runner, clock=runner.clock, check_invariants=True)
-    play(engine, [Arrival(0.5, 4, 3), Arrival(1.0, 4, 1)], runner.clock)
+    assert play(engine, [Arrival(0.5, 4, 3), Arrival(1.0, 4, 1)], runner.clock) == 0
     # The second waits from 1.0 to 1.5, when the first one's iteration ends, and ends first.
     assert [(times.ttft, times.completion_time) for times in engine.metrics.times] == [(1.5, 1.5), (1.0, 3.0)]
     assert {times.arrival for times in engine.metrics.times} == {0.5, 1.0}
     assert runner.clock.now == pytest.approx(3.5)
+
+
+def test_requests_that_do_not_fit_are_counted() -> None:
+    runner = CostRunner(replace(ROOMY, num_slots=8), one_second)
+    engine = Engine(runner, clock=runner.clock)
+    assert play(engine, [Arrival(0.0, 4, 1)] * 300 + [Arrival(1.0, ROOMY.max_len, 1)], runner.clock) == 1
+    assert engine.metrics.summary().num_finished == 300
 
 
 def test_an_arrival_fills_the_pipeline_while_a_step_is_in_flight() -> None:
@@ -132,6 +140,16 @@ def test_memory_decides_how_many_tokens_are_kept() -> None:
     assert 0.8 * plan.slice.chip.usable_hbm < held < plan.slice.chip.usable_hbm
     with pytest.raises(InvalidInput, match="room for 0 tokens"):
         cost_runner(Plan(load_model_config("palm-540b"), plan.slice, plan.layout), pricing, Sizing())
+
+
+def test_a_serving_plan_deals_no_prompts_and_is_no_slower_than_its_decode_roles() -> None:
+    slice_ = parse_slice("v4:4x2x2")
+    plan = serving_plan(load_model_config("palm-62b"), slice_, Traffic(128, 1100, 260))
+    assert plan.prefill_slot_multiple() == 1
+    pricing = Pricing(slice_, calibration_for(slice_.chip))
+    never = replace(plan, prefill_from_tokens=1 << 30)
+    for length in (500, 5000, 10000):
+        assert StepPrice(plan, pricing).prefill_seconds(length) <= StepPrice(never, pricing).prefill_seconds(length)
 
 
 def test_arrivals_and_lengths() -> None:

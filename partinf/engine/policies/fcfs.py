@@ -17,7 +17,7 @@ class FirstComeFirstServed:
     needed; when there are none for a sequence, the newest on its shard waits again, and nobody is admitted in that iteration.
 
     Attributes:
-        max_batch_size: sequences that may be resident; None leaves it to the runner's limits.
+        max_batch_size: sequences per iteration, and so many may be resident per pipeline stage; None leaves it to the runner's limits.
         chunk_prefills: cut prompts so that every step's prefill tokens are used up; otherwise only those longer than a step are cut.
     """
 
@@ -27,7 +27,10 @@ class FirstComeFirstServed:
     def schedule(self, batch: BatchBuilder) -> None:
         room, preempted = True, False
         running = sorted(batch.running, key=_arrival)
+        most = self.max_batch_size or batch.limits.num_slots
         for index, sequence in enumerate(running):
+            if batch.num_rows == most:
+                return
             if sequence.status is not Status.RUNNING or batch.run(sequence, chunked=self.chunk_prefills):
                 continue
             if not batch.missing_pages(sequence):
@@ -37,7 +40,7 @@ class FirstComeFirstServed:
                 batch.run(sequence, chunked=self.chunk_prefills)
             else:
                 preempted = True
-        while room and not preempted and (self.max_batch_size is None or batch.num_resident < self.max_batch_size):
+        while room and not preempted and batch.num_rows < most and batch.num_resident < most * batch.limits.num_stages:
             oldest = batch.oldest_waiting
             room = oldest is not None and batch.start(oldest, chunked=self.chunk_prefills)
 

@@ -115,10 +115,13 @@ class MultiLevelFeedbackQueue:
         """
         rows = self.max_batch_size or batch.limits.num_slots
         times: dict[int, float] = {}
-        for level, group in itertools.groupby(entries, key=lambda entry: entry.level):
-            ahead = (e for e in entries if e.level < level)
-            execute = sum(self.quantum(level) - self.quantum(entry.level) for entry in ahead) / rows
+        num_ahead, sum_ahead = 0, 0.0  # of those in higher queues, and the sum of their queues' quanta
+        for level, members in itertools.groupby(entries, key=lambda entry: entry.level):
+            group = list(members)
+            # The quanta of the queues from j's down to the one before i's add up to qᵢ - qⱼ, because each is twice the one before.
+            execute = (num_ahead * self.quantum(level) - sum_ahead) / rows
             for entry in group:
                 promote = self.alpha - (batch.now - entry.last_ran)
-                times[id(entry)] = min(promote, execute) if entry.level else execute
+                times[id(entry)] = min(promote, execute) if level else execute
+            num_ahead, sum_ahead = num_ahead + len(group), sum_ahead + len(group) * self.quantum(level)
         return [entry.sequence for entry in sorted(entries, key=lambda entry: (times[id(entry)], entry.rank))]

@@ -1,0 +1,70 @@
+"""The engine's preemption and swapping on the real model, and `partinf bench`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from partinf import resources
+from partinf.buckets import Capacity, with_capacity
+from partinf.checkpoint.hf import load_hf
+from partinf.cli import main
+from partinf.engine import Engine, FirstComeFirstServed, SamplingParams
+from partinf.engine.jax_runner import JaxRunner
+from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
+from partinf.engine.policies.ranked import Eviction, Pages
+from partinf.engine.step_price import Estimates
+from partinf.hardware import parse_slice
+from partinf.layout import make_layout
+from partinf.model_config import load_model_config
+from partinf.plans import Plan
+from partinf.sharding import device_mesh
+from partinf.transformer.params import abstract_params
+from partinf.workload import DType
+
+ESTIMATES = Estimates(first_iteration=lambda tokens: 0.01, decode=0.01)
+PROMPTS = [[3 + n, 5, 7, 9 + n] for n in range(8)]
+
+
+def make_runner(slice_name: str, num_host_pages: int, unrolled: bool) -> JaxRunner:
+    axes = list(parse_slice(slice_name).axis_sizes)
+    layout = make_layout(dict.fromkeys(axes, "ffn"), dict.fromkeys(axes, "heads") | {axes[0]: "batch"}, dict.fromkeys(axes, "heads"))
+    plan = Plan(load_model_config("demo"), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32)
+    plan = with_capacity(plan, Capacity(max_rows=8, max_len=32, prefill_tokens=32, page_size=4, max_prompt_len=16, random=False))
+    plan = replace(plan, cache=replace(plan.cache, pages_per_shard=12))
+    mesh = device_mesh(plan)
+    params = load_hf(resources.find("models", "demo"), plan.model, abstract_params(plan, mesh, unrolled))
+    return JaxRunner(plan, params, mesh, num_host_pages)
+
+
+@pytest.mark.parametrize("slice_name, unrolled, lag", [("cpu:1", True, 0), ("cpu:2x2", False, 1)])
+def test_tokens_survive_preemption_and_swapping(slice_name: str, unrolled: bool, lag: int) -> None:
+    runner = make_runner(slice_name, 40, unrolled)
+    runner.warm_up()
+    compiled = runner.num_compiled
+    params = [SamplingParams(max_tokens=18 + n % 3, ignore_eos=True) for n in range(len(PROMPTS))]
+    want = [Engine(runner).generate([prompt], one)[0].tokens for prompt, one in zip(PROMPTS, params, strict=True)]
+    counts = []
+    for eviction in (Eviction.RECOMPUTE, Eviction.REACTIVE, Eviction.PROACTIVE):
+        policy = MultiLevelFeedbackQueue(ESTIMATES, 4, pages=Pages(eviction, None))
+        engine = Engine(runner, policy=policy, lag=lag, check_invariants=True)
+        assert [output.tokens for output in engine.generate(PROMPTS, params)] == want
+        counts.append((engine.metrics.preemptions, engine.metrics.swapped_in_pages))
+    assert counts[0][0] > 0
+    assert counts[1][1] > 0
+    engine = Engine(runner, policy=FirstComeFirstServed(), lag=lag, check_invariants=True)
+    assert [output.tokens for output in engine.generate(PROMPTS, params)] == want
+    assert runner.num_compiled == compiled
+
+
+def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["bench", "--model", "demo", "--slice", "cpu:1", "--arrivals", "backlog", "--requests", "12", "--scheduler", "orca"]
+    assert main([*flags, "--lengths", "fixed:6:5", "--format", "json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["requests"] == {"finished": 12, "refused": 0}
+    assert figures["counters"]["generated_tokens"] == 60
+    assert figures["compiled_while_serving"] == 0
+    assert main([*flags, "--model", "llama-125m", "--ttft", "x"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
