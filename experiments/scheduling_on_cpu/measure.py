@@ -1,10 +1,10 @@
 """Schedulers on the real engine, and the simulator against it: the demo model on one CPU device. Writes results.json.
 
-    python -m experiments.scheduling_on_cpu.measure        # some minutes
+    python -m experiments.scheduling_on_cpu.measure        # a minute
 
-Step times are measured per bucket in this process, on a backlog of its own before every run; the simulator then predicts throughput
-and completion times of the same arrivals, at a load of 0.6 of what a backlog reaches and for a finite backlog. Calibrating, real and
-simulated runs alternate; figures are medians of five.
+Step times, which contain the host's share, are measured per bucket in this process, under the same policy on a backlog of other requests
+before every run; the simulator then predicts throughput and completion times of the arrivals at hand, at a load of 0.6 of what a backlog
+reaches and for a finite backlog. Calibrating, real and simulated runs alternate; figures are medians of five.
 """
 
 from __future__ import annotations
@@ -38,29 +38,27 @@ LENGTHS = "uniform:4-24:2-36"
 REQUESTS = 150
 SCHEDULERS = ("orca", "mlfq")
 COMPARED = ("request-level", "orca", "fcfs", "mlfq", "srpt")
-IDLE = 2e-4  # s between a commit and the next schedule beyond which the engine had nothing to do
 
 
 class StepTimes:
-    """Time from one commit to the next by bucket, of steps that began at once after the one before."""
+    """Time from one commit to the next by bucket, for runs in which the engine always has something to do."""
 
     def __init__(self, model: Any) -> None:
         self._fit = model.runner._fit
-        self._before = 0.0
+        self._before: float | None = None
         self.seconds: dict[Bucket, list[float]] = defaultdict(list)
 
+    def restart(self) -> None:
+        """Another run, on another clock."""
+        self._before = None
+
     def on_step(self, batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
-        if scheduled - self._before < IDLE:
+        if self._before is not None:
             self.seconds[self._fit(batch.step)].append(committed - self._before)
         self._before = committed
 
     def means(self) -> dict[Bucket, float]:
-        """Means, of which a sum of steps is made; without the slowest hundredth, which is other processes."""
-        found = {}
-        for bucket, times in self.seconds.items():
-            kept = sorted(times)[: max(1, int(0.99 * len(times)))]
-            found[bucket] = statistics.mean(kept)
-        return found
+        return {bucket: statistics.mean(times) for bucket, times in self.seconds.items()}
 
 
 def load_demo() -> Any:
@@ -81,6 +79,8 @@ def figures(engine: Engine, seconds: float) -> dict[str, float]:
 
 def real(model: Any, policy: Policy, arrivals: list[Arrival], times: StepTimes | None = None) -> dict[str, float]:
     clock, rng = WallClock(), random.Random(0)
+    if times is not None:
+        times.restart()
     engine = Engine(model.runner, policy=policy, clock=clock, on_step=times.on_step if times else None)
     play(engine, arrivals, clock, prompt=lambda _, length: rng.choices(range(model.plan.model.vocab_size), k=length))
     return figures(engine, clock() - arrivals[0].time)
@@ -105,6 +105,7 @@ def main() -> int:
     model = load_demo()
     lengths = parse_lengths(LENGTHS)
     backlog = parse_arrivals("backlog", lengths, REQUESTS)
+    other = parse_arrivals("backlog", lengths, REQUESTS, seed=1)
     times = StepTimes(model)
     for _ in range(3):
         warm = real(model, make_policy("orca", PolicyOptions(ROWS), Estimates(lambda tokens: 0.0, 1e-3)), backlog, times)
@@ -120,7 +121,7 @@ def main() -> int:
             pairs: dict[str, list[dict[str, float]]] = {"real": [], "simulated": []}
             for _ in range(REPEATS):
                 fresh = StepTimes(model)
-                real(model, make_policy("orca", PolicyOptions(ROWS), estimates), backlog, fresh)
+                real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), other, fresh)
                 measured = seconds | fresh.means()
                 pairs["real"].append(real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), arrivals))
                 pairs["simulated"].append(simulated(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), arrivals, measured))
@@ -128,10 +129,10 @@ def main() -> int:
             errors = {key: both["simulated"][key] / both["real"][key] - 1 for key in both["real"]}
             comparison.append({"load": name, "scheduler": scheduler, **both, "error": errors})
             print(name, scheduler, {key: f"{value:+.1%}" for key, value in errors.items()}, file=sys.stderr)
-    policies = {}
-    for scheduler in COMPARED:
-        runs = [real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), backlog) for _ in range(REPEATS)]
-        policies[scheduler] = medians(runs)
+    rounds: dict[str, list[dict[str, float]]] = {scheduler: [] for scheduler in COMPARED}
+    for _ in range(REPEATS):
+        for scheduler, runs in rounds.items():
+            runs.append(real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), backlog))
     results = {
         "rows": ROWS,
         "lengths": LENGTHS,
@@ -139,7 +140,7 @@ def main() -> int:
         "step_seconds": {str(bucket): value for bucket, value in seconds.items()},
         "rate_at_0.6": rate,
         "simulator": comparison,
-        "schedulers_on_a_backlog": policies,
+        "schedulers_on_a_backlog": {scheduler: medians(runs) for scheduler, runs in rounds.items()},
     }
     Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -113,6 +113,11 @@ class BatchBuilder:
         least = self._least_chunk(len(sequence.tokens), 0, chunked=False)
         return any(self._prefill_shard(shard, least) is not None for shard in range(self.limits.num_shards))
 
+    @property
+    def prefill_is_full(self) -> bool:
+        """Whether no prompt at all can begin in this step any more."""
+        return not any(slots and tokens for slots, tokens in zip(self._prefill_slots, self._prefill_tokens, strict=True))
+
     def free_pages(self, shard: int | None = None) -> int:
         """Pages that nobody holds, of one shard or of all."""
         pool = self._scheduler.pool

@@ -67,7 +67,7 @@ def fill(batch: BatchBuilder, ranked: Sequence[Request], max_batch_size: int | N
     for place, sequence in enumerate(ranked):
         if batch.num_rows >= most:
             return
-        if blocked and sequence.status is not Status.RUNNING:
+        if sequence.status is not Status.RUNNING and (blocked or (sequence.status is Status.WAITING and batch.prefill_is_full)):
             continue
         if ahead and sequence.status is not Status.RUNNING and batch.num_resident:
             if sequence.status is Status.WAITING:
