@@ -72,6 +72,7 @@ def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
         prefill_slots=bucket.prefill_slots,
         prefill_context=bucket.prefill_pages * page,
         sampling=bucket.random,
+        rich=bucket.rich,
     )
     shares = Shares(heads=plan.model.num_heads / heads)
     return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
