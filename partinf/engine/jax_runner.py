@@ -376,8 +376,10 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
 
 def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int) -> None:
     sampling, rich = batch.sampling, batch.rich
-    sampling.temperature[row], sampling.top_k[row], sampling.top_p[row] = how.temperature, how.top_k, how.top_p
-    sampling.min_p[row], sampling.seed[row], sampling.sample[row], sampling.position[row] = how.min_p, how.seed, how.sample_index, position
+    if not how.greedy:
+        sampling.temperature[row], sampling.top_k[row] = how.temperature, how.top_k
+        sampling.top_p[row], sampling.min_p[row] = how.top_p, how.min_p
+        sampling.seed[row], sampling.sample[row], sampling.position[row] = how.seed, how.sample_index, position
     if rich is not None and how.rich:
         rich.steered[row], rich.alternatives[row] = how.steered, how.top_logprobs
         rich.presence[row], rich.frequency[row], rich.repetition[row] = how.presence, how.frequency, how.repetition

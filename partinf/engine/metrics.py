@@ -38,7 +38,7 @@ class Summary:
     """Counters since the last clear. Times in seconds on the engine's clock.
 
     Attributes:
-        finished: requests that ended, by reason.
+        finished: requests that ended, by reason; a request of n samples counts n times, here and among the times.
         iterations: steps run. prefill_tokens, decode_tokens: tokens that went through the model, without padding.
         padding_tokens: padding that went through the model with them, where the runner reports it.
         generated_tokens: tokens that reached a request. dropped_tokens: sampled for a request that had already ended.
