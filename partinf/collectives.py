@@ -58,6 +58,11 @@ class Frame:
     row_dim: int = 0
     col_dim: int = 1
 
+    def same(self, one: Split, other: Split) -> bool:
+        """Whether both splits leave every device with the same part."""
+        parts = (_drop_trivial(split, self) for split in (one, other))
+        return len({(frozenset(p.rows), frozenset(p.cols), frozenset(p.unreduced)) for p in parts}) == 1
+
 
 def move(x: jax.Array, frame: Frame, source: Split, target: Split) -> jax.Array:
     """Bring the local part `x` of a tensor split as `source` to the split `target`.
