@@ -43,7 +43,7 @@ def attention(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, 
         out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, freqs)
         outputs.append(out)
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
-    return dot("thq,ehq->te", out, weights["wo"]), kv
+    return dot("tf,ef->te", out.reshape(out.shape[0], -1), weights["wo"]), kv
 
 
 def _decode(
