@@ -15,7 +15,7 @@ Per axis there are four states (unreduced, rows, columns, whole) and one way fro
                                 into all-reduces)
     unreduced -> whole          one all-reduce over all such axes
     rows     <-> columns        one all-to-all over all such axes, each way
-    rows/columns -> whole       one all-gather over all such axes, each dimension
+    rows/columns -> whole       one all-gather over all such axes, each dimension, that over fewer axes first
 
 taken in this order, so that what shrinks the payload comes first and what grows it last.
 """
@@ -92,8 +92,11 @@ def move(x: jax.Array, frame: Frame, source: Split, target: Split) -> jax.Array:
         x = lax.psum(x, to_whole)
     x = _exchange(x, cols, col_axes, rows, row_axes, tuple(a for a in rows.order if a in want.rows and a in col_axes))
     x = _exchange(x, rows, row_axes, cols, col_axes, tuple(a for a in cols.order if a in want.cols and a in row_axes))
-    for dim, axes, wanted in ((rows, row_axes, want.rows), (cols, col_axes, want.cols)):
-        gone = tuple(axis for axis in dim.order if axis in axes and axis not in wanted)
+    ends = (
+        (tuple(axis for axis in dim.order if axis in axes and axis not in wanted), dim, axes)
+        for dim, axes, wanted in ((rows, row_axes, want.rows), (cols, col_axes, want.cols))
+    )
+    for gone, dim, axes in sorted(ends, key=lambda end: len(end[0])):  # the last one moves most, so it gets the links of most axes
         if gone:
             x = dim.gather(x, axes, gone)
     return x
