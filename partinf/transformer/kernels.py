@@ -35,25 +35,44 @@ class Tiles:
     """How much is worked on at once.
 
     Attributes:
-        keys: keys of one tile. queries: prompt tokens of one tile.
+        keys: keys of one tile. scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
     """
 
     keys: int
-    queries: int
+    scores: int
     skip: bool = True
+
+    def queries(self, heads: int) -> int:
+        """Prompt tokens of one tile when a device has this many heads."""
+        return max(self.scores // (heads * self.keys), 1)
 
 
 _TILES = {
-    "cpu": Tiles(keys=64, queries=128),  # a tile of keys for all lanes stays in the cache of a core
-    "tpu": Tiles(keys=512, queries=512),
-    "gpu": Tiles(keys=512, queries=512, skip=False),
+    "cpu": Tiles(keys=64, scores=1 << 17),  # a tile stays in the cache of a core
+    "tpu": Tiles(keys=512, scores=1 << 24),  # every tile costs microseconds, whatever its size
+    "gpu": Tiles(keys=512, scores=1 << 24, skip=False),
 }
 
 
 def tiles_for(family: str) -> Tiles:
     """The tiles of a family of chips (`partinf.hardware.Chip.family`)."""
     return _TILES[family]
+
+
+def seen_shares(tokens: int, slots: int, heads: int, tiles: Tiles) -> tuple[float, float]:
+    """Of all tiles of a device's prompt tokens, the share that somebody sees; and of all pairs of a tile of queries and a slot, the share
+    that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
+    if not tiles.skip or not tokens:
+        return 1.0, 1.0
+    each, length, size = max(tokens // max(slots, 1), 1), min(tiles.queries(heads), tokens), min(tiles.keys, tokens)
+    seen = together = count = 0
+    for first in range(0, tokens, length):
+        last = min(first + length, tokens) - 1
+        seen += last // size - (first // each * each) // size + 1
+        together += last // each - first // each + 1
+        count += 1
+    return seen / (count * -(-tokens // size)), together / (count * max(slots, 1))
 
 
 class _Running(NamedTuple):
@@ -117,10 +136,14 @@ def prefill(
     if tiles is None:
         return _prefill_plain(q, owner, position, new, context)
     total, groups = q.shape[0], new.keys.shape[0]
-    length = min(tiles.queries, total)
-    cut = lambda x, fill: _pad(x, -(-total // length) * length, fill).reshape(-1, length, *x.shape[1:])  # noqa: E731
-    owners, positions = cut(owner, -1), cut(position, 0)
-    keys, values = (cut(jnp.swapaxes(x, 0, 1), 0).swapaxes(1, 2)[:, None] for x in (new.keys, new.values))  # [tiles, 1, K, L, Q]
+
+    def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
+        length = min(length, total)
+        return _pad(x, -(-total // length) * length, fill).reshape(-1, length, *x.shape[1:])
+
+    length = tiles.queries(q.shape[1])
+    halves = (cut(jnp.swapaxes(x, 0, 1), tiles.keys, 0).swapaxes(1, 2)[:, None] for x in (new.keys, new.values))  # [tiles, 1, K, M, Q]
+    fresh = (*halves, cut(owner, tiles.keys, -1), cut(position, tiles.keys, 0))
 
     def queries(_: None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         q, owner, position = inputs
@@ -132,12 +155,12 @@ def prefill(
             seen = lambda: _absorb(running, grouped, KeysValues(keys, values), visible[None])  # noqa: E731
             return _maybe(jnp.any(visible), seen, running, tiles), None
 
-        running, _ = lax.scan(tile, _nothing(grouped), (keys, values, owners, positions))
+        running, _ = lax.scan(tile, _nothing(grouped), fresh)
         if context is not None:
             running = _earlier(running, grouped, owner, context, tiles)
         return None, _finish(running, q.dtype)[0]
 
-    _, out = lax.scan(queries, None, (cut(q, 0), owners, positions))
+    _, out = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0)))
     return out.reshape(-1, *q.shape[1:])[:total]
 
 
