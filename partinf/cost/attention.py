@@ -44,9 +44,9 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     kv = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv)
     shares = split.shares
     entries += [
-        query.product(_PART, tokens * embed, tokens * heads, 2.0 * tokens * embed * heads, useful * shares.heads * shares.embed),
-        key.product(_PART, tokens * embed, tokens * kv, 2.0 * tokens * embed * kv, useful * shares.embed),
-        out.product(_PART, tokens * heads, tokens * embed, 2.0 * tokens * embed * heads, useful * shares.heads * shares.embed),
+        query.product(_PART, tokens, embed, heads, useful * shares.heads * shares.embed),
+        key.product(_PART, tokens, embed, kv, useful * shares.embed),
+        out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed),
     ]
     if model.block is Block.SERIAL:
         entries += scatter_embed(split, _PART)
@@ -72,7 +72,7 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
     share = useful * split.shares.heads * (seen / keys if keys else 1.0)
-    entries.append(split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION))
+    entries.append(split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, rows))
     return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
 
 
