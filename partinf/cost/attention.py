@@ -13,6 +13,7 @@ from partinf.cost.movement import Split
 from partinf.cost.split import Group, StepSplit
 from partinf.model_config import Block
 
+DECODE_CORE, PREFILL_CORE = "decode core", "prefill core"
 _PART = Part.ATTENTION
 
 
@@ -72,7 +73,8 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
     share = useful * split.shares.heads * (seen / keys if keys else 1.0)
-    entries.append(split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, rows))
+    core = (rows, rows, heads, kv_heads, keys)
+    entries.append(split.pricing.product(DECODE_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core))
     return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
 
 
@@ -125,7 +127,10 @@ def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
     kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * split.shares.heads * seen / keys) if keys else 1.0
-    return split.pricing.product("prefill core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION)
+    core = (slots, tokens, heads, kv_heads, shape.prefill_context)
+    return split.pricing.product(
+        PREFILL_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True
+    )
 
 
 def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:

@@ -84,4 +84,6 @@ class Weight:
         passed = 2 * self.used_bytes if self.used_bytes > self.stored_bytes else 0
         activation, flops = rows * (inputs + outputs) * self.split.act_bytes + passed, 2.0 * rows * inputs * outputs
         name, count = f"× {self.name}", self.split.model.num_layers
-        return self.split.pricing.product(name, part, count, flops, useful, self.stored_bytes, activation_bytes=activation, rows=rows)
+        return self.split.pricing.product(
+            name, part, count, flops, useful, self.stored_bytes, activation_bytes=activation, shape=(rows, inputs, outputs)
+        )

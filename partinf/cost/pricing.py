@@ -87,21 +87,32 @@ class Pricing:
         kv_bytes: float = 0.0,
         activation_bytes: float = 0.0,
         kind: Kind = Kind.MATMUL,
-        rows: int = 0,
+        shape: tuple[int, ...] = (),
+        prompt: bool = False,
     ) -> Entry:
         """A dot product of `flops`, of which the share `useful` is not padding.
 
         Args:
-            rows: of the activations, for a product with weights; 0 in the core of attention for prompts.
+            shape: as in `Entry`. prompt: the core is that of prompts.
         """
         if self._measured is None:
             seconds = self.compute_seconds(flops, weight_bytes + kv_bytes + activation_bytes)
         elif kind is Kind.ATTENTION:
-            seconds = self._measured.core(flops, kv_bytes, prompt=rows == 0)
+            seconds = self._measured.core(flops, kv_bytes, prompt)
         else:
-            seconds = self._measured.product(flops, weight_bytes, activation_bytes, rows)
+            seconds = self._measured.product(flops, weight_bytes, activation_bytes, shape[0])
         return Entry(
-            name, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, seconds=seconds
+            name,
+            part,
+            kind,
+            count,
+            flops * useful,
+            flops * (1 - useful),
+            weight_bytes,
+            kv_bytes,
+            activation_bytes,
+            seconds=seconds,
+            shape=shape,
         )
 
     def traffic(self, name: str, part: Part, count: int, num_bytes: float) -> Entry:
