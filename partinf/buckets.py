@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, CacheConfig, Plan
 
@@ -57,6 +59,21 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
     pages = -(-max_len // capacity.page_size)
     cache = CacheConfig(capacity.page_size, rows // plan.num_shards * pages, rows)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
+
+
+def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
+    """The plan's roles worked out for a bucket at its padded shape."""
+    page, heads = plan.cache.page_size, plan.padded_model.num_heads
+    shape = StepShape(
+        decode_rows=bucket.decode_rows,
+        decode_context=bucket.decode_pages * page,
+        prefill_tokens=bucket.prefill_tokens,
+        prefill_slots=bucket.prefill_slots,
+        prefill_context=bucket.prefill_pages * page,
+        sampling=bucket.random,
+    )
+    shares = Shares(heads=plan.model.num_heads / heads)
+    return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
 
 
 def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[Bucket, ...]:

@@ -60,7 +60,7 @@ class Running:
 
         self.args = args
         self.offences: list[str] = []
-        self._target: Slice | None = collect(self.offences, lambda: named_slice(args.slice, args.mesh))
+        self._target: Slice | None = collect(self.offences, lambda: named_slice(args.slice, args.mesh, args.hardware))
         devices.prepare(self._target)
         self._layout: Layout | None = collect(self.offences, lambda: named_layout(args.layout))
         self._config: ModelConfig | None = collect(self.offences, lambda: api.check_loadable(args.model))
@@ -80,7 +80,7 @@ class Running:
 
         args, config = self.args, self._config
         assert config is not None
-        where = self._target if self._target is not None else api.find_slice("local", args.mesh)
+        where = self._target if self._target is not None else api.find_slice("local", args.mesh, args.hardware)
         dtype = DType(args.weights or ("f32" if where.chip.family == "cpu" else "bf16"))
         kv = DType(args.kv) if args.kv else DType.F32 if dtype is DType.F32 else DType.BF16
         max_len = args.max_len or min(config.max_len or 2048, 2048)
@@ -92,7 +92,10 @@ class Running:
         """The model on its devices."""
         from partinf import api
         from partinf.cli.progress import progress_bar
+        from partinf.cost.calibration import calibration_for
 
         print(f"{plan.model.name} on {plan.slice.name} ({plan.slice.mesh}): {plan.note or 'layout as given'}", file=sys.stderr)
+        if plan.slice.chip.rates is not None:
+            print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
         with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
             return api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps)

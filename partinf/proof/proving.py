@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from partinf.buckets import split_of
 from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import PLAIN, Pricing
-from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
@@ -60,21 +60,6 @@ def prove(
         if advance is not None:
             advance(1)
     return Proof(plan.model.name, plan.slice.name, compiler, tuple(steps))
-
-
-def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
-    """The plan's roles worked out for a bucket at its padded shape."""
-    page, heads = plan.cache.page_size, plan.padded_model.num_heads
-    shape = StepShape(
-        decode_rows=bucket.decode_rows,
-        decode_context=bucket.decode_pages * page,
-        prefill_tokens=bucket.prefill_tokens,
-        prefill_slots=bucket.prefill_slots,
-        prefill_context=bucket.prefill_pages * page,
-        sampling=bucket.random,
-    )
-    shares = Shares(heads=plan.model.num_heads / heads)
-    return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
 
 
 def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:

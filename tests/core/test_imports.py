@@ -23,6 +23,7 @@ _JAX_COLUMN = (
     "proof",
     "engine.jax_runner",
     "scoring",
+    "measure",
     "serve",
     "cli",
     "__main__",
