@@ -19,6 +19,7 @@ _WHERE = {
     "Model": "api",
     "ModelConfig": "model_config",
     "Objective": "workload",
+    "Overloaded": "errors",
     "Phase": "layout",
     "Plan": "plans",
     "Proof": "proof",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from partinf.buckets import Capacity, with_capacity
     from partinf.engine.engine import Engine
     from partinf.engine.request import RequestOutput, SamplingParams
-    from partinf.errors import InvalidInput
+    from partinf.errors import InvalidInput, Overloaded
     from partinf.hardware import Chip, Slice, parse_slice
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
     from partinf.model_config import ModelConfig, load_model_config
@@ -60,6 +61,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Objective",
+    "Overloaded",
     "Phase",
     "Plan",
     "Proof",

@@ -27,6 +27,8 @@ class Capacity:
         prefill_tokens: prompt tokens per step, rounded up likewise.
         page_size: tokens per KV page.
         random: whether requests may sample; False compiles greedy selection alone.
+        rich: whether requests may also have penalties, logit biases, alternatives (`top_logprobs`) and log-probabilities of their prompts.
+            The programs are as many and larger; every slot keeps counts and biases of the whole vocabulary on the devices.
         max_prompt_len: longest prompt that will come; one step then holds such a prompt whole on every shard that prefills. 0: any prompt
             may come, and those that are longer than a shard's share of a step are cut over several.
     """
@@ -36,6 +38,7 @@ class Capacity:
     prefill_tokens: int = 128
     page_size: int = 16
     random: bool = True
+    rich: bool = False
     max_prompt_len: int = 0
 
 
@@ -71,6 +74,7 @@ def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
         prefill_slots=bucket.prefill_slots,
         prefill_context=bucket.prefill_pages * page,
         sampling=bucket.random,
+        rich=bucket.rich,
     )
     shares = Shares(heads=plan.model.num_heads / heads)
     return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
@@ -84,7 +88,7 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
     for context in contexts:
-        decode = Bucket(rows, context, random=capacity.random)
+        decode = Bucket(rows, context, random=capacity.random or capacity.rich, rich=capacity.rich)
         buckets += [decode, replace(decode, prefill_tokens=tokens, prefill_slots=slots)]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
             buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))

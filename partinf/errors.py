@@ -1,4 +1,4 @@
-"""The one exception for bad input: it carries every offence, not the first.
+"""The one exception for bad input, which carries every offence, not the first; and the one for input that comes at a bad time.
 
 Everything that checks user input (files, flags, layouts, requests) collects its offences in a list and raises once, before a device
 is touched. The command line prints one line per offence and exits with code 2.
@@ -23,6 +23,18 @@ class InvalidInput(ValueError):
     def __init__(self, offences: str | Iterable[str]) -> None:
         self.offences: tuple[str, ...] = (offences,) if isinstance(offences, str) else tuple(dict.fromkeys(offences))
         super().__init__("\n".join(self.offences))
+
+
+class Overloaded(RuntimeError):
+    """A request that was refused because too much is waiting; nothing was queued.
+
+    Attributes:
+        retry_after: estimated seconds until there is room.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
 
 
 def raise_offences(offences: Iterable[str]) -> None:

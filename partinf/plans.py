@@ -34,6 +34,8 @@ class Bucket:
         prefill_tokens: flat prompt tokens. prefill_slots: prompts (or chunks of them) that share those tokens.
         prefill_pages: pages of earlier context that each slot may read; 0 when every prompt begins in this step.
         random: whether the program can sample; False compiles greedy selection alone.
+        rich: whether it can do what few requests ask for: penalties, logit biases, alternatives, log-probabilities of prompts. Such work
+            is skipped at run time by steps in which nobody asks for it.
     """
 
     decode_rows: int = 0
@@ -42,6 +44,7 @@ class Bucket:
     prefill_slots: int = 0
     prefill_pages: int = 0
     random: bool = False
+    rich: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -54,7 +57,7 @@ class Bucket:
             parts.append(f"decode {self.decode_rows} × {self.decode_pages} pages")
         if self.prefill_tokens:
             parts.append(f"prefill {self.prefill_tokens} in {self.prefill_slots} slots, {self.prefill_pages} pages before")
-        return "; ".join(parts) + (", sampling" if self.random else ", greedy")
+        return "; ".join(parts) + (", sampling" if self.random else ", greedy") + (", rich" if self.rich else "")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Plan:
     @property
     def axis_sizes(self) -> dict[str, int]:
         return self.slice.axis_sizes
+
+    @property
+    def rich(self) -> bool:
+        """Whether penalty counts and logit biases of every slot are kept on the devices, because some bucket needs them."""
+        return any(bucket.rich for bucket in self.buckets)
 
     def ways(self, axes: tuple[str, ...]) -> int:
         """Product of the sizes of these axes."""

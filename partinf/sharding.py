@@ -92,7 +92,7 @@ def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
     """The mesh axes that split each letter of a stored parameter or of the cache, major first; other letters are whole.
 
     `D` stands for the embedding's d_model, which is split over all weight axes; `C` for the cache's key-value heads and `P` for its
-    pages; `V` is whole in storage.
+    pages; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes.
     """
     layout = plan.layout
     ffn = layout.storage_axes(Role.FFN)
@@ -101,6 +101,7 @@ def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
     return {
         "E": layout.storage_axes(Role.EMBED),
         "D": layout.weight_axes,
+        "W": layout.weight_axes,
         "F": ffn,
         "H": ffn,
         "K": tuple(axis for axis in kv_heads if axis in ffn),

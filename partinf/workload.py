@@ -1,4 +1,4 @@
-"""What is to be served: batch, lengths and objective."""
+"""What is to be served: batch, lengths and objective, and how much one request may ask for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from partinf.errors import raise_offences
+
+TOP_LOGPROBS = 20  # alternatives per token
+MAX_BIASES = 1024  # logit biases of a request
 
 
 class Objective(StrEnum):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.linear import norm
 from partinf.cost.movement import Split, moves
+from partinf.cost.rich import rich_entries
 from partinf.cost.split import StepSplit
 
 _F32 = 4
@@ -37,27 +38,33 @@ def embedding_entries(split: StepSplit) -> list[Entry]:
 
 def logits_entries(split: StepSplit) -> list[Entry]:
     """Rows that are sampled, final norm, logits, and the choice of tokens."""
-    shape, model = split.shape, split.model
+    shape = split.shape
     rows = shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
     if not rows:
         return []
     real_rows = shape.decode_rows if shape.real_rows is None else shape.real_rows
     real_slots = shape.prefill_slots if shape.real_slots is None else shape.real_slots
     useful = (real_rows + real_slots) / (shape.decode_rows + shape.prefill_slots)
-    entries = _sampled_rows(split)
-    entries += norm(split, Part.LOGITS, rows, split.w_stored, 1, useful)
+    entries = _sampled_rows(split) + _logits_of(split, rows, 1, useful) + _choice(split, rows, useful)
+    return entries + (rich_entries(split, rows, useful, _logits_of) if shape.rich else [])
+
+
+def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[Entry]:
+    """Norm, logits and their way into V for so many rows, so many times."""
+    model = split.model
+    entries = norm(split, Part.LOGITS, rows, split.w_stored, times, useful)
     embed, vocab = model.embed_dim // split.ways(split.w_stored), model.padded_vocab_size
     flops = 2.0 * rows * embed * vocab
     table = vocab * embed * split.act_bytes
     share = useful * split.shares.embed * model.vocab_size / vocab
     passed = rows * (embed * split.act_bytes + vocab * _F32)
     entries.append(
-        split.pricing.product("logits", Part.LOGITS, 1, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
+        split.pricing.product("logits", Part.LOGITS, times, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
     )
     source, target = Split(unreduced=split.w_stored), Split(cols=split.w_stored)
     for op, axes, count in moves(rows * vocab, source, target, split.sizes, split.joint):
-        entries.append(split.pricing.collective("logits into V", Part.LOGITS, 1, op, axes, count * _F32, "f32", useful))
-    return entries + _choice(split, rows, useful)
+        entries.append(split.pricing.collective("logits into V", Part.LOGITS, times, op, axes, count * _F32, "f32", useful))
+    return entries
 
 
 def _sampled_rows(split: StepSplit) -> list[Entry]:

@@ -26,6 +26,7 @@ class StepShape:
         real_rows, real_tokens, real_slots: how many of them are not padding; None for all.
         real_context: keys of a lane that are not masked; None for all.
         sampling: the program can sample; False for greedy selection alone.
+        rich: its rows ask for everything that a rich program can do.
     """
 
     decode_rows: int = 0
@@ -38,6 +39,7 @@ class StepShape:
     real_slots: int | None = None
     real_context: int | None = None
     sampling: bool = False
+    rich: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -43,7 +43,13 @@ class RequestCheck:
                 temperature=float(params.temperature),
                 top_k=params.top_k,
                 top_p=float(params.top_p),
+                min_p=float(params.min_p),
                 seed=derived_seed(self._seed, request_id) if params.seed is None else params.seed,
+                presence=float(params.presence_penalty),
+                frequency=float(params.frequency_penalty),
+                repetition=float(params.repetition_penalty),
+                top_logprobs=params.top_logprobs,
+                steered=_steered(params),
             ),
             arrival=arrival,
         )
@@ -76,6 +82,17 @@ class RequestCheck:
         if not isinstance(params, SamplingParams):
             return [f"params is of type {type(params).__name__}; give SamplingParams"]
         offences = self._token_offences("stop_token_ids", list(params.stop_token_ids))
+        offences += self._token_offences("logit_bias", [token for token, _ in params.logit_bias])
+        if params.temperature and not self._limits.random:
+            offences.append(
+                f"temperature = {params.temperature}, but the steps take the most likely token; plan with Capacity(random=True)"
+            )
+        if not self._limits.rich:
+            offences += [
+                f"{name} = {getattr(params, name)!r}, but the steps cannot do that; plan with Capacity(rich=True)"
+                for name, off in _RICH.items()
+                if getattr(params, name) != off
+            ]
         if params.stop and self._tokenizer is None:
             offences.append("stop strings need a tokenizer, and the engine has none; use stop_token_ids")
         return offences
@@ -89,6 +106,15 @@ class RequestCheck:
             return []
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         return [f"{name} holds {bad[0]!r}{more}, which is no token id; valid: 0..{vocab - 1}"]
+
+
+# Parameters that take rich steps, and their values when off.
+_STEERING: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": ()}
+_RICH: dict[str, Any] = _STEERING | {"top_logprobs": 0, "prompt_logprobs": False}
+
+
+def _steered(params: SamplingParams) -> bool:
+    return any(getattr(params, name) != off for name, off in _STEERING.items())
 
 
 def _plain(token: Any) -> Any:

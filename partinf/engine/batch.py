@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from partinf.engine.request import Sequence, Status
-from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, Step
+from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, SlotStart, Step
 
 if TYPE_CHECKING:
     from partinf.engine.scheduler import Scheduler
@@ -59,6 +59,7 @@ class BatchBuilder:
         self._decode: list[tuple[Sequence, DecodeRow, bool]] = []
         self._prefill: list[tuple[Sequence, PrefillChunk]] = []
         self._copies: tuple[list[PageCopy], list[PageCopy]] = ([], [])  # out, in
+        self._starts: list[SlotStart] = []
         self._taken: set[int] = set()  # numbers of those in this step, or swapped in by it
         self._decode_rows = [limits.max_decode_rows_per_shard] * limits.num_shards  # still free, per shard
         self._prefill_tokens = [limits.max_prefill_tokens_per_shard] * limits.num_prefill_shards  # the same, per prefill shard
@@ -69,12 +70,12 @@ class BatchBuilder:
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Those that wait, in order of arrival."""
-        return list(self._scheduler.waiting.values())
+        """Those that wait, in order of arrival; samples that share a prompt only once its pages are there."""
+        return [sequence for sequence in self._scheduler.waiting.values() if not sequence.waits_for_first]
 
     @property
     def oldest_waiting(self) -> Sequence | None:
-        return next(iter(self._scheduler.waiting.values()), None)
+        return next((sequence for sequence in self._scheduler.waiting.values() if not sequence.waits_for_first), None)
 
     @property
     def running(self) -> list[Sequence]:
@@ -148,10 +149,15 @@ class BatchBuilder:
         """
         if sequence.num_scheduled >= sequence.prefill_len or (sequence.num_scheduled and not self.limits.chunks):
             return self.run_token(sequence)
-        return self._run_prefill(sequence, chunked, at_most)
+        return self._run_prefill(sequence, chunked, None if sequence.scoring else at_most)
 
     def run_token(self, sequence: Sequence) -> bool:
-        """Give a resident sequence a decode row, which feeds the next known token of its prompt if it is not past that."""
+        """Give a resident sequence a decode row, which feeds the next known token of its prompt if it is not past that.
+
+        A prompt whose log-probabilities are wanted is not fed that way: a decode row does not give them.
+        """
+        if sequence.scoring:
+            return self._run_prefill(sequence, chunked=True, at_most=None)
         position, shard = sequence.num_scheduled, sequence.shard
         num_pages = position // self.limits.page_size + 1
         if not self._decode_rows[shard]:
@@ -159,7 +165,9 @@ class BatchBuilder:
         if len(sequence.pages) < num_pages and not self._scheduler.pool.grow(sequence, num_pages):
             return False
         token = sequence.tokens[position] if position < len(sequence.tokens) else None
-        row = DecodeRow(sequence.slot, shard, token, position, sequence.page_table(num_pages), sequence.request.sampling)
+        sampling = sequence.request.sampling
+        counts = sampling.steered and position >= sequence.prefill_len
+        row = DecodeRow(sequence.slot, shard, token, position, sequence.page_table(num_pages), sampling, counts)
         self._decode.append((sequence, row, position + 1 >= sequence.prefill_len))
         self._decode_rows[shard] -= 1
         self._advance(sequence, 1)
@@ -200,8 +208,9 @@ class BatchBuilder:
 
     def build(self) -> Batch | None:
         decode, prefill = tuple(row for _, row, _ in self._decode), tuple(chunk for _, chunk in self._prefill)
-        step = Step(decode, prefill, tuple(self._copies[0]), tuple(self._copies[1]), *self._idle)
+        step = Step(decode, prefill, tuple(self._copies[0]), tuple(self._copies[1]), tuple(self._starts), *self._idle)
         for sequence, chunk in self._prefill:
+            sequence.num_readable = chunk.end
             self._scheduler.pool.remember(sequence, chunk.end)
         self._scheduler.pool.step_is_built()
         if not step:
@@ -229,6 +238,10 @@ class BatchBuilder:
         if at_most is not None:
             length = min(length, at_most)
         end = start + length
+        targets: tuple[int, ...] = ()
+        if sequence.scoring:
+            targets = sequence.request.prompt[start + 1 : end + 1]
+            sequence.scoring = end + 1 < len(sequence.request.prompt)
         chunk = PrefillChunk(
             slot=sequence.slot,
             shard=sequence.shard,
@@ -238,6 +251,7 @@ class BatchBuilder:
             last=end == sequence.prefill_len,
             sampling=sequence.request.sampling,
             prefill_shard=prefill_shard,
+            targets=targets,
         )
         self._prefill.append((sequence, chunk))
         self._prefill_tokens[prefill_shard] -= length
@@ -256,7 +270,16 @@ class BatchBuilder:
         return max(fitting, key=lambda p: self._prefill_tokens[p], default=None)
 
     def _advance(self, sequence: Sequence, num_positions: int) -> None:
+        if sequence.request.sampling.steered and not sequence.started_slot:
+            self._start_slot(sequence)
         sequence.num_scheduled += num_positions
         sequence.num_iterations += 1
         sequence.in_flight += 1
         self._taken.add(sequence.request.number)
+
+    def _start_slot(self, sequence: Sequence) -> None:
+        """Tell the runner what a sequence has so far. All of it is known: nobody becomes resident while a step of its is in flight."""
+        request, known = sequence.request, max(sequence.prefill_len, sequence.num_scheduled)
+        generated = tuple(sequence.tokens[len(request.prompt) : known])
+        self._starts.append(SlotStart(sequence.slot, request.prompt, generated, request.params.logit_bias))
+        sequence.started_slot = True

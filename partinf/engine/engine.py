@@ -5,16 +5,17 @@ A request travels add_request → scheduler → runner → sampled token → tex
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
-from partinf.engine.admission import Prompt, RequestCheck
+from partinf.engine.admission import Prompt
 from partinf.engine.batch import Batch, Policy
-from partinf.engine.detokenize import TextReader, Tokenizer
+from partinf.engine.detokenize import Tokenizer
+from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live
 from partinf.engine.live import OnToken as OnToken
 from partinf.engine.metrics import Metrics
@@ -24,7 +25,7 @@ from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import SampledToken, StepOutput
 from partinf.engine.streams import Driver, RequestStream
-from partinf.errors import InvalidInput, raise_offences
+from partinf.errors import raise_offences
 
 OnStep = Callable[[Batch, StepOutput, float, float], None]
 
@@ -36,7 +37,7 @@ class Engine:
     as they are. An exception from the runner ends every request in flight as FAILED and is raised by whoever ran the iteration.
 
     Attributes:
-        metrics: counters since the start or the last `metrics.clear()`.
+        metrics: counters since the start or the last `metrics.clear()`. tokenizer: as given.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Engine:
         seed: int = 0,
         lag: int | None = None,
         prefix_caching: bool = False,
+        max_waiting: int | None = None,
+        max_waiting_tokens: int | None = None,
         on_step: OnStep | None = None,
         check_invariants: bool = False,
     ) -> None:
@@ -61,21 +64,26 @@ class Engine:
             lag: steps that are submitted before the oldest is collected; 0 waits for each. The runner must then feed its own tokens. Unless
                 given, it fills the runner's pipeline stages.
             prefix_caching: share pages of equal prompt beginnings, where the runner can go on after them.
+            max_waiting, max_waiting_tokens: bounds on the requests that wait for their first iteration, and on the tokens of their prompts;
+                beyond them `add_request` and `stream` raise `Overloaded`. A request that finds nobody waiting is always taken, and so are
+                those of `generate`, whose caller waits for them.
             on_step: called at every commit with batch, output, and the times when it was scheduled and committed.
             check_invariants: check after every iteration that no page and no slot is lost or held twice.
         """
         self.metrics = Metrics(runner.limits.num_slots)
+        self.tokenizer = tokenizer
         self._runner = runner
-        self._tokenizer = tokenizer
         self._clock = clock
         self._lag = runner.limits.num_stages - 1 if lag is None else lag
         self._on_step = on_step
         self._check_invariants = check_invariants
-        self._check_request = RequestCheck(runner.limits, tokenizer, seed)
+        self._intake = Intake(runner.limits, tokenizer, seed, clock)
+        self._bound = WaitingBound(max_waiting, max_waiting_tokens)
         self._scheduler = Scheduler(runner.limits, policy or FirstComeFirstServed(), self.metrics, prefix_caching)
         self._returns_whole_batches = bool(getattr(self._scheduler.policy, "returns_whole_batches", False))
-        self._numbers = itertools.count()
-        self._live: dict[str, Live] = {}
+        self._live: dict[int, Live] = {}  # samples in flight, by number
+        self._requests: dict[str, list[Live]] = {}  # those of a request, while any of them is in flight
+        self._deadlines: list[tuple[float, int]] = []  # a heap, with the number of a sample
         self._in_flight: deque[tuple[Batch, float]] = deque()  # with the time when it was scheduled
         self._held: list[Live] = []  # have all their tokens and wait for the rest of their batch
         self._committed = 0.0  # time of the last commit
@@ -107,7 +115,7 @@ class Engine:
         on_token: OnToken | None = None,
         arrival: float | None = None,
     ) -> str:
-        """Queue a request and return its id; `step` returns its output once it has ended.
+        """Queue a request and return its id; `step` returns its output once it has ended: one for each of its n samples.
 
         Args:
             prompt: text, or token ids.
@@ -117,11 +125,14 @@ class Engine:
 
         Raises:
             InvalidInput: everything that is wrong with the request; nothing has been queued then.
+            Overloaded: too much is waiting; nothing has been queued.
         """
-        return self._enqueue(self._request(prompt, params, request_id, arrival), on_token, reported=True).request.id
+        request = self._intake.request(prompt, params, request_id, self._requests, arrival)
+        self._enqueue([request], on_token, bounded=True, reported=True)
+        return request.id
 
     def step(self, *, wait: bool = True) -> list[RequestOutput]:
-        """Run one iteration, if there is work; returns the requests added by `add_request` that ended since the last call.
+        """Run one iteration, if there is work; returns what was added by `add_request` and ended since the last call.
 
         Args:
             wait: wait for the oldest step when there is nothing to schedule; otherwise only when enough are in flight.
@@ -138,16 +149,15 @@ class Engine:
         *,
         on_token: OnToken | None = None,
     ) -> list[RequestOutput]:
-        """Answer all prompts, in their order, batched with whatever else is in flight. One `params` for all, or one each.
+        """Answer all prompts, in their order, batched with whatever else is in flight. One `params` for all, or one each; with n > 1 the
+        samples of a prompt follow each other.
 
         Raises:
             InvalidInput: everything that is wrong with any of the requests; none has been queued then.
         """
-        requests = self._requests(prompts, params)
-        sequences: list[Sequence] = []
+        requests = self._intake.requests(prompts, params, self._requests)
+        sequences = self._enqueue(requests, on_token, bounded=False, reported=False)
         try:
-            for request in requests:
-                sequences.append(self._enqueue(request, on_token, reported=False))
             while any(sequence.status is not Status.FINISHED for sequence in sequences):
                 self._iterate()
         finally:
@@ -160,20 +170,19 @@ class Engine:
         """Queue a request and return its events as they come, for `for` or `async for`.
 
         Raises:
-            InvalidInput: as `add_request`, at once.
+            InvalidInput, Overloaded: as `add_request`, at once.
         """
-        request = self._request(prompt, params, request_id)
-        stream = RequestStream(request.id, self._driver, self.cancel)
-        self._enqueue(request, stream.receive, reported=False)
+        request = self._intake.request(prompt, params, request_id, self._requests)
+        stream = RequestStream(request.id, self._driver, self.cancel, request.params.n)
+        self._enqueue([request], stream.receive, bounded=True, reported=False)
         return stream
 
     def cancel(self, request_id: str) -> bool:
-        """End a request now; whether it was in flight. Its pages are free at once; it is reported by the next iteration."""
+        """End a request with all its samples now; whether it was in flight. Its pages are free at once; the next iteration reports it."""
         with self._lock:
-            live = self._live.get(request_id)
-            if live is not None:
-                self._end(live, FinishReason.CANCELLED)
-            return live is not None
+            lives = self._requests.get(request_id, [])
+            self._end_all(lives, FinishReason.CANCELLED)
+            return bool(lives)
 
     # An iteration: schedule, run, commit.
 
@@ -197,13 +206,23 @@ class Engine:
     def _schedule(self) -> Batch | None:
         with self._lock:
             now = self._clock()
+            self._end_late(now)
             batch = self._scheduler.schedule(now)
             if batch is None and not self._in_flight and self._live:
                 raise RuntimeError(f"{self._scheduler.policy} runs none of {len(self._live)} requests")
             for sequence in batch.prefill if batch is not None else ():
                 if sequence.started is None:
                     sequence.started = now
+                    self._bound.leave(sequence.request.id, now)
             return batch
+
+    def _end_late(self, now: float) -> None:
+        """End the requests whose time is over, with what they have; a complete one that waits for its batch is just returned."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            live = self._live.get(heapq.heappop(self._deadlines)[1])
+            if live is not None:
+                complete = live.sequence.finish_reason
+                self._end(live, complete or FinishReason.TIMEOUT, text="" if complete else live.rest())
 
     def _commit(self, batch: Batch, scheduled: float, output: StepOutput) -> None:
         now = self._clock()
@@ -221,6 +240,8 @@ class Engine:
                 sequence.attained += seconds
                 if last is not None:
                     self._accept(sequence, last, now)
+            for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
+                sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(scores)] = scores
             if self._held and not self._scheduler.running:
                 self._return_held()
             if self._check_invariants:
@@ -233,11 +254,13 @@ class Engine:
         if sequence.status in (Status.FINISHED, Status.HELD):
             self.metrics.dropped_tokens += 1
             return
-        live = self._live[sequence.request.id]
+        live = self._live[sequence.request.number]
         self.metrics.generated_tokens += 1
         sequence.tokens.append(sampled.token)
         if sequence.request.params.logprobs:
             sequence.logprobs.append(sampled.logprob)
+        if sequence.request.params.top_logprobs:
+            sequence.top_logprobs.append(sampled.top)
         if sequence.first_token is None:
             sequence.first_token = now
         sequence.last_token = now
@@ -272,6 +295,8 @@ class Engine:
             logprob=None if sampled is None else sampled.logprob,
             finish_reason=reason,
             error=error,
+            sample=sequence.request.sample,
+            top_logprobs=sampled.top if sampled is not None and sequence.request.params.top_logprobs else None,
         )
         self._events.append((live, event))
 
@@ -292,7 +317,10 @@ class Engine:
             self._held.append(live)
             return
         self._scheduler.finish(sequence)
-        del self._live[sequence.request.id]
+        del self._live[sequence.request.number]
+        if all(other.sequence.status is Status.FINISHED for other in self._requests[sequence.request.id]):
+            del self._requests[sequence.request.id]
+            self._bound.leave(sequence.request.id, None)
         sequence.finish_reason, sequence.error = reason, error
         sequence.finished = self._clock()
         self.metrics.record_finished(sequence)
@@ -314,8 +342,7 @@ class Engine:
             self._in_flight.clear()
             self._held.clear()
             self._scheduler.pool.forget_prefixes()
-            for live in list(self._live.values()):
-                self._end(live, FinishReason.FAILED, error=error)
+            self._end_all(list(self._live.values()), FinishReason.FAILED, error)
             self._runner.reset()
 
     def _deliver(self) -> None:
@@ -328,51 +355,46 @@ class Engine:
                 live.on_token(event)
             except Exception as error:
                 with self._lock:
-                    live.on_token = None
-                    if live.sequence.status is Status.FINISHED:
-                        live.sequence.error = live.sequence.error or error
-                    else:
-                        self._end(live, FinishReason.FAILED, error=error)
+                    self._callback_failed(live, error)
+
+    def _callback_failed(self, live: Live, error: Exception) -> None:
+        """End the request whose callback raised, all samples of it that still run."""
+        live.on_token = None
+        sequence = live.sequence
+        if sequence.status is Status.FINISHED:
+            sequence.error = sequence.error or error
+        numbers = [other.request.number for other in sequence.family] or [sequence.request.number]
+        lives = [self._live[number] for number in numbers if number in self._live]
+        for other in lives:
+            other.on_token = None
+        self._end_all(lives, FinishReason.FAILED, error)
+
+    def _end_all(self, lives: SequenceOf[Live], reason: FinishReason, error: BaseException | None = None) -> None:
+        """End those that have not ended, nor end because of each other."""
+        for live in list(lives):
+            if live.sequence.status is not Status.FINISHED:
+                self._end(live, reason, error=error)
 
     def _pending(self) -> bool:
         return bool(self._live or self._in_flight or self._events)
 
-    # A request on its way in.
-
-    def _request(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, arrival: float | None = None) -> Request:
-        number = next(self._numbers)
-        while request_id is None and f"request-{number}" in self._live:
-            number = next(self._numbers)
-        name = f"request-{number}" if request_id is None else request_id
-        when = self._clock() if arrival is None else arrival
-        return self._check_request(prompt, SamplingParams() if params is None else params, name, number, when)
-
-    def _requests(self, prompts: SequenceOf[Prompt], params: SamplingParams | SequenceOf[SamplingParams] | None) -> list[Request]:
-        if isinstance(prompts, str):
-            raise InvalidInput("prompts is one text; give a list of prompts")
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise InvalidInput(f"{len(each)} params for {len(prompts)} prompts; give one for all, or one each")
-        requests, offences = [], list[str]()
-        for prompt, one in zip(prompts, each, strict=True):
-            try:
-                requests.append(self._request(prompt, one, None))
-            except InvalidInput as error:
-                offences += error.offences
-        raise_offences(offences)
-        return requests
-
-    def _enqueue(self, request: Request, on_token: OnToken | None, *, reported: bool) -> Sequence:
-        ends = set(request.params.stop_token_ids)
-        reader = None
-        if self._tokenizer is not None:
-            ends |= set() if request.params.ignore_eos else set(self._tokenizer.eos_ids)
-            reader = TextReader(self._tokenizer.stream(continuation=True), request.params.stop)
-        full_len = len(request.prompt) + request.max_tokens
-        live = Live(Sequence(request), reader, frozenset(ends), full_len, on_token, reported)
+    def _enqueue(self, requests: SequenceOf[Request], on_token: OnToken | None, *, bounded: bool, reported: bool) -> list[Sequence]:
+        """Queue all of these requests, or none."""
         with self._lock:
-            if request.id in self._live:
-                raise InvalidInput(f"request {request.id}: this id is in flight already; choose another one")
-            self._live[request.id] = live
+            taken = [request.id for request in requests if request.id in self._requests]
+            raise_offences(f"request {name}: this id is in flight already; choose another one" for name in taken)
+            for request in requests if bounded else ():
+                self._bound.check(len(request.prompt), self._clock())
+            return [sequence for request in requests for sequence in self._add(request, on_token, reported)]
+
+    def _add(self, request: Request, on_token: OnToken | None, reported: bool) -> list[Sequence]:
+        lives = self._intake.samples(request, on_token, reported)
+        self._requests[request.id] = lives
+        self._bound.enter(request.id, len(request.prompt))
+        for live in lives:
+            number = live.sequence.request.number
+            self._live[number] = live
             self._scheduler.add(live.sequence)
-        return live.sequence
+            if request.params.timeout is not None:
+                heapq.heappush(self._deadlines, (request.arrival + request.params.timeout, number))
+        return [live.sequence for live in lives]

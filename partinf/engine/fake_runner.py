@@ -1,7 +1,8 @@
 """A runner without a model: its tokens can be worked out by hand, and it checks what it is given as a device never would.
 
 It keeps, per place of the KV cache, the token written there, and reads the context of every row back through its page table. A page
-that is wrong, shared, stale or missing therefore gives another token or an error.
+that is wrong, shared, stale or missing therefore gives another token or an error. Penalties and biases shift the token by what their
+slot has counted, so a count that is lost or doubled shows as well.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
+from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, SlotStart, Step, StepOutput
 
 Rule = Callable[[Sequence[int]], int]
 """Context, first token first → the next token."""
@@ -35,6 +36,7 @@ class FakeRunner:
         self._kv: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) → (token, position)
         self._host: dict[tuple[int, int], tuple[int, int]] = {}  # the same in host memory
         self._last: dict[int, int] = {}  # slot → token sampled last
+        self._counted: dict[int, tuple[SlotStart, list[int]]] = {}  # slot → how it started, and what it has counted since
         self._done: deque[StepOutput] = deque()
         self.steps: list[Step] = []
 
@@ -52,13 +54,18 @@ class FakeRunner:
         self.steps.append(step)
         self._copy(step)
         fed = [self._last[row.slot] if row.token is None else row.token for row in step.decode]
+        for start in step.starts:
+            self._counted[start.slot] = start, []
         for row, token in zip(step.decode, fed, strict=True):
             self._write(row.pages, row.position, (token,))
+            if row.counts:
+                self._counted[row.slot][1].append(token)
         for chunk in step.prefill:
             self._write(chunk.pages, chunk.start, chunk.tokens)
         decode = tuple(self._sample(row.slot, row.pages, row.position + 1, row.sampling) for row in step.decode)
         prefill = tuple(self._sample(chunk.slot, chunk.pages, chunk.end, chunk.sampling) if chunk.last else None for chunk in step.prefill)
-        self._done.append(StepOutput(decode, prefill))
+        scores = tuple(self._score(chunk) for chunk in step.prefill)
+        self._done.append(StepOutput(decode, prefill, scores if any(scores) else ()))
 
     def collect(self) -> StepOutput:
         return self._done.popleft()
@@ -79,7 +86,29 @@ class FakeRunner:
         for position, token in enumerate(tokens, start):
             self._kv[pages[position // size], position % size] = (token, position)
 
+    def _score(self, chunk: PrefillChunk) -> tuple[float, ...]:
+        context = self._context(chunk.slot, chunk.pages, chunk.end)
+        ends = range(chunk.start + 1, chunk.start + 1 + len(chunk.targets))
+        return tuple(-float(self._rule(context[:end]) + target) for end, target in zip(ends, chunk.targets, strict=True))
+
     def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling) -> SampledToken:
+        token = self._rule(self._context(slot, pages, length))
+        if not sampling.greedy:
+            key = f"{sampling.seed}/{sampling.sample_index}/{length}"
+            token += int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+        if sampling.steered:
+            start, counted = self._counted[slot]
+            generated = (*start.generated, *counted)
+            shift = sampling.presence * len(set(generated)) + sampling.frequency * sum(generated)
+            shift += sampling.repetition * len({*start.prompt, *generated}) + sum(bias for _, bias in start.logit_bias)
+            token += int(shift)
+        token %= self._limits.vocab_size
+        self._last[slot] = token
+        top = tuple(((token + other) % self._limits.vocab_size, -float(token + other)) for other in range(sampling.top_logprobs))
+        return SampledToken(token, -float(token), top)
+
+    def _context(self, slot: int, pages: tuple[int, ...], length: int) -> list[int]:
+        """The tokens that a row reads through its page table."""
         size = self._limits.page_size
         context = []
         for position in range(length):
@@ -87,13 +116,7 @@ class FakeRunner:
             if written != position:
                 raise ValueError(f"slot {slot}: page {pages[position // size]} holds position {written}, where {position} is read")
             context.append(token)
-        token = self._rule(context)
-        if not sampling.greedy:
-            key = f"{sampling.seed}/{sampling.sample_index}/{length}"
-            token += int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
-        token %= self._limits.vocab_size
-        self._last[slot] = token
-        return SampledToken(token, -float(token))
+        return context
 
     def _check(self, step: Step) -> None:
         problems = [*self._shape_problems(step), *self._page_problems(step)]
@@ -101,6 +124,9 @@ class FakeRunner:
         for row in step.decode:
             if row.token is None and row.slot not in self._last:
                 problems.append(f"slot {row.slot}: no token was sampled in it yet")
+        rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
+        ready = self._counted.keys() | {start.slot for start in step.starts}
+        problems += [f"slot {row.slot}: it was not started" for row in rows if row.sampling.steered and row.slot not in ready]
         tokens = [row.token for row in step.decode if row.token is not None] + [t for chunk in step.prefill for t in chunk.tokens]
         problems += [f"token {token} is outside the vocabulary" for token in tokens if not 0 <= token < self._limits.vocab_size]
         if problems:

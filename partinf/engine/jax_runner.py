@@ -19,13 +19,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import PageCopy, RowSampling, SampledToken, Step, StepOutput
+from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.sharding import device_mesh
-from partinf.transformer.batch import Batch, SamplingBatch, empty_batch, pack
+from partinf.transformer.batch import Batch, empty_batch, pack
 from partinf.transformer.params import Params
+from partinf.transformer.slots import compile_start, pack_start
 from partinf.transformer.step import Out, abstract_state, compile_step, empty_state
 
 _COPIED_PAGES = 16  # KV pages that one program moves between the cache and host memory
@@ -33,11 +34,16 @@ _COPIED_PAGES = 16  # KV pages that one program moves between the cache and host
 
 @dataclass(frozen=True)
 class Placed:
-    """A step in its bucket: the arrays, and the rows of the output where the step's decode rows and chunks are found."""
+    """A step in its bucket: the arrays, and the rows of the output where the step's decode rows and chunks are found.
+
+    Attributes:
+        scored: per chunk, the flat prompt tokens after which its targets come.
+    """
 
     batch: Batch
     decode_rows: tuple[int, ...]
     prefill_rows: tuple[int | None, ...]
+    scored: tuple[slice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class JaxRunner:
         self._buckets = sorted(plan.buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages))
         self._limits = replace(runner_limits(plan), num_host_pages=num_host_pages)
         self._copies: _PageCopies | None = None
+        self._start_slot: Any = None
         self._state = empty_state(plan, self.mesh, self._unrolled)
 
     @property
@@ -101,6 +108,9 @@ class JaxRunner:
         if self._limits.num_host_pages and self._copies is None:
             self._copies = _PageCopies(self.plan, self.mesh, self._unrolled)
             self.num_compiled += 2
+        if self.plan.rich and self._start_slot is None:
+            self._start_slot = compile_start(self.plan, self.mesh)
+            self.num_compiled += 1
         self.compile_seconds += time.perf_counter() - started
 
     def submit(self, step: Step) -> None:
@@ -112,6 +122,9 @@ class JaxRunner:
         bucket = self._fit(step)
         if bucket not in self._steps:
             self.warm_up()
+        for start in step.starts:
+            packed = jax.device_put(pack_start(*start, self.plan.max_len), self._batch_sharding)
+            self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
         placed = place_step(step, bucket, self.plan, self._limits)
         batch = jax.device_put(pack(placed.batch), self._batch_sharding)
         self._state, out = self._steps[bucket](self.params, self._state, batch)
@@ -121,15 +134,24 @@ class JaxRunner:
         submitted = self._in_flight.popleft()
         if submitted.out is None or submitted.placed is None:
             return StepOutput()
-        tokens, logprobs = jax.device_get((submitted.out.tokens, submitted.out.logprobs))
+        out, placed, rich = submitted.out, submitted.placed, submitted.placed.batch.rich
+        wanted = None if rich is None or not rich.alternatives.any() else rich.alternatives.tolist()
+        scored = rich is not None and (rich.target >= 0).any()
+        fetched = jax.device_get(
+            (out.tokens, out.logprobs, (out.top_tokens, out.top_logprobs) if wanted else (), out.prompt_logprobs if scored else None)
+        )
+        tokens, logprobs = fetched[0].tolist(), fetched[1].tolist()
+        tops = [array.tolist() for array in fetched[2]]
 
-        def row(index: int | None) -> SampledToken | None:
-            return None if index is None else SampledToken(int(tokens[index]), float(logprobs[index]))
+        def sampled(row: int) -> SampledToken:
+            if wanted is None or not wanted[row]:
+                return SampledToken(tokens[row], logprobs[row])
+            return SampledToken(tokens[row], logprobs[row], tuple(zip(tops[0][row], tops[1][row], strict=True))[: wanted[row]])
 
-        placed = submitted.placed
         return StepOutput(
-            decode=tuple(SampledToken(int(tokens[i]), float(logprobs[i])) for i in placed.decode_rows),
-            prefill=tuple(row(index) for index in placed.prefill_rows),
+            decode=tuple(map(sampled, placed.decode_rows)),
+            prefill=tuple(None if row is None else sampled(row) for row in placed.prefill_rows),
+            prompt_logprobs=tuple(tuple(fetched[3][span].tolist()) for span in placed.scored) if scored else (),
             padded_tokens=submitted.padded_tokens,
         )
 
@@ -155,7 +177,9 @@ class JaxRunner:
         per_shard = np.bincount([row.shard for row in step.decode], minlength=1).max() * self.plan.num_shards if step.decode else 0
         decode_pages = max((len(row.pages) for row in step.decode), default=0)
         prefill_pages = max((self._limits.pages_for(chunk.start) for chunk in step.prefill), default=0)
-        random = any(not row.sampling.greedy for row in (*step.decode, *step.prefill))
+        rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
+        random = any(not row.sampling.greedy for row in rows)
+        rich = any(row.sampling.rich for row in rows) or any(chunk.targets for chunk in step.prefill)
         for bucket in self._buckets:
             if (
                 bucket.decode_rows >= per_shard
@@ -163,11 +187,14 @@ class JaxRunner:
                 and bucket.prefill_pages >= prefill_pages
                 and (bucket.prefill_tokens > 0 or not step.prefill)
                 and bucket.random >= random
+                and bucket.rich >= rich
                 and _fits_prefill(step, bucket, self._limits)
             ):
                 return bucket
         needed = f"{per_shard} decode rows × {decode_pages} pages, {step.num_prefill_tokens} prefill tokens after {prefill_pages} pages"
-        raise InvalidInput(f"no bucket holds {needed}{', sampling' if random else ''}; there are: " + " | ".join(map(str, self._buckets)))
+        raise InvalidInput(
+            f"no bucket holds {needed}{', sampling' * random}{', rich' * rich}; there are: " + " | ".join(map(str, self._buckets))
+        )
 
 
 class _PageCopies:
@@ -265,6 +292,8 @@ def runner_limits(plan: Plan) -> RunnerLimits:
         num_prefill_shards=num_prefill,
         prefill_shards=allowed,
         chunks=any(bucket.prefill_pages for bucket in plan.buckets),
+        random=all(bucket.random for bucket in plan.buckets),
+        rich=all(bucket.rich for bucket in plan.buckets),
     )
 
 
@@ -272,8 +301,8 @@ def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> 
     """Lay the step out in the bucket: lanes in equal blocks per shard, prompt tokens in equal blocks per prefill shard."""
     batch: Batch = empty_batch(bucket)
     decode_rows = _place_decode(step, bucket, plan, batch)
-    prefill_rows = _place_prefill(step, bucket, limits, batch)
-    return Placed(batch, decode_rows, prefill_rows)
+    prefill_rows, scored = _place_prefill(step, bucket, limits, batch)
+    return Placed(batch, decode_rows, prefill_rows, scored)
 
 
 def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple[int, ...]:
@@ -287,15 +316,18 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple
         batch.decode.slot[lane] = row.slot
         batch.decode.position[lane] = row.position
         batch.decode.pages[lane, : len(row.pages)] = row.pages
-        _place_sampling(batch.sampling, lane, row.sampling, row.position + 1)
+        _place_sampling(batch, lane, row.sampling, row.position + 1)
+        if row.counts:
+            batch.rich.counted[lane] = 1
         rows.append(lane)
     return tuple(rows)
 
 
-def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batch) -> tuple[int | None, ...]:
+def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batch) -> tuple[tuple[int | None, ...], tuple[slice, ...]]:
     shards, prefill = limits.num_prefill_shards, batch.prefill
     tokens, slots = [0] * shards, [0] * shards
     rows: list[int | None] = []
+    scored = []
     for chunk in step.prefill:
         shard, count = chunk.prefill_shard, len(chunk.tokens)
         first = shard * (bucket.prefill_tokens // shards) + tokens[shard]
@@ -311,13 +343,20 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
         prefill.start[slot] = chunk.start
         earlier = limits.pages_for(chunk.start)
         prefill.pages[slot, :earlier] = chunk.pages[:earlier]
+        scored.append(slice(first, first + len(chunk.targets)))
+        if chunk.targets:
+            batch.rich.target[scored[-1]] = chunk.targets
         if chunk.last:
             prefill.last[slot], prefill.slot[slot] = first + count - 1, chunk.slot
-            _place_sampling(batch.sampling, bucket.decode_rows + slot, chunk.sampling, chunk.end)
+            _place_sampling(batch, bucket.decode_rows + slot, chunk.sampling, chunk.end)
         rows.append(bucket.decode_rows + slot if chunk.last else None)
-    return tuple(rows)
+    return tuple(rows), tuple(scored)
 
 
-def _place_sampling(sampling: SamplingBatch, row: int, how: RowSampling, position: int) -> None:
+def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int) -> None:
+    sampling, rich = batch.sampling, batch.rich
     sampling.temperature[row], sampling.top_k[row], sampling.top_p[row] = how.temperature, how.top_k, how.top_p
-    sampling.seed[row], sampling.sample[row], sampling.position[row] = how.seed, how.sample_index, position
+    sampling.min_p[row], sampling.seed[row], sampling.sample[row], sampling.position[row] = how.min_p, how.seed, how.sample_index, position
+    if rich is not None and how.rich:
+        rich.steered[row], rich.alternatives[row] = how.steered, how.top_logprobs
+        rich.presence[row], rich.frequency[row], rich.repetition[row] = how.presence, how.frequency, how.repetition

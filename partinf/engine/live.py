@@ -1,4 +1,4 @@
-"""A request in flight, as the engine sees it: its sequence, its text, and where its events go."""
+"""A sample of a request in flight, as the engine sees it: its sequence, its text, and where its events go."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OnToken = Callable[[TokenEvent], None]
 
 @dataclass(eq=False)
 class Live:
-    """A request in flight, with what only the engine needs of it.
+    """A sample of a request in flight, with what only the engine needs of it.
 
     Attributes:
         reader: None without a tokenizer. full_len: length of `Sequence.tokens` at which it ends. reported: `step` returns its output.
@@ -26,11 +26,15 @@ class Live:
     on_token: OnToken | None
     reported: bool
 
+    def rest(self) -> str:
+        """The text that was held back because it might have become a character, or a stop string."""
+        return "" if self.reader is None else self.reader.finish()
+
     def read(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that a sampled token adds, and whether it ends the request."""
         reader, full = self.reader, len(self.sequence.tokens) == self.full_len
         if token in self.end_tokens:
-            return "" if reader is None else reader.finish(), FinishReason.STOP
+            return self.rest(), FinishReason.STOP
         if reader is None:
             return "", FinishReason.LENGTH if full else None
         text = reader.push(token)

@@ -2,7 +2,7 @@
 
 Pages belong to the shards of the decode batch axes, `pages_per_shard` each, and all pages of a sequence lie on one shard. Slots, the
 lanes in which the runner keeps each resident sequence's last token, are one range for all shards. Pages that hold the same tokens after
-the same tokens are shared where prefix caching is on: a page has as many references as holders.
+the same tokens are shared by the samples of a request, and by all where prefix caching is on: a page has as many references as holders.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class PagePool:
         assert self._fresh(shard, num_pages, cached), f"shard {shard} has {self.free_pages(shard)} free pages, {num_pages} are asked for"
         for page in cached:
             self._refs[page] += 1
-            self.prefixes[shard].hold(page)
+            if self.prefixes:
+                self.prefixes[shard].hold(page)
         sequence.shard = shard
         sequence.slot = heapq.heappop(self._free_slots)
         sequence.set_pages(cached + [self._take(shard) for _ in range(num_pages - len(cached))])
@@ -101,7 +102,7 @@ class PagePool:
             self._release(page, sequence.shard)
         heapq.heappush(self._free_slots, sequence.slot)
         self._num_sequences[sequence.shard] -= 1
-        sequence.shard, sequence.slot = -1, -1
+        sequence.shard, sequence.slot, sequence.num_readable, sequence.started_slot = -1, -1, 0, False
         sequence.set_pages([])
 
     def swap_out(self, sequence: Sequence) -> PageCopy | None:
@@ -147,7 +148,7 @@ class PagePool:
         per_shard = self._limits.pages_per_shard
         assert sorted([*free, *held]) == list(range(self._limits.num_shards * per_shard)), "pages are lost or held twice"
         assert all(self._refs[page] == held[page] for page in range(len(self._refs))), "references and holders differ"
-        assert self.prefixes or all(count == 1 for count in held.values()), "pages are lost or held twice"
+        self._check_shared({page for page, count in held.items() if count > 1}, residents)
         slots = self._free_slots + [sequence.slot for sequence in residents]
         assert sorted(slots) == list(range(self._limits.num_slots)), "slots are lost or held twice"
         host = self._free_host_pages + self._leaving_host_pages + [page for sequence in swapped for page in sequence.host_pages]
@@ -159,10 +160,29 @@ class PagePool:
             assert all(page // per_shard == shard for page in on_shard), f"shard {shard} holds pages of another shard"
 
     def _find(self, sequence: Sequence, shard: int) -> list[int]:
-        """Cached pages of the sequence's beginning. One token at least is left to compute: the one whose successor is wanted."""
-        if not self.prefixes or sequence.num_scheduled:
+        """Pages of the sequence's beginning that are there already: cached ones, or those of another sample of its request.
+
+        One token at least is left to compute: the one whose successor is wanted; all are where log-probabilities of the prompt are.
+        """
+        if sequence.num_scheduled or sequence.scoring:
             return []
-        return self.prefixes[shard].find(sequence, (len(sequence.tokens) - 1) // self._limits.page_size)
+        most = (len(sequence.tokens) - 1) // self._limits.page_size
+        cached = self.prefixes[shard].find(sequence, most) if self.prefixes else []
+        for other in sequence.family:
+            readable = min(other.num_readable, sequence.shared_len) // self._limits.page_size
+            if other.shard == shard and readable > len(cached):
+                cached = other.pages[: min(readable, most)]
+        return cached
+
+    def _check_shared(self, pages: set[int], residents: list[Sequence]) -> None:
+        """Assert that a page with several holders stands at one place and holds the same tokens after the same tokens for all of them."""
+        held: dict[int, tuple[int, list[int]]] = {}
+        for sequence in residents if pages else ():
+            for index, page in enumerate(sequence.pages):
+                if page in pages:
+                    content = index, sequence.tokens[: (index + 1) * self._limits.page_size]
+                    assert len(content[1]) == (index + 1) * self._limits.page_size, f"page {page} is shared and not full"
+                    assert held.setdefault(page, content) == content, f"page {page} is shared by sequences that differ"
 
     def _fresh(self, shard: int, num_pages: int, cached: list[int]) -> bool:
         """Whether the shard has pages for what is not cached; cached ones that nobody holds count as free until they are taken."""

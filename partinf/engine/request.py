@@ -1,96 +1,22 @@
-"""A request on its way: what was asked (`SamplingParams`, `Request`), where it stands (`Sequence`), what comes out (`RequestOutput`)."""
+"""A request on its way: what was asked (`Request`), where it stands (`Sequence`), what comes out (`RequestOutput`)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from partinf.engine.params import SamplingParams as SamplingParams
 from partinf.engine.step import RowSampling
-from partinf.errors import raise_offences
-
-MAX_SEED = 2**32 - 1
-
-
-def _whole(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _seed(value: Any) -> bool:
-    return _whole(value, 0) and value <= MAX_SEED
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _all_of(values: Any, fine: Callable[[Any], bool]) -> bool:
-    return isinstance(values, tuple) and all(fine(value) for value in values)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue a prompt.
-
-    Attributes:
-        max_tokens: tokens to generate at most, ≥ 1; capped at what the context leaves after the prompt.
-        temperature: ≥ 0; 0 always takes the most likely token.
-        top_k: sample among the k most likely tokens; 0 is off.
-        top_p: sample among the most likely tokens that hold this probability mass, 0 < top_p ≤ 1; 1 is off.
-        seed: 0..2³² - 1. The same seed gives the same tokens whatever else runs. None: derived from the engine's seed and the request id.
-        stop: strings that end the text; the text before the first of them is returned. One string may be given bare.
-        stop_token_ids: tokens that end the text, besides those that the tokenizer names as end of sequence.
-        ignore_eos: go on after the tokenizer's end-of-sequence tokens.
-        logprobs: return the log-probability of every token.
-        priority: the lowest runs first under the `priority` policy; others ignore it.
-
-    Raises:
-        InvalidInput: every value out of range, with the valid range.
-    """
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            if isinstance(getattr(self, name), Iterable):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        raise_offences(self._offences())
-
-    def _offences(self) -> list[str]:
-        checks = (
-            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
-            ("temperature", _finite(self.temperature) and self.temperature >= 0, "a finite number, at least 0 (0 is greedy)"),
-            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
-            ("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
-            ("seed", self.seed is None or _seed(self.seed), f"a whole number from 0 to {MAX_SEED}, or None"),
-            ("stop", _all_of(self.stop, lambda text: isinstance(text, str) and text != ""), "strings that are not empty"),
-            ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: _whole(token, 0)), "token ids, at least 0"),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
-            ("logprobs", isinstance(self.logprobs, bool), "True or False"),
-            ("priority", _whole(self.priority, -MAX_SEED), "a whole number"),
-        )
-        return [f"{name} = {getattr(self, name)!r}; valid: {valid}" for name, fine, valid in checks if not fine]
 
 
 class FinishReason(StrEnum):
-    """STOP: end-of-sequence, a stop token or a stop string. LENGTH: max_tokens or the context is used up. FAILED: `error` says why."""
+    """STOP: end-of-sequence, a stop token or a stop string. LENGTH: max_tokens or the context is used up. TIMEOUT: the request's time was
+    over. FAILED: `error` says why."""
 
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
     FAILED = "failed"
 
 
@@ -99,11 +25,12 @@ class TokenEvent:
     """What a stream yields: one per generated token, and one without a token when a request ends without one (cancelled, failed).
 
     Attributes:
+        sample: which of the request's n samples. top_logprobs: the most likely tokens here, if they were asked for.
         token: None when the request ended without another token.
         index: which of the generated tokens, from 0.
         text: what this token adds to the text; may be empty (part of a character, or of a possible stop string), may hold the text of
             earlier tokens. The texts of all events joined are the text of the output.
-        finish_reason: set on the last event. error: what went wrong, when it is FAILED.
+        finish_reason: set on the last event of a sample. error: what went wrong, when it is FAILED.
     """
 
     request_id: str
@@ -113,17 +40,20 @@ class TokenEvent:
     logprob: float | None = None
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
+    sample: int = 0
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request that has been checked.
+    """A request that has been checked, or one of its samples: they have their id in common.
 
     Attributes:
-        number: order of arrival, from 0. prompt: token ids, at least one.
+        number: order of arrival, from 0, of every sample. prompt: token ids, at least one.
         max_tokens: `params.max_tokens`, or what the context leaves if less.
         sampling: what the runner needs of `params`, the seed chosen.
         arrival: time of `Engine.add_request` on the engine's clock, in seconds.
+        sample: which of `params.n`.
     """
 
     id: str
@@ -133,6 +63,7 @@ class Request:
     max_tokens: int
     sampling: RowSampling
     arrival: float
+    sample: int = 0
 
     @property
     def max_positions(self) -> int:
@@ -165,10 +96,15 @@ class Sequence:
         pages: global page ids, in the order of positions. host_pages: places in host memory while it is swapped out.
         max_positions: positions that get K/V at most.
         num_scheduled: positions whose K/V are written by the steps scheduled so far, or were found in the prefix cache.
+        num_readable: positions that steps built so far have written; another sample of the request may share their pages.
         prefill_len: tokens known when the sequence was admitted last; what lies beyond is sampled and decoded one by one.
         num_iterations: steps that this sequence took part in. num_preemptions: times that it lost its pages.
         in_flight: steps with this sequence that are scheduled and not committed.
         attained: seconds that its steps took so far.
+        family: all samples of the request, this one included, the one that computes the prompt first; empty for a single one.
+        shared_len: tokens of the prompt whose pages are shared with the first.
+        top_logprobs: of each generated token, if asked for. prompt_logprobs: of each prompt token, None where not known.
+        scoring: log-probabilities of the prompt are still to be computed. started_slot: its slot counts its tokens.
         started, first_token, last_token, finished: times on the engine's clock, in seconds; None until it happens.
     """
 
@@ -184,11 +120,18 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     max_positions: int = 0
     num_scheduled: int = 0
+    num_readable: int = 0
     prefill_len: int = 0
     num_iterations: int = 0
     num_preemptions: int = 0
     in_flight: int = 0
     attained: float = 0.0
+    family: tuple[Sequence, ...] = ()
+    shared_len: int = 0
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)
+    scoring: bool = False
+    started_slot: bool = False
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
     started: float | None = None
@@ -200,6 +143,8 @@ class Sequence:
         self.tokens = list(self.request.prompt)
         self.prefill_len = len(self.tokens)
         self.max_positions = self.request.max_positions
+        self.scoring = self.request.params.prompt_logprobs and len(self.tokens) > 1 and self.request.sample == 0
+        self.prompt_logprobs = [None] * len(self.tokens) if self.request.params.prompt_logprobs else []
         self._table: tuple[int, ...] = ()
 
     def page_table(self, num_pages: int) -> tuple[int, ...]:
@@ -227,6 +172,15 @@ class Sequence:
         return self.num_scheduled < self.prefill_len
 
     @property
+    def waits_for_first(self) -> bool:
+        """Whether the first sample of the request is still to compute the prompt that this one shares with it."""
+        if not self.family:
+            return False
+        first = self.family[0]
+        done = first.num_generated or first.num_readable >= self.shared_len or first.status in (Status.FINISHED, Status.HELD)
+        return first is not self and not done
+
+    @property
     def exhausted(self) -> bool:
         """Every token that may be sampled has been scheduled; the sequence only waits for its output."""
         return self.num_scheduled >= self.max_positions
@@ -241,6 +195,9 @@ class Sequence:
             text="".join(self.pieces),
             finish_reason=self.finish_reason,
             logprobs=tuple(self.logprobs) if self.request.params.logprobs else None,
+            sample=self.request.sample,
+            top_logprobs=tuple(self.top_logprobs) if self.request.params.top_logprobs else None,
+            prompt_logprobs=tuple((self.family or (self,))[0].prompt_logprobs) if self.request.params.prompt_logprobs else None,
             error=self.error,
             times=self.times(),
             num_iterations=self.num_iterations,
@@ -290,12 +247,14 @@ class RequestTimes:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The answer to a request.
+    """The answer to a request, or one of its n samples.
 
     Attributes:
         tokens: every token that was sampled, the one that ended it included.
         text: the tokens as text, without end-of-sequence and stop tokens and only up to the first stop string; "" without a tokenizer.
-        logprobs: of `tokens`, when asked for.
+        logprobs: of `tokens`, when asked for. top_logprobs: per token the most likely ones, most likely first, when asked for.
+        prompt_logprobs: of `prompt`, None for the first token and where the request ended before; when asked for.
+        sample: which of the request's n samples.
         error: what went wrong, when finish_reason is FAILED or the request's own callback raised.
         num_iterations: steps that the request took part in.
     """
@@ -309,6 +268,9 @@ class RequestOutput:
     logprobs: tuple[float, ...] | None = None
     error: BaseException | None = None
     num_iterations: int = 0
+    sample: int = 0
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
 
     @property
     def ttft(self) -> float | None:

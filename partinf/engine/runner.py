@@ -26,6 +26,7 @@ class RunnerLimits:
         num_stages: pipeline stages; with more than one, a sequence is in one batch at a time and so many batches fill the pipeline.
         num_host_pages: pages of host memory for sequences that are swapped out, 0 when the runner cannot swap.
         chunks: whether a prompt may be cut and continued by later steps; if not, one step's share is the longest prompt.
+        random: whether rows may sample. rich: whether they may have penalties, biases, alternatives and log-probabilities of prompts.
     """
 
     max_decode_rows_per_shard: int
@@ -40,6 +41,8 @@ class RunnerLimits:
     num_prefill_shards: int = 1
     prefill_shards: tuple[tuple[int, ...], ...] = ()
     chunks: bool = True
+    random: bool = True
+    rich: bool = True
     num_stages: int = 1
     num_host_pages: int = 0
 

@@ -18,19 +18,46 @@ class RowSampling:
     The random key is (seed, sample_index, position of the token that is predicted): nothing of the batch enters it.
 
     Attributes:
-        temperature: 0 picks the most likely token. top_k: 0 is off. top_p: 1 is off.
+        temperature: 0 picks the most likely token. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
         seed: 0 ≤ seed < 2³². sample_index: which of a request's parallel samples this is.
+        presence, frequency, repetition: penalties. top_logprobs: alternatives that are wanted with the token.
+        steered: it has penalties or biases, so its slot is started (`SlotStart`) before it runs and counts what it feeds.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     sample_index: int = 0
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    top_logprobs: int = 0
+    steered: bool = False
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def rich(self) -> bool:
+        """Whether it takes a rich step (`partinf.plans.Bucket.rich`)."""
+        return self.steered or self.top_logprobs > 0
+
+
+class SlotStart(NamedTuple):
+    """What a runner must know of a sequence with penalties or biases that became resident, before its first row.
+
+    Attributes:
+        prompt, generated: its tokens so far, those that are to be computed again included. Later ones are counted as they are fed.
+        logit_bias: token and value, each token once.
+    """
+
+    slot: int
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    logit_bias: tuple[tuple[int, float], ...]
 
 
 class DecodeRow(NamedTuple):
@@ -41,6 +68,7 @@ class DecodeRow(NamedTuple):
     Attributes:
         token: the token fed; None takes the one last sampled in this slot, which the host has not seen yet.
         pages: the pages of positions 0..position, in order.
+        counts: the token fed is one that its slot has not counted yet: sampled since the slot was started. Only if `sampling.steered`.
     """
 
     slot: int
@@ -49,6 +77,7 @@ class DecodeRow(NamedTuple):
     position: int
     pages: tuple[int, ...]
     sampling: RowSampling
+    counts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +90,8 @@ class PrefillChunk:
         pages: the pages of positions 0..start + len(tokens) - 1, in order.
         last: the prompt ends with this chunk, so the token at start + len(tokens) is sampled.
         prefill_shard: the shard of the prefill batch axes that computes this chunk, one of `RunnerLimits.prefill_shards_of(shard)`.
+        targets: prompt tokens that follow each of `tokens`, where their log-probabilities are wanted; as long as `tokens`, or one shorter
+            where the prompt ends. Empty for none.
     """
 
     slot: int
@@ -71,6 +102,7 @@ class PrefillChunk:
     last: bool
     sampling: RowSampling
     prefill_shard: int = 0
+    targets: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -95,10 +127,11 @@ class Step:
     """One iteration. No slot occurs twice.
 
     Copies come before the rows: first all of `swap_out`, whose pages are free afterwards, then all of `swap_in`. A step may consist of
-    copies alone.
+    copies alone. Slots are started before the rows too.
 
     Attributes:
         swap_out: from the device to host memory. swap_in: back.
+        starts: slots of this step's rows that begin to count.
         idle_rows, idle_tokens: decode rows and prompt tokens of padding that the policy asks for: what a batch that runs to the end of its
             longest member spends on the others. A runner that pads by its own rules may ignore them.
     """
@@ -107,6 +140,7 @@ class Step:
     prefill: tuple[PrefillChunk, ...] = ()
     swap_out: tuple[PageCopy, ...] = ()
     swap_in: tuple[PageCopy, ...] = ()
+    starts: tuple[SlotStart, ...] = ()
     idle_rows: int = 0
     idle_tokens: int = 0
 
@@ -129,10 +163,15 @@ class Step:
 
 
 class SampledToken(NamedTuple):
-    """A token and its log-probability (natural, of the model's distribution before temperature and truncation)."""
+    """A token and its log-probability (natural, of the model's distribution before penalties, temperature and truncation).
+
+    Attributes:
+        top: the most likely tokens with theirs, most likely first, as many as were wanted.
+    """
 
     token: int
     logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +181,13 @@ class StepOutput:
     Attributes:
         decode: in the order of `Step.decode`.
         prefill: in the order of `Step.prefill`; None for a chunk that was not the last of its prompt.
+        prompt_logprobs: in the order of `Step.prefill`, of each chunk's targets; empty when no chunk has any.
         padded_tokens: tokens that really went through the linear layers, padding included; 0 when the runner does not pad.
         seconds: time that the step took on the device; 0 when the runner does not know it.
     """
 
     decode: tuple[SampledToken, ...] = ()
     prefill: tuple[SampledToken | None, ...] = ()
+    prompt_logprobs: tuple[tuple[float, ...], ...] = ()
     padded_tokens: int = 0
     seconds: float = 0.0

@@ -43,7 +43,7 @@ class Driver:
 
 
 class RequestStream:
-    """The `TokenEvent`s of one request, in order, the last with a finish reason. Iterate once, with `for` or with `async for`.
+    """The `TokenEvent`s of one request, in order, the last of each sample with a finish reason. Iterate once, with `for` or `async for`.
 
     `for` runs the engine's iterations itself, others' requests included; any number of `async for` share the background thread.
     Leaving the loop early, or cancelling the task that runs it, cancels the request. A request that failed raises `RequestFailed`.
@@ -52,8 +52,9 @@ class RequestStream:
         id: the request's id, as `Engine.cancel` takes it.
     """
 
-    def __init__(self, request_id: str, driver: Driver, cancel: Callable[[str], bool]) -> None:
+    def __init__(self, request_id: str, driver: Driver, cancel: Callable[[str], bool], num_samples: int = 1) -> None:
         self.id = request_id
+        self._unfinished = num_samples
         self._driver = driver
         self._cancel = cancel
         self._events: deque[TokenEvent] = deque()
@@ -92,7 +93,8 @@ class RequestStream:
 
     def _next(self) -> TokenEvent:
         event = self._events.popleft()
-        self._ended = event.finish_reason is not None
+        self._unfinished -= event.finish_reason is not None
+        self._ended = not self._unfinished
         if event.finish_reason is FinishReason.FAILED:
             raise RequestFailed(f"request {self.id} failed: {event.error}") from event.error
         return event

@@ -57,16 +57,38 @@ class SamplingBatch:
     """How each sampled row chooses its token: [D + S], decode lanes first.
 
     Attributes:
-        temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all.
+        temperature: 0 is greedy. top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
         seed, sample, position: the key of the row's random bits; position is that of the token to be chosen.
     """
 
     temperature: Array
     top_k: Array
     top_p: Array
+    min_p: Array
     seed: Array
     sample: Array
     position: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RichBatch:
+    """What few requests ask for: in the batches of rich buckets alone.
+
+    Attributes:
+        steered: [D + S] 1 where penalties and biases of the row's slot apply. presence, frequency, repetition: [D + S] its penalties.
+        alternatives: [D + S] how many of the most likely tokens are wanted.
+        counted: [D] 1 where the token that is fed was sampled, and is not in its slot's counts yet.
+        target: [T] the token whose log-probability after this prompt token is wanted, -1 for none.
+    """
+
+    steered: Array
+    presence: Array
+    frequency: Array
+    repetition: Array
+    alternatives: Array
+    counted: Array
+    target: Array
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +97,7 @@ class Batch:
     decode: DecodeBatch
     prefill: PrefillBatch
     sampling: SamplingBatch
+    rich: RichBatch | None = None
 
 
 def empty_batch(bucket: Bucket) -> Batch:
@@ -85,15 +108,17 @@ def empty_batch(bucket: Bucket) -> Batch:
     def fill(value: int, *shape: int) -> np.ndarray:
         return np.full(shape, value, np.int32)
 
+    def floats(value: float) -> np.ndarray:
+        return np.full(rows, value, np.float32)
+
     return Batch(
         DecodeBatch(fill(0, lanes), fill(-1, lanes), fill(-1, lanes), fill(-1, lanes, bucket.decode_pages)),
         PrefillBatch(
             fill(0, tokens), fill(-1, tokens), fill(-1, tokens), fill(-1, tokens),
             fill(0, slots), fill(-1, slots, bucket.prefill_pages), fill(-1, slots), fill(-1, slots),
         ),
-        SamplingBatch(
-            np.zeros(rows, np.float32), fill(0, rows), np.ones(rows, np.float32), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)
-        ),
+        SamplingBatch(floats(0), fill(0, rows), floats(1), floats(0), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)),
+        RichBatch(fill(0, rows), floats(0), floats(0), floats(1), fill(0, rows), fill(0, lanes), fill(-1, tokens)) if bucket.rich else None,
     )  # fmt: skip
 
 

@@ -38,23 +38,17 @@ from partinf.transformer.linear import dot, norm
 from partinf.transformer.params import Params
 from partinf.transformer.rope import frequencies
 from partinf.transformer.routes import Group, Routes
+from partinf.transformer.sampling import log_normalizer, logit_of
 
-
-def forward(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> tuple[jax.Array, Any]:
-    """Logits of the rows that are sampled, and the cache with this step's keys and values.
-
-    Args:
-        decode_tokens: [D] tokens to feed, already resolved from the last sampled ones.
-
-    Returns:
-        float32 [D.r + S, V.ef]: decode lanes split over the replica axes r, then all prefill slots; padding of V is -inf.
-    """
-    x, kv = hidden(params, kv, batch, decode_tokens, routes)
-    return logits(params, _sampled_rows(x, batch, routes), routes), kv
+_SCORED_ROWS = 128  # rows of logits of given tokens that exist at once
 
 
 def hidden(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> tuple[jax.Array, Any]:
-    """The last layer's output [T.t, E.w] for all tokens of the step, decode lanes first, and the cache."""
+    """The last layer's output [T.t, E.w] for all tokens of the step, decode lanes first, and the cache with their keys and values.
+
+    Args:
+        decode_tokens: [D] tokens to feed, already resolved from the last sampled ones.
+    """
     parts = []
     if routes.bucket.decode_rows:
         parts.append(_embed(params, decode_tokens, jnp.asarray(batch.decode.position), routes.decode, routes))
@@ -91,6 +85,15 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     return x, kv
 
 
+def sampled_logits(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
+    """Logits of the rows of `hidden` from which tokens are sampled.
+
+    Returns:
+        float32 [D.r + S, V.ef]: decode lanes split over the replica axes r, then all prefill slots; padding of V is -inf.
+    """
+    return logits(params, _sampled_rows(x, batch, routes), routes)
+
+
 def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
     """The rows from which tokens are sampled, with E over all weight axes: [D.r + S, E.ef]."""
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
@@ -118,6 +121,27 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     found = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
     return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, found, -jnp.inf)
+
+
+def token_logprobs(params: Params, x: jax.Array, targets: jax.Array, routes: Routes) -> jax.Array:
+    """Log-probabilities [T] of one token `targets` [T] after each prompt token, whose last layer's output is x [T.t, E.w].
+
+    Logits are made for a chunk of rows at a time, so nothing of size tokens × vocabulary exists, on any device.
+    """
+    order = routes.prefill.order
+    rows = routes.frame(order, routes.weight_stored)
+    x = move(x, rows, Split(routes.tokens, routes.weight), Split(routes.replica, routes.weight_stored))  # [T.r, E.ef]
+    targets = take_split(targets, 0, order, routes.replica, routes.sizes)  # [T.r]
+    axes = tuple(axis for axis in routes.weight_stored if routes.sizes[axis] > 1)
+    ids = vocabulary_ids(routes)
+    size = max(count for count in range(1, _SCORED_ROWS + 1) if x.shape[0] % count == 0)
+
+    def chunk(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        found = logits(params, part[0], routes)
+        return logit_of(found, ids, part[1], axes) - log_normalizer(found, axes)
+
+    scores = lax.map(chunk, (x.reshape(-1, size, x.shape[1]), targets.reshape(-1, size))).reshape(-1)  # [T.r]
+    return move(scores, routes.frame(order, ()), Split(routes.replica), Split())  # [T]
 
 
 def vocabulary_ids(routes: Routes) -> jax.Array:

@@ -1,9 +1,10 @@
 """Choosing tokens from logits whose vocabulary is split over devices, [R, V.a].
 
-Nothing is gathered. Greedy selection is a maximum over devices. Top-k and top-p find their threshold bit by bit: a float's bits, read
-as an ordered integer, are built from the highest down by asking 32 times how many entries (how much mass) lie at or above a candidate.
-That is exact; entries equal to the threshold are all kept. Sampling adds Gumbel noise keyed by (seed, sample, position, vocabulary
-entry), so a row's choice depends neither on the batch nor on the mesh. `keep_plain` is the sorted twin of the thresholds.
+Nothing is gathered but the few most likely entries of each device, where alternatives are asked for. Greedy selection is a maximum over
+devices. Top-k and top-p find their threshold bit by bit: a float's bits, read as an ordered integer, are built from the highest down by
+asking 32 times how many entries (how much mass) lie at or above a candidate. That is exact; entries equal to the threshold are all kept.
+Min-p is a threshold below the largest. Sampling adds Gumbel noise keyed by (seed, sample, position, vocabulary entry), so a row's choice
+depends neither on the batch nor on the mesh. `keep_plain` is the sorted twin of the thresholds.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from partinf.transformer.batch import SamplingBatch
 Combine = Callable[[jax.Array], jax.Array]
 
 
-def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: bool) -> tuple[jax.Array, jax.Array]:
-    """One token per row and its log-probability under the unmodified distribution.
+def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: bool) -> jax.Array:
+    """One token per row, [R].
 
     Args:
         logits: float32 [R, V.a]; -inf where an entry must not be chosen. ids: [V.a], the vocabulary entries held here.
@@ -33,39 +34,57 @@ def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, ra
     tokens = _argmax(logits, ids, axes)
     if random:
         tokens = jnp.where(how.temperature > 0, _sample(logits, ids, how, axes, total), tokens)
-    return tokens, logprobs(logits, ids, tokens, axes)
+    return tokens
 
 
-def logprobs(logits: jax.Array, ids: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
-    """Log-probability [R] of one token per row; arguments as in `choose`."""
-    total: Combine = lambda x: lax.psum(x, axes) if axes else x  # noqa: E731
+def log_normalizer(logits: jax.Array, axes: Axes) -> jax.Array:
+    """What to subtract from the logits [R, V.a] of a row for log-probabilities: [R]."""
     top = _max(jnp.max(logits, axis=-1), axes)
-    norm = jnp.log(total(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))) + top
-    chosen = total(jnp.sum(jnp.where(ids[None, :] == tokens[:, None], logits, 0.0), axis=-1))
-    return chosen - norm
+    mass = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+    return jnp.log(lax.psum(mass, axes) if axes else mass) + top
 
 
-def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, total: Combine, top: jax.Array) -> jax.Array:
-    """Which entries survive: the top_k largest of a row, then the fewest of those whose mass reaches top_p of theirs.
+def logit_of(logits: jax.Array, ids: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
+    """The logit [R] of one token per row; arguments as in `choose`."""
+    chosen = jnp.sum(jnp.where(ids[None, :] == tokens[:, None], logits, 0.0), axis=-1)
+    return lax.psum(chosen, axes) if axes else chosen
+
+
+def most_likely(logits: jax.Array, ids: jax.Array, axes: Axes, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest logits of every row, largest first, the lowest entry first among equals: entries and logits [R, ≤ count]."""
+    logits = jnp.where(logits == 0, 0.0, logits)  # both zeros are one number
+    values, places = lax.top_k(logits, min(count, logits.shape[-1]))  # of equals, the lowest place first
+    entries = ids[places]
+    if axes:
+        values, entries = (lax.all_gather(x, axes, axis=1, tiled=True) for x in (values, entries))
+    descending, entries = lax.sort((-values, entries), dimension=1, num_keys=2)
+    return entries[:, :count], -descending[:, :count]
+
+
+def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, total: Combine, top: jax.Array) -> jax.Array:
+    """Which entries survive: of the top_k largest of a row those with at least min_p of the largest's probability, then the fewest of
+    those whose mass reaches top_p of theirs.
 
     Args:
-        logits: [R, V.a]. top_k: [R], 0 for all. top_p: [R]. total: sum over the devices. top: [R], the row's largest logit.
+        logits: [R, V.a]. top_k: [R], 0 for all. top_p, min_p: [R]. total: sum over the devices. top: [R], the row's largest logit.
     """
     order = _ordered(logits)
     wanted = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)
     kept = order >= _threshold(order, lambda above: total(jnp.sum(above, axis=-1, dtype=jnp.int32)) >= wanted)[:, None]
+    kept &= logits - top[:, None] >= jnp.log(min_p)[:, None]
     mass = jnp.where(kept, jnp.exp(logits - top[:, None]), 0.0)
     enough = top_p * total(jnp.sum(mass, axis=-1))
     nucleus = _threshold(order, lambda above: total(jnp.sum(jnp.where(above, mass, 0.0), axis=-1)) >= enough)
     return kept & ((order >= nucleus[:, None]) | (top_p >= 1.0)[:, None])
 
 
-def keep_plain(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep_plain(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """The twin of `keep` on whole rows: by sorting."""
     descending = -jnp.sort(-logits, axis=-1)
     size = logits.shape[-1]
     last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
     kept = logits >= jnp.take_along_axis(descending, last[:, None], axis=-1)
+    kept &= jnp.exp(logits - descending[:, :1]) >= min_p[:, None]
     mass = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
     by_mass = -jnp.sort(-mass, axis=-1)
     needed = jnp.sum(jnp.cumsum(by_mass, axis=-1) < top_p[:, None], axis=-1)
@@ -76,7 +95,7 @@ def keep_plain(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Arr
 def _sample(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, total: Combine) -> jax.Array:
     scaled = logits / jnp.maximum(how.temperature, 1e-6)[:, None]
     top = _max(jnp.max(scaled, axis=-1), axes)
-    kept = keep(scaled, jnp.asarray(how.top_k), jnp.asarray(how.top_p), total, top)
+    kept = keep(scaled, jnp.asarray(how.top_k), jnp.asarray(how.top_p), jnp.asarray(how.min_p), total, top)
     return _argmax(jnp.where(kept, scaled + _gumbel(how, ids), -jnp.inf), ids, axes)
 
 

@@ -1,30 +1,33 @@
 """The compiled step: `step(params, state, batch) → (state, out)`, one program per bucket.
 
-The state (KV pages and the last token of every slot) is donated and updated in place; a sampled token is fed to the next step on the
-device unless the host sends another.
+The state (KV pages, the last token of every slot, and in rich plans its counts and biases) is donated and updated in place; a sampled
+token is fed to the next step on the device unless the host sends another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.collectives import Split, move
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, Plan
-from partinf.sharding import sharding
+from partinf.sharding import sharding, spec
 from partinf.transformer.batch import Batch, empty_batch, pack, unpack
 from partinf.transformer.cache import abstract_cache
-from partinf.transformer.forward import forward, vocabulary_ids
+from partinf.transformer.forward import hidden, sampled_logits, token_logprobs, vocabulary_ids
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
-from partinf.transformer.sampling import choose
+from partinf.transformer.sampling import choose, log_normalizer, logit_of, most_likely
+from partinf.transformer.slots import Slots, abstract_slots, count_fed, steer
+from partinf.workload import TOP_LOGPROBS
 
 
 @jax.tree_util.register_dataclass
@@ -34,10 +37,12 @@ class State:
 
     Attributes:
         kv: the paged cache. last_token: [slots] the last token sampled for each slot.
+        slots: for penalties and biases, in rich plans alone.
     """
 
     kv: Any
     last_token: jax.Array
+    slots: Slots | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -46,12 +51,18 @@ class Out:
     """What a step returns, equal on all devices.
 
     Attributes:
-        tokens, logprobs: [D + S], decode lanes first. logits: [D + S, V.ef] float32, or None unless it was asked for.
+        tokens, logprobs: [D + S], decode lanes first; log-probabilities are those of the model, before temperature and penalties.
+        logits: [D + S, V.ef] float32, or None unless it was asked for.
+        top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in rich buckets; meaningless in a step whose
+            rows want none. prompt_logprobs: [T] of the targets, in rich buckets with prompt tokens.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
-    logits: jax.Array | None
+    logits: jax.Array | None = None
+    top_tokens: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+    prompt_logprobs: jax.Array | None = None
 
 
 Step = Callable[[Params, State, Batch], tuple[State, Out]]
@@ -60,7 +71,7 @@ Step = Callable[[Params, State, Batch], tuple[State, Out]]
 def abstract_state(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> State:
     """The state as `jax.ShapeDtypeStruct`s with shardings."""
     last = jax.ShapeDtypeStruct((plan.cache.num_slots,), jnp.int32, sharding=sharding(plan, mesh, "."))
-    return State(abstract_cache(plan, mesh, unrolled), last)
+    return State(abstract_cache(plan, mesh, unrolled), last, abstract_slots(plan, mesh) if plan.rich else None)
 
 
 def empty_state(plan: Plan, mesh: Mesh, unrolled: bool) -> State:
@@ -85,6 +96,8 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         offences.append(f"bucket {bucket}: no tokens")
     if bool(bucket.prefill_tokens) != bool(bucket.prefill_slots):
         offences.append(f"bucket {bucket}: prefill tokens and prefill slots go together")
+    if bucket.rich and not plan.rich:
+        offences.append(f"bucket {bucket}: the plan has no rich bucket, so its slots keep no counts")
     raise_offences(offences)
 
 
@@ -97,19 +110,24 @@ def build_step(
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
     batch_specs = jax.tree.map(lambda _: P(), empty_batch(bucket))
-    vocabulary = P(None, routes.weight_stored or None)
-    out_specs = Out(P(), P(), vocabulary if with_logits else None)
+    rich = P() if bucket.rich else None
+    out_specs = Out(P(), P(), spec(plan, ".W") if with_logits else None, rich, rich, rich if bucket.prefill_tokens else None)
 
     def local_step(params: Params, state: State, batch: Batch) -> tuple[State, Out]:
         fed = jnp.asarray(batch.decode.token)
         fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
-        logits, kv = forward(params, state.kv, batch, fed, routes)
-        tokens, logprobs = _choose(logits, batch, routes)
+        kept = state.slots
+        if bucket.rich:
+            kept = count_fed(kept, jnp.asarray(batch.decode.slot), fed, jnp.asarray(batch.rich.counted), vocabulary_ids(routes))
+        x, kv = hidden(params, state.kv, batch, fed, routes)
+        logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
+        out = _choose(logits, kept, slots, batch, routes)
+        if bucket.rich and bucket.prefill_tokens:
+            out = replace(out, prompt_logprobs=_prompt_logprobs(params, x, batch, routes))
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)  # out of range: dropped
-        last = state.last_token.at[slots].set(tokens, mode="drop")
-        whole = _whole_lanes(logits, routes) if with_logits else None
-        return State(kv, last), Out(tokens, logprobs, whole)
+        last = state.last_token.at[slots].set(out.tokens, mode="drop")
+        return State(kv, last, kept), replace(out, logits=_whole_lanes(logits, routes) if with_logits else None)
 
     in_specs = (params_specs, state_specs, batch_specs)
     return jax.shard_map(local_step, mesh=mesh, in_specs=in_specs, out_specs=(state_specs, out_specs), check_vma=False)
@@ -127,8 +145,8 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
     return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile()
 
 
-def _choose(logits: jax.Array, batch: Batch, routes: Routes) -> tuple[jax.Array, jax.Array]:
-    """Tokens and log-probabilities of all rows on every device: [D + S]."""
+def _choose(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch: Batch, routes: Routes) -> Out:
+    """Tokens and log-probabilities of all rows [D + S] on every device, and the most likely tokens where any row wants them."""
     axes = tuple(axis for axis in routes.weight_stored if routes.sizes[axis] > 1)
     lanes = routes.bucket.decode_rows
     frame = routes.frame(routes.decode.order, ())
@@ -137,9 +155,32 @@ def _choose(logits: jax.Array, batch: Batch, routes: Routes) -> tuple[jax.Array,
         values = jnp.asarray(values)
         return jnp.concatenate([move(values[:lanes], frame, Split(), Split(routes.replica)), values[lanes:]])
 
-    how = jax.tree.map(local, batch.sampling)
-    tokens, logprobs = choose(logits, vocabulary_ids(routes), how, axes, routes.bucket.random)
-    return _whole_lanes(tokens, routes), _whole_lanes(logprobs, routes)
+    ids, how = vocabulary_ids(routes), jax.tree.map(local, batch.sampling)
+    if not routes.bucket.rich:
+        tokens = choose(logits, ids, how, axes, routes.bucket.random)
+        logprobs = logit_of(logits, ids, tokens, axes) - log_normalizer(logits, axes)
+        return Out(_whole_lanes(tokens, routes), _whole_lanes(logprobs, routes))
+    rows = replace(batch.rich, counted=None, target=None)
+    tokens = choose(steer(logits, kept, local(slots), jax.tree.map(local, rows)), ids, how, axes, routes.bucket.random)
+    normalizer = log_normalizer(logits, axes)
+    logprobs = logit_of(logits, ids, tokens, axes) - normalizer
+
+    def alternatives() -> tuple[jax.Array, jax.Array]:
+        entries, values = most_likely(logits, ids, axes, TOP_LOGPROBS)
+        return _whole_lanes(entries, routes), _whole_lanes(values - normalizer[:, None], routes)
+
+    shapes = jax.eval_shape(alternatives)
+    nothing = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
+    tops = lax.cond(jnp.any(jnp.asarray(batch.rich.alternatives) > 0), alternatives, nothing)
+    return Out(_whole_lanes(tokens, routes), _whole_lanes(logprobs, routes), None, *tops)
+
+
+def _prompt_logprobs(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
+    """Log-probabilities [T] of the targets, where there are any."""
+    targets = jnp.asarray(batch.rich.target)
+    lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
+    score = lambda: token_logprobs(params, x[lanes:], targets, routes)  # noqa: E731
+    return lax.cond(jnp.any(targets >= 0), score, lambda: jnp.zeros(targets.shape, jnp.float32))
 
 
 def _whole_lanes(values: jax.Array, routes: Routes) -> jax.Array:

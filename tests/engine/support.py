@@ -43,11 +43,19 @@ def run_all(engine: Engine) -> dict[str, RequestOutput]:
 
 def alone(limits: RunnerLimits, prompt: Sequence[int], params: SamplingParams, request_id: str) -> RequestOutput:
     """The answer to a request on an engine of its own, with one page per token and nothing split."""
+    return all_alone(limits, prompt, params, request_id)[0]
+
+
+def all_alone(limits: RunnerLimits, prompt: Sequence[int], params: SamplingParams, request_id: str) -> list[RequestOutput]:
+    """The same for all samples of a request; they run one after the other."""
     length = limits.max_context
     single = {"num_shards": 1, "num_slots": 1, "num_prefill_shards": 1, "prefill_shards": ()}
     engine = Engine(FakeRunner(replace(limits, page_size=1, pages_per_shard=length, max_prefill_tokens=length, **single)))
     engine.add_request(prompt, params, request_id)
-    return run_all(engine)[request_id]
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return sorted(outputs, key=lambda output: output.sample)
 
 
 class Pieces:

@@ -15,6 +15,7 @@ from partinf.engine import (
     Orca,
     Policy,
     RequestLevel,
+    RequestOutput,
     RunnerLimits,
     SamplingParams,
     TokenEvent,
@@ -24,7 +25,7 @@ from partinf.engine.policies.priority import by_priority
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.srpt import shortest_remaining_first
 from partinf.engine.step_price import Estimates
-from tests.engine.support import VOCAB, Ticks, alone
+from tests.engine.support import VOCAB, Ticks, all_alone, alone
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,19 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
     )
 
 
+RICH = st.fixed_dictionaries(
+    {},
+    optional={
+        "presence_penalty": st.sampled_from([1.0, 2.0]),
+        "frequency_penalty": st.sampled_from([1.0, -2.0]),
+        "repetition_penalty": st.sampled_from([2.0, 3.0]),
+        "logit_bias": st.just({3: 5.0, 1: 2.0}),
+        "top_logprobs": st.integers(1, 3),
+        "prompt_logprobs": st.just(True),
+    },
+)
+
+
 @st.composite
 def some_params(draw: st.DrawFn) -> SamplingParams:
     return SamplingParams(
@@ -69,6 +83,10 @@ def some_params(draw: st.DrawFn) -> SamplingParams:
         seed=draw(st.none() | st.integers(0, 9)),
         stop_token_ids=draw(st.lists(st.integers(0, VOCAB - 1), max_size=8).map(tuple)),
         priority=draw(st.integers(0, 2)),
+        n=draw(st.sampled_from([1, 1, 1, 2, 3])),
+        timeout=draw(st.none() | st.none() | st.integers(1, 30)),
+        logprobs=True,
+        **draw(st.just({}) | RICH),
     )
 
 
@@ -101,14 +119,15 @@ class World:
         self.clock = Ticks()
         options = {"policy": policy, "lag": lag, "prefix_caching": prefix_caching, "clock": self.clock}
         self.engine = Engine(FakeRunner(limits), check_invariants=True, **options)  # type: ignore[arg-type]
-        self.outputs: dict[str, list[object]] = {}
-        self.events: dict[str, list[TokenEvent]] = {}
+        self.outputs: dict[tuple[str, int], list[RequestOutput]] = {}
+        self.events: dict[tuple[str, int], list[TokenEvent]] = {}
 
     def add(self, name: str, arrival: Arrival) -> None:
-        self.outputs[name], self.events[name] = [], []
+        for sample in range(arrival.params.n):
+            self.outputs[name, sample], self.events[name, sample] = [], []
 
         def on_token(event: TokenEvent) -> None:
-            self.events[name].append(event)
+            self.events[name, event.sample].append(event)
             if event.index == arrival.fail_at:
                 raise ValueError("the callback's own fault")
 
@@ -116,7 +135,8 @@ class World:
 
     def run(self, arrivals: dict[str, Arrival]) -> None:
         last = max(arrival.at for arrival in arrivals.values())
-        bound = last + 200 + 20 * sum(len(arrival.prompt) + arrival.params.max_tokens for arrival in arrivals.values())
+        work = sum(arrival.params.n * (len(arrival.prompt) + arrival.params.max_tokens) for arrival in arrivals.values())
+        bound = last + 200 + 20 * work
         for iteration in range(bound):
             self.clock.now = float(iteration)
             for name, arrival in arrivals.items():
@@ -125,10 +145,29 @@ class World:
                 if arrival.cancel_after is not None and arrival.at + arrival.cancel_after == iteration:
                     self.engine.cancel(name)
             for output in self.engine.step():
-                self.outputs[output.id].append(output)
+                self.outputs[output.id, output.sample].append(output)
             if iteration >= last and not self.engine.has_work:
                 return
         raise AssertionError(f"not done after {bound} iterations")
+
+
+def check_answer(arrival: Arrival, output: RequestOutput, expected: RequestOutput, events: list[TokenEvent]) -> None:
+    """An output is what the request gets alone, or the beginning of it where something ended it early."""
+    count, reasons = len(output.tokens), (FinishReason.CANCELLED, FinishReason.FAILED, FinishReason.TIMEOUT)
+    if output.finish_reason in reasons:
+        causes = dict(zip(reasons, (arrival.cancel_after, arrival.fail_at, arrival.params.timeout), strict=True))
+        assert causes[output.finish_reason] is not None
+    else:
+        assert (count, output.finish_reason) == (len(expected.tokens), expected.finish_reason)
+        assert output.prompt_logprobs == expected.prompt_logprobs
+    assert output.tokens == expected.tokens[:count]
+    assert output.logprobs == (expected.logprobs and expected.logprobs[:count])
+    assert output.top_logprobs == (expected.top_logprobs and expected.top_logprobs[:count])
+    tokens = [event.token for event in events if event.token is not None]
+    assert tuple(tokens) == output.tokens[: len(tokens)]
+    if arrival.fail_at is None:
+        assert len(tokens) == count
+        assert [event.finish_reason for event in events][-1] is output.finish_reason
 
 
 @settings(max_examples=150, deadline=None)
@@ -152,19 +191,9 @@ def test_everyone_is_answered_once_as_if_alone(
     world = World(limits, policy, lag, caching)
     world.run(named)
     for name, arrival in named.items():
-        (output,) = world.outputs[name]
-        expected = alone(limits, arrival.prompt, arrival.params, name)
-        if output.finish_reason in (FinishReason.CANCELLED, FinishReason.FAILED):
-            assert output.tokens == expected.tokens[: len(output.tokens)]
-            assert (output.finish_reason is FinishReason.CANCELLED) <= (arrival.cancel_after is not None)
-            assert (output.finish_reason is FinishReason.FAILED) <= (arrival.fail_at is not None)
-        else:
-            assert (output.tokens, output.finish_reason) == (expected.tokens, expected.finish_reason)
-        events = [event.token for event in world.events[name] if event.token is not None]
-        assert tuple(events) == output.tokens[: len(events)]
-        if arrival.fail_at is None:
-            assert len(events) == len(output.tokens)
-            assert [event.finish_reason for event in world.events[name]][-1] is output.finish_reason
+        for expected in all_alone(limits, arrival.prompt, replace(arrival.params, timeout=None), name):
+            (output,) = world.outputs[name, expected.sample]
+            check_answer(arrival, output, expected, world.events[name, expected.sample])
     scheduler = world.engine._scheduler
     scheduler.pool.check([])
     assert scheduler.pool.num_free_pages == limits.num_shards * limits.pages_per_shard

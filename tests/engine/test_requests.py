@@ -31,6 +31,22 @@ from tests.engine.support import LETTERS, ROOMY, VOCAB, make_engine, run_all
         ({"stop": 3}, "stop = 3"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids = (-1,)"),
         ({"ignore_eos": "no"}, "ignore_eos = 'no'"),
+        ({"min_p": 1.5}, "min_p = 1.5; valid: from 0 to 1"),
+        ({"presence_penalty": 3}, "presence_penalty = 3; valid: from -2 to 2"),
+        ({"frequency_penalty": "x"}, "frequency_penalty = 'x'"),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0; valid: from 0.001 to 1000"),
+        ({"logit_bias": {1: 101}}, "logit_bias = ((1, 101),); valid: at most 1024 token ids, each once, with values from -100 to 100"),
+        ({"logit_bias": {-1: 1}}, "logit_bias = ((-1, 1),)"),
+        ({"logit_bias": {"a": 1}}, "logit_bias = (('a', 1),)"),
+        ({"logit_bias": [(1, 2), (1, 3)]}, "logit_bias = ((1, 2), (1, 3))"),
+        ({"logit_bias": 7}, "logit_bias = 7"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "at most 1024 token ids"),
+        ({"n": 0}, "n = 0; valid: a whole number from 1 to 128"),
+        ({"n": 129}, "n = 129"),
+        ({"top_logprobs": 21}, "top_logprobs = 21; valid: a whole number from 0 to 20"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs = 1"),
+        ({"timeout": 0}, "timeout = 0; valid: seconds, greater than 0, or None"),
+        ({"timeout": float("inf")}, "timeout = inf"),
     ],
 )
 def test_params_out_of_range(values: dict[str, Any], valid: str) -> None:
@@ -51,6 +67,8 @@ def test_lists_and_bare_strings_become_tuples() -> None:
     assert params.stop == ("end",)
     assert params.stop_token_ids == (1, 2)
     assert hash(params) == hash(SamplingParams(stop=("end",), stop_token_ids=(1, 2)))
+    assert SamplingParams(logit_bias={7: 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1))  # type: ignore[arg-type]
+    assert SamplingParams(logit_bias=[[7, 1], (3, 0)]).logit_bias == ((3, 0), (7, 1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

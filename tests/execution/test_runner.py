@@ -71,7 +71,7 @@ def differences(engine: Engine, got: dict[int, tuple[int, ...]], want: dict[int,
             continue
         assert params_of(index).temperature == 0, f"sampled request {index} differs"
         first = next(place for place, (a, b) in enumerate(zip(tokens, want[index], strict=True)) if a != b)
-        prompt = list(engine._tokenizer.encode(TASKS[index].prompt))
+        prompt = list(engine.tokenizer.encode(TASKS[index].prompt))
         runner = engine._runner
         row = jnp.asarray([prompt + list(tokens[:first])])
         logits = np.asarray(reference.forward(jax.tree.map(np.asarray, runner.params), runner.plan.model, row))[0, -1]
@@ -170,7 +170,7 @@ def test_prompts_longer_than_a_step_are_refused_unless_they_may_be_cut(runner: J
 
 def test_prompts_are_cut_over_several_steps() -> None:
     cut = Engine(make_runner("cpu:2x2x2", TWO_D, max_prompt_len=0, prefill_tokens=8, random=False), tokenizer=load_tokenizer(DEMO))
-    task = next(task for task in mixed_tasks(50, seed=8) if task.kind == "recall" and len(cut._tokenizer.encode(task.prompt)) > 12)
+    task = next(task for task in mixed_tasks(50, seed=8) if task.kind == "recall" and len(cut.tokenizer.encode(task.prompt)) > 12)
     whole = Engine(make_runner("cpu:1", ONE_DEVICE, random=False), tokenizer=load_tokenizer(DEMO))
     params = SamplingParams(max_tokens=8)
     one, other = cut.generate([task.prompt], params)[0], whole.generate([task.prompt], params)[0]

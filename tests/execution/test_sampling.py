@@ -1,4 +1,4 @@
-"""Choosing tokens from a split vocabulary: thresholds against the sorted twin, and choices that depend on neither mesh nor batch."""
+"""Choosing tokens from a split vocabulary: thresholds and penalties against plain twins, choices that depend on neither mesh nor batch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from partinf.transformer.batch import SamplingBatch
-from partinf.transformer.sampling import choose, keep, keep_plain
+from partinf.transformer.batch import RichBatch, SamplingBatch
+from partinf.transformer.sampling import choose, keep, keep_plain, log_normalizer, logit_of, most_likely
+from partinf.transformer.slots import Slots, count_fed, steer, steer_plain
 
 VOCAB = 64
 
 
 def sampling(rows: int, **values: object) -> SamplingBatch:
-    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0, "sample": 0, "position": 0} | values
-    types = {"temperature": np.float32, "top_p": np.float32, "seed": np.uint32}
+    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "sample": 0, "position": 0} | values
+    types = {"temperature": np.float32, "top_p": np.float32, "min_p": np.float32, "seed": np.uint32}
     return SamplingBatch(**{key: np.broadcast_to(np.asarray(value, types.get(key, np.int32)), (rows,)) for key, value in fields.items()})
 
 
 def choose_over(ways: int, logits: np.ndarray, how: SamplingBatch, random: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """`choose` with the vocabulary split over so many devices."""
+    """Tokens chosen with the vocabulary split over so many devices, and their log-probabilities."""
     mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
     axes = ("x",) if ways > 1 else ()
 
     def local(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return choose(part, ids, how, axes, random)
+        tokens = choose(part, ids, how, axes, random)
+        return tokens, logit_of(part, ids, tokens, axes) - log_normalizer(part, axes)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=(P(), P()), check_vma=False)
     tokens, logprobs = jax.jit(mapped)(logits, jnp.arange(VOCAB))
@@ -40,34 +42,44 @@ def random_logits(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, VOCAB)).astype(np.float32) * 3
 
 
-keep_whole = jax.jit(lambda logits, k, p: keep(logits, k, p, lambda x: x, jnp.max(logits, axis=-1)))
+keep_whole = jax.jit(lambda logits, k, p, m: keep(logits, k, p, m, lambda x: x, jnp.max(logits, axis=-1)))
 
 
 @settings(max_examples=60)
 @given(
-    seed=st.integers(0, 1000), top_k=st.integers(0, VOCAB + 3), top_p=st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999, 1.0]), ties=st.booleans()
+    seed=st.integers(0, 1000),
+    top_k=st.integers(0, VOCAB + 3),
+    top_p=st.sampled_from([0.01, 0.3, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 0.003, 0.1, 0.7, 1.0]),
+    ties=st.booleans(),
 )
-def test_thresholds_equal_the_sorted_twin(seed: int, top_k: int, top_p: float, ties: bool) -> None:
+def test_thresholds_equal_the_sorted_twin(seed: int, top_k: int, top_p: float, min_p: float, ties: bool) -> None:
     logits = random_logits(4, seed)
     if ties:
         logits = np.round(logits)
-    k, p = jnp.full(4, top_k, jnp.int32), jnp.full(4, top_p, jnp.float32)
-    ours, twin = np.asarray(keep_whole(logits, k, p)), np.asarray(keep_plain(jnp.asarray(logits), k, p))
+    how = jnp.full(4, top_k, jnp.int32), jnp.full(4, top_p, jnp.float32), jnp.full(4, min_p, jnp.float32)
+    ours, twin = np.asarray(keep_whole(logits, *how)), np.asarray(keep_plain(jnp.asarray(logits), *how))
     for row, a, b in zip(logits, ours, twin, strict=True):
         if (a != b).any():  # only where the mass of the smaller set meets top_p within rounding
             survivors = row >= np.sort(row)[-top_k] if 0 < top_k < VOCAB else np.ones(VOCAB, bool)
+            survivors &= np.exp(row - row.max()) >= min_p
             mass = np.exp(row.astype(np.float64)) * survivors
             assert mass[a & b].sum() / mass.sum() == pytest.approx(top_p, abs=1e-6)
 
 
 def test_thresholds_by_hand() -> None:
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    kept = lambda k, p: np.asarray(keep_whole(logits, jnp.asarray([k]), jnp.asarray([p], jnp.float32)))[0].tolist()  # noqa: E731
+
+    def kept(k: int, p: float, m: float = 0.0) -> list[bool]:
+        return np.asarray(keep_whole(logits, jnp.asarray([k]), jnp.asarray([p], jnp.float32), jnp.asarray([m], jnp.float32)))[0].tolist()
+
     assert kept(0, 1.0) == [True] * 4
     assert kept(2, 1.0) == [True, True, False, False]
     assert kept(0, 0.6) == [True, True, False, False]
     assert kept(0, 0.4) == [True, False, False, False]
     assert kept(2, 0.9) == [True, True, False, False]  # 0.9 of the mass of the two that are left
+    assert kept(0, 1.0, 0.2) == [True, True, True, False]  # at least 0.2 · 0.5
+    assert kept(0, 0.8, 0.2) == [True, True, False, False]  # 0.5 + 0.3 of 0.95
 
 
 def test_choices_do_not_depend_on_the_mesh() -> None:
@@ -117,3 +129,60 @@ def test_padding_of_the_vocabulary_is_never_chosen(ways: int) -> None:
     tokens, logprobs = choose_over(ways, logits, sampling(64, temperature=5.0, seed=np.arange(64)))
     assert tokens.max() < 50
     assert np.isfinite(logprobs).all()
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 1000), ways=st.sampled_from([1, 2, 8]), count=st.sampled_from([1, 3, 20]), ties=st.booleans())
+def test_the_most_likely_come_in_order_whatever_the_mesh(seed: int, ways: int, count: int, ties: bool) -> None:
+    logits = random_logits(4, seed)
+    logits = np.round(logits) if ties else logits
+    logits[:, 60:] = -np.inf
+    mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
+    local = lambda part, ids: most_likely(part, ids, ("x",) if ways > 1 else (), count)  # noqa: E731
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=(P(), P()), check_vma=False)
+    entries, values = jax.jit(mapped)(logits, jnp.arange(VOCAB))
+    want = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(entries, want)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, want, axis=-1))
+
+
+def steered_rows(ways: int, logits: np.ndarray, prompts: list[list[int]], fed: list[list[int]], how: RichBatch) -> np.ndarray:
+    """Rows steered on a split vocabulary, after tokens were fed one by one to slots in reverse order; every slot has biases."""
+    mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
+    rows = len(prompts)
+    slot = jnp.arange(rows)[::-1]
+    prompted, bias = np.zeros((rows, VOCAB), bool), np.zeros((rows, VOCAB), np.float32)
+    for row, prompt in enumerate(prompts):
+        prompted[rows - 1 - row, prompt] = True
+        bias[rows - 1 - row, [3, 50]] = 1.5, -2.0
+    length = max(map(len, fed))
+    tokens = np.array([each + [0] * (length - len(each)) for each in fed])
+    counted = np.array([[1] * len(each) + [0] * (length - len(each)) for each in fed])
+
+    def local(logits: jax.Array, ids: jax.Array, slots: Slots) -> jax.Array:
+        for place in range(length):
+            slots = count_fed(slots, slot, jnp.asarray(tokens[:, place]), jnp.asarray(counted[:, place]), ids)
+        return steer(logits, slots, slot, how)
+
+    split = P(None, "x")
+    specs = (split, P("x"), Slots(split, split, split))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    slots = Slots(jnp.zeros((rows, VOCAB), jnp.int32), jnp.asarray(prompted), jnp.asarray(bias))
+    return np.asarray(jax.jit(mapped)(logits, jnp.arange(VOCAB), slots))
+
+
+@pytest.mark.parametrize("ways", [1, 8])
+def test_penalties_and_biases_equal_the_plain_twin(ways: int) -> None:
+    rng = np.random.default_rng(4)
+    logits = random_logits(6)
+    prompts = [rng.integers(0, VOCAB, size=5).tolist() for _ in range(6)]
+    fed = [rng.integers(0, 9, size=size).tolist() for size in (0, 1, 4, 7, 7, 3)]
+    penalties = [(0.5, 0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.0, 1.3), (1.0, -0.5, 0.8), (-2.0, 2.0, 2.0), (1.0, 1.0, 2.0)]
+    presence, frequency, repetition = (np.array(values, np.float32) for values in zip(*penalties, strict=True))
+    steered = np.array([1, 1, 1, 1, 1, 0], np.int32)
+    none = np.zeros(6, np.int32)
+    found = steered_rows(ways, logits, prompts, fed, RichBatch(steered, presence, frequency, repetition, none, none, none))
+    for row in range(5):
+        want = steer_plain(logits[row], prompts[row], fed[row], {3: 1.5, 50: -2.0}, penalties[row])
+        np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found[5], logits[5])  # not steered, whatever its slot holds

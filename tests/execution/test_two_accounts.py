@@ -30,6 +30,7 @@ BUCKETS = {
     "chunks": Bucket(0, 0, 32, 8, 4),
     "mixed": Bucket(8, 4, 64, 16, 2),
     "sampling": Bucket(8, 4, random=True),
+    "rich": Bucket(8, 4, 64, 16, 2, random=True, rich=True),
 }
 
 
@@ -42,6 +43,7 @@ def ledger_of(plan: Plan, bucket: Bucket) -> tuple[Counter[tuple], float]:
         prefill_slots=bucket.prefill_slots,
         prefill_context=bucket.prefill_pages * page,
         sampling=bucket.random,
+        rich=bucket.rich,
     )
     pricing = Pricing(plan.slice, program=PLAIN)
     split = StepSplit(plan.model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, Shares())
@@ -65,6 +67,7 @@ def make_plan(mesh: str, layout: Layout, dtype: DType = DType.BF16, model: Model
 
 
 def check(plan: Plan, bucket: Bucket) -> None:
+    plan = dataclasses.replace(plan, buckets=(bucket,))
     account = trace_account(plan, bucket)
     closed, flops = ledger_of(plan, bucket)
     program = traced(account)
@@ -127,6 +130,7 @@ def test_palm_540b_on_64_chips(roles: str) -> None:
     )
     plan = make_plan("4x4x4", layout, model=load_model_config("palm-540b"), slice_name="v4:4x4x4")
     check(plan, Bucket(64, 128))
+    check(plan, Bucket(64, 128, random=True, rich=True))
     check(plan, Bucket(0, 0, 2048, 1, 0))
     check(dataclasses.replace(plan, prefill_from_tokens=1), Bucket(0, 0, 4096, 2, 0))
 

@@ -55,7 +55,6 @@ class MultiLevelFeedbackQueue:
     promotions: int = 0
     _entries: dict[int, _Entry] = field(default_factory=dict, repr=False)
     _places: itertools.count[int] = field(default_factory=itertools.count, repr=False)
-    _newest: int = field(default=-1, repr=False)
 
     def __post_init__(self) -> None:
         self._swap_ahead = AheadSwapper(self.pages)
@@ -75,10 +74,10 @@ class MultiLevelFeedbackQueue:
 
     def _meet(self, batch: BatchBuilder) -> None:
         """Let those join that have arrived since the last iteration."""
-        new = list(itertools.takewhile(lambda sequence: sequence.request.number > self._newest, reversed(batch.waiting)))
-        for sequence in reversed(new):
+        for sequence in batch.waiting:
             number = sequence.request.number
-            self._newest = max(self._newest, number)
+            if number in self._entries:
+                continue
             first = self.estimates.first_iteration(len(sequence.tokens)) if self.skip_join else 0.0
             self._entries[number] = _Entry(sequence, self._level_for(first), next(self._places), 0.0, sequence.request.arrival)
 

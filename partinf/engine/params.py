@@ -1,0 +1,136 @@
+"""What may be asked of a request: `SamplingParams`, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from partinf.errors import raise_offences
+from partinf.workload import MAX_BIASES, TOP_LOGPROBS
+
+MAX_SEED = 2**32 - 1
+MAX_SAMPLES = 128
+
+
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _seed(value: Any) -> bool:
+    return _whole(value, 0) and value <= MAX_SEED
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    return _finite(value) and low <= value <= high
+
+
+def _biases(values: Any) -> bool:
+    pairs = isinstance(values, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in values)
+    if not pairs or not all(_whole(token, 0) and _within(bias, -100, 100) for token, bias in values):
+        return False
+    return len(values) <= MAX_BIASES and len({token for token, _ in values}) == len(values)
+
+
+def _all_of(values: Any, fine: Callable[[Any], bool]) -> bool:
+    return isinstance(values, tuple) and all(fine(value) for value in values)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    Attributes:
+        max_tokens: tokens to generate at most, ≥ 1; capped at what the context leaves after the prompt.
+        temperature: ≥ 0; 0 always takes the most likely token.
+        top_k: sample among the k most likely tokens; 0 is off.
+        top_p: sample among the most likely tokens that hold this probability mass, 0 < top_p ≤ 1; 1 is off.
+        min_p: sample among the tokens with at least this share of the most likely one's probability, 0..1; 0 is off.
+        presence_penalty, frequency_penalty: -2..2, taken from the logits of tokens that were generated, once and as often as they were.
+        repetition_penalty: > 0; positive logits of tokens in prompt and output are divided by it, others multiplied; 1 is off.
+        logit_bias: token → what is added to its logit, -100..100; a mapping or pairs, kept as pairs in order of the tokens.
+        n: answers to generate, which share the prompt's pages and differ in their random numbers; 1..128. Each is an output of its own.
+        seed: 0..2³² - 1. The same seed gives the same tokens whatever else runs. None: derived from the engine's seed and the request id.
+        stop: strings that end the text; the text before the first of them is returned. One string may be given bare.
+        stop_token_ids: tokens that end the text, besides those that the tokenizer names as end of sequence.
+        ignore_eos: go on after the tokenizer's end-of-sequence tokens.
+        logprobs: return the log-probability of every token.
+        top_logprobs: return so many of the most likely tokens, with their log-probabilities, for every generated one; at most 20.
+        prompt_logprobs: return the log-probability of every token of the prompt after the first.
+        timeout: seconds from arrival after which the request ends with what it has, > 0; None for no bound.
+        priority: the lowest runs first under the `priority` policy; others ignore it.
+
+    Raises:
+        InvalidInput: every value out of range, with the valid range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    n: int = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    timeout: float | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _in_order(self.logit_bias))
+        raise_offences(self._offences())
+
+    def _offences(self) -> list[str]:
+        checks = (
+            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
+            ("temperature", _finite(self.temperature) and self.temperature >= 0, "a finite number, at least 0 (0 is greedy)"),
+            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
+            ("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
+            ("min_p", _within(self.min_p, 0, 1), "from 0 to 1 (0 is off)"),
+            ("presence_penalty", _within(self.presence_penalty, -2, 2), "from -2 to 2 (0 is off)"),
+            ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "from -2 to 2 (0 is off)"),
+            ("repetition_penalty", _within(self.repetition_penalty, 1e-3, 1e3), "from 0.001 to 1000 (1 is off)"),
+            ("logit_bias", _biases(self.logit_bias), f"at most {MAX_BIASES} token ids, each once, with values from -100 to 100"),
+            ("n", _whole(self.n, 1) and self.n <= MAX_SAMPLES, f"a whole number from 1 to {MAX_SAMPLES}"),
+            ("seed", self.seed is None or _seed(self.seed), f"a whole number from 0 to {MAX_SEED}, or None"),
+            ("stop", _all_of(self.stop, lambda text: isinstance(text, str) and text != ""), "strings that are not empty"),
+            ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: _whole(token, 0)), "token ids, at least 0"),
+            ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("logprobs", isinstance(self.logprobs, bool), "True or False"),
+            (
+                "top_logprobs",
+                _whole(self.top_logprobs, 0) and self.top_logprobs <= TOP_LOGPROBS,
+                f"a whole number from 0 to {TOP_LOGPROBS}",
+            ),
+            ("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False"),
+            ("timeout", self.timeout is None or (_finite(self.timeout) and self.timeout > 0), "seconds, greater than 0, or None"),
+            ("priority", _whole(self.priority, -MAX_SEED), "a whole number"),
+        )
+        return [f"{name} = {getattr(self, name)!r}; valid: {valid}" for name, fine, valid in checks if not fine]
+
+
+def _in_order(biases: Any) -> Any:
+    """A mapping or pairs as a tuple of pairs in order of their tokens; as it comes, where it is something else."""
+    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    try:
+        return tuple(sorted(tuple(pair) for pair in pairs))
+    except TypeError:
+        return biases
