@@ -24,7 +24,6 @@ _JAX_COLUMN = (
     "engine.jax_runner",
     "scoring",
     "measure",
-    "serve",
     "cli",
     "__main__",
 )
