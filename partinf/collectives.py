@@ -108,6 +108,12 @@ def take_split(x: jax.Array, dim: int, order: Axes, axes: Axes, sizes: Mapping[s
     return move(x, frame, Split(), Split(rows=axes))
 
 
+def digit(x: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: jax.Array | int, sizes: Mapping[str, int]) -> jax.Array:
+    """The part of `x` with digit `axis` = `index` of its dimension `dim`, whose digits are `order` and which `split` split already."""
+    opened, shape = _Dim(dim, order, Frame(order, (), sizes, dim, dim)).open(x, split, axis)
+    return lax.dynamic_index_in_dim(opened, index, dim + 1, keepdims=False).reshape(shape)
+
+
 @dataclass(frozen=True)
 class _Dim:
     """One dimension of an array seen as digits; methods take the list of axes that split it so far."""
@@ -119,7 +125,7 @@ class _Dim:
     def local_digits(self, split: Sequence[str]) -> list[str]:
         return [axis for axis in self.order if axis not in split and self.frame.sizes[axis] > 1]
 
-    def _open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
+    def open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
         """Reshape this dimension to [before, axis, after] and return the shape without the axis."""
         before = math.prod(self.frame.sizes[a] for a in self.local_digits(split)[: self.local_digits(split).index(axis)])
         size, length = self.frame.sizes[axis], x.shape[self.index]
@@ -130,11 +136,11 @@ class _Dim:
         return opened, (*head, length // size, *tail)
 
     def slice(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
-        opened, shape = self._open(x, split, axis)
+        opened, shape = self.open(x, split, axis)
         return lax.dynamic_index_in_dim(opened, lax.axis_index(axis), self.index + 1, keepdims=False).reshape(shape)
 
     def reduce_scatter(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
-        opened, shape = self._open(x, split, axis)
+        opened, shape = self.open(x, split, axis)
         if opened.shape[self.index] == 1:
             return lax.psum_scatter(x, axis, scatter_dimension=self.index, tiled=True)
         return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)

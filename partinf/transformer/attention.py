@@ -1,4 +1,4 @@
-"""The attention sublayer: projections of all tokens at once, then the core of each token group under the roles of its phase.
+"""The attention sublayer between its projections: the core of each token group under the roles of its phase.
 
 Axes as in `Routes`: t splits tokens and e, f split weights in the linear layers; b, h, k are a group's batch, head and kv-head axes.
 """
@@ -17,23 +17,24 @@ from partinf.model_config import Position
 from partinf.transformer import cache, kernels
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
 from partinf.transformer.cache import KeysValues
-from partinf.transformer.linear import dot, head_norm
+from partinf.transformer.linear import head_norm
 from partinf.transformer.params import Params
 from partinf.transformer.rope import rotate
 from partinf.transformer.routes import Group, Routes
 
 
-def attention(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, freqs: np.ndarray) -> tuple[jax.Array, Any]:
-    """Attention of normalised x [T.t, E.e] for all tokens of the step.
+def attention(
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, freqs: np.ndarray
+) -> tuple[jax.Array, Any]:
+    """Attention for all tokens of the step, between its products.
 
     Args:
+        q: [T.t, H.f, Q] {e unreduced}. new: keys and values [T.t, 2, K.kf, Q] {e unreduced}.
         kv: the cache; this layer's pages receive the step's keys and values.
 
     Returns:
-        [T.t, E.e] {f unreduced}, and the updated cache.
+        [T.t, HQ.f], and the updated cache.
     """
-    q = dot("te,hqe->thq", x, weights["wq"])  # [T.t, H.f, Q] {e unreduced}
-    new = dot("te,ckqe->tckq", x, weights["wkv"])  # [T.t, 2, K.kf, Q] {e unreduced}
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     outputs = []
     if routes.bucket.decode_rows:
@@ -43,7 +44,7 @@ def attention(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, 
         out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, freqs)
         outputs.append(out)
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
-    return dot("tf,ef->te", out.reshape(out.shape[0], -1), weights["wo"]), kv
+    return out.reshape(out.shape[0], -1), kv
 
 
 def _decode(
