@@ -110,8 +110,7 @@ def take_split(x: jax.Array, dim: int, order: Axes, axes: Axes, sizes: Mapping[s
 
 def digit(x: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: jax.Array | int, sizes: Mapping[str, int]) -> jax.Array:
     """The part of `x` with digit `axis` = `index` of its dimension `dim`, whose digits are `order` and which `split` split already."""
-    opened, shape = _Dim(dim, order, Frame(order, (), sizes, dim, dim)).open(x, split, axis)
-    return lax.dynamic_index_in_dim(opened, index, dim + 1, keepdims=False).reshape(shape)
+    return _Dim(dim, order, Frame(order, (), sizes, dim, dim)).at(x, split, axis, index)
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class _Dim:
     def local_digits(self, split: Sequence[str]) -> list[str]:
         return [axis for axis in self.order if axis not in split and self.frame.sizes[axis] > 1]
 
-    def open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
+    def _open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
         """Reshape this dimension to [before, axis, after] and return the shape without the axis."""
         before = math.prod(self.frame.sizes[a] for a in self.local_digits(split)[: self.local_digits(split).index(axis)])
         size, length = self.frame.sizes[axis], x.shape[self.index]
@@ -136,11 +135,16 @@ class _Dim:
         return opened, (*head, length // size, *tail)
 
     def slice(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
-        opened, shape = self.open(x, split, axis)
-        return lax.dynamic_index_in_dim(opened, lax.axis_index(axis), self.index + 1, keepdims=False).reshape(shape)
+        return self.at(x, split, axis, lax.axis_index(axis))
+
+    def at(self, x: jax.Array, split: Sequence[str], axis: str, index: jax.Array | int) -> jax.Array:
+        opened, shape = self._open(x, split, axis)
+        if opened.shape[self.index] == 1:  # a run of entries; a reshape would make a TPU lay the array out anew
+            return lax.dynamic_slice_in_dim(x, index * shape[self.index], shape[self.index], self.index)
+        return lax.dynamic_index_in_dim(opened, index, self.index + 1, keepdims=False).reshape(shape)
 
     def reduce_scatter(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
-        opened, shape = self.open(x, split, axis)
+        opened, shape = self._open(x, split, axis)
         if opened.shape[self.index] == 1:
             return lax.psum_scatter(x, axis, scatter_dimension=self.index, tiled=True)
         return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)

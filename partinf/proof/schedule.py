@@ -21,7 +21,7 @@ from partinf.proof.traffic import collective_of, collective_op, hbm_bytes
 # Cycles in the compiled text are of this clock (Hz).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 # Source files that move or multiply for others: the line that asked for it says more.
-_CARRIERS = ("partinf/collectives.py", "partinf/transformer/linear.py", "partinf/quantize.py")
+_CARRIERS = ("partinf/collectives.py", "partinf/looped.py", "partinf/transformer/linear.py", "partinf/quantize.py")
 
 _FED_BY = 3  # how many instructions back the source of a nameless one is looked for
 # jax's names of collectives → ours.

@@ -18,6 +18,7 @@ _JAX_COLUMN = (
     "sharding",
     "quantize",
     "collectives",
+    "looped",
     "transformer",
     "checkpoint",
     "proof",
