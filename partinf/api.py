@@ -109,6 +109,7 @@ def load(
     unrolled: bool | None = None,
     compile_steps: bool = True,
     seed: int = 0,
+    cache: str | Path | None = None,
 ) -> Model:
     """Read a model's weights onto the devices of its plan and compile its steps.
 
@@ -120,6 +121,8 @@ def load(
         unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster.
         compile_steps: compile the steps now rather than when they are first needed.
         seed: of random weights and of requests that name none.
+        cache: directory of compiled steps, which the next start loads; `off` for none. By default that of $PARTINF_CACHE_DIR, or the
+            user's own (~/.cache/partinf).
 
     Raises:
         InvalidInput: no weights, weights that are not the model's, or fewer devices than the plan needs.
@@ -128,9 +131,11 @@ def load(
     from partinf.checkpoint.tokenizer import load_tokenizer
     from partinf.engine.jax_runner import JaxRunner
     from partinf.sharding import device_mesh
+    from partinf.transformer.executables import open_cache
     from partinf.transformer.params import abstract_params, random_params
 
     check_loadable(model, random_weights)
+    executables = open_cache(cache)
     if plan is None:
         plan = _default_plan(model)
     directory = weights_directory(model)
@@ -142,7 +147,7 @@ def load(
     else:
         params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
     tokenizer = load_tokenizer(directory) if directory is not None else None
-    runner = JaxRunner(plan, params, mesh)
+    runner = JaxRunner(plan, params, mesh, executables=executables)
     if compile_steps:
         runner.warm_up(on_compiled)
     return Model(plan, mesh, params, runner, Engine(runner, tokenizer=tokenizer, seed=seed), tokenizer)

@@ -33,7 +33,7 @@ class Bucket:
         decode_pages: KV pages that each lane may read.
         prefill_tokens: flat prompt tokens. prefill_slots: prompts (or chunks of them) that share those tokens.
         prefill_pages: pages of earlier context that each slot may read; 0 when every prompt begins in this step.
-        random: whether the program can sample; False compiles greedy selection alone.
+        random: whether the program can sample, when some row of a step wants it; False compiles greedy selection alone.
         rich: whether it can do what few requests ask for: penalties, logit biases, alternatives, log-probabilities of prompts. Such work
             is skipped at run time by steps in which nobody asks for it.
     """

@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(_CACHE / "xla"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Tests of the cache of compiled steps name a directory of their own.
+    "PARTINF_CACHE_DIR": "off",
     "HYPOTHESIS_STORAGE_DIRECTORY": str(_CACHE / "hypothesis"),
 }
 for _name, _value in _ENVIRONMENT.items():

@@ -110,6 +110,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
         "weights": plan.weights.value,
         "random_weights": args.random_weights,
         "programs": model.runner.num_compiled,
+        "programs_loaded": model.runner.num_loaded,
         "compile_seconds": model.runner.compile_seconds,
         "compiled_while_serving": model.runner.num_compiled - compiled,
         "scheduler": load.scheduler,
@@ -146,6 +147,7 @@ def _heading(figures: dict[str, Any]) -> list[str]:
     weights = "random weights" if figures["random_weights"] else "its weights"
     return [
         f"[bold]{figures['model']}[/] ({weights}, {figures['weights']}) on {figures['slice']} ({figures['mesh']}): {figures['layout']}",
-        f"{figures['programs']} programs compiled in {figures['compile_seconds']:.1f} s, {figures['compiled_while_serving']} while serving",
+        f"{figures['programs']} programs compiled, {figures['programs_loaded']} loaded in {figures['compile_seconds']:.1f} s, "
+        f"{figures['compiled_while_serving']} compiled while serving",
         f"{figures['scheduler']}, at most {figures['max_batch']} per iteration; {figures['arrivals']}, lengths {figures['lengths']}",
     ]

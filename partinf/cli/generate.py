@@ -77,6 +77,7 @@ def _report(args: argparse.Namespace, model: Model, prompts: list[str], outputs:
         "mesh": plan.slice.mesh,
         "layout": readable_name(plan.layout, plan.axis_sizes),
         "programs": model.runner.num_compiled,
+        "programs_loaded": model.runner.num_loaded,
         "compile_seconds": model.runner.compile_seconds,
         "outputs": [
             {"prompt": prompt, "text": output.text, "tokens": list(output.tokens), "finish_reason": output.finish_reason.value}

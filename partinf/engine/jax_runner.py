@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.sharding import device_mesh
 from partinf.transformer.batch import Batch, empty_batch, pack
+from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
 from partinf.transformer.params import Params
 from partinf.transformer.slots import compile_start, pack_start
 from partinf.transformer.step import Out, abstract_state, compile_step, empty_state
@@ -59,23 +61,34 @@ class JaxRunner:
     """Runs the steps of an engine on the devices of a plan.
 
     Attributes:
-        plan, mesh, params: as given. num_compiled, compile_seconds: programs compiled so far, and the wall time of `warm_up`.
+        plan, mesh, params: as given. num_compiled, num_loaded: programs compiled so far, and found in the cache.
+        compile_seconds: wall time of `warm_up`.
     """
 
-    def __init__(self, plan: Plan, params: Params, mesh: Mesh | None = None, num_host_pages: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        params: Params,
+        mesh: Mesh | None = None,
+        num_host_pages: int = 0,
+        executables: ExecutableCache | None = None,
+    ) -> None:
         """
         Args:
             plan: with buckets (`partinf.buckets.with_capacity`).
             params: on the devices of `mesh`, as `abstract_params` describes them; a tuple of layers runs unrolled, stacked ones in a scan.
             num_host_pages: KV pages that may be kept in host memory.
+            executables: where compiled steps are kept for the next start; None compiles at every start.
         """
         if not plan.buckets:
             raise InvalidInput(f"the plan for {plan.model.name} has no buckets; give it some with partinf.buckets.with_capacity")
         self.plan = plan
         self.mesh = mesh if mesh is not None else device_mesh(plan)
         self.num_compiled = 0
+        self.num_loaded = 0
         self.compile_seconds = 0.0
         self.params = params
+        self._executables = executables
         self._unrolled = isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
         self._batch_sharding = NamedSharding(self.mesh, P())
@@ -90,28 +103,36 @@ class JaxRunner:
     def limits(self) -> RunnerLimits:
         return self._limits
 
-    def warm_up(self, on_compiled: Callable[[Bucket, int, int], None] | None = None) -> None:
-        """Compile every bucket that is not compiled yet, as many at once as there are cores.
+    def warm_up(self, on_compiled: Callable[[Bucket, int, int], None] | None = None) -> Obtained:
+        """Load or compile every bucket that is not ready yet, as many at once as there are cores; says what it did.
 
         Args:
             on_compiled: called with (bucket, number done, number in all) after each.
         """
         missing = [bucket for bucket in self._buckets if bucket not in self._steps]
-        started = time.perf_counter()
+        started, done = time.perf_counter(), Obtained()
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            futures = {pool.submit(compile_step, self.plan, self.mesh, bucket, self._unrolled): bucket for bucket in missing}
-            for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                self._steps[futures[future]] = future.result()
-                self.num_compiled += 1
+            compile_one = lambda bucket: compile_step(self.plan, self.mesh, bucket, self._unrolled)  # noqa: E731
+            futures = {pool.submit(self._obtain, partial(compile_one, bucket), bucket, self._unrolled): bucket for bucket in missing}
+            for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                self._steps[futures[future]], obtained = future.result()
+                done += obtained
                 if on_compiled is not None:
-                    on_compiled(futures[future], done, len(missing))
+                    on_compiled(futures[future], number, len(missing))
         if self._limits.num_host_pages and self._copies is None:
             self._copies = _PageCopies(self.plan, self.mesh, self._unrolled)
-            self.num_compiled += 2
+            done += Obtained(compiled=2)
         if self.plan.rich and self._start_slot is None:
-            self._start_slot = compile_start(self.plan, self.mesh)
-            self.num_compiled += 1
+            self._start_slot, obtained = self._obtain(partial(compile_start, self.plan, self.mesh), "start")
+            done += obtained
+        self.num_compiled += done.compiled
+        self.num_loaded += done.loaded
         self.compile_seconds += time.perf_counter() - started
+        return done
+
+    def _obtain(self, compile_program: Callable[[], Any], *program: Any) -> tuple[Any, Obtained]:
+        key = "" if self._executables is None else program_key(self.plan, self.mesh, *program)
+        return obtain(self._executables, key, self.mesh, compile_program)
 
     def submit(self, step: Step) -> None:
         if step.swap_out or step.swap_in:

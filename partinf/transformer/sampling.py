@@ -21,20 +21,21 @@ from partinf.transformer.batch import SamplingBatch
 Combine = Callable[[jax.Array], jax.Array]
 
 
-def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: bool) -> jax.Array:
+def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: jax.Array | None) -> jax.Array:
     """One token per row, [R].
 
     Args:
         logits: float32 [R, V.a]; -inf where an entry must not be chosen. ids: [V.a], the vocabulary entries held here.
         how: one entry per row.
         axes: a, the axes of size > 1 that split the vocabulary.
-        random: False compiles greedy selection alone.
+        random: whether any row of the step samples, on whatever device; None compiles greedy selection alone.
     """
     total: Combine = lambda x: lax.psum(x, axes) if axes else x  # noqa: E731
     tokens = _argmax(logits, ids, axes)
-    if random:
-        tokens = jnp.where(how.temperature > 0, _sample(logits, ids, how, axes, total), tokens)
-    return tokens
+    if random is None:
+        return tokens
+    sampled = lambda: jnp.where(how.temperature > 0, _sample(logits, ids, how, axes, total), tokens)  # noqa: E731
+    return lax.cond(random, sampled, lambda: tokens)
 
 
 def log_normalizer(logits: jax.Array, axes: Axes) -> jax.Array:

@@ -156,12 +156,13 @@ def _choose(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch: Batc
         return jnp.concatenate([move(values[:lanes], frame, Split(), Split(routes.replica)), values[lanes:]])
 
     ids, how = vocabulary_ids(routes), jax.tree.map(local, batch.sampling)
+    random = jnp.any(jnp.asarray(batch.sampling.temperature) > 0) if routes.bucket.random else None
     if not routes.bucket.rich:
-        tokens = choose(logits, ids, how, axes, routes.bucket.random)
+        tokens = choose(logits, ids, how, axes, random)
         logprobs = logit_of(logits, ids, tokens, axes) - log_normalizer(logits, axes)
         return Out(_whole_lanes(tokens, routes), _whole_lanes(logprobs, routes))
     rows = replace(batch.rich, counted=None, target=None)
-    tokens = choose(steer(logits, kept, local(slots), jax.tree.map(local, rows)), ids, how, axes, routes.bucket.random)
+    tokens = choose(steer(logits, kept, local(slots), jax.tree.map(local, rows)), ids, how, axes, random)
     normalizer = log_normalizer(logits, axes)
     logprobs = logit_of(logits, ids, tokens, axes) - normalizer
 

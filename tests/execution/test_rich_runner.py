@@ -5,18 +5,21 @@ One program does everything: decode lanes, prompts and chunks. Pages are short, 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
-from partinf.engine import Engine, FirstComeFirstServed, Policy, RequestOutput, SamplingParams
+from partinf.engine import Engine, FinishReason, FirstComeFirstServed, Orca, Policy, RequestOutput, SamplingParams
 from partinf.engine.jax_runner import JaxRunner
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
@@ -48,11 +51,19 @@ PARAMS = [
 PARAMS = [replace(params, ignore_eos=True, logprobs=True) for params in PARAMS]
 
 
+ESTIMATES = Estimates(first_iteration=lambda tokens: 1e-4, decode=1e-4)
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "fcfs": lambda: FirstComeFirstServed(chunk_prefills=True),
+    "orca": lambda: Orca(4),
+    "mlfq": lambda: MultiLevelFeedbackQueue(ESTIMATES, 5, pages=Pages(Eviction.REACTIVE, None)),
+}
+
+
 @cache
 def make_runner(slice_name: str) -> JaxRunner:
     plan = Plan(load_model_config("demo"), parse_slice(slice_name), LAYOUTS[slice_name], weights=DType.F32, kv=DType.F32)
     plan = with_capacity(plan, Capacity(max_rows=8, max_len=28, prefill_tokens=16, page_size=4, rich=True))
-    plan = replace(plan, buckets=plan.buckets[-1:], cache=replace(plan.cache, pages_per_shard=26 // plan.num_shards))
+    plan = replace(plan, buckets=plan.buckets[-1:], cache=replace(plan.cache, pages_per_shard=16 // plan.num_shards))
     mesh = device_mesh(plan)
     runner = JaxRunner(plan, load_hf(resources.find("models", "demo"), plan.model, abstract_params(plan, mesh, False)), mesh, 40)
     runner.warm_up()
@@ -107,9 +118,7 @@ def test_equal_to_the_reference_and_numpy(slice_name: str) -> None:
 @pytest.mark.parametrize("slice_name", LAYOUTS)
 def test_tokens_depend_on_nothing_else(slice_name: str, policy: str) -> None:
     """Neither on the batch, preemption, swapping, shared and cached pages, steps ahead, nor the mesh."""
-    estimates = Estimates(first_iteration=lambda tokens: 1e-4, decode=1e-4)
-    how = FirstComeFirstServed() if policy == "fcfs" else MultiLevelFeedbackQueue(estimates, 5, pages=Pages(Eviction.REACTIVE, None))
-    outputs, engine = answers(slice_name, how, lag=1, caching=policy == "fcfs")
+    outputs, engine = answers(slice_name, POLICIES[policy](), lag=1, caching=policy == "fcfs")
     want = alone("cpu:1")
     assert [(output.tokens, output.sample) for output in outputs] == [(output.tokens, output.sample) for output in want]
     for output, one in zip(outputs, want, strict=True):
@@ -119,3 +128,55 @@ def test_tokens_depend_on_nothing_else(slice_name: str, policy: str) -> None:
     assert engine.metrics.cached_tokens > 0
     assert engine.metrics.preemptions + engine.metrics.swap_outs > 0
     assert len({output.tokens for output in outputs if output.prompt == tuple(PROMPTS[2])}) == 3
+
+
+SHARED = [3, 5, 7, 5, 9, 11, 13, 7, 2, 6]
+BEGINNINGS = [SHARED[:9], SHARED, [*SHARED, 4, 8, 15], [*SHARED[:8], 16, 23], SHARED[:4], [42, 4, 2]]
+SHORT = [replace(params, max_tokens=6, n=min(params.n, 2)) for params in PARAMS]
+
+
+@cache
+def answer_alone(beginning: int, how: int) -> list[tuple[int, ...]]:
+    engine = Engine(make_runner("cpu:1"))
+    return [output.tokens for output in engine.generate([BEGINNINGS[beginning]], SHORT[how])]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that comes before iteration `at` and may be cancelled some iterations later."""
+
+    beginning: int
+    how: int
+    at: int
+    cancel_after: int | None
+
+
+ARRIVALS = st.builds(Arrival, st.integers(0, 5), st.integers(0, 3), st.integers(0, 8), st.none() | st.none() | st.integers(0, 6))
+
+
+@settings(max_examples=25)
+@given(
+    arrivals=st.lists(ARRIVALS, min_size=2, max_size=7), policy=st.sampled_from([*POLICIES]), lag=st.integers(0, 1), caching=st.booleans()
+)
+def test_everyone_is_answered_as_if_alone(arrivals: list[Arrival], policy: str, lag: int, caching: bool) -> None:
+    """Prompts that begin alike, whole pages or not, come and go; pages are cached, shared, swapped and taken away."""
+    engine = Engine(make_runner("cpu:1"), policy=POLICIES[policy](), lag=lag, prefix_caching=caching, check_invariants=True)
+    outputs: dict[str, dict[int, RequestOutput]] = {str(number): {} for number in range(len(arrivals))}
+    iteration = 0
+    while iteration < 20 or engine.has_work:
+        for number, arrival in enumerate(arrivals):
+            if arrival.at == iteration:
+                engine.add_request(BEGINNINGS[arrival.beginning], SHORT[arrival.how], str(number))
+            if arrival.cancel_after is not None and arrival.at + arrival.cancel_after == iteration:
+                engine.cancel(str(number))
+        for output in engine.step():
+            assert outputs[output.id].setdefault(output.sample, output) is output
+        iteration += 1
+        assert iteration < 500
+    for number, arrival in enumerate(arrivals):
+        want = answer_alone(arrival.beginning, arrival.how)
+        assert len(outputs[str(number)]) == len(want)
+        for sample, output in outputs[str(number)].items():
+            assert output.tokens == want[sample][: len(output.tokens)]
+            assert (output.finish_reason is FinishReason.CANCELLED) or len(output.tokens) == 6
+    assert engine._scheduler.pool.num_free_pages == engine.limits.num_shards * engine.limits.pages_per_shard

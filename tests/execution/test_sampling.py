@@ -30,7 +30,7 @@ def choose_over(ways: int, logits: np.ndarray, how: SamplingBatch, random: bool 
     axes = ("x",) if ways > 1 else ()
 
     def local(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = choose(part, ids, how, axes, random)
+        tokens = choose(part, ids, how, axes, jnp.any(jnp.asarray(how.temperature) > 0) if random else None)
         return tokens, logit_of(part, ids, tokens, axes) - log_normalizer(part, axes)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=(P(), P()), check_vma=False)

@@ -1,0 +1,165 @@
+"""Compiled steps on disk: a second start loads them, answers the same and updates its state in place; nothing bad is ever run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType
+
+from partinf.buckets import Capacity, with_capacity
+from partinf.engine import Engine, SamplingParams
+from partinf.engine.jax_runner import JaxRunner, place_step
+from partinf.engine.step import PrefillChunk, RowSampling, Step
+from partinf.errors import InvalidInput
+from partinf.layout import make_layout
+from partinf.plans import Plan
+from partinf.sharding import device_mesh
+from partinf.transformer.batch import pack
+from partinf.transformer.executables import ExecutableCache, Obtained, obtain, open_cache, program_key
+from partinf.transformer.params import random_params
+from partinf.transformer.step import empty_state
+from tests.execution.harness import MODEL, make_plan
+
+PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7]]
+PARAMS = SamplingParams(max_tokens=5, temperature=1.0, seed=3)
+LAYOUT = make_layout({"x": "embed", "y": "ffn", "z": "replica"}, {"x": "batch", "y": "heads", "z": "none"}, dict.fromkeys("xyz", "heads"))
+
+
+@pytest.fixture(autouse=True)
+def without_the_cache_of_jax() -> Iterator[None]:
+    """jax remembers whether it has a cache, until it is reset."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def plan_of(rich: bool = False) -> Plan:
+    wanted = Capacity(max_rows=4, max_len=12, prefill_tokens=8, page_size=4, rich=rich)
+    plan = with_capacity(make_plan("2x2x2", LAYOUT, MODEL), wanted)
+    return replace(plan, buckets=plan.buckets[-1:])
+
+
+def start(plan: Plan, cache: ExecutableCache | None, unrolled: bool = False) -> tuple[JaxRunner, Any]:
+    mesh = device_mesh(plan)
+    runner = JaxRunner(plan, random_params(plan, mesh, unrolled, 0), mesh, executables=cache)
+    return runner, runner.warm_up()
+
+
+def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path: Path) -> None:
+    plan, cache = plan_of(rich=True), ExecutableCache(tmp_path / "programs")
+    first, done = start(plan, cache)
+    assert (done.compiled, done.loaded) == (2, 0)
+    params = replace(PARAMS, presence_penalty=1.0, top_logprobs=2)
+    want = [(output.tokens, output.top_logprobs) for output in Engine(first).generate(PROMPTS, params)]
+    second, done = start(plan, cache)
+    assert (done.compiled, done.loaded, second.num_compiled, second.num_loaded) == (0, 2, 0, 2)
+    assert done.load_seconds > 0
+    engine = Engine(second, lag=1)
+    assert [(output.tokens, output.top_logprobs) for output in engine.generate(PROMPTS, params)] == want
+    assert second.num_compiled == 0
+
+
+def test_a_loaded_step_still_updates_its_state_in_place(tmp_path: Path) -> None:
+    plan, cache, unrolled = plan_of(), ExecutableCache(tmp_path), True
+    start(plan, cache, unrolled)
+    runner, done = start(plan, cache, unrolled)
+    assert done.loaded == 1
+    (bucket,) = plan.buckets
+    state = empty_state(plan, runner.mesh, unrolled)
+    leaves = jax.tree.leaves(state.kv)
+    before = [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
+    chunk = PrefillChunk(0, 0, (1, 2, 3), 0, (0,), True, RowSampling())
+    placed = place_step(Step(prefill=(chunk,)), bucket, plan, runner.limits)
+    new, _ = runner._steps[bucket](runner.params, state, jax.device_put(pack(placed.batch), runner._batch_sharding))
+    after = [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new.kv) for shard in leaf.addressable_shards]
+    assert after == before
+    assert all(leaf.is_deleted() for leaf in leaves)
+    assert np.abs(np.asarray(jax.tree.leaves(new.kv)[0], np.float32)).max() > 0
+
+
+def obtain_small(cache: ExecutableCache) -> Obtained:
+    """A program of one addition, which must work wherever it comes from."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    compile_one = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile
+    program, obtained = obtain(cache, "key", mesh, compile_one)
+    assert np.asarray(program(np.ones(2, np.float32))).tolist() == [2, 2]
+    return obtained
+
+
+def test_damaged_entries_are_replaced(tmp_path: Path) -> None:
+    cache = ExecutableCache(tmp_path)
+    obtain_small(cache)
+    (entry,) = tmp_path.iterdir()
+    whole = entry.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b"x" * 100):
+        entry.write_bytes(damaged)
+        assert [obtain_small(cache).loaded for _ in range(2)] == [0, 1]
+    assert list(tmp_path.iterdir()) == [entry]  # nothing half written is left
+
+
+def test_what_the_cache_of_jax_returns_is_not_kept(tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    cache = ExecutableCache(tmp_path / "ours")
+    assert [obtain_small(cache).loaded for _ in range(2)] == [0, 0]
+    assert list((tmp_path / "ours").iterdir()) == []
+
+
+def test_what_a_program_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    mesh, (bucket,) = device_mesh(plan), plan.buckets
+    name = program_key(plan, mesh, bucket, False)
+    assert name == program_key(replace(plan, note="why", predicted=()), mesh, bucket, False)
+    others = [
+        program_key(plan, mesh, bucket, True),
+        program_key(plan, mesh, replace(bucket, decode_pages=1), False),
+        program_key(replace(plan, cache=replace(plan.cache, page_size=8)), mesh, bucket, False),
+        program_key(replace(plan, model=replace(MODEL, ffn_dim=128)), mesh, bucket, False),
+        program_key(replace(plan, buckets=(replace(bucket, rich=True),)), mesh, bucket, False),
+        program_key(plan, device_mesh(plan, jax.devices()[::-1]), bucket, False),
+    ]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_other")
+    others.append(program_key(plan, mesh, bucket, False))
+    monkeypatch.undo()
+    monkeypatch.setattr("partinf.transformer.executables._source", lambda: "changed")
+    others.append(program_key(plan, mesh, bucket, False))
+    assert len({name, *others}) == 1 + len(others)
+
+
+def test_the_oldest_make_room(tmp_path: Path) -> None:
+    compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile()
+    cache = ExecutableCache(tmp_path, max_bytes=1)
+    for key in "abc":
+        cache.store(key, compiled)
+    assert [path.stem for path in tmp_path.iterdir()] == ["c"]
+    assert cache.load("a", jax.devices()) is None
+    loaded = cache.load("c", jax.devices()[:1])
+    assert np.asarray(loaded(np.ones(2, np.float32))).tolist() == [2, 2]
+
+
+def test_where_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_cache() is None  # what tests ask for
+    assert open_cache("off") is None
+    assert open_cache(tmp_path / "here").directory == tmp_path / "here"
+    monkeypatch.setenv("PARTINF_CACHE_DIR", str(tmp_path / "there"))
+    assert open_cache().directory == tmp_path / "there"
+    monkeypatch.delenv("PARTINF_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert open_cache().directory == tmp_path / "partinf" / "executables"
+    assert open_cache().directory.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(InvalidInput, match="others may write to it"):
+        open_cache(tmp_path / "shared")
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match="name another directory, or 'off'"):
+        open_cache(tmp_path / "file" / "below")
