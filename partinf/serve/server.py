@@ -22,12 +22,14 @@ import uvicorn
 from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.engine.engine import Engine
 from partinf.errors import InvalidInput
-from partinf.serve.app import Bounds, Front, running
-from partinf.serve.asked import Served
+from partinf.serve.app import Front, Running
+from partinf.serve.bodies import Bounds
 from partinf.serve.chat_template import ChatTemplate
 from partinf.serve.connections import bounded_protocol
 from partinf.serve.engine_thread import EngineThread, log_failure
+from partinf.serve.prompts import Served
 
+_IDLE_SECONDS = 30  # that a connection is kept between two requests
 _CLOSING_SECONDS = 2.0  # for connections to close once their answers are sent
 
 
@@ -110,6 +112,7 @@ class Server(uvicorn.Server):
                 log_level="info" if options.access_log else "warning",
                 access_log=options.access_log,
                 server_header=False,
+                timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=int(_CLOSING_SECONDS),
             )
         )
@@ -117,12 +120,13 @@ class Server(uvicorn.Server):
         self.thread = threading.Thread(target=self._drive, name="partinf-engine", daemon=True)
         self._load = load
         self._options = options
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
         for listener in sockets or ():
             host, port, *_ = listener.getsockname()
             say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading the model")
@@ -132,6 +136,7 @@ class Server(uvicorn.Server):
         """The engine's thread: load, then run iterations."""
         try:
             loaded = self._load()
+            assert self._loop is not None
             thread = asyncio.run_coroutine_threadsafe(self._open(loaded), self._loop).result()
             thread.run()
         except BaseException as error:
@@ -144,12 +149,14 @@ class Server(uvicorn.Server):
         """The model is warm: take requests."""
         thread = EngineThread(loaded.engine)
         served = Served(tuple(self._options.names), loaded.engine.limits, loaded.tokenizer, loaded.chat_template)
-        self.front.running = running(served, thread)
+        self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread
 
     def _tell(self, what: Callable[[], Any]) -> None:
-        if not self._loop.is_closed():
+        if self._loop is None:
+            self.should_exit = True
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(what)
 
     def _give_up(self) -> None:

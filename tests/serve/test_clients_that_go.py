@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from partinf.engine import SamplingParams
-from partinf.serve.app import Bounds
-from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving
+from partinf.serve.bodies import Bounds
+from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
 
 LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}
 
@@ -36,8 +36,7 @@ def test_a_client_that_goes_cancels_its_request(stream: bool, samples: int) -> N
     with fake_serving(Slow(LIMITS, seconds=0.01)) as serving:
         with socket.create_connection(("127.0.0.1", serving.port)) as client:
             client.sendall(request_bytes(LONG | {"stream": stream, "n": samples}))
-            while generated(serving) < 5:
-                time.sleep(0.002)
+            wait_until(lambda: generated(serving) >= 5)
         serving.wait_idle()
         assert generated(serving) < 60 * samples
         status, _, _ = serving.post("/v1/completions", LONG | {"max_tokens": 2})
@@ -50,8 +49,7 @@ def test_a_client_that_goes_while_it_waits() -> None:
         runner.gate.clear()
         with socket.create_connection(("127.0.0.1", serving.port)) as client:
             client.sendall(request_bytes(LONG | {"prompt": [[5]] * 20}))
-            while serving.num_waiting_clients < 20:
-                time.sleep(0.002)
+            wait_until(lambda: serving.num_waiting_clients == 20)
         runner.gate.set()
         serving.wait_idle()
         assert generated(serving) < 100
@@ -65,12 +63,8 @@ def test_a_client_that_takes_nothing_is_dropped() -> None:
             client.connect(("127.0.0.1", serving.port))
             body = LONG | {"prompt": [[5]] * 64, "n": 4, "stream": True, "logprobs": 20, "echo": False}
             client.sendall(request_bytes(body))
-            deadline = time.monotonic() + 15
-            while not serving.num_waiting_clients:
-                time.sleep(0.002)
-            while serving.num_waiting_clients:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: serving.num_waiting_clients)
+            wait_until(lambda: not serving.num_waiting_clients)
         serving.wait_idle()
         assert not serving.server.server_state.connections
 
@@ -82,12 +76,12 @@ def test_heads_that_never_end() -> None:
             client.settimeout(5)
             client.sendall(b"POST /v1/completions HTTP/1.1\r\n")
             try:
-                while time.monotonic() < started + 3:
+                while time.monotonic() < started + 15:
                     client.sendall(b"x-slow: 1\r\n")
                     time.sleep(0.05)
             except OSError:
                 pass
-        assert 0.2 < time.monotonic() - started < 2
+        assert 0.2 < time.monotonic() - started < 10
         assert serving.get("/health")[0] == 200
 
 
@@ -101,16 +95,11 @@ def test_a_body_that_never_ends() -> None:
 def test_connections_are_bounded() -> None:
     with fake_serving(max_connections=3) as serving:
         held = [socket.create_connection(("127.0.0.1", serving.port)) for _ in range(3)]
-        deadline = time.monotonic() + 5
-        while len(serving.server.server_state.connections) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(lambda: len(serving.server.server_state.connections) == 3)
         status, content, headers = serving.get("/health")
         assert (status, headers["retry-after"], content["error"]["code"]) == (503, "1", "unavailable")
         held.pop().close()
-        while len(serving.server.server_state.connections) == 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(lambda: len(serving.server.server_state.connections) < 3)
         assert serving.get("/health")[0] == 200
         for client in held:
             client.close()
@@ -169,23 +158,32 @@ def test_many_streams_and_random_disconnects(demo: Serving) -> None:
     check_storm(demo, 200, seed=0)
 
 
-def test_memory_stays_flat() -> None:
-    """Of a request that has ended only its times are remembered."""
+def check_memory(serving: Serving, count: int, rounds: int) -> None:
+    """Of a request that has ended only its times are remembered: an object or two. Resident memory goes up and down by more."""
 
     def held() -> tuple[int, int]:
         gc.collect()
         with open("/proc/self/statm") as file:
             return len(gc.get_objects()), int(file.read().split()[1]) * resource.getpagesize()
 
+    for seed in range(3):
+        check_storm(serving, count, seed)
+    objects, size = held()
+    for seed in range(rounds):
+        check_storm(serving, count, seed)
+    more_objects, larger = held()
+    assert more_objects - objects < 3 * count * rounds
+    assert larger - size < 32 << 20
+
+
+def test_memory_stays_flat() -> None:
     with fake_serving(Slow(LIMITS)) as serving:
-        for seed in range(3):
-            check_storm(serving, 50, seed)
-        objects, size = held()
-        for seed in range(6):
-            check_storm(serving, 50, seed)
-        more_objects, larger = held()
-    assert more_objects - objects < 300 * 3
-    assert larger - size < 8 << 20
+        check_memory(serving, 50, rounds=4)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_under_the_model(demo: Serving) -> None:
+    check_memory(demo, 200, rounds=10)
 
 
 def test_an_iterations_events_are_whole() -> None:
