@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, str] = {
     "score": "log-probabilities of given texts under a model of your own",
     "bench": "serve requests as they arrive with the real engine, and time it",
     "simulate": "serve requests on a slice that is not here, on a virtual clock",
+    "run": "run a described experiment here, in several processes, on a pod or in the simulator; one form of result",
     "launch": "run a saved plan on a TPU slice, or show the commands that would",
 }
 

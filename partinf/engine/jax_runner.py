@@ -23,7 +23,7 @@ from partinf.engine.step import PageCopy, RowSampling, SampledToken, Step, StepO
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
-from partinf.sharding import device_mesh
+from partinf.sharding import device_mesh, put
 from partinf.transformer.batch import Batch, SamplingBatch, empty_batch, pack
 from partinf.transformer.params import Params
 from partinf.transformer.step import Out, abstract_state, compile_step, empty_state
@@ -113,7 +113,7 @@ class JaxRunner:
         if bucket not in self._steps:
             self.warm_up()
         placed = place_step(step, bucket, self.plan, self._limits)
-        batch = jax.device_put(pack(placed.batch), self._batch_sharding)
+        batch = put(pack(placed.batch), self._batch_sharding)
         self._state, out = self._steps[bucket](self.params, self._state, batch)
         self._in_flight.append(_Submitted(out, placed, bucket.num_tokens))
 

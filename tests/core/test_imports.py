@@ -24,6 +24,7 @@ _JAX_COLUMN = (
     "engine.jax_runner",
     "scoring",
     "measure",
+    "runs.execute",
     "serve",
     "cli",
     "__main__",
