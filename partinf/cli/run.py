@@ -88,8 +88,10 @@ def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
 
     slice_ = experiment.target()
     if slice_.chip.family == "cpu":
-        devices.prepare(None, slice_.num_devices // int(os.environ.get("PARTINF_NUM_PROCESSES", "1")))
-        os.environ["JAX_PLATFORMS"] = "cpu"
+        # Not what the user has set but what the experiment says: all processes together have the devices of its slice.
+        each = slice_.num_devices // int(os.environ.get("PARTINF_NUM_PROCESSES", "1"))
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
+    devices.prepare(slice_)
     join()
     found = _execute(experiment)
     import jax
