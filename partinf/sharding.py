@@ -157,5 +157,7 @@ def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
 
 
 def put(array: np.ndarray, target: NamedSharding) -> jax.Array:
-    """A host array onto its devices, each device receiving its own part alone."""
+    """A host array onto its devices, each device receiving its own part alone; every process of a mesh that spans several has it whole."""
+    if target.is_fully_addressable:
+        return jax.device_put(array, target)
     return jax.make_array_from_callback(array.shape, target, lambda index: array[index])

@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "answer over HTTP as OpenAI's servers do, with a model of your own",
     "bench": "serve requests as they arrive with the real engine, and time it",
     "simulate": "serve requests on a slice that is not here, on a virtual clock",
+    "run": "run a described experiment here, in several processes, on a pod or in the simulator; one form of result",
     "launch": "run a saved plan on a TPU slice, or show the commands that would",
 }
 

@@ -74,6 +74,7 @@ class Network:
         self._hop_scale = hop_seconds / slice_.chip.hop_seconds
         self._axes = {axis.name: axis for axis in slice_.axes}
         self._rates = rates
+        self._known: dict[tuple[Op, tuple[str, ...]], tuple[float, float]] = {}  # measured seconds and factor
         self._stages: dict[tuple[str, ...], tuple[_Stage, ...]] = {}
 
     def seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
@@ -82,8 +83,10 @@ class Network:
         if stages is None:
             stages = self._stages[axes] = self._make_stages(axes)
         if self._rates is not None:
-            alone, factor = self._rates.collective(op.value, math.prod(stage.ways for stage in stages))
-            return alone + factor * self._transfer(op, stages, num_bytes)
+            known = self._known.get((op, axes))
+            if known is None:
+                known = self._known[op, axes] = self._rates.collective(op.value, math.prod(stage.ways for stage in stages))
+            return known[0] + known[1] * self._transfer(op, stages, num_bytes)
         spent, payload = 0.0, num_bytes
         for stage in stages:  # innermost first: it moves the whole payload, the next one 1/ways of it
             if op is Op.ALL_TO_ALL:

@@ -8,7 +8,7 @@ is the one of the paper: collectives unrolled into the matmuls beside them and o
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
@@ -147,9 +147,13 @@ class _Measured:
     curve: Curve
     memory: float
     rates: TypeRates
+    _by_rows: dict[int, float] = field(default_factory=dict)
 
     def product(self, flops: float, weight_bytes: float, activation_bytes: float, rows: int) -> float:
-        work = max(flops / self.curve(max(rows, 1)), weight_bytes / self.memory)
+        rate = self._by_rows.get(rows)
+        if rate is None:
+            rate = self._by_rows[rows] = self.curve(max(rows, 1))
+        work = max(flops / rate, weight_bytes / self.memory)
         return self.rates.op_seconds + work + activation_bytes / self.rates.activations
 
     def core(self, flops: float, kv_bytes: float, prompt: bool) -> float:

@@ -48,14 +48,19 @@ class Steps:
         self.runner.warm_up()
 
     def call(self, bucket: Bucket) -> Call:
-        """One step of a bucket, from its data on the host to its tokens on the host."""
-        step = full_step(self.plan, bucket, runner_limits(self.plan))
+        """One step of a bucket; see `step_call`."""
+        return step_call(self.runner, bucket)
 
-        def call() -> None:
-            self.runner.submit(step)
-            self.runner.collect()
 
-        return call
+def step_call(runner: JaxRunner, bucket: Bucket) -> Call:
+    """One step of a bucket that is full, from its data on the host to its tokens on the host."""
+    step = full_step(runner.plan, bucket, runner_limits(runner.plan))
+
+    def call() -> None:
+        runner.submit(step)
+        runner.collect()
+
+    return call
 
 
 def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:

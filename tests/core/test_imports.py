@@ -25,6 +25,7 @@ _JAX_COLUMN = (
     "engine.jax_runner",
     "scoring",
     "measure",
+    "runs.execute",
     "cli",
     "__main__",
 )

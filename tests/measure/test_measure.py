@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from partinf.api import find_slice
-from partinf.cost.ledger import Op
+from partinf.cost.ledger import Kind, Op
 from partinf.engine.jax_runner import runner_limits
 from partinf.errors import InvalidInput
 from partinf.hardware import chips, make_slice, parse_slice
@@ -19,6 +19,7 @@ from partinf.hardware_file import default_path, write_hardware
 from partinf.layout import make_layout
 from partinf.measure.calibrate import ROWS, calibrate
 from partinf.measure.collectives import collective_call
+from partinf.measure.entries import Alone, Entries
 from partinf.measure.probes import Probe, Size, fit, price, probes
 from partinf.measure.products import product_call
 from partinf.measure.steps import Steps, for_buckets, full_step
@@ -26,6 +27,7 @@ from partinf.measure.timing import Timing, alternate
 from partinf.model_config import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.runs.result import ledger_of
 from partinf.sharding import device_mesh
 from partinf.workload import DType
 
@@ -156,3 +158,31 @@ def test_calibrating_these_devices() -> None:
     assert {(rate.op, rate.ways) for rate in rates.collectives} == {(op.value, ways) for op in Op for ways in (2, 4, 8)}
     assert all(0 < rate < math.inf for rate in rates.product("f32").rates)
     assert len(timed) == sum(len(buckets) for _, buckets in probes(Size()))
+
+
+def test_entries_of_a_ledger_are_timed_at_their_shapes() -> None:
+    """One of every kind; what is neither product, core nor collective has no call of its own."""
+    bucket = Bucket(8, 2)
+    plan = for_buckets(SPLIT, (bucket, Bucket(prefill_tokens=8, prefill_slots=4)))
+    ledger = ledger_of(plan, bucket)
+    chosen = [next(entry for entry in ledger.entries if entry.kind is kind) for kind in (Kind.MATMUL, Kind.COLLECTIVE, Kind.ATTENTION)]
+    alone = Entries(plan)
+    alone.add(chosen)
+    timings = alternate(alone.calls, budget=0.0, least=2, most=2)
+    for entry in chosen:
+        way = alone.of(entry)
+        assert way is not None
+        assert way.seconds(timings) >= 0
+        assert timings[way.more].repeats == 2
+    # W_Q of 8 heads of 16 over y, d_model 64 over x; all 8 lanes over z.
+    assert chosen[0].shape == (4, 32, 64)
+    assert any(name.startswith("product of 4 rows, 32 → 64, f32") for name in alone.calls)
+    # Lanes over y and z, heads over x.
+    assert any(name.startswith("decode core: 2 sequences, 2 tokens, 4 heads, 2 kv heads, 32 in the cache") for name in alone.calls)
+    assert all(alone.of(entry) is None for entry in ledger.entries if entry.kind is Kind.MEMORY)
+
+
+def test_a_timing_alone_is_what_more_takes_beyond_less() -> None:
+    timings = {"a": Timing(5.0, 0.0, 1), "b": Timing(1.0, 0.0, 1)}
+    assert Alone("a", "b", 4).seconds(timings) == 1.0
+    assert Alone("b", "a", 4).seconds(timings) == 0.0
