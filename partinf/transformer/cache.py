@@ -45,9 +45,14 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
     if plan.kv is DType.INT8:
         half: Any = Quantized(array(shape, jnp.int8, _LETTERS), array(shape[:-1], jnp.float32, _LETTERS[:-1]), (-1,))
     else:
-        half = array(shape, jnp.float32 if plan.kv is DType.F32 else jnp.bfloat16, _LETTERS)
+        half = array(shape, jnp.float32 if plan.kv is DType.F32 else _bfloat16(plan), _LETTERS)
     layer = KeysValues(half, half)
     return (layer,) * model.num_layers if unrolled else layer
+
+
+def _bfloat16(plan: Plan) -> Any:
+    """How bfloat16 is stored: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every scatter into it; bits it leaves."""
+    return jnp.uint16 if plan.slice.chip.family == "cpu" else jnp.bfloat16
 
 
 def cache_bytes_per_device(plan: Plan) -> int:
@@ -71,11 +76,19 @@ def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.
     slots = jnp.where(owned, pages, jnp.iinfo(jnp.int32).max)  # out of range: dropped
     where = (slots, slice(None), offsets) if isinstance(kv, tuple) else (layer, slots, slice(None), offsets)
     stored = jax.tree.map(lambda x: quantize(x, (-1,)), new) if isinstance(held.keys, Quantized) else new
-    updated = jax.tree.map(lambda array, part: array.at[where].set(part.astype(array.dtype), mode="drop"), held, stored)
+    updated = jax.tree.map(lambda array, part: array.at[where].set(_as_stored(part, array.dtype), mode="drop"), held, stored)
     return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
 
 
 def read(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
     """Pages [..] of a layer, as stored: [.., K, S, Q]. Ids must be local; those out of range read some page."""
     held, where = (kv[layer], (pages,)) if isinstance(kv, tuple) else (kv, (layer, pages))
-    return jax.tree.map(lambda array: array.at[where].get(mode="clip"), held)
+    return jax.tree.map(lambda array: _as_read(array.at[where].get(mode="clip")), held)
+
+
+def _as_stored(new: jax.Array, dtype: Any) -> jax.Array:
+    return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype) if dtype == jnp.uint16 else new.astype(dtype)
+
+
+def _as_read(found: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == jnp.uint16 else found
