@@ -24,6 +24,7 @@ from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
 from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.hardware import Slice, parse_slice
+from partinf.hardware_file import check_devices, read_hardware
 from partinf.layout import Layout
 from partinf.model_config import ModelConfig, load_model_config
 from partinf.plans import Bucket, Plan
@@ -39,19 +40,28 @@ _CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough 
 DEFAULT_WORKLOAD = Workload(batch=32, input_len=64, output_len=64)
 
 
-def find_slice(slice_: str | Slice, mesh: str | None = None) -> Slice:
+def find_slice(slice_: str | Slice, mesh: str | None = None, hardware: str | Path | None = None) -> Slice:
     """A slice by name; `local` is the devices that are here.
 
+    Args:
+        hardware: a file of `partinf calibrate` that says what the slice's chips are; for `local`, the user's own if not given.
+
     Raises:
-        InvalidInput: as `parse_slice`.
+        InvalidInput: as `parse_slice` and `read_hardware`, or a file of other devices.
     """
     if isinstance(slice_, Slice):
         return slice_ if mesh is None else slice_.with_mesh(mesh)
+    chip = None if hardware is None else read_hardware(Path(hardware))
     if slice_ == "local":
         from partinf.sharding import local_slice
 
-        return local_slice(mesh)
-    return parse_slice(slice_, mesh)
+        found = local_slice(mesh, chip)
+    else:
+        found = parse_slice(slice_, mesh, chip)
+        if chip is not None and found.chip is not chip:
+            raise InvalidInput(f"hardware file {hardware} is of {chip.name}, slice {slice_} of {found.chip.name}")
+    check_devices(found.chip, found.num_devices)
+    return found
 
 
 def plan(
@@ -62,6 +72,7 @@ def plan(
     layout: Layout | None = None,
     mesh: str | None = None,
     capacity: Capacity | None = None,
+    hardware: str | Path | None = None,
 ) -> Plan:
     """Choose how `model` is split over a slice for a workload, and fix the shapes of the steps.
 
@@ -71,12 +82,13 @@ def plan(
         layout: bind this layout instead of choosing one.
         mesh: a factorisation of the slice's axes.
         capacity: what an engine should hold; from the workload if not given.
+        hardware: a file of `partinf calibrate`, see `find_slice`.
 
     Raises:
         InvalidInput: everything that does not fit together.
     """
     config = model if isinstance(model, ModelConfig) else load_model_config(model)
-    target = find_slice(slice_, mesh)
+    target = find_slice(slice_, mesh, hardware)
     if layout is not None:
         bound = Plan(config, target, layout, weights=workload.weights, kv=workload.kv)
     else:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partinf.cost.pricing import Pricing
+from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.workload import DType
 
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 
@@ -56,10 +59,31 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
     if max_len > longest:
         offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
     raise_offences(offences)
-    rows = _up(capacity.max_rows, plan.decode_row_multiple())
+    rows = _up(max(capacity.max_rows, least_rows(plan)), plan.decode_row_multiple())
     pages = -(-max_len // capacity.page_size)
     cache = CacheConfig(capacity.page_size, rows // plan.num_shards * pages, rows)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
+
+
+def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
+    """The plan's roles worked out for a bucket at its padded shape."""
+    page, heads = plan.cache.page_size, plan.padded_model.num_heads
+    shape = StepShape(
+        decode_rows=bucket.decode_rows,
+        decode_context=bucket.decode_pages * page,
+        prefill_tokens=bucket.prefill_tokens,
+        prefill_slots=bucket.prefill_slots,
+        prefill_context=bucket.prefill_pages * page,
+        sampling=bucket.random,
+        rich=bucket.rich,
+    )
+    shares = Shares(heads=plan.model.num_heads / heads)
+    return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
+
+
+def least_rows(plan: Plan) -> int:
+    """Decode lanes below which a step gains nothing: XLA on CPU multiplies one row of bfloat16 ten times slower than two."""
+    return 2 if plan.slice.chip.family == "cpu" and plan.weights is not DType.F32 else 1
 
 
 def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[Bucket, ...]:

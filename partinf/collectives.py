@@ -15,7 +15,7 @@ Per axis there are four states (unreduced, rows, columns, whole) and one way fro
                                 into all-reduces)
     unreduced -> whole          one all-reduce over all such axes
     rows     <-> columns        one all-to-all over all such axes, each way
-    rows/columns -> whole       one all-gather over all such axes, each dimension
+    rows/columns -> whole       one all-gather over all such axes, each dimension, that over fewer axes first
 
 taken in this order, so that what shrinks the payload comes first and what grows it last.
 """
@@ -58,6 +58,11 @@ class Frame:
     row_dim: int = 0
     col_dim: int = 1
 
+    def same(self, one: Split, other: Split) -> bool:
+        """Whether both splits leave every device with the same part."""
+        parts = (_drop_trivial(split, self) for split in (one, other))
+        return len({(frozenset(p.rows), frozenset(p.cols), frozenset(p.unreduced)) for p in parts}) == 1
+
 
 def move(x: jax.Array, frame: Frame, source: Split, target: Split) -> jax.Array:
     """Bring the local part `x` of a tensor split as `source` to the split `target`.
@@ -87,8 +92,11 @@ def move(x: jax.Array, frame: Frame, source: Split, target: Split) -> jax.Array:
         x = lax.psum(x, to_whole)
     x = _exchange(x, cols, col_axes, rows, row_axes, tuple(a for a in rows.order if a in want.rows and a in col_axes))
     x = _exchange(x, rows, row_axes, cols, col_axes, tuple(a for a in cols.order if a in want.cols and a in row_axes))
-    for dim, axes, wanted in ((rows, row_axes, want.rows), (cols, col_axes, want.cols)):
-        gone = tuple(axis for axis in dim.order if axis in axes and axis not in wanted)
+    ends = (
+        (tuple(axis for axis in dim.order if axis in axes and axis not in wanted), dim, axes)
+        for dim, axes, wanted in ((rows, row_axes, want.rows), (cols, col_axes, want.cols))
+    )
+    for gone, dim, axes in sorted(ends, key=lambda end: len(end[0])):  # the last one moves most, so it gets the links of most axes
         if gone:
             x = dim.gather(x, axes, gone)
     return x
@@ -98,6 +106,11 @@ def take_split(x: jax.Array, dim: int, order: Axes, axes: Axes, sizes: Mapping[s
     """The part of a whole array that this device holds when `axes` split its dimension `dim`, whose digits are `order`."""
     frame = Frame(order, (), sizes, dim, dim)
     return move(x, frame, Split(), Split(rows=axes))
+
+
+def digit(x: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: jax.Array | int, sizes: Mapping[str, int]) -> jax.Array:
+    """The part of `x` with digit `axis` = `index` of its dimension `dim`, whose digits are `order` and which `split` split already."""
+    return _Dim(dim, order, Frame(order, (), sizes, dim, dim)).at(x, split, axis, index)
 
 
 @dataclass(frozen=True)
@@ -122,8 +135,13 @@ class _Dim:
         return opened, (*head, length // size, *tail)
 
     def slice(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
+        return self.at(x, split, axis, lax.axis_index(axis))
+
+    def at(self, x: jax.Array, split: Sequence[str], axis: str, index: jax.Array | int) -> jax.Array:
         opened, shape = self._open(x, split, axis)
-        return lax.dynamic_index_in_dim(opened, lax.axis_index(axis), self.index + 1, keepdims=False).reshape(shape)
+        if opened.shape[self.index] == 1:  # a run of entries; a reshape would make a TPU lay the array out anew
+            return lax.dynamic_slice_in_dim(x, index * shape[self.index], shape[self.index], self.index)
+        return lax.dynamic_index_in_dim(opened, index, self.index + 1, keepdims=False).reshape(shape)
 
     def reduce_scatter(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
         opened, shape = self._open(x, split, axis)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from partinf.axes import is_axis_name
 from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.rates import Rates
 
 TORUS_NAMES = ("x", "y", "z")
 DCN_AXIS = "dcn"
@@ -50,6 +51,7 @@ class Chip:
         device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
         provisional: the figures are orders of magnitude, neither published nor measured.
         source: where the figures come from.
+        rates: what was measured on such devices (`partinf.hardware_file`); None for the shipped table.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Chip:
     devices_per_chip: int = 1
     hop_seconds: float = 1e-6
     provisional: bool = False
+    rates: Rates | None = None
 
     def usable_hbm_per_device(self) -> int:
         """Bytes of HBM that a program may use on one JAX device."""
@@ -151,7 +154,7 @@ class Slice:
 def chips() -> Mapping[str, Chip]:
     """The shipped hardware table, name → chip."""
     table = tomllib.loads(files("partinf").joinpath("hardware.toml").read_text())
-    known = {field.name for field in fields(Chip)}
+    known = {field.name for field in fields(Chip)} - {"rates"}
     strange = [(name, key) for name, row in table.items() for key in row if key not in known]
     raise_offences(f"hardware.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in strange)
     return {name: Chip(name=name, **row | {"device_kinds": tuple(row.get("device_kinds", ()))}) for name, row in table.items()}
@@ -171,8 +174,11 @@ def chip_of_kind(device_kind: str) -> Chip:
     return (exact + partly)[0]
 
 
-def parse_slice(text: str, mesh: str | None = None) -> Slice:
+def parse_slice(text: str, mesh: str | None = None, measured: Chip | None = None) -> Slice:
     """Read `CHIP:SHAPE` or `CHIP:SHAPE*COUNT`, optionally under a factorisation (see `Slice.with_mesh`).
+
+    Args:
+        measured: a chip of a hardware file, which stands for the table's chip of its name.
 
     Raises:
         InvalidInput: an unknown chip (nearest name), a shape that is not a torus of the chip (valid sizes), a wrong factorisation.
@@ -181,9 +187,10 @@ def parse_slice(text: str, mesh: str | None = None) -> Slice:
     if match is None:
         examples = "CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8 or cpu:2x2x2, or local"
         raise InvalidInput(f"slice '{text}': expected {examples}{nearest_chip(text)}")
-    if match["chip"] not in chips():
-        raise InvalidInput(f"slice '{text}': unknown chip '{match['chip']}'{nearest(match['chip'], chips())}")
-    chip = chips()[match["chip"]]
+    known = {**chips(), measured.name: measured} if measured is not None else chips()
+    if match["chip"] not in known:
+        raise InvalidInput(f"slice '{text}': unknown chip '{match['chip']}'{nearest(match['chip'], known)}")
+    chip = known[match["chip"]]
     shape = tuple(int(size) for size in match["shape"].split("x"))
     count = int(match["count"] or 1)
     raise_offences(_shape_offences(text, chip, shape, count))

@@ -48,6 +48,22 @@ class AttentionRole(StrEnum):
 PHASES = ("prefill", "decode")
 
 
+class Ring(StrEnum):
+    """How a looped collective goes around its axis; `partinf.looped` says what each is for."""
+
+    ONE_WAY = "one-way"
+    HALVES = "halves"
+    BOTH = "both-ways"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the products beside them."""
+
+    axis: str
+    ring: Ring = Ring.BOTH
+
+
 @dataclass(frozen=True)
 class Phase:
     """How one kind of step uses the stored shards.
@@ -55,10 +71,12 @@ class Phase:
     Attributes:
         gather: axes whose weight shards are gathered before use; the tokens are split over them instead.
         attention: (axis, role) for every mesh axis, in mesh order.
+        loop: where collectives run behind matmuls; None leaves every collective to itself.
     """
 
     gather: tuple[str, ...]
     attention: tuple[tuple[str, AttentionRole], ...]
+    loop: Loop | None = None
 
     def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
         """The axes with this attention role, in mesh order."""
@@ -109,7 +127,13 @@ class Layout:
         phases = (self.prefill, self.decode)
         attended = all(tuple(axis for axis, _ in phase.attention) == names for phase in phases)
         gathered = all(axis in stored for phase in phases for axis in phase.gather)
-        return attended and gathered and len(set(names)) == len(names) and all(map(is_axis_name, names))
+        return (
+            attended
+            and gathered
+            and not any(phase.loop for phase in phases)
+            and len(set(names)) == len(names)
+            and all(map(is_axis_name, names))
+        )
 
     def _offences(self) -> list[str]:
         if self._plainly_right():
@@ -133,6 +157,10 @@ class Layout:
             strange = [axis for axis in attended if axis not in names]
             offences += [f"{label}: attention role for '{axis}', which is no axis of this layout ({', '.join(names)})" for axis in strange]
             offences += [f"{label}: axis '{axis}' has no attention role" for axis in names if axis not in attended]
+            looped = [axis for axis in self.storage_axes(Role.FFN) if axis not in phase.gather]
+            if phase.loop is not None and phase.loop.axis not in looped:
+                can = ", ".join(looped) or "none"
+                offences.append(f"{label}: loops over '{phase.loop.axis}', which splits no d_ff in this phase; those that do: {can}")
         return offences
 
 
@@ -142,8 +170,10 @@ def make_layout(
     prefill_attention: Mapping[str, str] | None = None,
     decode_gather: Iterable[str] = (),
     prefill_gather: Iterable[str] = (),
+    decode_loop: Mapping[str, str] | None = None,
+    prefill_loop: Mapping[str, str] | None = None,
 ) -> Layout:
-    """A `Layout` from plain strings; prefill attends as decode does unless it is given.
+    """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …}.
 
     Raises:
         InvalidInput: unknown role names, axes without a role, and everything else that `Layout` refuses, all at once.
@@ -158,13 +188,24 @@ def make_layout(
 
     decode = attention(decode_attention, "decode")
     prefill = attention(decode_attention if prefill_attention is None else prefill_attention, "prefill")
+    loops = {"prefill": _loop(prefill_loop, "prefill", offences), "decode": _loop(decode_loop, "decode", offences)}
     raise_offences(offences)
     order = list(storage)
 
     def in_order(axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(axes, key=lambda axis: order.index(axis) if axis in order else len(order)))
 
-    return Layout(roles, Phase(in_order(prefill_gather), prefill), Phase(in_order(decode_gather), decode))
+    phases = (Phase(in_order(prefill_gather), prefill, loops["prefill"]), Phase(in_order(decode_gather), decode, loops["decode"]))
+    return Layout(roles, *phases)
+
+
+def _loop(given: Mapping[str, str] | None, label: str, offences: list[str]) -> Loop | None:
+    if given is None:
+        return None
+    offences += [f"{label} loop: unknown key '{key}'{nearest(key, ('axis', 'ring'))}" for key in given if key not in ("axis", "ring")]
+    if "axis" not in given:
+        offences.append(f"{label} loop: `axis` is missing")
+    return Loop(given.get("axis", ""), _role(Ring, given.get("ring", Ring.BOTH), f"{label} loop", offences))
 
 
 def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
@@ -177,7 +218,7 @@ def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
 
 _TOP_KEYS = {"description", "source", "model", "slice", "mesh", "axes", "prefill", "decode", "chosen_for", "predicted", "weights", "kv"}
 _TOP_KEYS |= {"padded_heads", "prefill_from_tokens"}  # what `plan --save` adds
-_PHASE_KEYS = {"gather", "attention"}
+_PHASE_KEYS = {"gather", "attention", "loop"}
 
 
 def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
@@ -199,7 +240,8 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
             offences.append(f"{where}: [{label}] needs `attention`, a role for every axis")
     raise_offences(offences)
     decode, prefill = data["decode"], data.get("prefill", data["decode"])
-    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], decode.get("gather", ()), prefill.get("gather", ()))
+    gathered, loops = (tuple(table.get(key, missing) for table in (decode, prefill)) for key, missing in (("gather", ()), ("loop", None)))
+    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *gathered, *loops)
     rest = {key: value for key, value in data.items() if key not in ("axes", "prefill", "decode")}
     return layout, rest
 
@@ -216,6 +258,8 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
         phase = layout.phase(label)
         gather = ", ".join(f'"{axis}"' for axis in phase.gather)
         lines += ["", f"[{label}]", f"gather = [{gather}]", f"attention = {table(phase.attention)}"]
+        if phase.loop is not None:
+            lines.append(f"loop = {table((('axis', phase.loop.axis), ('ring', phase.loop.ring)))}")
     return "\n".join(lines) + "\n"
 
 

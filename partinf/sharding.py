@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.errors import InvalidInput
 from partinf.hardware import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, has_accelerator, make_slice
+from partinf.hardware_file import default_path, read_hardware
 from partinf.layout import AttentionRole, Role
 from partinf.plans import Plan, kv_head_axes
 
@@ -120,16 +121,24 @@ def sharding(plan: Plan, mesh: Mesh | AbstractMesh, letters: str) -> NamedShardi
     return NamedSharding(mesh, spec(plan, letters))
 
 
-def local_slice(mesh: str | None = None) -> Slice:
+def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:
     """The devices that are here, as a slice: a torus by its chips' coordinates, or one switched axis.
 
     CPU devices are virtual ones. Eight switched devices make a 2×2×2 mesh unless another is asked for (`4x2`).
 
+    Args:
+        chip: what the devices are; if not given, as the user's hardware file for so many of them says, or else the hardware table.
+
     Raises:
-        InvalidInput: devices that the hardware table does not know.
+        InvalidInput: devices that the hardware table does not know, or a chip that is another device.
     """
     devices = devices_here()
-    chip = chip_of_kind(devices[0].device_kind)
+    kind = devices[0].device_kind
+    if chip is None:
+        file = default_path(kind, len(devices))
+        chip = read_hardware(file) if file.is_file() else chip_of_kind(kind)
+    elif chip.rates is not None and chip.rates.device_kind != kind:
+        raise InvalidInput(f"the hardware file is of {chip.rates.device_kind}, the devices here are {kind}")
     if chip.torus_dims:
         corners = np.array([device.coords for device in devices])
         shape = tuple(int(side) for side in corners.max(axis=0) - corners.min(axis=0) + 1)[: chip.torus_dims]
@@ -148,5 +157,7 @@ def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
 
 
 def put(array: np.ndarray, target: NamedSharding) -> jax.Array:
-    """A host array onto its devices, each device receiving its own part alone."""
+    """A host array onto its devices, each device receiving its own part alone; every process of a mesh that spans several has it whole."""
+    if target.is_fully_addressable:
+        return jax.device_put(array, target)
     return jax.make_array_from_callback(array.shape, target, lambda index: array[index])

@@ -35,6 +35,8 @@ _ENVIRONMENT = {
 }
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+# Whatever is set: no hardware file of the user may change what a test plans.
+os.environ["XDG_CONFIG_HOME"] = str(_CACHE / "config")
 
 # An example that compiles takes seconds the first time and nothing the second, so a deadline only makes tests flaky.
 settings.register_profile("partinf", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -74,8 +75,11 @@ class Description:
 _KEYS = ({key.name for key in fields(Description)} - {"tpu"}) | {"type", "topology"}
 
 
-def read_description(text: str, where: str, folder: Path, plan: Plan | None = None) -> Description:
+def read_description(text: str, where: str, folder: Path, plan: Plan | None = None, command: Sequence[str] | None = None) -> Description:
     """Read a description; with a plan, `type` and `command` may be left out and `type` must be the plan's slice.
+
+    Args:
+        command: stands in place of the description's own.
 
     Raises:
         InvalidInput: everything that is wrong with it, each with what would be valid.
@@ -86,6 +90,8 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
         raise InvalidInput(f"{where}: not TOML: {error}") from None
     offences = [f"unknown key '{key}'{nearest(key, _KEYS)}" for key in table if key not in _KEYS]
     table = {key: value for key, value in table.items() if key in _KEYS}
+    if command is not None:
+        table["command"] = list(command)
     if plan is not None:
         collect(offences, lambda: _fill_from_plan(table, plan))
     missing = [key for key in REQUIRED if table.get(key) in (None, "", []) and not (key == "type" and plan)]

@@ -27,7 +27,7 @@ class Weight:
 
     Attributes:
         dims: The tensor's dimensions, separated by spaces, outputs first. Letters written together are one dimension of the tensor and
-            several of the leaf; 1 is a dimension of the leaf alone.
+            several of the leaf, in parentheses one of both; 1 is a dimension of the leaf alone.
         tensors: Names of the tensors; more than one are stacked on a new leading dimension of the leaf, in this order.
         thirds: Where the tensor holds queries, keys and values one after the other: which of them each name of `tensors` means.
         skip: Rows of the tensor before the leaf's.
@@ -76,7 +76,7 @@ LLAMA = Naming(  # and Mistral and Qwen 3
         "wkv": Weight("KQ E", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")),
         "q_norm": Weight("Q", ("self_attn.q_norm.weight",)),
         "k_norm": Weight("Q", ("self_attn.k_norm.weight",)),
-        "wo": Weight("E HQ", ("self_attn.o_proj.weight",)),
+        "wo": Weight("E (HQ)", ("self_attn.o_proj.weight",)),
         "ffn_norm": Weight("E", ("post_attention_layernorm.weight",)),
         "w_in": Weight("F E", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
         "w_out": Weight("E F", ("mlp.down_proj.weight",)),
@@ -99,7 +99,7 @@ GPT2 = Naming(
         "bq": Weight("HQ", ("attn.c_attn.bias",), thirds=(0,)),
         "wkv": Weight("KQ E", ("attn.c_attn.weight",) * 2, thirds=(1, 2), transposed=True),
         "bkv": Weight("KQ", ("attn.c_attn.bias",) * 2, thirds=(1, 2)),
-        "wo": Weight("E HQ", ("attn.c_proj.weight",), transposed=True),
+        "wo": Weight("E (HQ)", ("attn.c_proj.weight",), transposed=True),
         "bo": Weight("E", ("attn.c_proj.bias",)),
         "ffn_norm": Weight("E", ("ln_2.weight",)),
         "ffn_norm_bias": Weight("E", ("ln_2.bias",)),
@@ -127,7 +127,7 @@ OPT = Naming(
         "bq": Weight("HQ", ("self_attn.q_proj.bias",)),
         "wkv": Weight("KQ E", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")),
         "bkv": Weight("KQ", ("self_attn.k_proj.bias", "self_attn.v_proj.bias")),
-        "wo": Weight("E HQ", ("self_attn.out_proj.weight",)),
+        "wo": Weight("E (HQ)", ("self_attn.out_proj.weight",)),
         "bo": Weight("E", ("self_attn.out_proj.bias",)),
         "ffn_norm": Weight("E", ("final_layer_norm.weight",)),
         "ffn_norm_bias": Weight("E", ("final_layer_norm.bias",)),
@@ -228,8 +228,9 @@ def _sizes(config: ModelConfig, vocab_size: int) -> dict[str, int]:
 def _source(names: tuple[str, ...], weight: Weight, config: ModelConfig, layers: int, padded_heads: int) -> LeafSource:
     """The source of a leaf that stacks `layers` layers, or 0 for one that does not."""
     sizes, whole = _sizes(config, config.vocab_size), _sizes(config.with_padded_heads(padded_heads), config.padded_vocab_size)
-    groups = tuple(tuple(sizes[letter] for letter in group) for group in weight.dims.split())
-    padded = tuple(whole[letter] for letter in weight.dims if letter != " ")
+    dims = [[group.strip("()")] if group.startswith("(") else list(group) for group in weight.dims.split()]  # letters of each dimension
+    groups = tuple(tuple(math.prod(sizes[letter] for letter in dim) for dim in group) for group in dims)
+    padded = tuple(math.prod(whole[letter] for letter in dim) for group in dims for dim in group)
     lead = ((layers,) if layers else ()) + ((len(weight.tensors),) if len(weight.tensors) > 1 else ())
     rows, *columns = (math.prod(group) for group in groups)
     starts = tuple(weight.skip + third * rows for third in weight.thirds or (0,) * len(weight.tensors)) * max(layers, 1)

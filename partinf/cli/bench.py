@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from partinf.errors import collect
 
     offences: list[str] = []
-    target = collect(offences, lambda: named_slice(args.slice, args.mesh))
+    target = collect(offences, lambda: named_slice(args.slice, args.mesh, args.hardware))
     devices.prepare(target)
     load = read_load(args, offences, _DEFAULT_BATCH)
     lag = whole(args, "lag", offences)
@@ -59,7 +59,7 @@ def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layou
     from partinf.buckets import Capacity
     from partinf.workload import DType, Workload
 
-    where = target if target is not None else api.find_slice("local", args.mesh)
+    where = target if target is not None else api.find_slice("local", args.mesh, args.hardware)
     dtype = DType(args.weights or ("f32" if where.chip.family == "cpu" else "bf16"))
     prompt = max(arrival.input_len for arrival in load.arrivals)
     rows = load.options.max_batch_size
@@ -78,6 +78,7 @@ def _load(args: argparse.Namespace, plan: Plan) -> Model:
 
 def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict[str, Any]:
     from partinf.cli.progress import progress_bar
+    from partinf.cost.calibration import calibration_for
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
     from partinf.engine.report import Machine, report
@@ -119,6 +120,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
         "arrivals": args.arrivals if not args.arrivals.startswith("trace:") else f"trace:{Path(args.arrivals[6:]).name}",
         "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
         "seed": int(args.seed),
+        "calibration_source": calibration_for(chip).source,
         "decode_seconds": estimates.decode,
         **report(engine.metrics, seconds, refused, load.bounds, Machine(plan.model.num_params(), plan.slice.num_chips, chip.peak_bf16)),
     }

@@ -29,11 +29,14 @@ COMMANDS: Mapping[str, str] = {
     "plan": "choose how a model is split over a slice, and show what each way costs",
     "explain": "print a layout as numbered lines of shapes and collectives",
     "prove": "let the TPU compiler say, without a TPU, whether a plan fits and what it runs",
+    "calibrate": "measure the devices that are here and write a hardware file, which plans for them then use",
     "demo": "plan, partition and run a small trained model, and check its answers",
     "generate": "continue prompts with a model of your own",
     "score": "log-probabilities of given texts under a model of your own",
+    "serve": "answer over HTTP as OpenAI's servers do, with a model of your own",
     "bench": "serve requests as they arrive with the real engine, and time it",
     "simulate": "serve requests on a slice that is not here, on a virtual clock",
+    "run": "run a described experiment here, in several processes, on a pod or in the simulator; one form of result",
     "launch": "run a saved plan on a TPU slice, or show the commands that would",
 }
 

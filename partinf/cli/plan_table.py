@@ -71,6 +71,8 @@ def _heading(report: PlanReport) -> str:
     context = prompt if workload.phase == "prefill" else cached
     constants = "pure roofline" if calibration.name == "none" else f"constants of {calibration.name}"
     measured = "" if calibration.measured else ", not measured on this chip"
+    if calibration.rates is not None:
+        measured = f", {calibration.source}"
     error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}{measured}"
     return (
         f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{prompts}{context}, "

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from partinf.cli.arguments import add_hardware
+
 if TYPE_CHECKING:
     from partinf.cost.collectives import BandwidthModel
     from partinf.cost.pricing import Program
-    from partinf.hardware import Slice
+    from partinf.hardware import Chip, Slice
     from partinf.model_config import ModelConfig
     from partinf.workload import Workload
 
@@ -41,6 +43,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument("--model", required=required, metavar="NAME|DIR", help=known)
     parser.add_argument("--slice", required=required, metavar="SLICE", help=anywhere)
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the axes: x0:2,x1:2,y:4, or 4x2 for switched chips")
+    add_hardware(parser)
     parser.add_argument("--phase", metavar="PHASE", help="decode or prefill: judge one step of it; neither: the whole workload")
     parser.add_argument("--batch", default="1", metavar="N", help="sequences (default: 1)")
     parser.add_argument("--prefill-batch", metavar="N", help="prompts prefilled together, to be decoded in --batch (default: all of it)")
@@ -70,7 +73,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
 
     offences = list(extra)
     model = _collect(offences, lambda: load_model_config(args.model))
-    slice_ = _collect(offences, lambda: read_slice(args.slice, args.mesh))
+    slice_ = _collect(offences, lambda: read_slice(args.slice, args.mesh, args.hardware))
     flags = ("batch", "prefill-batch", "input", "output", "context")
     numbers = {flag: _whole(flag, getattr(args, flag.replace("-", "_")), offences) for flag in flags}
     if (numbers["prefill-batch"] or 1) > max(_or(numbers["batch"], 1), 1):
@@ -112,42 +115,46 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     return Asked(model, slice_, workload, args.calibration, bandwidth_model, PROGRAMS[args.program], auto)
 
 
-def read_slice(text: str, mesh: str | None) -> Slice:
-    """The slice of `--slice` and `--mesh`; `local` asks jax for the devices that are here, `auto:CHIP` is one chip.
+def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice:
+    """The slice of `--slice`, `--mesh` and `--hardware`; `local` asks jax for the devices that are here, `auto:CHIP` is one chip.
 
     Raises:
-        InvalidInput: what is no slice.
+        InvalidInput: what is no slice, or a hardware file of other devices.
     """
-    from partinf.hardware import parse_slice
+    from partinf.cli.arguments import named_hardware, named_slice
 
     if _is_auto(text):
-        return _one_chip(text, mesh)
-    if text != "local":
-        return parse_slice(text, mesh)
+        return _one_chip(text, mesh, named_hardware(hardware))
+    slice_ = named_slice(text, mesh, hardware)
+    if slice_ is not None:
+        return slice_
     from partinf.cli import devices
 
     devices.prepare(None, virtual_devices=8)
-    from partinf.sharding import local_slice
+    from partinf.api import find_slice
 
-    return local_slice(mesh)
+    return find_slice(text, mesh, hardware)
 
 
 def _is_auto(text: str) -> bool:
     return text.partition(":")[0] == "auto"
 
 
-def _one_chip(text: str, mesh: str | None) -> Slice:
+def _one_chip(text: str, mesh: str | None, measured: Chip | None) -> Slice:
     from partinf.errors import nearest, raise_offences
     from partinf.hardware import chips, make_slice
 
     name = text.partition(":")[2]
+    known = {**chips(), measured.name: measured} if measured is not None else chips()
     offences = []
-    if name not in chips():
-        offences.append(f"--slice {text}: expected auto:CHIP{nearest(name, chips())}")
+    if name not in known:
+        offences.append(f"--slice {text}: expected auto:CHIP{nearest(name, known)}")
+    if measured is not None and measured.family == "cpu":
+        offences.append(f"--slice {text}: a hardware file of a CPU holds for its number of devices alone, and auto tries many")
     if mesh:
         offences.append(f"--mesh {mesh}: a mesh belongs to one slice, and --slice {text} tries many")
     raise_offences(offences)
-    chip = chips()[name]
+    chip = known[name]
     return make_slice(chip, (1,) * (chip.torus_dims or 1))
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partinf.cli.arguments import add_hardware
 from partinf.cli.serving import Load, add_load_arguments, need, number, read_load, show, whole
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
     parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4; with --stages, of one stage")
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes")
+    add_hardware(parser)
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
     parser.add_argument("--weights", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--kv", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
@@ -66,17 +68,19 @@ def run(args: argparse.Namespace) -> int:
 def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
     """The plan and how it is priced."""
     from partinf.cli.arguments import named_layout
+    from partinf.cli.planning import read_slice
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import PROGRAMS, Pricing
     from partinf.errors import InvalidInput, collect, nearest
-    from partinf.hardware import parse_slice
     from partinf.model_config import load_model_config
     from partinf.plans import Plan
     from partinf.workload import DType
 
     offences: list[str] = []
     model = collect(offences, lambda: load_model_config(args.model))
-    slice_ = collect(offences, lambda: parse_slice(args.slice, args.mesh))
+    slice_ = collect(offences, lambda: read_slice(args.slice, args.mesh, args.hardware))
+    if args.slice.startswith("auto"):
+        offences.append(f"--slice {args.slice}: requests are served on one slice; `partinf plan` finds it")
     layout = collect(offences, lambda: named_layout(args.layout))
     types = [t for t in (args.weights, args.kv) if t not in list(DType)]
     offences += [f"storage type {name}: valid: {', '.join(DType)}" for name in types]
@@ -151,6 +155,7 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
         "random_weights": args.random_weights,
         "calibration_error": pricing.calibration.error,
         "calibration_measured": pricing.calibration.measured,
+        "calibration_source": pricing.calibration.source,
         "wall_seconds": time.perf_counter() - started,
         **report(engine.metrics, seconds, refused, load.bounds, machine),
     }
@@ -159,6 +164,8 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
 def _heading(figures: dict[str, Any]) -> list[str]:
     stages = f", {figures['stages']} stages" if figures["stages"] > 1 else ""
     measured = "" if figures["calibration_measured"] else ", nothing measured on this chip"
+    if "partinf calibrate" in figures["calibration_source"]:
+        measured = f", {figures['calibration_source']}"
     return [
         f"[bold]{figures['model']}[/] on {figures['slice']} ({figures['mesh']}){stages}: {figures['layout']}; "
         f"{figures['kv_tokens']} tokens of KV",

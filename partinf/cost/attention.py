@@ -13,6 +13,7 @@ from partinf.cost.movement import Split
 from partinf.cost.split import Group, StepSplit
 from partinf.model_config import Block
 
+DECODE_CORE, PREFILL_CORE = "decode core", "prefill core"
 _PART = Part.ATTENTION
 
 
@@ -44,9 +45,9 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     kv = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv)
     shares = split.shares
     entries += [
-        query.product(_PART, tokens * embed, tokens * heads, 2.0 * tokens * embed * heads, useful * shares.heads * shares.embed),
-        key.product(_PART, tokens * embed, tokens * kv, 2.0 * tokens * embed * kv, useful * shares.embed),
-        out.product(_PART, tokens * heads, tokens * embed, 2.0 * tokens * embed * heads, useful * shares.heads * shares.embed),
+        query.product(_PART, tokens, embed, heads, useful * shares.heads * shares.embed),
+        key.product(_PART, tokens, embed, kv, useful * shares.embed),
+        out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed),
     ]
     if model.block is Block.SERIAL:
         entries += scatter_embed(split, _PART)
@@ -72,7 +73,8 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
     share = useful * split.shares.heads * (seen / keys if keys else 1.0)
-    entries.append(split.pricing.product("decode core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION))
+    core = (rows, rows, heads, kv_heads, keys)
+    entries.append(split.pricing.product(DECODE_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core))
     return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
 
 
@@ -125,7 +127,10 @@ def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
     kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * split.shares.heads * seen / keys) if keys else 1.0
-    return split.pricing.product("prefill core", _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION)
+    core = (slots, tokens, heads, kv_heads, shape.prefill_context)
+    return split.pricing.product(
+        PREFILL_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True
+    )
 
 
 def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:

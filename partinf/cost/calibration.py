@@ -2,6 +2,7 @@
 
 Four constants per chip, in `calibration.toml` with the source of each. A chip without measurements borrows them and says so: its
 figures carry a wider error. Every op takes the larger of its compute and memory time; `ROOFLINE` takes both from the maker's figures.
+A chip that `partinf calibrate` measured brings rates of its own, and these alone make its prices.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields
 from partinf import resources
 from partinf.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware import Chip
+from partinf.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Calibration:
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.
+        rates: measured rates, which stand in place of the other constants.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Calibration:
     measured: bool
     error: float
     source: str
+    rates: Rates | None = None
 
 
 ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline from the maker's figures")
@@ -46,7 +50,7 @@ ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline fr
 @functools.cache
 def _table() -> dict[str, Calibration]:
     data = tomllib.loads(resources.package_file("calibration.toml").read_text())
-    known = {field.name for field in fields(Calibration)}
+    known = {field.name for field in fields(Calibration)} - {"rates"}
     unknown = [(name, key) for name, row in data.items() for key in row if key not in known]
     raise_offences(f"calibration.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in unknown)
     return {name: Calibration(name=name, **row) for name, row in data.items()}
@@ -56,7 +60,8 @@ def calibration_for(chip: Chip, mode: str = "fitted") -> Calibration:
     """The constants for a chip.
 
     Args:
-        mode: `fitted` for the chip's own constants, or those of its family where it has none; `none` for the pure roofline.
+        mode: `fitted` for what was measured on the chip or its own constants, or those of its family where it has none; `none` for the
+            pure roofline.
 
     Raises:
         InvalidInput: another mode.
@@ -65,5 +70,9 @@ def calibration_for(chip: Chip, mode: str = "fitted") -> Calibration:
         return ROOFLINE
     if mode != "fitted":
         raise InvalidInput(f"calibration '{mode}'; valid: fitted, none")
+    rates = chip.rates
+    if rates is not None:
+        source = f"measured with partinf calibrate on {rates.date}: {rates.devices} × {rates.device_kind}, jax {rates.jax}"
+        return Calibration(chip.name, 1.0, 1.0, 1.0, 0.0, True, rates.error, source, rates)
     table = _table()
     return table.get(chip.name) or table[chip.family]

@@ -9,7 +9,8 @@ Two bandwidth models, and every figure says which one it uses:
 
 All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where D is the output of the former and the input of the
 latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
-chapter 3). Hops bound small collectives from below (`max(hops, bytes)`), or are added where their time was measured.
+chapter 3). Hops bound small collectives from below (`max(hops, bytes)`), or are added where their time was measured. On devices that were
+measured, each kind of collective has a time of its own by the number of devices, and a factor on that of its bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from enum import StrEnum
 
 from partinf.cost.ledger import Op
 from partinf.hardware import Chip, Link, MeshAxis, Slice
+from partinf.rates import Rates
 
 # The die-to-die link of a two-device chip is about six ICI links wide (Google, TPU7x system architecture).
 _CORE_LINKS = 6
@@ -52,17 +54,27 @@ class _Stage:
 class Network:
     """Times of collectives over the mesh axes of one slice."""
 
-    def __init__(self, slice_: Slice, model: BandwidthModel = BandwidthModel.AXIS, factor: float = 1.0, hop_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        slice_: Slice,
+        model: BandwidthModel = BandwidthModel.AXIS,
+        factor: float = 1.0,
+        hop_seconds: float = 0.0,
+        rates: Rates | None = None,
+    ) -> None:
         """
         Args:
             factor: calibrated ratio of measured to modelled time of the bytes.
             hop_seconds: calibrated time per hop, added to that of the bytes; 0 takes the chip's as a lower bound instead.
+            rates: measured ones, instead of both.
         """
         self.chip: Chip = slice_.chip
         self.model = model
         self.factor = factor
         self._hop_scale = hop_seconds / slice_.chip.hop_seconds
         self._axes = {axis.name: axis for axis in slice_.axes}
+        self._rates = rates
+        self._known: dict[tuple[Op, tuple[str, ...]], tuple[float, float]] = {}  # measured seconds and factor
         self._stages: dict[tuple[str, ...], tuple[_Stage, ...]] = {}
 
     def seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
@@ -70,6 +82,11 @@ class Network:
         stages = self._stages.get(axes)
         if stages is None:
             stages = self._stages[axes] = self._make_stages(axes)
+        if self._rates is not None:
+            known = self._known.get((op, axes))
+            if known is None:
+                known = self._known[op, axes] = self._rates.collective(op.value, math.prod(stage.ways for stage in stages))
+            return known[0] + known[1] * self._transfer(op, stages, num_bytes)
         spent, payload = 0.0, num_bytes
         for stage in stages:  # innermost first: it moves the whole payload, the next one 1/ways of it
             if op is Op.ALL_TO_ALL:
@@ -81,6 +98,21 @@ class Network:
                 spent += transfer + stage.hop_seconds * self._hop_scale
             else:
                 spent += max(transfer, stage.hop_seconds)
+        return 2 * spent if op is Op.ALL_REDUCE else spent
+
+    def transfer_seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
+        """What the links alone take for the bytes: no hops, no calibration."""
+        return self._transfer(op, self._make_stages(axes), num_bytes)
+
+    @staticmethod
+    def _transfer(op: Op, stages: tuple[_Stage, ...], num_bytes: float) -> float:
+        spent, payload = 0.0, num_bytes
+        for stage in stages:
+            if op is Op.ALL_TO_ALL:
+                spent += num_bytes / stage.exchange
+            else:
+                spent += payload * (stage.ways - 1) / stage.ways / stage.bandwidth
+                payload /= stage.ways
         return 2 * spent if op is Op.ALL_REDUCE else spent
 
     def _make_stages(self, names: tuple[str, ...]) -> tuple[_Stage, ...]:

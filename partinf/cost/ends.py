@@ -58,7 +58,9 @@ def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[E
     table = vocab * embed * split.act_bytes
     share = useful * split.shares.embed * model.vocab_size / vocab
     passed = rows * (embed * split.act_bytes + vocab * _F32)
-    entries.append(split.pricing.product("logits", Part.LOGITS, times, flops, share, table, activation_bytes=passed))
+    entries.append(
+        split.pricing.product("logits", Part.LOGITS, times, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
+    )
     source, target = Split(unreduced=split.w_stored), Split(cols=split.w_stored)
     for op, axes, count in moves(rows * vocab, source, target, split.sizes, split.joint):
         entries.append(split.pricing.collective("logits into V", Part.LOGITS, times, op, axes, count * _F32, "f32", useful))
@@ -77,7 +79,11 @@ def _sampled_rows(split: StepSplit) -> list[Entry]:
         passed = tokens * embed * split.act_bytes
         if not split.pricing.program.per_prompt_attention:
             # The plain program picks the rows by a product with ones and zeros; none of it is useful work.
-            entries.append(split.pricing.product("pick last tokens", Part.LOGITS, 1, flops, 0.0, activation_bytes=passed))
+            entries.append(
+                split.pricing.product(
+                    "pick last tokens", Part.LOGITS, 1, flops, 0.0, activation_bytes=passed, shape=(shape.prefill_slots, tokens, embed)
+                )
+            )
         if split.t:
             num_bytes = shape.prefill_slots * embed * split.act_bytes
             dtype = split.act_dtype.value

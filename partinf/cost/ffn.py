@@ -44,8 +44,8 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     elements = split.shape.num_tokens * model.ffn_dim
     whole, scattered = Split(split.t, split.f), Split(split.t, split.f + split.e)
     partial = Split(split.t, split.f, split.e)
-    entries.append(w_in.product(_PART, tokens * embed, inner * tokens * ffn, 2.0 * inner * tokens * embed * ffn, share))
+    entries.append(w_in.product(_PART, tokens, embed, inner * ffn, share))
     entries += movement(split, _PART, "F after W_in", inner * elements, partial, scattered, useful * split.shares.ffn)
     entries += movement(split, _PART, "F before W_out", elements, scattered, whole, useful * split.shares.ffn)
-    entries.append(w_out.product(_PART, tokens * ffn, tokens * embed, 2.0 * tokens * embed * ffn, share))
+    entries.append(w_out.product(_PART, tokens, ffn, embed, share))
     return entries + scatter_embed(split, _PART)

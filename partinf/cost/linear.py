@@ -75,14 +75,15 @@ class Weight:
                 found.append(split.pricing.collective(f"scales of {self.name}", part, split.model.num_layers, op, axes, size, "f32"))
         return [entry._replace(overlapped=entry.seconds) for entry in found] if hidden else found
 
-    def product(self, part: Part, inputs: int, outputs: int, flops: float, useful: float) -> Entry:
+    def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float) -> Entry:
         """The product with this weight, once per layer; gathered weights are written to HBM once more and read again.
 
         Args:
-            inputs, outputs: elements of the activations that are read and written on one device.
+            rows, inputs, outputs: on one device, of the activations [rows, inputs] that are read and [rows, outputs] that are written.
         """
         passed = 2 * self.used_bytes if self.used_bytes > self.stored_bytes else 0
-        activation = (inputs + outputs) * self.split.act_bytes + passed
+        activation, flops = rows * (inputs + outputs) * self.split.act_bytes + passed, 2.0 * rows * inputs * outputs
+        name, count = f"× {self.name}", self.split.model.num_layers
         return self.split.pricing.product(
-            f"× {self.name}", part, self.split.model.num_layers, flops, useful, self.stored_bytes, activation_bytes=activation
+            name, part, count, flops, useful, self.stored_bytes, activation_bytes=activation, shape=(rows, inputs, outputs)
         )

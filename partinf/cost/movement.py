@@ -7,7 +7,7 @@ or it is whole. There is one way from each state to each, and the ways are taken
     unreduced -> rows/columns    reduce-scatter, axis by axis, last axis first (or all axes in one op)
     unreduced -> whole           one all-reduce over all such axes
     columns   -> rows            one all-to-all over all such axes; then rows -> columns likewise
-    rows/columns -> whole        one all-gather over all such axes for each dimension
+    rows/columns -> whole        one all-gather over all such axes for each dimension, that over fewer axes first
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int],
         if exchanged:
             found.append(Moved(Op.ALL_TO_ALL, exchanged, local))
     ends = [tuple(a for a in dim if a not in rows and a not in cols) for dim in (source.rows, source.cols)]
+    ends.sort(key=len)  # the last one moves most, so it gets the links of most axes
     for gone in [ends[0] + ends[1]] if joint else ends:
         if gone:
             local *= ways(gone, sizes)

@@ -7,12 +7,15 @@ is the one of the paper: collectives unrolled into the matmuls beside them and o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.hardware import Slice
+from partinf.rates import Curve, TypeRates
+from partinf.workload import DType
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,22 @@ class Pricing:
         self.slice = slice_
         self.calibration = calibration
         self.program = program
-        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds)
+        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds, calibration.rates)
         self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
+        self._measured: _Measured | None = None
+        self._of_types: dict[tuple[DType, DType], Pricing] = {}
+
+    def of_types(self, weights: DType, activations: DType) -> Pricing:
+        """The same for steps with these types; only measured rates depend on them."""
+        rates = self.calibration.rates
+        if rates is None:
+            return self
+        found = self._of_types.get((weights, activations))
+        if found is None:
+            found = self._of_types[weights, activations] = copy.copy(self)
+            found._measured = _Measured(rates.product(weights.value), rates.memory, rates.type(activations.value))
+        return found
 
     def compute_seconds(self, flops: float, num_bytes: float) -> float:
         """Time of an op: the longer of its compute and memory time."""
@@ -71,16 +87,48 @@ class Pricing:
         kv_bytes: float = 0.0,
         activation_bytes: float = 0.0,
         kind: Kind = Kind.MATMUL,
+        shape: tuple[int, ...] = (),
+        prompt: bool = False,
     ) -> Entry:
-        """A dot product of `flops`, of which the share `useful` is not padding."""
-        seconds = self.compute_seconds(flops, weight_bytes + kv_bytes + activation_bytes)
+        """A dot product of `flops`, of which the share `useful` is not padding.
+
+        Args:
+            shape: as in `Entry`. prompt: the core is that of prompts.
+        """
+        if self._measured is None:
+            seconds = self.compute_seconds(flops, weight_bytes + kv_bytes + activation_bytes)
+        elif kind is Kind.ATTENTION:
+            seconds = self._measured.core(flops, kv_bytes, prompt)
+        else:
+            seconds = self._measured.product(flops, weight_bytes, activation_bytes, shape[0])
         return Entry(
-            name, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, seconds=seconds
+            name,
+            part,
+            kind,
+            count,
+            flops * useful,
+            flops * (1 - useful),
+            weight_bytes,
+            kv_bytes,
+            activation_bytes,
+            seconds=seconds,
+            shape=shape,
         )
 
     def traffic(self, name: str, part: Part, count: int, num_bytes: float) -> Entry:
         """Activations that pass through HBM without a product."""
-        return Entry(name, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=self.compute_seconds(0.0, num_bytes))
+        if self._measured is None:
+            seconds = self.compute_seconds(0.0, num_bytes)
+        else:
+            rates = self._measured.rates
+            seconds = num_bytes / (rates.choice if part is Part.SAMPLING else rates.activations)
+        return Entry(name, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=seconds)
+
+    def dispatch(self) -> list[Entry]:
+        """What a step takes beside all its work, where that was measured."""
+        if self._measured is None:
+            return []
+        return [Entry("dispatch", Part.EMBEDDING, Kind.MEMORY, seconds=self._measured.rates.step_seconds)]
 
     def collective(
         self, name: str, part: Part, count: int, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: str, useful: float = 1.0
@@ -90,3 +138,25 @@ class Pricing:
         return Entry(
             name, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=padding, seconds=seconds
         )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Measured rates for one pair of types: nothing hides behind anything else but the reading of weights behind their product."""
+
+    curve: Curve
+    memory: float
+    rates: TypeRates
+    _by_rows: dict[int, float] = field(default_factory=dict)
+
+    def product(self, flops: float, weight_bytes: float, activation_bytes: float, rows: int) -> float:
+        rate = self._by_rows.get(rows)
+        if rate is None:
+            rate = self._by_rows[rows] = self.curve(max(rows, 1))
+        work = max(flops / rate, weight_bytes / self.memory)
+        return self.rates.op_seconds + work + activation_bytes / self.rates.activations
+
+    def core(self, flops: float, kv_bytes: float, prompt: bool) -> float:
+        if prompt:
+            return self.rates.op_seconds + flops / self.rates.prompt_flops
+        return self.rates.op_seconds + kv_bytes / self.rates.decode_kv + flops / self.rates.decode_flops

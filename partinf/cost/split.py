@@ -104,7 +104,7 @@ class StepSplit:
         Args:
             model: with padded dimensions, if any. phase: whose FFN roles the step runs. shares: useful part of padded dimensions.
         """
-        self.model, self.layout, self.shape, self.pricing, self.shares = model, layout, shape, pricing, shares
+        self.model, self.layout, self.shape, self.shares = model, layout, shape, shares
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
@@ -119,6 +119,7 @@ class StepSplit:
         self.kv = tuple(axis for axis in self.kv_digits if axis in self.f)
         self.decode, self.prefill = self._group(layout.decode), self._group(layout.prefill)
         self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
+        self.pricing = pricing.of_types(weights, self.act_dtype)
         self.weight_dtype, self.kv_dtype = weights, kv
         self.act_bytes = self.act_dtype.num_bytes
         self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes

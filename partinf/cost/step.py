@@ -14,9 +14,9 @@ from partinf.cost.split import StepSplit
 
 
 def linear_part(split: StepSplit) -> tuple[Entry, ...]:
-    """What depends on storage and gathered axes alone, the same for all attention roles: layers' products, embedding, logits."""
+    """What depends on storage and gathered axes alone, the same for all attention roles: dispatch, layers' products, embedding, logits."""
     entries = embedding_entries(split) + linear_entries(split) + ffn_entries(split) + logits_entries(split)
-    return tuple(entries)
+    return tuple(split.pricing.dispatch() + entries)
 
 
 def attention_part(split: StepSplit) -> tuple[Entry, ...]:

@@ -24,7 +24,7 @@ from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, 
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
-from partinf.sharding import device_mesh
+from partinf.sharding import device_mesh, put
 from partinf.transformer.batch import Batch, empty_batch, pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
 from partinf.transformer.params import Params
@@ -147,7 +147,7 @@ class JaxRunner:
             packed = jax.device_put(pack_start(*start, self.plan.max_len), self._batch_sharding)
             self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
         placed = place_step(step, bucket, self.plan, self._limits)
-        batch = jax.device_put(pack(placed.batch), self._batch_sharding)
+        batch = put(pack(placed.batch), self._batch_sharding)
         self._state, out = self._steps[bucket](self.params, self._state, batch)
         self._in_flight.append(_Submitted(out, placed, bucket.num_tokens))
 

@@ -14,7 +14,7 @@ from partinf.engine.arrivals import Arrival
 from partinf.engine.step_price import StepPrice
 from partinf.errors import InvalidInput
 from partinf.hardware import Slice
-from partinf.layout import AttentionRole, Layout, Phase
+from partinf.layout import AttentionRole, Layout
 from partinf.model_config import ModelConfig
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
@@ -94,6 +94,6 @@ def _undealt(plan: Plan) -> Iterator[Plan]:
     for role in (AttentionRole.HEADS, AttentionRole.NONE) if plan.ways(dealt) > 1 else (AttentionRole.BATCH,):
         attention = tuple((axis, role if axis in dealt else has) for axis, has in layout.prefill.attention)
         try:
-            yield replace(plan, layout=Layout(layout.storage, Phase(layout.prefill.gather, attention), layout.decode))
+            yield replace(plan, layout=Layout(layout.storage, replace(layout.prefill, attention=attention), layout.decode))
         except InvalidInput:
             continue

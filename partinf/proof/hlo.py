@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -114,23 +114,27 @@ class Module:
                 lines.append(line)
         self._frames = _frames(text)
 
-    def blocks(self) -> Iterator[tuple[Computation, int]]:
-        """The computations that are scheduled, and how often each runs: the entry, loop bodies, branches and calls."""
-        yield from self._blocks(self.entry, 1, 0)
+    def blocks(self, taken: Callable[[Instruction], float] = lambda _: 1.0) -> Iterator[tuple[Computation, float]]:
+        """The computations that are scheduled, and how often each runs: the entry, loop bodies, branches and calls.
 
-    def _blocks(self, name: str, times: int, depth: int) -> Iterator[tuple[Computation, int]]:
+        Args:
+            taken: how often of all times the branches of a conditional run.
+        """
+        yield from self._blocks(self.entry, 1, 0, taken)
+
+    def _blocks(self, name: str, times: float, depth: int, taken: Callable[[Instruction], float]) -> Iterator[tuple[Computation, float]]:
         computation = self.computations.get(name)
         if computation is None or depth > 32:
             return
         yield computation, times
         for instruction in computation.instructions:
             if instruction.opcode == "while":
-                yield from self._blocks(instruction.called("body") or "", times * self.trip_count(instruction), depth + 1)
+                yield from self._blocks(instruction.called("body") or "", times * self.trip_count(instruction), depth + 1, taken)
             elif instruction.opcode == "call":
-                yield from self._blocks(instruction.called("to_apply") or "", times, depth + 1)
+                yield from self._blocks(instruction.called("to_apply") or "", times, depth + 1, taken)
             elif instruction.opcode == "conditional":
                 for branch in re.findall(r"%([\w.\-]+)", _braced(instruction.rest, "branch_computations")):
-                    yield from self._blocks(branch, times, depth + 1)
+                    yield from self._blocks(branch, times * taken(instruction), depth + 1, taken)
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a counted loop runs: what the compiler notes, or the bound that its condition compares with."""

@@ -12,18 +12,18 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from partinf.buckets import split_of
 from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import PLAIN, Pricing
-from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.proof.compare import differences, extra_copies, planned_collectives, stored_padding
-from partinf.proof.hlo import Module
+from partinf.proof.hlo import Frame, Module
 from partinf.proof.process import Compiled, Limits, compile_bucket
 from partinf.proof.report import Estimate, Memory, Proof, StepProof
 from partinf.proof.schedule import CLOCKS, Reader, Schedule, byte_rate
@@ -62,22 +62,6 @@ def prove(
     return Proof(plan.model.name, plan.slice.name, compiler, tuple(steps))
 
 
-def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
-    """The plan's roles worked out for a bucket at its padded shape."""
-    page, heads = plan.cache.page_size, plan.padded_model.num_heads
-    shape = StepShape(
-        decode_rows=bucket.decode_rows,
-        decode_context=bucket.decode_pages * page,
-        prefill_tokens=bucket.prefill_tokens,
-        prefill_slots=bucket.prefill_slots,
-        prefill_context=bucket.prefill_pages * page,
-        sampling=bucket.random,
-        rich=bucket.rich,
-    )
-    shares = Shares(heads=plan.model.num_heads / heads)
-    return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
-
-
 def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
     usable = memory.usable_bytes(plan.slice)
     if compiled.refusal:
@@ -87,7 +71,7 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         return StepProof(str(bucket), False, held, compiled.seconds, refusal=said, advice=_advice(plan, bucket, held))
     held = _memory(compiled.memory, usable)
     network = Network(plan.slice, BandwidthModel.AXIS, 1.0, plan.slice.chip.hop_seconds)
-    schedule = Reader(Module(compiled.program), plan.slice, network).read()
+    schedule = Reader(Module(compiled.program), plan.slice, network, _taken(plan, bucket)).read()
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
     estimate = _estimate(plan, ledger, schedule)
 
@@ -108,6 +92,26 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         estimate,
         _planned_seconds(plan, bucket),
     )
+
+
+def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
+    """How often a branch is taken: attention skips tiles of prompts that nobody sees, if prompts of one length fill the bucket."""
+    from partinf.transformer import kernels  # jax is loaded with these, and a proof that is refused earlier needs none
+    from partinf.transformer.routes import Routes
+
+    routes = Routes(plan, bucket)
+    ways = routes.ways(routes.prefill.batch)
+    heads = plan.padded_model.num_heads // routes.ways(routes.prefill.heads)
+    tiles = kernels.tiles_for(plan.slice.chip.family)
+    seen, together = kernels.seen_shares(bucket.prefill_tokens // ways, bucket.prefill_slots // ways, heads, tiles)
+
+    def taken(lines: Sequence[Frame]) -> float:
+        functions = [line.function for line in lines if line.file.endswith("transformer/kernels.py")]
+        if any(".slot" in name for name in functions):
+            return 1.0 if any(".slot.<locals>.tile" in name for name in functions) else together
+        return seen if any(name.startswith("prefill") for name in functions) else 1.0
+
+    return taken
 
 
 def _memory(kinds: dict[str, int], usable: int) -> Memory:

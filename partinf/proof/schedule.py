@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
 from partinf.hardware import DCN_AXIS, Chip, Slice
-from partinf.proof.hlo import DTYPE_NAMES, Computation, Instruction, Module, Shape, groups
+from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Module, Shape, groups
 from partinf.proof.report import Collective, Work
 from partinf.proof.traffic import collective_of, collective_op, hbm_bytes
 
 # Cycles in the compiled text are of this clock (Hz).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 # Source files that move or multiply for others: the line that asked for it says more.
-_CARRIERS = ("partinf/collectives.py", "partinf/transformer/linear.py", "partinf/quantize.py")
+_CARRIERS = ("partinf/collectives.py", "partinf/looped.py", "partinf/transformer/linear.py", "partinf/quantize.py")
 
 _FED_BY = 3  # how many instructions back the source of a nameless one is looked for
 # jax's names of collectives → ours.
@@ -48,8 +48,13 @@ class Schedule:
 class Reader:
     """Reads a module for one slice."""
 
-    def __init__(self, module: Module, slice_: Slice, network: Network) -> None:
+    def __init__(self, module: Module, slice_: Slice, network: Network, taken: Callable[[Sequence[Frame]], float] = lambda _: 1.0) -> None:
+        """
+        Args:
+            taken: how often of all times the branches of a conditional run, by the lines that it comes from.
+        """
         self._module = module
+        self._taken = lambda conditional: taken(module.source(conditional))
         self._sizes = slice_.axis_sizes
         self._network = network
         self._clock = CLOCKS.get(slice_.chip.name)
@@ -61,7 +66,7 @@ class Reader:
         collectives: list[Collective] = []
         work: list[Work] = []
         unestimated: list[str] = []
-        for block, times in self._module.blocks():
+        for block, times in self._module.blocks(self._taken):
             cycles = sum(instruction.cycles for instruction in block.instructions)
             num_bytes = sum(hbm_bytes(self._module, block, instruction) for instruction in block.instructions)
             seconds += times * max(cycles / self._clock if self._clock else 0.0, num_bytes / self._byte_rate)
@@ -100,7 +105,7 @@ class Reader:
                 open_[first] += self.time(block, instruction)
         return closed
 
-    def _collectives(self, block: Computation, instruction: Instruction, times: int, hidden: float) -> list[Collective]:
+    def _collectives(self, block: Computation, instruction: Instruction, times: float, hidden: float) -> list[Collective]:
         home, inner = collective_of(self._module, block, instruction) or (block, instruction)
         op = collective_op(inner) or ""
         if op == "all-reduce" and home.name.startswith("all-reduce-scatter"):  # fused with the slice of its result
@@ -114,8 +119,8 @@ class Reader:
         share = sum(shape.num_bytes for shape in payloads) or 1
         return [
             Collective(
-                op, axes, DTYPE_NAMES.get(shape.dtype, shape.dtype), shape.num_bytes, times, total * shape.num_bytes / share, fraction,
-                source, asked, len(payloads),
+                op, axes, DTYPE_NAMES.get(shape.dtype, shape.dtype), shape.num_bytes, round(times),
+                total * shape.num_bytes / share, fraction, source, asked, len(payloads),
             )
             for shape in payloads
             if axes
@@ -150,12 +155,12 @@ class Reader:
         moving = {"parameter", "constant", "dynamic-slice", "bitcast", "copy", "transpose", "slice", "reshape", "tuple"}
         return called is not None and all(inner.opcode in moving for inner in called.instructions)
 
-    def _work(self, block: Computation, instruction: Instruction, times: int) -> Work:
+    def _work(self, block: Computation, instruction: Instruction, times: float) -> Work:
         shape = instruction.shapes[0]
         argument = self._module.argument(block, instruction)
         what = f"{instruction.opcode} of {argument + ' ' if argument else ''}{shape.dtype}{list(shape.dims)}"
         source, moves = self._source(block, instruction), self._only_moves(instruction)
-        return Work(what, times, self.time(block, instruction), shape.num_bytes, moves, source)
+        return Work(what, max(round(times), 1), self.time(block, instruction), shape.num_bytes, moves, source)
 
 
 def _payloads(home: Computation, collective: Instruction, op: str) -> list[Shape]:

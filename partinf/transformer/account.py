@@ -98,7 +98,7 @@ def trace_account(plan: Plan, bucket: Bucket) -> Account:
     mesh = abstract_mesh(plan)
     whole = NamedSharding(mesh, P())
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), empty_batch(bucket))
-    step = build_step(plan, mesh, bucket, unrolled=False)
+    step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
     jaxpr = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), batch)
     return count(jaxpr.jaxpr, plan.axis_sizes)
 

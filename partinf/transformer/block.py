@@ -1,20 +1,31 @@
-"""One layer inside `shard_map`: norm, gather E, sublayers, reduce-scatter E; twice, or once for a parallel block."""
+"""One layer inside `shard_map`: norm, gather E, products, a core, products, reduce-scatter E; twice, or once for a parallel block.
+
+The products that read the gathered activations, and those whose sums are scattered, are made here together with the collective beside
+them, so that both may run as one loop (`partinf.looped`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from partinf.collectives import Split, move
+from partinf.collectives import Split
+from partinf.looped import Cut, gather_multiply, multiply_scatter
 from partinf.model_config import Block
+from partinf.quantize import Quantized
 from partinf.transformer.attention import attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.ffn import ffn
-from partinf.transformer.linear import embed_vector, gather_weights, norm
+from partinf.transformer.linear import dot, embed_vector, gather_weights, norm
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
+
+# Products of the gathered activations: einsum, and where the tokens stand in what comes out.
+_ENTER = {"wq": ("te,hqe->thq", 0), "wkv": ("te,ckqe->tckq", 0), "w_in": ("te,cfe->ctf", 1)}
 
 
 def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, freqs: np.ndarray) -> tuple[jax.Array, Any]:
@@ -24,26 +35,49 @@ def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, rout
     reduced together.
     """
     weights = gather_weights(weights, routes)
-    h = _enter(x, weights, "attention_norm", routes)
-    attended, kv = attention(weights, h, kv, layer, batch, routes, freqs)  # [T.t, E.e] {f unreduced}
     if routes.plan.model.block is Block.PARALLEL:
-        return _leave(x, attended + ffn(weights, h, routes), weights, ("bo", "b_out"), routes), kv
-    x = _leave(x, attended, weights, ("bo",), routes)
-    h = _enter(x, weights, "ffn_norm", routes)
-    return _leave(x, ffn(weights, h, routes), weights, ("b_out",), routes), kv
+        q, new, hidden = _enter(x, weights, "attention_norm", ("wq", "wkv", "w_in"), routes)
+        attended, kv = attention(weights, q, new, kv, layer, batch, routes, freqs)
+        return _leave(x, weights, {"wo": attended, "w_out": ffn(weights, hidden, routes)}, ("bo", "b_out"), routes), kv
+    q, new = _enter(x, weights, "attention_norm", ("wq", "wkv"), routes)
+    attended, kv = attention(weights, q, new, kv, layer, batch, routes, freqs)
+    x = _leave(x, weights, {"wo": attended}, ("bo",), routes)
+    (hidden,) = _enter(x, weights, "ffn_norm", ("w_in",), routes)
+    return _leave(x, weights, {"w_out": ffn(weights, hidden, routes)}, ("b_out",), routes), kv
 
 
-def _enter(x: jax.Array, weights: Params, name: str, routes: Routes) -> jax.Array:
-    """Norm and gather before a sublayer: [T.t, E.w] → [T.t, E.e]."""
+def _enter(x: jax.Array, weights: Params, name: str, wanted: tuple[str, ...], routes: Routes) -> tuple[jax.Array, ...]:
+    """Norm, gather and products before a sublayer's core: [T.t, E.w] → [T.t, E.e] · W, each {e unreduced}."""
     normed = norm(x, weights, name, routes.weight, routes)
-    return move(normed, routes.frame((), routes.weight_stored), Split(cols=routes.weight), Split(cols=routes.embed))
+
+    def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
+        return tuple(dot(_ENTER[name][0], part, _cut(weights[name], cut, -1), jnp.float32) for name in wanted)
+
+    frame, source, target = routes.frame((), routes.weight_stored), Split(cols=routes.weight), Split(cols=routes.embed)
+    products = gather_multiply(normed, frame, source, target, routes.phase.loop, multiply, tuple(_ENTER[name][1] for name in wanted))
+    return tuple(product.astype(x.dtype) for product in products)
 
 
-def _leave(x: jax.Array, out: jax.Array, weights: Params, biases: tuple[str, ...], routes: Routes) -> jax.Array:
-    """Reduce a sublayer's output [T.t, E.e] {f unreduced} into the residual x [T.t, E.w]."""
+def _leave(x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], biases: tuple[str, ...], routes: Routes) -> jax.Array:
+    """Products after a sublayer's core, inner [T.t, F.f] by the weight that each meets, reduced into the residual x [T.t, E.w]."""
+
+    def multiply(cut: Cut, rows: slice) -> jax.Array:
+        parts = [dot("tf,ef->te", hidden[rows], _cut(weights[name], cut, 0), jnp.float32) for name, hidden in inner.items()]
+        return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]
+
     partial = Split(cols=routes.embed, unreduced=routes.ffn)
-    x = x + move(out, routes.frame((), routes.weight_stored), partial, Split(cols=routes.weight))
+    frame, target = routes.frame((), routes.weight_stored), Split(cols=routes.weight)
+    x = x + multiply_scatter(multiply, frame, x.shape[0], partial, target, routes.phase.loop, x.dtype)
     for name in biases:
         if name in weights:
             x = x + embed_vector(weights[name], routes.weight, routes)
     return x
+
+
+def _cut(weights: jax.Array | Quantized, cut: Cut, dim: int) -> jax.Array | Quantized:
+    """A part of a weight's dimension E, with its scales where E is not contracted."""
+    if not isinstance(weights, Quantized):
+        return cut(weights, dim % weights.ndim)
+    values = cut(weights.values, dim % len(weights.shape))
+    scale = weights.scale if dim in weights.contracted else cut(weights.scale, dim)
+    return Quantized(values, scale, weights.contracted)

@@ -1,13 +1,14 @@
 """The paged KV cache on the devices: its declaration, and reading and writing pages.
 
 One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, key-value heads
-are split over the leading head axes as far as they divide. Keys and values of a position lie side by side:
-[P.b, S, 2, K.k, Q] per layer, either one array per layer or all stacked on a leading layer dimension (behind `write` and `read`).
-Page ids are global: shard · pages_per_shard + local id; -1 is no page.
+are split over the leading head axes as far as they divide. Keys and values lie apart, each [P.b, K.k, S, Q] per layer, so that the
+keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a leading layer dimension (behind `write`
+and `read`). Page ids are global: shard · pages_per_shard + local id; -1 is no page.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,26 +18,41 @@ from jax.sharding import AbstractMesh, Mesh
 
 from partinf.collectives import Axes
 from partinf.plans import Plan
-from partinf.quantize import Quantized, dequantize, quantize
+from partinf.quantize import Quantized, quantize
 from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType
 
-_LETTERS = "P..C."
+_LETTERS = "PC.."
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of one shape, arrays or `Quantized` ones."""
+
+    keys: Any
+    values: Any
 
 
 def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any:
     """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head."""
     model, lead = plan.padded_model, () if unrolled else (plan.model.num_layers,)
-    shape = (plan.cache.pages_per_shard * plan.num_shards, plan.cache.page_size, 2, model.num_kv_heads, model.head_dim)
+    shape = (plan.cache.pages_per_shard * plan.num_shards, model.num_kv_heads, plan.cache.page_size, model.head_dim)
 
     def array(shape: tuple[int, ...], dtype: Any, letters: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=sharding(plan, mesh, "." * len(lead) + letters))
 
     if plan.kv is DType.INT8:
-        layer: Any = Quantized(array(shape, jnp.int8, _LETTERS), array(shape[:-1], jnp.float32, _LETTERS[:-1]), (-1,))
+        half: Any = Quantized(array(shape, jnp.int8, _LETTERS), array(shape[:-1], jnp.float32, _LETTERS[:-1]), (-1,))
     else:
-        layer = array(shape, jnp.float32 if plan.kv is DType.F32 else jnp.bfloat16, _LETTERS)
+        half = array(shape, jnp.float32 if plan.kv is DType.F32 else _bfloat16(plan), _LETTERS)
+    layer = KeysValues(half, half)
     return (layer,) * model.num_layers if unrolled else layer
+
+
+def _bfloat16(plan: Plan) -> Any:
+    """How bfloat16 is stored: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every scatter into it; bits it leaves."""
+    return jnp.uint16 if plan.slice.chip.family == "cpu" else jnp.bfloat16
 
 
 def cache_bytes_per_device(plan: Plan) -> int:
@@ -54,21 +70,25 @@ def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tup
     return local, (pages >= 0) & (local >= 0) & (local < pages_per_shard)
 
 
-def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: jax.Array) -> Any:
-    """Store new [T, 2, K, Q] at (pages [T], offsets [T]) of a layer where `owned`; the rest is dropped."""
+def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: KeysValues) -> Any:
+    """Store new keys and values [T, K, Q] at (pages [T], offsets [T]) of a layer where `owned`; the rest is dropped."""
     held = kv[layer] if isinstance(kv, tuple) else kv
     slots = jnp.where(owned, pages, jnp.iinfo(jnp.int32).max)  # out of range: dropped
-    where = (slots, offsets) if isinstance(kv, tuple) else (layer, slots, offsets)
-    stored = quantize(new, (-1,)) if isinstance(held, Quantized) else new
-    updated = jax.tree.map(lambda array, part: array.at[where].set(part.astype(array.dtype), mode="drop"), held, stored)
+    where = (slots, slice(None), offsets) if isinstance(kv, tuple) else (layer, slots, slice(None), offsets)
+    stored = jax.tree.map(lambda x: quantize(x, (-1,)), new) if isinstance(held.keys, Quantized) else new
+    updated = jax.tree.map(lambda array, part: array.at[where].set(_as_stored(part, array.dtype), mode="drop"), held, stored)
     return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
 
 
-def read(kv: Any, layer: Any, pages: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The contents [B, M, 2, K, Q] of page tables pages [B, pages]; ids must be local, entries out of range read some page."""
-    held, where = (kv[layer], pages) if isinstance(kv, tuple) else (kv, (layer, pages))
-    found = jax.tree.map(lambda array: array.at[where].get(mode="clip"), held)  # [B, pages, S, 2, K(, Q)]
-    if isinstance(found, Quantized):
-        found = dequantize(found, dtype)
-    rows, count, size = found.shape[:3]
-    return found.reshape(rows, count * size, *found.shape[3:]).astype(dtype)
+def read(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
+    """Pages [..] of a layer, as stored: [.., K, S, Q]. Ids must be local; those out of range read some page."""
+    held, where = (kv[layer], (pages,)) if isinstance(kv, tuple) else (kv, (layer, pages))
+    return jax.tree.map(lambda array: _as_read(array.at[where].get(mode="clip")), held)
+
+
+def _as_stored(new: jax.Array, dtype: Any) -> jax.Array:
+    return lax.bitcast_convert_type(new.astype(jnp.bfloat16), dtype) if dtype == jnp.uint16 else new.astype(dtype)
+
+
+def _as_read(found: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(found, jnp.bfloat16) if found.dtype == jnp.uint16 else found

@@ -13,14 +13,13 @@ from __future__ import annotations
 import jax
 
 from partinf.collectives import Split, move, take_split
-from partinf.transformer.linear import activate, dot
+from partinf.transformer.linear import activate
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
 
-def ffn(weights: Params, x: jax.Array, routes: Routes) -> jax.Array:
-    """The FFN of normalised x [T.t, E.e]; returns [T.t, E.e] {f unreduced}, the output bias not yet added."""
-    hidden = dot("te,cfe->ctf", x, weights["w_in"])  # [2, T.t, F.f] {e unreduced} (1 without a gate)
+def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
+    """The FFN between its two products: [2, T.t, F.f] {e unreduced} (1 without a gate) → [T.t, F.f]."""
     frame = routes.frame((), routes.hidden_digits, 1, 2)
     whole, split = Split(cols=routes.ffn), Split(cols=routes.ffn + routes.embed)
     hidden = move(hidden, frame, Split(cols=routes.ffn, unreduced=routes.embed), split)  # [2, T.t, F.fe]
@@ -28,5 +27,4 @@ def ffn(weights: Params, x: jax.Array, routes: Routes) -> jax.Array:
         bias = take_split(weights["b_in"], 1, routes.hidden_digits, split.cols, routes.sizes)
         hidden = hidden + bias[:, None, :]
     hidden = activate(hidden, routes.plan.model)  # [T.t, F.fe]
-    hidden = move(hidden, routes.frame((), routes.hidden_digits), split, whole)  # [T.t, F.f]
-    return dot("tf,ef->te", hidden, weights["w_out"])
+    return move(hidden, routes.frame((), routes.hidden_digits), split, whole)  # [T.t, F.f]

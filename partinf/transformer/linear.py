@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,15 +17,41 @@ from partinf.transformer.routes import Routes
 
 
 def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
-    """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel."""
+    """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
+
+    Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
+    matrices on CPU, and a loop ten to twenty times slower for anything else.
+    """
     dtype = x.dtype if dtype is None else dtype
-    if not isinstance(weights, Quantized):
-        return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32).astype(dtype)
-    _, weight_letters, out_letters = spec.replace("->", ",").split(",")
-    sizes = dict(zip(weight_letters, weights.shape, strict=True))
-    scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
-    out = jnp.einsum(spec, x, weights.values.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (out * scale).astype(dtype)
+    scale = None
+    if isinstance(weights, Quantized):
+        _, weight_letters, out_letters = spec.replace("->", ",").split(",")
+        sizes = dict(zip(weight_letters, weights.shape, strict=True))
+        scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
+        weights = weights.values.astype(x.dtype)
+    merged, x_shape, weights_shape, out_shape = _merged(spec, x.shape, weights.shape)
+    out = jnp.einsum(merged, x.reshape(x_shape), weights.reshape(weights_shape), preferred_element_type=jnp.float32).reshape(out_shape)
+    return (out if scale is None else out * scale).astype(dtype)
+
+
+@functools.cache
+def _merged(spec: str, *shapes: tuple[int, ...]) -> tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The einsum with every run of letters that occurs only as a whole merged into its first letter; both arguments' shapes under it,
+    and the shape of the result under `spec`."""
+    terms = spec.replace("->", ",").split(",")
+    sizes = {letter: size for term, shape in zip(terms, shapes, strict=False) for letter, size in zip(term, shape, strict=True)}
+    result = tuple(sizes[letter] for letter in terms[2])
+    merged = True
+    while merged:
+        merged = False
+        for first, second in {pair for term in terms for pair in itertools.pairwise(term)}:
+            if all((first + second in term) == (first in term) == (second in term) for term in terms):
+                terms = [term.replace(first + second, first) for term in terms]
+                sizes[first] *= sizes[second]
+                merged = True
+                break
+    first_shape, second_shape = (tuple(sizes[letter] for letter in term) for term in terms[:2])
+    return f"{terms[0]},{terms[1]}->{terms[2]}", first_shape, second_shape, result
 
 
 def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:

@@ -55,7 +55,7 @@ def declare_layer(model: ModelConfig) -> dict[str, Declared]:
     layer = {
         "wq": Declared((heads, head, embed), "H.E", (-1,)),
         "wkv": Declared((2, kv_heads, head, embed), ".K.E", (-1,)),  # keys, values
-        "wo": Declared((embed, heads, head), "EH.", (-2, -1)),
+        "wo": Declared((embed, heads * head), "EH", (-1,)),  # one dimension: a TPU would tile few local heads badly
         "w_in": Declared((inner, ffn, embed), ".FE", (-1,)),  # gate and up, or one matrix
         "w_out": Declared((embed, ffn), "EF", (-1,)),
     }

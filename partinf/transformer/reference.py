@@ -57,8 +57,8 @@ def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     scores = jnp.einsum("blkgq,bmkq->bkglm", q, k, preferred_element_type=jnp.float32) * model.head_dim**-0.5
     causal = (positions[:, :, None] >= positions[:, None, :])[:, None, None]  # [1, 1, 1, L, M]
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
-    out = jnp.einsum("bkglm,bmkq->blkgq", weights, v).reshape(*x.shape[:2], model.num_heads, model.head_dim)
-    out = jnp.einsum("blhq,ehq->ble", out, layer["wo"])
+    out = jnp.einsum("bkglm,bmkq->blkgq", weights, v).reshape(*x.shape[:2], model.num_heads * model.head_dim)
+    out = jnp.einsum("blf,ef->ble", out, layer["wo"])
     return out + layer["bo"][None, None] if model.biases else out
 
 

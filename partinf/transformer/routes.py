@@ -35,10 +35,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Routes:
-    """Axes and splits of one bucket under one plan."""
+    """Axes and splits of one bucket under one plan.
+
+    Attributes:
+        plain: attention is the plain twin, which gathers all context and masks.
+    """
 
     plan: Plan
     bucket: Bucket
+    plain: bool = False
 
     @cached_property
     def phase(self) -> Phase:

@@ -101,10 +101,12 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
     raise_offences(offences)
 
 
-def build_step(plan: Plan, mesh: Mesh | AbstractMesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Step:
-    """The step of one bucket, to be jitted by the caller (`compile_step`) or traced."""
+def build_step(
+    plan: Plan, mesh: Mesh | AbstractMesh, bucket: Bucket, unrolled: bool, with_logits: bool = False, plain: bool = False
+) -> Step:
+    """The step of one bucket, to be jitted by the caller (`compile_step`) or traced; `plain` takes the plain twin of attention."""
     check_bucket(plan, bucket)
-    routes = Routes(plan, bucket)
+    routes = Routes(plan, bucket, plain)
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
     batch_specs = jax.tree.map(lambda _: P(), empty_batch(bucket))

@@ -34,7 +34,7 @@ def expected_params(directory: Path, config: ModelConfig, stacked: bool) -> obje
             "attention_norm": whole[f"{prefix}.input_layernorm.weight"],
             "wq": whole[f"{prefix}.self_attn.q_proj.weight"].reshape(heads, size, -1),
             "wkv": np.stack([key, value]),
-            "wo": whole[f"{prefix}.self_attn.o_proj.weight"].reshape(-1, heads, size),
+            "wo": whole[f"{prefix}.self_attn.o_proj.weight"],
             "ffn_norm": whole[f"{prefix}.post_attention_layernorm.weight"],
             "w_in": np.stack([whole[f"{prefix}.mlp.gate_proj.weight"], whole[f"{prefix}.mlp.up_proj.weight"]]),
             "w_out": whole[f"{prefix}.mlp.down_proj.weight"],
@@ -90,7 +90,7 @@ def test_only_the_local_shards_are_read(llama: Path, config: ModelConfig) -> Non
         read_leaf(reader, sources["layers/0/w_in"], (slice(1, 2), slice(0, 16), slice(0, 64)), np.dtype(np.float32))
         assert reader.bytes_read == 16 * 64 * 2
         # One head's part of W_O is a column block; the rows beyond the vocabulary cost nothing.
-        read_leaf(reader, sources["layers/0/wo"], (slice(0, 64), slice(3, 4), slice(None)), np.dtype(np.float32))
+        read_leaf(reader, sources["layers/0/wo"], (slice(0, 64), slice(3 * config.head_dim, 4 * config.head_dim)), np.dtype(np.float32))
         assert reader.bytes_read == (16 * 64 + 64 * config.head_dim) * 2
         before = reader.bytes_read
         padding = read_leaf(reader, sources["embed"], (slice(config.vocab_size, None), slice(None)), np.dtype(np.float32))

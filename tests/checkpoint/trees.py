@@ -23,7 +23,7 @@ SPECS = {
     "attention_norm": (None,),
     "wq": ("y", None, "x"),
     "wkv": (None, "y", "x", None),
-    "wo": ("x", None, "y"),
+    "wo": ("x", "y"),
     "ffn_norm": ("y",),
     "w_in": (None, "y", "x"),
     "w_out": ("x", "y"),

@@ -96,9 +96,10 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
 
 def pad_heads(leaf: np.ndarray, name: str, plan: Plan) -> np.ndarray:
     """Zero heads after the model's own."""
-    dims = {"wq": {0: "H"}, "wkv": {1: "K"}, "wo": {1: "H"}, "bq": {0: "H"}, "bkv": {1: "K"}}.get(name, {})
+    dims = {"wq": {0: "H"}, "wkv": {1: "K"}, "wo": {1: "HQ"}, "bq": {0: "H"}, "bkv": {1: "K"}}.get(name, {})
     model, padded = plan.model, plan.padded_model
     extra = {"H": padded.num_heads - model.num_heads, "K": padded.num_kv_heads - model.num_kv_heads}
+    extra["HQ"] = extra["H"] * model.head_dim
     return np.pad(leaf, [(0, extra[dims[dim]]) if dim in dims else (0, 0) for dim in range(leaf.ndim)])
 
 

@@ -18,6 +18,7 @@ from partinf.demo_tasks import check, mixed_tasks
 from partinf.engine.engine import Engine
 from partinf.engine.jax_runner import JaxRunner
 from partinf.engine.request import FinishReason, SamplingParams
+from partinf.engine.step import Step
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
@@ -133,6 +134,30 @@ def test_nothing_compiles_while_serving(runner: JaxRunner, engine: Engine) -> No
     assert compiled == len(runner.plan.buckets)
     engine.generate([TASKS[0].prompt, TASKS[1].prompt], [params_of(0), params_of(1)])
     assert runner.num_compiled == compiled
+
+
+def test_a_switch_of_phases_compiles_nothing_and_copies_no_weights(runner: JaxRunner, engine: Engine) -> None:
+    """Steps of few tokens keep the weights stationary, steps of many gather them: over one storage, with what was compiled before."""
+    where = lambda: [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runner.params) for shard in leaf.addressable_shards]  # noqa: E731
+    phases = {runner.plan.ffn_phase(bucket.num_tokens).gather for bucket in runner.plan.buckets}
+    assert phases == {(), ("x", "y", "z")}
+    before, steps = where(), dict(runner._steps)
+    phases_run = set()
+    submit = runner.submit
+
+    def watched(step: Step) -> None:
+        phases_run.add(runner.plan.ffn_phase(runner._fit(step).num_tokens).gather)
+        submit(step)
+
+    runner.submit = watched  # type: ignore[method-assign]
+    try:
+        for _ in range(2):
+            engine.generate([task.prompt for task in TASKS], [params_of(index) for index in range(len(TASKS))])
+    finally:
+        del runner.submit
+    assert phases_run == phases
+    assert where() == before
+    assert runner._steps == steps
 
 
 def test_prompts_longer_than_a_step_are_refused_unless_they_may_be_cut(runner: JaxRunner) -> None:

@@ -45,6 +45,14 @@ def _read(name: str) -> dict:
         return marshal.load(file)
 
 
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 class Refused(Exception):
     def __init__(self, text: str, code: int = 1) -> None:
         super().__init__(text)
@@ -137,7 +145,7 @@ class Cloud:
             os.makedirs(home)
         where = f"projects/{self.flags['--project']}/locations/{self.flags['--zone']}/queuedResources/{name}"
         states = self.script.get("states", [])
-        machine = {"name": where, "state": "ACTIVE", "before": list(states), "labels": labels, "homes": homes}
+        machine = {"name": where, "state": "ACTIVE", "before": list(states), "labels": labels, "homes": homes, "port": _free_port()}
         self.state["machines"][name] = machine
         self.state["created"] += 1
         return 0
@@ -183,11 +191,19 @@ class Cloud:
     def _ssh(self) -> int:
         import subprocess
 
-        homes = self._homes(self._machine(active=True))
+        machine = self._machine(active=True)
+        homes, everyone = self._homes(machine), machine["homes"]
         command = ["bash", "-c", self.flags["--command"]]
+        # What jax learns from the metadata of a real TPU: who the others are.
+        others = {"PARTINF_COORDINATOR": f"localhost:{machine['port']}", "PARTINF_NUM_PROCESSES": str(len(everyone))}
         processes = [
             subprocess.Popen(
-                command, cwd=home, env={**os.environ, "HOME": home}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+                command,
+                cwd=home,
+                env={**os.environ, **others, "PARTINF_PROCESS_ID": str(everyone.index(home)), "HOME": home},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             for home in homes
         ]

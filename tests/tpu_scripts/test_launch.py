@@ -91,6 +91,56 @@ def test_partinf_runs_on_two_workers_as_it_runs_here(plan: Path, cloud, root: Pa
     assert cloud.state["machines"] == {}
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A repository of this checkout's own files, weights of the demo model among them, and an experiment."""
+    folder = tmp_path_factory.mktemp("an experiment") / "a checkout"
+    for name in ("partinf", "models", "layouts"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (root / "experiments" / "on_a_pod" / "demo.toml").read_text()
+    assert "rounds = 5" in text
+    (folder / "demo.toml").write_text(text.replace("rounds = 5", "rounds = 0"))
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "all")
+    return folder
+
+
+def test_the_demo_experiment_on_a_pod_gives_what_it_gives_here(checkout: Path, cloud) -> None:
+    """Two workers are one mesh: tokens and all else that follows from the description are those of this process with its eight devices."""
+    from partinf.runs.description import read_experiment
+    from partinf.runs.execute import execute
+    from partinf.runs.result import deterministic
+
+    output = cloud.folder / "result.json"
+    flags = ["--on", "pod", "--description", str(cloud.describe(repository=str(checkout), command=None)), "--run-id", "r1"]
+    flags += ["--pod-output", str(cloud.folder / "my results"), "--poll-seconds", "0.5", "--output", str(output)]
+    assert main(["run", str(checkout / "demo.toml"), *flags]) == 0
+    assert cloud.state["machines"] == {}
+    found = json.loads(output.read_text())
+    assert (found["where"]["processes"], found["where"]["devices"]) == (2, 8)
+    here = json.loads(json.dumps(execute(read_experiment(checkout / "demo.toml"))))
+    assert deterministic(found) == deterministic(here)
+    assert all(request["tokens"] for request in found["requests"])
+
+
+def test_an_experiment_that_is_not_sent_is_refused(checkout: Path, cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--on", "pod", "--description", str(cloud.describe(repository=str(checkout), command=None)), "--dry-run"]
+    elsewhere = tmp_path / "demo.toml"
+    shutil.copy(checkout / "demo.toml", elsewhere)
+    assert main(["run", str(elsewhere), *flags]) == 2
+    assert "is not in the repository that is sent" in capsys.readouterr().err
+    changed = checkout / "changed.toml"
+    changed.write_text((checkout / "demo.toml").read_text().replace("cpu:2x2x2", "v4:2x2x1"))
+    assert main(["run", str(changed), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "its slice is v4:2x2x1, and v4-16 of" in said
+    assert "is not in commit HEAD as it is here" in said
+    assert main(["run", str(checkout / "demo.toml"), *flags]) == 0
+    assert "python -m partinf run demo.toml --on worker" in capsys.readouterr().out
+    assert cloud.calls == []
+
+
 def _quick(cloud) -> list[str]:
     return ["--output", str(cloud.folder / "my results"), "--poll-seconds", "0.5"]
 

@@ -1,0 +1,129 @@
+"""Measure the devices that are here, and write what was found as a hardware file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partinf.errors import raise_offences
+
+if TYPE_CHECKING:
+    from partinf.hardware import Chip
+    from partinf.measure.probes import Probe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--types", metavar="LIST", default="f32,bf16,int8", help="of weights (default: f32,bf16,int8)")
+    parser.add_argument("--devices", default="0", metavar="N", help="virtual CPU devices to measure (default: JAX_NUM_CPU_DEVICES or 1)")
+    parser.add_argument("--seconds", default="30", metavar="S", help="for timing; compiling comes beside it (default: 30)")
+    parser.add_argument("--output", metavar="FILE", help="(default: the user's configuration, where --slice local finds it)")
+    parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
+    parser.epilog = "Example: partinf calibrate && partinf plan --model llama-125m --slice local --batch 8 --input 128 --output 64"
+
+
+def run(args: argparse.Namespace) -> int:
+    from partinf.cli import devices
+    from partinf.workload import DType
+
+    offences = []
+    names = args.types.split(",")
+    offences += [f"--types {args.types}: '{name}' is no type; valid: {', '.join(DType)}" for name in names if name not in list(DType)]
+    if "int8" in names and "bf16" not in names:
+        offences.append(f"--types {args.types}: activations of int8 weights are bf16; measure bf16 too")
+    if not args.devices.isdigit():
+        offences.append(f"--devices {args.devices}: a whole number is needed")
+    seconds = _number(args.seconds)
+    if not seconds > 0:
+        offences.append(f"--seconds {args.seconds}: a positive number is needed")
+    if args.format not in ("table", "json"):
+        offences.append(f"--format {args.format}: valid: table, json")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        offences.append(f"--output {args.output}: there is no directory {Path(args.output).absolute().parent}")
+    raise_offences(offences)
+    devices.prepare(None, virtual_devices=max(1, int(args.devices)))
+    from partinf.hardware_file import default_path, write_hardware
+    from partinf.measure.calibrate import calibrate
+    from partinf.measure.probes import price
+    from partinf.sharding import local_slice
+
+    started = time.perf_counter()
+    say = lambda stage: print(stage, file=sys.stderr)  # noqa: E731
+    chip, probes = calibrate(tuple(dict.fromkeys(DType(name) for name in names)), seconds, say)
+    rates = chip.rates
+    assert rates is not None
+    path = Path(args.output) if args.output else default_path(rates.device_kind, rates.devices)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(write_hardware(chip))
+    slice_ = local_slice(chip=chip)
+    predicted = [price(probe, slice_, rates, rates.type(probe.plan.weights.value)) for probe in probes]
+    if args.format == "json":
+        print(json.dumps(_json(chip, path, probes, predicted, time.perf_counter() - started), indent=2))
+    else:
+        _show(chip, path, probes, predicted, time.perf_counter() - started, used=not args.output)
+    return 0
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
+
+
+def _json(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    rates = chip.rates
+    assert rates is not None
+    steps = [
+        {"name": probe.name, "seconds": probe.timing.seconds, "spread": probe.timing.spread, "predicted_seconds": price}
+        for probe, price in zip(probes, predicted, strict=True)
+    ]
+    return {"file": str(path), "chip": chip.name, "seconds": seconds, "rates": asdict(rates), "steps": steps}
+
+
+def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float, used: bool) -> None:
+    from rich.table import Table
+
+    from partinf.cli.plan_table import wide_console
+
+    console, rates = wide_console(), chip.rates
+    assert rates is not None
+    count = f"{rates.devices} devices" if rates.devices > 1 else "one device"
+    console.print(
+        f"{chip.name}: {count} of kind {rates.device_kind}, measured in {seconds:.0f} s; figures are of one of them\n", highlight=False
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Products, GFLOP/s by rows", title_justify="left")
+    table.add_column("weights")
+    for rows in rates.products[0][1].sizes:
+        table.add_column(f"{rows:.0f}", justify="right")
+    for name, curve in rates.products:
+        table.add_row(name, *(f"{rate / 1e9:.3g}" for rate in curve.rates))
+    console.print(table)
+    for name, found in rates.types:
+        console.print(
+            f"{name}: decode attention {found.decode_kv / 1e9:.3g} GB/s of KV and {found.decode_flops / 1e9:.3g} GFLOP/s, prompt attention "
+            f"{found.prompt_flops / 1e9:.3g} GFLOP/s, between products {found.activations / 1e9:.3g} GB/s, choice of a token "
+            f"{found.choice / 1e9:.3g} GB/s, {found.op_seconds * 1e6:.3g} µs per operation, {found.step_seconds * 1e6:.3g} µs per step",
+            highlight=False,
+        )
+    console.print(f"memory {rates.memory / 1e9:.3g} GB/s", highlight=False)
+    for rate in rates.collectives:
+        text = (
+            f"{rate.op} among {rate.ways}: {rate.seconds * 1e6:.3g} µs, bytes at {1 / rate.factor if rate.factor else float('inf'):.2g} ×"
+        )
+        console.print(f"{text} the links' {chip.switch_bandwidth / 1e9 or chip.link_bandwidth / 1e9:.3g} GB/s", highlight=False)
+    steps = Table(box=None, pad_edge=False, header_style="bold", title="\nSteps that the rates were fitted to, ms", title_justify="left")
+    for title in ("step", "measured", "±", "predicted", ""):
+        steps.add_column(title, justify="left" if title == "step" else "right")
+    for probe, price in zip(probes, predicted, strict=True):
+        took = probe.timing.seconds
+        steps.add_row(probe.name, f"{1e3 * took:.3g}", f"{probe.timing.spread:.0%}", f"{1e3 * price:.3g}", f"{price / took - 1:+.0%}")
+    console.print(steps)
+    console.print(f"\nMedian error {rates.error:.0%}. Written to {path}.", highlight=False)
+    if used:
+        console.print("Slice local uses it from now on; elsewhere, pass --hardware FILE.", highlight=False)

@@ -1,0 +1,169 @@
+"""Run a described experiment where it is told to, and show predicted beside measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partinf.errors import InvalidInput, raise_offences
+
+if TYPE_CHECKING:
+    from partinf.runs.description import Experiment
+
+PLACES = {
+    "simulator": "the engine over the cost model",
+    "here": "the devices of this process",
+    "processes": "as many processes on this machine as the description says, the devices of a CPU slice dealt to them",
+    "pod": "a TPU slice, created, and deleted afterwards",
+    "worker": "this process together with the others of a pod: what a pod's workers run",
+}
+_RESULT = "result.json"
+_TIMEOUT = 3600.0
+_LISTED = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, metavar="FILE", help="the description, a TOML file; see experiments/on_a_pod")
+    places = "; ".join(f"{name}: {what}" for name, what in PLACES.items())
+    parser.add_argument("--on", default="simulator", metavar="PLACE", help=f"{places} (default: simulator)")
+    parser.add_argument("--output", metavar="FILE", help="write the result there as JSON")
+    parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
+    pod = parser.add_argument_group("on a pod")
+    pod.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live, …: see tpu_scripts/README.md")
+    pod.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
+    pod.add_argument("--pod-output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where its files go (default: pod-runs)")
+    pod.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
+    pod.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
+    pod.add_argument("--poll-seconds", type=float, default=20.0, metavar="S", help="between two looks at a machine (default: 20)")
+    parser.epilog = "Example: partinf run experiments/on_a_pod/demo.toml --on processes"
+
+
+def run(args: argparse.Namespace) -> int:
+    from partinf.runs.description import read_experiment
+
+    offences = []
+    if args.on not in PLACES:
+        offences.append(f"--on {args.on}: valid: {', '.join(PLACES)}")
+    if args.format not in ("table", "json"):
+        offences.append(f"--format {args.format}: valid: table, json")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        offences.append(f"--output {args.output}: there is no directory {Path(args.output).absolute().parent}")
+    if args.on == "pod" and args.description is None:
+        offences.append("--on pod needs --description: which project pays, where and for how long")
+    raise_offences(offences)
+    experiment = read_experiment(args.experiment)
+    found = _run(args, experiment)
+    if found is None:
+        return 0
+    if args.output:
+        Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
+    if args.format == "json":
+        print(json.dumps(found, indent=1))
+    else:
+        _show(found)
+    return 0
+
+
+def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
+    """The result; None where it is another process's to tell."""
+    if args.on == "simulator":
+        from partinf.runs.simulate import simulate
+
+        return simulate(experiment)
+    if args.on == "processes":
+        return _on_processes(args, experiment)
+    if args.on == "pod":
+        return _on_pod(args, experiment)
+    from partinf.cli import devices
+
+    if args.on == "here":
+        devices.prepare(experiment.target())
+        return _execute(experiment)
+    from partinf.runs.together import join
+
+    slice_ = experiment.target()
+    if slice_.chip.family == "cpu":
+        # Not what the user has set but what the experiment says: all processes together have the devices of its slice.
+        each = slice_.num_devices // int(os.environ.get("PARTINF_NUM_PROCESSES", "1"))
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
+    devices.prepare(slice_)
+    join()
+    found = _execute(experiment)
+    import jax
+
+    if jax.process_index():
+        return None
+    if os.environ.get("PARTINF_RESULTS"):
+        (Path(os.environ["PARTINF_RESULTS"]) / _RESULT).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _execute(experiment: Experiment) -> Any:
+    from partinf.runs.execute import execute
+
+    return execute(experiment, lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _on_processes(args: argparse.Namespace, experiment: Experiment) -> Any:
+    from partinf.runs.together import run_local
+
+    slice_ = experiment.target()
+    if slice_.chip.family != "cpu":
+        raise InvalidInput(f"--on processes: slice {slice_.name} is no CPU slice; processes of one machine share its devices only there")
+    command = [sys.executable, "-m", "partinf", "run", str(args.experiment), "--on", "worker", "--format", "json"]
+    with tempfile.TemporaryDirectory() as results:
+        run_local(command, experiment.processes, slice_.num_devices // experiment.processes, Path(results), _TIMEOUT)
+        return json.loads((Path(results) / _RESULT).read_text())
+
+
+def _on_pod(args: argparse.Namespace, experiment: Experiment) -> Any:
+    """Launch the experiment with the pod scripts: every worker runs it as one process of a whole."""
+    from partinf.runs.pod import launch
+
+    folder = launch(experiment, args.experiment, args.description, args)
+    return None if folder is None else json.loads((folder / "worker-0" / "results" / _RESULT).read_text())
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from partinf.cli.plan_table import wide_console
+
+    console, plan, where, figures = wide_console(), found["plan"], found["where"], found["figures"]
+    place = "simulated" if where["kind"] == "simulator" else f"{where['devices']} × {where['device_kind']}, {where['processes']} processes"
+    console.print(f"[bold]{plan['model']}[/] on {plan['slice']} ({plan['mesh']}): {plan['layout']}; {place}", highlight=False)
+    console.print(f"constants: {found['constants']['source']}, ±{found['constants']['error']:.0%}", highlight=False)
+    generated = figures["throughput"]["generated_tokens_per_second"]
+    console.print(
+        f"{len(found['requests'])} requests in {found['counters']['iterations']} iterations and {figures['seconds']:.3g} s: "
+        f"{generated:.4g} tokens/s",
+        highlight=False,
+    )
+    for step in found["steps"]:
+        table = Table(box=None, pad_edge=False, header_style="bold", title=f"\n{step['step']}", title_justify="left")
+        for title in ("entry", "collective", "count", "predicted ms", "measured ms", "measured / predicted"):
+            table.add_column(title, justify="left" if title in ("entry", "collective") else "right")
+        key = lambda entry: -entry["count"] * (entry["measured_seconds"] or entry["predicted_seconds"])  # noqa: E731
+        for entry in sorted(step["entries"], key=key)[:_LISTED]:
+            op = f"{entry['op']}({''.join(entry['axes'])})" if entry["op"] else ""
+            table.add_row(entry["name"], op, str(entry["count"]), *_beside(entry, entry["count"]))
+        table.add_row("entries that were timed alone", "", "", "", _ms(step["entries_measured_seconds"]), "")
+        table.add_row("the whole step", "", "", *_beside(step, 1))
+        console.print(table)
+
+
+def _beside(row: dict[str, Any], count: int) -> tuple[str, str, str]:
+    predicted, measured = count * row["predicted_seconds"], row["measured_seconds"]
+    if measured is None:
+        return _ms(predicted), "–", "–"
+    ratio = f"{count * measured / predicted:.2f}" if predicted else "–"
+    return _ms(predicted), _ms(count * measured), ratio
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.4g}"

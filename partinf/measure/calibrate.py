@@ -1,0 +1,216 @@
+"""From the devices that are here to a chip with measured rates: products, memory, collectives, then whole steps of small models."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from partinf.cost.collectives import Network
+from partinf.cost.ledger import Op
+from partinf.errors import InvalidInput
+from partinf.hardware import Chip, Slice, chip_of_kind
+from partinf.measure.collectives import collective_call
+from partinf.measure.probes import Probe, fit, prepare
+from partinf.measure.products import memory_call, products_call, weight_matrices
+from partinf.measure.timing import Call, Timing, alternate
+from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.sharding import by_place, devices_here, local_slice
+from partinf.workload import DType
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+_FEW_ROWS = 32  # so far, products are timed with weights that no cache holds; beyond, fewer matrices do
+_SMALL, _CHAIN = 1024, 8
+# Sizes on a CPU, and on an accelerator, which is a hundred times as fast: the matrix [outputs, inputs], bytes of weights that pass
+# through no cache, and bytes of a large collective on one device.
+_SIDES = {True: (2048, 1024), False: (8192, 8192)}
+_STREAM = {True: 64 << 20, False: 1 << 30}
+_LARGE = {True: 1 << 20, False: 64 << 20}
+
+OnStage = Callable[[str], None]
+
+
+def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_stage: OnStage = lambda _: None) -> tuple[Chip, list[Probe]]:
+    """Measure all devices that are here.
+
+    Everything is compiled first and timed together, in turn: other work on the machine then slows all of it alike, not one kind of
+    figure against another.
+
+    Args:
+        types: of weights; int8 is measured with bf16 activations, so bf16 has to be among them too.
+        budget: seconds of timing in all, three rounds at least; compiling comes beside it.
+        on_stage: told what is done next.
+
+    Returns:
+        The chip, for `partinf.hardware_file.write_hardware`, and the steps that its rates were fitted to.
+
+    Raises:
+        InvalidInput: int8 without bf16.
+    """
+    if DType.INT8 in types and DType.BF16 not in types:
+        raise InvalidInput("--types int8: its activations are bf16; measure bf16 too")
+    devices = devices_here()
+    slice_ = local_slice(chip=_table_chip(devices))
+    mesh, on_cpu = _mesh(slice_, devices), devices[0].platform == "cpu"
+    activations = [dtype for dtype in types if dtype is not DType.INT8]
+    on_stage("compiling single products and collectives")
+    products = _products(mesh, types, on_cpu)
+    collectives = _collectives(slice_, mesh, on_cpu) if len(devices) > 1 else {}
+    on_stage("compiling steps of small models")
+    steps = [probe for dtype in activations for probe in prepare(slice_, dtype)]
+    on_stage("timing all of them in turn")
+    calls = {name: product.call for name, product in products.items()} | collectives | {step.name: step.call for step in steps}
+    timings = alternate(calls, budget)
+    if collectives:
+        bandwidth, found = _collective_rates(slice_, on_cpu, timings)
+        slice_ = replace(slice_, chip=replace(slice_.chip, switch_bandwidth=bandwidth))
+    else:
+        found = ()
+    rates = Rates(
+        products=tuple((dtype.value, _curve(products, dtype, timings)) for dtype in types),
+        memory=max(product.num_bytes / timings[name].seconds for name, product in products.items()),
+        types=(),
+        collectives=found,
+        devices=len(devices),
+        device_kind=devices[0].device_kind,
+        date=datetime.date.today().isoformat(),
+        jax=jax.__version__,
+        error=0.0,
+        spread=tuple((name, timing.spread) for name, timing in timings.items()),
+    )
+    timed = [Probe(step.name, step.plan, step.bucket, timings[step.name]) for step in steps]
+    fitted: list[tuple[str, TypeRates]] = []
+    errors: list[float] = []
+    for dtype in activations:
+        of_type, wrong = fit([probe for probe in timed if probe.plan.weights is dtype], slice_, rates)
+        fitted.append((dtype.value, of_type))
+        errors += [abs(error) for error in wrong]
+    return _as_measured(slice_.chip, replace(rates, types=tuple(fitted), error=statistics.median(errors))), timed
+
+
+def _table_chip(devices: Sequence[jax.Device]) -> Chip:
+    """The hardware table's chip, or a bare one for devices that it does not know."""
+    kind = devices[0].device_kind
+    try:
+        return chip_of_kind(kind)
+    except InvalidInput:
+        limit = int((devices[0].memory_stats() or {}).get("bytes_limit", 1 << 33))
+        name = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
+        return Chip(
+            name,
+            devices[0].platform,
+            hbm=limit,
+            usable_hbm=limit,
+            hbm_bandwidth=1.0,
+            peak_bf16=1.0,
+            peak_int8=1.0,
+            host_bandwidth=1e10,
+            dcn_bandwidth=1e9,
+            source="",
+            device_kinds=(kind.lower(),),
+            node_size=len(devices),
+            switch_bandwidth=1e9,
+            provisional=True,
+        )
+
+
+def _mesh(slice_: Slice, devices: Sequence[jax.Device]) -> Mesh:
+    placed = by_place(slice_, devices) if devices[0].platform == "tpu" else list(devices)
+    sizes = slice_.axis_sizes
+    return Mesh(np.array(placed).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Products to be timed: their rows, and what one device computes and reads in a call."""
+
+    weights: DType
+    rows: int
+    flops: float
+    num_bytes: float
+    call: Call
+
+
+def _products(mesh: Mesh, types: Sequence[DType], on_cpu: bool) -> dict[str, _Product]:
+    outputs, inputs = _SIDES[on_cpu]
+    found = {"reading memory": _Product(types[0], 0, 0.0, float(_STREAM[on_cpu]), memory_call(mesh, _STREAM[on_cpu]))}
+    for dtype in types:
+        # Devices of a CPU share its caches.
+        share = _STREAM[on_cpu] // (mesh.size if on_cpu else 1)
+        matrices = weight_matrices(mesh, inputs, outputs, dtype, max(2, min(16, share // (inputs * outputs * dtype.num_bytes))))
+        for rows in ROWS:
+            some = matrices if rows <= _FEW_ROWS else matrices[:2]
+            size = len(some) * inputs * outputs
+            call = products_call(mesh, rows, inputs, some, dtype)
+            found[f"product of {rows} rows, {dtype}"] = _Product(dtype, rows, 2.0 * rows * size, float(size * dtype.num_bytes), call)
+    return found
+
+
+def _curve(products: Mapping[str, _Product], dtype: DType, timings: Mapping[str, Timing]) -> Curve:
+    """FLOP/s of one device by rows."""
+    mine = {name: product for name, product in products.items() if product.weights is dtype and product.rows}
+    rates = tuple(product.flops / timings[name].seconds for name, product in mine.items())
+    return Curve(tuple(float(product.rows) for product in mine.values()), rates)
+
+
+def _groups(slice_: Slice) -> list[tuple[str, ...]]:
+    """Axes that collectives are timed over: all, all but the first, and so on."""
+    axes = [axis for axis, size in slice_.axis_sizes.items() if size > 1]
+    return [tuple(axes[first:]) for first in range(len(axes))]
+
+
+def _collectives(slice_: Slice, mesh: Mesh, on_cpu: bool) -> dict[str, Call]:
+    groups = _groups(slice_)
+    calls = {"no collective": collective_call(mesh, Op.ALL_REDUCE, groups[0], _SMALL, jnp.float32, 0)}
+    for op, group, size in itertools.product(Op, groups, (_SMALL, _LARGE[on_cpu])):
+        calls[_name(op, group, size)] = collective_call(mesh, op, group, size, jnp.float32, _CHAIN)
+    return calls
+
+
+def _collective_rates(slice_: Slice, on_cpu: bool, timings: Mapping[str, Timing]) -> tuple[float, tuple[CollectiveRate, ...]]:
+    """Seconds and factors by kind and number of devices, and the bandwidth of a switch of which they are factors: that of an all-gather
+    among all (or as it was, where there is none)."""
+    network, found = Network(slice_), []
+    low, high = _SMALL, _LARGE[on_cpu]
+    for op, group in itertools.product(Op, _groups(slice_)):
+        small, large = (
+            max(timings[_name(op, group, size)].seconds - timings["no collective"].seconds, 0.0) / _CHAIN for size in (low, high)
+        )
+        moved = [network.transfer_seconds(op, group, size) for size in (low, high)]
+        factor = max(large - small, 0.0) / (moved[1] - moved[0])
+        ways = math.prod(slice_.axis_sizes[axis] for axis in group)
+        found.append(CollectiveRate(op.value, ways, max(small - factor * moved[0], 0.0), factor))
+    whole = next(rate.factor for rate in found if rate.op == Op.ALL_GATHER.value)
+    if slice_.chip.torus_dims or not whole:
+        return slice_.chip.switch_bandwidth, tuple(found)
+    return slice_.chip.switch_bandwidth / whole, tuple(replace(rate, factor=rate.factor / whole) for rate in found)
+
+
+def _name(op: Op, group: tuple[str, ...], size: int) -> str:
+    return f"{op} over {'·'.join(group)}, {size} bytes"
+
+
+def _as_measured(chip: Chip, rates: Rates) -> Chip:
+    """The chip with its rates; a chip of which no maker states figures gets them from what was measured."""
+    if not chip.provisional:
+        return replace(chip, rates=rates)
+    peaks = {name: max(curve.rates) * chip.devices_per_chip for name, curve in rates.products}
+    wide = max(peak for name, peak in peaks.items() if name != DType.INT8)
+    return replace(
+        chip,
+        hbm_bandwidth=rates.memory * chip.devices_per_chip,
+        peak_bf16=wide,
+        peak_int8=peaks.get(DType.INT8.value, wide),
+        provisional=False,
+        source=f"partinf calibrate, {rates.date}",
+        rates=rates,
+    )

@@ -1,0 +1,95 @@
+"""Whole steps of a plan: the compiled step of a bucket, every lane, token and slot of it in use, through the runner that serves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from partinf.engine.jax_runner import JaxRunner, runner_limits
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.measure.timing import Call
+from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.sharding import device_mesh
+from partinf.transformer.params import random_params
+
+_GREEDY = RowSampling()
+
+
+def for_buckets(plan: Plan, buckets: tuple[Bucket, ...]) -> Plan:
+    """The plan with these buckets, and a cache that holds what the largest of them reads and writes.
+
+    Args:
+        buckets: among them one with decode lanes and one with prompts, as a runner wants it.
+    """
+    size, shards, prompts = plan.cache.page_size, plan.num_shards, plan.prefill_slot_multiple()
+    pages = rows = 1
+    for bucket in buckets:
+        own = -(-bucket.prefill_tokens // max(bucket.prefill_slots, 1) // size) + 1 + bucket.prefill_pages
+        slots = -(-bucket.prefill_slots // min(shards, prompts))
+        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * own)
+        rows = max(rows, bucket.decode_rows + bucket.prefill_slots)
+    longest = max(max(bucket.decode_pages, bucket.prefill_pages + bucket.prefill_tokens) * size for bucket in buckets)
+    return replace(plan, buckets=buckets, cache=CacheConfig(size, pages, rows), max_len=max(longest, plan.max_len))
+
+
+class Steps:
+    """The steps of a plan with random weights, compiled and ready to be timed."""
+
+    def __init__(self, plan: Plan, unrolled: bool | None = None) -> None:
+        """
+        Args:
+            plan: from `for_buckets`. unrolled: as `partinf.api.load` chooses if not given.
+        """
+        mesh = device_mesh(plan)
+        if unrolled is None:
+            unrolled = mesh.devices.flat[0].platform == "cpu"
+        self.plan = plan
+        self.runner = JaxRunner(plan, random_params(plan, mesh, unrolled), mesh)
+        self.runner.warm_up()
+
+    def call(self, bucket: Bucket) -> Call:
+        """One step of a bucket; see `step_call`."""
+        return step_call(self.runner, bucket)
+
+
+def step_call(runner: JaxRunner, bucket: Bucket) -> Call:
+    """One step of a bucket that is full, from its data on the host to its tokens on the host."""
+    step = full_step(runner.plan, bucket, runner_limits(runner.plan))
+
+    def call() -> None:
+        runner.submit(step)
+        runner.collect()
+
+    return call
+
+
+def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
+    """A step that fills a bucket: lanes at the end of their last page, prompts of equal length after all of their earlier pages.
+
+    What it computes means nothing; sequences may share pages where a step writes more than the cache holds.
+    """
+    shards, size = plan.num_shards, plan.cache.page_size
+    lanes = bucket.decode_rows // shards
+    decode = []
+    for lane in range(bucket.decode_rows):
+        shard, place = divmod(lane, lanes)
+        pages = _pages(plan, shard, place, bucket.decode_pages)
+        decode.append(DecodeRow(lane, shard, 1, bucket.decode_pages * size - 1, pages, _GREEDY))
+    chunks = []
+    per_shard = bucket.prefill_slots // limits.num_prefill_shards if bucket.prefill_slots else 0
+    start = bucket.prefill_pages * size
+    for slot in range(bucket.prefill_slots):
+        prefill_shard, place = divmod(slot, per_shard)
+        owners = [shard for shard in range(shards) if prefill_shard in limits.prefill_shards_of(shard)]
+        shard = owners[slot % len(owners)]
+        tokens = bucket.prefill_tokens // limits.num_prefill_shards // per_shard
+        pages = _pages(plan, shard, slot // shards if shards > 1 else slot, -(-(start + tokens) // size))
+        chunk = PrefillChunk(bucket.decode_rows + slot, shard, (1,) * tokens, start, pages, True, _GREEDY, prefill_shard)
+        chunks.append(chunk)
+    return Step(tuple(decode), tuple(chunks))
+
+
+def _pages(plan: Plan, shard: int, place: int, count: int) -> tuple[int, ...]:
+    """`count` pages of a shard for its `place`-th sequence, from the start again where there are no more."""
+    held = plan.cache.pages_per_shard
+    return tuple(shard * held + (place * count + number) % held for number in range(count))

@@ -1,0 +1,20 @@
+"""An experiment in the simulator: the same engine and the same buckets, on the cost model's clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from partinf.engine.cost_runner import CostRunner
+from partinf.engine.step_price import StepPrice
+from partinf.runs.description import Experiment
+from partinf.runs.result import pricing_of, result, serve
+
+
+def simulate(experiment: Experiment) -> Any:
+    """The result of a simulated run; see `partinf.runs.result`."""
+    from partinf.engine.jax_runner import runner_limits
+
+    plan = experiment.plan()
+    runner = CostRunner(runner_limits(plan), StepPrice(plan, pricing_of(plan), buckets=plan.buckets, sampling=False))
+    engine, outputs, seconds = serve(experiment, plan, runner, runner.clock)
+    return result(experiment, plan, engine, outputs, seconds, None)

@@ -1,0 +1,289 @@
+"""The core of attention: softmax over keys that lie in pages, written twice.
+
+`Tiles` says how: tile by tile with a running softmax, so that neither scores nor gathered context exist as a whole and tiles that nobody
+may see are skipped; or, without tiles, the plain twin, which gathers everything and masks. Both give the same up to rounding. Trip
+counts are static in both. What is best on which platform is decided in `tiles_for` and nowhere else.
+
+Letters: B rows, L queries of a row, H query heads in groups of G per key-value head K, Q d_head, S tokens of a page, M keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from partinf.quantize import Quantized, dequantize
+from partinf.transformer.cache import KeysValues
+from partinf.transformer.linear import dot
+
+_MASKED = -1e30  # finite, so that a row without any key stays finite
+
+Read = Callable[[jax.Array], KeysValues]
+"""Page ids [B, n] → their keys and values [B, n, K, S, Q]."""
+
+Context = tuple[Read, jax.Array, jax.Array, jax.Array]
+"""What earlier steps stored: how to read pages, their ids [slots, n] for it, the slots' own ids, and how many positions each has."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How much is worked on at once.
+
+    Attributes:
+        keys: keys of one tile. scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
+        skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
+    """
+
+    keys: int
+    scores: int
+    skip: bool = True
+
+    def queries(self, heads: int) -> int:
+        """Prompt tokens of one tile when a device has this many heads."""
+        return max(self.scores // (heads * self.keys), 1)
+
+
+_TILES = {
+    "cpu": Tiles(keys=64, scores=1 << 17),  # a tile stays in the cache of a core
+    "tpu": Tiles(keys=512, scores=1 << 24),  # every tile costs microseconds, whatever its size
+    "gpu": Tiles(keys=512, scores=1 << 24, skip=False),
+}
+
+
+def tiles_for(family: str) -> Tiles:
+    """The tiles of a family of chips (`partinf.hardware.Chip.family`)."""
+    return _TILES[family]
+
+
+def seen_shares(tokens: int, slots: int, heads: int, tiles: Tiles) -> tuple[float, float]:
+    """Of all tiles of a device's prompt tokens, the share that somebody sees; and of all pairs of a tile of queries and a slot, the share
+    that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
+    if not tiles.skip or not tokens:
+        return 1.0, 1.0
+    each, length, size = max(tokens // max(slots, 1), 1), min(tiles.queries(heads), tokens), min(tiles.keys, tokens)
+    seen = together = count = 0
+    for first in range(0, tokens, length):
+        last = min(first + length, tokens) - 1
+        seen += last // size - (first // each * each) // size + 1
+        together += last // each - first // each + 1
+        count += 1
+    return seen / (count * -(-tokens // size)), together / (count * max(slots, 1))
+
+
+class _Running(NamedTuple):
+    """A softmax over the keys seen so far: their largest score, the sum of exp(score - largest), and the values weighted by that."""
+
+    top: jax.Array  # [B, K, G, L]
+    mass: jax.Array  # [B, K, G, L]
+    out: jax.Array  # [B, K, G, L, Q], not yet divided by the mass
+
+
+def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tiles: Tiles | None) -> jax.Array:
+    """One query per lane over the lane's own pages.
+
+    Args:
+        q: [B, H, Q]. table: [B, n] ids for `read`, in the order of positions. position: [B], the last position that is visible; -1 for
+            an empty lane, whose output means nothing but is finite.
+
+    Returns:
+        [B, H, Q].
+    """
+    if tiles is None:
+        context = dequantized(_joined(read(table)), q.dtype)
+        visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
+        return attend(q[:, None], context, visible[:, None])[:, 0]
+    columns, size = _columns(table, read, tiles)
+    grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[2])
+    last = jnp.max(position)
+
+    def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
+        ids, start = inputs
+
+        def seen() -> _Running:
+            visible = (start + jnp.arange(size))[None, :] <= position[:, None]
+            return _absorb(running, grouped, _joined(read(ids)), visible[:, None])
+
+        return _maybe(last >= start, seen, running, tiles), None
+
+    starts = jnp.arange(columns.shape[0]) * size
+    running, _ = lax.scan(tile, _nothing(grouped), (columns, starts))
+    return _finish(running, q.dtype)[:, 0]
+
+
+def prefill(
+    q: jax.Array,
+    owner: jax.Array,
+    position: jax.Array,
+    new: KeysValues,
+    context: Context | None,
+    tiles: Tiles | None,
+) -> jax.Array:
+    """Flat prompt tokens: each sees its own prompt's tokens up to itself, those of this step and those stored before.
+
+    Args:
+        q: [T, H, Q]. owner: [T], the slot of each token, -1 for padding. position: [T], its place in its sequence.
+        new: keys and values of the same tokens [K, T, Q].
+        context: what earlier steps stored of the slots' sequences, if any.
+
+    Returns:
+        [T, H, Q].
+    """
+    if tiles is None:
+        return _prefill_plain(q, owner, position, new, context)
+    total, groups = q.shape[0], new.keys.shape[0]
+
+    def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
+        length = min(length, total)
+        return _pad(x, -(-total // length) * length, fill).reshape(-1, length, *x.shape[1:])
+
+    length = tiles.queries(q.shape[1])
+    halves = (cut(jnp.swapaxes(x, 0, 1), tiles.keys, 0).swapaxes(1, 2)[:, None] for x in (new.keys, new.values))  # [tiles, 1, K, M, Q]
+    fresh = (*halves, cut(owner, tiles.keys, -1), cut(position, tiles.keys, 0))
+
+    def queries(_: None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        q, owner, position = inputs
+        grouped = _group(q[None], groups)
+
+        def tile(running: _Running, inputs: tuple[jax.Array, ...]) -> tuple[_Running, None]:
+            keys, values, key_owner, key_position = inputs
+            visible = (owner[:, None] == key_owner[None, :]) & (key_position[None, :] <= position[:, None]) & (owner[:, None] >= 0)
+            seen = lambda: _absorb(running, grouped, KeysValues(keys, values), visible[None])  # noqa: E731
+            return _maybe(jnp.any(visible), seen, running, tiles), None
+
+        running, _ = lax.scan(tile, _nothing(grouped), fresh)
+        if context is not None:
+            running = _earlier(running, grouped, owner, context, tiles)
+        return None, _finish(running, q.dtype)[0]
+
+    _, out = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0)))
+    return out.reshape(-1, *q.shape[1:])[:total]
+
+
+def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles) -> _Running:
+    """Add to a tile of queries what its slots stored before this step."""
+    read, table, slots, starts = context
+    columns, size = _columns(table, read, tiles)
+    first = jnp.arange(columns.shape[0]) * size
+
+    def slot(running: _Running, inputs: tuple[jax.Array, ...]) -> tuple[_Running, None]:
+        columns, slot, start = inputs
+        mine = owner == slot
+
+        def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
+            ids, begin = inputs
+            visible = mine[:, None] & ((begin + jnp.arange(size)) < start)[None, :]
+            seen = lambda: _absorb(running, grouped, _joined(read(ids[None])), visible[None])  # noqa: E731
+            return _maybe(begin < start, seen, running, tiles), None
+
+        over_pages = lambda: lax.scan(tile, running, (columns, first))[0]  # noqa: E731
+        return _maybe(jnp.any(mine) & (start > 0), over_pages, running, tiles), None
+
+    return lax.scan(slot, running, (jnp.swapaxes(columns, 0, 1), slots, starts))[0]
+
+
+def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, new: KeysValues, context: Context | None) -> jax.Array:
+    keys, values, key_owner, key_position = new.keys, new.values, owner, position
+    if context is not None:
+        read, table, slots, starts = context
+        found = dequantized(_joined(read(table)), q.dtype)  # [slots, K, M, Q]
+        count, groups, length, size = found.keys.shape
+        flat = lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, count * length, size)  # noqa: E731
+        keys, values = (jnp.concatenate([flat(x), y], axis=1) for x, y in ((found.keys, keys), (found.values, values)))
+        inside = jnp.arange(length)[None, :] < starts[:, None]
+        key_owner = jnp.concatenate([jnp.where(inside, slots[:, None], -2).reshape(-1), owner])
+        key_position = jnp.concatenate([jnp.tile(jnp.arange(length), count), position])
+    visible = (owner[:, None] == key_owner[None, :]) & (key_position[None, :] <= position[:, None])
+    return attend(q[None], KeysValues(keys[None], values[None]), visible[None])[0]
+
+
+def attend(q: jax.Array, context: KeysValues, visible: jax.Array) -> jax.Array:
+    """Softmax attention of q [B, L, H, Q] over context [B, K, M, Q] where visible [B, L, M]; query head i reads kv head i // G.
+
+    The plain form: scores in float32, everything materialised.
+    """
+    grouped = _group(q, context.keys.shape[1])
+    scores = jnp.einsum("bkglq,bkmq->bkglm", grouped, context.keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    probs = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
+    return _ungroup(dot("bkglm,bkmq->bkglq", probs, context.values))
+
+
+def _absorb(running: _Running, q: jax.Array, tile: KeysValues, visible: jax.Array) -> _Running:
+    """The running softmax with one more tile [B, K, M, Q]; q [B, K, G, L, Q], visible [B, L, M]. int8 is scaled after its product."""
+    keys, key_scale = _parts(tile.keys, q.dtype)
+    values, value_scale = _parts(tile.values, q.dtype)
+    shown = visible[:, None, None]
+    scores = jnp.einsum("bkglq,bkmq->bkglm", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if key_scale is not None:
+        scores = scores * key_scale[:, :, None, None, :]
+    scores = jnp.where(shown, scores, _MASKED)
+    top = jnp.maximum(running.top, jnp.max(scores, axis=-1))
+    weights = jnp.where(shown, jnp.exp(scores - top[..., None]), 0.0)
+    fade = jnp.exp(running.top - top)
+    mass = running.mass * fade + jnp.sum(weights, axis=-1)
+    if value_scale is not None:
+        weights = weights * value_scale[:, :, None, None, :]
+    added = jnp.einsum("bkglm,bkmq->bkglq", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+    return _Running(top, mass, running.out * fade[..., None] + added)
+
+
+def _nothing(grouped: jax.Array) -> _Running:
+    zero = jnp.zeros(grouped.shape[:-1], jnp.float32)
+    return _Running(zero + _MASKED, zero, jnp.zeros(grouped.shape, jnp.float32))
+
+
+def _finish(running: _Running, dtype: Any) -> jax.Array:
+    """[B, L, H, Q]; rows that saw nothing are 0."""
+    return _ungroup(running.out / jnp.maximum(running.mass, jnp.finfo(jnp.float32).tiny)[..., None]).astype(dtype)
+
+
+def _maybe(wanted: jax.Array, work: Callable[[], _Running], otherwise: _Running, tiles: Tiles) -> _Running:
+    return lax.cond(wanted, work, lambda: otherwise) if tiles.skip else work()
+
+
+def _group(q: jax.Array, groups: int) -> jax.Array:
+    """[B, L, H, Q] → [B, K, G, L, Q]."""
+    rows, length, heads, size = q.shape
+    return q.reshape(rows, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(out: jax.Array) -> jax.Array:
+    """[B, K, G, L, Q] → [B, L, H, Q]."""
+    rows, groups, each, length, size = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, groups * each, size)
+
+
+def _columns(table: jax.Array, read: Read, tiles: Tiles) -> tuple[jax.Array, int]:
+    """The page table cut into tiles: ids [tiles, B, pages of a tile], and the keys of one; the last tile is filled with page -1."""
+    size = jax.eval_shape(read, table[:, :1]).keys.shape[-2]
+    pages = min(max(1, tiles.keys // size), table.shape[1])
+    padded = _pad(table.T, -(-table.shape[1] // pages) * pages, -1).T
+    return jnp.swapaxes(padded.reshape(table.shape[0], -1, pages), 0, 1), pages * size
+
+
+def _joined(pages: KeysValues) -> KeysValues:
+    """[B, n, K, S(, Q)] → [B, K, n·S(, Q)]."""
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x, 1, 2)
+        return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+    return jax.tree.map(join, pages)
+
+
+def dequantized(context: KeysValues, dtype: Any) -> KeysValues:
+    """The same as plain arrays of `dtype`."""
+    plain = lambda x: dequantize(x, dtype) if isinstance(x, Quantized) else x.astype(dtype)  # noqa: E731
+    return KeysValues(plain(context.keys), plain(context.values))
+
+
+def _parts(array: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    return (array.values.astype(dtype), array.scale) if isinstance(array, Quantized) else (array.astype(dtype), None)
+
+
+def _pad(x: jax.Array, length: int, fill: int) -> jax.Array:
+    return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1), constant_values=fill)

@@ -1,0 +1,85 @@
+"""Where every array of a model lies under every shipped layout: global shape, dtype, what splits each dimension, bytes per device.
+
+One file per model and layout under `golden/`, so that a change of storage shows up in a review. To write them anew:
+
+    python -m tests.execution.test_golden
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from partinf import resources
+from partinf.buckets import Capacity, with_capacity
+from partinf.hardware import parse_slice
+from partinf.layout import layout_from_toml
+from partinf.model_config import load_model_config
+from partinf.plans import Plan
+from partinf.sharding import abstract_mesh
+from partinf.transformer.params import abstract_params, params_bytes_per_device
+from partinf.transformer.step import abstract_state
+from partinf.workload import DType
+
+GOLDEN = Path(__file__).parent / "golden"
+LAYOUTS = ("ws-1d", "ws-2d", "wg-x", "wg-xy", "wg-xyz")
+MODELS = {  # model: slice, weights and KV, padded heads
+    "palm-540b": ("v4:4x4x4", DType.INT8, DType.BF16, 64),
+    "llama-3-70b": ("v5p:4x4x4", DType.BF16, DType.INT8, 0),
+    "gpt3-175b": ("v4:2x2x4", DType.BF16, DType.BF16, 0),
+    "demo": ("cpu:2x2x2", DType.F32, DType.F32, 0),
+}
+CASES = [(model, layout) for model in MODELS for layout in LAYOUTS]
+
+
+def make_plan(model: str, layout: str) -> Plan:
+    slice_name, weights, kv, padded = MODELS[model]
+    text = resources.find("layouts", layout).read_text()
+    roles, _ = layout_from_toml(text, layout)
+    config = load_model_config(model)
+    plan = Plan(config, parse_slice(slice_name), roles, weights, kv, padded_heads=padded)
+    return with_capacity(plan, Capacity(max_rows=64, max_len=min(2048, config.max_len or 2048)))
+
+
+def rows(plan: Plan) -> list[tuple[str, ...]]:
+    mesh = abstract_mesh(plan)
+    tree = {"params": abstract_params(plan, mesh, unrolled=False), "state": abstract_state(plan, mesh, unrolled=False)}
+    found: list[tuple[str, ...]] = [("array", "dtype", "shape", "split", "bytes per device")]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        spec = [*leaf.sharding.spec, *[None] * len(leaf.shape)][: len(leaf.shape)]
+        split = ", ".join("-" if axes is None else "".join((axes,) if isinstance(axes, str) else axes) for axes in spec)
+        shape = " × ".join(map(str, leaf.shape))
+        found.append((jax.tree_util.keystr(path), str(leaf.dtype), shape, split, f"{held(leaf):,}"))
+    return found
+
+
+def held(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def table(plan: Plan) -> str:
+    found = rows(plan)
+    widths = [max(len(row[column]) for row in found) for column in range(len(found[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in found) + "\n"
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_arrays_lie_where_they_did(model: str, layout: str) -> None:
+    plan = make_plan(model, layout)
+    assert table(plan) == (GOLDEN / f"{model}_{layout}.txt").read_text()
+    leaves = jax.tree.leaves(abstract_params(plan, abstract_mesh(plan), unrolled=False))
+    assert sum(map(held, leaves)) == params_bytes_per_device(plan)
+
+
+def test_no_file_is_left_over() -> None:
+    assert {file.name for file in GOLDEN.glob("*.txt")} == {f"{model}_{layout}.txt" for model, layout in CASES}
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for model, layout in CASES:
+        (GOLDEN / f"{model}_{layout}.txt").write_text(table(make_plan(model, layout)))
