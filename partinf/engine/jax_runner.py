@@ -144,7 +144,7 @@ class JaxRunner:
         if bucket not in self._steps:
             self.warm_up()
         for start in step.starts:
-            packed = jax.device_put(pack_start(*start, self.plan.max_len), self._batch_sharding)
+            packed = put(pack_start(*start, self.plan.max_len), self._batch_sharding)
             self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
         placed = place_step(step, bucket, self.plan, self._limits)
         batch = put(pack(placed.batch), self._batch_sharding)
