@@ -73,7 +73,7 @@ def one_device() -> dict[str, Any]:
 
 def eight_devices() -> dict[str, Any]:
     """Ten layouts of a small model over eight virtual devices: the planner's order and the measured one."""
-    from partinf.cost.pricing import PLAIN
+    from partinf.cost.pricing import TILED
     from partinf.measure.calibrate import calibrate
     from partinf.measure.steps import Steps, for_buckets
     from partinf.measure.timing import alternate
@@ -85,7 +85,7 @@ def eight_devices() -> dict[str, Any]:
     before = calibrate((DType.F32,), CALIBRATION, _say)[0]
     slice_, model = local_slice(chip=before), models()[1]
     workload = Workload(BATCH, INPUT, OUTPUT, weights=DType.F32, kv=DType.F32, prefill_batch=1)
-    report = search(model, slice_, workload, program=PLAIN)
+    report = search(model, slice_, workload, program=TILED)
     chosen = _spread(report)
     calls, plans = {}, []
     for rank in chosen:
@@ -139,10 +139,10 @@ def _buckets(plan: Any) -> tuple[Any, Any]:
 def _price(plan: Any, bucket: Any) -> float:
     from partinf.buckets import split_of
     from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import PLAIN, Pricing
+    from partinf.cost.pricing import TILED, Pricing
     from partinf.cost.step import step_ledger
 
-    return step_ledger(split_of(plan, bucket, Pricing(plan.slice, calibration_for(plan.slice.chip), program=PLAIN))).seconds
+    return step_ledger(split_of(plan, bucket, Pricing(plan.slice, calibration_for(plan.slice.chip), program=TILED))).seconds
 
 
 def _phase(bucket: Any) -> str:

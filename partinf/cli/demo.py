@@ -98,14 +98,14 @@ def _plan(model: ModelConfig, slice_name: str, mesh: str | None, workload: Workl
 def _explain_choice(console: Console, plan: Plan, workload: Workload) -> None:
     from partinf.cli.explain import print_step
     from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import PLAIN, Pricing
+    from partinf.cost.pricing import TILED, Pricing
     from partinf.cost.step import step_ledger
     from partinf.layout import readable_name
     from partinf.planner.evaluate import Evaluator
 
     console.print(f"[bold]{plan.model.name}[/], {plan.model.num_params() / 1e3:.0f} k parameters, on {plan.slice.name} ({plan.slice.mesh})")
     console.print(f"chosen: [bold]{readable_name(plan.layout, plan.axis_sizes)}[/]. {plan.note}", soft_wrap=True)
-    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip, "fitted"), program=PLAIN)
+    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip, "fitted"), program=TILED)
     split = Evaluator(plan.model, pricing, workload).split(plan.layout, "decode", 0)
     print_step(console, "decode", split, step_ledger(split))
     console.print(

@@ -1,8 +1,9 @@
 """Seconds for FLOPs and bytes: a chip, its calibration, a bandwidth model, and what kind of program is priced.
 
 `Program` says what is credited. The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of
-a shard attend to each other under a mask: that is what the JAX column runs, and what a traced jaxpr is compared with. The looped program
-is the one of the paper: collectives unrolled into the matmuls beside them and over all axes at once, weights gathered a layer ahead.
+a shard attend to each other under a mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs:
+the same with attention tile by tile, in which a prompt sees itself alone. The looped program is the one of the paper: collectives
+unrolled into the matmuls beside them and over all axes at once, weights gathered a layer ahead.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Program:
 
 
 PLAIN = Program("plain", joint_scatters=False, per_prompt_attention=False, gathers_ahead=False, blocked_attention=False)
+TILED = Program("tiled", joint_scatters=False, per_prompt_attention=True, gathers_ahead=False, blocked_attention=True)
 LOOPED = Program("looped", joint_scatters=True, per_prompt_attention=True, gathers_ahead=True, blocked_attention=True)
-PROGRAMS = {program.name: program for program in (PLAIN, LOOPED)}
+PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
 
 
 class Pricing:

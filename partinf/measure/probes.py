@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 
 from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration
-from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.hardware import Slice
 from partinf.layout import make_layout
@@ -133,7 +133,7 @@ def price(probe: Probe, slice_: Slice, rates: Rates, of_type: TypeRates) -> floa
     """What a probe would take with these rates."""
     name = probe.plan.weights.value
     constants = Calibration("fit", 1.0, 1.0, 1.0, 0.0, True, 0.0, "", replace(rates, types=((name, of_type),)))
-    return step_ledger(split_of(probe.plan, probe.bucket, Pricing(slice_, constants, program=PLAIN))).seconds
+    return step_ledger(split_of(probe.plan, probe.bucket, Pricing(slice_, constants, program=TILED))).seconds
 
 
 def _unsplit(model: ModelConfig, slice_: Slice, dtype: DType) -> Plan:

@@ -17,7 +17,7 @@ from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Ledger, Op
-from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.pricing import PLAIN, TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
@@ -135,8 +135,8 @@ def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
 
 
 def _planned_seconds(plan: Plan, bucket: Bucket) -> float:
-    """What the calibrated cost model says of the plain program in this bucket."""
-    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip), program=PLAIN)
+    """What the calibrated cost model says of this program in this bucket."""
+    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip), program=TILED)
     return step_ledger(split_of(plan, bucket, pricing)).seconds
 
 

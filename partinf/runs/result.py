@@ -9,7 +9,7 @@ from typing import Any
 from partinf.buckets import split_of
 from partinf.cost.calibration import calibration_for
 from partinf.cost.ledger import Entry, Ledger
-from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.engine.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
@@ -44,7 +44,7 @@ class Measured:
 
 def pricing_of(plan: Plan) -> Pricing:
     """How the steps that run are priced: the plain program with the chip's own constants."""
-    return Pricing(plan.slice, calibration_for(plan.slice.chip), program=PLAIN)
+    return Pricing(plan.slice, calibration_for(plan.slice.chip), program=TILED)
 
 
 def ledger_of(plan: Plan, bucket: Bucket) -> Ledger:
