@@ -64,5 +64,5 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 # The development install holds the runtime, so it sets both stamps.
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing partinf and its development tools into $(VENV) (once; a minute or two)'
-	@$(INSTALL) $(PINS) --editable '.[dev,plot,proof]'
+	@$(INSTALL) $(PINS) --editable '.[dev,plot,proof,serve]'
 	@touch $(RUNTIME) $@

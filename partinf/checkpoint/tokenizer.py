@@ -34,8 +34,14 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens added."""
 
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens stand by their names."""
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that an id stands for; none for special tokens and ids without a token."""
+
+    def name(self, token: int) -> str:
+        """The token as its file calls it; empty for ids without a token."""
 
     def find(self, token: str) -> int | None:
         """The id of a token by its name."""
@@ -86,6 +92,22 @@ class Tokenizer:
             raise InvalidInput("add_bos: this tokenizer has no BOS token; encode without it")
         ids = self._vocabulary.encode(text)
         return [self.bos_id, *ids] if wanted and self.bos_id is not None else ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens stand by their names (`<s>`), as chat templates write it; no BOS is added."""
+        return self._vocabulary.encode_marked(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that an id adds to a text: none for special tokens, part of a character for some."""
+        return self._vocabulary.token_bytes(token)
+
+    def token_text(self, token: int) -> str:
+        """An id for a reader: its text, the name of a special token, or `bytes:\\xe2\\x89` where it is part of a character."""
+        piece = self.token_bytes(token)
+        try:
+            return piece.decode() if piece else self._vocabulary.name(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
     def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
         """Text of ids, special tokens left out; bytes that are no UTF-8 become replacement characters.
@@ -150,6 +172,11 @@ class _JsonVocabulary:
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    encode_marked = encode  # the backend finds special tokens in any text
+
+    def name(self, token: int) -> str:
+        return (self._backend.id_to_token(token) if token >= 0 else None) or ""
+
     def find(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 
@@ -183,9 +210,19 @@ class _SentencePieceVocabulary:
         self.adds_bos = self.bos_id is not None and settings.get("add_bos_token", True) is not False
         # Whether encoding puts a space before the first word is in the model; its effect tells.
         self.strip_start = self._backend.encode("a", out_type=str)[0].startswith(_SPACE)
+        control = (self._backend.id_to_piece(token) for token in range(self.vocab_size) if self._backend.is_control(token))
+        self._marks = re.compile("(" + ("|".join(map(re.escape, control)) or "(?!)") + ")")
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text)
+
+    def encode_marked(self, text: str) -> list[int]:
+        # Splitting by a group: what stands at odd places are the marks.
+        parts = enumerate(self._marks.split(text))
+        return [token for place, part in parts for token in ([self._backend.piece_to_id(part)] if place % 2 else self.encode(part))]
+
+    def name(self, token: int) -> str:
+        return self._backend.id_to_piece(token) if 0 <= token < self.vocab_size else ""
 
     def find(self, token: str) -> int | None:
         found = self._backend.piece_to_id(token)

@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "demo": "plan, partition and run a small trained model, and check its answers",
     "generate": "continue prompts with a model of your own",
     "score": "log-probabilities of given texts under a model of your own",
+    "serve": "answer over HTTP as OpenAI's servers do, with a model of your own",
     "bench": "serve requests as they arrive with the real engine, and time it",
     "simulate": "serve requests on a slice that is not here, on a virtual clock",
     "launch": "run a saved plan on a TPU slice, or show the commands that would",

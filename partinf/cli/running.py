@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from partinf.plans import Plan
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, where it runs, and how it is stored."""
+def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") -> None:
+    """The model, where it runs, and how it is stored; `length` is the flag of the longest context."""
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model with weights")
     add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
     parser.add_argument("--weights", choices=("f32", "bf16", "int8"), help="storage of the weights (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--kv", choices=("f32", "bf16", "int8"), help="storage of the KV cache (default: as the activations)")
-    parser.add_argument("--max-len", type=int, default=0, metavar="N", help="longest context to serve (default: the model's, at most 2048)")
+    parser.add_argument(
+        length, dest="max_len", type=int, default=0, metavar="N", help="longest context to serve (default: the model's, at most 2048)"
+    )
+    parser.set_defaults(max_len_flag=length)
 
 
 def read_lines(given: list[str] | None, file: str | None, flag: str) -> list[str]:
@@ -65,10 +68,10 @@ class Running:
         self._layout: Layout | None = collect(self.offences, lambda: named_layout(args.layout))
         self._config: ModelConfig | None = collect(self.offences, lambda: api.check_loadable(args.model))
         if args.max_len < 0:
-            self.offences.append(f"--max-len {args.max_len}; it must not be negative")
+            self.offences.append(f"{args.max_len_flag} {args.max_len}; it must not be negative")
 
-    def plan(self, rows: int, random: bool) -> Plan:
-        """A plan for so many texts at once.
+    def plan(self, rows: int, random: bool, prefill_tokens: int = 256, rich: bool = False) -> Plan:
+        """A plan for so many texts at once, and so many prompt tokens per step.
 
         Raises:
             InvalidInput: all offences so far, or why there is no plan.
@@ -85,7 +88,7 @@ class Running:
         kv = DType(args.kv) if args.kv else DType.F32 if dtype is DType.F32 else DType.BF16
         max_len = args.max_len or min(config.max_len or 2048, 2048)
         workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
-        capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(256, max_len), random=random)
+        capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), random=random, rich=rich)
         return api.plan(config, where, workload, layout=self._layout, capacity=capacity)
 
     def load(self, plan: Plan, compile_steps: bool = True) -> Model:

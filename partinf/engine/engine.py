@@ -18,7 +18,7 @@ from partinf.engine.detokenize import Tokenizer
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live
 from partinf.engine.live import OnToken as OnToken
-from partinf.engine.metrics import Metrics
+from partinf.engine.metrics import Load, Metrics
 from partinf.engine.policies.fcfs import FirstComeFirstServed
 from partinf.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, Status, TokenEvent
 from partinf.engine.runner import Runner, RunnerLimits
@@ -101,6 +101,14 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to do or to return."""
         return self._pending() or bool(self._ended)
+
+    @property
+    def load(self) -> Load:
+        """What is in the engine at the moment."""
+        with self._lock:
+            scheduler, limits = self._scheduler, self._runner.limits
+            used = 1 - scheduler.pool.num_free_pages / (limits.num_shards * limits.pages_per_shard)
+            return Load(len(scheduler.running), len(scheduler.waiting) + len(scheduler.swapped), used)
 
     @property
     def num_in_flight(self) -> int:

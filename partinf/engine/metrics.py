@@ -79,6 +79,15 @@ class Summary:
         return sum(self.finished.values())
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an engine holds: sequences with a slot, those without, and the share of the KV pages in use, from 0 to 1."""
+
+    num_running: int
+    num_waiting: int
+    page_usage: float
+
+
 class Metrics:
     """The engine's counters; `Engine.metrics` is one. The engine writes, anyone may read."""
 

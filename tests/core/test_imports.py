@@ -23,7 +23,6 @@ _JAX_COLUMN = (
     "proof",
     "engine.jax_runner",
     "scoring",
-    "serve",
     "cli",
     "__main__",
 )

@@ -1,0 +1,146 @@
+"""Serve a model over HTTP: plan, load, compile, and answer as OpenAI's servers do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partinf.cli import running
+from partinf.errors import InvalidInput, collect, nearest
+
+if TYPE_CHECKING:
+    from partinf.plans import Plan
+    from partinf.serve.chat_template import ChatTemplate
+    from partinf.serve.server import Loaded, Options
+
+_NEEDED = ("jinja2", "msgspec", "prometheus_client", "starlette", "uvicorn")
+_KEY_VARIABLE = "PARTINF_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    running.add_arguments(parser, "--max-model-len")
+    where = parser.add_argument_group("where and for whom")
+    where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 listens on every interface (default: 127.0.0.1)")
+    where.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    where.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help=f"asked of clients; several may be given; also {_KEY_VARIABLE}"
+    )
+    where.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names to answer to, the first in answers (default: --model)")
+    where.add_argument("--chat-template", metavar="FILE", help="instead of the model's own")
+    batch = parser.add_argument_group("the engine")
+    batch.add_argument("--max-num-seqs", type=int, default=32, metavar="N", help="sequences per iteration (default: 32)")
+    batch.add_argument(
+        "--max-num-batched-tokens", type=int, metavar="N", help="tokens per iteration, one per sequence and the rest of prompts"
+    )
+    batch.add_argument("--scheduler", default="fcfs-chunked", metavar="NAME", help="fcfs-chunked (default), fcfs, orca, mlfq, priority, …")
+    batch.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="share KV pages of equal prompt beginnings"
+    )
+    batch.add_argument("--seed", type=int, default=0, metavar="N", help="what requests without a seed derive theirs from (default: 0)")
+    batch.add_argument("--lag", type=int, default=1, metavar="N", help="steps in flight before the oldest is awaited (default: 1)")
+    bounds = parser.add_argument_group("bounds")
+    bounds.add_argument("--max-waiting", type=int, default=512, metavar="N", help="requests that may wait, then 429 (default: 512)")
+    bounds.add_argument("--max-waiting-tokens", type=int, metavar="N", help="prompt tokens that may wait (default: no bound)")
+    bounds.add_argument("--max-connections", type=int, default=1024, metavar="N", help="open at once, then 503 (default: 1024)")
+    bounds.add_argument("--max-body-bytes", type=int, default=8 << 20, metavar="N", help="of a request, then 413 (default: 8 MiB)")
+    bounds.add_argument(
+        "--shutdown-timeout", type=float, default=20.0, metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)"
+    )
+    parser.add_argument("--access-log", action="store_true", help="a line per request; never of its body")
+    parser.epilog = "Example: partinf serve --model demo --port 8000"
+
+
+def run(args: argparse.Namespace) -> int:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInput(f"partinf serve needs {', '.join(missing)}: pip install 'partinf[serve]'")
+    place = running.Running(args)
+    _check(args, place.offences)
+    template = collect(place.offences, lambda: _chat_template(args))
+    plan = place.plan(max(1, args.max_num_seqs), random=True, prefill_tokens=_prompt_tokens(args), rich=True)
+    from partinf.serve.server import listen, serve
+
+    listener = listen(args.host, args.port)
+    with listener:
+        ended = serve(listener, lambda: _load(args, place, plan, template), _options(args))
+    if not ended:  # in the middle of a compilation or of a step that hangs; the interpreter's own exit would wait for it
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _check(args: argparse.Namespace, offences: list[str]) -> None:
+    from partinf.engine.policies.registry import POLICIES
+
+    if args.scheduler not in POLICIES:
+        offences.append(f"--scheduler {args.scheduler}: unknown{nearest(args.scheduler, POLICIES)}")
+    least = {"max_num_seqs": 1, "lag": 0, "max_waiting": 1, "max_connections": 1, "max_body_bytes": 1, "shutdown_timeout": 0, "seed": 0}
+    for name, low in least.items():
+        if not getattr(args, name) >= low:
+            offences.append(f"--{name.replace('_', '-')} {getattr(args, name)}; it must be at least {low}")
+    if not 0 <= args.port < 1 << 16:
+        offences.append(f"--port {args.port}; valid: 0..65535")
+    tokens = args.max_num_batched_tokens
+    if tokens is not None and tokens <= args.max_num_seqs:
+        offences.append(f"--max-num-batched-tokens {tokens}; it must be above --max-num-seqs, which is {args.max_num_seqs}")
+    if args.max_waiting_tokens is not None and args.max_waiting_tokens < 1:
+        offences.append(f"--max-waiting-tokens {args.max_waiting_tokens}; it must be at least 1")
+    if any(not key for key in args.api_key):
+        offences.append("--api-key: an empty key would let everybody in; leave it out for that")
+
+
+def _prompt_tokens(args: argparse.Namespace) -> int:
+    return 256 if args.max_num_batched_tokens is None else max(1, args.max_num_batched_tokens - args.max_num_seqs)
+
+
+def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
+    from partinf import api
+    from partinf.serve.chat_template import load_chat_template
+
+    try:
+        directory = api.weights_directory(args.model)
+    except InvalidInput:  # said already
+        return None
+    return load_chat_template(directory, None if args.chat_template is None else Path(args.chat_template))
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from partinf.serve.app import Bounds
+    from partinf.serve.server import Options
+
+    keys = [*args.api_key, *([key] if (key := os.environ.get(_KEY_VARIABLE)) else [])]
+    return Options(
+        names=args.served_model_name or [args.model],
+        api_keys=keys,
+        bounds=Bounds(body_bytes=args.max_body_bytes),
+        max_connections=args.max_connections,
+        drain_seconds=args.shutdown_timeout,
+        access_log=args.access_log,
+    )
+
+
+def _load(args: argparse.Namespace, place: running.Running, plan: Plan, template: ChatTemplate | None) -> Loaded:
+    """Weights, programs, and an engine whose first iterations have run."""
+    from partinf.cli.bench import measured_estimates
+    from partinf.engine.engine import Engine
+    from partinf.engine.policies.registry import PolicyOptions, make_policy
+    from partinf.serve.server import Loaded
+
+    model = place.load(plan)
+    policy = make_policy(args.scheduler, PolicyOptions(args.max_num_seqs), measured_estimates(model))
+    engine = Engine(
+        model.runner,
+        tokenizer=model.tokenizer,
+        policy=policy,
+        seed=args.seed,
+        lag=args.lag,
+        prefix_caching=args.enable_prefix_caching,
+        max_waiting=args.max_waiting,
+        max_waiting_tokens=args.max_waiting_tokens,
+    )
+    note = f"{model.runner.num_compiled} programs compiled in {model.runner.compile_seconds:.1f} s"
+    return Loaded(engine, model.tokenizer, template, note)

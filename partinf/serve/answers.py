@@ -1,0 +1,186 @@
+"""What the engine generates, as the bodies and events of the two endpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from partinf.engine.request import FinishReason, RequestOutput, TokenEvent
+from partinf.serve.asked import Asked
+from partinf.serve.protocol import (
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatText,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+)
+from partinf.serve.token_texts import Offsets, TokenTexts, completion_logprobs
+
+_LENGTH = (FinishReason.LENGTH, FinishReason.TIMEOUT)
+
+
+class Answer(Protocol):
+    """Writes the answer to one request."""
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
+        """The body, from the outputs per prompt."""
+
+    def opening(self) -> Iterator[msgspec.Struct]:
+        """The events of a stream that need nothing generated."""
+
+    def event(self, prompt: int, events: Sequence[TokenEvent]) -> msgspec.Struct | None:
+        """The event for some tokens of one sample; None where there is nothing to tell yet."""
+
+    def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> msgspec.Struct:
+        """The last event, with the usage and no choices."""
+
+
+class CompletionAnswer:
+    """Of POST /v1/completions."""
+
+    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
+        self._asked, self._id, self._model, self._texts = asked, request_id, model, texts
+        self._created = int(time.time())
+        self._offsets: dict[int, Offsets] = {}
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
+        choices = [self._choice(prompt, output) for prompt, samples in enumerate(outputs) for output in samples]
+        return msgspec.json.encode(self._body(choices, usage(self._asked, outputs)))
+
+    def opening(self) -> Iterator[Completion]:
+        for prompt, text in enumerate(self._asked.echoed):
+            for sample in range(self._asked.params.n):
+                reason = "length" if self._asked.only_echo else None
+                yield self._event(CompletionChoice(self._index(prompt, sample), text, finish_reason=reason))
+
+    def event(self, prompt: int, events: Sequence[TokenEvent]) -> Completion | None:
+        if self._asked.only_echo:
+            return None
+        reason, text, logprobs = events[-1].finish_reason, "".join(event.text for event in events), None
+        index = self._index(prompt, events[0].sample)
+        if self._asked.params.logprobs:
+            tokens, values, tops = _sampled(events)
+            start = len(self._asked.echoed[prompt]) if self._asked.echoed else 0
+            offsets = self._offsets.setdefault(index, Offsets(self._texts.tokenizer, start))
+            logprobs = completion_logprobs(self._texts, offsets, tokens, values, tops)
+        if not text and reason is None and logprobs is None:
+            return None
+        return self._event(CompletionChoice(index, text, logprobs, finish_reason(reason)))
+
+    def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> Completion:
+        return self._body([], usage(self._asked, outputs))
+
+    def _choice(self, prompt: int, output: RequestOutput) -> CompletionChoice:
+        asked = self._asked
+        text = (asked.echoed[prompt] if asked.echoed else "") + ("" if asked.only_echo else output.text)
+        reason = "length" if asked.only_echo else finish_reason(output.finish_reason)
+        logprobs = self._logprobs(prompt, output) if asked.params.logprobs else None
+        return CompletionChoice(self._index(prompt, output.sample), text, logprobs, reason)
+
+    def _logprobs(self, prompt: int, output: RequestOutput) -> CompletionLogprobs:
+        asked, tokenizer = self._asked, self._texts.tokenizer
+        found, start = CompletionLogprobs([], [], [], []), 0
+        if asked.echoed:
+            given = asked.prompts[prompt]
+            nothing = [None] * len(given)  # the engine names no alternatives of prompt tokens
+            values = list(output.prompt_logprobs or nothing)
+            found = completion_logprobs(self._texts, Offsets(tokenizer, continuation=False), given, values, nothing)
+            start = len(asked.echoed[prompt])
+        if not asked.only_echo:
+            tokens, values = output.tokens, list(output.logprobs or ())
+            new = completion_logprobs(self._texts, Offsets(tokenizer, start), tokens, values, output.top_logprobs or [()] * len(tokens))
+            for old, more in zip(_lists(found), _lists(new), strict=True):
+                old += more
+        return found
+
+    def _index(self, prompt: int, sample: int) -> int:
+        return prompt * self._asked.params.n + sample
+
+    def _event(self, choice: CompletionChoice) -> Completion:
+        return self._body([choice], None if self._asked.include_usage else UNSET)
+
+    def _body(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        return Completion(self._id, "text_completion", self._created, self._model, choices, usage)
+
+
+class ChatAnswer:
+    """Of POST /v1/chat/completions."""
+
+    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
+        self._asked, self._id, self._model, self._texts = asked, request_id, model, texts
+        self._created = int(time.time())
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
+        choices = [
+            ChatChoice(
+                output.sample,
+                message=ChatText("assistant", output.text, None),
+                logprobs=self._logprobs(output.tokens, output.logprobs or (), output.top_logprobs or [()] * len(output.tokens)),
+                finish_reason=finish_reason(output.finish_reason),
+            )
+            for output in outputs[0]
+        ]
+        return msgspec.json.encode(self._body("chat.completion", choices, usage(self._asked, outputs)))
+
+    def opening(self) -> Iterator[ChatCompletion]:
+        for sample in range(self._asked.params.n):
+            yield self._event(ChatChoice(sample, delta=ChatText("assistant", "")))
+
+    def event(self, prompt: int, events: Sequence[TokenEvent]) -> ChatCompletion | None:
+        reason, text, logprobs = events[-1].finish_reason, "".join(event.text for event in events), None
+        if self._asked.params.logprobs:
+            logprobs = self._logprobs(*_sampled(events))
+        if not text and reason is None and logprobs is None:
+            return None
+        delta = ChatText(content=text) if text else ChatText()
+        return self._event(ChatChoice(events[0].sample, delta=delta, logprobs=logprobs, finish_reason=finish_reason(reason)))
+
+    def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> ChatCompletion:
+        return self._body("chat.completion.chunk", [], usage(self._asked, outputs))
+
+    def _logprobs(
+        self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Sequence[tuple[int, float]]]
+    ) -> ChatLogprobs | None:
+        return ChatLogprobs(self._texts.chat(tokens, logprobs, tops)) if self._asked.params.logprobs else None
+
+    def _event(self, choice: ChatChoice) -> ChatCompletion:
+        return self._body("chat.completion.chunk", [choice], None if self._asked.include_usage else UNSET)
+
+    def _body(
+        self,
+        kind: Literal["chat.completion", "chat.completion.chunk"],
+        choices: list[ChatChoice],
+        usage: Usage | UnsetType | None,
+    ) -> ChatCompletion:
+        return ChatCompletion(self._id, kind, self._created, self._model, choices, usage)
+
+
+def usage(asked: Asked, outputs: Sequence[Sequence[RequestOutput]]) -> Usage:
+    """Tokens of the prompts, each counted once, and of all samples."""
+    prompt = sum(map(len, asked.prompts))
+    generated = 0 if asked.only_echo else sum(len(output.tokens) for samples in outputs for output in samples)
+    return Usage(prompt, generated, prompt + generated)
+
+
+def finish_reason(reason: FinishReason | None) -> str | None:
+    """In OpenAI's words; a request whose time was up counts as cut short."""
+    if reason is None:
+        return None
+    return "length" if reason in _LENGTH else reason.value
+
+
+def _sampled(events: Sequence[TokenEvent]) -> tuple[list[int], list[float], list[Sequence[tuple[int, float]]]]:
+    """Tokens, log-probabilities and alternatives of those events that bear a token."""
+    found = [(event.token, event.logprob or 0.0, event.top_logprobs or ()) for event in events if event.token is not None]
+    return [token for token, _, _ in found], [logprob for _, logprob, _ in found], [top for _, _, top in found]
+
+
+def _lists(logprobs: CompletionLogprobs) -> tuple[list, list, list, list]:  # type: ignore[type-arg]
+    return logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset

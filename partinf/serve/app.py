@@ -1,0 +1,249 @@
+"""The endpoints. What a request may be is checked here before any of it reaches the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from partinf import resources
+from partinf.errors import InvalidInput, Overloaded
+from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
+from partinf.serve.asked import Asked, AskFunction, Served, ask_chat, ask_completion
+from partinf.serve.decoding import Body, decode
+from partinf.serve.engine_thread import EngineThread, Inbox, ended_well, log_failure
+from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailable, unknown_model
+from partinf.serve.event_stream import ClientGone, EventStream, broken_off, unless_gone
+from partinf.serve.metrics import ServerMetrics
+from partinf.serve.protocol import ChatBody, CompletionBody, ModelCard, ModelList
+from partinf.serve.token_texts import TokenTexts
+
+_LARGE = 1 << 15  # bytes of a body that is read by another thread, so that others need not wait
+_DISCARDED = 4  # times the largest body that is read and thrown away before a body that is too large is refused
+
+Handler = Callable[[Request], Awaitable[ASGIApp]]
+MakeAnswer = Callable[[Asked, str, str, TokenTexts], Answer]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one client may take of the server.
+
+    Attributes:
+        body_bytes: of a request. body_seconds: until it has arrived. stall_seconds: without taking anything of a stream.
+    """
+
+    body_bytes: int = 8 << 20
+    body_seconds: float = 30.0
+    stall_seconds: float = 60.0
+
+
+@dataclass
+class Running:
+    """A model that is ready to answer."""
+
+    served: Served
+    engine: EngineThread
+    metrics: ServerMetrics
+    texts: TokenTexts
+    created: int
+
+
+class Front:
+    """The application.
+
+    Attributes:
+        running: None until the model is warm. draining: nothing new is taken.
+    """
+
+    def __init__(self, names: Sequence[str], api_keys: Sequence[str] = (), bounds: Bounds | None = None) -> None:
+        self.names = tuple(names)
+        self.running: Running | None = None
+        self.draining = False
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._bounds = bounds or Bounds()
+        completion = self._generates("cmpl", CompletionBody, ask_completion, CompletionAnswer)
+        chat = self._generates("chatcmpl", ChatBody, ask_chat, ChatAnswer)
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", self._guarded(completion), methods=["POST"]),
+                Route("/v1/chat/completions", self._guarded(chat), methods=["POST"]),
+                Route("/v1/models", self._guarded(self._models), methods=["GET"]),
+                Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
+                Route("/health", self._open(self._health), methods=["GET"]),
+                Route("/metrics", self._open(self._metrics), methods=["GET"]),
+                Route("/openapi.json", self._open(self._openapi), methods=["GET"]),
+            ],
+            exception_handlers={HTTPException: _of_starlette},
+        )
+
+    def _ready(self) -> Running:
+        if self.draining:
+            raise unavailable("the server is shutting down", retry_after=10)
+        if self.running is None:
+            raise unavailable("the model is being loaded and compiled", retry_after=5)
+        return self.running
+
+    def _guarded(self, handler: Handler) -> _Endpoint:
+        async def checked(request: Request) -> ASGIApp:
+            self._check_key(request)
+            return await handler(request)
+
+        return _Endpoint(checked)
+
+    def _open(self, handler: Handler) -> _Endpoint:
+        return _Endpoint(handler)
+
+    def _check_key(self, request: Request) -> None:
+        """Every key is compared, each in constant time; digests have one length."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode("latin-1")).digest()  # the bytes as they were sent
+        matches = [hmac.compare_digest(digest, key) for key in self._keys]
+        if self._keys and not (scheme.lower() == "bearer" and any(matches)):
+            what = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, [Offence(what)], code="invalid_api_key", www_authenticate="Bearer")
+
+    def _generates(self, prefix: str, kind: type[Body], ask: AskFunction, answers: MakeAnswer) -> Handler:
+        """A handler that reads a body, asks the engine, and answers whole or by events."""
+
+        async def handler(request: Request) -> ASGIApp:
+            running = self._ready()
+            raw = await self._read(request)
+            if len(raw) > _LARGE:
+                asked = await asyncio.to_thread(_ask, kind, ask, raw, running.served)
+            else:
+                asked = _ask(kind, ask, raw, running.served)
+            self._ready()  # reading takes time
+            request_id = f"{prefix}-{uuid.uuid4().hex}"
+            inbox = _submit(running.engine, asked, request_id)
+            answer = answers(asked, request_id, running.served.names[0], running.texts)
+            if asked.stream:
+                return EventStream(answer, inbox, len(asked.prompts), asked.include_usage, self._bounds.stall_seconds)
+            try:
+                outputs = await unless_gone(request.receive, inbox.outputs())
+            finally:
+                inbox.close()
+            ended = [output for samples in outputs for output in samples]
+            if not all(map(ended_well, ended)):
+                raise broken_off(ended)
+            return Response(answer.whole(outputs), media_type="application/json")
+
+        return handler
+
+    async def _read(self, request: Request) -> bytes:
+        """The body, bounded in size and time."""
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            raise ApiError(415, [Offence(f"the body is {media[:60] or 'of no type'}; application/json is needed")], code="not_json")
+        most, size, parts = self._bounds.body_bytes, 0, list[bytes]()
+        too_large = ApiError(413, [Offence(f"the body is too large; at most {most} bytes")], code="too_large", connection="close")
+        if (length := request.headers.get("content-length", "")).isdigit() and int(length) > most * _DISCARDED:
+            raise too_large
+        try:
+            async with asyncio.timeout(self._bounds.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= most:
+                        parts.append(part)
+                    elif size > most * _DISCARDED:
+                        break
+        except TimeoutError:
+            raise ApiError(408, [Offence("the body did not arrive in time")], code="too_slow", connection="close") from None
+        if size > most:  # most clients read an answer only when all they had to say was taken
+            raise too_large
+        return b"".join(parts)
+
+    async def _models(self, request: Request) -> ASGIApp:
+        return _json(ModelList(self._cards()))
+
+    async def _model(self, request: Request) -> ASGIApp:
+        name = request.path_params["name"]
+        for card in self._cards():
+            if card.id == name:
+                return _json(card)
+        raise unknown_model(name, self.names)
+
+    def _cards(self) -> list[ModelCard]:
+        running = self._ready()
+        return [ModelCard(name, running.created, running.served.limits.max_context) for name in self.names]
+
+    async def _health(self, request: Request) -> ASGIApp:
+        self._ready()
+        return _json({"status": "ready"})
+
+    async def _metrics(self, request: Request) -> ASGIApp:
+        if self.running is None:
+            raise unavailable("the model is being loaded and compiled", retry_after=5)
+        return Response(self.running.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def _openapi(self, request: Request) -> ASGIApp:
+        return Response(resources.package_file("serve/openapi.json").read_bytes(), media_type="application/json")
+
+
+class _Endpoint:
+    """An ASGI application of one handler, which turns what the handler raises into answers."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._handler(Request(scope, receive, send))
+        except ApiError as error:
+            response = _refusal(error)
+        except (ClientGone, ClientDisconnect):
+            return
+        except Exception as error:
+            log_failure(f"{scope['method']} {scope['path']}", error)
+            response = _refusal(failure())
+        await response(scope, receive, send)
+
+
+def _ask(kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Asked:
+    body, offences = decode(kind, raw)
+    return ask(body, served, offences)
+
+
+def _submit(engine: EngineThread, asked: Asked, request_id: str) -> Inbox:
+    try:
+        return engine.submit(asked.prompts, asked.params, request_id, asked.stream)
+    except InvalidInput as error:
+        raise invalid(asked.offences(error.offences)) from None
+    except Overloaded as error:
+        raise ApiError(429, [Offence(str(error))], code="overloaded", retry_after=error.retry_after) from None
+
+
+async def _of_starlette(request: Request, error: Exception) -> Response:
+    """A path or a method that is not here."""
+    assert isinstance(error, HTTPException)
+    response = _refusal(ApiError(error.status_code, [Offence(f"{request.method} {request.url.path}: {error.detail}")]))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _refusal(error: ApiError) -> Response:
+    return Response(msgspec.json.encode(error.content), error.status, error.headers, "application/json")
+
+
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+def running(served: Served, engine: EngineThread) -> Running:
+    """What the application needs of a model that is warm; answers are counted from now on."""
+    metrics = ServerMetrics(engine.engine, served.names[0])
+    engine.on_output = metrics.record
+    return Running(served, engine, metrics, TokenTexts(served.tokenizer), int(time.time()))

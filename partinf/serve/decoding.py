@@ -1,0 +1,86 @@
+"""A request's JSON into its type, with every offence found and named by the parameter that it is about.
+
+msgspec checks a field against its type and bounds, and stops at the first that is wrong; so the fields are converted one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
+
+from partinf.errors import nearest
+from partinf.serve.errors import Offence, invalid
+
+T = TypeVar("T", bound="Body")
+
+_SHOWN = 60  # characters of a wrong value that an error repeats
+_PATH = re.compile(r" - at `\$(.*)`$")
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a request. A parameter that is null counts as absent."""
+
+    @classmethod
+    def refused(cls) -> dict[str, tuple[object, ...]]:
+        """Parameters of OpenAI's that are not supported, each with the values that ask for nothing."""
+        return {}
+
+
+def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
+    """The body as `kind`, and the offences of those parameters that were left out of it for being wrong.
+
+    Raises:
+        ApiError: what is no JSON object, or lacks a parameter that is required; with all offences.
+    """
+    try:
+        given = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise invalid([Offence(f"the body is not JSON that can be read: {error}")], code="invalid_json") from None
+    if not isinstance(given, dict):
+        raise invalid([Offence("the body is JSON, but no object")], code="invalid_json")
+    types = get_type_hints(kind, include_extras=True)
+    values: dict[str, Any] = {}
+    offences = _unknown(kind, given)
+    missing = False
+    for field in msgspec.structs.fields(kind):
+        name, value = field.name, given.get(field.name)
+        if value is not None:
+            try:
+                values[name] = msgspec.convert(value, types[name], str_keys=True)
+                continue
+            except (msgspec.ValidationError, RecursionError) as error:
+                offences.append(_wrong(name, value, str(error)))
+        elif field.required:
+            offences.append(Offence(f"{name} is missing; it is required", name))
+        missing = missing or field.required
+    if missing:
+        raise invalid(offences)
+    return kind(**values), offences
+
+
+def _unknown(kind: type[Body], given: dict[str, Any]) -> list[Offence]:
+    known, refused = set(kind.__struct_fields__), kind.refused()
+    offences = []
+    for name, value in given.items():
+        if name in refused:
+            if value is not None and value not in refused[name]:
+                offences.append(Offence(f"{name} is not supported", name))
+        elif name not in known:
+            offences.append(Offence(f"{_short(name)} is no parameter of this endpoint{nearest(name[:_SHOWN], known)}", name[:_SHOWN]))
+    return offences
+
+
+def _wrong(name: str, value: object, message: str) -> Offence:
+    """msgspec's message with the path as the client would write it: `messages[0].role`."""
+    match = _PATH.search(message)
+    where = "" if match is None else match.group(1)
+    what = message if match is None else message[: match.start()]
+    given = "" if where else f", not {_short(value)}"
+    return Offence(f"{name}{where}: {what[:1].lower()}{what[1:]}{given}", f"{name}{where}")
+
+
+def _short(value: object) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

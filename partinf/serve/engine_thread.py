@@ -1,0 +1,178 @@
+"""One thread drives the engine; what it generates reaches the event loop once per iteration.
+
+Everything else here runs in the event loop. A call to the loop per token would cost more than the token, so the events of an iteration
+cross over together and wake only those requests that have any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+
+from partinf.engine.engine import Engine
+from partinf.engine.request import FinishReason, RequestOutput, SamplingParams, TokenEvent
+from partinf.errors import InvalidInput, raise_offences
+
+logger = logging.getLogger("partinf.serve")
+
+Item = TokenEvent | RequestOutput
+
+
+class Inbox:
+    """What the engine has to say to one HTTP request, which may be several of the engine's: one per prompt.
+
+    Attributes:
+        ids: of the engine's requests, in the order of the prompts.
+    """
+
+    def __init__(self, ids: Sequence[str], num_outputs: int, close: Callable[[Inbox], None]) -> None:
+        self.ids = tuple(ids)
+        self._left = num_outputs
+        self._close = close
+        self._items: list[tuple[int, Item]] = []
+        self._place = {name: place for place, name in enumerate(ids)}
+        self._wake = asyncio.Event()
+
+    def put(self, item: Item) -> None:
+        name = item.id if isinstance(item, RequestOutput) else item.request_id
+        self._items.append((self._place[name], item))
+        self._left -= isinstance(item, RequestOutput)
+        self._wake.set()
+
+    async def next(self) -> list[tuple[int, Item]]:
+        """All that has come since the last call, each with the number of its prompt; empty once everything has come."""
+        while not self._items and self._left:
+            self._wake.clear()
+            await self._wake.wait()
+        items, self._items = self._items, []
+        return items
+
+    async def outputs(self) -> list[list[RequestOutput]]:
+        """Wait for everything; the outputs per prompt, by sample."""
+        found: list[list[RequestOutput]] = [[] for _ in self.ids]
+        while items := await self.next():
+            for place, item in items:
+                if isinstance(item, RequestOutput):
+                    found[place].append(item)
+        return [sorted(outputs, key=lambda output: output.sample) for outputs in found]
+
+    def close(self) -> None:
+        """Nobody listens any more: cancel what still runs."""
+        self._close(self)
+
+
+class EngineThread:
+    """Drives an engine from one thread, between the event loop that made this object and nobody else.
+
+    Attributes:
+        on_output: called in the event loop with every request that ended.
+    """
+
+    def __init__(self, engine: Engine, on_output: Callable[[RequestOutput], None] | None = None) -> None:
+        self.engine = engine
+        self.on_output = on_output
+        self._loop = asyncio.get_running_loop()
+        self._inboxes: dict[str, Inbox] = {}
+        self._events: list[TokenEvent] = []
+        self._work = threading.Event()
+        self._stopping = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests of the engine that somebody waits for."""
+        return len(self._inboxes)
+
+    def submit(self, prompts: Sequence[Sequence[int] | str], params: SamplingParams, request_id: str, stream: bool) -> Inbox:
+        """Queue one request per prompt, all of them or none.
+
+        Args:
+            stream: give out events besides the outputs at the end.
+
+        Raises:
+            InvalidInput: what is wrong with any of the prompts.
+            Overloaded: the queue is full.
+        """
+        ids = [f"{request_id}-{place}" for place in range(len(prompts))]
+        inbox = Inbox(ids, len(prompts) * params.n, self._close)
+        offences: list[str] = []
+        try:
+            for name, prompt in zip(ids, prompts, strict=True):
+                self._inboxes[name] = inbox  # before the engine's thread can see the request
+                try:
+                    self.engine.add_request(prompt, params, name, on_token=self._events.append if stream else None)
+                except InvalidInput as error:
+                    offences += error.offences
+            raise_offences(offences)
+        except BaseException:
+            self._close(inbox)
+            raise
+        self._idle.clear()
+        self._work.set()
+        return inbox
+
+    def cancel_all(self) -> None:
+        """End every request that is in flight; those who wait for them are told."""
+        for name in list(self._inboxes):
+            self.engine.cancel(name)
+        self._work.set()
+
+    async def idle(self) -> None:
+        """Wait until nobody waits for anything."""
+        await self._idle.wait()
+
+    def stop(self) -> None:
+        """Let `run` return after its iteration."""
+        self._stopping = True
+        self._work.set()
+
+    def run(self) -> None:
+        """The thread: iterations while there is work."""
+        while not self._stopping:
+            if not self.engine.has_work:
+                self._work.wait()
+                self._work.clear()
+                continue
+            outputs: list[RequestOutput] = []
+            try:
+                outputs = self.engine.step()
+            except Exception as error:  # the engine has ended every request that it concerns; the next step returns them
+                log_failure("an iteration failed", error)
+            # The engine calls `append` in this thread, inside `step`.
+            events = self._events.copy()
+            self._events.clear()
+            if events or outputs:
+                self._loop.call_soon_threadsafe(self._hand_out, events, outputs)
+
+    def _hand_out(self, events: list[TokenEvent], outputs: list[RequestOutput]) -> None:
+        for event in events:
+            if (inbox := self._inboxes.get(event.request_id)) is not None:
+                inbox.put(event)
+        for output in outputs:
+            if self.on_output is not None:
+                self.on_output(output)
+            if (inbox := self._inboxes.get(output.id)) is not None:
+                inbox.put(output)
+
+    def _close(self, inbox: Inbox) -> None:
+        for name in inbox.ids:
+            if self._inboxes.pop(name, None) is not None and self.engine.cancel(name):
+                self._work.set()
+        if not self._inboxes:
+            self._idle.set()
+
+
+def ended_well(output: RequestOutput | TokenEvent) -> bool:
+    """Whether an answer came to its end."""
+    return output.finish_reason not in (FinishReason.CANCELLED, FinishReason.FAILED)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log where something broke, without the text of the exception: it may repeat what a client sent."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s: %s\n%s", what, type(error).__name__, frames.rstrip())
+    logger.debug("%s", error)

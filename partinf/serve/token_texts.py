@@ -1,0 +1,81 @@
+"""Log-probabilities as OpenAI writes them, for both endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from partinf.checkpoint.tokenizer import Tokenizer
+from partinf.serve.protocol import CompletionLogprobs, TokenLogprob, TokenLogprobs
+
+_LOWEST = -9999.0  # JSON knows no infinity; OpenAI's servers write this
+
+Top = Sequence[tuple[int, float]]
+
+
+class TokenTexts:
+    """Names tokens for readers; without a tokenizer, by their ids."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def text(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = str(token) if self.tokenizer is None else self.tokenizer.token_text(token)
+            self._texts[token] = text
+        return text
+
+    def bytes(self, token: int) -> list[int] | None:
+        return None if self.tokenizer is None else list(self.tokenizer.token_bytes(token))
+
+    def chat(self, tokens: Iterable[int], logprobs: Iterable[float], tops: Iterable[Top]) -> list[TokenLogprobs]:
+        """One entry per token."""
+        return [
+            TokenLogprobs(
+                self.text(token),
+                _finite(logprob),
+                self.bytes(token),
+                [TokenLogprob(self.text(other), _finite(value), self.bytes(other)) for other, value in top],
+            )
+            for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+        ]
+
+
+class Offsets:
+    """Where each token of one choice begins in its text, in characters; one that only completes a character begins where that does."""
+
+    def __init__(self, tokenizer: Tokenizer | None, start: int = 0, continuation: bool = True) -> None:
+        self._stream = None if tokenizer is None else tokenizer.stream(continuation=continuation)
+        self._next = start
+
+    def push(self, token: int) -> int:
+        offset = self._next
+        self._next += 0 if self._stream is None else len(self._stream.push(token))
+        return offset
+
+
+def completion_logprobs(
+    texts: TokenTexts,
+    offsets: Offsets,
+    tokens: Sequence[int],
+    logprobs: Sequence[float | None],
+    tops: Sequence[Top | None],
+) -> CompletionLogprobs:
+    """The lists of /v1/completions. A token is among its own alternatives, as OpenAI has it; None stands where nothing is known."""
+    alternatives: list[dict[str, float] | None] = []
+    for token, logprob, top in zip(tokens, logprobs, tops, strict=True):
+        if top is None or logprob is None:
+            alternatives.append(None)
+        else:
+            alternatives.append({texts.text(other): _finite(value) for other, value in top} | {texts.text(token): _finite(logprob)})
+    return CompletionLogprobs(
+        tokens=[texts.text(token) for token in tokens],
+        token_logprobs=[None if logprob is None else _finite(logprob) for logprob in logprobs],
+        top_logprobs=alternatives,
+        text_offset=[offsets.push(token) for token in tokens],
+    )
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)

@@ -1,0 +1,210 @@
+"""Clients that go away, are slow, or are too many."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import random
+import resource
+import socket
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from partinf.engine import SamplingParams
+from partinf.serve.app import Bounds
+from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving
+
+LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}
+
+
+def request_bytes(body: dict[str, Any]) -> bytes:
+    raw = json.dumps(body).encode()
+    return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw
+
+
+def generated(serving: Serving) -> int:
+    return serving.engine.metrics.generated_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_client_that_goes_cancels_its_request(stream: bool, samples: int) -> None:
+    with fake_serving(Slow(LIMITS, seconds=0.01)) as serving:
+        with socket.create_connection(("127.0.0.1", serving.port)) as client:
+            client.sendall(request_bytes(LONG | {"stream": stream, "n": samples}))
+            while generated(serving) < 5:
+                time.sleep(0.002)
+        serving.wait_idle()
+        assert generated(serving) < 60 * samples
+        status, _, _ = serving.post("/v1/completions", LONG | {"max_tokens": 2})
+        assert status == 200
+
+
+def test_a_client_that_goes_while_it_waits() -> None:
+    runner = Slow(LIMITS)
+    with fake_serving(runner) as serving:
+        runner.gate.clear()
+        with socket.create_connection(("127.0.0.1", serving.port)) as client:
+            client.sendall(request_bytes(LONG | {"prompt": [[5]] * 20}))
+            while serving.num_waiting_clients < 20:
+                time.sleep(0.002)
+        runner.gate.set()
+        serving.wait_idle()
+        assert generated(serving) < 100
+
+
+def test_a_client_that_takes_nothing_is_dropped() -> None:
+    """Its stream is larger than what the sockets between hold."""
+    with fake_serving(bounds=Bounds(stall_seconds=0.3)) as serving:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", serving.port))
+            body = LONG | {"prompt": [[5]] * 64, "n": 4, "stream": True, "logprobs": 20, "echo": False}
+            client.sendall(request_bytes(body))
+            deadline = time.monotonic() + 15
+            while not serving.num_waiting_clients:
+                time.sleep(0.002)
+            while serving.num_waiting_clients:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        serving.wait_idle()
+        assert not serving.server.server_state.connections
+
+
+def test_heads_that_never_end() -> None:
+    with fake_serving(head_seconds=0.3) as serving:
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", serving.port)) as client:
+            client.settimeout(5)
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\n")
+            try:
+                while time.monotonic() < started + 3:
+                    client.sendall(b"x-slow: 1\r\n")
+                    time.sleep(0.05)
+            except OSError:
+                pass
+        assert 0.2 < time.monotonic() - started < 2
+        assert serving.get("/health")[0] == 200
+
+
+def test_a_body_that_never_ends() -> None:
+    with fake_serving(bounds=Bounds(body_seconds=0.3)) as serving, socket.create_connection(("127.0.0.1", serving.port)) as client:
+        client.settimeout(5)
+        client.sendall(request_bytes(LONG)[:-5])
+        assert client.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_connections_are_bounded() -> None:
+    with fake_serving(max_connections=3) as serving:
+        held = [socket.create_connection(("127.0.0.1", serving.port)) for _ in range(3)]
+        deadline = time.monotonic() + 5
+        while len(serving.server.server_state.connections) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        status, content, headers = serving.get("/health")
+        assert (status, headers["retry-after"], content["error"]["code"]) == (503, "1", "unavailable")
+        held.pop().close()
+        while len(serving.server.server_state.connections) == 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert serving.get("/health")[0] == 200
+        for client in held:
+            client.close()
+
+
+PROMPTS = ["copy: d b a c =", "sort: q a z =", "reverse: h e y =", "repeat: 9 k =", "recall: d 4 k 12 a 7 ? k ="]
+
+
+async def storm(serving: Serving, count: int, seed: int) -> list[tuple[dict[str, Any], str | None]]:
+    """So many streams at once, some of which are left at a random place; bodies, and texts of those that were read to the end."""
+    rng = random.Random(seed)
+
+    async def one(client: httpx.AsyncClient, number: int) -> tuple[dict[str, Any], str | None]:
+        body = {
+            "model": "demo",
+            "prompt": rng.choice(PROMPTS),
+            "max_tokens": rng.randint(4, 24),
+            "temperature": rng.choice([0.0, 1.0]),
+            "seed": number,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        leave_after = rng.choice([None, None, 0, 1, 3])
+        await asyncio.sleep(rng.random() * 0.5)
+        texts = []
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if leave_after is not None and len(texts) >= leave_after:
+                    return body, None
+                if line.startswith("data: {"):
+                    texts.append(json.loads(line[6:])["choices"][0]["text"])
+            assert line == "" or line == "data: [DONE]"
+        return body, "".join(texts)
+
+    limits = httpx.Limits(max_connections=count, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=serving.url, limits=limits, timeout=60) as client:
+        return await asyncio.gather(*(one(client, number) for number in range(count)))
+
+
+def check_storm(serving: Serving, count: int, seed: int) -> None:
+    found = asyncio.run(storm(serving, count, seed))
+    serving.wait_idle()  # all pages are free
+    whole = [(body, text) for body, text in found if text is not None]
+    assert count * 0.2 < len(whole) < count * 0.7
+    params = [
+        SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"], ignore_eos=True)
+        for body, _ in whole
+    ]
+    expected = serving.engine.generate([body["prompt"] for body, _ in whole], params)
+    assert [text for _, text in whole] == [output.text for output in expected]
+
+
+def test_many_streams_and_random_disconnects(demo: Serving) -> None:
+    """Every answer is the engine's own, whoever else came and went."""
+    check_storm(demo, 200, seed=0)
+
+
+def test_memory_stays_flat() -> None:
+    """Of a request that has ended only its times are remembered."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return len(gc.get_objects()), int(file.read().split()[1]) * resource.getpagesize()
+
+    with fake_serving(Slow(LIMITS)) as serving:
+        for seed in range(3):
+            check_storm(serving, 50, seed)
+        objects, size = held()
+        for seed in range(6):
+            check_storm(serving, 50, seed)
+        more_objects, larger = held()
+    assert more_objects - objects < 300 * 3
+    assert larger - size < 8 << 20
+
+
+def test_an_iterations_events_are_whole() -> None:
+    """Bytes of one character that come in different tokens reach the client as one character."""
+    from partinf.checkpoint.tokenizer import load_tokenizer
+    from tests.checkpoint.paths import FIXTURES
+    from tests.serve.support import fake_engine, serving
+
+    tokenizer = load_tokenizer(FIXTURES / "tokenizer_byte_level")
+    text = " naïve 東京 👩\u200d👩\u200d👧\u200d👦 end"
+    script = tokenizer.encode(text, add_bos=False)
+    limits = type(LIMITS)(**{**vars(LIMITS), "vocab_size": tokenizer.vocab_size})
+    runner = Slow(limits, rule=lambda context: script[len(context) - 1])
+    with serving(fake_engine(runner, tokenizer=tokenizer), tokenizer) as found:
+        body = {"model": "demo", "prompt": [40], "max_tokens": len(script), "temperature": 0, "stream": True, "logprobs": 0}
+        pieces = [event["choices"][0] for event in events(found.post("/v1/completions", body)[1])]
+    assert "".join(piece["text"] for piece in pieces) == text
+    assert "�" not in json.dumps(pieces, ensure_ascii=False)
+    assert [token for piece in pieces for token in piece["logprobs"]["tokens"]] == [tokenizer.token_text(token) for token in script]
+    offsets = [offset for piece in pieces for offset in piece["logprobs"]["text_offset"]]
+    assert offsets == sorted(offsets)
+    assert offsets[-1] < len(text)

@@ -1,0 +1,181 @@
+"""A server's life as its process shows it: not ready, ready, draining, gone."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.support import events
+
+SECRET = "copy: s e c r e t ="
+BODY = {"model": "demo", "prompt": SECRET, "temperature": 0, "ignore_eos": True}
+
+
+class Process:
+    """A server process and what it printed; leaves no process behind."""
+
+    def __init__(self, command: list[str], root: Path) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, *command],
+            env={**os.environ, "PYTHONPATH": str(root)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.child.stderr is not None
+        self.errors = [self.child.stderr.readline()]
+        found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.errors[0])
+        assert found is not None, self.errors[0] + self.child.stderr.read()
+        self.port = int(found.group(1))
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, None if body is None else json.dumps(body), {"content-type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
+    def wait_ready(self, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while self.ask("GET", "/health")[0] != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def wait_running(self, count: int) -> None:
+        """Until so many tokens have been generated."""
+        deadline = time.monotonic() + 10
+        while int(float(re.findall(r"^partinf:generation_tokens_total\{.*\} (.*)", self.ask("GET", "/metrics")[1], re.M)[0])) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and all that was printed."""
+        out, errors = self.child.communicate(timeout=20)
+        return self.child.returncode, out + "".join(self.errors) + errors
+
+
+@contextlib.contextmanager
+def process(root: Path, *command: object) -> Iterator[Process]:
+    found = Process([str(word) for word in command], root)
+    try:
+        yield found
+    finally:
+        found.child.kill()
+        found.child.wait()
+
+
+@contextlib.contextmanager
+def fake_process(root: Path, step_seconds: float, drain_seconds: float, load_seconds: float = 0.0) -> Iterator[Process]:
+    with process(root, "-m", "tests.serve.served_process", step_seconds, drain_seconds, load_seconds) as found:
+        yield found
+
+
+def test_ready_only_when_warm(root: Path) -> None:
+    with fake_process(root, 0, 5, load_seconds=1) as server:
+        for method, path, body in (("GET", "/health", None), ("POST", "/v1/completions", BODY), ("GET", "/v1/models", None)):
+            status, text = server.ask(method, path, body)
+            assert status == 503
+            assert "being loaded" in json.loads(text)["error"]["message"]
+        server.wait_ready()
+        assert server.ask("POST", "/v1/completions", BODY)[0] == 200
+        server.child.send_signal(signal.SIGTERM)
+        code, printed = server.end()
+    assert code == 0
+    assert "ready: nothing to compile" in printed
+
+
+def test_a_signal_while_loading_ends_it(root: Path) -> None:
+    with fake_process(root, 0, 5, load_seconds=60) as server:
+        started = time.monotonic()
+        server.child.send_signal(signal.SIGTERM)
+        code, _ = server.end()
+    assert code == 3  # the thread that loads is left behind
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_draining_finishes_what_is_in_flight_and_takes_nothing_new(root: Path, sent: signal.Signals) -> None:
+    with fake_process(root, 0.02, 20) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        server.wait_ready()
+        whole = pool.submit(server.ask, "POST", "/v1/completions", BODY | {"max_tokens": 60})
+        streamed = pool.submit(server.ask, "POST", "/v1/completions", BODY | {"max_tokens": 60, "stream": True})
+        server.wait_running(4)
+        server.child.send_signal(sent)
+        time.sleep(0.2)
+        status, text = server.ask("POST", "/v1/completions", BODY)
+        assert (status, json.loads(text)["error"]["message"]) == (503, "the server is shutting down")
+        assert server.ask("GET", "/health")[0] == 503
+        status, text = whole.result()
+        assert (status, json.loads(text)["usage"]["completion_tokens"]) == (200, 60)
+        status, text = streamed.result()
+        assert (status, events(text)[-1]["choices"][0]["finish_reason"]) == (200, "length")
+        code, printed = server.end()
+    assert code == 0
+    assert "draining: 2 requests" in printed
+    assert "cancelling" not in printed
+    assert "e c r" not in printed  # nothing of a prompt
+
+
+def test_draining_is_bounded(root: Path) -> None:
+    with fake_process(root, 0.1, 0.5) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        server.wait_ready()
+        whole = pool.submit(server.ask, "POST", "/v1/completions", BODY | {"max_tokens": 100})
+        streamed = pool.submit(server.ask, "POST", "/v1/completions", BODY | {"max_tokens": 100, "stream": True})
+        server.wait_running(4)
+        started = time.monotonic()
+        server.child.send_signal(signal.SIGTERM)
+        assert whole.result()[0] == 503
+        last = events(streamed.result()[1])[-1]
+        assert last["error"]["message"] == "the server is shutting down"
+        code, printed = server.end()
+    assert time.monotonic() - started < 6
+    assert code == 0
+    assert "time is up: cancelling 2 requests" in printed
+
+
+def test_a_second_signal_ends_at_once(root: Path) -> None:
+    with fake_process(root, 0.1, 60) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        server.wait_ready()
+        answer = pool.submit(server.ask, "POST", "/v1/completions", BODY | {"max_tokens": 100})
+        server.wait_running(2)
+        server.child.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        started = time.monotonic()
+        server.child.send_signal(signal.SIGTERM)
+        code, _ = server.end()
+        assert isinstance(answer.exception(), OSError | http.client.HTTPException)
+    assert code == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 2
+
+
+def test_the_command_serves_the_demo_model(root: Path) -> None:
+    command = ["-m", "partinf", "serve", "--model", "demo", "--slice", "cpu:1", "--port", 0, "--max-num-seqs", 4, "--max-model-len", 64]
+    command += ["--served-model-name", "tiny", "small", "--api-key", "sesame", "--max-num-batched-tokens", 68, "--scheduler", "mlfq"]
+    with process(root, *command) as server:
+        server.wait_ready(120)
+        assert server.ask("GET", "/v1/models")[0] == 401
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        headers = {"content-type": "application/json", "authorization": "Bearer sesame"}
+        with contextlib.closing(connection):
+            for name in ("small", "tiny"):
+                connection.request("POST", "/v1/completions", json.dumps(BODY | {"model": name, "ignore_eos": False}), headers)
+                content = json.loads(connection.getresponse().read())
+                assert (content["model"], content["choices"][0]["text"]) == ("tiny", " s e c r e t")
+        server.child.send_signal(signal.SIGTERM)
+        code, printed = server.end()
+    assert code == 0
+    assert re.search(r"ready: \d+ programs compiled in \d+\.\d s", printed)
+    assert "e c r" not in printed
