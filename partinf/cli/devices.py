@@ -8,17 +8,18 @@ from pathlib import Path
 from partinf.hardware import Slice, has_accelerator
 
 
-def prepare(slice_: Slice | None = None, virtual_devices: int = 1) -> None:
+def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes: int = 1) -> None:
     """Set jax's environment; variables that the user has set win.
 
     Args:
         slice_: the slice to run on; None for the devices that are here.
         virtual_devices: CPU devices to make where no accelerator is there and no slice is given.
+        num_processes: how many processes have the devices together.
     """
     on_cpu = slice_.chip.family == "cpu" if slice_ is not None else not has_accelerator()
     if on_cpu:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would look for a TPU and complain
-        count = slice_.num_devices if slice_ is not None else virtual_devices
+        count = -(-slice_.num_devices // num_processes) if slice_ is not None else virtual_devices
         os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partinf" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

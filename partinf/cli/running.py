@@ -57,14 +57,14 @@ class Running:
         offences: everything that is wrong so far; the command adds its own and calls `plan`.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, num_processes: int = 1) -> None:
         from partinf import api
         from partinf.cli import devices
 
         self.args = args
         self.offences: list[str] = []
         self._target: Slice | None = collect(self.offences, lambda: named_slice(args.slice, args.mesh))
-        devices.prepare(self._target)
+        devices.prepare(self._target, num_processes=num_processes)
         self._layout: Layout | None = collect(self.offences, lambda: named_layout(args.layout))
         self._config: ModelConfig | None = collect(self.offences, lambda: api.check_loadable(args.model))
         if args.max_len < 0:

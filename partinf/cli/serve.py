@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partinf.cli import running
-from partinf.errors import InvalidInput, collect, nearest
+from partinf.errors import InvalidInput, collect, nearest, raise_offences
 
 if TYPE_CHECKING:
+    from partinf.api import Model
     from partinf.plans import Plan
     from partinf.serve.chat_template import ChatTemplate
+    from partinf.serve.processes import Processes
     from partinf.serve.server import Loaded, Options
 
+_OTHERS_SECONDS = 1800.0  # for all processes of a job to have compiled their programs
 _NEEDED = ("jinja2", "msgspec", "prometheus_client", "starlette", "uvicorn")
 _KEY_VARIABLE = "PARTINF_API_KEY"
 
@@ -50,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bounds.add_argument(
         "--shutdown-timeout", type=float, default=20.0, metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)"
     )
+    others = parser.add_argument_group("several processes", "All run the same command; process 0 alone has clients.")
+    others.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is; the port after it is used too")
+    others.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    others.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
     parser.add_argument("--access-log", action="store_true", help="a line per request; never of its body")
     parser.epilog = "Example: partinf serve --model demo --port 8000"
 
@@ -58,15 +66,57 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InvalidInput(f"partinf serve needs {', '.join(missing)}: pip install 'partinf[serve]'")
-    place = running.Running(args)
+    from partinf.serve.processes import Processes
+
+    offences: list[str] = []
+    processes = collect(offences, lambda: Processes.of(args.coordinator, args.num_processes, args.process_id)) or Processes()
+    place = running.Running(args, processes.count)
+    place.offences += offences
     _check(args, place.offences)
     template = collect(place.offences, lambda: _chat_template(args))
-    plan = place.plan(max(1, args.max_num_seqs), random=True, prefill_tokens=_prompt_tokens(args), rich=True)
-    from partinf.serve.server import listen, serve
+    raise_offences(place.offences)
+    if processes.count > 1:
+        import jax
 
-    listener = listen(args.host, args.port)
-    with listener:
-        ended = serve(listener, lambda: _load(args, place, plan, template), _options(args))
+        jax.distributed.initialize(f"{processes.host}:{processes.port}", processes.count, processes.index)
+    plan = place.plan(args.max_num_seqs, random=True, prefill_tokens=_prompt_tokens(args), rich=True)
+    return _follow(place, plan, processes) if processes.index else _serve(args, place, plan, template, processes)
+
+
+def _follow(place: running.Running, plan: Plan, processes: Processes) -> int:
+    """A process that has devices and no clients."""
+    from partinf.serve.processes import follow
+    from partinf.serve.server import say
+
+    model = place.load(plan)
+    say(f"process {processes.index} of {processes.count}, following process 0")
+    follow(model.runner, processes.connect(_OTHERS_SECONDS))
+    return 0
+
+
+def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, template: ChatTemplate | None, processes: Processes) -> int:
+    """The process that clients know."""
+    from partinf.serve.processes import FollowerLost, Leader
+    from partinf.serve.server import listen, say, serve
+
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listen(args.host, args.port))
+        others = stack.enter_context(processes.listen()) if processes.count > 1 else None
+
+        def load() -> Loaded:
+            model = place.load(plan)
+            note = f"{model.runner.num_compiled} programs compiled in {model.runner.compile_seconds:.1f} s"
+            if others is not None:
+                model.runner = Leader(model.runner, processes.accept(others, _OTHERS_SECONDS))
+                stack.callback(model.runner.close)
+                note += f", {processes.count} processes"
+            return _loaded(args, model, template, note)
+
+        try:
+            ended = serve(listener, load, _options(args))
+        except FollowerLost:
+            say("another process of this job is gone")
+            return 1
     if not ended:  # in the middle of a compilation or of a step that hangs; the interpreter's own exit would wait for it
         sys.stderr.flush()
         os._exit(0)
@@ -123,14 +173,13 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _load(args: argparse.Namespace, place: running.Running, plan: Plan, template: ChatTemplate | None) -> Loaded:
-    """Weights, programs, and an engine whose first iterations have run."""
+def _loaded(args: argparse.Namespace, model: Model, template: ChatTemplate | None, note: str) -> Loaded:
+    """An engine whose first iterations have run."""
     from partinf.cli.bench import measured_estimates
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import PolicyOptions, make_policy
     from partinf.serve.server import Loaded
 
-    model = place.load(plan)
     policy = make_policy(args.scheduler, PolicyOptions(args.max_num_seqs), measured_estimates(model))
     engine = Engine(
         model.runner,
@@ -142,5 +191,4 @@ def _load(args: argparse.Namespace, place: running.Running, plan: Plan, template
         max_waiting=args.max_waiting,
         max_waiting_tokens=args.max_waiting_tokens,
     )
-    note = f"{model.runner.num_compiled} programs compiled in {model.runner.compile_seconds:.1f} s"
     return Loaded(engine, model.tokenizer, template, note)

@@ -98,6 +98,7 @@ class Sequence:
         num_scheduled: positions whose K/V are written by the steps scheduled so far, or were found in the prefix cache.
         num_readable: positions that steps built so far have written; another sample of the request may share their pages.
         prefill_len: tokens known when the sequence was admitted last; what lies beyond is sampled and decoded one by one.
+        num_cached: tokens of the prompt that were not computed when it was admitted first, because their pages were there.
         num_iterations: steps that this sequence took part in. num_preemptions: times that it lost its pages.
         in_flight: steps with this sequence that are scheduled and not committed.
         attained: seconds that its steps took so far.
@@ -122,6 +123,7 @@ class Sequence:
     num_scheduled: int = 0
     num_readable: int = 0
     prefill_len: int = 0
+    num_cached: int = 0
     num_iterations: int = 0
     num_preemptions: int = 0
     in_flight: int = 0
@@ -201,6 +203,7 @@ class Sequence:
             error=self.error,
             times=self.times(),
             num_iterations=self.num_iterations,
+            num_cached=self.num_cached,
         )
 
     def times(self) -> RequestTimes:
@@ -257,6 +260,7 @@ class RequestOutput:
         sample: which of the request's n samples.
         error: what went wrong, when finish_reason is FAILED or the request's own callback raised.
         num_iterations: steps that the request took part in.
+        num_cached: tokens of the prompt that were not computed: found in the prefix cache, or shared with another sample.
     """
 
     id: str
@@ -271,6 +275,7 @@ class RequestOutput:
     sample: int = 0
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
+    num_cached: int = 0
 
     @property
     def ttft(self) -> float | None:

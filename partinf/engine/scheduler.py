@@ -44,6 +44,8 @@ class Scheduler:
         num_cached = self.pool.allocate(sequence, num_pages, shard) * self.limits.page_size
         sequence.num_scheduled = num_cached
         self.metrics.cached_tokens += num_cached
+        if not sequence.num_preemptions:
+            sequence.num_cached = num_cached
         del self.waiting[sequence.request.number]
         self.running[sequence.request.number] = sequence
         sequence.status = Status.RUNNING

@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 from partinf.engine.request import FinishReason, RequestOutput, TokenEvent
 from partinf.serve.asked import Asked
 from partinf.serve.protocol import (
+    CachedTokens,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
@@ -163,10 +164,11 @@ class ChatAnswer:
 
 
 def usage(asked: Asked, outputs: Sequence[Sequence[RequestOutput]]) -> Usage:
-    """Tokens of the prompts, each counted once, and of all samples."""
+    """Tokens of the prompts, each counted once, and of all samples; cached ones are those that the first sample found."""
     prompt = sum(map(len, asked.prompts))
+    cached = sum(output.num_cached for samples in outputs for output in samples if output.sample == 0)
     generated = 0 if asked.only_echo else sum(len(output.tokens) for samples in outputs for output in samples)
-    return Usage(prompt, generated, prompt + generated)
+    return Usage(prompt, generated, prompt + generated, CachedTokens(cached))
 
 
 def finish_reason(reason: FinishReason | None) -> str | None:

@@ -22,12 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from partinf import resources
 from partinf.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
-from partinf.serve.asked import Asked, AskFunction, Served, ask_chat, ask_completion
+from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion
 from partinf.serve.decoding import Body, decode
 from partinf.serve.engine_thread import EngineThread, Inbox, ended_well, log_failure
 from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailable, unknown_model
 from partinf.serve.event_stream import ClientGone, EventStream, broken_off, unless_gone
 from partinf.serve.metrics import ServerMetrics
+from partinf.serve.prompts import Served
 from partinf.serve.protocol import ChatBody, CompletionBody, ModelCard, ModelList
 from partinf.serve.token_texts import TokenTexts
 

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.engine.params import MAX_SEED, SamplingParams
-from partinf.engine.runner import RunnerLimits
 from partinf.errors import InvalidInput
-from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
-from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
-from partinf.serve.protocol import MAX_PROMPTS, ChatBody, CompletionBody, Message, SamplingBody
+from partinf.serve.errors import Offence, raise_invalid, unknown_model
+from partinf.serve.prompts import Served, as_text, check_lengths, encoded, given_prompts, rendered
+from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody
 
 _REQUEST = re.compile(r"request \S+?-(\d+): (.*)", re.DOTALL)  # how the engine's offences begin
 _NAME = re.compile(r"\w+")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What can be asked of.
-
-    Attributes:
-        names: of the model, the first is the one that answers bear. max_choices: prompts times samples of one request.
-    """
-
-    names: tuple[str, ...]
-    limits: RunnerLimits
-    tokenizer: Tokenizer | None
-    chat_template: ChatTemplate | None
-    max_choices: int = 256
 
 
 @dataclass(frozen=True)
@@ -83,8 +64,8 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
         offences.append(Offence("max_tokens = 0 makes sense with echo only; at least 1 is needed without it", "max_tokens"))
     if body.echo and body.stream and body.logprobs is not None:
         offences.append(Offence("echo with logprobs is not streamed; leave one of the three out", "echo"))
-    given = _prompts(body, offences)
-    prompts = [_encoded(prompt, f"prompt[{place}]" if len(given) > 1 else "prompt", served, offences) for place, prompt in enumerate(given)]
+    given = given_prompts(body, served, offences)
+    prompts = [encoded(prompt, f"prompt[{place}]" if len(given) > 1 else "prompt", served, offences) for place, prompt in enumerate(given)]
     params = _params(
         body,
         offences,
@@ -94,12 +75,12 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
         top_logprobs=body.logprobs or 0,
         prompt_logprobs=body.echo and body.logprobs is not None,
     )
-    _check_lengths(prompts, given, "prompt", max(1, body.max_tokens), "max_tokens", served, offences)
+    check_lengths(prompts, "prompt", max(1, body.max_tokens), "max_tokens", served, offences)
     if len(prompts) * body.n > served.max_choices:
         offences.append(Offence(f"{len(prompts)} prompts × n = {body.n} are too many; at most {served.max_choices} choices", "n"))
     raise_invalid(offences)
     assert params is not None
-    echoed = [_text(prompt, served) for prompt in given] if body.echo else []
+    echoed = [as_text(prompt, served) for prompt in given] if body.echo else []
     only_echo = body.max_tokens == 0
     return Asked(prompts, params, body.stream, _wants_usage(body), echoed, only_echo, {"prompt": "prompt"})
 
@@ -116,7 +97,7 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence]) -> Asked:
         offences.append(Offence("top_logprobs needs logprobs to be true", "top_logprobs"))
     if body.n > served.max_choices:
         offences.append(Offence(f"n = {body.n} is too many; at most {served.max_choices} choices", "n"))
-    prompt = _rendered(body, served, offences)
+    prompt = rendered(body, served, offences)
     params = _params(
         body,
         offences,
@@ -125,7 +106,7 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence]) -> Asked:
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
     )
-    _check_lengths([prompt], [prompt], "messages", limit or 1, name, served, offences)
+    check_lengths([prompt], "messages", limit or 1, name, served, offences)
     raise_invalid(offences)
     assert params is not None
     return Asked([prompt], params, body.stream, _wants_usage(body), [], False, {"prompt": "messages", "max_tokens": name})
@@ -190,99 +171,6 @@ def _named(message: str, names: dict[str, str], prompt: str | None) -> Offence:
     if name not in SamplingParams.__dataclass_fields__:
         return Offence(message, None)
     return Offence(names.get(name, name) + message[len(name) :], names.get(name, name))
-
-
-def _prompts(body: CompletionBody, offences: list[Offence]) -> list[str | list[int]]:
-    """One text or list of ids, or a list of either."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return [ids]
-    if ids:
-        offences.append(Offence("prompt mixes token ids with whole prompts; give one list of ids, or a list of prompts", "prompt"))
-    if len(prompt) > MAX_PROMPTS:
-        offences.append(Offence(f"prompt holds {len(prompt)} prompts; at most {MAX_PROMPTS}", "prompt"))
-        return []
-    return [item for item in prompt if not isinstance(item, int)]
-
-
-def _encoded(prompt: str | list[int], name: str, served: Served, offences: list[Offence]) -> list[int]:
-    """The ids of a prompt. What is wrong with ids the engine says."""
-    if isinstance(prompt, list):
-        return prompt
-    if served.tokenizer is None:
-        offences.append(Offence("this model has no tokenizer; give the prompt as token ids", name))
-        return []
-    return served.tokenizer.encode(prompt) if prompt else []
-
-
-def _text(prompt: str | list[int], served: Served) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "" if served.tokenizer is None else served.tokenizer.decode(prompt)
-
-
-def _rendered(body: ChatBody, served: Served, offences: list[Offence]) -> list[int]:
-    """The prompt of a conversation, as the model's template writes it."""
-    if served.tokenizer is None or served.chat_template is None:
-        missing = "tokenizer" if served.tokenizer is None else "chat template (partinf serve --chat-template FILE gives it one)"
-        raise invalid([*offences, Offence(f"the model has no {missing}; use /v1/completions", "messages")])
-    before = len(offences)
-    for place, message in enumerate(body.messages):
-        if message.content is None and not message.tool_calls:
-            offences.append(Offence(f"messages[{place}].content is missing; it is required", f"messages[{place}].content"))
-    if len(offences) > before:
-        return []
-    reserved = {"messages", "add_generation_prompt"} & body.chat_template_kwargs.keys()
-    if reserved:
-        offences.append(Offence(f"chat_template_kwargs may not hold {' or '.join(sorted(reserved))}", "chat_template_kwargs"))
-        return []
-    try:
-        text = served.chat_template.render(
-            [_plain(message) for message in body.messages], add_generation_prompt=body.add_generation_prompt, **body.chat_template_kwargs
-        )
-    except TemplateRefusal as refusal:
-        offences.append(Offence(str(refusal), "messages"))
-        return []
-    tokens = served.tokenizer.encode_marked(text)
-    if not tokens:
-        offences.append(Offence("the model's chat template makes an empty prompt of these messages", "messages"))
-    return tokens
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: a mapping, its content one text."""
-    plain: dict[str, Any] = msgspec.to_builtins(message)
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(part.text for part in message.content)
-    return plain
-
-
-def _check_lengths(
-    prompts: Sequence[list[int]],
-    given: Iterable[object],
-    prompt_name: str,
-    max_tokens: int,
-    max_name: str,
-    served: Served,
-    offences: list[Offence],
-) -> None:
-    """Prompts that leave no room for what is asked. OpenAI gives these a code of their own, so they are told apart when nothing else is
-    wrong."""
-    limits, found = served.limits, []
-    for place, prompt in enumerate(prompts):
-        name = f"{prompt_name}[{place}]" if len(prompts) > 1 else prompt_name
-        if len(prompt) > limits.max_prompt_len:
-            message = f"{name} has {len(prompt)} tokens; the context holds {limits.max_context}, and the longest prompt is"
-            found.append(Offence(f"{message} {limits.max_prompt_len}", name))
-        elif len(prompt) + max_tokens > limits.max_context:
-            message = f"{max_name} = {max_tokens} is too many after {len(prompt)} tokens of {name}; the context holds {limits.max_context}"
-            found.append(Offence(message, max_name))
-    if found and not offences:
-        raise invalid(found, code="context_length_exceeded")
-    offences += found
 
 
 AskFunction = Callable[[Any, Served, list[Offence]], Asked]

@@ -16,7 +16,7 @@ from partinf.serve.errors import Offence, invalid
 T = TypeVar("T", bound="Body")
 
 _SHOWN = 60  # characters of a wrong value that an error repeats
-_PATH = re.compile(r" - at `\$(.*)`$")
+_PATH = re.compile(r" - at `(?:key` in `)?\$(.*)`$")
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,6 @@ from partinf.engine.params import MAX_SAMPLES
 from partinf.serve.decoding import Body
 from partinf.workload import MAX_BIASES, TOP_LOGPROBS
 
-MAX_PROMPTS = 1024
 MAX_STOPS = 16
 
 Count = Annotated[int, Meta(ge=1)]
@@ -134,7 +133,7 @@ class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens | UnsetType = UNSET
+    prompt_tokens_details: CachedTokens
 
 
 class CompletionLogprobs(Struct):

@@ -23,11 +23,12 @@ from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.engine.engine import Engine
 from partinf.errors import InvalidInput
 from partinf.serve.app import Bounds, Front, running
-from partinf.serve.asked import Served
 from partinf.serve.chat_template import ChatTemplate
 from partinf.serve.connections import bounded_protocol
 from partinf.serve.engine_thread import EngineThread, log_failure
+from partinf.serve.prompts import Served
 
+_IDLE_SECONDS = 30  # that a connection is kept between two requests
 _CLOSING_SECONDS = 2.0  # for connections to close once their answers are sent
 
 
@@ -110,6 +111,7 @@ class Server(uvicorn.Server):
                 log_level="info" if options.access_log else "warning",
                 access_log=options.access_log,
                 server_header=False,
+                timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=int(_CLOSING_SECONDS),
             )
         )

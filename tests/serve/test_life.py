@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+from partinf.cli import main
+from partinf.errors import InvalidInput
+from partinf.serve.server import Loaded, Options, listen, serve
 from tests.serve.support import events
 
 SECRET = "copy: s e c r e t ="
@@ -27,10 +30,11 @@ BODY = {"model": "demo", "prompt": SECRET, "temperature": 0, "ignore_eos": True}
 class Process:
     """A server process and what it printed; leaves no process behind."""
 
-    def __init__(self, command: list[str], root: Path) -> None:
+    def __init__(self, command: list[str], root: Path, environment: dict[str, str | None]) -> None:
+        wanted = {**os.environ, "PYTHONPATH": str(root), **environment}
         self.child = subprocess.Popen(
             [sys.executable, *command],
-            env={**os.environ, "PYTHONPATH": str(root)},
+            env={name: value for name, value in wanted.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -68,8 +72,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(root: Path, *command: object) -> Iterator[Process]:
-    found = Process([str(word) for word in command], root)
+def process(root: Path, *command: object, **environment: str | None) -> Iterator[Process]:
+    found = Process([str(word) for word in command], root, environment)
     try:
         yield found
     finally:
@@ -95,6 +99,43 @@ def test_ready_only_when_warm(root: Path) -> None:
         code, printed = server.end()
     assert code == 0
     assert "ready: nothing to compile" in printed
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    def load() -> Loaded:
+        raise InvalidInput("no such weights")
+
+    with listen("127.0.0.1", 0) as listener, pytest.raises(InvalidInput, match="no such weights"):
+        serve(listener, load, Options(["demo"]))
+
+
+def test_a_port_that_is_taken() -> None:
+    with listen("127.0.0.1", 0) as listener, pytest.raises(InvalidInput, match=r"--port \d+: .*[Aa]ddress"):
+        listen("127.0.0.1", listener.getsockname()[1])
+
+
+def test_bad_flags_are_listed_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["--port", "99999", "--max-num-seqs", "0", "--max-num-batched-tokens", "0", "--scheduler", "fcsf", "--api-key", ""]
+    wrong += [
+        "--coordinator",
+        "here",
+        "--max-model-len",
+        "-1",
+        "--chat-template",
+        "nowhere",
+        "--layout",
+        "ws-9d",
+        "--shutdown-timeout",
+        "nan",
+    ]
+    assert main(["serve", "--model", "demo", *wrong]) == 2
+    errors = capsys.readouterr().err
+    named = [flag for flag in wrong if flag.startswith("--")]
+    assert [flag for flag in named if flag != "--layout" and flag.strip("-").replace("-", " ") not in errors.replace("-", " ")] == []
+    assert "did you mean 'fcfs'?" in errors
+    assert "unknown layout 'ws-9d'" in errors
+    assert main(["serve", "--model", "gpt3-13b"]) == 2
+    assert "without weights" in capsys.readouterr().err
 
 
 def test_a_signal_while_loading_ends_it(root: Path) -> None:

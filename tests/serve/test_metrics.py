@@ -49,8 +49,9 @@ def test_a_busy_engine_and_its_prefix_cache() -> None:
     runner = Slow(LIMITS)
     with fake_serving(runner, engine={"prefix_caching": True}) as serving:
         body = {"model": "demo", "prompt": [5] * 33, "max_tokens": 30, "ignore_eos": True}
-        assert serving.post("/v1/completions", body)[0] == 200
-        assert serving.post("/v1/completions", body)[0] == 200
+        for cached in (0, 32):
+            usage = serving.post("/v1/completions", body)[1]["usage"]
+            assert (usage["prompt_tokens"], usage["prompt_tokens_details"]) == (33, {"cached_tokens": cached})
         found = scrape(serving)
         assert found["partinf:prefix_cache_hits_total"] == 32
         assert found["partinf:prefix_cache_queries_total"] == 66

@@ -63,12 +63,14 @@ def test_every_offence_is_listed(fake: Serving) -> None:
         ("completions", GOOD | {"prompt": [-1]}, "prompt"),
         ("completions", GOOD | {"prompt": [10**30]}, "prompt"),
         ("completions", GOOD | {"prompt": [[5], [96]]}, "prompt[1]"),
-        ("completions", GOOD | {"prompt": [5] * 200}, "prompt"),
+        ("completions", GOOD | {"prompt": [5] * 300}, "prompt"),
         ("completions", GOOD | {"max_tokens": 0}, "max_tokens"),
         ("completions", GOOD | {"max_tokens": 200}, "max_tokens"),
         ("completions", GOOD | {"logit_bias": {"96": 1}}, "logit_bias"),
         ("completions", GOOD | {"stop_token_ids": [96]}, "stop_token_ids"),
         ("completions", GOOD | {"prompt": [[5]] * 100, "n": 3}, "n"),
+        ("completions", GOOD | {"prompt": [[5]] * 257}, "prompt"),
+        ("completions", GOOD | {"logit_bias": {"a": 1}}, "logit_bias"),
         ("completions", GOOD | {"echo": True, "stream": True, "logprobs": 1}, "echo"),
         ("completions", GOOD | {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ("completions", GOOD | {"stream": True, "stream_options": {"usage": True}}, "stream_options"),
@@ -189,12 +191,13 @@ def test_a_failing_engine_says_so_and_goes_on(caplog: pytest.LogCaptureFixture) 
             raise OSError(f"device lost while it read {context}")
         return 5
 
+    body = {"model": "demo", "prompt": [4] * 6, "max_tokens": 9, "temperature": 0}
     with fake_serving(Slow(LIMITS, rule=rule)) as serving:
-        error = refusal(serving, "/v1/completions", {"model": "demo", "prompt": [4] * 6, "max_tokens": 9}, 500)
+        error = refusal(serving, "/v1/completions", body, 500)
         assert error["type"] == "server_error"
-        status, text, _ = serving.post("/v1/completions", {"model": "demo", "prompt": [4] * 6, "max_tokens": 9, "stream": True})
+        status, text, _ = serving.post("/v1/completions", body | {"stream": True})
         assert status == 200
         assert '"server_error"' in text.split("\n\n")[-3]
-        assert serving.post("/v1/completions", {"model": "demo", "prompt": [4], "max_tokens": 3})[0] == 200
+        assert serving.post("/v1/completions", body | {"prompt": [4], "max_tokens": 3})[0] == 200
     assert "OSError" in caplog.text
     assert "4, 4" not in caplog.text + error["message"] + text
