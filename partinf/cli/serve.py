@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch = parser.add_argument_group("the engine")
     batch.add_argument("--max-num-seqs", type=int, default=32, metavar="N", help="sequences per iteration (default: 32)")
     batch.add_argument(
-        "--max-num-batched-tokens", type=int, metavar="N", help="tokens per iteration, one per sequence and the rest of prompts"
+        "--max-num-batched-tokens",
+        type=int,
+        metavar="N",
+        help="tokens per iteration: one of each sequence, the rest of prompts (default: 256 for prompts)",
     )
     batch.add_argument("--scheduler", default="fcfs-chunked", metavar="NAME", help="fcfs-chunked (default), fcfs, orca, mlfq, priority, …")
     batch.add_argument(

@@ -128,9 +128,8 @@ class Front:
             else:
                 asked = _ask(kind, ask, raw, running.served)
             self._ready()  # reading takes time
-            request_id = f"{prefix}-{uuid.uuid4().hex}"
-            inbox = _submit(running.engine, asked, request_id)
-            answer = answers(asked, request_id, running.served.names[0], running.texts)
+            inbox = _submit(running.engine, asked)
+            answer = answers(asked, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
             if asked.stream:
                 return EventStream(answer, inbox, len(asked.prompts), asked.include_usage, self._bounds.stall_seconds)
             try:
@@ -218,9 +217,9 @@ def _ask(kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Aske
     return ask(body, served, offences)
 
 
-def _submit(engine: EngineThread, asked: Asked, request_id: str) -> Inbox:
+def _submit(engine: EngineThread, asked: Asked) -> Inbox:
     try:
-        return engine.submit(asked.prompts, asked.params, request_id, asked.stream)
+        return engine.submit(asked.prompts, asked.params, asked.stream)
     except InvalidInput as error:
         raise invalid(asked.offences(error.offences)) from None
     except Overloaded as error:

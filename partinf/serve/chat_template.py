@@ -47,16 +47,18 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise InvalidInput(f"{where}: line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **more: Any) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, more: Mapping[str, Any] | None = None
+    ) -> str:
         """The prompt of a conversation.
 
         Args:
-            messages: each with `role` and `content`. more: further variables of the template.
+            messages: each with `role` and `content`. more: further variables of the template, by name.
 
         Raises:
             TemplateRefusal: the template refuses the messages, or cannot cope with them.
         """
-        variables = self._tokens | more | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables = self._tokens | dict(more or {}) | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(variables)
         except TemplateRefusal:

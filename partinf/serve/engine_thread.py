@@ -7,6 +7,7 @@ cross over together and wake only those requests that have any.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import traceback
@@ -75,6 +76,7 @@ class EngineThread:
         self.engine = engine
         self.on_output = on_output
         self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count()
         self._inboxes: dict[str, Inbox] = {}
         self._events: list[TokenEvent] = []
         self._work = threading.Event()
@@ -87,8 +89,10 @@ class EngineThread:
         """Requests of the engine that somebody waits for."""
         return len(self._inboxes)
 
-    def submit(self, prompts: Sequence[Sequence[int] | str], params: SamplingParams, request_id: str, stream: bool) -> Inbox:
+    def submit(self, prompts: Sequence[Sequence[int] | str], params: SamplingParams, stream: bool) -> Inbox:
         """Queue one request per prompt, all of them or none.
+
+        They are named by their number, because samples without a seed derive theirs from the engine's and the name.
 
         Args:
             stream: give out events besides the outputs at the end.
@@ -97,7 +101,8 @@ class EngineThread:
             InvalidInput: what is wrong with any of the prompts.
             Overloaded: the queue is full.
         """
-        ids = [f"{request_id}-{place}" for place in range(len(prompts))]
+        number = next(self._numbers)
+        ids = [f"{number}-{place}" for place in range(len(prompts))]
         inbox = Inbox(ids, len(prompts) * params.n, self._close)
         offences: list[str] = []
         try:

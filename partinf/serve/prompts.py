@@ -79,7 +79,7 @@ def rendered(body: ChatBody, served: Served, offences: list[Offence]) -> list[in
         return []
     try:
         text = served.chat_template.render(
-            [_plain(message) for message in body.messages], add_generation_prompt=body.add_generation_prompt, **body.chat_template_kwargs
+            [_plain(message) for message in body.messages], body.add_generation_prompt, body.chat_template_kwargs
         )
     except TemplateRefusal as refusal:
         offences.append(Offence(str(refusal), "messages"))

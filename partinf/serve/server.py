@@ -119,12 +119,13 @@ class Server(uvicorn.Server):
         self.thread = threading.Thread(target=self._drive, name="partinf-engine", daemon=True)
         self._load = load
         self._options = options
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
         for listener in sockets or ():
             host, port, *_ = listener.getsockname()
             say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, loading the model")
@@ -134,6 +135,7 @@ class Server(uvicorn.Server):
         """The engine's thread: load, then run iterations."""
         try:
             loaded = self._load()
+            assert self._loop is not None
             thread = asyncio.run_coroutine_threadsafe(self._open(loaded), self._loop).result()
             thread.run()
         except BaseException as error:
@@ -151,7 +153,9 @@ class Server(uvicorn.Server):
         return thread
 
     def _tell(self, what: Callable[[], Any]) -> None:
-        if not self._loop.is_closed():
+        if self._loop is None:
+            self.should_exit = True
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(what)
 
     def _give_up(self) -> None:

@@ -37,7 +37,7 @@ def test_the_functions_of_transformers() -> None:
     assert (len(year), year.isdigit()) == (4, True)
     with pytest.raises(TemplateRefusal, match="roles must alternate"):
         ChatTemplate("{{ raise_exception('roles must alternate') }}").render(MESSAGES)
-    assert ChatTemplate("{{ think }}").render([], think="no") == "no"
+    assert ChatTemplate("{{ think }}").render([], more={"think": "no", "self": 1}) == "no"
 
 
 @pytest.mark.parametrize(
