@@ -163,7 +163,7 @@ def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    from partinf.serve.app import Bounds
+    from partinf.serve.bodies import Bounds
     from partinf.serve.server import Options
 
     keys = [*args.api_key, *([key] if (key := os.environ.get(_KEY_VARIABLE)) else [])]

@@ -23,6 +23,7 @@ from partinf import resources
 from partinf.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion
+from partinf.serve.bodies import BodyReader, Bounds
 from partinf.serve.decoding import Body, decode
 from partinf.serve.engine_thread import EngineThread, Inbox, ended_well, log_failure
 from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailable, unknown_model
@@ -33,23 +34,9 @@ from partinf.serve.protocol import ChatBody, CompletionBody, ModelCard, ModelLis
 from partinf.serve.token_texts import TokenTexts
 
 _LARGE = 1 << 15  # bytes of a body that is read by another thread, so that others need not wait
-_DISCARDED = 4  # times the largest body that is read and thrown away before a body that is too large is refused
 
 Handler = Callable[[Request], Awaitable[ASGIApp]]
 MakeAnswer = Callable[[Asked, str, str, TokenTexts], Answer]
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one client may take of the server.
-
-    Attributes:
-        body_bytes: of a request. body_seconds: until it has arrived. stall_seconds: without taking anything of a stream.
-    """
-
-    body_bytes: int = 8 << 20
-    body_seconds: float = 30.0
-    stall_seconds: float = 60.0
 
 
 @dataclass
@@ -61,6 +48,13 @@ class Running:
     metrics: ServerMetrics
     texts: TokenTexts
     created: int
+
+    @classmethod
+    def of(cls, served: Served, engine: EngineThread) -> Running:
+        """Answers are counted from now on."""
+        metrics = ServerMetrics(engine.engine, served.names[0])
+        engine.on_output = metrics.record
+        return cls(served, engine, metrics, TokenTexts(served.tokenizer), int(time.time()))
 
 
 class Front:
@@ -76,6 +70,7 @@ class Front:
         self.draining = False
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._bounds = bounds or Bounds()
+        self._bodies = BodyReader(self._bounds)
         completion = self._generates("cmpl", CompletionBody, ask_completion, CompletionAnswer)
         chat = self._generates("chatcmpl", ChatBody, ask_chat, ChatAnswer)
         self.app = Starlette(
@@ -84,9 +79,9 @@ class Front:
                 Route("/v1/chat/completions", self._guarded(chat), methods=["POST"]),
                 Route("/v1/models", self._guarded(self._models), methods=["GET"]),
                 Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
-                Route("/health", self._open(self._health), methods=["GET"]),
-                Route("/metrics", self._open(self._metrics), methods=["GET"]),
-                Route("/openapi.json", self._open(self._openapi), methods=["GET"]),
+                Route("/health", _Endpoint(self._health), methods=["GET"]),
+                Route("/metrics", _Endpoint(self._metrics), methods=["GET"]),
+                Route("/openapi.json", _Endpoint(self._openapi), methods=["GET"]),
             ],
             exception_handlers={HTTPException: _of_starlette},
         )
@@ -105,9 +100,6 @@ class Front:
 
         return _Endpoint(checked)
 
-    def _open(self, handler: Handler) -> _Endpoint:
-        return _Endpoint(handler)
-
     def _check_key(self, request: Request) -> None:
         """Every key is compared, each in constant time; digests have one length."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -122,7 +114,7 @@ class Front:
 
         async def handler(request: Request) -> ASGIApp:
             running = self._ready()
-            raw = await self._read(request)
+            raw = await self._bodies.read(request)
             if len(raw) > _LARGE:
                 asked = await asyncio.to_thread(_ask, kind, ask, raw, running.served)
             else:
@@ -142,29 +134,6 @@ class Front:
             return Response(answer.whole(outputs), media_type="application/json")
 
         return handler
-
-    async def _read(self, request: Request) -> bytes:
-        """The body, bounded in size and time."""
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media != "application/json":
-            raise ApiError(415, [Offence(f"the body is {media[:60] or 'of no type'}; application/json is needed")], code="not_json")
-        most, size, parts = self._bounds.body_bytes, 0, list[bytes]()
-        too_large = ApiError(413, [Offence(f"the body is too large; at most {most} bytes")], code="too_large", connection="close")
-        if (length := request.headers.get("content-length", "")).isdigit() and int(length) > most * _DISCARDED:
-            raise too_large
-        try:
-            async with asyncio.timeout(self._bounds.body_seconds):
-                async for part in request.stream():
-                    size += len(part)
-                    if size <= most:
-                        parts.append(part)
-                    elif size > most * _DISCARDED:
-                        break
-        except TimeoutError:
-            raise ApiError(408, [Offence("the body did not arrive in time")], code="too_slow", connection="close") from None
-        if size > most:  # most clients read an answer only when all they had to say was taken
-            raise too_large
-        return b"".join(parts)
 
     async def _models(self, request: Request) -> ASGIApp:
         return _json(ModelList(self._cards()))
@@ -240,10 +209,3 @@ def _refusal(error: ApiError) -> Response:
 
 def _json(content: Any) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
-
-
-def running(served: Served, engine: EngineThread) -> Running:
-    """What the application needs of a model that is warm; answers are counted from now on."""
-    metrics = ServerMetrics(engine.engine, served.names[0])
-    engine.on_output = metrics.record
-    return Running(served, engine, metrics, TokenTexts(served.tokenizer), int(time.time()))

@@ -22,7 +22,8 @@ import uvicorn
 from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.engine.engine import Engine
 from partinf.errors import InvalidInput
-from partinf.serve.app import Bounds, Front, running
+from partinf.serve.app import Front, Running
+from partinf.serve.bodies import Bounds
 from partinf.serve.chat_template import ChatTemplate
 from partinf.serve.connections import bounded_protocol
 from partinf.serve.engine_thread import EngineThread, log_failure
@@ -148,7 +149,7 @@ class Server(uvicorn.Server):
         """The model is warm: take requests."""
         thread = EngineThread(loaded.engine)
         served = Served(tuple(self._options.names), loaded.engine.limits, loaded.tokenizer, loaded.chat_template)
-        self.front.running = running(served, thread)
+        self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread
 

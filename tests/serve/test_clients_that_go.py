@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from partinf.engine import SamplingParams
-from partinf.serve.app import Bounds
+from partinf.serve.bodies import Bounds
 from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving
 
 LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}

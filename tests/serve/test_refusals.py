@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from typing import Any
 
 import pytest
 
-from partinf.serve.app import Bounds
+from partinf.serve.bodies import Bounds
 from tests.serve.support import LIMITS, Serving, Slow, fake_serving
 
 GOOD = {"model": "demo", "prompt": "copy: a b =", "max_tokens": 3}
@@ -152,6 +154,26 @@ def test_bodies_are_bounded_and_typed() -> None:
             assert "1000" in error["message"]
         assert serving.post("/v1/completions", GOOD, content_type="text/plain")[0] == 415
         assert serving.post("/v1/completions", GOOD, content_type="application/json; charset=utf-8")[0] == 200
+
+
+def test_bodies_are_bounded_together() -> None:
+    body = json.dumps(GOOD).encode()
+    with fake_serving(bounds=Bounds(body_bytes=1000, all_bytes=1500)) as serving:
+        with socket.create_connection(("127.0.0.1", serving.port)) as slow:
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+            slow.sendall(head + body + b" " * 800)
+            deadline = time.monotonic() + 5
+            while not serving.server.front._bodies._held:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            assert serving.post("/v1/completions", body + b" " * 500)[0] == 200
+            status, content, headers = serving.post("/v1/completions", body + b" " * 800)
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "at once" in content["error"]["message"]
+        while serving.server.front._bodies._held:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert serving.post("/v1/completions", body + b" " * 800)[0] == 200
 
 
 def test_a_full_queue() -> None:
