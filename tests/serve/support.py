@@ -32,6 +32,14 @@ LIMITS = RunnerLimits(
 )
 
 
+def wait_until(happened: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for something that the server does in its own time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.003)
+
+
 class Slow(FakeRunner):
     """A fake runner whose steps take time, or wait while `gate` is shut."""
 
@@ -42,7 +50,7 @@ class Slow(FakeRunner):
         self.gate.set()
 
     def submit(self, step: Step) -> None:
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         time.sleep(self.seconds)
         super().submit(step)
         del self.steps[:-1]
@@ -74,10 +82,7 @@ class Serving:
 
     def wait_idle(self) -> None:
         """Until the engine has nothing left; then every page must be free."""
-        deadline = time.monotonic() + 10
-        while self.engine.has_work or self.engine.load.num_running or self.num_waiting_clients:
-            assert time.monotonic() < deadline, f"the engine does not come to rest: {self.engine.load}"
-            time.sleep(0.005)
+        wait_until(lambda: not (self.engine.has_work or self.engine.load.num_running or self.num_waiting_clients))
         assert self.engine.load.page_usage == 0
         self.engine._scheduler.check()
 
@@ -104,10 +109,8 @@ def serving(
     thread.start()
     try:
         found = Serving(server, listener.getsockname()[1], engine)
-        deadline = time.monotonic() + 10
-        while load is None and server.front.running is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        if load is None:
+            wait_until(lambda: server.front.running)
         yield found
     finally:
         with contextlib.suppress(RuntimeError):  # the test has stopped it

@@ -21,7 +21,7 @@ import pytest
 from partinf.cli import main
 from partinf.errors import InvalidInput
 from partinf.serve.server import Loaded, Options, listen, serve
-from tests.serve.support import events
+from tests.serve.support import events, wait_until
 
 SECRET = "copy: s e c r e t ="
 BODY = {"model": "demo", "prompt": SECRET, "temperature": 0, "ignore_eos": True}
@@ -52,18 +52,13 @@ class Process:
             response = connection.getresponse()
             return response.status, response.read().decode()
 
-    def wait_ready(self, seconds: float = 10) -> None:
-        deadline = time.monotonic() + seconds
-        while self.ask("GET", "/health")[0] != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    def wait_ready(self, seconds: float = 20) -> None:
+        wait_until(lambda: self.ask("GET", "/health")[0] == 200, seconds)
 
     def wait_running(self, count: int) -> None:
         """Until so many tokens have been generated."""
-        deadline = time.monotonic() + 10
-        while int(float(re.findall(r"^partinf:generation_tokens_total\{.*\} (.*)", self.ask("GET", "/metrics")[1], re.M)[0])) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        counter = re.compile(r"^partinf:generation_tokens_total\{.*\} (.*)", re.M)
+        wait_until(lambda: float(counter.findall(self.ask("GET", "/metrics")[1])[0]) >= count)
 
     def end(self) -> tuple[int, str]:
         """Exit code and all that was printed."""
@@ -182,7 +177,7 @@ def test_draining_is_bounded(root: Path) -> None:
         last = events(streamed.result()[1])[-1]
         assert last["error"]["message"] == "the server is shutting down"
         code, printed = server.end()
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 9  # of 10 seconds that the answers would take
     assert code == 0
     assert "time is up: cancelling 2 requests" in printed
 
@@ -199,7 +194,7 @@ def test_a_second_signal_ends_at_once(root: Path) -> None:
         code, _ = server.end()
         assert isinstance(answer.exception(), OSError | http.client.HTTPException)
     assert code == 128 + signal.SIGTERM
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8  # of 10 seconds that the answer would take
 
 
 def test_the_command_serves_the_demo_model(root: Path) -> None:

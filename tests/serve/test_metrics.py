@@ -7,7 +7,7 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 
 from partinf.serve.metrics import HISTOGRAMS
-from tests.serve.support import LIMITS, Serving, Slow, fake_serving
+from tests.serve.support import LIMITS, Serving, Slow, fake_serving, wait_until
 
 
 def scrape(serving: Serving) -> dict[str, float]:
@@ -44,7 +44,6 @@ def test_what_requests_leave_behind(fake: Serving) -> None:
 
 def test_a_busy_engine_and_its_prefix_cache() -> None:
     import concurrent.futures
-    import time
 
     runner = Slow(LIMITS)
     with fake_serving(runner, engine={"prefix_caching": True}) as serving:
@@ -58,9 +57,7 @@ def test_a_busy_engine_and_its_prefix_cache() -> None:
         runner.seconds = 0.01
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             answers = [pool.submit(serving.post, "/v1/completions", body) for _ in range(12)]
-            deadline = time.monotonic() + 10
-            while scrape(serving)["partinf:num_requests_waiting"] == 0:
-                assert time.monotonic() < deadline
+            wait_until(lambda: scrape(serving)["partinf:num_requests_waiting"])
             found = scrape(serving)
             assert 0 < found["partinf:num_requests_running"] <= LIMITS.num_slots
             assert 0 < found["partinf:kv_cache_usage_perc"] <= 1
