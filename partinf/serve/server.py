@@ -140,6 +140,8 @@ class Server(uvicorn.Server):
             thread = asyncio.run_coroutine_threadsafe(self._open(loaded), self._loop).result()
             thread.run()
         except BaseException as error:
+            if self.front.draining:  # nobody waits for the model any more
+                return
             self.failure = error
             if self.front.running is not None:
                 log_failure("the engine's thread ended", error)
@@ -148,6 +150,8 @@ class Server(uvicorn.Server):
     async def _open(self, loaded: Loaded) -> EngineThread:
         """The model is warm: take requests."""
         thread = EngineThread(loaded.engine)
+        if self.front.draining:
+            thread.stop()
         served = Served(tuple(self._options.names), loaded.engine.limits, loaded.tokenizer, loaded.chat_template)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
