@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 
 from partinf.checkpoint.tokenizer import Tokenizer
+from partinf.engine.admission import RequestCheck
 from partinf.engine.engine import Engine
 from partinf.errors import InvalidInput
 from partinf.serve.app import Front, Running
@@ -152,7 +153,8 @@ class Server(uvicorn.Server):
         thread = EngineThread(loaded.engine)
         if self.front.draining:
             thread.stop()
-        served = Served(tuple(self._options.names), loaded.engine.limits, loaded.tokenizer, loaded.chat_template)
+        limits, tokenizer = loaded.engine.limits, loaded.tokenizer
+        served = Served(tuple(self._options.names), limits, RequestCheck(limits, tokenizer, seed=0), tokenizer, loaded.chat_template)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread
