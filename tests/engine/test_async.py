@@ -13,8 +13,18 @@ from partinf.engine.step import Step
 from tests.engine.support import ROOMY, alone, make_engine
 
 
+_others: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_of_other_tests() -> None:
+    """Engines that serve other tests of this process have threads of the same name."""
+    _others.clear()
+    _others.update(threading.enumerate())
+
+
 def driver_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "partinf-engine"]
+    return [thread for thread in threading.enumerate() if thread.name == "partinf-engine" and thread not in _others]
 
 
 async def wait_for_idle() -> None:
