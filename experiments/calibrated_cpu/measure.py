@@ -41,7 +41,6 @@ def models() -> list[Any]:
 def one_device() -> dict[str, Any]:
     """Predicted and measured steps of whole models on one device."""
     from partinf.layout import make_layout
-    from partinf.measure.calibrate import calibrate
     from partinf.measure.steps import Steps, for_buckets
     from partinf.measure.timing import alternate
     from partinf.plans import Bucket, Plan
@@ -49,7 +48,7 @@ def one_device() -> dict[str, Any]:
     from partinf.workload import DType
 
     types = (DType.F32, DType.BF16)
-    before = calibrate(types, CALIBRATION, _say)[0]
+    before, first = _calibrated(types)
     slice_ = local_slice(chip=before)
     layout = make_layout({"x": "replica"}, {"x": "batch"})
     buckets = tuple(Bucket(rows, CONTEXT // 16) for rows in BATCHES)
@@ -61,20 +60,19 @@ def one_device() -> dict[str, Any]:
             steps = Steps(for_buckets(Plan(model, slice_, layout, weights=dtype, kv=dtype), buckets))
             timings = alternate({str(bucket): steps.call(bucket) for bucket in buckets}, BUDGET / len(types))
             timed |= {(steps.plan, bucket): timings[str(bucket)] for bucket in buckets}
-    after = calibrate(types, CALIBRATION, _say)[0]
+    after, second = _calibrated(types)
     rows = []
     for (plan, bucket), timing in timed.items():
-        first, second = (_price(replace(plan, slice=replace(slice_, chip=chip)), bucket) for chip in (before, after))
+        predicted, again = (_price(replace(plan, slice=replace(slice_, chip=chip)), bucket) for chip in (before, after))
         row = {"model": plan.model.name, "dtype": plan.weights.value, "step": str(bucket), "phase": _phase(bucket)}
         row |= {"tokens": bucket.num_tokens, "measured": timing.seconds, "spread": timing.spread, "repeats": timing.repeats}
-        rows.append(row | {"predicted": first, "predicted_by_second_calibration": second})
-    return {"steps": rows, "calibrations": [_of_chip(before), _of_chip(after)]}
+        rows.append(row | {"predicted": predicted, "predicted_by_second_calibration": again})
+    return {"steps": rows, "calibrations": [first, second]}
 
 
 def eight_devices() -> dict[str, Any]:
     """Ten layouts of a small model over eight virtual devices: the planner's order and the measured one."""
     from partinf.cost.pricing import TILED
-    from partinf.measure.calibrate import calibrate
     from partinf.measure.steps import Steps, for_buckets
     from partinf.measure.timing import alternate
     from partinf.planner.choose import plan_of
@@ -82,7 +80,7 @@ def eight_devices() -> dict[str, Any]:
     from partinf.sharding import local_slice
     from partinf.workload import DType, Workload
 
-    before = calibrate((DType.F32,), CALIBRATION, _say)[0]
+    before, first = _calibrated((DType.F32,))
     slice_, model = local_slice(chip=before), models()[1]
     workload = Workload(BATCH, INPUT, OUTPUT, weights=DType.F32, kv=DType.F32, prefill_batch=1)
     report = search(model, slice_, workload, program=TILED)
@@ -97,7 +95,7 @@ def eight_devices() -> dict[str, Any]:
         calls |= {f"{rank} {phase}": steps.call(bucket) for phase, bucket in zip(("prefill", "decode"), buckets, strict=True)}
     _say("timing them in turn")
     timings = alternate(calls, BUDGET, least=5)
-    after = calibrate((DType.F32,), CALIBRATION, _say)[0]
+    after, second = _calibrated((DType.F32,))
     rows = []
     for rank, plan, buckets in plans:
         row: dict[str, Any] = {"rank": rank + 1, "layout": report.candidates[rank].name, "ffn": report.candidates[rank].asked.ffn}
@@ -111,7 +109,7 @@ def eight_devices() -> dict[str, Any]:
             row[name] = row["prefill"][name] + OUTPUT * row["decode"][name]
         rows.append(row)
     found = {"model": model.name, "candidates": len(report.candidates), "layouts": rows}
-    return found | {"workload": {"batch": BATCH, "input": INPUT, "output": OUTPUT}, "calibrations": [_of_chip(before), _of_chip(after)]}
+    return found | {"workload": {"batch": BATCH, "input": INPUT, "output": OUTPUT}, "calibrations": [first, second]}
 
 
 def _spread(report: Any) -> list[int]:
@@ -149,10 +147,15 @@ def _phase(bucket: Any) -> str:
     return "prefill" if bucket.prefill_tokens else "decode"
 
 
-def _of_chip(chip: Any) -> dict[str, Any]:
-    """Rates, and the load of the machine when they had been measured."""
-    found = asdict(chip.rates)
-    return found | {"spread": statistics.median(value for _, value in chip.rates.spread), "load_average": os.getloadavg()[0]}
+def _calibrated(types: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+    """The chip as calibration finds it now; its rates, with the time that this took and the load of the machine then."""
+    from partinf.measure.calibrate import calibrate
+
+    started = time.perf_counter()
+    chip = calibrate(types, CALIBRATION, _say)[0]
+    spread = statistics.median(value for _, value in chip.rates.spread)
+    found = {"seconds": time.perf_counter() - started, "load_average": os.getloadavg()[0], "median_spread": spread}
+    return chip, found | {key: value for key, value in asdict(chip.rates).items() if key != "spread"}
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -48,9 +49,11 @@ def launch(experiment: Experiment, file: Path, description: Path, options: Any) 
     read = replace(read, command=tuple(str(inside) if word == str(file) else word for word in command))
     run_id = options.run_id or time.strftime("%y%m%d-%H%M%S", time.gmtime())
     chosen = pod.Options("launch", run_id, options.pod_output, pod.PRICES, options.dry_run, options.yes, options.poll_seconds)
-    code = pod.perform(chosen, read)
     if options.dry_run:
+        pod.perform(chosen, read)
         return None
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+        code = pod.perform(chosen, read)
     output = (options.pod_output / f"{read.name}-{run_id}").absolute()
     if code:
         raise RuntimeError(f"the run on the pod failed; what was fetched is in {output}")

@@ -190,7 +190,7 @@ def _submit(engine: EngineThread, asked: Asked) -> Inbox:
     try:
         return engine.submit(asked.prompts, asked.params, asked.stream)
     except InvalidInput as error:
-        raise invalid(asked.offences(error.offences)) from None
+        raise invalid(map(Offence, error.offences)) from None
     except Overloaded as error:
         raise ApiError(429, [Offence(str(error))], code="overloaded", retry_after=error.retry_after) from None
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from partinf.engine.params import MAX_SEED, SamplingParams
 from partinf.errors import InvalidInput
-from partinf.serve.errors import Offence, raise_invalid, unknown_model
-from partinf.serve.prompts import Served, as_text, check_lengths, encoded, given_prompts, rendered
+from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
+from partinf.serve.prompts import Served, as_text, encoded, given_prompts, length_offence, rendered
 from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody
 
-_REQUEST = re.compile(r"request \S+?-(\d+): (.*)", re.DOTALL)  # how the engine's offences begin
 _NAME = re.compile(r"\w+")
 
 
@@ -25,7 +24,6 @@ class Asked:
     Attributes:
         prompts: token ids. echoed: per prompt the text to repeat, empty without `echo`.
         only_echo: nothing is to be generated; the engine generates a token all the same, which is dropped.
-        names: parameters of the engine → of the body, where they differ.
     """
 
     prompts: list[list[int]]
@@ -34,17 +32,6 @@ class Asked:
     include_usage: bool
     echoed: list[str]
     only_echo: bool
-    names: dict[str, str]
-
-    def offences(self, engine: Sequence[str]) -> list[Offence]:
-        """Offences of the engine, each with the parameter that it is about."""
-        found = []
-        for offence in engine:
-            match = _REQUEST.fullmatch(offence)
-            place, message = ("0", offence) if match is None else match.groups()
-            where = self.names["prompt"] + (f"[{place}]" if len(self.prompts) > 1 else "")
-            found.append(_named(message, self.names, where))
-        return found
 
 
 def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]) -> Asked:
@@ -75,14 +62,13 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
         top_logprobs=body.logprobs or 0,
         prompt_logprobs=body.echo and body.logprobs is not None,
     )
-    check_lengths(prompts, "prompt", max(1, body.max_tokens), "max_tokens", served, offences)
     if len(prompts) * body.n > served.max_choices:
         offences.append(Offence(f"{len(prompts)} prompts × n = {body.n} are too many; at most {served.max_choices} choices", "n"))
-    raise_invalid(offences)
-    assert params is not None
+    names = {"prompt": "prompt", "max_tokens": "max_tokens"}
+    params = _checked(prompts, params, max(1, body.max_tokens), names, served, offences)
     echoed = [as_text(prompt, served) for prompt in given] if body.echo else []
     only_echo = body.max_tokens == 0
-    return Asked(prompts, params, body.stream, _wants_usage(body), echoed, only_echo, {"prompt": "prompt"})
+    return Asked(prompts, params, body.stream, _wants_usage(body), echoed, only_echo)
 
 
 def ask_chat(body: ChatBody, served: Served, offences: list[Offence]) -> Asked:
@@ -106,10 +92,9 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence]) -> Asked:
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
     )
-    check_lengths([prompt], "messages", limit or 1, name, served, offences)
-    raise_invalid(offences)
-    assert params is not None
-    return Asked([prompt], params, body.stream, _wants_usage(body), [], False, {"prompt": "messages", "max_tokens": name})
+    prompts = [] if prompt is None else [prompt]
+    params = _checked(prompts, params, limit or 1, {"prompt": "messages", "max_tokens": name}, served, offences)
+    return Asked(prompts, params, body.stream, _wants_usage(body), [], False)
 
 
 def _check_model(name: str, served: Served) -> None:
@@ -153,6 +138,40 @@ def _params(body: SamplingBody, offences: list[Offence], names: dict[str, str], 
     except InvalidInput as error:
         offences += [_named(offence, names, None) for offence in error.offences]
         return None
+
+
+def _checked(
+    prompts: list[list[int]],
+    params: SamplingParams | None,
+    max_tokens: int,
+    names: dict[str, str],
+    served: Served,
+    offences: list[Offence],
+) -> SamplingParams:
+    """What the engine would say, and whether there is room for what is asked.
+
+    Args:
+        params: None where they are wrong; the prompts are checked all the same.
+        names: how the body calls `prompt` and `max_tokens`.
+
+    Raises:
+        ApiError: all offences. Those of length have a code of their own with OpenAI, so they are told apart when nothing else is wrong.
+    """
+    lengths: list[Offence] = []
+    for place, prompt in enumerate(prompts):
+        where = names["prompt"] + (f"[{place}]" if len(prompts) > 1 else "")
+        if (offence := length_offence(prompt, where, max_tokens, names["max_tokens"], served.limits)) is not None:
+            lengths.append(offence)
+        elif not any((known.param or "").startswith(where) for known in offences):
+            try:
+                served.check(prompt, params or SamplingParams(), "", 0, 0.0)
+            except InvalidInput as error:
+                offences += [_named(message.partition(": ")[2], names, where) for message in error.offences]
+    if lengths and not offences:
+        raise invalid(lengths, code="context_length_exceeded")
+    raise_invalid(offences + lengths)
+    assert params is not None
+    return params
 
 
 def _seed(seed: int | None) -> int | None:

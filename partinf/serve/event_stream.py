@@ -65,6 +65,7 @@ class EventStream:
             pass
         except TimeoutError:
             scope.get("state", {}).get("abort", lambda: None)()
+            await asyncio.sleep(0)  # for the connection to know
         finally:
             self._inbox.close()
 

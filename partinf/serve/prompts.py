@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from partinf.checkpoint.tokenizer import Tokenizer
+from partinf.engine.admission import RequestCheck
 from partinf.engine.runner import RunnerLimits
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
 from partinf.serve.errors import Offence, invalid
@@ -20,11 +20,13 @@ class Served:
     """What can be asked of.
 
     Attributes:
-        names: of the model, the first is the one that answers bear. max_choices: prompts times samples of one request.
+        names: of the model, the first is the one that answers bear. check: what the engine takes.
+        max_choices: prompts times samples of one request.
     """
 
     names: tuple[str, ...]
     limits: RunnerLimits
+    check: RequestCheck
     tokenizer: Tokenizer | None
     chat_template: ChatTemplate | None
     max_choices: int = 256
@@ -62,8 +64,8 @@ def as_text(prompt: str | list[int], served: Served) -> str:
     return "" if served.tokenizer is None else served.tokenizer.decode(prompt)
 
 
-def rendered(body: ChatBody, served: Served, offences: list[Offence]) -> list[int]:
-    """The prompt of a conversation, as the model's template writes it."""
+def rendered(body: ChatBody, served: Served, offences: list[Offence]) -> list[int] | None:
+    """The prompt of a conversation, as the model's template writes it; None where that is not known, for the reasons in `offences`."""
     if served.tokenizer is None or served.chat_template is None:
         missing = "tokenizer" if served.tokenizer is None else "chat template (partinf serve --chat-template FILE gives it one)"
         raise invalid([*offences, Offence(f"the model has no {missing}; use /v1/completions", "messages")])
@@ -72,22 +74,19 @@ def rendered(body: ChatBody, served: Served, offences: list[Offence]) -> list[in
         if message.content is None and not message.tool_calls:
             offences.append(Offence(f"messages[{place}].content is missing; it is required", f"messages[{place}].content"))
     if len(offences) > before:
-        return []
+        return None
     reserved = {"messages", "add_generation_prompt"} & body.chat_template_kwargs.keys()
     if reserved:
         offences.append(Offence(f"chat_template_kwargs may not hold {' or '.join(sorted(reserved))}", "chat_template_kwargs"))
-        return []
+        return None
     try:
         text = served.chat_template.render(
             [_plain(message) for message in body.messages], body.add_generation_prompt, body.chat_template_kwargs
         )
     except TemplateRefusal as refusal:
         offences.append(Offence(str(refusal), "messages"))
-        return []
-    tokens = served.tokenizer.encode_marked(text)
-    if not tokens:
-        offences.append(Offence("the model's chat template makes an empty prompt of these messages", "messages"))
-    return tokens
+        return None
+    return served.tokenizer.encode_marked(text)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -98,25 +97,11 @@ def _plain(message: Message) -> dict[str, Any]:
     return plain
 
 
-def check_lengths(
-    prompts: Sequence[list[int]],
-    prompt_name: str,
-    max_tokens: int,
-    max_name: str,
-    served: Served,
-    offences: list[Offence],
-) -> None:
-    """Prompts that leave no room for what is asked. OpenAI gives these a code of their own, so they are told apart when nothing else is
-    wrong."""
-    limits, found = served.limits, []
-    for place, prompt in enumerate(prompts):
-        name = f"{prompt_name}[{place}]" if len(prompts) > 1 else prompt_name
-        if len(prompt) > limits.max_prompt_len:
-            message = f"{name} has {len(prompt)} tokens; the context holds {limits.max_context}, and the longest prompt is"
-            found.append(Offence(f"{message} {limits.max_prompt_len}", name))
-        elif len(prompt) + max_tokens > limits.max_context:
-            message = f"{max_name} = {max_tokens} is too many after {len(prompt)} tokens of {name}; the context holds {limits.max_context}"
-            found.append(Offence(message, max_name))
-    if found and not offences:
-        raise invalid(found, code="context_length_exceeded")
-    offences += found
+def length_offence(prompt: list[int], name: str, max_tokens: int, max_name: str, limits: RunnerLimits) -> Offence | None:
+    """A prompt that is too long, or leaves no room for what is asked."""
+    context, longest = limits.max_context, limits.max_prompt_len
+    if len(prompt) > longest:
+        return Offence(f"{name} has {len(prompt)} tokens; the context holds {context}, and the longest prompt is {longest}", name)
+    if len(prompt) + max_tokens > context:
+        return Offence(f"{max_name} = {max_tokens} is too many after {len(prompt)} tokens of {name}; the context holds {context}", max_name)
+    return None

@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 
 from partinf.checkpoint.tokenizer import Tokenizer
+from partinf.engine.admission import RequestCheck
 from partinf.engine.engine import Engine
 from partinf.errors import InvalidInput
 from partinf.serve.app import Front, Running
@@ -140,6 +141,8 @@ class Server(uvicorn.Server):
             thread = asyncio.run_coroutine_threadsafe(self._open(loaded), self._loop).result()
             thread.run()
         except BaseException as error:
+            if self.front.draining:  # nobody waits for the model any more
+                return
             self.failure = error
             if self.front.running is not None:
                 log_failure("the engine's thread ended", error)
@@ -148,7 +151,10 @@ class Server(uvicorn.Server):
     async def _open(self, loaded: Loaded) -> EngineThread:
         """The model is warm: take requests."""
         thread = EngineThread(loaded.engine)
-        served = Served(tuple(self._options.names), loaded.engine.limits, loaded.tokenizer, loaded.chat_template)
+        if self.front.draining:
+            thread.stop()
+        limits, tokenizer = loaded.engine.limits, loaded.tokenizer
+        served = Served(tuple(self._options.names), limits, RequestCheck(limits, tokenizer, seed=0), tokenizer, loaded.chat_template)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread

@@ -185,3 +185,33 @@ def test_a_decoder_of_words_is_refused(tmp_path: Path) -> None:
 def test_checking_files_needs_no_jax(run_python: Callable[..., CompletedProcess[str]]) -> None:
     code = "import sys, partinf.checkpoint.tokenizer, partinf.checkpoint.hf_names; assert 'jax' not in sys.modules"
     assert run_python("-c", code).returncode == 0
+
+
+@each_kind
+def test_special_tokens_by_name(tokenizer: Tokenizer) -> None:
+    """As chat templates write them; in a plain text to sentencepiece they are characters."""
+    assert tokenizer.bos_id is not None
+    (eos, *_) = sorted(tokenizer.eos_ids)
+    bos_name, eos_name = tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(eos)
+    assert "" not in (bos_name, eos_name)
+    inside = tokenizer.encode(" the dog", add_bos=False)
+    assert tokenizer.encode_marked(f"{bos_name} the dog{eos_name}") == [tokenizer.bos_id, *inside, eos]
+    assert tokenizer.encode_marked(eos_name * 2) == [eos, eos]
+    assert tokenizer.encode_marked("") == []
+
+
+@each_kind
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_for_readers(tokenizer: Tokenizer, text: str) -> None:
+    """Whole characters as they are, the others by their bytes, which add up to the text."""
+    ids = tokenizer.encode(text, add_bos=False)
+    for token in ids:
+        shown, raw = tokenizer.token_text(token), tokenizer.token_bytes(token)
+        assert shown
+        if shown.startswith("bytes:"):
+            assert bytes.fromhex(shown[6:].replace("\\x", "")) == raw
+        elif raw:
+            assert shown.encode() == raw
+    if "<s>" not in text:
+        assert b"".join(map(tokenizer.token_bytes, ids)).decode() in (text, f" {text}")
+    assert tokenizer.token_text(tokenizer.vocab_size + 9) == ""

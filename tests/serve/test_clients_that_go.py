@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from partinf.engine import SamplingParams
+from partinf.engine import RequestTimes, SamplingParams
 from partinf.serve.bodies import Bounds
 from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
 
@@ -66,7 +66,7 @@ def test_a_client_that_takes_nothing_is_dropped() -> None:
             wait_until(lambda: serving.num_waiting_clients)
             wait_until(lambda: not serving.num_waiting_clients)
         serving.wait_idle()
-        assert not serving.server.server_state.connections
+        wait_until(lambda: not serving.server.server_state.connections)
 
 
 def test_heads_that_never_end() -> None:
@@ -158,13 +158,17 @@ def test_many_streams_and_random_disconnects(demo: Serving) -> None:
     check_storm(demo, 200, seed=0)
 
 
+OURS = {"partinf", "uvicorn", "starlette", "h11", "_asyncio"}
+
+
 def check_memory(serving: Serving, count: int, rounds: int) -> None:
-    """Of a request that has ended only its times are remembered: an object or two. Resident memory goes up and down by more."""
+    """Of a request that has ended only its times are remembered. Resident memory goes up and down by more than that."""
 
     def held() -> tuple[int, int]:
         gc.collect()
+        objects = sum(str(type(each).__module__).partition(".")[0] in OURS and type(each) is not RequestTimes for each in gc.get_objects())
         with open("/proc/self/statm") as file:
-            return len(gc.get_objects()), int(file.read().split()[1]) * resource.getpagesize()
+            return objects, int(file.read().split()[1]) * resource.getpagesize()
 
     for seed in range(3):
         check_storm(serving, count, seed)
@@ -172,7 +176,7 @@ def check_memory(serving: Serving, count: int, rounds: int) -> None:
     for seed in range(rounds):
         check_storm(serving, count, seed)
     more_objects, larger = held()
-    assert more_objects - objects < 3 * count * rounds
+    assert more_objects - objects < count
     assert larger - size < 32 << 20
 
 

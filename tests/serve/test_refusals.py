@@ -46,8 +46,9 @@ def test_every_offence_is_listed(fake: Serving) -> None:
         "best_of": 5,
         "stream_options": {"include_usage": True},
     }
+    wrong |= {"prompt": [5, 96], "stop_token_ids": [97]}  # what the engine knows is found together with what the types know
     error = refusal(fake, "/v1/completions", wrong)
-    expected = set(wrong) - {"model", "prompt", "stop", "logit_bias"} | {"stop[0]", "logit_bias[...]"}
+    expected = set(wrong) - {"model", "stop", "logit_bias"} | {"stop[0]", "logit_bias[...]"}
     assert params(error) == expected
     assert "did you mean 'temperature'" in error["message"]
     assert error["param"] in expected

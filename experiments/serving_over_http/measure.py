@@ -1,0 +1,232 @@
+"""Throughput through HTTP against the engine's own: llama-125m with random weights, 32 sequences per iteration. Writes results.json.
+
+    python -m experiments.serving_over_http.measure        # a quarter of an hour on two cores
+
+One process holds the model and the server as `partinf serve` runs them; another is the client. The same requests are answered by
+`Engine.generate`, through HTTP as whole answers, and through HTTP as streams, in turns, so that what else the machine does falls on all
+three. Texts must be the same each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from partinf import api
+from partinf.buckets import Capacity
+from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from partinf.engine import Engine, SamplingParams
+from partinf.engine.policies.fcfs import FirstComeFirstServed
+from partinf.serve.server import Loaded, Options, Server, listen
+from partinf.workload import DType, Workload
+
+MODEL, ROWS, SEED = "llama-125m", 32, 0
+WAYS = ("engine", "http whole", "http stream")
+
+
+def requests(count: int, vocab_size: int) -> list[dict[str, Any]]:
+    """Bodies of completions: prompts of 16 to 48 tokens, answers of 32 to 64, all sent at once."""
+    rng = random.Random(SEED)
+    return [
+        {
+            "model": MODEL,
+            "prompt": rng.choices(range(vocab_size), k=rng.randint(16, 48)),
+            "max_tokens": rng.randint(32, 64),
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        for _ in range(count)
+    ]
+
+
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """Every token is a word, so that each event of a stream has text."""
+    words = {"</s>": 0} | {f"Ġ{number}": number for number in range(1, vocab_size)}
+    layout = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": 0, "content": "</s>", "special": True} | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        ],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
+        "model": {"type": "BPE", "vocab": words, "merges": []},
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "tokenizer.json").write_text(json.dumps(layout, ensure_ascii=False))
+        return load_tokenizer(directory)
+
+
+def load(rows: int, max_len: int) -> tuple[Any, Engine, Tokenizer]:
+    workload = Workload(rows, max_len // 2, max_len // 2, weights=DType.F32, kv=DType.F32)
+    capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=256, rich=True)
+    model = api.load(MODEL, api.plan(MODEL, "cpu:1", workload, capacity=capacity), random_weights=True)
+    tokenizer = word_tokenizer(model.plan.model.vocab_size)
+    policy = FirstComeFirstServed(rows, chunk_prefills=True)
+    return model, Engine(model.runner, tokenizer=tokenizer, policy=policy, lag=1), tokenizer
+
+
+def through_engine(engine: Engine, bodies: list[dict[str, Any]]) -> tuple[float, list[str]]:
+    params = [SamplingParams(max_tokens=body["max_tokens"], ignore_eos=True) for body in bodies]
+    started = time.perf_counter()
+    outputs = engine.generate([body["prompt"] for body in bodies], params)
+    return time.perf_counter() - started, [output.text for output in outputs]
+
+
+class Client:
+    """The client's process: told a way, it sends everything at once and says how long it took and what it got."""
+
+    def __init__(self, port: int, count: int, vocab_size: int) -> None:
+        command = [sys.executable, "-m", "experiments.serving_over_http.measure", "--client", str(port), str(count), str(vocab_size)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, way: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(way, file=self._process.stdin, flush=True)
+        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return found
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def client(port: int, count: int, vocab_size: int) -> None:
+    """The client's process; plain sockets, so that the client itself takes little of the machine."""
+    bodies = requests(count, vocab_size)
+
+    async def one(body: dict[str, Any], stream: bool) -> tuple[str, float]:
+        started = time.perf_counter()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        raw = json.dumps(body | {"stream": stream}).encode()
+        head = f"POST /v1/completions HTTP/1.0\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+        writer.write(head.encode() + raw)
+        status = await reader.readline()
+        assert b" 200 " in status, status
+        while (await reader.readline()).strip():
+            pass
+        if not stream:
+            content = json.loads(await reader.read())
+            text, first = content["choices"][0]["text"], time.perf_counter()
+        else:
+            text, first = "", 0.0
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    first = first or time.perf_counter()
+                    text += json.loads(line[6:])["choices"][0]["text"]
+        writer.close()
+        return text, first - started
+
+    async def everything(stream: bool) -> dict[str, Any]:
+        started, before = time.perf_counter(), time.process_time()
+        found = await asyncio.gather(*(one(body, stream) for body in bodies))
+        seconds = time.perf_counter() - started
+        return {
+            "seconds": seconds,
+            "cpu": time.process_time() - before,
+            "digest": digest([text for text, _ in found]),
+            "first": statistics.median(f for _, f in found),
+        }
+
+    for line in sys.stdin:
+        print(json.dumps(asyncio.run(everything(line.strip() == "http stream"))), flush=True)
+
+
+def digest(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
+    model, engine, tokenizer = load(rows, max_len=128)
+    vocab_size = model.plan.model.vocab_size
+    bodies = requests(count, vocab_size)
+    server = Server(lambda: Loaded(engine, tokenizer, None), Options([MODEL]))
+    listener = listen("127.0.0.1", 0)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([listener])))
+    thread.start()
+    while server.front.running is None:
+        time.sleep(0.01)
+    clients = Client(listener.getsockname()[1], count, vocab_size)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    cpu: dict[str, list[float]] = {way: [] for way in WAYS}
+    firsts, digests, loads = [], set(), []
+    tokens = sum(body["max_tokens"] for body in bodies)
+    for repeat in range(repeats + 1):  # the first warms everything up
+        for way in WAYS:
+            before = time.process_time()  # of all threads
+            if way == "engine":
+                client_cpu = 0.0
+                taken, texts = through_engine(engine, bodies)
+                digests.add(digest(texts))
+            else:
+                found = clients.run(way)
+                taken, client_cpu = found["seconds"], found["cpu"]
+                digests.add(found["digest"])
+                if way == "http stream" and repeat:
+                    firsts.append(found["first"])
+            if repeat:
+                seconds[way].append(taken)
+                cpu[way].append(time.process_time() - before + client_cpu)
+            loads.append(os.getloadavg()[0])
+            print(f"{repeat} {way}: {tokens / taken:.1f} tokens/s", file=sys.stderr)
+    clients.close()
+    loop.call_soon_threadsafe(server.drain)
+    thread.join()
+    assert len(digests) == 1, "texts differ between ways or runs"
+    # Neighbours in time are compared: the machine's speed changes over minutes.
+    busy = {way: statistics.median(cpu[way]) for way in WAYS}
+    ratios = {way: statistics.median(e / h for e, h in zip(seconds["engine"], seconds[way], strict=True)) for way in WAYS[1:]}
+    return {
+        "model": MODEL,
+        "random_weights": True,
+        "rows": rows,
+        "requests": count,
+        "generated_tokens": tokens,
+        "texts_equal": True,
+        "cpus": os.cpu_count(),
+        "load_average": [round(min(loads), 2), round(max(loads), 2)],
+        "tokens_per_second": {way: statistics.median(tokens / taken for taken in taken_) for way, taken_ in seconds.items()},
+        "share_of_engine": ratios,
+        "seconds": seconds,
+        "cpu_seconds": busy,
+        "cpu_of_engine": {way: busy["engine"] / busy[way] for way in WAYS[1:]},
+        "first_event_seconds": statistics.median(firsts),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--client", nargs=3, type=int, metavar=("PORT", "COUNT", "VOCAB"))
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
+    args = parser.parse_args()
+    if args.client:
+        client(*args.client)
+        return 0
+    results = measure(args.requests, args.repeats, args.rows)
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    for name in ("share_of_engine", "cpu_of_engine"):
+        print(name, {way: f"{share:.1%}" for way, share in results[name].items()}, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

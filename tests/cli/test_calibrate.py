@@ -1,0 +1,68 @@
+"""`partinf calibrate`'s flags, and its file on the command lines of those that plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from partinf.cli import main
+from partinf.cost.ledger import Op
+from partinf.hardware import chips
+from partinf.hardware_file import write_hardware
+from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
+
+WORKLOAD = ["--model", "demo", "--weights", "f32", "--kv", "f32"]
+
+
+@pytest.fixture
+def hardware(tmp_path: Path) -> Path:
+    """A measured CPU of eight devices."""
+    rates = Rates(
+        products=(("f32", Curve((1.0, 64.0), (1e9, 1e10))),),
+        memory=2e9,
+        types=(("f32", TypeRates(1e9, 2e9, 4e9, 1e9, 1e8, 2e-5, 1e-3)),),
+        collectives=tuple(CollectiveRate(op.value, 8, 1e-4, 1.0) for op in Op),
+        devices=8,
+        device_kind="cpu",
+        date="2026-01-02",
+        jax="0.0",
+        error=0.1,
+    )
+    file = tmp_path / "my cpu.toml"
+    file.write_text(write_hardware(replace(chips()["cpu"], rates=rates)))
+    return file
+
+
+def test_every_wrong_flag_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--types", "f16,int8", "--devices", "many", "--seconds", "0", "--format", "xml", "--output", str(tmp_path / "none" / "x.toml")]
+    assert main(["calibrate", *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    for expected in ("'f16' is no type", "measure bf16 too", "--devices many", "--seconds 0", "--format xml", "there is no directory"):
+        assert any(expected in line for line in lines), expected
+    assert len(lines) == 6
+
+
+def test_plan_and_simulate_use_a_hardware_file_and_say_so(hardware: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--slice", "cpu:2x2x2", "--hardware", str(hardware)]
+    assert main(["plan", *WORKLOAD, *where, "--phase", "decode", "--batch", "8", "--context", "64", "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["calibration"]["measured"]
+    assert "partinf calibrate on 2026-01-02: 8 × cpu" in plan["calibration"]["source"]
+    assert plan["best"]["step_seconds"] > 1e-3  # what a step takes beside all else
+    assert main(["plan", *WORKLOAD, *where, "--phase", "decode", "--batch", "8", "--context", "64"]) == 0
+    assert "measured with partinf calibrate on 2026-01-02" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["simulate", *WORKLOAD, *where, "--requests", "4", "--lengths", "fixed:8:4", "--format", "json"]) == 0
+    assert "partinf calibrate" in json.loads(capsys.readouterr().out)["calibration_source"]
+
+
+@pytest.mark.parametrize(
+    "slice_, offence",
+    [("v4:2x2x2", "is of cpu, --slice v4:2x2x2 of v4"), ("cpu:4", "8 devices, which share one CPU; the slice has 4"), ("auto:cpu", "auto")],
+)
+def test_a_hardware_file_of_other_devices_is_refused(hardware: Path, capsys: pytest.CaptureFixture[str], slice_: str, offence: str) -> None:
+    flags = ["--slice", slice_, "--hardware", str(hardware), "--phase", "decode", "--context", "64", "--max-latency-ms", "50"]
+    assert main(["plan", *WORKLOAD, *flags]) == 2
+    assert offence in capsys.readouterr().err
