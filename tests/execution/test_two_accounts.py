@@ -178,8 +178,8 @@ def _wrong_axis(monkeypatch: pytest.MonkeyPatch) -> None:
 def _wrong_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     import jax.numpy as jnp
 
-    original = ffn.dot
-    monkeypatch.setattr(ffn, "dot", lambda spec, x, w: original(spec, x.astype(jnp.float32), w))
+    original = ffn.activate
+    monkeypatch.setattr(ffn, "activate", lambda hidden, model: original(hidden, model).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("mutate", [_drop_a_sum, _double_a_gather, _wrong_axis, _wrong_dtype])
