@@ -13,7 +13,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.workload import DType
+from partinf.workload import DType, Workload
 
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 
@@ -79,6 +79,26 @@ def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
     )
     shares = Shares(heads=plan.model.num_heads / heads)
     return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
+
+
+def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, ...]]:
+    """The plan with a cache for the workload, and the steps that serve it: decode of the whole batch, then prefill of as many prompts as
+    one step takes; one of them where the workload is one phase."""
+    size = plan.cache.page_size
+    rows = _up(workload.batch, plan.decode_row_multiple())
+    pages = -(-max(workload.max_context, workload.decode_context, 1) // size)
+    buckets = []
+    if workload.phase != "prefill":
+        buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
+    if workload.phase != "decode":
+        prompts = min(workload.prefill_batch or workload.batch, workload.batch)
+        tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
+        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(prompts, plan.prefill_slot_multiple())))
+    cache = CacheConfig(size, rows // plan.num_shards * pages, rows)
+    switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
+    if workload.phase is None:
+        switch = min(switch, max(rows + 1, 2))
+    return replace(plan, cache=cache, max_len=max(plan.max_len, pages * size), prefill_from_tokens=switch), tuple(buckets)
 
 
 def least_rows(plan: Plan) -> int:

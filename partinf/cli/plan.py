@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
+    from partinf.cli.plan_proof import Proofs
     from partinf.planner.report import PlanReport
     from partinf.planner.slices import Trial
+
+
+_PROOF_SECONDS = 600.0  # bound on one compilation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
     parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
+    parser.add_argument(
+        "--prove", nargs="?", const="3", metavar="N", help="let the TPU compiler prove the first N (default: 3), and order them"
+    )
     parser.add_argument("--save", metavar="FILE", help="write the best layout as a layout file")
     parser.add_argument("--plot", metavar="FILE", help="draw the ledgers of the top candidates as stacked bars (.png, .svg or .pdf)")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page: choice, memory, candidates, steps line by line")
@@ -30,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     asked = read(args, args.objective, args.max_latency_ms, _offences(args))
     trials = _trials(asked)
-    report = trials[0].report
+    report, proofs = _proven(trials[0].report, args)
     price = float(args.price_per_chip_hour) if args.price_per_chip_hour else None
     if args.save:
         _save(report, asked, Path(args.save))
@@ -47,13 +54,38 @@ def run(args: argparse.Namespace) -> int:
 
         from partinf.planner.as_json import report_json, trials_json
 
-        print(json.dumps(report_json(report) | trials_json(trials, price), separators=(",", ":")))
+        print(json.dumps(report_json(report, _proof_json(report, proofs)) | trials_json(trials, price), separators=(",", ":")))
     else:
+        from partinf.cli.plan_proof import show as show_proofs
         from partinf.cli.plan_table import show, show_trials
 
         show_trials(trials, price)
+        if proofs:
+            show_proofs(trials[0].report, report, proofs)
         show(report, int(args.top), args.save)
     return 0
+
+
+def _proven(report: PlanReport, args: argparse.Namespace) -> tuple[PlanReport, Proofs]:
+    """The report in the compiler's order, if that was asked for."""
+    if args.prove is None:
+        return report, {}
+    from partinf.cli.plan_proof import prove_candidates
+    from partinf.cli.progress import progress_bar
+
+    count = int(args.prove)
+    with progress_bar(f"proving candidates for {report.slice.name}", count) as advance:
+        return prove_candidates(report, count, _PROOF_SECONDS, advance)
+
+
+def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]:
+    """Proofs by the candidate's place."""
+    if not proofs:
+        return {}
+    from partinf.cli.plan_proof import key
+    from partinf.proof import proof_json
+
+    return {index: proof_json(proofs[key(c)]) for index, c in enumerate(report.candidates) if key(c) in proofs}
 
 
 def _trials(asked: Asked) -> list[Trial]:
@@ -75,6 +107,13 @@ def _offences(args: argparse.Namespace) -> list[str]:
         offences.append(f"--format {args.format}: valid: table, json")
     if not args.top.isdigit() or int(args.top) < 1:
         offences.append(f"--top {args.top}: a whole number of at least 1 is needed")
+    if args.prove is not None:
+        if not args.prove.isdigit() or int(args.prove) < 1:
+            offences.append(f"--prove {args.prove}: a whole number of at least 1 is needed")
+        from partinf.proof import unavailable
+
+        reason = unavailable()
+        offences += [f"--prove: {reason}"] if reason else []
     for flag, file in (("save", args.save), ("html", args.html)):
         if file and not Path(file).absolute().parent.is_dir():
             offences.append(f"--{flag} {file}: there is no directory {Path(file).absolute().parent}")

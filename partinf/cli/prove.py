@@ -11,7 +11,7 @@ from partinf.cli.planning import add_model_arguments
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from partinf.plans import Bucket, Plan
+    from partinf.plans import Plan
     from partinf.proof import Proof, StepProof
     from partinf.workload import Workload
 
@@ -35,10 +35,11 @@ def run(args: argparse.Namespace) -> int:
     reason = unavailable()
     raise_offences([*_offences(args), *([reason] if reason else [])])
     plan, workload = _saved(args) if args.plan else _asked(args)
+    from partinf.buckets import serving_steps
     from partinf.cli.progress import progress_bar
     from partinf.proof import Limits, proof_json, prove
 
-    plan, buckets = _with_buckets(plan, workload)
+    plan, buckets = serving_steps(plan, workload)
     with progress_bar(f"compiling for {plan.slice.name}", len(buckets)) as advance:
         proof = prove(plan, buckets, Limits(seconds=float(args.timeout)), advance)
     if args.format == "json":
@@ -97,34 +98,6 @@ def _asked(args: argparse.Namespace) -> tuple[Plan, Workload]:
     layout, padded = named_or_chosen(asked, args.layout)
     chosen = asked.workload
     return Plan(asked.model, asked.slice, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
-
-
-def _with_buckets(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, ...]]:
-    """The plan with a cache for the workload, and the steps that serve it: decode first."""
-    from dataclasses import replace
-
-    from partinf.plans import Bucket, CacheConfig
-
-    size = plan.cache.page_size
-    rows = _up(workload.batch, plan.decode_row_multiple())
-    pages = -(-max(workload.max_context, workload.decode_context, 1) // size)
-    buckets = []
-    if workload.phase != "prefill":
-        buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
-    if workload.phase != "decode":
-        prompts = min(workload.prefill_batch or workload.batch, workload.batch)
-        tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
-        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(prompts, plan.prefill_slot_multiple())))
-    cache = CacheConfig(size, rows // plan.num_shards * pages, rows)
-    longest = max(plan.max_len, pages * size)
-    switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
-    if workload.phase is None:
-        switch = min(switch, max(rows + 1, 2))
-    return replace(plan, cache=cache, max_len=longest, prefill_from_tokens=switch), tuple(buckets)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def show(proof: Proof) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
@@ -24,10 +24,16 @@ _OPTIONAL = (
 )
 
 
-def report_json(report: PlanReport) -> dict[str, Any]:
-    """`{"model", "slice", "workload", "best", "candidates", …}`, candidates best first and those that do not fit last."""
+def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """`{"model", "slice", "workload", "best", "candidates", …}`, candidates best first and those that do not fit last.
+
+    Args:
+        proofs: what the compiler says, by the place of the candidate; becomes its "proof".
+    """
     workload = report.workload
     candidates = [candidate_json(candidate) for candidate in report.candidates]
+    for place, proof in (proofs or {}).items():
+        candidates[place]["proof"] = proof
     return {
         "model": report.model.name,
         "slice": report.slice.name,

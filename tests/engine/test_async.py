@@ -12,7 +12,6 @@ from partinf.engine import Engine, FakeRunner, FinishReason, RequestFailed, Samp
 from partinf.engine.step import Step
 from tests.engine.support import ROOMY, alone, make_engine
 
-
 _others: set[threading.Thread] = set()
 
 
