@@ -50,7 +50,7 @@ class Tiles:
 
 _TILES = {
     "cpu": Tiles(keys=64, scores=1 << 17),  # a tile stays in the cache of a core
-    "tpu": Tiles(keys=512, scores=1 << 24),  # every tile costs microseconds, whatever its size
+    "tpu": Tiles(keys=1024, scores=1 << 22),  # every tile costs microseconds, whatever its size
     "gpu": Tiles(keys=512, scores=1 << 24, skip=False),
 }
 
