@@ -44,6 +44,7 @@ class Case:
     one_d: bool = False
     heads: bool = False
     length: int = _CONTEXT
+    loop: str = ""  # axis of a looped collective, both ways around
 
 
 CASES = (
@@ -60,6 +61,8 @@ CASES = (
     Case("540B prefill, one prompt per chip", "palm-540b", "v4:4x4x4", "prefill", 64, DType.BF16, gather="xyz"),
     Case("rejected: decode over heads", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, heads=True),
     Case("rejected: 1D at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, one_d=True),
+    Case("looped over y: decode at batch 64", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, 28.5e-3, loop="y"),
+    Case("looped over y: decode at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, 6.0 / 64, loop="y"),
     Case("rejected: weights gathered in decode", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, gather="xyz"),
 )
 
@@ -84,7 +87,8 @@ def _layout(case: Case) -> Layout:
     decode = _HEADS if case.heads and case.phase == "decode" else _BATCH
     prefill = _HEADS if case.heads else _BATCH
     decode_gather = case.gather if case.phase == "decode" else ""
-    return make_layout(storage, decode, prefill, decode_gather=decode_gather, prefill_gather=case.gather)
+    loop = {"axis": case.loop} if case.loop else None
+    return make_layout(storage, decode, prefill, decode_gather=decode_gather, prefill_gather=case.gather, decode_loop=loop)
 
 
 def run(case: Case) -> dict[str, Any]:
