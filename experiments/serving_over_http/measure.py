@@ -1,6 +1,6 @@
 """Throughput through HTTP against the engine's own: llama-125m with random weights, 32 sequences per iteration. Writes results.json.
 
-    python -m experiments.serving_over_http.measure        # a quarter of an hour on two cores
+    python -m experiments.serving_over_http.measure        # some minutes on two cores
 
 One process holds the model and the server as `partinf serve` runs them; another is the client. The same requests are answered by
 `Engine.generate`, through HTTP as whole answers, and through HTTP as streams, in turns, so that what else the machine does falls on all
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import os
 import random
 import statistics
@@ -38,14 +39,14 @@ MODEL, ROWS, SEED = "llama-125m", 32, 0
 WAYS = ("engine", "http whole", "http stream")
 
 
-def requests(count: int, vocab_size: int) -> list[dict[str, Any]]:
-    """Bodies of completions: prompts of 16 to 48 tokens, answers of 32 to 64, all sent at once."""
+def requests(count: int, vocab_size: int, longest: int = 64) -> list[dict[str, Any]]:
+    """Bodies of completions: prompts of 16 to 48 tokens, answers of half the longest to the longest, all sent at once."""
     rng = random.Random(SEED)
     return [
         {
             "model": MODEL,
             "prompt": rng.choices(range(vocab_size), k=rng.randint(16, 48)),
-            "max_tokens": rng.randint(32, 64),
+            "max_tokens": rng.randint(longest // 2, longest),
             "temperature": 0,
             "ignore_eos": True,
         }
@@ -89,8 +90,8 @@ def through_engine(engine: Engine, bodies: list[dict[str, Any]]) -> tuple[float,
 class Client:
     """The client's process: told a way, it sends everything at once and says how long it took and what it got."""
 
-    def __init__(self, port: int, count: int, vocab_size: int) -> None:
-        command = [sys.executable, "-m", "experiments.serving_over_http.measure", "--client", str(port), str(count), str(vocab_size)]
+    def __init__(self, port: int, count: int, vocab_size: int, longest: int = 64) -> None:
+        command = [sys.executable, "-m", "experiments.serving_over_http.measure", "--client", *map(str, (port, count, vocab_size, longest))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, way: str) -> dict[str, Any]:
@@ -106,9 +107,9 @@ class Client:
         self._process.wait()
 
 
-def client(port: int, count: int, vocab_size: int) -> None:
+def client(port: int, count: int, vocab_size: int, longest: int) -> None:
     """The client's process; plain sockets, so that the client itself takes little of the machine."""
-    bodies = requests(count, vocab_size)
+    bodies = requests(count, vocab_size, longest)
 
     async def one(body: dict[str, Any], stream: bool) -> tuple[str, float]:
         started = time.perf_counter()
@@ -151,10 +152,10 @@ def digest(texts: list[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
+def measure(count: int, longest: int, repeats: int, rows: int) -> dict[str, Any]:
     model, engine, tokenizer = load(rows, max_len=128)
     vocab_size = model.plan.model.vocab_size
-    bodies = requests(count, vocab_size)
+    bodies = requests(count, vocab_size, longest)
     server = Server(lambda: Loaded(engine, tokenizer, None), Options([MODEL]))
     listener = listen("127.0.0.1", 0)
     loop = asyncio.new_event_loop()
@@ -162,7 +163,7 @@ def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
     thread.start()
     while server.front.running is None:
         time.sleep(0.01)
-    clients = Client(listener.getsockname()[1], count, vocab_size)
+    clients = Client(listener.getsockname()[1], count, vocab_size, longest)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     cpu: dict[str, list[float]] = {way: [] for way in WAYS}
     firsts, digests, loads = [], set(), []
@@ -191,18 +192,20 @@ def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
     assert len(digests) == 1, "texts differ between ways or runs"
     # Neighbours in time are compared: the machine's speed changes over minutes.
     busy = {way: statistics.median(cpu[way]) for way in WAYS}
-    ratios = {way: statistics.median(e / h for e, h in zip(seconds["engine"], seconds[way], strict=True)) for way in WAYS[1:]}
+    logs = {way: [math.log(e / h) for e, h in zip(seconds["engine"], seconds[way], strict=True)] for way in WAYS[1:]}
     return {
         "model": MODEL,
         "random_weights": True,
         "rows": rows,
         "requests": count,
+        "longest_answer": longest,
         "generated_tokens": tokens,
         "texts_equal": True,
         "cpus": os.cpu_count(),
         "load_average": [round(min(loads), 2), round(max(loads), 2)],
         "tokens_per_second": {way: statistics.median(tokens / taken for taken in taken_) for way, taken_ in seconds.items()},
-        "share_of_engine": ratios,
+        "share_of_engine": {way: math.exp(statistics.mean(each)) for way, each in logs.items()},
+        "standard_error": {way: statistics.stdev(each) / math.sqrt(len(each)) for way, each in logs.items()},
         "seconds": seconds,
         "cpu_seconds": busy,
         "cpu_of_engine": {way: busy["engine"] / busy[way] for way in WAYS[1:]},
@@ -212,8 +215,9 @@ def measure(count: int, repeats: int, rows: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--client", nargs=3, type=int, metavar=("PORT", "COUNT", "VOCAB"))
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--client", nargs=4, type=int, metavar=("PORT", "COUNT", "VOCAB", "LONGEST"))
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest answer")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
@@ -221,9 +225,9 @@ def main() -> int:
     if args.client:
         client(*args.client)
         return 0
-    results = measure(args.requests, args.repeats, args.rows)
+    results = measure(args.requests, args.longest, args.repeats, args.rows)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
-    for name in ("share_of_engine", "cpu_of_engine"):
+    for name in ("share_of_engine", "standard_error", "cpu_of_engine"):
         print(name, {way: f"{share:.1%}" for way, share in results[name].items()}, file=sys.stderr)
     return 0
 

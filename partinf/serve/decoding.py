@@ -5,6 +5,7 @@ msgspec checks a field against its type and bounds, and stops at the first that 
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +16,7 @@ from partinf.serve.errors import Offence, invalid
 
 T = TypeVar("T", bound="Body")
 
+_NAMED = 20  # unknown parameters that are answered by name
 _SHOWN = 60  # characters of a wrong value that an error repeats
 _PATH = re.compile(r" - at `(?:key` in `)?\$(.*)`$")
 
@@ -40,7 +42,7 @@ def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
         raise invalid([Offence(f"the body is not JSON that can be read: {error}")], code="invalid_json") from None
     if not isinstance(given, dict):
         raise invalid([Offence("the body is JSON, but no object")], code="invalid_json")
-    types = get_type_hints(kind, include_extras=True)
+    types = _types(kind)
     values: dict[str, Any] = {}
     offences = _unknown(kind, given)
     missing = False
@@ -60,15 +62,23 @@ def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
     return kind(**values), offences
 
 
+@functools.cache
+def _types(kind: type[Body]) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def _unknown(kind: type[Body], given: dict[str, Any]) -> list[Offence]:
     known, refused = set(kind.__struct_fields__), kind.refused()
     offences = []
-    for name, value in given.items():
-        if name in refused:
-            if value is not None and value not in refused[name]:
-                offences.append(Offence(f"{name} is not supported", name))
-        elif name not in known:
-            offences.append(Offence(f"{_short(name)} is no parameter of this endpoint{nearest(name[:_SHOWN], known)}", name[:_SHOWN]))
+    for name, idle in refused.items():
+        value = given.get(name)
+        if value is not None and value not in idle:
+            offences.append(Offence(f"{name} is not supported", name))
+    strange = [name for name in given if name not in known and name not in refused]
+    for name in strange[:_NAMED]:  # looking for the nearest name takes time
+        offences.append(Offence(f"{_short(name)} is no parameter of this endpoint{nearest(name[:_SHOWN], known)}", name[:_SHOWN]))
+    if len(strange) > _NAMED:
+        offences.append(Offence(f"{len(strange) - _NAMED} more names are no parameters of this endpoint"))
     return offences
 
 

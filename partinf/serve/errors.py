@@ -8,6 +8,7 @@ from typing import Any
 
 INVALID_REQUEST = "invalid_request_error"
 
+_LISTED = 100  # offences of one request; a large body can hold very many
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
 
@@ -30,7 +31,9 @@ class ApiError(Exception):
         self, status: int, offences: Iterable[Offence], *, code: str | None = None, retry_after: float | None = None, **headers: str
     ) -> None:
         self.status = status
-        self.offences = tuple(dict.fromkeys(offences))
+        found = tuple(dict.fromkeys(offences))
+        rest = len(found) - _LISTED
+        self.offences = found if rest <= 0 else (*found[:_LISTED], Offence(f"and {rest} more"))
         self.code = code
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
         if retry_after is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from typing import Any
 
 import pytest
@@ -95,6 +96,18 @@ def test_every_offence_is_listed(fake: Serving) -> None:
 def test_the_parameter_is_named(shared: Serving, path: str, body: dict[str, Any], param: str) -> None:
     assert params(refusal(shared, f"/v1/{path}", body)) == {param}
     shared.wait_idle()
+
+
+def test_very_many_offences_are_counted(shared: Serving) -> None:
+    """An answer stays small, and is there at once."""
+    started = time.monotonic()
+    strange = refusal(shared, "/v1/completions", GOOD | {f"name{number}": 1 for number in range(100_000)})
+    assert len(strange["offences"]) == 21
+    assert strange["offences"][-1]["message"].startswith("99980 more names")
+    empty = refusal(shared, "/v1/chat/completions", CHAT | {"messages": [{"role": "user"}] * 50_000})
+    assert len(empty["offences"]) == 101
+    assert empty["offences"][-1]["message"] == "and 49900 more"
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(
