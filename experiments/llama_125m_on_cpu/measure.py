@@ -1,6 +1,6 @@
 """A Llama of 125 M parameters on one CPU device, beside transformers on torch: time of a decode step and of a prefill. Writes results.json.
 
-    python -m experiments.llama_125m_on_cpu.measure [--torch-python PYTHON]      # about 5 minutes
+    python -m experiments.llama_125m_on_cpu.measure [--torch-python PYTHON]      # about 3 minutes
 
 The paged engine step (`partinf.transformer.step`) and `transformers` each live in a process of their own, with as many threads as there are
 cores, and take turns: one round measures every case once on each side, so that what else the machine does meets both. Figures are medians
@@ -26,7 +26,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results.json"
 CASES = [("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 512)]
 DTYPES = ("float32", "bfloat16")
-CONTEXT, PAGE, ROUNDS, CALLS = 256, 64, 2, 2
+CONTEXT, PAGE, ROUNDS, CALLS = 256, 64, 7, 3
 
 
 def ours(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]:
