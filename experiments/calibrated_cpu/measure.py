@@ -2,10 +2,10 @@
 
     python -m experiments.calibrated_cpu.measure             # a quarter of an hour on two cores
 
-Two processes, one after the other. With one CPU device: calibrate, time steps of two models that calibration did not use (decode at batch
-1 to 64, prefill of one and several prompts, float32 and bfloat16) in turn, calibrate again. With eight virtual devices: calibrate, let the
-planner rank all layouts of a model, time ten of them, calibrate again. Predictions are made with the first calibration of each process;
-those of the second show how much of the error is the machine's own drift.
+Two processes, one after the other. With one CPU device: steps of two models that calibration does not use (decode at batch 1 to 64, prefill
+of one and several prompts, float32 and bfloat16). With eight virtual devices: calibrate, let the planner rank all layouts of a model, and
+time ten of them. Each process calibrates twice: before, and once more in turn with the steps, round by round. The second gives `predicted`,
+which shares the machine's drift with what was measured; the first, what a user does, gives `predicted_before`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
 PROMPTS = ((64, 1), (512, 1), (512, 4))  # tokens in all, prompts
 LAYOUTS, BATCH, INPUT, OUTPUT = 10, 16, 256, 64
-BUDGET, CALIBRATION = 60.0, 30.0  # seconds of timing, per type and process, and per calibration
+BUDGET, CALIBRATION = 120.0, 30.0  # seconds of timing in turn, and of the calibration before
 
 
 def models() -> list[Any]:
@@ -42,31 +42,31 @@ def one_device() -> dict[str, Any]:
     """Predicted and measured steps of whole models on one device."""
     from partinf.layout import make_layout
     from partinf.measure.steps import Steps, for_buckets
-    from partinf.measure.timing import alternate
     from partinf.plans import Bucket, Plan
     from partinf.sharding import local_slice
     from partinf.workload import DType
 
     types = (DType.F32, DType.BF16)
-    before, first = _calibrated(types)
+    before, first, _ = _calibrated(types, CALIBRATION, {})
     slice_ = local_slice(chip=before)
     layout = make_layout({"x": "replica"}, {"x": "batch"})
     buckets = tuple(Bucket(rows, CONTEXT // 16) for rows in BATCHES)
     buckets += tuple(Bucket(prefill_tokens=tokens, prefill_slots=prompts) for tokens, prompts in PROMPTS)
-    timed: dict[tuple[Any, Any], Any] = {}
+    plans, calls = {}, {}
     for dtype in types:
         for model in models():
-            _say(f"{model.name} in {dtype}")
+            _say(f"compiling {model.name} in {dtype}")
             steps = Steps(for_buckets(Plan(model, slice_, layout, weights=dtype, kv=dtype), buckets))
-            timings = alternate({str(bucket): steps.call(bucket) for bucket in buckets}, BUDGET / len(types))
-            timed |= {(steps.plan, bucket): timings[str(bucket)] for bucket in buckets}
-    after, second = _calibrated(types)
+            for bucket in buckets:
+                name = f"{model.name}, {dtype}, {bucket}"
+                plans[name], calls[name] = (steps.plan, bucket), steps.call(bucket)
+    during, second, timings = _calibrated(types, BUDGET, calls)
     rows = []
-    for (plan, bucket), timing in timed.items():
-        predicted, again = (_price(replace(plan, slice=replace(slice_, chip=chip)), bucket) for chip in (before, after))
+    for name, (plan, bucket) in plans.items():
+        predicted, in_turn = (_price(replace(plan, slice=replace(slice_, chip=chip)), bucket) for chip in (before, during))
         row = {"model": plan.model.name, "dtype": plan.weights.value, "step": str(bucket), "phase": _phase(bucket)}
-        row |= {"tokens": bucket.num_tokens, "measured": timing.seconds, "spread": timing.spread, "repeats": timing.repeats}
-        rows.append(row | {"predicted": predicted, "predicted_by_second_calibration": again})
+        row |= {"tokens": bucket.num_tokens} | _measured(timings[name])
+        rows.append(row | {"predicted": in_turn, "predicted_before": predicted})
     return {"steps": rows, "calibrations": [first, second]}
 
 
@@ -74,42 +74,41 @@ def eight_devices() -> dict[str, Any]:
     """Ten layouts of a small model over eight virtual devices: the planner's order and the measured one."""
     from partinf.cost.pricing import TILED
     from partinf.measure.steps import Steps, for_buckets
-    from partinf.measure.timing import alternate
     from partinf.planner.choose import plan_of
     from partinf.planner.search import search
     from partinf.sharding import local_slice
     from partinf.workload import DType, Workload
 
-    before, first = _calibrated((DType.F32,))
+    before, first, _ = _calibrated((DType.F32,), CALIBRATION, {})
     slice_, model = local_slice(chip=before), models()[1]
     workload = Workload(BATCH, INPUT, OUTPUT, weights=DType.F32, kv=DType.F32, prefill_batch=1)
     report = search(model, slice_, workload, program=TILED)
-    chosen = _spread(report)
     calls, plans = {}, []
-    for rank in chosen:
+    for rank in _spread(report):
         plan = replace(plan_of(report, report.candidates[rank]), predicted=())
         buckets = _buckets(plan)
         _say(f"compiling layout {rank + 1} of {len(report.candidates)}: {report.candidates[rank].name}")
         steps = Steps(for_buckets(plan, buckets))
         plans.append((rank, steps.plan, buckets))
         calls |= {f"{rank} {phase}": steps.call(bucket) for phase, bucket in zip(("prefill", "decode"), buckets, strict=True)}
-    _say("timing them in turn")
-    timings = alternate(calls, BUDGET, least=5)
-    after, second = _calibrated((DType.F32,))
+    during, second, timings = _calibrated((DType.F32,), BUDGET, calls)
     rows = []
     for rank, plan, buckets in plans:
         row: dict[str, Any] = {"rank": rank + 1, "layout": report.candidates[rank].name, "ffn": report.candidates[rank].asked.ffn}
         row |= {"attention": report.candidates[rank].asked.attention, "prefill_from_tokens": plan.prefill_from_tokens}
         for phase, bucket in zip(("prefill", "decode"), buckets, strict=True):
-            timing = timings[f"{rank} {phase}"]
-            row[phase] = {"step": str(bucket), "measured": timing.seconds, "spread": timing.spread, "repeats": timing.repeats}
-            for name, chip in (("predicted", before), ("predicted_by_second_calibration", after)):
+            row[phase] = {"step": str(bucket)} | _measured(timings[f"{rank} {phase}"])
+            for name, chip in (("predicted", during), ("predicted_before", before)):
                 row[phase][name] = _price(replace(plan, slice=replace(slice_, chip=chip)), bucket)
-        for name in ("measured", "predicted", "predicted_by_second_calibration"):
+        for name in ("measured", "predicted", "predicted_before"):
             row[name] = row["prefill"][name] + OUTPUT * row["decode"][name]
         rows.append(row)
     found = {"model": model.name, "candidates": len(report.candidates), "layouts": rows}
     return found | {"workload": {"batch": BATCH, "input": INPUT, "output": OUTPUT}, "calibrations": [first, second]}
+
+
+def _measured(timing: Any) -> dict[str, Any]:
+    return {"measured": timing.seconds, "spread": timing.spread, "repeats": timing.repeats}
 
 
 def _spread(report: Any) -> list[int]:
@@ -147,15 +146,16 @@ def _phase(bucket: Any) -> str:
     return "prefill" if bucket.prefill_tokens else "decode"
 
 
-def _calibrated(types: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
-    """The chip as calibration finds it now; its rates, with the time that this took and the load of the machine then."""
+def _calibrated(types: tuple[Any, ...], budget: float, beside: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The chip as calibration finds it now; its rates, with the time that this took and the load of the machine then; and the timings of
+    what was timed in the same rounds."""
     from partinf.measure.calibrate import calibrate
 
     started = time.perf_counter()
-    chip = calibrate(types, CALIBRATION, _say)[0]
+    chip, _, timings = calibrate(types, budget, _say, beside)
     spread = statistics.median(value for _, value in chip.rates.spread)
     found = {"seconds": time.perf_counter() - started, "load_average": os.getloadavg()[0], "median_spread": spread}
-    return chip, found | {key: value for key, value in asdict(chip.rates).items() if key != "spread"}
+    return chip, found | {key: value for key, value in asdict(chip.rates).items() if key != "spread"}, timings
 
 
 def _say(text: str) -> None:
@@ -165,7 +165,7 @@ def _say(text: str) -> None:
 def summary(results: dict[str, Any]) -> dict[str, Any]:
     """The figures that the question asks for."""
     found: dict[str, Any] = {}
-    for name in ("predicted", "predicted_by_second_calibration"):
+    for name in ("predicted", "predicted_before"):
         wrong = {}
         for row in results["one_device"]["steps"]:
             for key in ("all", row["dtype"], row["phase"], row["model"]):
@@ -174,7 +174,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         found[f"worst_error_{name}"] = max(wrong["all"])
     layouts = results["eight_devices"]["layouts"]
     best = min(row["measured"] for row in layouts)
-    for name in ("predicted", "predicted_by_second_calibration"):
+    for name in ("predicted", "predicted_before"):
         choice = min(layouts, key=lambda row: row[name])
         found[f"choice_{name}"] = {"layout": choice["layout"], "ffn": choice["ffn"], "attention": choice["attention"]}
         found[f"choice_{name}"] |= {"measured": choice["measured"], "over_best": choice["measured"] / best - 1}

@@ -39,7 +39,12 @@ _LARGE = {True: 1 << 20, False: 64 << 20}
 OnStage = Callable[[str], None]
 
 
-def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_stage: OnStage = lambda _: None) -> tuple[Chip, list[Probe]]:
+def calibrate(
+    types: Sequence[DType] = tuple(DType),
+    budget: float = 30.0,
+    on_stage: OnStage = lambda _: None,
+    beside: Mapping[str, Call] | None = None,
+) -> tuple[Chip, list[Probe], dict[str, Timing]]:
     """Measure all devices that are here.
 
     Everything is compiled first and timed together, in turn: other work on the machine then slows all of it alike, not one kind of
@@ -49,9 +54,10 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
         types: of weights; int8 is measured with bf16 activations, so bf16 has to be among them too.
         budget: seconds of timing in all, three rounds at least; compiling comes beside it.
         on_stage: told what is done next.
+        beside: other calls to be timed in the same rounds, which no rate is made of.
 
     Returns:
-        The chip, for `partinf.hardware_file.write_hardware`, and the steps that its rates were fitted to.
+        The chip, for `partinf.hardware_file.write_hardware`, the steps that its rates were fitted to, and the timings of what was beside.
 
     Raises:
         InvalidInput: int8 without bf16.
@@ -69,7 +75,8 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
     steps = [probe for dtype in activations for probe in prepare(slice_, dtype)]
     on_stage("timing all of them in turn")
     calls = {name: product.call for name, product in products.items()} | collectives | {step.name: step.call for step in steps}
-    timings = alternate(calls, budget)
+    timings = alternate(calls | dict(beside or {}), budget)
+    others = {name: timings.pop(name) for name in beside or {}}
     if collectives:
         bandwidth, found = _collective_rates(slice_, on_cpu, timings)
         slice_ = replace(slice_, chip=replace(slice_.chip, switch_bandwidth=bandwidth))
@@ -94,7 +101,7 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
         of_type, wrong = fit([probe for probe in timed if probe.plan.weights is dtype], slice_, rates)
         fitted.append((dtype.value, of_type))
         errors += [abs(error) for error in wrong]
-    return _as_measured(slice_.chip, replace(rates, types=tuple(fitted), error=statistics.median(errors))), timed
+    return _as_measured(slice_.chip, replace(rates, types=tuple(fitted), error=statistics.median(errors))), timed, others
 
 
 def _table_chip(devices: Sequence[jax.Device]) -> Chip:
