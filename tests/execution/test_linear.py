@@ -1,0 +1,38 @@
+"""The product that all linear layers share, against an einsum in float64, over the forms and numbers of rows that take other ways."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.quantize import dequantize, quantize
+from partinf.transformer.linear import dot
+
+SHAPES = {  # weights of every spec that the model uses, by letter
+    "te,hqe->thq": {"e": 12, "h": 3, "q": 4},
+    "te,ckqe->tckq": {"e": 12, "c": 2, "k": 1, "q": 5},
+    "te,cfe->ctf": {"e": 12, "c": 2, "f": 7},
+    "tf,ef->te": {"f": 12, "e": 10},
+    "re,ve->rv": {"e": 12, "v": 9},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
+@pytest.mark.parametrize("spec", SHAPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
+    first, second = spec.split("->")[0].split(",")
+    sizes = SHAPES[spec] | {first[0]: rows}
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal([sizes[letter] for letter in first]).astype(np.float32)
+    weights = rng.standard_normal([sizes[letter] for letter in second]).astype(np.float32)
+    if dtype == "int8":
+        given = quantize(jnp.asarray(weights), (-1,))
+        weights = np.asarray(dequantize(given, np.float32))
+    else:
+        given = jnp.asarray(weights, dtype)
+        x, weights = (np.asarray(jnp.asarray(array, dtype), np.float32) for array in (x, weights))
+    found = dot(spec, jnp.asarray(x), given, jnp.float32) if dtype == "int8" else dot(spec, jnp.asarray(x, dtype), given, jnp.float32)
+    want = np.einsum(spec, x.astype(np.float64), weights.astype(np.float64))
+    np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
