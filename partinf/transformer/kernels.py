@@ -35,23 +35,25 @@ class Tiles:
     """How much is worked on at once.
 
     Attributes:
-        keys: keys of one tile. scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
+        keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
+        scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
     """
 
     keys: int
+    prompt_keys: int
     scores: int
     skip: bool = True
 
     def queries(self, heads: int) -> int:
-        """Prompt tokens of one tile when a device has this many heads."""
-        return max(self.scores // (heads * self.keys), 1)
+        """Prompt tokens of one tile when a device has this many heads: a power of two, which prompts' buckets tend to be multiples of."""
+        return 1 << max(self.scores // (heads * self.prompt_keys), 1).bit_length() - 1
 
 
 _TILES = {
-    "cpu": Tiles(keys=64, scores=1 << 17),  # a tile stays in the cache of a core
-    "tpu": Tiles(keys=1024, scores=1 << 22),  # every tile costs microseconds, whatever its size
-    "gpu": Tiles(keys=512, scores=1 << 24, skip=False),
+    "cpu": Tiles(keys=64, prompt_keys=256, scores=1 << 19),  # a tile stays in the cache of a core
+    "tpu": Tiles(keys=1024, prompt_keys=1024, scores=1 << 22),  # every tile costs microseconds, whatever its size
+    "gpu": Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
 }
 
 
@@ -65,7 +67,7 @@ def seen_shares(tokens: int, slots: int, heads: int, tiles: Tiles) -> tuple[floa
     that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
     if not tiles.skip or not tokens:
         return 1.0, 1.0
-    each, length, size = max(tokens // max(slots, 1), 1), min(tiles.queries(heads), tokens), min(tiles.keys, tokens)
+    each, length, size = max(tokens // max(slots, 1), 1), min(tiles.queries(heads), tokens), min(tiles.prompt_keys, tokens)
     seen = together = count = 0
     for first in range(0, tokens, length):
         last = min(first + length, tokens) - 1
@@ -97,7 +99,7 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
         context = dequantized(_joined(read(table)), q.dtype)
         visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
         return attend(q[:, None], context, visible[:, None])[:, 0]
-    columns, size = _columns(table, read, tiles)
+    columns, size = _columns(table, read, tiles.keys)
     grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[2])
     last = jnp.max(position)
 
@@ -142,8 +144,10 @@ def prefill(
         return _pad(x, -(-total // length) * length, fill).reshape(-1, length, *x.shape[1:])
 
     length = tiles.queries(q.shape[1])
-    halves = (cut(jnp.swapaxes(x, 0, 1), tiles.keys, 0).swapaxes(1, 2)[:, None] for x in (new.keys, new.values))  # [tiles, 1, K, M, Q]
-    fresh = (*halves, cut(owner, tiles.keys, -1), cut(position, tiles.keys, 0))
+    halves = (
+        cut(jnp.swapaxes(x, 0, 1), tiles.prompt_keys, 0).swapaxes(1, 2)[:, None] for x in (new.keys, new.values)
+    )  # [tiles, 1, K, M, Q]
+    fresh = (*halves, cut(owner, tiles.prompt_keys, -1), cut(position, tiles.prompt_keys, 0))
 
     def queries(_: None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         q, owner, position = inputs
@@ -167,7 +171,7 @@ def prefill(
 def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles) -> _Running:
     """Add to a tile of queries what its slots stored before this step."""
     read, table, slots, starts = context
-    columns, size = _columns(table, read, tiles)
+    columns, size = _columns(table, read, tiles.prompt_keys)
     first = jnp.arange(columns.shape[0]) * size
 
     def slot(running: _Running, inputs: tuple[jax.Array, ...]) -> tuple[_Running, None]:
@@ -257,10 +261,10 @@ def _ungroup(out: jax.Array) -> jax.Array:
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, groups * each, size)
 
 
-def _columns(table: jax.Array, read: Read, tiles: Tiles) -> tuple[jax.Array, int]:
+def _columns(table: jax.Array, read: Read, keys: int) -> tuple[jax.Array, int]:
     """The page table cut into tiles: ids [tiles, B, pages of a tile], and the keys of one; the last tile is filled with page -1."""
     size = jax.eval_shape(read, table[:, :1]).keys.shape[-2]
-    pages = min(max(1, tiles.keys // size), table.shape[1])
+    pages = min(max(1, keys // size), table.shape[1])
     padded = _pad(table.T, -(-table.shape[1] // pages) * pages, -1).T
     return jnp.swapaxes(padded.reshape(table.shape[0], -1, pages), 0, 1), pages * size
 

@@ -43,7 +43,7 @@ def softmax_attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("tiles", [None, Tiles(4, 1), Tiles(8, 1, skip=False), Tiles(12, 1), Tiles(512, 512)])
+@pytest.mark.parametrize("tiles", [None, Tiles(4, 1, 1), Tiles(8, 1, 1, skip=False), Tiles(12, 1, 1), Tiles(512, 1, 1)])
 def test_decode_reads_the_lanes_own_pages(tiles: Tiles | None, int8: bool) -> None:
     rng = np.random.default_rng(1)
     pages = pool(rng, int8)
@@ -60,7 +60,9 @@ def test_decode_reads_the_lanes_own_pages(tiles: Tiles | None, int8: bool) -> No
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("tiles", [None, Tiles(4, 4 * 4 * HEADS), Tiles(8, 3 * 8 * HEADS, skip=False), Tiles(4, 1), Tiles(512, 1 << 20)])
+@pytest.mark.parametrize(
+    "tiles", [None, Tiles(1, 4, 4 * 4 * HEADS), Tiles(1, 8, 2 * 8 * HEADS, skip=False), Tiles(1, 4, 1), Tiles(1, 512, 1 << 20)]
+)
 def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None, earlier: bool) -> None:
     rng = np.random.default_rng(2)
     pages = pool(rng)
@@ -92,21 +94,21 @@ def test_a_tile_that_nobody_sees_is_left_out() -> None:
     poisoned = jax.tree.map(lambda x: x.at[1].set(jnp.nan), pages)
     q = jnp.ones((1, HEADS, SIZE))
     table, position = jnp.array([[0, 1]]), jnp.array([PAGE - 1])
-    out = kernels.decode(q, reader(poisoned), table, position, Tiles(PAGE, 1))
-    np.testing.assert_array_equal(out, kernels.decode(q, reader(pages), table[:, :1], position, Tiles(PAGE, 1)))
+    out = kernels.decode(q, reader(poisoned), table, position, Tiles(PAGE, 1, 1))
+    np.testing.assert_array_equal(out, kernels.decode(q, reader(pages), table[:, :1], position, Tiles(PAGE, 1, 1)))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "slots", "heads", "tiles"), [(64, 4, 2, Tiles(8, 128)), (96, 3, 1, Tiles(16, 96)), (40, 1, 4, Tiles(16, 640))]
+    ("tokens", "slots", "heads", "tiles"), [(64, 4, 2, Tiles(1, 8, 128)), (96, 3, 1, Tiles(1, 16, 96)), (40, 1, 4, Tiles(1, 16, 640))]
 )
 def test_shares_of_tiles_are_those_of_the_masks(tokens: int, slots: int, heads: int, tiles: Tiles) -> None:
     owner = np.arange(tokens) // -(-tokens // slots)
     visible = (owner[:, None] == owner[None, :]) & (np.arange(tokens)[:, None] >= np.arange(tokens)[None, :])
     length = tiles.queries(heads)
     pairs = [
-        visible[row : row + length, column : column + tiles.keys].any()
+        visible[row : row + length, column : column + tiles.prompt_keys].any()
         for row in range(0, tokens, length)
-        for column in range(0, tokens, tiles.keys)
+        for column in range(0, tokens, tiles.prompt_keys)
     ]
     met = [slot in owner[row : row + length] for row in range(0, tokens, length) for slot in range(slots)]
     assert kernels.seen_shares(tokens, slots, heads, tiles) == (np.mean(pairs), np.mean(met))
