@@ -39,8 +39,8 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
 def _product(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     """An einsum in float32. A few float32 rows meet the two halves of a matrix as a batch of two: XLA on CPU has a fast product for
     that, and takes two to three times as long for the whole matrix; bfloat16, one row and many rows are as fast whole."""
-    few = x.ndim == weights.ndim == 2 and x.dtype == jnp.float32 and _FEW_ROWS[0] <= x.shape[0] <= _FEW_ROWS[1]
-    if not few or weights.shape[0] % 2 or spec[1] != spec[4]:
+    matrices = x.ndim == weights.ndim == 2  # [rows, in] · [out, in], the only form that two letters each are used in
+    if not matrices or weights.shape[0] % 2 or x.dtype != jnp.float32 or not _FEW_ROWS[0] <= x.shape[0] <= _FEW_ROWS[1]:
         return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32)
     halves = weights.reshape(2, -1, weights.shape[1])
     return jnp.einsum("te,hfe->htf", x, halves, preferred_element_type=jnp.float32).swapaxes(0, 1).reshape(x.shape[0], -1)

@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
+from partinf.buckets import split_of
 from partinf.cost.pricing import PLAIN, Pricing
-from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
@@ -35,19 +35,7 @@ BUCKETS = {
 
 
 def ledger_of(plan: Plan, bucket: Bucket) -> tuple[Counter[tuple], float]:
-    page = plan.cache.page_size
-    shape = StepShape(
-        decode_rows=bucket.decode_rows,
-        decode_context=bucket.decode_pages * page,
-        prefill_tokens=bucket.prefill_tokens,
-        prefill_slots=bucket.prefill_slots,
-        prefill_context=bucket.prefill_pages * page,
-        sampling=bucket.random,
-        rich=bucket.rich,
-    )
-    pricing = Pricing(plan.slice, program=PLAIN)
-    split = StepSplit(plan.model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, Shares())
-    ledger = step_ledger(split)
+    ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, program=PLAIN)))
     names = {DType.BF16.value: "bfloat16", DType.F32.value: "float32"}  # int8 is called the same in both
     order = list(plan.axis_sizes)
     found: Counter[tuple] = Counter()
