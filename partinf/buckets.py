@@ -102,7 +102,7 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
 
 
 def least_rows(plan: Plan) -> int:
-    """Decode lanes below which a step gains nothing: XLA on CPU multiplies one row of bfloat16 ten times slower than two."""
+    """Decode lanes below which a step gains nothing: XLA on CPU multiplies one row of bfloat16 several times slower than two."""
     return 2 if plan.slice.chip.family == "cpu" and plan.weights is not DType.F32 else 1
 
 

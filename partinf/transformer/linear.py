@@ -22,7 +22,7 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
 
     Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
-    matrices on CPU, and a loop ten to twenty times slower for anything else.
+    matrices on CPU, and a loop several times slower for anything else.
     """
     dtype = x.dtype if dtype is None else dtype
     scale = None
@@ -38,7 +38,7 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
 
 def _product(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:
     """An einsum in float32. A few float32 rows meet the two halves of a matrix as a batch of two: XLA on CPU has a fast product for
-    that, and takes two to three times as long for the whole matrix; bfloat16, one row and many rows are as fast whole."""
+    that, and takes up to three times as long for the whole matrix; bfloat16, one row and many rows are as fast whole."""
     matrices = x.ndim == weights.ndim == 2  # [rows, in] · [out, in], the only form that two letters each are used in
     if not matrices or weights.shape[0] % 2 or x.dtype != jnp.float32 or not _FEW_ROWS[0] <= x.shape[0] <= _FEW_ROWS[1]:
         return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32)
