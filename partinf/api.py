@@ -33,6 +33,7 @@ from partinf.workload import DType, Workload
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from partinf.hosts import Group
     from partinf.scoring import Scores
 
 _CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
@@ -110,6 +111,7 @@ def load(
     compile_steps: bool = True,
     seed: int = 0,
     cache: str | Path | None = None,
+    group: Group | None = None,
 ) -> Model:
     """Read a model's weights onto the devices of its plan and compile its steps.
 
@@ -123,9 +125,12 @@ def load(
         seed: of random weights and of requests that name none.
         cache: directory of compiled steps, which the next start loads; `off` for none. By default that of $PARTINF_CACHE_DIR, or the
             user's own (~/.cache/partinf).
+        group: the processes that have the plan's devices together, from `partinf.hosts.join`; each reads only its own devices' part of
+            the weights. The first then uses the model as usual, the others `group.follow(model.engine)`.
 
     Raises:
         InvalidInput: no weights, weights that are not the model's, or fewer devices than the plan needs.
+        JobEnded: a process of the group is gone, or has another plan.
     """
     from partinf.checkpoint.hf import load_hf
     from partinf.checkpoint.tokenizer import load_tokenizer
@@ -138,6 +143,8 @@ def load(
     executables = open_cache(cache)
     if plan is None:
         plan = _default_plan(model)
+    if group is not None:
+        group.agree("the plan", plan)
     directory = weights_directory(model)
     mesh = device_mesh(plan)
     if unrolled is None:
@@ -150,7 +157,8 @@ def load(
     runner = JaxRunner(plan, params, mesh, executables=executables)
     if compile_steps:
         runner.warm_up(on_compiled)
-    return Model(plan, mesh, params, runner, Engine(runner, tokenizer=tokenizer, seed=seed), tokenizer)
+    engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, seed=seed, replicas=group)
+    return Model(plan, mesh, params, runner, engine, tokenizer)
 
 
 def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConfig:

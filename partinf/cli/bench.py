@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,13 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
     }
 
 
-def measured_estimates(model: Model, repeats: int = 5) -> Estimates:
+def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[float]], list[float]] = lambda times: times) -> Estimates:
     """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own; a step's bucket pads all
-    prompts alike, so the first iteration takes the same time for each length that a step can hold."""
+    prompts alike, so the first iteration takes the same time for each length that a step can hold.
+
+    Args:
+        agree: makes of the times of this process those that all processes of a group take.
+    """
     from partinf.engine.engine import Engine
     from partinf.engine.request import SamplingParams
     from partinf.engine.step_price import Estimates
@@ -138,7 +143,7 @@ def measured_estimates(model: Model, repeats: int = 5) -> Estimates:
     prompt = [1] * max(1, min(8, limits.max_context - 4))
     outputs = [engine.generate([prompt], params)[0] for _ in range(repeats + 1)][1:]  # the first has first-call costs
     prefill = statistics.median(output.ttft or 0.0 for output in outputs)
-    decode = statistics.median(output.time_per_token or prefill for output in outputs)
+    prefill, decode = agree([prefill, statistics.median(output.time_per_token or prefill for output in outputs)])
     share = limits.max_prefill_tokens_per_shard
     return Estimates(lambda tokens: prefill * -(-tokens // share), decode, pages_for=limits.pages_for)
 

@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
     if args.on == "here":
         devices.prepare(experiment.target())
         return _execute(experiment)
-    from partinf.runs.together import join
+    from partinf.hosts import join
 
     slice_ = experiment.target()
     if slice_.chip.family == "cpu":
@@ -92,11 +92,10 @@ def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
         each = slice_.num_devices // int(os.environ.get("PARTINF_NUM_PROCESSES", "1"))
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
     devices.prepare(slice_)
-    join()
+    group = join()
     found = _execute(experiment)
-    import jax
-
-    if jax.process_index():
+    group.close()
+    if not group.leads:
         return None
     if os.environ.get("PARTINF_RESULTS"):
         (Path(os.environ["PARTINF_RESULTS"]) / _RESULT).write_text(json.dumps(found, indent=1) + "\n")

@@ -13,6 +13,7 @@ from partinf.errors import InvalidInput, collect, raise_offences
 if TYPE_CHECKING:
     from partinf.api import Model
     from partinf.hardware import Slice
+    from partinf.hosts import Group
     from partinf.layout import Layout
     from partinf.model_config import ModelConfig
     from partinf.plans import Plan
@@ -91,8 +92,8 @@ class Running:
         capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), random=random, rich=rich)
         return api.plan(config, where, workload, layout=self._layout, capacity=capacity)
 
-    def load(self, plan: Plan, compile_steps: bool = True) -> Model:
-        """The model on its devices."""
+    def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:
+        """The model on its devices, and on those of the other processes of a group."""
         from partinf import api
         from partinf.cli.progress import progress_bar
         from partinf.cost.calibration import calibration_for
@@ -101,4 +102,4 @@ class Running:
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
         with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
-            return api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps)
+            return api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +15,13 @@ from partinf.errors import InvalidInput, collect, nearest, raise_offences
 
 if TYPE_CHECKING:
     from partinf.api import Model
+    from partinf.engine.engine import Engine
+    from partinf.hosts import Group
     from partinf.plans import Plan
     from partinf.serve.chat_template import ChatTemplate
-    from partinf.serve.processes import Processes
     from partinf.serve.server import Loaded, Options
 
-_OTHERS_SECONDS = 1800.0  # for all processes of a job to have compiled their programs
-_NEEDED = ("jinja2", "msgspec", "prometheus_client", "starlette", "uvicorn")
+_NEEDED = ("jinja2", "prometheus_client", "starlette", "uvicorn")
 _KEY_VARIABLE = "PARTINF_API_KEY"
 
 
@@ -58,9 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shutdown-timeout", type=float, default=20.0, metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)"
     )
     others = parser.add_argument_group("several processes", "All run the same command; process 0 alone has clients.")
-    others.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is; the port after it is used too")
+    others.add_argument("--multi-host", action="store_true", help="join the processes that jax finds (Cloud TPU, GKE, Slurm)")
+    others.add_argument("--coordinator", metavar="HOST:PORT", help="where jax does not find them: a free port of process 0's machine")
     others.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     others.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
+    others.add_argument(
+        "--stall-timeout", type=float, default=300.0, metavar="S", help="seconds for one step, then the job ends everywhere (default: 300)"
+    )
     parser.add_argument("--access-log", action="store_true", help="a line per request; never of its body")
     parser.epilog = "Example: partinf serve --model demo --port 8000"
 
@@ -69,58 +73,62 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InvalidInput(f"partinf serve needs {', '.join(missing)}: pip install 'partinf[serve]'")
-    from partinf.serve.processes import Processes
+    from partinf.hosts import Bounds, Job, join
 
     offences: list[str] = []
-    processes = collect(offences, lambda: Processes.of(args.coordinator, args.num_processes, args.process_id)) or Processes()
-    place = running.Running(args, processes.count)
+    flags = ("--coordinator", "--num-processes", "--process-id")
+    job = collect(offences, lambda: Job.of(args.coordinator, args.num_processes, args.process_id, flags)) or Job()
+    bounds = collect(offences, lambda: Bounds(stall=args.stall_timeout)) or Bounds()
+    if args.multi_host and job.count is not None:
+        offences.append(f"--multi-host and {', '.join(flags)}: the former lets jax find what the latter say; give one of them")
+    place = running.Running(args, job.count or 1)
     place.offences += offences
     _check(args, place.offences)
     template = collect(place.offences, lambda: _chat_template(args))
     raise_offences(place.offences)
-    if processes.count > 1:
-        import jax
-
-        jax.distributed.initialize(f"{processes.host}:{processes.port}", processes.count, processes.index)
+    group = join(job, bounds) if args.multi_host or (job.count or 1) > 1 else None
     plan = place.plan(args.max_num_seqs, random=True, prefill_tokens=_prompt_tokens(args), rich=True)
-    return _follow(place, plan, processes) if processes.index else _serve(args, place, plan, template, processes)
+    if group is not None and not group.leads:
+        return _follow(args, place, plan, group)
+    return _serve(args, place, plan, template, group)
 
 
-def _follow(place: running.Running, plan: Plan, processes: Processes) -> int:
-    """A process that has devices and no clients."""
-    from partinf.serve.processes import follow
+def _follow(args: argparse.Namespace, place: running.Running, plan: Plan, group: Group) -> int:
+    """A process that has devices and no clients. Who is told to stop is process 0, which lets this one end when it has drained."""
+    from partinf.hosts import JobEnded
     from partinf.serve.server import say
 
-    model = place.load(plan)
-    say(f"process {processes.index} of {processes.count}, following process 0")
-    follow(model.runner, processes.connect(_OTHERS_SECONDS))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        model = place.load(plan, group=group)
+        say(f"{group.name} of {group.count}, following process 0")
+        group.follow(_engine(args, model, group))
+    except JobEnded:  # its reason has been printed
+        return 1
     return 0
 
 
-def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, template: ChatTemplate | None, processes: Processes) -> int:
+def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, template: ChatTemplate | None, group: Group | None) -> int:
     """The process that clients know."""
-    from partinf.serve.processes import FollowerLost, Leader
-    from partinf.serve.server import listen, say, serve
+    from partinf.hosts import JobEnded
+    from partinf.serve.server import Loaded, listen, serve
 
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listen(args.host, args.port))
-        others = stack.enter_context(processes.listen()) if processes.count > 1 else None
+    def load() -> Loaded:
+        model = place.load(plan, group=group)
+        runner = model.runner
+        note = f"{runner.num_compiled} programs compiled, {runner.num_loaded} loaded in {runner.compile_seconds:.1f} s"
+        if group is not None:
+            note += f", {group.count} processes"
+        return Loaded(_engine(args, model, group), model.tokenizer, template, note)
 
-        def load() -> Loaded:
-            model = place.load(plan)
-            runner = model.runner
-            note = f"{runner.num_compiled} programs compiled, {runner.num_loaded} loaded in {runner.compile_seconds:.1f} s"
-            if others is not None:
-                model.runner = Leader(runner, processes.accept(others, _OTHERS_SECONDS))
-                stack.callback(model.runner.close)
-                note += f", {processes.count} processes"
-            return _loaded(args, model, template, note)
-
+    with listen(args.host, args.port) as listener:
         try:
             ended = serve(listener, load, _options(args))
-        except FollowerLost:
-            say("another process of this job is gone")
+        except JobEnded:
             return 1
+    if group is not None:
+        group.close()
     if not ended:  # in the middle of a compilation or of a step that hangs; the interpreter's own exit would wait for it
         sys.stderr.flush()
         os._exit(0)
@@ -177,22 +185,21 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _loaded(args: argparse.Namespace, model: Model, template: ChatTemplate | None, note: str) -> Loaded:
-    """An engine whose first iterations have run."""
+def _engine(args: argparse.Namespace, model: Model, group: Group | None) -> Engine:
+    """An engine whose first iterations have run; all processes of a group make the same."""
     from partinf.cli.bench import measured_estimates
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import PolicyOptions, make_policy
-    from partinf.serve.server import Loaded
 
-    policy = make_policy(args.scheduler, PolicyOptions(args.max_num_seqs), measured_estimates(model))
-    engine = Engine(
+    estimates = measured_estimates(model, agree=(lambda times: times) if group is None else group.share)
+    return Engine(
         model.runner,
         tokenizer=model.tokenizer,
-        policy=policy,
+        policy=make_policy(args.scheduler, PolicyOptions(args.max_num_seqs), estimates),
         seed=args.seed,
         lag=args.lag,
         prefix_caching=args.enable_prefix_caching,
         max_waiting=args.max_waiting,
         max_waiting_tokens=args.max_waiting_tokens,
+        replicas=group,
     )
-    return Loaded(engine, model.tokenizer, template, note)

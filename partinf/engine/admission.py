@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from partinf.engine.detokenize import Tokenizer
+from partinf.engine.params import is_unicode
 from partinf.engine.request import Request, SamplingParams
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling
@@ -28,11 +29,14 @@ class RequestCheck:
 
         Raises:
             InvalidInput: an empty prompt, one that fills the context, token ids outside the vocabulary, text or stop strings without a
-                tokenizer.
+                tokenizer, text or an id that is no Unicode.
         """
         offences, tokens = self._encode(prompt)
         offences += self._params_offences(params)
-        raise_offences(f"request {request_id}: {offence}" for offence in offences)
+        if not is_unicode(request_id):
+            offences.append("the id is no Unicode text")
+        shown = request_id if is_unicode(request_id) else repr(request_id)
+        raise_offences(f"request {shown}: {offence}" for offence in offences)
         return Request(
             id=request_id,
             number=number,
@@ -58,6 +62,8 @@ class RequestCheck:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 return ["the prompt is text, but the engine has no tokenizer; give token ids"], []
+            if not is_unicode(prompt):
+                return ["the prompt holds half of a surrogate pair, which is no Unicode text"], []
             tokens = list(self._tokenizer.encode(prompt)) if prompt else []
         elif isinstance(prompt, Iterable):
             tokens = (

@@ -124,6 +124,11 @@ class BatchBuilder:
         pool = self._scheduler.pool
         return pool.num_free_pages if shard is None else pool.free_pages(shard)
 
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences may be resident."""
+        return self.limits.num_slots - len(self._scheduler.running)
+
     # What can be done with them.
 
     def admit(self, sequence: Sequence, *, reserve: bool = False, crowd: bool = False) -> bool:

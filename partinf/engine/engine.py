@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from partinf.engine.admission import Prompt
 from partinf.engine.batch import Batch, Policy
 from partinf.engine.detokenize import Tokenizer
+from partinf.engine.facts import Facts, Replicas, ScheduleDigest, Untold
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live
 from partinf.engine.live import OnToken as OnToken
@@ -25,7 +26,7 @@ from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import SampledToken, StepOutput
 from partinf.engine.streams import Driver, RequestStream
-from partinf.errors import raise_offences
+from partinf.errors import InvalidInput, raise_offences
 
 OnStep = Callable[[Batch, StepOutput, float, float], None]
 
@@ -54,6 +55,7 @@ class Engine:
         max_waiting_tokens: int | None = None,
         on_step: OnStep | None = None,
         check_invariants: bool = False,
+        replicas: Replicas | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +71,8 @@ class Engine:
                 those of `generate`, whose caller waits for them.
             on_step: called at every commit with batch, output, and the times when it was scheduled and committed.
             check_invariants: check after every iteration that no page and no slot is lost or held twice.
+            replicas: the processes that run this engine together (`partinf.hosts`); each makes it with the same arguments. Cancels wait for
+                the next iteration then, and an exception from the runner ends them all.
         """
         self.metrics = Metrics(runner.limits.num_slots)
         self.tokenizer = tokenizer
@@ -87,6 +91,11 @@ class Engine:
         self._in_flight: deque[tuple[Batch, float]] = deque()  # with the time when it was scheduled
         self._held: list[Live] = []  # have all their tokens and wait for the rest of their batch
         self._committed = 0.0  # time of the last commit
+        self._uncharged: list[tuple[Batch, float]] = []  # committed, and the seconds not counted yet as attained by its sequences
+        self._replicas = replicas
+        self._untold = Untold()
+        self._digest = ScheduleDigest()
+        self._num_iterations = 0
         self._events: deque[tuple[Live, TokenEvent]] = deque()  # not delivered yet
         self._ended: list[Sequence] = []  # not returned by `step` yet
         self._turn = threading.RLock()  # held for an iteration
@@ -189,16 +198,26 @@ class Engine:
         """End a request with all its samples now; whether it was in flight. Its pages are free at once; the next iteration reports it."""
         with self._lock:
             lives = self._requests.get(request_id, [])
-            self._end_all(lives, FinishReason.CANCELLED)
+            self._end_everywhere(lives, FinishReason.CANCELLED)
             return bool(lives)
+
+    def replay(self, facts: Facts) -> None:
+        """Run the iteration that the leading process runs with these facts."""
+        with self._lock:
+            for request in facts.arrivals:
+                self._add(request, None, reported=False)
+        self._iterate(facts=facts)
 
     # An iteration: schedule, run, commit.
 
-    def _iterate(self, wait: bool = True) -> None:
+    def _iterate(self, wait: bool = True, facts: Facts | None = None) -> None:
         with self._turn:
+            if self._replicas is not None and facts is None and not self._pending():
+                return  # nothing to tell
             started = self._clock()
             try:
-                batch = self._schedule()
+                wait = wait if facts is None else facts.wait
+                batch = self._schedule(wait, facts)
                 if batch is not None:
                     self._runner.submit(batch.step)
                     self._in_flight.append((batch, started))
@@ -206,15 +225,19 @@ class Engine:
                     self._commit(*self._in_flight.popleft(), self._runner.collect())
             except BaseException as error:
                 self._fail_all(error)
+                if self._replicas is not None:
+                    self._replicas.failed(error)
                 raise
             finally:
                 self.metrics.busy_seconds += self._clock() - started
                 self._deliver()
 
-    def _schedule(self) -> Batch | None:
+    def _schedule(self, wait: bool, facts: Facts | None) -> Batch | None:
         with self._lock:
-            now = self._clock()
-            self._end_late(now)
+            if facts is None:
+                facts = self._own_facts(wait)
+            self._take(facts)
+            now = facts.now
             batch = self._scheduler.schedule(now)
             if batch is None and not self._in_flight and self._live:
                 raise RuntimeError(f"{self._scheduler.policy} runs none of {len(self._live)} requests")
@@ -222,7 +245,29 @@ class Engine:
                 if sequence.started is None:
                     sequence.started = now
                     self._bound.leave(sequence.request.id, now)
+            if self._replicas is not None and batch is not None:
+                self._replicas.scheduled(facts.number, self._digest.add_step(batch.step))
             return batch
+
+    def _own_facts(self, wait: bool) -> Facts:
+        """What has happened since the last iteration, told to the other processes."""
+        facts = Facts(self._num_iterations, self._clock(), wait, tuple(seconds for _, seconds in self._uncharged), *self._untold.take())
+        self._num_iterations += 1
+        if self._replicas is not None:
+            self._replicas.tell(facts)
+        return facts
+
+    def _take(self, facts: Facts) -> None:
+        """Do what follows from facts, but for arrivals, which wait already."""
+        for (batch, _), seconds in zip(self._uncharged, facts.seconds, strict=True):
+            for sequence in (*batch.decode, *batch.prefill):
+                sequence.attained += seconds
+        self._uncharged.clear()
+        for number, reason in facts.ends:
+            live, error = self._live.get(number), self._untold.errors.pop(number, None)
+            if live is not None:
+                self._end(live, reason, error=error)
+        self._end_late(facts.now)
 
     def _end_late(self, now: float) -> None:
         """End the requests whose time is over, with what they have; a complete one that waits for its batch is just returned."""
@@ -238,14 +283,15 @@ class Engine:
         self._committed = now
         with self._lock:
             self.metrics.record_step(batch.step, output, len(self._scheduler.waiting), seconds)
+            self._uncharged.append((batch, seconds))
+            if self._replicas is not None:
+                self._digest.add_output(output)
             for sequence, token, new in zip(batch.decode, output.decode, batch.samples, strict=True):
                 sequence.in_flight -= 1
-                sequence.attained += seconds
                 if new:
                     self._accept(sequence, token, now)
             for sequence, last in zip(batch.prefill, output.prefill, strict=True):
                 sequence.in_flight -= 1
-                sequence.attained += seconds
                 if last is not None:
                     self._accept(sequence, last, now)
             for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
@@ -348,10 +394,12 @@ class Engine:
     def _fail_all(self, error: BaseException) -> None:
         with self._lock:
             self._in_flight.clear()
+            self._uncharged.clear()
             self._held.clear()
             self._scheduler.pool.forget_prefixes()
             self._end_all(list(self._live.values()), FinishReason.FAILED, error)
-            self._runner.reset()
+            if self._replicas is None:
+                self._runner.reset()
 
     def _deliver(self) -> None:
         """Call the callbacks, outside the lock. A cancelled request hears of it here too, after all that came before."""
@@ -375,7 +423,18 @@ class Engine:
         lives = [self._live[number] for number in numbers if number in self._live]
         for other in lives:
             other.on_token = None
-        self._end_all(lives, FinishReason.FAILED, error)
+        self._end_everywhere(lives, FinishReason.FAILED, error)
+
+    def _end_everywhere(self, lives: SequenceOf[Live], reason: FinishReason, error: BaseException | None = None) -> None:
+        """End these samples now, or in the next iteration where other processes have to be told."""
+        if self._replicas is None:
+            self._end_all(lives, reason, error)
+            return
+        for live in lives:
+            number = live.sequence.request.number
+            self._untold.ends.append((number, reason))
+            if error is not None:
+                self._untold.errors[number] = error
 
     def _end_all(self, lives: SequenceOf[Live], reason: FinishReason, error: BaseException | None = None) -> None:
         """End those that have not ended, nor end because of each other."""
@@ -388,11 +447,17 @@ class Engine:
 
     def _enqueue(self, requests: SequenceOf[Request], on_token: OnToken | None, *, bounded: bool, reported: bool) -> list[Sequence]:
         """Queue all of these requests, or none."""
+        if self._replicas is not None and not self._replicas.leads:
+            raise InvalidInput("this process follows another one, which takes the requests")
+        if self._replicas is not None:
+            self._replicas.check(requests)
         with self._lock:
             taken = [request.id for request in requests if request.id in self._requests]
             raise_offences(f"request {name}: this id is in flight already; choose another one" for name in taken)
             for request in requests if bounded else ():
                 self._bound.check(len(request.prompt), self._clock())
+            if self._replicas is not None:
+                self._untold.arrivals += requests
             return [sequence for request in requests for sequence in self._add(request, on_token, reported)]
 
     def _add(self, request: Request, on_token: OnToken | None, reported: bool) -> list[Sequence]:

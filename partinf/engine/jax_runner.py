@@ -20,18 +20,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
+from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.sharding import device_mesh, put
 from partinf.transformer.batch import Batch, empty_batch, pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
+from partinf.transformer.page_copies import HostPages, compile_put, compile_take
 from partinf.transformer.params import Params
 from partinf.transformer.slots import compile_start, pack_start
-from partinf.transformer.step import Out, abstract_state, compile_step, empty_state
-
-_COPIED_PAGES = 16  # KV pages that one program moves between the cache and host memory
+from partinf.transformer.step import Out, compile_step, empty_state
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class JaxRunner:
         self._in_flight: deque[_Submitted] = deque()
         self._buckets = sorted(plan.buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages))
         self._limits = replace(runner_limits(plan), num_host_pages=num_host_pages)
-        self._copies: _PageCopies | None = None
+        self._host_pages: HostPages | None = None
         self._start_slot: Any = None
         self._state = empty_state(plan, self.mesh, self._unrolled)
 
@@ -119,9 +118,13 @@ class JaxRunner:
                 done += obtained
                 if on_compiled is not None:
                     on_compiled(futures[future], number, len(missing))
-        if self._limits.num_host_pages and self._copies is None:
-            self._copies = _PageCopies(self.plan, self.mesh, self._unrolled)
-            done += Obtained(compiled=2)
+        if self._limits.num_host_pages and self._host_pages is None:
+            programs = []
+            for name, compile_copy in (("take", compile_take), ("put", compile_put)):
+                program, obtained = self._obtain(partial(compile_copy, self.plan, self.mesh, self._unrolled), name, self._unrolled)
+                programs.append(program)
+                done += obtained
+            self._host_pages = HostPages(self.plan, self.mesh, self._unrolled, *programs)
         if self.plan.rich and self._start_slot is None:
             self._start_slot, obtained = self._obtain(partial(compile_start, self.plan, self.mesh), "start")
             done += obtained
@@ -179,19 +182,19 @@ class JaxRunner:
     def reset(self) -> None:
         """Forget what is in flight. The state is made anew: a step that failed may have consumed the donated one."""
         self._in_flight.clear()
-        if self._copies is not None:
-            self._copies.held.clear()
+        if self._host_pages is not None:
+            self._host_pages.clear()
         self._state = empty_state(self.plan, self.mesh, self._unrolled)
 
     def _copy(self, step: Step) -> None:
         """Move pages to host memory and back, in the order of the devices' work; the host does not wait."""
-        if self._copies is None:
+        if self._host_pages is None:
             self.warm_up()
-        assert self._copies is not None, "pages are swapped by a runner without pages of host memory"
+        assert self._host_pages is not None, "pages are swapped by a runner without pages of host memory"
         for copy in step.swap_out:
-            self._copies.out(self._state.kv, copy)
+            self._host_pages.out(self._state.kv, copy.pages, copy.host_pages)
         for copy in step.swap_in:
-            self._state = replace(self._state, kv=self._copies.back(self._state.kv, copy))
+            self._state = replace(self._state, kv=self._host_pages.back(self._state.kv, copy.pages, copy.host_pages))
 
     def _fit(self, step: Step) -> Bucket:
         """The smallest bucket that holds the step."""
@@ -216,64 +219,6 @@ class JaxRunner:
         raise InvalidInput(
             f"no bucket holds {needed}{', sampling' * random}{', rich' * rich}; there are: " + " | ".join(map(str, self._buckets))
         )
-
-
-class _PageCopies:
-    """Two compiled programs that gather pages of the cache and scatter them back, and what is in host memory, by its first page.
-
-    Pages are gathered on every device that holds their heads, so a shard of any batch axis can take them back.
-    """
-
-    def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool) -> None:
-        self.held: dict[int, list[Any]] = {}
-        self._mesh = mesh
-        self._nowhere = plan.cache.pages_per_shard * plan.num_shards
-        axis = 0 if unrolled else 1
-        kv = abstract_state(plan, mesh, unrolled).kv
-        ids = jax.ShapeDtypeStruct((_COPIED_PAGES,), np.int32, sharding=NamedSharding(mesh, P()))
-
-        def gathered(leaf: Any) -> Any:
-            spec = (*leaf.sharding.spec, *(None,) * len(leaf.shape))[: len(leaf.shape)]
-            shape = (*leaf.shape[:axis], _COPIED_PAGES, *leaf.shape[axis + 1 :])
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, P(*spec[:axis], None, *spec[axis + 1 :])))
-
-        where = (slice(None),) * axis
-        pages = jax.tree.map(gathered, kv)
-        shardings = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)  # noqa: E731
-        take = lambda kv, ids: jax.tree.map(lambda a: a.at[(*where, ids)].get(mode="fill", fill_value=0), kv)  # noqa: E731
-        put = lambda kv, ids, new: jax.tree.map(lambda a, b: a.at[(*where, ids)].set(b, mode="drop"), kv, new)  # noqa: E731
-        self._take = jax.jit(take, out_shardings=shardings(pages)).lower(kv, ids).compile()
-        self._put = jax.jit(put, donate_argnums=0, out_shardings=shardings(kv)).lower(kv, ids, pages).compile()
-        self._shardings = shardings(pages)
-        device = mesh.devices.flat[0]
-        kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
-        pinned = lambda sharding: sharding.with_memory_kind("pinned_host")  # noqa: E731
-        self._host = jax.tree.map(pinned, self._shardings) if "pinned_host" in kinds else None
-
-    def out(self, kv: Any, copy: PageCopy) -> None:
-        """Keep these pages in host memory."""
-        for page in copy.host_pages:
-            self.held.pop(page, None)  # of a request that was cancelled while it was there
-        taken = [self._take(kv, ids) for ids in self._ids(copy)]
-        self.held[copy.host_pages[0]] = [
-            jax.device_get(pages) if self._host is None else jax.device_put(pages, self._host) for pages in taken
-        ]
-
-    def back(self, kv: Any, copy: PageCopy) -> Any:
-        """The cache with these pages at their new places."""
-        for ids, pages in zip(self._ids(copy), self.held.pop(copy.host_pages[0]), strict=True):
-            kv = self._put(kv, ids, jax.device_put(pages, self._shardings))
-        return kv
-
-    def _ids(self, copy: PageCopy) -> list[Any]:
-        """The pages in groups of what one program moves; the rest of the last group is out of range, which is read as 0 and not written."""
-        groups = []
-        for first in range(0, len(copy.pages), _COPIED_PAGES):
-            ids = np.full(_COPIED_PAGES, self._nowhere, np.int32)
-            chosen = copy.pages[first : first + _COPIED_PAGES]
-            ids[: len(chosen)] = chosen
-            groups.append(jax.device_put(ids, NamedSharding(self._mesh, P())))
-        return groups
 
 
 def _fits_prefill(step: Step, bucket: Bucket, limits: RunnerLimits) -> bool:

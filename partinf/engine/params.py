@@ -18,6 +18,14 @@ def _whole(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
+def is_unicode(value: Any) -> bool:
+    """Whether it is text that can be written down: half of a surrogate pair cannot."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _seed(value: Any) -> bool:
     return _whole(value, 0) and value <= MAX_SEED
 
@@ -111,7 +119,7 @@ class SamplingParams:
             ("logit_bias", _biases(self.logit_bias), f"at most {MAX_BIASES} token ids, each once, with values from -100 to 100"),
             ("n", _whole(self.n, 1) and self.n <= MAX_SAMPLES, f"a whole number from 1 to {MAX_SAMPLES}"),
             ("seed", self.seed is None or _seed(self.seed), f"a whole number from 0 to {MAX_SEED}, or None"),
-            ("stop", _all_of(self.stop, lambda text: isinstance(text, str) and text != ""), "strings that are not empty"),
+            ("stop", _all_of(self.stop, lambda text: is_unicode(text) and text != ""), "strings that are not empty"),
             ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: _whole(token, 0)), "token ids, at least 0"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
             ("logprobs", isinstance(self.logprobs, bool), "True or False"),
@@ -122,7 +130,7 @@ class SamplingParams:
             ),
             ("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False"),
             ("timeout", self.timeout is None or (_finite(self.timeout) and self.timeout > 0), "seconds, greater than 0, or None"),
-            ("priority", _whole(self.priority, -MAX_SEED), "a whole number"),
+            ("priority", _whole(self.priority, -MAX_SEED) and self.priority <= MAX_SEED, f"a whole number from {-MAX_SEED} to {MAX_SEED}"),
         )
         return [f"{name} = {getattr(self, name)!r}; valid: {valid}" for name, fine, valid in checks if not fine]
 

@@ -1,8 +1,4 @@
-"""Several processes as one: joining them, and starting them on this machine.
-
-A process finds the others by PARTINF_COORDINATOR (host:port of process 0), PARTINF_NUM_PROCESSES and PARTINF_PROCESS_ID; without them,
-as jax finds them itself on a TPU pod. On CPU their collectives go over Gloo.
-"""
+"""Starting several processes on this machine that join as one (`partinf.hosts.join`); on CPU their collectives go over Gloo."""
 
 from __future__ import annotations
 
@@ -16,24 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-_NAMES = ("PARTINF_COORDINATOR", "PARTINF_NUM_PROCESSES", "PARTINF_PROCESS_ID")
+from partinf.hosts.job import NAMES
 
 
 class ProcessFailed(RuntimeError):
     """One of the processes ended with an error, or they did not end in time."""
-
-
-def join() -> None:
-    """Join this process with the others, before jax looks for devices."""
-    import jax
-
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if _NAMES[0] in os.environ:
-        address, count, number = (os.environ[name] for name in _NAMES)
-        jax.distributed.initialize(address, int(count), int(number))
-    else:
-        jax.distributed.initialize()
 
 
 def run_local(command: Sequence[str], count: int, devices: int, results: Path, timeout: float) -> None:
@@ -47,13 +30,13 @@ def run_local(command: Sequence[str], count: int, devices: int, results: Path, t
     Raises:
         ProcessFailed: with the last lines of what the first failed process wrote to stderr.
     """
-    address = f"localhost:{_free_port()}"
+    address = f"localhost:{free_port()}"
     processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as files:
         folder = Path(name)
         try:
             for number in range(count):
-                environment = os.environ | dict(zip(_NAMES, (address, str(count), str(number)), strict=True))
+                environment = os.environ | dict(zip(NAMES, (address, str(count), str(number)), strict=True))
                 environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PARTINF_RESULTS": str(results)}
                 out, err = (files.enter_context((folder / f"{kind}-{number}").open("wb")) for kind in ("out", "err"))
                 processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True))
@@ -81,7 +64,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from partinf.engine.engine import Engine
 from partinf.engine.request import FinishReason, RequestOutput, SamplingParams, TokenEvent
 from partinf.errors import InvalidInput, raise_offences
+from partinf.hosts import JobEnded
 
 logger = logging.getLogger("partinf.serve")
 
@@ -145,6 +146,8 @@ class EngineThread:
             outputs: list[RequestOutput] = []
             try:
                 outputs = self.engine.step()
+            except JobEnded:  # and with it part of the model
+                raise
             except Exception as error:  # the engine has ended every request that it concerns; the next step returns them
                 log_failure("an iteration failed", error)
             # The engine calls `append` in this thread, inside `step`.

@@ -1,108 +1,18 @@
-"""Several processes: the others run the very steps of the first, and end with it."""
+"""One server over several processes."""
 
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from partinf.engine import Engine, FakeRunner, FinishReason, SamplingParams
-from partinf.engine.step import Step
-from partinf.errors import InvalidInput
-from partinf.serve.processes import FollowerLost, Leader, Processes, follow
-from tests.serve.support import LIMITS
 from tests.serve.test_life import BODY, process
-
-
-class Recorder(FakeRunner):
-    """Counts what is still to be collected, and how often it was reset."""
-
-    def __init__(self) -> None:
-        super().__init__(LIMITS)
-        self.most = self.resets = 0
-
-    def submit(self, step: Step) -> None:
-        super().submit(step)
-        self.most = max(self.most, len(self._done))
-
-    def reset(self) -> None:
-        super().reset()
-        self.resets += 1
-
-
-def followed() -> tuple[Leader, FakeRunner, Recorder, threading.Thread]:
-    here, there = socket.socketpair()
-    runner, other = FakeRunner(LIMITS), Recorder()
-    thread = threading.Thread(target=follow, args=(other, there))
-    thread.start()
-    return Leader(runner, [here]), runner, other, thread
-
-
-def test_followers_run_the_same_steps() -> None:
-    leader, runner, other, thread = followed()
-    engine, rng = Engine(leader, lag=1, prefix_caching=True), random.Random(0)
-    prompts = [rng.choices(range(96), k=rng.randint(1, 90)) for _ in range(40)]
-    params = [
-        SamplingParams(max_tokens=rng.randint(1, 20), temperature=rng.choice([0.0, 1.0]), n=rng.choice([1, 1, 3]), presence_penalty=p)
-        for p in rng.choices([0.0, 1.0], k=40)
-    ]
-    engine.generate(prompts, params)
-    leader.close()
-    thread.join(10)
-    assert not thread.is_alive()
-    assert other.steps == runner.steps
-    assert len(runner.steps) > 50
-    assert other.most <= 8
-    assert other.resets == 0
-
-
-def test_a_step_that_fails_is_forgotten_everywhere() -> None:
-    leader, runner, other, thread = followed()
-    engine = Engine(leader, lag=1)
-    broken = iter([True])
-
-    def submit(step: Step) -> None:
-        if len(runner.steps) == 3 and next(broken, False):
-            raise OSError("device lost")
-        FakeRunner.submit(runner, step)
-
-    runner.submit = submit  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="device lost"):
-        engine.generate([[1, 2]], SamplingParams(max_tokens=9))
-    assert len(engine.generate([[1, 2]], SamplingParams(max_tokens=9))[0].tokens) == 9
-    leader.close()
-    thread.join(10)
-    assert other.resets == 1
-
-
-def test_a_lost_follower_is_no_matter_of_one_request() -> None:
-    here, there = socket.socketpair()
-    engine = Engine(Leader(FakeRunner(LIMITS), [here]))
-    engine.add_request([1], SamplingParams(max_tokens=9))
-    there.close()
-    with pytest.raises(FollowerLost):
-        engine.step()
-    assert [output.finish_reason for output in engine.step()] == [FinishReason.FAILED]
-    here.close()
-
-
-def test_what_a_job_must_say() -> None:
-    assert Processes.of(None, None, None) == Processes()
-    assert Processes.of("host:9000", 4, 3) == Processes("host", 9000, 4, 3)
-    assert Processes.of("[::1]:9000", 2, 0).host == "::1"
-    with pytest.raises(InvalidInput) as error:
-        Processes.of("host", None, 7)
-    assert len(error.value.offences) == 2
-    with pytest.raises(InvalidInput, match=r"valid: 0\.\.1"):
-        Processes.of("host:1", 2, 2)
 
 
 @pytest.mark.slow

@@ -119,8 +119,9 @@ def _evictable(sequence: Request) -> bool:
 class AheadSwapper:
     """Proactive swapping (FastServe, section 4.3): pages move before they are needed, no faster than the link carries them.
 
-    A reserve of pages is kept free for bursts; whoever is expected to run last leaves for it, and for those in host memory that are
-    expected to run first. A step never waits for a copy, because nobody runs in the iteration that brings its pages.
+    A reserve of pages is kept free for bursts; whoever is expected to run last leaves for it, for those in host memory that are expected to
+    run first, and where no slot is free for anybody who is expected to run earlier. A step never waits for a copy, because nobody runs in
+    the iteration that brings its pages.
     """
 
     def __init__(self, pages: Pages) -> None:
@@ -142,7 +143,11 @@ class AheadSwapper:
         places = {id(one): place for place, one in enumerate(by_next_time)}
         if coming and resident and places[id(resident[-1])] > places[id(coming[0])]:
             wanted += len(coming[0].host_pages) + 1
-        while resident and batch.free_pages() < wanted and self._credit > 0:
+        outside = [places[id(one)] for one in by_next_time if one.status in (Status.WAITING, Status.SWAPPED)]
+        while resident and self._credit > 0:
+            slot_wanted = batch.free_slots == 0 and min(outside, default=len(places)) < places[id(resident[-1])]
+            if batch.free_pages() >= wanted and not slot_wanted:
+                break
             victim = resident.pop()
             if not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
                 break  # computing again is for those who need room now

@@ -1,0 +1,156 @@
+"""Real processes, each with a part of the devices: the answers of one, and an end for all when one of them is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from partinf.hosts.job import NAMES
+from partinf.runs.together import free_port
+from tests.hosts import worker
+
+COUNT = 18
+BOUNDS = {"silence": 4.0, "stall": 20.0, "grace": 1.0}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled steps, which the first job makes and the others load."""
+    return tmp_path_factory.mktemp("executables")
+
+
+class LocalJob:
+    """Processes of one job on this machine; all devices together are eight."""
+
+    def __init__(self, root: Path, folder: Path, cache: Path, count: int, what: str, **options: object) -> None:
+        self.folder, self.count = folder, count
+        address = f"127.0.0.1:{free_port()}"
+        command = [sys.executable, "-m", "tests.hosts.worker", what, json.dumps({"bounds": BOUNDS, **options})]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for index in range(count):
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+            environment |= dict(zip(NAMES, (address, str(count), str(index)), strict=True))
+            environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(8 // count), "PYTHONPATH": str(root)}
+            environment |= {"PARTINF_RESULTS": str(folder), "PARTINF_CACHE_DIR": str(cache)}
+            with (folder / f"said-{index}").open("wb") as said:
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said, cwd=root))
+
+    def wait_ready(self, seconds: float = 240.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not all((self.folder / f"ready-{index}").exists() for index in range(self.count)):
+            assert time.monotonic() < deadline, self.said()
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.05)
+
+    def wait(self, seconds: float, but: int | None = None) -> list[int | None]:
+        """The exit codes, once all but one have ended."""
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for index, process in enumerate(self.processes) if index != but):
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+        return [process.poll() for process in self.processes]
+
+    def said(self, index: int | None = None) -> str:
+        chosen = range(self.count) if index is None else [index]
+        return "\n".join(f"{number}: {(self.folder / f'said-{number}').read_text(errors='replace')[-3000:]}" for number in chosen)
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def start(root: Path, tmp_path: Path, cache: Path) -> Iterator[Callable[..., LocalJob]]:
+    made: list[LocalJob] = []
+
+    def job(count: int, what: str, **options: object) -> LocalJob:
+        made.append(LocalJob(root, tmp_path, cache, count, what, **options))
+        return made[-1]
+
+    yield job
+    for each in made:
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, object]:
+    """The answers of one process that has all devices."""
+    return worker.answer(worker.make_engine(None), COUNT)
+
+
+def compare(found: dict, alone: dict) -> None:
+    """Every answer that came to its end is the same; a cancelled one is how far it came."""
+    assert found["answers"].keys() == alone["answers"].keys()
+    for name, (reason, tokens) in found["answers"].items():
+        expected_reason, expected = alone["answers"][name]
+        shorter = min(len(tokens), len(expected))
+        assert tokens[:shorter] == expected[:shorter], name
+        if "cancelled" not in (reason, expected_reason):
+            assert (reason, tokens) == (expected_reason, expected), name
+
+
+def check_answers(job: LocalJob, alone: dict) -> None:
+    codes = job.wait(300)
+    assert codes == [0] * job.count, job.said()
+    found = json.loads((job.folder / "answers.json").read_text())
+    compare(found, alone)
+    assert found["swaps"] > 0
+    assert found["cached"] > 0
+    assert found["cancelled"] > 0
+
+
+def test_two_processes_give_the_answers_of_one(start: Callable[..., LocalJob], alone: dict) -> None:
+    check_answers(start(2, "answer", requests=COUNT), alone)
+
+
+@pytest.mark.slow
+def test_four_processes_give_the_answers_of_one(start: Callable[..., LocalJob], alone: dict) -> None:
+    check_answers(start(4, "answer", requests=COUNT), alone)
+
+
+def ends_everywhere(job: LocalJob, index: int, number: signal.Signals) -> None:
+    """A process that gets this signal is named by the others, which end within half a minute."""
+    job.wait_ready()
+    time.sleep(1.0)  # into the middle of it
+    os.kill(job.processes[index].pid, number)
+    codes = job.wait(30, but=index)
+    why = "has ended" if number is signal.SIGKILL else "was silent for 4 s"
+    for other in set(range(job.count)) - {index}:
+        said = job.said(other)
+        if index == 0 and codes[other] == -signal.SIGABRT:  # jax holds a connection to process 0 too, and is sometimes faster
+            assert "the JAX distributed service detected fatal errors" in said, said
+            continue
+        assert codes[other] == 1, said
+        assert f"the job ends: process {index} (" in said, said
+        assert why in said, said
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_process_that_is_gone_ends_the_other(start: Callable[..., LocalJob], number: signal.Signals) -> None:
+    ends_everywhere(start(2, "serve"), 1, number)
+
+
+def test_a_process_that_disagrees_ends_both(start: Callable[..., LocalJob]) -> None:
+    job = start(2, "serve", wrong=1)
+    codes = job.wait(240)
+    assert codes == [1, 1], job.said()
+    for index in range(2):
+        assert "disagrees: its schedule differs from that of process 0" in job.said(index), job.said()
+        assert "the job ends: process 1 (" in job.said(index), job.said()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_any_of_four_processes_ends_all(start: Callable[..., LocalJob], number: signal.Signals, index: int) -> None:
+    ends_everywhere(start(4, "serve"), index, number)
