@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from partinf.hosts.job import NAMES
+from partinf.resources import find
 from partinf.runs.together import free_port
 from tests.hosts import worker
 
@@ -107,6 +108,9 @@ def check_answers(job: LocalJob, alone: dict) -> None:
     assert found["swaps"] > 0
     assert found["cached"] > 0
     assert found["cancelled"] > 0
+    stored = (find("models", "demo") / "model.safetensors").stat().st_size
+    read = [int((job.folder / f"read-{index}").read_text()) for index in range(job.count)]
+    assert max(read) < 1.1 * stored / job.count, f"processes read {read} of {stored} bytes"
 
 
 def test_two_processes_give_the_answers_of_one(start: Callable[..., LocalJob], alone: dict) -> None:

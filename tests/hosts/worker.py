@@ -1,7 +1,7 @@
 """One process of a job that serves the demo model; started by the tests of this folder.
 
 Arguments: what to do, then options as JSON. $PARTINF_RESULTS is a folder: process I writes `ready-I` once its first answers are there, and
-process 0 the answers to `answers.json`.
+process 0 the answers to `answers.json`; `read-I` holds the bytes of weights that it read.
 """
 
 from __future__ import annotations
@@ -96,9 +96,23 @@ def answer(engine: Any, count: int) -> dict[str, Any]:
     return {"answers": found, "swaps": engine.metrics.swap_outs, "cached": engine.metrics.cached_tokens, "cancelled": cancelled}
 
 
+def note_bytes_read(index: int) -> None:
+    """Let the reader of weights write down how much it has read."""
+    from partinf.checkpoint.safetensors_files import TensorReader
+
+    leave = TensorReader.__exit__
+
+    def noted(reader: TensorReader, *error: Any) -> None:
+        (RESULTS / f"read-{index}").write_text(str(reader.bytes_read))
+        leave(reader, *error)
+
+    TensorReader.__exit__ = noted  # type: ignore[method-assign]
+
+
 def main() -> None:
     what, options = sys.argv[1], json.loads(sys.argv[2])
     group = hosts.join(bounds=hosts.Bounds(**options.get("bounds", {})))
+    note_bytes_read(group.index)
     engine = make_engine(group)
     if options.get("wrong") == group.index:
         engine._scheduler.pool._free_pages[0].reverse()  # the same requests, other pages
