@@ -195,15 +195,15 @@ class BatchBuilder:
         return copy is not None
 
     def swap_in(self, sequence: Sequence) -> bool:
-        """Bring a swapped sequence back, with room for its next token, or for the rest of its prompt; it need not run in this iteration."""
+        """Bring a swapped sequence back to the shard from which it came, with room for its next token, or for the rest of its prompt; it
+        need not run in this iteration."""
         if sequence.in_flight:  # its last token is known when that step is committed
             return False
         needed = max(sequence.prefill_len, min(sequence.num_scheduled + 1, sequence.max_positions))
         num_pages = max(self.limits.pages_for(needed), len(sequence.host_pages))
-        shard = self._scheduler.pool.choose_shard(num_pages, range(self.limits.num_shards), crowd=True)
-        if shard is None:
+        if self._scheduler.pool.choose_shard(num_pages, (sequence.home,), crowd=True) is None:
             return False
-        self._copies[1].append(self._scheduler.swap_in(sequence, num_pages, shard))
+        self._copies[1].append(self._scheduler.swap_in(sequence, num_pages))
         self._taken.add(sequence.request.number)
         return True
 

@@ -37,6 +37,7 @@ class FakeRunner:
         self._host: dict[tuple[int, int], tuple[int, int]] = {}  # the same in host memory
         self._last: dict[int, int] = {}  # slot → token sampled last
         self._counted: dict[int, tuple[SlotStart, list[int]]] = {}  # slot → how it started, and what it has counted since
+        self._homes: dict[int, int] = {}  # of pages in host memory, the shard that they left
         self._done: deque[StepOutput] = deque()
         self.steps: list[Step] = []
 
@@ -76,6 +77,10 @@ class FakeRunner:
     def _copy(self, step: Step) -> None:
         for copies, source, target in ((step.swap_out, self._kv, self._host), (step.swap_in, self._host, self._kv)):
             for copy in copies:
+                if source is self._kv:
+                    self._homes.update(dict.fromkeys(copy.host_pages, copy.shard))
+                elif any(self._homes.get(page) != copy.shard for page in copy.host_pages):
+                    raise ValueError(f"host pages {copy.host_pages} come back to shard {copy.shard}, from which they did not leave")
                 ends = (copy.pages, copy.host_pages) if source is self._kv else (copy.host_pages, copy.pages)
                 for here, there in zip(*ends, strict=True):
                     for offset in range(self._limits.page_size):
@@ -159,7 +164,12 @@ class FakeRunner:
         return problems
 
     def _page_problems(self, step: Step) -> list[str]:
-        limits, problems = self._limits, []
+        limits = self._limits
+        problems = [
+            f"pages {copy.pages} are not all of shard {copy.shard}"
+            for copy in (*step.swap_out, *step.swap_in)
+            if any(page // limits.pages_per_shard != copy.shard for page in copy.pages)
+        ]
         writers: dict[int, int] = {}
         rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
         for row in rows:

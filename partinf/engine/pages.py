@@ -112,16 +112,17 @@ class PagePool:
             return None
         host_pages = [self._free_host_pages.pop() for _ in range(used)]
         copy = PageCopy(tuple(sequence.pages[:used]), tuple(host_pages), sequence.shard)
+        sequence.home = sequence.shard
         self.free(sequence)
         sequence.host_pages = host_pages
         return copy
 
-    def swap_in(self, sequence: Sequence, num_pages: int, shard: int) -> PageCopy:
-        """The way back, to a shard that `choose_shard` named. The host's pages are free once the step has been put together."""
+    def swap_in(self, sequence: Sequence, num_pages: int) -> PageCopy:
+        """The way back, home, where `choose_shard` has found room. The host's pages are free once the step has been put together."""
         host_pages, sequence.host_pages = sequence.host_pages, []
-        self.allocate(sequence, num_pages, shard)
+        self.allocate(sequence, num_pages, sequence.home)
         self._leaving_host_pages += reversed(host_pages)
-        return PageCopy(tuple(sequence.pages[: len(host_pages)]), tuple(host_pages), shard)
+        return PageCopy(tuple(sequence.pages[: len(host_pages)]), tuple(host_pages), sequence.shard)
 
     def step_is_built(self) -> None:
         """What the step reads from host memory may be overwritten by the next one."""

@@ -92,6 +92,7 @@ class Sequence:
     Attributes:
         tokens: the prompt, then every token sampled so far. pieces: the text given out so far, in pieces.
         slot, shard: the lane and the shard that owns the pages; -1 while it holds none.
+        home: the shard from which its pages went to host memory, and to which they come back.
         digests: of the token prefixes that fill whole pages, made as they are needed.
         pages: global page ids, in the order of positions. host_pages: places in host memory while it is swapped out.
         max_positions: positions that get K/V at most.
@@ -116,6 +117,7 @@ class Sequence:
     status: Status = Status.WAITING
     slot: int = -1
     shard: int = -1
+    home: int = -1
     pages: list[int] = field(default_factory=list)
     host_pages: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)

@@ -80,9 +80,9 @@ class Scheduler:
         sequence.status = Status.SWAPPED
         return copy
 
-    def swap_in(self, sequence: Sequence, num_pages: int, shard: int) -> PageCopy:
-        """Make a swapped sequence resident again, on a shard that has so many pages."""
-        copy = self.pool.swap_in(sequence, num_pages, shard)
+    def swap_in(self, sequence: Sequence, num_pages: int) -> PageCopy:
+        """Make a swapped sequence resident again, on its home shard, which has so many pages."""
+        copy = self.pool.swap_in(sequence, num_pages)
         del self.swapped[sequence.request.number]
         self.running[sequence.request.number] = sequence
         self.metrics.swapped_in_pages += len(copy.pages)

@@ -114,7 +114,7 @@ class PageCopy(NamedTuple):
     """KV pages of one sequence that move between the device and host memory, page by page in the same order.
 
     Attributes:
-        pages: global page ids. host_pages: places in host memory, 0..num_host_pages - 1. shard: owner of the pages.
+        pages: global page ids. host_pages: places in host memory, 0..num_host_pages - 1. shard: owner of the pages, the same both ways.
     """
 
     pages: tuple[int, ...]

@@ -1,7 +1,9 @@
 """KV pages between the devices and host memory: two compiled programs, and what is kept.
 
-Pages are gathered on every device that holds their heads, so a shard of any batch axis can take them back. Each process keeps what its own
-devices hold, once. Copies happen in the order of the devices' work; with memory that devices can reach (`pinned_host`) nobody waits.
+Pages leave from the shard of the batch axes that owns them and come back to it: nothing crosses the mesh, and every process keeps what its
+own devices own, once. All processes run the same two programs; the devices of other shards read nothing (their ids are out of range) and
+what they hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach (`pinned_host`)
+nobody waits for them.
 """
 
 from __future__ import annotations
@@ -11,29 +13,40 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.plans import Plan
 from partinf.sharding import put
 from partinf.transformer.step import abstract_state
 
-PAGES = 16  # that one program moves
+PAGES = 16  # of a shard that one program moves
 _NOWHERE = np.iinfo(np.int32).max  # a page that there is not: read as 0 and not written
 
 
 def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [PAGES]) → these pages of every layer, on all batch shards."""
-    kv, pages, where = _shapes(plan, mesh, unrolled)
-    take = lambda kv, ids: jax.tree.map(lambda a: a.at[(*where, ids)].get(mode="fill", fill_value=0), kv)  # noqa: E731
-    return jax.jit(take, out_shardings=_shardings(pages)).lower(kv, _ids(mesh)).compile()
+    """(cache, ids [shards, PAGES]) → these pages of every shard and layer; ids are local to the shard."""
+    shapes = _Shapes(plan, mesh, unrolled)
+
+    def take(kv: Any, ids: jax.Array) -> Any:
+        return jax.tree.map(lambda array: array.at[(*shapes.where, ids[0])].get(mode="fill", fill_value=0), kv)
+
+    in_specs = (_specs(shapes.kv), shapes.ids.sharding.spec)
+    local = jax.shard_map(take, mesh=mesh, in_specs=in_specs, out_specs=_specs(shapes.pages), check_vma=False)
+    return jax.jit(local, out_shardings=_shardings(shapes.pages)).lower(shapes.kv, shapes.ids).compile()
 
 
 def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [PAGES], pages) → the cache with these pages at their places; the old one is given up."""
-    kv, pages, where = _shapes(plan, mesh, unrolled)
-    put_back = lambda kv, ids, new: jax.tree.map(lambda a, b: a.at[(*where, ids)].set(b, mode="drop"), kv, new)  # noqa: E731
-    return jax.jit(put_back, donate_argnums=0, out_shardings=_shardings(kv)).lower(kv, _ids(mesh), pages).compile()
+    """(cache, ids [shards, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
+    shapes = _Shapes(plan, mesh, unrolled)
+
+    def put_back(kv: Any, ids: jax.Array, new: Any) -> Any:
+        return jax.tree.map(lambda array, pages: array.at[(*shapes.where, ids[0])].set(pages, mode="drop"), kv, new)
+
+    in_specs = (_specs(shapes.kv), shapes.ids.sharding.spec, _specs(shapes.pages))
+    local = jax.shard_map(put_back, mesh=mesh, in_specs=in_specs, out_specs=_specs(shapes.kv), check_vma=False)
+    compiled = jax.jit(local, donate_argnums=0, out_shardings=_shardings(shapes.kv))
+    return compiled.lower(shapes.kv, shapes.ids, shapes.pages).compile()
 
 
 class HostPages:
@@ -45,29 +58,41 @@ class HostPages:
             take, put_back: from `compile_take` and `compile_put`.
         """
         self._take, self._put = take, put_back
-        self._held: dict[int, list[Any]] = {}
-        self._everywhere = NamedSharding(mesh, P())
-        self._shardings = _shardings(_shapes(plan, mesh, unrolled)[1])
+        self._held: dict[int, list[list[_Part]]] = {}
+        self._shapes = _Shapes(plan, mesh, unrolled)
+        self._num_shards, self._per_shard = plan.num_shards, plan.cache.pages_per_shard
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
-        pinned = lambda sharding: sharding.with_memory_kind("pinned_host")  # noqa: E731
-        self._pinned = jax.tree.map(pinned, self._shardings) if "pinned_host" in kinds else None
+        self._pinned = "pinned_host" in kinds
+        leaves, self._tree = jax.tree.flatten(self._shapes.pages)
+        # What devices of other shards are given with the pages of one: their own blank, made once.
+        self._blanks = [
+            {d: jax.device_put(np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), d) for d in mesh.local_devices}
+            for leaf in leaves
+        ]
+        self._leaves = leaves
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this process keeps."""
+        return sum(part.num_bytes for groups in self._held.values() for group in groups for part in group)
 
     def out(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> None:
-        """Keep these pages."""
+        """Keep these pages, all of one shard; their ids are global."""
         for page in host_pages:
             self._held.pop(page, None)  # of a request that was cancelled while it was there
-        taken = [self._take(kv, ids) for ids in self._groups(pages)]
-        self._held[host_pages[0]] = [
-            jax.tree.map(_Kept, group) if self._pinned is None else jax.device_put(group, self._pinned) for group in taken
-        ]
+        shard, groups = pages[0] // self._per_shard, []
+        for ids in self._groups(pages):
+            taken = jax.tree.leaves(self._take(kv, ids))
+            groups.append([_Part(array, self._of(array, shard), self._pinned) for array in taken])
+        self._held[host_pages[0]] = groups
 
     def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> Any:
-        """The cache with these pages at their new places."""
+        """The cache with these pages at their new places, on the same shard as before."""
         for ids, group in zip(self._groups(pages), self._held.pop(host_pages[0]), strict=True):
-            kept = self._pinned is None
-            new = jax.tree.map(_Kept.restored, group, self._shardings) if kept else jax.device_put(group, self._shardings)
-            kv = self._put(kv, ids, new)
+            parts = zip(group, self._leaves, self._blanks, strict=True)
+            new = [part.restored(leaf.shape, leaf.sharding, blanks) for part, leaf, blanks in parts]
+            kv = self._put(kv, ids, jax.tree.unflatten(self._tree, new))
         return kv
 
     def clear(self) -> None:
@@ -75,46 +100,66 @@ class HostPages:
         self._held.clear()
 
     def _groups(self, pages: Sequence[int]) -> list[jax.Array]:
-        """The pages in groups of what one program moves."""
-        groups = []
+        """The pages in groups of what one program moves, as ids of their shard; other shards have none."""
+        shard, groups = pages[0] // self._per_shard, []
         for first in range(0, len(pages), PAGES):
-            ids = np.full(PAGES, _NOWHERE, np.int32)
-            chosen = pages[first : first + PAGES]
-            ids[: len(chosen)] = chosen
-            groups.append(put(ids, self._everywhere))
+            ids = np.full((self._num_shards, PAGES), _NOWHERE, np.int32)
+            chosen = np.asarray(pages[first : first + PAGES]) - shard * self._per_shard
+            ids[shard, : len(chosen)] = chosen
+            groups.append(put(ids, self._shapes.ids.sharding))
         return groups
 
-
-class _Kept:
-    """This process's part of an array, each different shard once."""
-
-    def __init__(self, array: jax.Array) -> None:
-        self._shape = array.shape
-        self._parts: dict[str, np.ndarray] = {}
-        for shard in array.addressable_shards:
-            if str(shard.index) not in self._parts:
-                self._parts[str(shard.index)] = np.asarray(shard.data)
-
-    def restored(self, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(self._shape, sharding, lambda index: self._parts[str(index)])
+    def _of(self, array: jax.Array, shard: int) -> list[Any]:
+        """The shards of an array that hold pages of this shard of the batch axes."""
+        axis = len(self._shapes.where)
+        return [each for each in array.addressable_shards if (each.index[axis].start or 0) == shard * PAGES]
 
 
-def _shapes(plan: Plan, mesh: Mesh, unrolled: bool) -> tuple[Any, Any, tuple[slice, ...]]:
-    """The cache, its pages that one program moves, and where their axis is: behind that of the layers, if there is one."""
-    axis = 0 if unrolled else 1
-    kv = abstract_state(plan, mesh, unrolled).kv
+class _Part:
+    """This process's part of the pages of one leaf, each different piece once."""
 
-    def gathered(leaf: Any) -> Any:
-        spec = (*leaf.sharding.spec, *(None,) * len(leaf.shape))[: len(leaf.shape)]
-        shape = (*leaf.shape[:axis], PAGES, *leaf.shape[axis + 1 :])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, P(*spec[:axis], None, *spec[axis + 1 :])))
+    def __init__(self, array: jax.Array, shards: list[Any], pinned: bool) -> None:
+        self._pieces: dict[str, Any] = {}
+        self._places = {each.device: str(each.index) for each in shards}
+        for each in shards:
+            if str(each.index) not in self._pieces:
+                host = SingleDeviceSharding(each.device, memory_kind="pinned_host") if pinned else None
+                self._pieces[str(each.index)] = np.asarray(each.data) if host is None else jax.device_put(each.data, host)
 
-    return kv, jax.tree.map(gathered, kv), (slice(None),) * axis
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.nbytes for piece in self._pieces.values())
+
+    def restored(self, shape: tuple[int, ...], sharding: NamedSharding, blanks: dict[Any, jax.Array]) -> jax.Array:
+        """The array again; devices of other shards have blanks."""
+        ours = {device: jax.device_put(self._pieces[place], SingleDeviceSharding(device)) for device, place in self._places.items()}
+        return jax.make_array_from_single_device_arrays(shape, sharding, [ours.get(device, blank) for device, blank in blanks.items()])
 
 
-def _ids(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((PAGES,), np.int32, sharding=NamedSharding(mesh, P()))
+class _Shapes:
+    """The cache, the pages that one program moves, and the ids, as `jax.ShapeDtypeStruct`s with shardings.
+
+    Attributes:
+        where: what comes before the index of a page: the axis of the layers, if there is one.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool) -> None:
+        axis = 0 if unrolled else 1
+        self.where = (slice(None),) * axis
+        self.kv = abstract_state(plan, mesh, unrolled).kv
+        first = jax.tree.leaves(self.kv)[0].sharding.spec
+        self.ids = jax.ShapeDtypeStruct((plan.num_shards, PAGES), np.int32, sharding=NamedSharding(mesh, P(first[axis], None)))
+
+        def some_pages(leaf: Any) -> Any:
+            shape = (*leaf.shape[:axis], plan.num_shards * PAGES, *leaf.shape[axis + 1 :])
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+        self.pages = jax.tree.map(some_pages, self.kv)
 
 
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)

@@ -97,18 +97,26 @@ def _short_of_pages(batch: BatchBuilder, sequence: Request) -> bool:
 
 
 def _make_room(batch: BatchBuilder, sequence: Request, victims: list[Request], better: Sequence[Request], pages: Pages) -> bool:
-    """Evict the worst ranked one by one until the sequence runs; False when nobody ranked below it is left."""
-    spared = {id(one) for one in better}
-    while victims:
-        if id(victims[-1]) in spared:
-            return False
+    """Evict the worst ranked one by one until the sequence runs; False when nobody ranked below it is left. Those who live elsewhere are
+    spared by one that must run on a certain shard, unless it is a slot that is missing."""
+    spared, shard, elsewhere = {id(one) for one in better}, _needed_shard(sequence), list[Request]()
+    made = False
+    while victims and not made and id(victims[-1]) not in spared:
         victim = victims.pop()
-        if not _evictable(victim) or batch.taken(victim):
-            continue
-        pages.evict(batch, victim)
-        if _bring(batch, sequence, pages):
-            return True
-    return False
+        if shard is not None and victim.shard != shard and (sequence.status is Status.RUNNING or batch.free_slots):
+            elsewhere.append(victim)
+        elif _evictable(victim) and not batch.taken(victim):
+            pages.evict(batch, victim)
+            made = _bring(batch, sequence, pages)
+    victims.extend(reversed(elsewhere))
+    return made
+
+
+def _needed_shard(sequence: Request) -> int | None:
+    """The one shard on which it can run, if it has or had pages there."""
+    if sequence.status is Status.SWAPPED:
+        return sequence.home
+    return sequence.shard if sequence.status is Status.RUNNING else None
 
 
 def _evictable(sequence: Request) -> bool:
@@ -137,27 +145,28 @@ class AheadSwapper:
         """
         self._earn(batch.now)
         reserve = int(self._pages.reserve * batch.limits.pages_per_shard * batch.limits.num_shards)
-        wanted = reserve
         coming = [one for one in by_next_time if one.status is Status.SWAPPED and not one.in_flight]
         resident = [one for one in by_next_time if _evictable(one) and not batch.taken(one) and not one.in_flight]
         places = {id(one): place for place, one in enumerate(by_next_time)}
-        if coming and resident and places[id(resident[-1])] > places[id(coming[0])]:
-            wanted += len(coming[0].host_pages) + 1
-        outside = [places[id(one)] for one in by_next_time if one.status in (Status.WAITING, Status.SWAPPED)]
-        while resident and self._credit > 0:
-            slot_wanted = batch.free_slots == 0 and min(outside, default=len(places)) < places[id(resident[-1])]
-            if batch.free_pages() >= wanted and not slot_wanted:
-                break
-            victim = resident.pop()
-            if not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
+        outside = min((places[id(one)] for one in by_next_time if one.status in (Status.WAITING, Status.SWAPPED)), default=len(places))
+        first = coming[0] if coming and resident and places[id(resident[-1])] > places[id(coming[0])] else None
+        for victim in reversed(resident):
+            leaves = batch.free_pages() < reserve or (batch.free_slots == 0 and outside < places[id(victim)])
+            if not leaves and first is not None and places[id(first)] < places[id(victim)]:
+                needed = len(first.host_pages) + 1
+                leaves = batch.free_pages() < reserve + needed
+                leaves = leaves or (victim.shard == first.home and batch.free_pages(first.home) < needed)
+            if not leaves:
+                continue
+            if self._credit <= 0 or not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
                 break  # computing again is for those who need room now
             self._credit -= len(victim.host_pages)
         for sequence in coming:
-            if batch.free_pages() - len(sequence.host_pages) - 1 < reserve or self._credit <= 0:
+            num_pages = len(sequence.host_pages)
+            if not batch.free_slots or self._credit <= 0 or batch.free_pages() - num_pages - 1 < reserve:
                 break
-            self._credit -= len(sequence.host_pages)
-            if not batch.swap_in(sequence):
-                break
+            if batch.swap_in(sequence):
+                self._credit -= num_pages
 
     def _earn(self, now: float) -> None:
         """Pages that the link has carried since the last iteration may be followed by as many."""

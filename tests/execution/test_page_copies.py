@@ -1,0 +1,55 @@
+"""KV pages to host memory and back: on the shard that owns them, and only there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from partinf.hardware import parse_slice
+from partinf.layout import make_layout
+from partinf.model_config import ModelConfig
+from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.sharding import device_mesh
+from partinf.transformer.page_copies import PAGES, HostPages, compile_put, compile_take
+from partinf.transformer.step import abstract_state
+from partinf.workload import DType
+
+MODEL = ModelConfig("tiny", 2, 16, 16, 4, 2, 4, 32, max_len=256)
+PER_SHARD = 24
+
+
+@pytest.mark.parametrize("kv_dtype", [DType.F32, DType.INT8])
+@pytest.mark.parametrize("unrolled", [True, False])
+def test_pages_come_back_to_their_shard(kv_dtype: DType, unrolled: bool) -> None:
+    """Two shards of requests, heads split in two, a third axis that holds copies; more pages than one program moves."""
+    slice_ = parse_slice("cpu:2x2x2")
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "heads"})
+    plan = replace(Plan(MODEL, slice_, layout, kv=kv_dtype, cache=CacheConfig(4, PER_SHARD, 4)), buckets=(Bucket(4, 2),))
+    mesh = device_mesh(plan)
+    rng = np.random.default_rng(0)
+
+    def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(rng.integers(-100, 100, leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    kv = jax.tree.map(filled, abstract_state(plan, mesh, unrolled).kv)
+    before = jax.device_get(kv)
+    copies = HostPages(plan, mesh, unrolled, compile_take(plan, mesh, unrolled), compile_put(plan, mesh, unrolled))
+    count = PAGES + 3
+    pages = [PER_SHARD + page for page in rng.permutation(PER_SHARD)[:count].tolist()]
+    copies.out(kv, pages, range(7, 7 + count))
+
+    axis = 0 if unrolled else 1
+    one_shard = sum(leaf.nbytes // plan.num_shards for leaf in jax.tree.leaves(kv))
+    assert copies.num_bytes == one_shard * 2 * PAGES // PER_SHARD  # two groups, each piece once
+    at = lambda ids: (slice(None),) * axis + (np.asarray(ids),)  # noqa: E731
+    there = [PER_SHARD + page for page in rng.permutation(PER_SHARD)[:count].tolist()]
+    after = jax.device_get(copies.back(kv, there, range(7, 7 + count)))
+    rest = sorted(set(range(2 * PER_SHARD)) - set(there))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(new[at(there)], old[at(pages)])
+        np.testing.assert_array_equal(new[at(rest)], old[at(rest)])
+    assert copies.num_bytes == 0
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(kv))
