@@ -121,6 +121,11 @@ def sharding(plan: Plan, mesh: Mesh | AbstractMesh, letters: str) -> NamedShardi
     return NamedSharding(mesh, spec(plan, letters))
 
 
+def dimensions(mesh: Mesh | AbstractMesh, *axes: Sequence[str]) -> NamedSharding:
+    """Of an array whose dimensions are split over these mesh axes, major first."""
+    return NamedSharding(mesh, P(*(tuple(each) or None for each in axes)))
+
+
 def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:
     """The devices that are here, as a slice: a torus by its chips' coordinates, or one switched axis.
 

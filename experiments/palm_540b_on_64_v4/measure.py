@@ -45,6 +45,7 @@ class Case:
     heads: bool = False
     length: int = _CONTEXT
     loop: str = ""  # axis of a looped collective, both ways around
+    by_compiler: bool = False  # the twin whose collectives the compiler chooses
 
 
 CASES = (
@@ -63,6 +64,11 @@ CASES = (
     Case("rejected: 1D at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, one_d=True),
     Case("looped over y: decode at batch 64", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, 28.5e-3, loop="y"),
     Case("looped over y: decode at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, 6.0 / 64, loop="y"),
+    Case("compiler-partitioned: decode at batch 64", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, 28.5e-3, by_compiler=True),
+    Case("compiler-partitioned: decode at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, 6.0 / 64, by_compiler=True),
+    Case(
+        "compiler-partitioned: prefill, one prompt", "palm-540b", "v4:4x4x4", "prefill", 1, DType.INT8, 0.29, heads=True, by_compiler=True
+    ),
     Case("rejected: weights gathered in decode", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, gather="xyz"),
 )
 
@@ -96,7 +102,7 @@ def run(case: Case) -> dict[str, Any]:
     plan, bucket = plan_of(case)
     start = time.monotonic()
     try:
-        proof: Proof | None = prove(plan, [bucket], Limits(seconds=600, memory_bytes=8 << 30))
+        proof: Proof | None = prove(plan, [bucket], Limits(seconds=600, memory_bytes=8 << 30), by_compiler=case.by_compiler)
         said: dict[str, Any] = proof_json(proof)["steps"][0] | {"compiler": proof.compiler}
     except (CompilerFailed, ValueError) as error:
         said = {"failed": str(error)}

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="a plan that `partinf plan --save` wrote; instead of --model and --slice")
     add_model_arguments(parser, required=False)
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    parser.add_argument("--by-compiler", action="store_true", help="prove the twin whose collectives the compiler chooses")
     parser.add_argument("--timeout", default="600", metavar="SECONDS", help="bound on one compilation (default: 600)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
     example = "--model palm-540b --slice v4:4x4x4 --layout ws-2d --phase decode --batch 64 --context 2048 --weights int8"
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan, buckets = serving_steps(plan, workload)
     with progress_bar(f"compiling for {plan.slice.name}", len(buckets)) as advance:
-        proof = prove(plan, buckets, Limits(seconds=float(args.timeout)), advance)
+        proof = prove(plan, buckets, Limits(seconds=float(args.timeout)), advance, args.by_compiler)
     if args.format == "json":
         import json
 

@@ -224,18 +224,54 @@ def _braced(text: str, attribute: str) -> str:
 
 
 def groups(instruction: Instruction) -> list[tuple[int, ...]]:
-    """The groups of devices among which a collective runs; for a permute, its pairs of source and target."""
+    """The groups of devices among which a collective runs; for a permute, its pairs of source and target.
+
+    Raises:
+        ValueError: they are written in a way that is not known here; a collective must not be overlooked.
+    """
     listed = _braced(instruction.rest, "replica_groups") or _braced(instruction.rest, "source_target_pairs")
     if listed:
         return [tuple(int(d) for d in part.split(",")) for part in re.findall(r"\{([\d,]+)\}", listed)]
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", instruction.rest)
     if iota is None:
-        return []
+        return _mesh_groups(instruction)
     rows, columns = int(iota[1]), int(iota[2])
     dims = [int(d) for d in iota[3].split(",")]
     order = [int(d) for d in iota[4].split(",")] if iota[4] else list(range(len(dims)))
     flat = _transposed(dims, order)
     return [tuple(flat[row * columns : (row + 1) * columns]) for row in range(rows)]
+
+
+def _mesh_groups(instruction: Instruction) -> list[tuple[int, ...]]:
+    """Groups written as axes of a mesh: `mesh['a'=4,'b'=16], device_ids=([16,4]T(1,0)) {'a','b':(2)4}`, the latter the digit of 4 of b
+    after a digit of 2."""
+    found = re.search(
+        r"replica_groups=mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\(\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?\))? \{(?P<axes>[^}]*)\}",
+        instruction.rest,
+    )
+    if found is None:
+        raise ValueError(f"{instruction.opcode} {instruction.name}: its groups of devices cannot be read")
+    mesh = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", found["mesh"])]
+    wanted = {
+        (name, int(before or 1), int(size or 0)) for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found["axes"])
+    }
+    digits: list[tuple[int, bool]] = []  # of a device's place in the mesh, major first, and whether groups run over it
+    for name, size in mesh:
+        parts = [(before, part or size) for other, before, part in sorted(wanted) if other == name]
+        done = 1
+        for before, part in parts:
+            digits += [(before // done, False), (part, True)]
+            done = before * part
+        digits.append((size // done, False))
+    devices = list(range(math.prod(size for _, size in mesh)))
+    if found["dims"]:
+        dims = [int(d) for d in found["dims"].split(",")]
+        devices = _transposed(dims, [int(d) for d in found["order"].split(",")] if found["order"] else list(range(len(dims))))
+    outside = [place for place, (_, inside) in enumerate(digits) if not inside]
+    inside = [place for place, (_, inside) in enumerate(digits) if inside]
+    flat = [devices[place] for place in _transposed([size for size, _ in digits], outside + inside)]
+    columns = math.prod(digits[place][0] for place in inside)
+    return [tuple(flat[start : start + columns]) for start in range(0, len(flat), columns)]
 
 
 def _transposed(dims: list[int], order: list[int]) -> list[int]:

@@ -78,8 +78,8 @@ def unavailable() -> str | None:
     return None
 
 
-def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits) -> Compiled:
-    """Compile one step.
+def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool = False) -> Compiled:
+    """Compile one step, or its twin that the compiler partitions.
 
     Raises:
         InvalidInput: libtpu is missing or does not match jax, or the compiler knows no such slice.
@@ -90,7 +90,7 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits) -> Compiled:
         raise InvalidInput(reason)
     with tempfile.TemporaryDirectory(prefix="partinf-proof-") as name:
         directory = Path(name)
-        (directory / "job").write_bytes(pickle.dumps(Job(plan, bucket, limits.memory_bytes)))
+        (directory / "job").write_bytes(pickle.dumps(Job(plan, bucket, limits.memory_bytes, by_compiler)))
         code, errors = _run(directory, limits.seconds)
         if not (directory / "result.json").is_file():
             raise CompilerFailed(_ending(code, errors))

@@ -37,12 +37,17 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def prove(
-    plan: Plan, buckets: Sequence[Bucket] | None = None, limits: Limits | None = None, advance: Callable[[int], None] | None = None
+    plan: Plan,
+    buckets: Sequence[Bucket] | None = None,
+    limits: Limits | None = None,
+    advance: Callable[[int], None] | None = None,
+    by_compiler: bool = False,
 ) -> Proof:
     """Compile the steps that an engine would run, without a chip.
 
     Args:
         buckets: those of the plan if not given. limits: of each compilation. advance: called with 1 after each bucket.
+        by_compiler: prove the twin in which the compiler chooses the collectives (`partinf.transformer.compiler_partitioned`) instead.
 
     Raises:
         InvalidInput: no buckets, a slice that is not of TPUs, a plan that cannot run, or no compiler that matches jax.
@@ -54,7 +59,7 @@ def prove(
         raise InvalidInput(reason)
     compiler, steps = "", []
     for bucket in chosen:
-        compiled = compile_bucket(plan, bucket, limits or Limits())
+        compiled = compile_bucket(plan, bucket, limits or Limits(), by_compiler)
         compiler = compiled.compiler
         steps.append(_read(plan, bucket, compiled))
         if advance is not None:

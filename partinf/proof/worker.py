@@ -28,11 +28,13 @@ class Job:
 
     Attributes:
         memory_bytes: how much data the process may hold.
+        by_compiler: compile the twin that the compiler partitions (`partinf.transformer.compiler_partitioned`).
     """
 
     plan: Plan
     bucket: Bucket
     memory_bytes: int
+    by_compiler: bool = False
 
 
 def main(directory: Path) -> None:
@@ -52,12 +54,14 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
 
     from partinf.proof.topology import devices_in_mesh_order
     from partinf.sharding import mesh_in_order
+    from partinf.transformer.compiler_partitioned import compile_partitioned
     from partinf.transformer.step import compile_step
 
     mesh = mesh_in_order(job.plan, devices_in_mesh_order(job.plan.slice))
     compiler = f"libtpu {_libtpu_version()}, jax {jax.__version__}"
     start = time.monotonic()
-    compiled: Any = compile_step(job.plan, mesh, job.bucket, unrolled=False)
+    compile_program = compile_partitioned if job.by_compiler else compile_step
+    compiled: Any = compile_program(job.plan, mesh, job.bucket, unrolled=False)
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     (directory / "program").write_text(compiled.as_text())

@@ -49,14 +49,18 @@ def hidden(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, rout
     Args:
         decode_tokens: [D] tokens to feed, already resolved from the last sampled ones.
     """
+    return _layers(params["layers"], embedded(params, batch, decode_tokens, routes), kv, batch, routes)
+
+
+def embedded(params: Params, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> jax.Array:
+    """The embeddings [T.t, E.w] of all tokens of the step, decode lanes first."""
     parts = []
     if routes.bucket.decode_rows:
         parts.append(_embed(params, decode_tokens, jnp.asarray(batch.decode.position), routes.decode, routes))
     if routes.bucket.prefill_tokens:
         prefill = batch.prefill
         parts.append(_embed(params, jnp.asarray(prefill.token), jnp.asarray(prefill.position), routes.prefill, routes))
-    x = jnp.concatenate(parts) if len(parts) > 1 else parts[0]  # [T.t, E.w]
-    return _layers(params["layers"], x, kv, batch, routes)
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group, routes: Routes) -> jax.Array:

@@ -14,10 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 
 from partinf.plans import Plan
-from partinf.sharding import put
+from partinf.sharding import dimensions, put
 from partinf.transformer.step import abstract_state
 
 PAGES = 16  # of a shard that one program moves
@@ -147,8 +146,7 @@ class _Shapes:
         axis = 0 if unrolled else 1
         self.where = (slice(None),) * axis
         self.kv = abstract_state(plan, mesh, unrolled).kv
-        first = jax.tree.leaves(self.kv)[0].sharding.spec
-        self.ids = jax.ShapeDtypeStruct((plan.num_shards, PAGES), np.int32, sharding=NamedSharding(mesh, P(first[axis], None)))
+        self.ids = jax.ShapeDtypeStruct((plan.num_shards, PAGES), np.int32, sharding=dimensions(mesh, plan.batch_axes, ()))
 
         def some_pages(leaf: Any) -> Any:
             shape = (*leaf.shape[:axis], plan.num_shards * PAGES, *leaf.shape[axis + 1 :])

@@ -122,7 +122,7 @@ def build_step(
         x, kv = hidden(params, state.kv, batch, fed, routes)
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
-        out = _choose(logits, kept, slots, batch, routes)
+        out = choose_tokens(logits, kept, slots, batch, routes)
         if bucket.rich and bucket.prefill_tokens:
             out = replace(out, prompt_logprobs=_prompt_logprobs(params, x, batch, routes))
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)  # out of range: dropped
@@ -145,7 +145,7 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
     return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile()
 
 
-def _choose(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch: Batch, routes: Routes) -> Out:
+def choose_tokens(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch: Batch, routes: Routes) -> Out:
     """Tokens and log-probabilities of all rows [D + S] on every device, and the most likely tokens where any row wants them."""
     axes = tuple(axis for axis in routes.weight_stored if routes.sizes[axis] > 1)
     lanes = routes.bucket.decode_rows

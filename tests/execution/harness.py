@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,12 +132,12 @@ class _Progress:
         return self.pages[: -(-end // _PAGE)]
 
 
-def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False) -> float:
+def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: Callable[..., Any] = compile_step) -> float:
     """Run all sequences through the plan's step; the largest difference of any sampled row's logits from the reference."""
     mesh, rng = device_mesh(plan), random.Random(seed)
     model = plan.model
     params = place_params(plan, mesh, host_params(model), unrolled)
-    step = compile_step(plan, mesh, _BUCKET, unrolled, with_logits=True)
+    step = compiler(plan, mesh, _BUCKET, unrolled, with_logits=True)
     state, limits = empty_state(plan, mesh, unrolled), runner_limits(plan)
     progress = _start(plan, rng)
     want, worst, compared = expected_logits(model), 0.0, 0

@@ -126,7 +126,7 @@ def test_a_block_takes_the_longer_of_cycles_and_bytes(schedule: Schedule) -> Non
     assert (copy.count, copy.what) == (3, "fusion of params['layers']['wo'] bf16[1, 64, 128]")
 
 
-def test_groups_in_both_notations() -> None:
+def test_groups_in_all_notations() -> None:
     def collective(text: str):  # type: ignore[no-untyped-def]
         line = f"ENTRY %m (a: f32[8]) -> f32[8] {{\n  ROOT %r = f32[8]{{0}} all-reduce(%a), replica_groups={text}, to_apply=%s\n}}"
         return Module(line).computations["m"].instructions[0]
@@ -134,6 +134,13 @@ def test_groups_in_both_notations() -> None:
     assert groups(collective("{{0,1},{2,3}}")) == [(0, 1), (2, 3)]
     assert groups(collective("[2,4]<=[8]")) == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert groups(collective("[4,2]<=[2,4]T(1,0)")) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert groups(collective("mesh['a'=2,'b'=4] {'b'}")) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert groups(collective("mesh['a'=2,'b'=4] {'a','b'}")) == [tuple(range(8))]
+    assert groups(collective("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}")) == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert groups(collective("mesh['a'=2,'b'=4] {'b':(2)2}")) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert groups(collective("mesh['a'=2,'b'=4] {'b':(1)2}")) == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    with pytest.raises(ValueError, match="cannot be read"):
+        groups(collective("somehow"))
     sizes = {"x": 2, "y": 2, "z": 2}
     assert axes_of([(0, 4), (1, 5)], sizes) == ("x",)
     assert axes_of([(0, 1, 2, 3)], sizes) == ("y", "z")

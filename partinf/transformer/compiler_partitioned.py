@@ -1,0 +1,76 @@
+"""The step as the compiler partitions it: the same forward on whole arrays, with shardings declared and no collective written.
+
+A check of the partitioned step, and the baseline that it has to beat. Parameters, cache and what lies between two layers are split as the
+plan says; everything else is the compiler's choice (GSPMD). The forward is the one that runs for a plan of a single device, where every
+`move` does nothing, and takes the plain twin of attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from partinf.hardware import make_slice
+from partinf.layout import make_layout
+from partinf.plans import Bucket, Plan
+from partinf.sharding import dimensions
+from partinf.transformer.batch import Batch, empty_batch, pack, unpack
+from partinf.transformer.block import block
+from partinf.transformer.forward import embedded, sampled_logits
+from partinf.transformer.params import Params, abstract_params
+from partinf.transformer.rope import frequencies
+from partinf.transformer.routes import Routes
+from partinf.transformer.step import Out, State, abstract_state, choose_tokens
+
+
+def on_one_device(plan: Plan) -> Plan:
+    """The plan of a single device with the same model and a cache of the same size in all."""
+    chip = plan.slice.chip
+    cache = replace(plan.cache, pages_per_shard=plan.cache.pages_per_shard * plan.num_shards)
+    slice_ = make_slice(chip, (1,) * len(plan.slice.shape))
+    names = [axis.name for axis in slice_.axes]
+    layout = make_layout(dict.fromkeys(names, "replica"), dict.fromkeys(names, "none"))
+    return replace(plan, slice=slice_, layout=layout, cache=cache, prefill_from_tokens=1 << 30)
+
+
+def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:
+    """The step of one bucket as `partinf.transformer.step.compile_step` gives it, partitioned by the compiler."""
+    routes = Routes(on_one_device(plan), bucket, plain=True)
+    real = Routes(plan, bucket)
+    between = dimensions(mesh, real.tokens, real.weight)
+    constrain = lambda x: lax.with_sharding_constraint(x, between)  # noqa: E731
+    freqs = frequencies(plan.model)
+
+    def step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
+        batch: Batch = unpack(packed, bucket)
+        fed = jnp.asarray(batch.decode.token)
+        fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
+        x, kv = constrain(embedded(params, batch, fed, routes)), state.kv
+        if isinstance(params["layers"], tuple):
+            for index, weights in enumerate(params["layers"]):
+                x, kv = block(weights, x, kv, index, batch, routes, freqs)
+                x = constrain(x)
+        else:
+
+            def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
+                x, kv = block(inputs[1], *carry, inputs[0], batch, routes, freqs)
+                return (constrain(x), kv), None
+
+            (x, kv), _ = lax.scan(body, (x, kv), (jnp.arange(plan.model.num_layers), params["layers"]))
+        logits = sampled_logits(params, x, batch, routes)
+        slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
+        out = choose_tokens(logits, None, slots, batch, routes)
+        slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)
+        last = state.last_token.at[slots].set(out.tokens, mode="drop")
+        return State(kv, last), replace(out, logits=logits if with_logits else None)
+
+    packed = jax.ShapeDtypeStruct(pack(empty_batch(bucket)).shape, np.int32, sharding=dimensions(mesh, ()))
+    arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
+    held = jax.tree.map(lambda leaf: leaf.sharding, arguments[1])
+    return jax.jit(step, donate_argnums=1, out_shardings=(held, None)).lower(*arguments).compile()
