@@ -28,7 +28,7 @@ BROKEN_PIPE = 141
 COMMANDS: Mapping[str, str] = {
     "plan": "choose how a model is split over a slice, and show what each way costs",
     "explain": "print a layout as numbered lines of shapes and collectives",
-    "prove": "let the TPU compiler say, without a TPU, whether a plan fits and what it runs",
+    "prove": "let the compiler say, for TPUs without a TPU, whether a plan fits and what it runs",
     "calibrate": "measure the devices that are here and write a hardware file, which plans for them then use",
     "demo": "plan, partition and run a small trained model, and check its answers",
     "generate": "continue prompts with a model of your own",

@@ -1,4 +1,4 @@
-"""Let the TPU compiler say, without a TPU, whether a plan fits, which collectives it runs and how long a step may take."""
+"""Let the compiler say (for TPUs without a TPU) whether a plan fits, which collectives it runs and how long a step may take."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from partinf.errors import raise_offences
     from partinf.proof import unavailable
 
-    reason = unavailable()
-    raise_offences([*_offences(args), *([reason] if reason else [])])
+    raise_offences(_offences(args))
     plan, workload = _saved(args) if args.plan else _asked(args)
+    reason = unavailable(plan.slice.chip.family)
+    raise_offences([reason] if reason else [])
     from partinf.buckets import serving_steps
     from partinf.cli.progress import progress_bar
     from partinf.proof import Limits, proof_json, prove

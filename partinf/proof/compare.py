@@ -56,6 +56,7 @@ def differences(planned: Counter[Key], compiled: Iterable[Collective], seconds: 
         real[_key(one)] += one.count
     missing, extra = planned - real, real - planned
     found = _rewritten(missing, extra, compiled, seconds)
+    found += _widened(missing, extra, sources, seconds)
     found += _regrouped(missing, extra, sources, seconds)
     found += [_plain("eliminated", key, count, -seconds(*key[:2], key.bytes)) for key, count in missing.items()]
     found += [_plain("other collective", key, count, seconds(*key[:2], key.bytes), sources[key]) for key, count in extra.items()]
@@ -100,6 +101,25 @@ def _rewritten(missing: Counter[Key], extra: Counter[Key], compiled: Iterable[Co
         found.append(Difference("reduce-scatter turned all-reduce", f"{wanted}", count, cost, one.source_op))
     missing += Counter()
     extra += Counter()
+    return found
+
+
+def _widened(missing: Counter[Key], extra: Counter[Key], sources: dict[Key, str], seconds: Seconds) -> list[Difference]:
+    """The same values over the same axes in float32 where bfloat16 was planned (XLA on CPU has no other collectives)."""
+    found = []
+    for op, axes in {key[:2] for key in missing} & {key[:2] for key in extra}:
+        ours = {key: count for key, count in missing.items() if key[:3] == (op, axes, "bfloat16")}
+        theirs = {key: count for key, count in extra.items() if key[:3] == (op, axes, "float32")}
+        before, after = (sum(key.bytes * count for key, count in side.items()) for side in (ours, theirs))
+        if not before or after != 2 * before:
+            continue
+        cost = sum(seconds(op, axes, key.bytes) * count for key, count in theirs.items())
+        cost -= sum(seconds(op, axes, key.bytes) * count for key, count in ours.items())
+        what = f"{op}({''.join(axes)}): {before:,} bytes of bfloat16 became {after:,} of float32"
+        found.append(Difference("wider type", what, sum(theirs.values()), cost, sources[next(iter(theirs))]))
+        for side, keys in ((missing, ours), (extra, theirs)):
+            for key in keys:
+                del side[key]
     return found
 
 

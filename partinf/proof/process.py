@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partinf.errors import InvalidInput
+from partinf.hardware import Slice
 from partinf.plans import Bucket, Plan
 from partinf.proof.worker import Job
 
@@ -65,8 +66,10 @@ class Compiled:
     refusal: str = ""
 
 
-def unavailable() -> str | None:
-    """One line on why nothing can be proven on this installation, or None."""
+def unavailable(family: str = "tpu") -> str | None:
+    """One line on why nothing can be proven on this installation for chips of this family, or None."""
+    if family != "tpu":
+        return None
     try:
         libtpu = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
@@ -85,13 +88,13 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool
         InvalidInput: libtpu is missing or does not match jax, or the compiler knows no such slice.
         CompilerFailed: the compiler crashed or exceeded a bound.
     """
-    reason = unavailable()
+    reason = unavailable(plan.slice.chip.family)
     if reason:
         raise InvalidInput(reason)
     with tempfile.TemporaryDirectory(prefix="partinf-proof-") as name:
         directory = Path(name)
         (directory / "job").write_bytes(pickle.dumps(Job(plan, bucket, limits.memory_bytes, by_compiler)))
-        code, errors = _run(directory, limits.seconds)
+        code, errors = _run(directory, limits.seconds, _environment(plan.slice))
         if not (directory / "result.json").is_file():
             raise CompilerFailed(_ending(code, errors))
         result = json.loads((directory / "result.json").read_text())
@@ -102,14 +105,21 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool
     return Compiled(result["compiler"], result["compile_seconds"], result["memory"], text)
 
 
-def _run(directory: Path, seconds: float) -> tuple[int, str]:
+def _environment(slice_: Slice) -> dict[str, str]:
+    """What the worker's jax finds: no accelerator but the one to compile for, of which nothing is reserved."""
+    if slice_.chip.family == "gpu":
+        return _ENVIRONMENT | {"JAX_PLATFORMS": "cuda,rocm", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return _ENVIRONMENT | ({"JAX_NUM_CPU_DEVICES": str(slice_.num_devices)} if slice_.chip.family == "cpu" else {})
+
+
+def _run(directory: Path, seconds: float, environment: dict[str, str]) -> tuple[int, str]:
     """Run the worker in a session of its own, so that whatever it starts ends with it; its exit code and the end of its errors."""
     import partinf
 
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)}
     root = str(Path(partinf.__file__).parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**kept, **_ENVIRONMENT, "TMPDIR": str(directory), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**kept, **environment, "TMPDIR": str(directory), "PYTHONPATH": os.pathsep.join(paths)}
     with (directory / "errors").open("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *_WORKER, str(directory)],
@@ -123,7 +133,7 @@ def _run(directory: Path, seconds: float) -> tuple[int, str]:
         try:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise CompilerFailed(f"the TPU compiler was stopped after {seconds:.0f} s, the bound on one compilation") from None
+            raise CompilerFailed(f"the compiler was stopped after {seconds:.0f} s, the bound on one compilation") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -139,7 +149,7 @@ def _ending(code: int, errors: str) -> str:
         how = f"ended with exit code {code} and no answer"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if re.search(r"check failed|error|exception|fatal|alloc", line, re.IGNORECASE)), "")
-    return f"the TPU compiler {how}" + (f": {said[:300]}" if said else "")
+    return f"the compiler {how}" + (f": {said[:300]}" if said else "")
 
 
 def _refused(result: dict[str, Any]) -> Compiled:
@@ -148,5 +158,5 @@ def _refused(result: dict[str, Any]) -> Compiled:
     if result["refused"] == InvalidInput.__name__:
         raise InvalidInput(message.splitlines())
     if "RESOURCE_EXHAUSTED" not in message:
-        raise CompilerFailed(f"the TPU compiler failed: {message.splitlines()[0] if message else result['refused']}")
+        raise CompilerFailed(f"the compiler failed: {message.splitlines()[0] if message else result['refused']}")
     return Compiled(f"libtpu {metadata.version('libtpu')}, jax {metadata.version('jax')}", 0.0, {}, "", message)

@@ -27,7 +27,6 @@ from partinf.proof.hlo import Frame, Module
 from partinf.proof.process import Compiled, Limits, compile_bucket
 from partinf.proof.report import Estimate, Memory, Proof, StepProof
 from partinf.proof.schedule import CLOCKS, Reader, Schedule, byte_rate
-from partinf.proof.topology import offence
 from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
@@ -43,20 +42,19 @@ def prove(
     advance: Callable[[int], None] | None = None,
     by_compiler: bool = False,
 ) -> Proof:
-    """Compile the steps that an engine would run, without a chip.
+    """Compile the steps that an engine would run: for a TPU slice without any chip, for GPUs and CPUs on those that are here.
 
     Args:
         buckets: those of the plan if not given. limits: of each compilation. advance: called with 1 after each bucket.
         by_compiler: prove the twin in which the compiler chooses the collectives (`partinf.transformer.compiler_partitioned`) instead.
 
     Raises:
-        InvalidInput: no buckets, a slice that is not of TPUs, a plan that cannot run, or no compiler that matches jax.
+        InvalidInput: no buckets, a plan that cannot run, no compiler that matches jax, or GPUs that are not here.
         partinf.proof.process.CompilerFailed: the compiler crashed or exceeded a limit.
     """
     chosen = tuple(plan.buckets if buckets is None else buckets)
-    reason = offence(plan.slice) or (None if chosen else "the plan has no buckets; give some, or `partinf.with_capacity`")
-    if reason:
-        raise InvalidInput(reason)
+    if not chosen:
+        raise InvalidInput("the plan has no buckets; give some, or `partinf.with_capacity`")
     compiler, steps = "", []
     for bucket in chosen:
         compiled = compile_bucket(plan, bucket, limits or Limits(), by_compiler)

@@ -74,7 +74,7 @@ class Difference:
     """One way in which the compiled program is not the planned one.
 
     Attributes:
-        kind: reduce-scatter turned all-reduce, merged collectives, padding, extra copy, other collective, or
+        kind: reduce-scatter turned all-reduce, wider type, merged collectives, padding, extra copy, other collective, or
             eliminated (planned, and not in the compiled program).
         what: one sentence. count: occurrences per step. seconds: what it adds to the step, negative for a gain.
         source_op: the line of ours that it comes from, if known.

@@ -1,22 +1,21 @@
-"""The devices of a slice that is not here, as the TPU compiler describes them, in mesh order."""
+"""The devices that a proof compiles for, in mesh order: those of a TPU slice that is not here, as the TPU compiler describes them, or the
+GPUs or virtual CPU devices that are here."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from partinf.errors import InvalidInput
 from partinf.hardware import Slice
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from partinf.plans import Plan
+
 _MEGACORE = ("v4",)  # two cores that are programmed as one device
 _LONGEST_UNLINKED = 4  # v4 and v5p: sides from here on are wired as rings
-
-
-def offence(slice_: Slice) -> str | None:
-    """Why this slice cannot be proven here, or None."""
-    if slice_.chip.family == "tpu":
-        return None
-    return f"slice {slice_.name}: a proof compiles for TPU slices; on {slice_.chip.family} devices run the plan itself"
 
 
 def describe(slice_: Slice) -> tuple[str, dict[str, Any]]:
@@ -34,12 +33,21 @@ def describe(slice_: Slice) -> tuple[str, dict[str, Any]]:
     return slice_.chip.name + ":" + "x".join(map(str, slice_.shape)), options
 
 
-def devices_in_mesh_order(slice_: Slice) -> list[Any]:
-    """The devices of the slice, row-major over its mesh axes.
+def mesh_of(plan: Plan) -> Mesh:
+    """The mesh of a plan: of devices that are not here for a TPU slice, of those that are here for others.
 
     Raises:
-        InvalidInput: a slice for which the compiler knows no topology.
+        InvalidInput: a slice for which the TPU compiler knows no topology, or that has more devices than there are here.
     """
+    from partinf.sharding import device_mesh, mesh_in_order
+
+    if plan.slice.chip.family != "tpu":
+        return device_mesh(plan)
+    return mesh_in_order(plan, _described(plan.slice))
+
+
+def _described(slice_: Slice) -> list[Any]:
+    """The devices of a TPU slice, row-major over its mesh axes."""
     from jax.experimental import topologies
 
     from partinf.sharding import by_place

@@ -1,4 +1,4 @@
-"""The compiling process: reads a job, compiles it with the TPU compiler, writes what came out, and ends.
+"""The compiling process: reads a job, compiles it, writes what came out, and ends.
 
 It has a process of its own because libtpu wants its environment before jax is imported, may be loaded once per process, and may crash.
 Run as `python -m partinf.proof.worker DIRECTORY`; the job lies in DIRECTORY/job, results go there.
@@ -52,16 +52,17 @@ def main(directory: Path) -> None:
 def _compile(job: Job, directory: Path) -> dict[str, Any]:
     import jax
 
-    from partinf.proof.topology import devices_in_mesh_order
-    from partinf.sharding import mesh_in_order
+    from partinf.proof.topology import mesh_of
     from partinf.transformer.compiler_partitioned import compile_partitioned
     from partinf.transformer.step import compile_step
 
-    mesh = mesh_in_order(job.plan, devices_in_mesh_order(job.plan.slice))
-    compiler = f"libtpu {_libtpu_version()}, jax {jax.__version__}"
+    mesh, family = mesh_of(job.plan), job.plan.slice.chip.family
+    compiler = (
+        f"{f'libtpu {_libtpu_version()}' if family == 'tpu' else f'XLA for {mesh.devices.flat[0].device_kind}'}, jax {jax.__version__}"
+    )
     start = time.monotonic()
     compile_program = compile_partitioned if job.by_compiler else compile_step
-    compiled: Any = compile_program(job.plan, mesh, job.bucket, unrolled=False)
+    compiled: Any = compile_program(job.plan, mesh, job.bucket, unrolled=family == "cpu")  # as `partinf.load` does
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     (directory / "program").write_text(compiled.as_text())

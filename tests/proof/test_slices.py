@@ -78,6 +78,23 @@ def test_the_command_prints_the_promised_fields(run_python: Callable[..., subpro
     assert not list(tmp_path.iterdir())  # no dump, no job
 
 
+@pytest.mark.parametrize("weights", [DType.F32, DType.BF16])
+def test_a_plan_for_the_devices_here_is_proven(weights: DType) -> None:
+    """Virtual CPU devices: the program that runs here, its memory and its collectives; no libtpu takes part."""
+    plan = replace(plan_for("cpu:2x2"), weights=weights, kv=weights)
+    proof = prove(plan, [BUCKET])
+    (step,) = proof.steps
+    assert "XLA for cpu" in proof.compiler
+    assert proof.fits
+    assert 0 < step.memory.needed < step.memory.usable
+    assert step.estimate is not None
+    assert step.estimate.seconds >= step.estimate.floor > 0
+    assert {collective.op for collective in step.collectives} == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert all(c.source_op.startswith("partinf/transformer/") for c in step.collectives)
+    widened = {difference.kind for difference in step.differences} & {"wider type", "other collective"}
+    assert widened == (set() if weights is DType.F32 else {"wider type"})
+
+
 def test_without_the_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
@@ -96,7 +113,7 @@ def test_a_compiler_that_does_not_match_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Run this code where the compiler would run."""
-    monkeypatch.setattr(process, "unavailable", lambda: None)
+    monkeypatch.setattr(process, "unavailable", lambda family: None)
     return lambda code: monkeypatch.setattr(process, "_WORKER", ("-c", code))
 
 
@@ -129,12 +146,11 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_only_tpu_slices_are_proven() -> None:
-    plan = plan_for("v5e:2x2")
-    with pytest.raises(InvalidInput, match="compiles for TPU slices"):
-        prove(replace(plan, slice=parse_slice("cpu:2x2")), [BUCKET])
+def test_a_proof_needs_steps_and_devices() -> None:
     with pytest.raises(InvalidInput, match="no buckets"):
-        prove(plan)
+        prove(plan_for("v5e:2x2"))
+    with pytest.raises((InvalidInput, CompilerFailed), match="cuda|h200"):  # there is no GPU here, or not four of them
+        prove(plan_for("h200:4"), [BUCKET])
 
 
 def test_int8_changes_what_is_planned() -> None:
