@@ -108,7 +108,7 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool
 def _environment(slice_: Slice) -> dict[str, str]:
     """What the worker's jax finds: no accelerator but the one to compile for, of which nothing is reserved."""
     if slice_.chip.family == "gpu":
-        return _ENVIRONMENT | {"JAX_PLATFORMS": "cuda,rocm", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        return _ENVIRONMENT | {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return _ENVIRONMENT | ({"JAX_NUM_CPU_DEVICES": str(slice_.num_devices)} if slice_.chip.family == "cpu" else {})
 
 

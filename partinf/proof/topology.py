@@ -41,9 +41,13 @@ def mesh_of(plan: Plan) -> Mesh:
     """
     from partinf.sharding import device_mesh, mesh_in_order
 
-    if plan.slice.chip.family != "tpu":
-        return device_mesh(plan)
-    return mesh_in_order(plan, _described(plan.slice))
+    if plan.slice.chip.family == "tpu":
+        return mesh_in_order(plan, _described(plan.slice))
+    import jax
+
+    if plan.slice.chip.family == "gpu" and jax.devices()[0].platform != "gpu":
+        raise InvalidInput(f"slice {plan.slice.name}: a proof for GPUs compiles on them, and there is none here")
+    return device_mesh(plan)
 
 
 def _described(slice_: Slice) -> list[Any]:

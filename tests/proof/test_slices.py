@@ -149,8 +149,8 @@ def _runs(pid: int) -> bool:
 def test_a_proof_needs_steps_and_devices() -> None:
     with pytest.raises(InvalidInput, match="no buckets"):
         prove(plan_for("v5e:2x2"))
-    with pytest.raises((InvalidInput, CompilerFailed), match="cuda|h200"):  # there is no GPU here, or not four of them
-        prove(plan_for("h200:4"), [BUCKET])
+    with pytest.raises(InvalidInput, match="slice h200:64"):  # there is no GPU here, or not as many
+        prove(plan_for("h200:64"), [BUCKET])
 
 
 def test_int8_changes_what_is_planned() -> None:
