@@ -103,12 +103,12 @@ def _earlier(
     source, target = Split(shared, owners.kv, only_owners), Split(group.batch, group.kv)
     if frame.same(source, target):
         return lambda ids: _choose(cache.read(kv, layer, ids), group, routes), local, slots, starts
-    found = kernels.dequantized(cache.read(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone
+    found = kernels.dequantized(cache.read_pages(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone
     both = jnp.stack([found.keys, found.values], axis=1)
     both = move(jnp.where(owned[:, None, :, None, None, None], both, 0), frame, source, target)
     count, _, length = both.shape[:3]
     brought = KeysValues(*(both[:, part].reshape(count * length, *both.shape[3:]) for part in (0, 1)))
-    read = lambda ids: _choose(jax.tree.map(lambda x: x.at[ids].get(mode="clip"), brought), group, routes)  # noqa: E731
+    read = lambda ids: _choose(cache.read((brought,), 0, ids), group, routes)  # noqa: E731
     return read, jnp.arange(count * length).reshape(count, length), slots, starts
 
 

@@ -8,6 +8,7 @@ and `read`). Page ids are global: shard · pages_per_shard + local id; -1 is no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +73,55 @@ def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tup
 
 def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: KeysValues) -> Any:
     """Store new keys and values [T, K, Q] at (pages [T], offsets [T]) of a layer where `owned`; the rest is dropped."""
-    held = kv[layer] if isinstance(kv, tuple) else kv
-    slots = jnp.where(owned, pages, jnp.iinfo(jnp.int32).max)  # out of range: dropped
-    where = (slots, slice(None), offsets) if isinstance(kv, tuple) else (layer, slots, slice(None), offsets)
+    held, number, lead = _held(kv, layer)
     stored = jax.tree.map(lambda x: quantize(x, (-1,)), new) if isinstance(held.keys, Quantized) else new
-    updated = jax.tree.map(lambda array, part: array.at[where].set(_as_stored(part, array.dtype), mode="drop"), held, stored)
+
+    def put(array: jax.Array, part: jax.Array) -> jax.Array:
+        rows = _heads_of(array, lead, number, pages) * array.shape[lead + 2] + offsets[:, None]  # [T, K]
+        rows = jnp.where(owned[:, None], rows, jnp.iinfo(jnp.int32).max)  # out of range: dropped
+        flat = array.reshape(-1, *array.shape[lead + 3 :])
+        return flat.at[rows].set(_as_stored(part, array.dtype), mode="drop").reshape(array.shape)
+
+    updated = jax.tree.map(put, held, stored)
     return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
 
 
 def read(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
-    """Pages [..] of a layer, as stored: [.., K, S, Q]. Ids must be local; those out of range read some page."""
-    held, where = (kv[layer], (pages,)) if isinstance(kv, tuple) else (kv, (layer, pages))
-    return jax.tree.map(lambda array: _as_read(array.at[where].get(mode="clip")), held)
+    """The context in pages [B, n] of a layer, as stored: [B, K, n·S, Q]. Ids must be local; those out of range read some page."""
+    joined = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    found = _read(kv, layer, pages, joined)  # [B, K, n, S, Q]
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:]), found)
+
+
+def read_pages(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
+    """Pages [..] of a layer one by one, as stored: [.., K, S, Q]; see `read`."""
+    return _read(kv, layer, pages, lambda x: x)
+
+
+def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], jax.Array]) -> KeysValues:
+    held, number, lead = _held(kv, layer)
+
+    def take(array: jax.Array) -> jax.Array:
+        heads = order(_heads_of(array, lead, number, pages))
+        return _as_read(array.reshape(-1, *array.shape[lead + 2 :]).at[heads].get(mode="clip"))
+
+    return jax.tree.map(take, held)
+
+
+def _held(kv: Any, layer: Any) -> tuple[KeysValues, Any, int]:
+    """The arrays that hold a layer, which of their layers it is, and the number of dimensions before their pages."""
+    return (kv[layer], 0, 0) if isinstance(kv, tuple) else (kv, layer, 1)
+
+
+def _heads_of(array: jax.Array, lead: int, layer: Any, pages: jax.Array) -> jax.Array:
+    """The heads of a layer's pages [..] as rows [.., K] of the array seen as [layers · P · K, S, Q].
+
+    Reading and writing share this view. A compiler that is shown a head as a dimension between page and token keeps the cache in two
+    layouts, one for each; a TPU's copied all of it twice per layer where a device has more than one head.
+    """
+    count, heads = array.shape[lead : lead + 2]
+    head = lax.broadcasted_iota(jnp.int32, (*pages.shape, heads), pages.ndim)
+    return (layer * count + pages)[..., None] * heads + head
 
 
 def _as_stored(new: jax.Array, dtype: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from partinf.transformer.linear import dot
 _MASKED = -1e30  # finite, so that a row without any key stays finite
 
 Read = Callable[[jax.Array], KeysValues]
-"""Page ids [B, n] → their keys and values [B, n, K, S, Q]."""
+"""Page ids [B, n] → the context that lies there, [B, K, n·S, Q]."""
 
 Context = tuple[Read, jax.Array, jax.Array, jax.Array]
 """What earlier steps stored: how to read pages, their ids [slots, n] for it, the slots' own ids, and how many positions each has."""
@@ -96,11 +96,11 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
         [B, H, Q].
     """
     if tiles is None:
-        context = dequantized(_joined(read(table)), q.dtype)
+        context = dequantized(read(table), q.dtype)
         visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
         return attend(q[:, None], context, visible[:, None])[:, 0]
     columns, size = _columns(table, read, tiles.keys)
-    grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[2])
+    grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[1])
     last = jnp.max(position)
 
     def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
@@ -108,7 +108,7 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
 
         def seen() -> _Running:
             visible = (start + jnp.arange(size))[None, :] <= position[:, None]
-            return _absorb(running, grouped, _joined(read(ids)), visible[:, None])
+            return _absorb(running, grouped, read(ids), visible[:, None])
 
         return _maybe(last >= start, seen, running, tiles), None
 
@@ -181,7 +181,7 @@ def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: C
         def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
             ids, begin = inputs
             visible = mine[:, None] & ((begin + jnp.arange(size)) < start)[None, :]
-            seen = lambda: _absorb(running, grouped, _joined(read(ids[None])), visible[None])  # noqa: E731
+            seen = lambda: _absorb(running, grouped, read(ids[None]), visible[None])  # noqa: E731
             return _maybe(begin < start, seen, running, tiles), None
 
         over_pages = lambda: lax.scan(tile, running, (columns, first))[0]  # noqa: E731
@@ -194,7 +194,7 @@ def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, new: Key
     keys, values, key_owner, key_position = new.keys, new.values, owner, position
     if context is not None:
         read, table, slots, starts = context
-        found = dequantized(_joined(read(table)), q.dtype)  # [slots, K, M, Q]
+        found = dequantized(read(table), q.dtype)  # [slots, K, M, Q]
         count, groups, length, size = found.keys.shape
         flat = lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, count * length, size)  # noqa: E731
         keys, values = (jnp.concatenate([flat(x), y], axis=1) for x, y in ((found.keys, keys), (found.values, values)))
@@ -267,16 +267,6 @@ def _columns(table: jax.Array, read: Read, keys: int) -> tuple[jax.Array, int]:
     pages = min(max(1, keys // size), table.shape[1])
     padded = _pad(table.T, -(-table.shape[1] // pages) * pages, -1).T
     return jnp.swapaxes(padded.reshape(table.shape[0], -1, pages), 0, 1), pages * size
-
-
-def _joined(pages: KeysValues) -> KeysValues:
-    """[B, n, K, S(, Q)] → [B, K, n·S(, Q)]."""
-
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.swapaxes(x, 1, 2)
-        return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
-
-    return jax.tree.map(join, pages)
 
 
 def dequantized(context: KeysValues, dtype: Any) -> KeysValues:
