@@ -1,4 +1,5 @@
-"""HTTP/1.1 with bounds that uvicorn does not set: how many connections there are, and how long one may take to say what it wants."""
+"""HTTP/1.1 with bounds that uvicorn does not set: how many connections there are, how long one may take to say what it wants, and how long
+to take what it is sent; and a short way for the body of a stream."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import asyncio
 from typing import Any
 
 import msgspec
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from partinf.serve.errors import unavailable
+
+_TRANSPORT = "transport"  # the name of a connection's transport in the state of its requests
 
 
 def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.Protocol]:
@@ -29,8 +33,7 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
                 transport.close()
                 return
             super().connection_made(transport)
-            # Also for a request that must end its connection although the client takes nothing (`request.state.abort`).
-            self.app_state = {**self.app_state, "abort": transport.abort}
+            self.app_state = {**self.app_state, _TRANSPORT: transport}
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -57,6 +60,45 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
                 self._deadline = None
 
     return Bounded
+
+
+class Outlet:
+    """Writes pieces of an answer's body to its connection, between ASGI's messages that begin and end an answer of unknown length.
+
+    What a slow client does not take is kept, which the length of an answer bounds. One that has taken nothing for `stall_seconds` although
+    there was something to take, or for up to twice as long, is gone: its connection is ended.
+    """
+
+    def __init__(self, scope: Scope, stall_seconds: float) -> None:
+        self._transport: asyncio.Transport = scope["state"][_TRANSPORT]
+        self._chunked = scope["http_version"] >= "1.1"  # as h11 frames a body of unknown length; before, it lasts as long as the connection
+        self._stall_seconds = stall_seconds
+        self._written = 0
+        self._taken: int | None = None  # bytes, when the clock rang last; None if none were left then
+
+    def __enter__(self) -> Outlet:
+        self._wind()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.cancel()
+
+    def write(self, body: bytes) -> None:
+        if body and not self._transport.is_closing():  # an empty chunk would end the body
+            framed = b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body
+            self._written += len(framed)
+            self._transport.write(framed)
+
+    def _wind(self) -> None:
+        self._clock = asyncio.get_running_loop().call_later(self._stall_seconds, self._ring)
+
+    def _ring(self) -> None:
+        left = self._transport.get_write_buffer_size()
+        taken = self._written - left if left else None
+        if left and taken == self._taken:
+            self._transport.abort()
+        self._taken = taken
+        self._wind()
 
 
 def _refusal(max_connections: int) -> bytes:
