@@ -19,11 +19,19 @@ from partinf.serve.bodies import Bounds
 from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
 
 LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}
+LARGE = LONG | {
+    "prompt": [[5]] * 64,
+    "n": 4,
+    "max_tokens": 40,
+    "stream": True,
+    "logprobs": 20,
+}  # answers with more than the sockets between hold
 
 
-def request_bytes(body: dict[str, Any]) -> bytes:
+def request_bytes(body: dict[str, Any], version: str = "1.1") -> bytes:
     raw = json.dumps(body).encode()
-    return b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw
+    head = f"POST /v1/completions HTTP/{version}\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    return head.encode() + raw
 
 
 def generated(serving: Serving) -> int:
@@ -56,17 +64,42 @@ def test_a_client_that_goes_while_it_waits() -> None:
 
 
 def test_a_client_that_takes_nothing_is_dropped() -> None:
-    """Its stream is larger than what the sockets between hold."""
     with fake_serving(bounds=Bounds(stall_seconds=0.3)) as serving:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.connect(("127.0.0.1", serving.port))
-            body = LONG | {"prompt": [[5]] * 64, "n": 4, "stream": True, "logprobs": 20, "echo": False}
-            client.sendall(request_bytes(body))
+            client.sendall(request_bytes(LARGE))
             wait_until(lambda: serving.num_waiting_clients)
             wait_until(lambda: not serving.num_waiting_clients)
         serving.wait_idle()
         wait_until(lambda: not serving.server.server_state.connections)
+
+
+def test_a_slow_client_gets_all_of_its_stream() -> None:
+    """It takes longer than a client may that takes nothing."""
+    with fake_serving(bounds=Bounds(stall_seconds=0.4)) as serving, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", serving.port))
+        client.sendall(request_bytes(LARGE, version="1.0"))
+        started, slow, pieces = time.monotonic(), True, list[bytes]()
+        while piece := client.recv(1 << 16):
+            pieces.append(piece)
+            if slow := time.monotonic() < started + 1.5:
+                time.sleep(0.05)
+        assert not slow
+        content = b"".join(pieces)
+        assert content.count(b'"finish_reason":"length"') == 256
+        assert content.endswith(b"\n\ndata: [DONE]\n\n")
+        serving.wait_idle()
+
+
+def test_a_client_of_http_1_0_gets_its_stream_unframed(shared: Serving) -> None:
+    with socket.create_connection(("127.0.0.1", shared.port)) as client, client.makefile("rb") as answer:
+        client.sendall(request_bytes(LONG | {"max_tokens": 5, "stream": True}, version="1.0"))
+        head, _, content = answer.read().decode().partition("\r\n\r\n")
+    assert "transfer-encoding" not in head.lower()
+    assert len(events(content)) == 5
 
 
 def test_heads_that_never_end() -> None:
