@@ -44,6 +44,7 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
         def connection_lost(self, exc: Exception | None) -> None:
             if not self._refused:
                 super().connection_lost(exc)
+                self._unset_keepalive_if_required()  # uvicorn's own does it only for connections that end without an error
             self._forget()
 
         def _watch(self) -> None:
