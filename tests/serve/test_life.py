@@ -200,6 +200,7 @@ def test_a_second_signal_ends_at_once(root: Path) -> None:
 def test_the_command_serves_the_demo_model(root: Path) -> None:
     command = ["-m", "partinf", "serve", "--model", "demo", "--slice", "cpu:1", "--port", 0, "--max-num-seqs", 4, "--max-model-len", 64]
     command += ["--served-model-name", "tiny", "small", "--api-key", "sesame", "--max-num-batched-tokens", 68, "--scheduler", "mlfq"]
+    command += ["--host", "127.0.0.1", "--seed", 3]
     with process(root, *command) as server:
         server.wait_ready(120)
         assert server.ask("GET", "/v1/models")[0] == 401
@@ -210,6 +211,9 @@ def test_the_command_serves_the_demo_model(root: Path) -> None:
                 connection.request("POST", "/v1/completions", json.dumps(BODY | {"model": name, "ignore_eos": False}), headers)
                 content = json.loads(connection.getresponse().read())
                 assert (content["model"], content["choices"][0]["text"]) == ("tiny", " s e c r e t")
+            connection.request("GET", "/v1/models", headers=headers)
+            cards = json.loads(connection.getresponse().read())["data"]
+            assert [(card["id"], card["max_model_len"]) for card in cards] == [("tiny", 64), ("small", 64)]
         server.child.send_signal(signal.SIGTERM)
         code, printed = server.end()
     assert code == 0
