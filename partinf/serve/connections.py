@@ -1,9 +1,10 @@
-"""HTTP/1.1 with bounds that uvicorn does not set: how many connections there are, how long one may take to say what it wants, and how long
-to take what it is sent; and a short way for the body of a stream."""
+"""HTTP/1.1 with bounds that uvicorn does not set: how many connections there are, how long one may take to say what it wants and to take
+its answer; and a short way out for streams."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,19 +13,70 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from partinf.serve.errors import unavailable
 
-_TRANSPORT = "transport"  # the name of a connection's transport in the state of its requests
+_OUTLET = "outlet"  # its name in the state of a connection's requests
 
 
-def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.Protocol]:
+class Outlet:
+    """Writes pieces of answers to one connection, and ends it when the client takes nothing.
+
+    What a slow client does not take is kept, which the length of an answer bounds. One that takes nothing for `stall_seconds`, or for up to
+    twice as long, while much is kept for it is gone.
+    """
+
+    def __init__(self, transport: asyncio.Transport, stall_seconds: float) -> None:
+        self._transport = transport
+        self._stall_seconds = stall_seconds
+        self._written = 0
+        self._taken = 0  # of what was written, when the clock was wound last
+        self._clock: asyncio.TimerHandle | None = None
+
+    def write(self, piece: bytes) -> None:
+        if not self._transport.is_closing():
+            self._written += len(piece)
+            self._transport.write(piece)
+
+    def write_chunk(self, piece: bytes) -> None:
+        if piece:  # an empty chunk would end the body
+            self.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def wind(self) -> None:
+        """Much is kept: see whether it gets less."""
+        self._taken = self._written - self._transport.get_write_buffer_size()
+        self._clock = asyncio.get_running_loop().call_later(self._stall_seconds, self._ring)
+
+    def stop(self) -> None:
+        """Little is kept."""
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _ring(self) -> None:
+        before = self._taken
+        self.wind()
+        if self._taken == before:
+            self._transport.abort()
+
+
+def body_writer(scope: Scope) -> Callable[[bytes], None]:
+    """What writes pieces of an answer's body at once, between the messages of ASGI that begin and end an answer of unknown length.
+
+    They are framed as h11 does it: as chunks, or, for clients that do not know these, not at all.
+    """
+    outlet: Outlet = scope["state"][_OUTLET]
+    return outlet.write_chunk if scope["http_version"] >= "1.1" else outlet.write
+
+
+def bounded_protocol(max_connections: int, head_seconds: float, stall_seconds: float) -> type[asyncio.Protocol]:
     """A protocol for `uvicorn.Config(http=…)`.
 
     A connection beyond the bound is answered with 503 and closed. One that has not sent a whole head in time is dropped; between two
-    requests uvicorn's own keep-alive timeout counts besides.
+    requests uvicorn's own keep-alive timeout counts besides. For `stall_seconds` see `Outlet`.
     """
 
     class Bounded(H11Protocol):
         _refused = False
         _deadline: asyncio.TimerHandle | None = None
+        _outlet: Outlet
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             if len(self.connections) >= max_connections:
@@ -33,7 +85,8 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
                 transport.close()
                 return
             super().connection_made(transport)
-            self.app_state = {**self.app_state, _TRANSPORT: transport}
+            self._outlet = Outlet(transport, stall_seconds)
+            self.app_state = {**self.app_state, _OUTLET: self._outlet}
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -45,7 +98,18 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
             if not self._refused:
                 super().connection_lost(exc)
                 self._unset_keepalive_if_required()  # uvicorn's own does it only for connections that end without an error
+                self._outlet.stop()
             self._forget()
+
+        def pause_writing(self) -> None:
+            if not self._refused:
+                super().pause_writing()
+                self._outlet.wind()
+
+        def resume_writing(self) -> None:
+            if not self._refused:
+                super().resume_writing()
+                self._outlet.stop()
 
         def _watch(self) -> None:
             """Run the clock while the client owes a head; more of it does not wind the clock back."""
@@ -61,45 +125,6 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
                 self._deadline = None
 
     return Bounded
-
-
-class Outlet:
-    """Writes pieces of an answer's body to its connection, between ASGI's messages that begin and end an answer of unknown length.
-
-    What a slow client does not take is kept, which the length of an answer bounds. One that has taken nothing for `stall_seconds` although
-    there was something to take, or for up to twice as long, is gone: its connection is ended.
-    """
-
-    def __init__(self, scope: Scope, stall_seconds: float) -> None:
-        self._transport: asyncio.Transport = scope["state"][_TRANSPORT]
-        self._chunked = scope["http_version"] >= "1.1"  # as h11 frames a body of unknown length; before, it lasts as long as the connection
-        self._stall_seconds = stall_seconds
-        self._written = 0
-        self._taken: int | None = None  # bytes, when the clock rang last; None if none were left then
-
-    def __enter__(self) -> Outlet:
-        self._wind()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._clock.cancel()
-
-    def write(self, body: bytes) -> None:
-        if body and not self._transport.is_closing():  # an empty chunk would end the body
-            framed = b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body
-            self._written += len(framed)
-            self._transport.write(framed)
-
-    def _wind(self) -> None:
-        self._clock = asyncio.get_running_loop().call_later(self._stall_seconds, self._ring)
-
-    def _ring(self) -> None:
-        left = self._transport.get_write_buffer_size()
-        taken = self._written - left if left else None
-        if left and taken == self._taken:
-            self._transport.abort()
-        self._taken = taken
-        self._wind()
 
 
 def _refusal(max_connections: int) -> bytes:

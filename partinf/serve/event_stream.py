@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from partinf.engine.request import RequestOutput
 from partinf.serve.answers import Answer
-from partinf.serve.connections import Outlet
+from partinf.serve.connections import body_writer
 from partinf.serve.engine_thread import Inbox, Item, ended_well, log_failure
 from partinf.serve.errors import ApiError, failure, unavailable
 
@@ -52,38 +52,32 @@ class EventStream:
     the event loop: waking a task for them and sending an ASGI message costs several times what they do.
     """
 
-    def __init__(self, answer: Answer, inbox: Inbox, num_prompts: int, include_usage: bool, stall_seconds: float) -> None:
-        """
-        Args:
-            stall_seconds: see `Outlet`.
-        """
+    def __init__(self, answer: Answer, inbox: Inbox, num_prompts: int, include_usage: bool) -> None:
         self._answer = answer
         self._inbox = inbox
         self._outputs: list[list[RequestOutput]] = [[] for _ in range(num_prompts)]
         self._include_usage = include_usage
-        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            with Outlet(scope, self._stall_seconds) as outlet:
-                await unless_gone(receive, self._send_all(outlet, send))
+            await unless_gone(receive, self._send_all(body_writer(scope), send))
         except ClientGone:
             pass
         finally:
             self._inbox.close()
 
-    async def _send_all(self, outlet: Outlet, send: Send) -> None:
+    async def _send_all(self, write: Callable[[bytes], None], send: Send) -> None:
         ended = asyncio.Event()
 
         def take(items: Sequence[Item]) -> None:
             if not ended.is_set():
                 body, last = self._body(items)
-                outlet.write(body)
+                write(body)
                 if last:
                     ended.set()
 
-        outlet.write(b"".join(map(_event, self._answer.opening())))
+        write(b"".join(map(_event, self._answer.opening())))
         self._inbox.listen(take)
         await ended.wait()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

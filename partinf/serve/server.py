@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self.front.app,
-                http=bounded_protocol(options.max_connections, options.head_seconds),
+                http=bounded_protocol(options.max_connections, options.head_seconds, options.bounds.stall_seconds),
                 ws="none",
                 lifespan="off",
                 log_level="info" if options.access_log else "warning",

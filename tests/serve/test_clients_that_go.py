@@ -63,16 +63,17 @@ def test_a_client_that_goes_while_it_waits() -> None:
         assert generated(serving) < 100
 
 
-def test_a_client_that_takes_nothing_is_dropped() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_takes_nothing_is_dropped(stream: bool) -> None:
     with fake_serving(bounds=Bounds(stall_seconds=0.3)) as serving:
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.connect(("127.0.0.1", serving.port))
-            client.sendall(request_bytes(LARGE))
+            client.sendall(request_bytes(LARGE | {"stream": stream}))
             wait_until(lambda: serving.num_waiting_clients)
             wait_until(lambda: not serving.num_waiting_clients)
+            wait_until(lambda: not serving.server.server_state.connections)
         serving.wait_idle()
-        wait_until(lambda: not serving.server.server_state.connections)
 
 
 def test_a_slow_client_gets_all_of_its_stream() -> None:
