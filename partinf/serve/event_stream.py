@@ -72,7 +72,11 @@ class EventStream:
 
         def take(items: Sequence[Item]) -> None:
             if not ended.is_set():
-                body, last = self._body(items)
+                try:
+                    body, last = self._body(items)
+                except Exception as error:
+                    log_failure("events could not be written", error)
+                    body, last = _event(failure().content) + DONE, True
                 write(body)
                 if last:
                     ended.set()
@@ -85,17 +89,13 @@ class EventStream:
     def _body(self, items: Sequence[Item]) -> tuple[bytes, bool]:
         """The events of what an iteration brought, one per token; and whether they are the last."""
         parts, broken = [], False
-        try:
-            for item in items:
-                prompt = self._inbox.place(item)
-                if isinstance(item, RequestOutput):
-                    self._outputs[prompt].append(item)
-                    broken = broken or not ended_well(item)
-                elif ended_well(item) and (event := self._answer.event(prompt, item)) is not None:
-                    parts.append(_event(event))
-        except Exception as error:
-            log_failure("an event could not be written", error)
-            return _event(failure().content) + DONE, True
+        for item in items:
+            prompt = self._inbox.place(item)
+            if isinstance(item, RequestOutput):
+                self._outputs[prompt].append(item)
+                broken = broken or not ended_well(item)
+            elif ended_well(item) and (event := self._answer.event(prompt, item)) is not None:
+                parts.append(_event(event))
         if broken:
             parts += [_event(broken_off([output for samples in self._outputs for output in samples]).content), DONE]
         elif self._inbox.complete:
