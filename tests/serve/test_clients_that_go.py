@@ -16,6 +16,7 @@ import pytest
 
 from partinf.engine import RequestTimes, SamplingParams
 from partinf.serve.bodies import Bounds
+from partinf.serve.connections import Outlet
 from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
 
 LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}
@@ -77,22 +78,49 @@ def test_a_client_that_takes_nothing_is_dropped(stream: bool) -> None:
 
 
 def test_a_slow_client_gets_all_of_its_stream() -> None:
-    """It takes longer than a client may that takes nothing."""
-    with fake_serving(bounds=Bounds(stall_seconds=0.4)) as serving, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    """The engine has long finished when it begins to read."""
+    with fake_serving() as serving, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.settimeout(20)
         client.connect(("127.0.0.1", serving.port))
         client.sendall(request_bytes(LARGE, version="1.0"))
-        started, slow, pieces = time.monotonic(), True, list[bytes]()
-        while piece := client.recv(1 << 16):
+        wait_until(lambda: serving.num_waiting_clients)
+        wait_until(lambda: not serving.engine.has_work)
+        pieces = list[bytes]()
+        while piece := client.recv(1 << 18):
             pieces.append(piece)
-            if slow := time.monotonic() < started + 1.5:
-                time.sleep(0.05)
-        assert not slow
         content = b"".join(pieces)
         assert content.count(b'"finish_reason":"length"') == 256
         assert content.endswith(b"\n\ndata: [DONE]\n\n")
         serving.wait_idle()
+
+
+def test_slow_is_not_gone() -> None:
+    """The clock of a connection, on one whose client takes a little all the time, and then nothing."""
+
+    class Transport:
+        left = 1000
+        aborted = False
+
+        def get_write_buffer_size(self) -> int:
+            return self.left
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    async def main() -> None:
+        transport = Transport()
+        outlet = Outlet(transport, stall_seconds=0.05)  # type: ignore[arg-type]
+        outlet.wind()
+        for _ in range(10):
+            await asyncio.sleep(0.03)
+            transport.left -= 10
+        assert not transport.aborted
+        await asyncio.sleep(0.15)
+        assert transport.aborted
+        outlet.stop()
+
+    asyncio.run(main())
 
 
 def test_a_client_of_http_1_0_gets_its_stream_unframed(shared: Serving) -> None:
