@@ -23,7 +23,7 @@ LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": T
 LARGE = LONG | {
     "prompt": [[5]] * 64,
     "n": 4,
-    "max_tokens": 40,
+    "max_tokens": 80,
     "stream": True,
     "logprobs": 20,
 }  # answers with more than the sockets between hold
