@@ -20,13 +20,8 @@ from partinf.serve.connections import Outlet
 from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
 
 LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}
-LARGE = LONG | {
-    "prompt": [[5]] * 64,
-    "n": 4,
-    "max_tokens": 80,
-    "stream": True,
-    "logprobs": 20,
-}  # answers with more than the sockets between hold
+# Answers with more than the sockets between hold.
+LARGE = LONG | {"prompt": [[5]] * 64, "n": 4, "max_tokens": 80, "stream": True, "logprobs": 20}
 
 
 def request_bytes(body: dict[str, Any], version: str = "1.1") -> bytes:
