@@ -14,6 +14,9 @@ DEV := $(VENV)/.installed-dev
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The pins were resolved on Python 3.11; other versions may need newer packages and take the bounds of pyproject.toml.
 PINS = $$($(BIN)/python -c 'import sys; print("--constraint constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+# tests/serve runs both majors of OpenAI's client. Two of one name do not fit into one environment, so this one gets a directory of its own;
+# what it needs, the other one brings.
+OPENAI_3 = openai==3.54.0
 
 .PHONY: help demo test test-all lint format clean distclean
 .DEFAULT_GOAL := help
@@ -65,4 +68,5 @@ $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing partinf and its development tools into $(VENV) (once; a minute or two)'
 	@$(INSTALL) $(PINS) --editable '.[dev,plot,proof,serve]'
+	@$(INSTALL) --no-deps --upgrade --target $(VENV)/openai-3 '$(OPENAI_3)'
 	@touch $(RUNTIME) $@

@@ -8,20 +8,15 @@ difference between answering through `Engine.generate` and through HTTP is the f
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
-import sys
-import threading
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
-from experiments.serving_over_http.measure import MODEL, ROWS, WAYS, Client, requests, through_engine, word_tokenizer
+from experiments.serving_over_http.measure import ROWS, WAYS, Client, requests, served, through_engine, word_tokenizer
 from partinf.engine import Engine, RunnerLimits
 from partinf.engine.step import SampledToken, Step, StepOutput
-from partinf.serve.server import Loaded, Options, Server, listen
 
 VOCAB, STEP_SECONDS, REPEATS = 1000, 0.03, 5
 
@@ -62,27 +57,32 @@ def main() -> int:
     tokenizer = word_tokenizer(VOCAB)
     engine, bodies = Engine(Waiting(), tokenizer=tokenizer, lag=1), requests(ROWS, VOCAB)
     tokens = sum(body["max_tokens"] for body in bodies)
-    server = Server(lambda: Loaded(engine, tokenizer, None), Options([MODEL]))
-    listener, loop = listen("127.0.0.1", 0), asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([listener])))
-    thread.start()
-    while server.front.running is None:
-        time.sleep(0.01)
-    client = Client(listener.getsockname()[1], ROWS, VOCAB)
-    cpu: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(REPEATS + 1):
-        for way in WAYS:
-            before = time.process_time()
-            through_engine(engine, bodies) if way == "engine" else client.run(way)
-            cpu[way].append(time.process_time() - before)
-    client.close()
-    loop.call_soon_threadsafe(server.drain)
-    thread.join()
-    medians: dict[str, Any] = {way: 1e6 * statistics.median(each[1:]) / tokens for way, each in cpu.items()}
-    front = {way: medians[way] - medians["engine"] for way in WAYS[1:]}
-    results = {"rows": ROWS, "tokens": tokens, "step_seconds": STEP_SECONDS, "cpu_us_per_token": medians, "front_end_us_per_token": front}
+    server_cpu: dict[str, list[float]] = {way: [] for way in WAYS}
+    client_cpu: dict[str, list[float]] = {way: [] for way in WAYS}
+    with served(engine, tokenizer) as port:
+        client = Client(port, ROWS, VOCAB)
+        for repeat in range(REPEATS + 1):  # the first warms everything up
+            for way in WAYS:
+                before, taken = time.process_time(), 0.0
+                if way == "engine":
+                    through_engine(engine, bodies)
+                else:
+                    taken = client.run(way)["cpu"]
+                if repeat:
+                    server_cpu[way].append(time.process_time() - before)
+                    client_cpu[way].append(taken)
+        client.close()
+    server = {way: 1e6 * statistics.median(each) / tokens for way, each in server_cpu.items()}
+    results = {
+        "rows": ROWS,
+        "tokens": tokens,
+        "step_seconds": STEP_SECONDS,
+        "engine_us_per_token": server["engine"],
+        "front_end_us_per_token": {way: server[way] - server["engine"] for way in WAYS[1:]},
+        "client_us_per_token": {way: 1e6 * statistics.median(client_cpu[way]) / tokens for way in WAYS[1:]},
+    }
     Path(__file__).with_name("cost.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(front, file=sys.stderr)
+    print(results)
     return 0
 
 

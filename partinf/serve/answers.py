@@ -36,8 +36,8 @@ class Answer(Protocol):
     def opening(self) -> Iterator[msgspec.Struct]:
         """The events of a stream that need nothing generated."""
 
-    def event(self, prompt: int, events: Sequence[TokenEvent]) -> msgspec.Struct | None:
-        """The event for some tokens of one sample; None where there is nothing to tell yet."""
+    def event(self, prompt: int, event: TokenEvent) -> msgspec.Struct | None:
+        """The event for a token; None where there is nothing to tell yet."""
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> msgspec.Struct:
         """The last event, with the usage and no choices."""
@@ -61,19 +61,17 @@ class CompletionAnswer:
                 reason = "length" if self._asked.only_echo else None
                 yield self._event(CompletionChoice(self._index(prompt, sample), text, finish_reason=reason))
 
-    def event(self, prompt: int, events: Sequence[TokenEvent]) -> Completion | None:
+    def event(self, prompt: int, event: TokenEvent) -> Completion | None:
         if self._asked.only_echo:
             return None
-        reason, text, logprobs = events[-1].finish_reason, "".join(event.text for event in events), None
-        index = self._index(prompt, events[0].sample)
+        index, logprobs = self._index(prompt, event.sample), None
         if self._asked.params.logprobs:
-            tokens, values, tops = _sampled(events)
             start = len(self._asked.echoed[prompt]) if self._asked.echoed else 0
             offsets = self._offsets.setdefault(index, Offsets(self._texts.tokenizer, start))
-            logprobs = completion_logprobs(self._texts, offsets, tokens, values, tops)
-        if not text and reason is None and logprobs is None:
+            logprobs = completion_logprobs(self._texts, offsets, *_sampled(event))
+        elif not event.text and event.finish_reason is None:
             return None
-        return self._event(CompletionChoice(index, text, logprobs, finish_reason(reason)))
+        return self._event(CompletionChoice(index, event.text, logprobs, finish_reason(event.finish_reason)))
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> Completion:
         return self._body([], usage(self._asked, outputs))
@@ -134,14 +132,14 @@ class ChatAnswer:
         for sample in range(self._asked.params.n):
             yield self._event(ChatChoice(sample, delta=ChatText("assistant", "")))
 
-    def event(self, prompt: int, events: Sequence[TokenEvent]) -> ChatCompletion | None:
-        reason, text, logprobs = events[-1].finish_reason, "".join(event.text for event in events), None
+    def event(self, prompt: int, event: TokenEvent) -> ChatCompletion | None:
+        logprobs = None
         if self._asked.params.logprobs:
-            logprobs = self._logprobs(*_sampled(events))
-        if not text and reason is None and logprobs is None:
+            logprobs = self._logprobs(*_sampled(event))
+        elif not event.text and event.finish_reason is None:
             return None
-        delta = ChatText(content=text) if text else ChatText()
-        return self._event(ChatChoice(events[0].sample, delta=delta, logprobs=logprobs, finish_reason=finish_reason(reason)))
+        delta = ChatText(content=event.text) if event.text else ChatText()
+        return self._event(ChatChoice(event.sample, delta=delta, logprobs=logprobs, finish_reason=finish_reason(event.finish_reason)))
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> ChatCompletion:
         return self._body("chat.completion.chunk", [], usage(self._asked, outputs))
@@ -178,10 +176,9 @@ def finish_reason(reason: FinishReason | None) -> str | None:
     return "length" if reason in _LENGTH else reason.value
 
 
-def _sampled(events: Sequence[TokenEvent]) -> tuple[list[int], list[float], list[Sequence[tuple[int, float]]]]:
-    """Tokens, log-probabilities and alternatives of those events that bear a token."""
-    found = [(event.token, event.logprob or 0.0, event.top_logprobs or ()) for event in events if event.token is not None]
-    return [token for token, _, _ in found], [logprob for _, logprob, _ in found], [top for _, _, top in found]
+def _sampled(event: TokenEvent) -> tuple[list[int], list[float], list[Sequence[tuple[int, float]]]]:
+    """The token, its log-probability and the alternatives, one of each; nothing for an event without a token."""
+    return ([], [], []) if event.token is None else ([event.token], [event.logprob or 0.0], [event.top_logprobs or ()])
 
 
 def _lists(logprobs: CompletionLogprobs) -> tuple[list, list, list, list]:  # type: ignore[type-arg]

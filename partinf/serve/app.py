@@ -69,8 +69,7 @@ class Front:
         self.running: Running | None = None
         self.draining = False
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
-        self._bounds = bounds or Bounds()
-        self._bodies = BodyReader(self._bounds)
+        self._bodies = BodyReader(bounds or Bounds())
         completion = self._generates("cmpl", CompletionBody, ask_completion, CompletionAnswer)
         chat = self._generates("chatcmpl", ChatBody, ask_chat, ChatAnswer)
         self.app = Starlette(
@@ -123,7 +122,7 @@ class Front:
             inbox = _submit(running.engine, asked)
             answer = answers(asked, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
             if asked.stream:
-                return EventStream(answer, inbox, len(asked.prompts), asked.include_usage, self._bounds.stall_seconds)
+                return EventStream(answer, inbox, len(asked.prompts), asked.include_usage)
             try:
                 outputs = await unless_gone(request.receive, inbox.outputs())
             finally:

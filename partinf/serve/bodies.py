@@ -18,7 +18,7 @@ class Bounds:
 
     Attributes:
         body_bytes: of a request. all_bytes: of all requests that are being read. body_seconds: until a body has arrived.
-        stall_seconds: for a client to take nothing of its stream.
+        stall_seconds: for a client to take nothing of its answer.
     """
 
     body_bytes: int = 8 << 20

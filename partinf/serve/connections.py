@@ -1,26 +1,82 @@
-"""HTTP/1.1 with bounds that uvicorn does not set: how many connections there are, and how long one may take to say what it wants."""
+"""HTTP/1.1 with bounds that uvicorn does not set: how many connections there are, how long one may take to say what it wants and to take
+its answer; and a short way out for streams."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from partinf.serve.errors import unavailable
 
+_OUTLET = "outlet"  # its name in the state of a connection's requests
 
-def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.Protocol]:
+
+class Outlet:
+    """Writes pieces of answers to one connection, and ends it when the client takes nothing.
+
+    What a slow client does not take is kept, which the length of an answer bounds. One that takes nothing for `stall_seconds`, or for up to
+    twice as long, while much is kept for it is gone.
+    """
+
+    def __init__(self, transport: asyncio.Transport, stall_seconds: float) -> None:
+        self._transport = transport
+        self._stall_seconds = stall_seconds
+        self._written = 0
+        self._taken = 0  # of what was written, when the clock was wound last
+        self._clock: asyncio.TimerHandle | None = None
+
+    def write(self, piece: bytes) -> None:
+        if not self._transport.is_closing():
+            self._written += len(piece)
+            self._transport.write(piece)
+
+    def write_chunk(self, piece: bytes) -> None:
+        if piece:  # an empty chunk would end the body
+            self.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    def wind(self) -> None:
+        """Much is kept: see whether it gets less."""
+        self._taken = self._written - self._transport.get_write_buffer_size()
+        self._clock = asyncio.get_running_loop().call_later(self._stall_seconds, self._ring)
+
+    def stop(self) -> None:
+        """Little is kept."""
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _ring(self) -> None:
+        before = self._taken
+        self.wind()
+        if self._taken == before:
+            self._transport.abort()
+
+
+def body_writer(scope: Scope) -> Callable[[bytes], None]:
+    """What writes pieces of an answer's body at once, between the messages of ASGI that begin and end an answer of unknown length.
+
+    They are framed as h11 does it: as chunks, or, for clients that do not know these, not at all.
+    """
+    outlet: Outlet = scope["state"][_OUTLET]
+    return outlet.write_chunk if scope["http_version"] >= "1.1" else outlet.write
+
+
+def bounded_protocol(max_connections: int, head_seconds: float, stall_seconds: float) -> type[asyncio.Protocol]:
     """A protocol for `uvicorn.Config(http=…)`.
 
     A connection beyond the bound is answered with 503 and closed. One that has not sent a whole head in time is dropped; between two
-    requests uvicorn's own keep-alive timeout counts besides.
+    requests uvicorn's own keep-alive timeout counts besides. For `stall_seconds` see `Outlet`.
     """
 
     class Bounded(H11Protocol):
         _refused = False
         _deadline: asyncio.TimerHandle | None = None
+        _outlet: Outlet
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             if len(self.connections) >= max_connections:
@@ -29,8 +85,8 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
                 transport.close()
                 return
             super().connection_made(transport)
-            # Also for a request that must end its connection although the client takes nothing (`request.state.abort`).
-            self.app_state = {**self.app_state, "abort": transport.abort}
+            self._outlet = Outlet(transport, stall_seconds)
+            self.app_state = {**self.app_state, _OUTLET: self._outlet}
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -41,7 +97,19 @@ def bounded_protocol(max_connections: int, head_seconds: float) -> type[asyncio.
         def connection_lost(self, exc: Exception | None) -> None:
             if not self._refused:
                 super().connection_lost(exc)
+                self._unset_keepalive_if_required()  # uvicorn's own does it only for connections that end without an error
+                self._outlet.stop()
             self._forget()
+
+        def pause_writing(self) -> None:
+            if not self._refused:
+                super().pause_writing()
+                self._outlet.wind()
+
+        def resume_writing(self) -> None:
+            if not self._refused:
+                super().resume_writing()
+                self._outlet.stop()
 
         def _watch(self) -> None:
             """Run the clock while the client owes a head; more of it does not wind the clock back."""

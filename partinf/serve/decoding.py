@@ -42,29 +42,30 @@ def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
         raise invalid([Offence(f"the body is not JSON that can be read: {error}")], code="invalid_json") from None
     if not isinstance(given, dict):
         raise invalid([Offence("the body is JSON, but no object")], code="invalid_json")
-    types = _types(kind)
     values: dict[str, Any] = {}
     offences = _unknown(kind, given)
     missing = False
-    for field in msgspec.structs.fields(kind):
-        name, value = field.name, given.get(field.name)
+    for name, form, required in _fields(kind):
+        value = given.get(name)
         if value is not None:
             try:
-                values[name] = msgspec.convert(value, types[name], str_keys=True)
+                values[name] = msgspec.convert(value, form, str_keys=True)
                 continue
             except (msgspec.ValidationError, RecursionError) as error:
                 offences.append(_wrong(name, value, str(error)))
-        elif field.required:
+        elif required:
             offences.append(Offence(f"{name} is missing; it is required", name))
-        missing = missing or field.required
+        missing = missing or required
     if missing:
         raise invalid(offences)
     return kind(**values), offences
 
 
-@functools.cache
-def _types(kind: type[Body]) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+@functools.cache  # resolving annotations takes longer than all the rest of a request
+def _fields(kind: type[Body]) -> list[tuple[str, Any, bool]]:
+    """Name and type of every parameter, and whether it is required."""
+    types = get_type_hints(kind, include_extras=True)
+    return [(field.name, types[field.name], field.required) for field in msgspec.structs.fields(kind)]
 
 
 def _unknown(kind: type[Body], given: dict[str, Any]) -> list[Offence]:

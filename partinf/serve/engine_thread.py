@@ -34,35 +34,54 @@ class Inbox:
         self.ids = tuple(ids)
         self._left = num_outputs
         self._close = close
-        self._items: list[tuple[int, Item]] = []
+        self._items: list[Item] = []
         self._place = {name: place for place, name in enumerate(ids)}
-        self._wake = asyncio.Event()
+        self._listener: Callable[[list[Item]], None] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything has come."""
+        return not self._left
+
+    def place(self, item: Item) -> int:
+        """The number of the prompt that something is about."""
+        return self._place[item.id if isinstance(item, RequestOutput) else item.request_id]
 
     def put(self, item: Item) -> None:
-        name = item.id if isinstance(item, RequestOutput) else item.request_id
-        self._items.append((self._place[name], item))
+        """Keep this for the next `tell`."""
+        self._items.append(item)
         self._left -= isinstance(item, RequestOutput)
-        self._wake.set()
 
-    async def next(self) -> list[tuple[int, Item]]:
-        """All that has come since the last call, each with the number of its prompt; empty once everything has come."""
-        while not self._items and self._left:
-            self._wake.clear()
-            await self._wake.wait()
-        items, self._items = self._items, []
-        return items
+    def tell(self) -> None:
+        """Call the listener with what has come since the last time."""
+        if self._listener is not None and self._items:
+            items, self._items = self._items, []
+            self._listener(items)
+
+    def listen(self, listener: Callable[[list[Item]], None]) -> None:
+        """Call this, which must not raise, in the event loop: now with what has come, and then once per iteration that has anything."""
+        self._listener = listener
+        self.tell()
 
     async def outputs(self) -> list[list[RequestOutput]]:
         """Wait for everything; the outputs per prompt, by sample."""
         found: list[list[RequestOutput]] = [[] for _ in self.ids]
-        while items := await self.next():
-            for place, item in items:
+        ended = asyncio.Event()
+
+        def take(items: list[Item]) -> None:
+            for item in items:
                 if isinstance(item, RequestOutput):
-                    found[place].append(item)
+                    found[self.place(item)].append(item)
+            if self.complete:
+                ended.set()
+
+        self.listen(take)
+        await ended.wait()
         return [sorted(outputs, key=lambda output: output.sample) for outputs in found]
 
     def close(self) -> None:
         """Nobody listens any more: cancel what still runs."""
+        self._listener = None
         self._close(self)
 
 
@@ -157,14 +176,20 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(self._hand_out, events, outputs)
 
     def _hand_out(self, events: list[TokenEvent], outputs: list[RequestOutput]) -> None:
+        """All that an iteration brought, to all who wait for any of it, in one pass."""
+        found: dict[Inbox, None] = {}
         for event in events:
             if (inbox := self._inboxes.get(event.request_id)) is not None:
                 inbox.put(event)
+                found[inbox] = None
         for output in outputs:
             if self.on_output is not None:
                 self.on_output(output)
             if (inbox := self._inboxes.get(output.id)) is not None:
                 inbox.put(output)
+                found[inbox] = None
+        for inbox in found:
+            inbox.tell()
 
     def _close(self, inbox: Inbox) -> None:
         for name in inbox.ids:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from partinf.engine.request import RequestOutput, TokenEvent
+from partinf.engine.request import RequestOutput
 from partinf.serve.answers import Answer
-from partinf.serve.engine_thread import Inbox, ended_well
+from partinf.serve.connections import body_writer
+from partinf.serve.engine_thread import Inbox, Item, ended_well, log_failure
 from partinf.serve.errors import ApiError, failure, unavailable
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class ClientGone(Exception):
@@ -46,59 +48,62 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 class EventStream:
     """An ASGI response that sends the events of one request as they come.
 
-    What a slow client does not take is kept, which the length of an answer bounds; one that takes nothing for `stall_seconds` is gone.
+    It begins and ends as ASGI has it. The events between go straight to the connection, in the call that brings those of an iteration to
+    the event loop: waking a task for them and sending an ASGI message costs several times what they do.
     """
 
-    def __init__(self, answer: Answer, inbox: Inbox, num_prompts: int, include_usage: bool, stall_seconds: float) -> None:
+    def __init__(self, answer: Answer, inbox: Inbox, num_prompts: int, include_usage: bool) -> None:
         self._answer = answer
         self._inbox = inbox
-        self._num_prompts = num_prompts
+        self._outputs: list[list[RequestOutput]] = [[] for _ in range(num_prompts)]
         self._include_usage = include_usage
-        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await unless_gone(receive, self._send_all(send))
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await unless_gone(receive, self._send_all(body_writer(scope), send))
         except ClientGone:
             pass
-        except TimeoutError:
-            scope.get("state", {}).get("abort", lambda: None)()
-            await asyncio.sleep(0)  # for the connection to know
         finally:
             self._inbox.close()
 
-    async def _send_all(self, send: Send) -> None:
-        async for body in self._bodies():
-            async with asyncio.timeout(self._stall_seconds):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send_all(self, write: Callable[[bytes], None], send: Send) -> None:
+        ended = asyncio.Event()
+
+        def take(items: Sequence[Item]) -> None:
+            if not ended.is_set():
+                try:
+                    body, last = self._body(items)
+                except Exception as error:
+                    log_failure("events could not be written", error)
+                    body, last = _event(failure().content) + DONE, True
+                write(body)
+                if last:
+                    ended.set()
+
+        write(b"".join(map(_event, self._answer.opening())))
+        self._inbox.listen(take)
+        await ended.wait()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _bodies(self) -> AsyncIterator[bytes]:
-        """Events, those of one iteration together."""
-        opening = b"".join(map(_event, self._answer.opening()))
-        if opening:
-            yield opening
-        outputs: list[list[RequestOutput]] = [[] for _ in range(self._num_prompts)]
-        while items := await self._inbox.next():
-            tokens: dict[tuple[int, int], list[TokenEvent]] = {}
-            for prompt, item in items:
-                if isinstance(item, RequestOutput):
-                    outputs[prompt].append(item)
-                elif ended_well(item):
-                    tokens.setdefault((prompt, item.sample), []).append(item)
-            parts = [self._answer.event(prompt, events) for (prompt, _), events in tokens.items()]
-            body = b"".join(_event(part) for part in parts if part is not None)
-            if not all(ended_well(output) for samples in outputs for output in samples):
-                yield body + _event(broken_off([output for samples in outputs for output in samples]).content) + DONE
-                return
-            if body:
-                yield body
-        yield (_event(self._answer.closing(outputs)) if self._include_usage else b"") + DONE
+    def _body(self, items: Sequence[Item]) -> tuple[bytes, bool]:
+        """The events of what an iteration brought, one per token; and whether they are the last."""
+        parts, broken = [], False
+        for item in items:
+            prompt = self._inbox.place(item)
+            if isinstance(item, RequestOutput):
+                self._outputs[prompt].append(item)
+                broken = broken or not ended_well(item)
+            elif ended_well(item) and (event := self._answer.event(prompt, item)) is not None:
+                parts.append(_event(event))
+        if broken:
+            parts += [_event(broken_off([output for samples in self._outputs for output in samples]).content), DONE]
+        elif self._inbox.complete:
+            parts += [_event(self._answer.closing(self._outputs)) if self._include_usage else b"", DONE]
+        return b"".join(parts), broken or self._inbox.complete
 
 
-def broken_off(outputs: list[RequestOutput]) -> ApiError:
+def broken_off(outputs: Sequence[RequestOutput]) -> ApiError:
     """Why there is no answer: something failed, or the server is on its way down."""
     if any(output.error is not None for output in outputs):
         return failure()

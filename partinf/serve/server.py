@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self.front.app,
-                http=bounded_protocol(options.max_connections, options.head_seconds),
+                http=bounded_protocol(options.max_connections, options.head_seconds, options.bounds.stall_seconds),
                 ws="none",
                 lifespan="off",
                 log_level="info" if options.access_log else "warning",
@@ -175,10 +175,13 @@ class Server(uvicorn.Server):
             sys.stderr.flush()
             os._exit(128 + sig)
         self._signalled = True
-        self._tell(self.drain)
+        self.stop()
 
-    def drain(self) -> None:
-        """Take nothing new, wait for what is in flight, then stop; call it in the event loop."""
+    def stop(self) -> None:
+        """Take nothing new, wait for what is in flight, then end `run`; from any thread, and does not wait for it."""
+        self._tell(self._begin_to_drain)
+
+    def _begin_to_drain(self) -> None:
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
 

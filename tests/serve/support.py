@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
@@ -104,8 +103,7 @@ def serving(
     loaded = Loaded(engine, tokenizer, template)
     server = Server(load or (lambda: loaded), Options(**{"names": ["demo", "other-name"]} | options))
     listener = listen("127.0.0.1", 0)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve([listener])), name="server")
+    thread = threading.Thread(target=server.run, args=([listener],), name="server")
     thread.start()
     try:
         found = Serving(server, listener.getsockname()[1], engine)
@@ -113,11 +111,9 @@ def serving(
             wait_until(lambda: server.front.running)
         yield found
     finally:
-        with contextlib.suppress(RuntimeError):  # the test has stopped it
-            loop.call_soon_threadsafe(server.drain)
+        server.stop()
         thread.join(30)
         server.thread.join(10)
-        loop.close()
         assert not thread.is_alive()
         assert not server.thread.is_alive()
 

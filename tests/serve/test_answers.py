@@ -39,6 +39,7 @@ def test_a_stream_adds_up_to_the_whole(shared: Serving, more: dict[str, Any]) ->
         mine = streamed[choice["index"]]
         assert (mine["text"], mine["finish_reason"]) == (choice["text"], choice["finish_reason"])
         if "logprobs" in more:
+            assert all(len(part["tokens"]) == 1 for part in mine["logprobs"]), "one event per token"
             for key, values in choice["logprobs"].items():
                 assert [value for part in mine["logprobs"] if part for value in part[key]] == values
 

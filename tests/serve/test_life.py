@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from partinf.cli import main
+from partinf.engine.admission import derived_seed
 from partinf.errors import InvalidInput
 from partinf.serve.server import Loaded, Options, listen, serve
 from tests.serve.support import events, wait_until
@@ -200,16 +201,26 @@ def test_a_second_signal_ends_at_once(root: Path) -> None:
 def test_the_command_serves_the_demo_model(root: Path) -> None:
     command = ["-m", "partinf", "serve", "--model", "demo", "--slice", "cpu:1", "--port", 0, "--max-num-seqs", 4, "--max-model-len", 64]
     command += ["--served-model-name", "tiny", "small", "--api-key", "sesame", "--max-num-batched-tokens", 68, "--scheduler", "mlfq"]
+    command += ["--host", "127.0.0.1", "--seed", 3]
     with process(root, *command) as server:
         server.wait_ready(120)
         assert server.ask("GET", "/v1/models")[0] == 401
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
         headers = {"content-type": "application/json", "authorization": "Bearer sesame"}
+
+        def ask(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+            connection.request(method, path, json.dumps(body), headers)
+            return json.loads(connection.getresponse().read())
+
         with contextlib.closing(connection):
+            drawn = BODY | {"model": "tiny", "temperature": 1.5}
+            first = ask("POST", "/v1/completions", drawn)["choices"]
+            assert ask("POST", "/v1/completions", drawn | {"seed": derived_seed(3, "0-0")})["choices"] == first
             for name in ("small", "tiny"):
-                connection.request("POST", "/v1/completions", json.dumps(BODY | {"model": name, "ignore_eos": False}), headers)
-                content = json.loads(connection.getresponse().read())
+                content = ask("POST", "/v1/completions", BODY | {"model": name, "ignore_eos": False})
                 assert (content["model"], content["choices"][0]["text"]) == ("tiny", " s e c r e t")
+            cards = ask("GET", "/v1/models")["data"]
+            assert [(card["id"], card["max_model_len"]) for card in cards] == [("tiny", 64), ("small", 64)]
         server.child.send_signal(signal.SIGTERM)
         code, printed = server.end()
     assert code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -62,6 +63,16 @@ def test_a_busy_engine_and_its_prefix_cache() -> None:
             assert 0 < found["partinf:num_requests_running"] <= LIMITS.num_slots
             assert 0 < found["partinf:kv_cache_usage_perc"] <= 1
             assert [answer.result()[0] for answer in answers] == [200] * 12
+
+
+def test_preemptions() -> None:
+    """Together the requests need more pages than there are, so some lose theirs and begin again."""
+    limits = dataclasses.replace(LIMITS, pages_per_shard=40)
+    with fake_serving(Slow(limits)) as serving:
+        body = {"model": "demo", "prompt": [[5, number] * 10 for number in range(6)], "max_tokens": 40, "ignore_eos": True}
+        status, content, _ = serving.post("/v1/completions", body)
+        assert (status, content["usage"]["completion_tokens"]) == (200, 240)
+        assert scrape(serving)["partinf:num_preemptions_total"] == serving.engine.metrics.preemptions > 0
 
 
 def test_every_metric_is_in_the_readme(fake: Serving, root: object) -> None:

@@ -1,11 +1,15 @@
-"""The official client against the demo model: what it asks for, it gets, and what it is told, it understands."""
+"""The official client, in both of its majors, against the demo model: what it asks for, it gets, and what it is told, it understands."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import openai
 import pytest
 
 from partinf.checkpoint.tokenizer import load_tokenizer
@@ -15,21 +19,44 @@ from tests.serve.support import DEMO, Serving
 TOKENIZER = load_tokenizer(DEMO)
 SORT, SORTED = "sort: d b a c =", " a b c d"
 
+Client = Any  # an OpenAI of either major
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def openai(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Both majors, one after the other under their one name: 2 is installed as usual, 3 in a directory of its own."""
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] == "openai"]
+
+    before = {name: sys.modules.pop(name) for name in loaded()}
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == 3:
+            directory = Path(sys.prefix) / "openai-3"
+            assert directory.is_dir(), f"{directory} is missing; make test installs it"
+            patch.syspath_prepend(directory)
+        client = importlib.import_module("openai")
+        assert client.__version__.startswith(f"{request.param}.")
+        yield client
+    for name in loaded():
+        del sys.modules[name]
+    sys.modules.update(before)
+
 
 @pytest.fixture(scope="module")
-def client(demo: Serving) -> Iterator[openai.OpenAI]:
+def client(openai: ModuleType, demo: Serving) -> Iterator[Client]:
     with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="unused", max_retries=0, timeout=30) as client:
         yield client
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(openai: ModuleType, client: Client) -> None:
     assert [model.id for model in client.models.list()] == ["demo", "other-name"]
     assert client.models.retrieve("demo").owned_by == "partinf"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt")
 
 
-def test_a_completion(client: openai.OpenAI) -> None:
+def test_a_completion(client: Client) -> None:
     answer = client.completions.create(model="demo", prompt=SORT, temperature=0)
     assert answer.choices[0].text == SORTED
     assert (answer.choices[0].finish_reason, answer.model, answer.object) == ("stop", "demo", "text_completion")
@@ -37,7 +64,7 @@ def test_a_completion(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (7, 5, 12)
 
 
-def test_prompts_of_every_kind(client: openai.OpenAI) -> None:
+def test_prompts_of_every_kind(client: Client) -> None:
     ids = TOKENIZER.encode(SORT)
     other = "repeat: 3 k ="
     for prompt in (ids, [SORT, other], [ids, TOKENIZER.encode(other)]):
@@ -46,7 +73,7 @@ def test_prompts_of_every_kind(client: openai.OpenAI) -> None:
         assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
 
 
-def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
+def test_a_stream_is_the_answer_in_pieces(client: Client) -> None:
     chunks = list(
         client.completions.create(
             model="demo", prompt=["copy: h e y =", SORT], temperature=0, stream=True, stream_options={"include_usage": True}
@@ -66,7 +93,7 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI) -> None:
     assert len(chunks) > 6
 
 
-def test_chat(client: openai.OpenAI) -> None:
+def test_chat(client: Client) -> None:
     answer = client.chat.completions.create(
         model="demo",
         messages=[
@@ -82,7 +109,7 @@ def test_chat(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_a_chat_stream(client: openai.OpenAI) -> None:
+def test_a_chat_stream(client: Client) -> None:
     chunks = list(
         client.chat.completions.create(
             model="demo",
@@ -105,7 +132,7 @@ def test_a_chat_stream(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 5
 
 
-def test_logprobs_and_alternatives(client: openai.OpenAI, demo: Serving) -> None:
+def test_logprobs_and_alternatives(client: Client, demo: Serving) -> None:
     (choice,) = client.completions.create(model="demo", prompt=SORT, temperature=0, logprobs=3).choices
     found = choice.logprobs
     assert found is not None
@@ -118,7 +145,7 @@ def test_logprobs_and_alternatives(client: openai.OpenAI, demo: Serving) -> None
         assert alternatives[token] == logprob == max(alternatives.values())
 
 
-def test_echo_scores_the_prompt(client: openai.OpenAI, demo: Serving) -> None:
+def test_echo_scores_the_prompt(client: Client, demo: Serving) -> None:
     """`echo` without anything generated: the log-probabilities that prefill alone gives."""
     prompt = "copy: a b ="
     (choice,) = client.completions.create(model="demo", prompt=prompt, echo=True, max_tokens=0, logprobs=0).choices
@@ -138,7 +165,7 @@ def test_echo_scores_the_prompt(client: openai.OpenAI, demo: Serving) -> None:
         assert values[place] == pytest.approx((output.logprobs or ())[0], abs=1e-4)
 
 
-def test_echo_and_an_answer(client: openai.OpenAI) -> None:
+def test_echo_and_an_answer(client: Client) -> None:
     (choice,) = client.completions.create(model="demo", prompt=SORT, echo=True, temperature=0, logprobs=1).choices
     assert choice.text == SORT + SORTED
     found = choice.logprobs
@@ -149,7 +176,7 @@ def test_echo_and_an_answer(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in streamed) == SORT + SORTED
 
 
-def test_samples_and_seeds(client: openai.OpenAI) -> None:
+def test_samples_and_seeds(client: Client) -> None:
     def sample(seed: int, n: int = 4) -> list[str]:
         answer = client.completions.create(model="demo", prompt="copy: a", temperature=1.5, max_tokens=6, seed=seed, n=n)
         assert [choice.index for choice in answer.choices] == list(range(n))
@@ -162,7 +189,7 @@ def test_samples_and_seeds(client: openai.OpenAI) -> None:
     assert len(set(first)) > 1
 
 
-def test_stop_and_length(client: openai.OpenAI) -> None:
+def test_stop_and_length(client: Client) -> None:
     (stopped,) = client.completions.create(model="demo", prompt=SORT, temperature=0, stop=" c").choices
     assert (stopped.text, stopped.finish_reason) == (" a b", "stop")
     (cut,) = client.completions.create(model="demo", prompt=SORT, temperature=0, max_tokens=2).choices
@@ -171,7 +198,7 @@ def test_stop_and_length(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in pieces) == " a "
 
 
-def test_what_steers_sampling(client: openai.OpenAI, demo: Serving) -> None:
+def test_what_steers_sampling(client: Client, demo: Serving) -> None:
     """Every one of these reaches the engine: the answer is the engine's own to the same parameters."""
     steered = [
         {"logit_bias": {"14": 100}},
@@ -192,7 +219,7 @@ def test_what_steers_sampling(client: openai.OpenAI, demo: Serving) -> None:
             assert len(set(choice.text.split())) == 1
 
 
-def test_errors_that_the_client_knows(client: openai.OpenAI) -> None:
+def test_errors_that_the_client_knows(openai: ModuleType, client: Client) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt", prompt=SORT)
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
@@ -212,7 +239,7 @@ def test_errors_that_the_client_knows(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_async_client(demo: Serving, chat: bool) -> None:
+def test_the_async_client(openai: ModuleType, demo: Serving, chat: bool) -> None:
     import asyncio
 
     async def main() -> None:

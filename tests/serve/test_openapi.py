@@ -1,4 +1,4 @@
-"""The OpenAPI file is what the types say, and requests made from it never break the server."""
+"""The OpenAPI file is what the types say, and requests made from it never break the server of the demo model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_route_is_described(fake: Serving) -> None:
     assert fake.get("/openapi.json")[1] == description()
 
 
-def bounded_description() -> dict[str, Any]:
+def answerable() -> dict[str, Any]:
     """The file with what the demo model knows in it (its name, its 96 tokens, its roles), and with answers short enough for a test."""
     found = copy.deepcopy(description())
     schemas = found["components"]["schemas"]
@@ -43,6 +43,7 @@ def bounded_description() -> dict[str, Any]:
     schemas["ChatBody"]["properties"]["messages"]["maxItems"] = 3
     schemas["Message"]["properties"] |= {"role": {"enum": ["user", "assistant"]}, "content": {"type": "string", "maxLength": 20}}
     schemas["Message"]["required"] = ["role", "content"]
+    found["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"] = {"enum": ["demo"]}
     return found
 
 
@@ -54,26 +55,40 @@ CHECKS = schemathesis.checks.CHECKS.get_by_names(
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode))
-def test_requests_made_from_the_file(shared: Serving, mode: GenerationMode) -> None:
-    """Bodies that the file allows, and bodies that it does not."""
-    schema = schemathesis.openapi.from_dict(bounded_description())
-    operations = [found.ok() for found in schema.get_all_operations()]
-    asked = [operation for operation in operations if mode is GenerationMode.POSITIVE or operation.method == "post"]
-    assert len(asked) >= 2
-    for operation in asked:
-        statuses = statuses_of(operation, mode, shared.url)
-        assert statuses <= set(map(int, operation.definition.raw["responses"]))
-        if operation.method == "post":
-            assert 200 in statuses if mode is GenerationMode.POSITIVE else 400 in statuses
-    shared.wait_idle()
+def test_requests_made_from_the_shipped_file(demo: Serving, mode: GenerationMode) -> None:
+    """Bodies that it allows, and bodies that it does not. It knows no model by name, so most of the former are for another one."""
+    found = statuses(demo, demo.get("/openapi.json")[1], mode, examples=15)
+    assert found["post /v1/completions"] & {400, 404}
+    assert found["post /v1/chat/completions"] & {400, 404}
+    if mode is GenerationMode.POSITIVE:
+        assert found["get /health"] == found["get /metrics"] == found["get /v1/models"] == {200}
 
 
-def statuses_of(operation: Any, mode: GenerationMode, url: str) -> set[int]:
-    """Answers to some requests of one operation, none of which may be a failure of the server."""
-    statuses = set()
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_requests_that_the_model_can_answer(demo: Serving, mode: GenerationMode) -> None:
+    """The same, close to what is right."""
+    for name, found in statuses(demo, answerable(), mode, examples=20).items():
+        assert (200 if mode is GenerationMode.POSITIVE else 400) in found, name
+
+
+def statuses(serving: Serving, document: dict[str, Any], mode: GenerationMode, examples: int) -> dict[str, set[int]]:
+    """What some requests of every operation were answered with; those that are read only have no body that could be wrong."""
+    found = {}
+    for each in schemathesis.openapi.from_dict(document).get_all_operations():
+        operation = each.ok()
+        if mode is GenerationMode.POSITIVE or operation.body:
+            found[operation.label.lower()] = statuses_of(operation, mode, serving.url, examples if operation.body else 2)
+    assert len([name for name in found if name.startswith("post")]) == 2
+    serving.wait_idle()
+    return found
+
+
+def statuses_of(operation: Any, mode: GenerationMode, url: str, examples: int) -> set[int]:
+    """Of some requests of one operation, none of which may be a failure of the server."""
+    found = set()
 
     @settings(
-        max_examples=20 if operation.body else 2,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,
@@ -85,7 +100,8 @@ def statuses_of(operation: Any, mode: GenerationMode, url: str) -> set[int]:
         response = case.call(base_url=url)
         assert response.status_code < 500, response.text
         case.validate_response(response, checks=CHECKS)
-        statuses.add(response.status_code)
+        found.add(response.status_code)
 
     check()
-    return statuses
+    assert found <= set(map(int, operation.definition.raw["responses"]))
+    return found

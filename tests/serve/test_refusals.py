@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from partinf.serve.answers import ChatAnswer
 from partinf.serve.bodies import Bounds
-from tests.serve.support import LIMITS, Serving, Slow, fake_serving, wait_until
+from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
 
 GOOD = {"model": "demo", "prompt": "copy: a b =", "max_tokens": 3}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "copy: a ="}]}
@@ -231,3 +232,19 @@ def test_a_failing_engine_says_so_and_goes_on(caplog: pytest.LogCaptureFixture) 
         assert serving.post("/v1/completions", body | {"prompt": [4], "max_tokens": 3})[0] == 200
     assert "OSError" in caplog.text
     assert "4, 4" not in caplog.text + error["message"] + text
+
+
+def test_an_event_that_cannot_be_written_ends_its_stream_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def event(self: ChatAnswer, prompt: int, event: object) -> None:
+        raise ValueError(f"cannot write {event}")
+
+    monkeypatch.setattr(ChatAnswer, "event", event)
+    more = {"stream": True, "max_tokens": 100, "ignore_eos": True}
+    with fake_serving(Slow(LIMITS, seconds=0.005)) as serving:
+        status, text, _ = serving.post("/v1/chat/completions", CHAT | more)
+        assert (status, events(text)[-1]["error"]["type"]) == (200, "server_error")
+        serving.wait_idle()
+        assert serving.engine.metrics.generated_tokens < 50  # it was cancelled
+        assert events(serving.post("/v1/completions", GOOD | more)[1])[-1]["choices"][0]["finish_reason"] == "length"
+    assert "ValueError" in caplog.text
+    assert "TokenEvent(" not in caplog.text
