@@ -110,6 +110,7 @@ def load(
     compile_steps: bool = True,
     seed: int = 0,
     cache: str | Path | None = None,
+    num_host_pages: int = 0,
 ) -> Model:
     """Read a model's weights onto the devices of its plan and compile its steps.
 
@@ -123,6 +124,7 @@ def load(
         seed: of random weights and of requests that name none.
         cache: directory of compiled steps, which the next start loads; `off` for none. By default that of $PARTINF_CACHE_DIR, or the
             user's own (~/.cache/partinf).
+        num_host_pages: KV pages that may be kept in host memory, for policies that swap.
 
     Raises:
         InvalidInput: no weights, weights that are not the model's, or fewer devices than the plan needs.
@@ -147,7 +149,7 @@ def load(
     else:
         params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
     tokenizer = load_tokenizer(directory) if directory is not None else None
-    runner = JaxRunner(plan, params, mesh, executables=executables)
+    runner = JaxRunner(plan, params, mesh, num_host_pages, executables)
     if compile_steps:
         runner.warm_up(on_compiled)
     return Model(plan, mesh, params, runner, Engine(runner, tokenizer=tokenizer, seed=seed), tokenizer)

@@ -124,6 +124,11 @@ class BatchBuilder:
         pool = self._scheduler.pool
         return pool.num_free_pages if shard is None else pool.free_pages(shard)
 
+    @property
+    def num_free_slots(self) -> int:
+        """How many more may become resident, pages aside."""
+        return self._scheduler.pool.num_free_slots
+
     # What can be done with them.
 
     def admit(self, sequence: Sequence, *, reserve: bool = False, crowd: bool = False) -> bool:

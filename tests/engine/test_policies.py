@@ -21,7 +21,7 @@ from partinf.engine.request import Sequence, Status
 from partinf.engine.step import Step
 from partinf.engine.step_price import Estimates, Price
 from partinf.errors import InvalidInput
-from tests.engine.support import ROOMY, VOCAB, alone, run_all
+from tests.engine.support import ROOMY, VOCAB, alone, make_engine, run_all
 from tests.engine.test_scheduler import trace
 
 # A prompt token takes 0.1 s, a decode iteration 0.4 s.
@@ -132,6 +132,21 @@ def test_who_makes_room_goes_on_where_it_was(eviction: Eviction) -> None:
     assert (metrics.preemptions > 0) == (eviction is Eviction.RECOMPUTE)
     assert (metrics.swap_outs > 0) == (eviction in (Eviction.REACTIVE, Eviction.PROACTIVE))
     assert metrics.swapped_in_pages == metrics.swapped_out_pages
+
+
+@pytest.mark.parametrize("eviction", [Eviction.RECOMPUTE, Eviction.REACTIVE, Eviction.PROACTIVE])
+def test_a_better_one_gets_the_slot_of_a_worse_one(eviction: Eviction) -> None:
+    """There are pages for everybody and two slots."""
+    engine = make_engine(limits=replace(ROOMY, num_slots=2, num_host_pages=20), policy=by_priority(2, Pages(eviction)))
+    for name in ("a", "b"):
+        engine.add_request([1], SamplingParams(max_tokens=20), name)
+    engine.step()
+    engine.add_request([1], SamplingParams(max_tokens=3, priority=-1), "better")
+    outputs = run_all(engine)
+    assert list(outputs) == ["better", "a", "b"]
+    assert outputs["better"].num_iterations == 3
+    assert outputs["b"].tokens == outputs["a"].tokens == tuple(range(2, 22))
+    assert engine.metrics.swap_outs + engine.metrics.preemptions == 1
 
 
 def test_what_is_cheaper_is_done() -> None:
