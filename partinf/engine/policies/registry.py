@@ -30,7 +30,7 @@ POLICIES = {
     "priority": "by the priority that a request names, then by arrival",
 }
 
-_PREEMPTIVE = ("mlfq", "mlfq-naive", "srpt", "priority")
+PREEMPTIVE = ("mlfq", "mlfq-naive", "srpt", "priority")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PolicyOptions:
 
 def resident_batches(name: str) -> int:
     """How many full batches may hold pages at once: more than the one that runs, where a policy gives one request's place to another."""
-    return 4 if name in _PREEMPTIVE else 1
+    return 4 if name in PREEMPTIVE else 1
 
 
 def make_policy(name: str, options: PolicyOptions, estimates: Estimates) -> Policy:
