@@ -149,7 +149,7 @@ def load(
     else:
         params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
     tokenizer = load_tokenizer(directory) if directory is not None else None
-    runner = JaxRunner(plan, params, mesh, num_host_pages, executables)
+    runner = JaxRunner(plan, params, mesh, num_host_pages=num_host_pages, executables=executables)
     if compile_steps:
         runner.warm_up(on_compiled)
     return Model(plan, mesh, params, runner, Engine(runner, tokenizer=tokenizer, seed=seed), tokenizer)

@@ -44,8 +44,11 @@ def run(args: argparse.Namespace) -> int:
     devices.prepare(target)
     load = read_load(args, offences, _DEFAULT_BATCH)
     lag, host_pages = whole(args, "lag", offences), whole(args, "host_pages", offences)
-    if args.eviction in ("reactive", "proactive") and args.host_pages == "0":
+    swaps = args.eviction in ("reactive", "proactive")
+    if swaps and args.host_pages == "0":
         offences.append(f"--eviction {args.eviction}: pages are moved to host memory, and there is none; give --host-pages N")
+    if host_pages and not swaps:
+        offences.append(f"--host-pages {host_pages}: nothing is moved there; give --eviction reactive or proactive")
     layout = collect(offences, lambda: named_layout(args.layout))
     config = collect(offences, lambda: api.check_loadable(args.model, args.random_weights))
     if args.trace and not Path(args.trace).absolute().parent.is_dir():

@@ -75,6 +75,8 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["compiled_while_serving"] == 0
     assert main([*flags, *swapping]) == 2
     assert "--host-pages" in capsys.readouterr().err
+    assert main([*flags, "--host-pages", "8"]) == 2
+    assert "nothing is moved there" in capsys.readouterr().err
     assert main([*flags, "--eviction", "reactive", "--host-pages", "8"]) == 2
     assert "scheduler orca has no such choice" in capsys.readouterr().err
     assert main([*flags, "--model", "llama-125m", "--ttft", "x"]) == 2
