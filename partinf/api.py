@@ -112,6 +112,7 @@ def load(
     seed: int = 0,
     cache: str | Path | None = None,
     group: Group | None = None,
+    num_host_pages: int = 0,
 ) -> Model:
     """Read a model's weights onto the devices of its plan and compile its steps.
 
@@ -127,6 +128,7 @@ def load(
             user's own (~/.cache/partinf).
         group: the processes that have the plan's devices together, from `partinf.hosts.join`; each reads only its own devices' part of
             the weights. The first then uses the model as usual, the others `group.follow(model.engine)`.
+        num_host_pages: KV pages that may be kept in host memory, for policies that swap.
 
     Raises:
         InvalidInput: no weights, weights that are not the model's, or fewer devices than the plan needs.
@@ -154,7 +156,7 @@ def load(
     else:
         params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
     tokenizer = load_tokenizer(directory) if directory is not None else None
-    runner = JaxRunner(plan, params, mesh, executables=executables)
+    runner = JaxRunner(plan, params, mesh, num_host_pages=num_host_pages, executables=executables)
     if compile_steps:
         runner.warm_up(on_compiled)
     engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, seed=seed, replicas=group)

@@ -1,146 +1,83 @@
-"""Schedulers on the real engine, and the simulator against it: the demo model on one CPU device. Writes results.json.
+"""The simulator against the real engine: the demo model on one CPU device. Writes results.json.
 
-    python -m experiments.scheduling_on_cpu.measure        # a minute
+    python -m experiments.scheduling_on_cpu.measure [--clock cpu]        # two minutes
 
-Step times, which contain the host's share, are measured per bucket in this process, under the same policy on a backlog of other requests
-before every run; the simulator then predicts throughput and completion times of the arrivals at hand, at a load of 0.6 of what a backlog
-reaches and for a finite backlog. Calibrating, real and simulated runs alternate; figures are medians of five.
+The same arrivals run on the real engine and in the simulator, for a finite backlog and at a load of 0.6 of what a backlog reaches, under
+two policies. The simulator gets its step times in two ways. Measured: they contain the host's share and are taken per bucket in this
+process, under the same policy and load on other requests right before and after. Calibrated: the hardware file that `partinf calibrate`
+wrote at the start, and nothing else. Five rounds each; errors are medians over the rounds of predicted over real in the same round.
+With `--clock cpu` seconds are those of CPU that the process uses, for a machine that others use too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import statistics
 import sys
-from collections import defaultdict
+import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-from partinf import api
+from experiments.scheduling_on_cpu.calibrated import calibrated_buckets, calibrated_price, calibrated_slice
+from experiments.scheduling_on_cpu.runs import ROWS, StepTimes, at, clock_named_on_the_command_line, load_demo, medians, real, simulated
 from partinf.buckets import Capacity
-from partinf.engine import Engine, Policy
-from partinf.engine.arrivals import Arrival, parse_arrivals, parse_lengths
-from partinf.engine.batch import Batch
-from partinf.engine.cost_runner import CostRunner
+from partinf.engine.arrivals import parse_arrivals, parse_lengths
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.simulation import WallClock, play
-from partinf.engine.step import Step, StepOutput
-from partinf.engine.step_price import Estimates, Price
-from partinf.plans import Bucket
-from partinf.workload import DType, Workload
+from partinf.engine.step_price import Estimates
 
-ROWS, REPEATS = 16, 5
+REPEATS, REQUESTS, LOAD = 5, 150, 0.6
+JUDGED = ("throughput", "mean_completion", "p95_completion")
 LENGTHS = "uniform:4-24:2-36"
-REQUESTS = 150
 SCHEDULERS = ("orca", "mlfq")
-COMPARED = ("request-level", "orca", "fcfs", "mlfq", "srpt")
-
-
-class StepTimes:
-    """Time from one commit to the next by bucket, for runs in which the engine always has something to do."""
-
-    def __init__(self, model: Any) -> None:
-        self._fit = model.runner._fit
-        self._before: float | None = None
-        self.seconds: dict[Bucket, list[float]] = defaultdict(list)
-
-    def restart(self) -> None:
-        """Another run, on another clock."""
-        self._before = None
-
-    def on_step(self, batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
-        if self._before is not None:
-            self.seconds[self._fit(batch.step)].append(committed - self._before)
-        self._before = committed
-
-    def means(self) -> dict[Bucket, float]:
-        return {bucket: statistics.mean(times) for bucket, times in self.seconds.items()}
-
-
-def load_demo() -> Any:
-    workload = Workload(ROWS, 24, 36, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=ROWS, max_len=64, prefill_tokens=128, random=False, max_prompt_len=24)
-    return api.load("demo", api.plan("demo", "local", workload, capacity=capacity))
-
-
-def figures(engine: Engine, seconds: float) -> dict[str, float]:
-    summary = engine.metrics.summary()
-    return {
-        "throughput": summary.generated_tokens / seconds,
-        "mean_completion": summary.completion_time.mean,
-        "p95_completion": summary.completion_time.p95,
-        "iterations": summary.iterations,
-    }
-
-
-def real(model: Any, policy: Policy, arrivals: list[Arrival], times: StepTimes | None = None) -> dict[str, float]:
-    clock, rng = WallClock(), random.Random(0)
-    if times is not None:
-        times.restart()
-    engine = Engine(model.runner, policy=policy, clock=clock, on_step=times.on_step if times else None)
-    play(engine, arrivals, clock, prompt=lambda _, length: rng.choices(range(model.plan.model.vocab_size), k=length))
-    return figures(engine, clock() - arrivals[0].time)
-
-
-def simulated(model: Any, policy: Policy, arrivals: list[Arrival], seconds: dict[Bucket, float]) -> dict[str, float]:
-    def price(step: Step) -> Price:
-        bucket = model.runner._fit(step)
-        return Price(seconds[bucket], bucket.num_tokens)
-
-    runner = CostRunner(model.runner.limits, price)
-    engine = Engine(runner, policy=policy, clock=runner.clock)
-    play(engine, arrivals, runner.clock)
-    return figures(engine, runner.clock.now - arrivals[0].time)
-
-
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+WAYS = ("measured", "calibrated")
 
 
 def main() -> int:
-    model = load_demo()
+    clock = clock_named_on_the_command_line()
+    slice_ = calibrated_slice()
+    model = load_demo(Capacity(max_rows=ROWS, max_len=64, prefill_tokens=128, random=False, max_prompt_len=24))
     lengths = parse_lengths(LENGTHS)
     backlog = parse_arrivals("backlog", lengths, REQUESTS)
-    other = parse_arrivals("backlog", lengths, REQUESTS, seed=1)
     times = StepTimes(model)
     for _ in range(3):
-        warm = real(model, make_policy("orca", PolicyOptions(ROWS), Estimates(lambda tokens: 0.0, 1e-3)), backlog, times)
+        real(model, make_policy("orca", PolicyOptions(ROWS), Estimates(lambda tokens: 0.0, 1e-3)), backlog, clock(), times)
     seconds = times.means()
     decode = min(value for bucket, value in seconds.items() if not bucket.prefill_tokens)
     prefill = max(value for bucket, value in seconds.items() if bucket.prefill_tokens)
-    estimates = Estimates(lambda tokens: prefill, decode)
-    rate = 0.6 * warm["throughput"] * REQUESTS / sum(arrival.output_len for arrival in backlog)
-    loads = {"backlog": backlog, "load 0.6": parse_arrivals(f"poisson:{rate}", lengths, REQUESTS)}
+    price = calibrated_price(model.plan, slice_)
+    known = {"measured": Estimates(lambda tokens: prefill, decode), "calibrated": price.estimates(model.runner.limits)}
     comparison = []
-    for name, arrivals in loads.items():
+    for load in (None, LOAD):
         for scheduler in SCHEDULERS:
-            pairs: dict[str, list[dict[str, float]]] = {"real": [], "simulated": []}
+            make = lambda way="measured", scheduler=scheduler: make_policy(scheduler, PolicyOptions(ROWS), known[way])  # noqa: E731
+            rounds: list[dict[str, Any]] = []
             for _ in range(REPEATS):
+                how = "backlog" if load is None else f"poisson:{load * real(model, make(), backlog, clock())['requests_per_second']}"
+                arrivals, before, after = (parse_arrivals(how, lengths, REQUESTS, seed) for seed in range(3))
                 fresh = StepTimes(model)
-                real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), other, fresh)
-                measured = seconds | fresh.means()
-                pairs["real"].append(real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), arrivals))
-                pairs["simulated"].append(simulated(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), arrivals, measured))
-            both = {kind: medians(runs) for kind, runs in pairs.items()}
-            errors = {key: both["simulated"][key] / both["real"][key] - 1 for key in both["real"]}
-            comparison.append({"load": name, "scheduler": scheduler, **both, "error": errors})
-            print(name, scheduler, {key: f"{value:+.1%}" for key, value in errors.items()}, file=sys.stderr)
-    rounds: dict[str, list[dict[str, float]]] = {scheduler: [] for scheduler in COMPARED}
-    for _ in range(REPEATS):
-        for scheduler, runs in rounds.items():
-            runs.append(real(model, make_policy(scheduler, PolicyOptions(ROWS), estimates), backlog))
+                real(model, make(), before, clock(), fresh)
+                found = {"real": real(model, make(), arrivals, clock())}
+                real(model, make(), after, clock(), fresh)
+                found["measured"] = simulated(model, make(), arrivals, at(model, seconds | fresh.means()))
+                found["calibrated"] = simulated(model, make("calibrated"), arrivals, price)
+                rounds.append(found)
+            row: dict[str, Any] = {"load": "backlog" if load is None else f"load {load}", "scheduler": scheduler}
+            row |= {each: medians([found[each] for found in rounds]) for each in ("real", *WAYS)}
+            for way in WAYS:
+                errors = [{key: found[way][key] / found["real"][key] - 1 for key in JUDGED} for found in rounds]
+                row |= {f"error_{way}": medians(errors), f"errors_{way}": errors}
+                print(row["load"], scheduler, way, {key: f"{row[f'error_{way}'][key]:+.1%}" for key in JUDGED}, file=sys.stderr)
+            comparison.append(row)
     results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],
+        "clock": clock.__name__,
         "rows": ROWS,
         "lengths": LENGTHS,
         "requests": REQUESTS,
         "step_seconds": {str(bucket): value for bucket, value in seconds.items()},
-        "rate_at_0.6": rate,
+        "calibrated_step_seconds": calibrated_buckets(model.plan, slice_),
         "simulator": comparison,
-        "schedulers_on_a_backlog": {scheduler: medians(runs) for scheduler, runs in rounds.items()},
     }
     Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0

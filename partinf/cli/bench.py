@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("f32", "bf16"), help="type of weights and activations (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--random-weights", action="store_true", help="run a model without weights; the output repeats it")
     add_load_arguments(parser, requests=64, lengths="uniform:4-24:4-24")
+    parser.add_argument(
+        "--host-pages", default="0", metavar="N", help="KV pages of host memory, for reactive and proactive eviction (default: 0)"
+    )
     parser.add_argument("--lag", default="1", metavar="N", help="steps in flight before the oldest is awaited (default: 1)")
     parser.epilog = "Example: partinf bench --model demo --scheduler mlfq --arrivals poisson:50 --requests 200"
 
@@ -39,7 +44,12 @@ def run(args: argparse.Namespace) -> int:
     target = collect(offences, lambda: named_slice(args.slice, args.mesh, args.hardware))
     devices.prepare(target)
     load = read_load(args, offences, _DEFAULT_BATCH)
-    lag = whole(args, "lag", offences)
+    lag, host_pages = whole(args, "lag", offences), whole(args, "host_pages", offences)
+    swaps = args.eviction in ("reactive", "proactive")
+    if swaps and args.host_pages == "0":
+        offences.append(f"--eviction {args.eviction}: pages are moved to host memory, and there is none; give --host-pages N")
+    if host_pages and not swaps:
+        offences.append(f"--host-pages {host_pages}: nothing is moved there; give --eviction reactive or proactive")
     layout = collect(offences, lambda: named_layout(args.layout))
     config = collect(offences, lambda: api.check_loadable(args.model, args.random_weights))
     if args.trace and not Path(args.trace).absolute().parent.is_dir():
@@ -49,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if config.max_len and longest > config.max_len:
         need([f"the longest request has {longest} tokens, and model {config.name} has a context of {config.max_len}"], None)
     plan = _plan(args, load, longest, target, layout)
-    model = _load(args, plan)
+    model = _load(args, plan, host_pages)
     figures = _bench(args, load, model, lag)
     show(figures, args.format, _heading(figures))
     return 0
@@ -58,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layout: Any) -> Plan:
     from partinf import api
     from partinf.buckets import Capacity
+    from partinf.engine.policies.registry import resident_batches
     from partinf.workload import DType, Workload
 
     where = target if target is not None else api.find_slice("local", args.mesh, args.hardware)
@@ -66,15 +77,17 @@ def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layou
     rows = load.options.max_batch_size
     workload = Workload(batch=rows, input_len=prompt, output_len=max(1, longest - prompt), weights=dtype, kv=dtype)
     capacity = Capacity(max_rows=rows, max_len=longest, prefill_tokens=max(128, prompt), random=False, max_prompt_len=prompt)
-    return api.plan(args.model, where, workload, layout=layout, capacity=capacity)
+    plan = api.plan(args.model, where, workload, layout=layout, capacity=capacity)
+    return replace(plan, cache=replace(plan.cache, num_slots=plan.cache.num_slots * resident_batches(load.scheduler)))
 
 
-def _load(args: argparse.Namespace, plan: Plan) -> Model:
+def _load(args: argparse.Namespace, plan: Plan, host_pages: int) -> Model:
     from partinf import api
     from partinf.cli.progress import progress_bar
 
     with progress_bar("compiling", len(plan.buckets)) as advance:
-        return api.load(args.model, plan, random_weights=args.random_weights, on_compiled=lambda *_: advance(1))
+        compiled = lambda *_: advance(1)  # noqa: E731
+        return api.load(args.model, plan, random_weights=args.random_weights, on_compiled=compiled, num_host_pages=host_pages)
 
 
 def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict[str, Any]:
@@ -117,6 +130,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
         "scheduler": load.scheduler,
         "max_batch": load.options.max_batch_size,
         "eviction": args.eviction,
+        "host_pages": model.runner.limits.num_host_pages,
         "lag": lag,
         "arrivals": args.arrivals if not args.arrivals.startswith("trace:") else f"trace:{Path(args.arrivals[6:]).name}",
         "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
@@ -128,8 +142,8 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
 
 
 def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[float]], list[float]] = lambda times: times) -> Estimates:
-    """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own; a step's bucket pads all
-    prompts alike, so the first iteration takes the same time for each length that a step can hold.
+    """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own, and of the copy of a page; a
+    step's bucket pads all prompts alike, so the first iteration takes the same time for each length that a step can hold.
 
     Args:
         agree: makes of the times of this process those that all processes of a group take.
@@ -143,9 +157,32 @@ def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[flo
     prompt = [1] * max(1, min(8, limits.max_context - 4))
     outputs = [engine.generate([prompt], params)[0] for _ in range(repeats + 1)][1:]  # the first has first-call costs
     prefill = statistics.median(output.ttft or 0.0 for output in outputs)
-    prefill, decode = agree([prefill, statistics.median(output.time_per_token or prefill for output in outputs)])
+    decode = statistics.median(output.time_per_token or prefill for output in outputs)
     share = limits.max_prefill_tokens_per_shard
-    return Estimates(lambda tokens: prefill * -(-tokens // share), decode, pages_for=limits.pages_for)
+    page = _page_seconds(model.runner) if limits.num_host_pages else 0.0
+    prefill, decode, page = agree([prefill, decode, page])
+    return Estimates(lambda tokens: prefill * -(-tokens // share), decode, page, page, limits.pages_for)
+
+
+def _page_seconds(runner: Any, repeats: int = 20) -> float:
+    """Time to copy one KV page to host memory or back, measured on groups that go there and back; the pages' content stays."""
+    from partinf.engine.step import PageCopy, PrefillChunk, RowSampling, Step
+
+    pages = tuple(range(min(16, runner.limits.pages_per_shard, runner.limits.num_host_pages)))
+    copy = PageCopy(pages, pages, shard=0)
+    fetched = Step(prefill=(PrefillChunk(0, 0, (1,), 0, (0,), True, RowSampling()),))  # its token is on the host once all is done
+
+    def seconds(steps: list[Step]) -> float:
+        started = time.perf_counter()
+        for step in steps:
+            runner.submit(step)
+            runner.collect()
+        return time.perf_counter() - started
+
+    there_and_back = [Step(swap_out=(copy,)), Step(swap_in=(copy,))]
+    seconds([*there_and_back, fetched])  # first-call costs
+    taken = seconds([*there_and_back * repeats, fetched]) - seconds([fetched])
+    return max(0.0, taken) / (2 * repeats * len(pages))
 
 
 def _heading(figures: dict[str, Any]) -> list[str]:

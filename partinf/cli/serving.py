@@ -53,7 +53,7 @@ def read_load(args: argparse.Namespace, offences: list[str], default_batch: int)
     """What `add_load_arguments` declared; what is wrong joins `offences`."""
     from partinf.engine.arrivals import parse_arrivals, parse_lengths
     from partinf.engine.policies.ranked import Eviction
-    from partinf.engine.policies.registry import POLICIES, PolicyOptions
+    from partinf.engine.policies.registry import POLICIES, PREEMPTIVE, PolicyOptions
     from partinf.engine.report import Bounds
 
     before = len(offences)
@@ -61,6 +61,8 @@ def read_load(args: argparse.Namespace, offences: list[str], default_batch: int)
         offences.append(f"--scheduler {args.scheduler}: unknown{nearest(args.scheduler, POLICIES)}")
     if args.eviction not in list(Eviction):
         offences.append(f"--eviction {args.eviction}: valid: {', '.join(Eviction)}")
+    elif args.eviction != Eviction.RECOMPUTE and args.scheduler in POLICIES and args.scheduler not in PREEMPTIVE:
+        offences.append(f"--eviction {args.eviction}: scheduler {args.scheduler} has no such choice; {', '.join(PREEMPTIVE)} have it")
     if args.format not in ("table", "json"):
         offences.append(f"--format {args.format}: valid: table, json")
     numbers = {flag: whole(args, flag, offences) for flag in ("requests", "seed", "max_batch")}

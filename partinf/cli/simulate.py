@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from partinf.engine.policies.registry import resident_batches
     from partinf.errors import collect
 
     offences: list[str] = []
@@ -57,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
     load, (plan, pricing) = need(offences, load), need(offences, bound)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
     max_len = numbers["max_len"] or min(longest, plan.model.max_len or longest)
-    ranked = load.scheduler in ("mlfq", "mlfq-naive", "srpt", "priority")
-    rows = load.options.max_batch_size
-    sizing = _sizing(rows, max_len, numbers, ranked, (host or 0.0) * 1e9, (overhead or 0.0) / 1e6)
+    residents = numbers["residents"] or resident_batches(load.scheduler) * load.options.max_batch_size
+    sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, (host or 0.0) * 1e9, (overhead or 0.0) / 1e6)
     figures = _simulate(args, load, plan, pricing, sizing)
     show(figures, args.format, _heading(figures))
     return 0
@@ -100,12 +100,12 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
     return plan, Pricing(slice_, calibration, program=PROGRAMS[args.program])
 
 
-def _sizing(rows: int, max_len: int, numbers: dict[str, int], ranked: bool, host_bytes: float, overhead: float) -> Sizing:
+def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], host_bytes: float, overhead: float) -> Sizing:
     from partinf.engine.simulation import Sizing
 
     return Sizing(
         max_rows=rows,
-        max_residents=numbers["residents"] or (4 * rows if ranked else 0),
+        max_residents=residents,
         max_len=max_len,
         prefill_tokens=numbers["prefill_tokens"] or max_len,
         page_size=numbers["page_size"] or 16,

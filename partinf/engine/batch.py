@@ -125,9 +125,9 @@ class BatchBuilder:
         return pool.num_free_pages if shard is None else pool.free_pages(shard)
 
     @property
-    def free_slots(self) -> int:
-        """How many more sequences may be resident."""
-        return self.limits.num_slots - len(self._scheduler.running)
+    def num_free_slots(self) -> int:
+        """How many more may become resident, pages aside."""
+        return self._scheduler.pool.num_free_slots
 
     # What can be done with them.
 

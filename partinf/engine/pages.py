@@ -40,6 +40,10 @@ class PagePool:
         return sum(self.free_pages(shard) for shard in range(self._limits.num_shards))
 
     @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
     def num_free_host_pages(self) -> int:
         return len(self._free_host_pages)
 

@@ -66,5 +66,18 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert figures["requests"] == {"finished": 12, "refused": 0}
     assert figures["counters"]["generated_tokens"] == 60
     assert figures["compiled_while_serving"] == 0
+    swapping = ["--scheduler", "mlfq", "--eviction", "reactive", "--max-batch", "2", "--lengths", "fixed:6:20"]
+    assert main([*flags, *swapping, "--host-pages", "24", "--format", "json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["requests"]["finished"] == 12
+    assert figures["host_pages"] == 24
+    assert figures["counters"]["swapped_out_pages"] == figures["counters"]["swapped_in_pages"] > 0
+    assert figures["compiled_while_serving"] == 0
+    assert main([*flags, *swapping]) == 2
+    assert "--host-pages" in capsys.readouterr().err
+    assert main([*flags, "--host-pages", "8"]) == 2
+    assert "nothing is moved there" in capsys.readouterr().err
+    assert main([*flags, "--eviction", "reactive", "--host-pages", "8"]) == 2
+    assert "scheduler orca has no such choice" in capsys.readouterr().err
     assert main([*flags, "--model", "llama-125m", "--ttft", "x"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2

@@ -21,7 +21,7 @@ from partinf.engine.request import Sequence, Status
 from partinf.engine.step import Step
 from partinf.engine.step_price import Estimates, Price
 from partinf.errors import InvalidInput
-from tests.engine.support import ROOMY, VOCAB, alone, run_all
+from tests.engine.support import ROOMY, VOCAB, alone, make_engine, run_all
 from tests.engine.test_scheduler import trace
 
 # A prompt token takes 0.1 s, a decode iteration 0.4 s.
@@ -102,6 +102,23 @@ def test_priorities() -> None:
     assert list(run_all(engine)) == ["high", "middle", "low"]
 
 
+def test_joining_sinking_and_rising() -> None:
+    """Quanta are 0.5, 1, 2, … s. A prompt of 8 tokens takes 2 s, so it joins the third queue; one of 2 tokens takes 0.5 s: the first."""
+    runner = CostRunner(ROOMY, lambda step: Price(step.num_prefill_tokens / 4 + (0.5 if step.decode else 0.0), step.num_tokens))
+    policy = MultiLevelFeedbackQueue(Estimates(lambda tokens: tokens / 4, 0.5), 1, alpha=3.0)
+    engine = Engine(runner, policy=policy, clock=runner.clock)
+    for length in (8, 2):
+        engine.add_request([1] * length, SamplingParams(max_tokens=40))
+    levels = []
+    for _ in range(16):
+        engine.step()
+        levels.append(tuple(entry.level for entry in policy._entries.values()))
+    # The short one has 0.5 s in the first queue and 1 s in the second, and is then in the third, behind the long one. That has its 2 s
+    # there in one iteration. The short one has the same, in four, and sinks below it. Then it waits until 3 s are over, and rises.
+    assert levels == [(2, 0), (2, 1), (2, 1), (2, 2)] + [(3, 2)] * 4 + [(3, 3)] * 7 + [(3, 0)]
+    assert (policy.demotions, policy.promotions) == (4, 1)
+
+
 def test_a_long_request_is_not_starved_by_short_ones() -> None:
     """Short requests keep coming faster than they are served; the long one still gets an iteration about every α."""
     runner = CostRunner(replace(ROOMY, num_slots=64, pages_per_shard=1000), price)
@@ -132,6 +149,21 @@ def test_who_makes_room_goes_on_where_it_was(eviction: Eviction) -> None:
     assert (metrics.preemptions > 0) == (eviction is Eviction.RECOMPUTE)
     assert (metrics.swap_outs > 0) == (eviction in (Eviction.REACTIVE, Eviction.PROACTIVE))
     assert metrics.swapped_in_pages == metrics.swapped_out_pages
+
+
+@pytest.mark.parametrize("eviction", [Eviction.RECOMPUTE, Eviction.REACTIVE, Eviction.PROACTIVE])
+def test_a_better_one_gets_the_slot_of_a_worse_one(eviction: Eviction) -> None:
+    """There are pages for everybody and two slots."""
+    engine = make_engine(limits=replace(ROOMY, num_slots=2, num_host_pages=20), policy=by_priority(2, Pages(eviction)))
+    for name in ("a", "b"):
+        engine.add_request([1], SamplingParams(max_tokens=20), name)
+    engine.step()
+    engine.add_request([1], SamplingParams(max_tokens=3, priority=-1), "better")
+    outputs = run_all(engine)
+    assert list(outputs) == ["better", "a", "b"]
+    assert outputs["better"].num_iterations == 3
+    assert outputs["b"].tokens == outputs["a"].tokens == tuple(range(2, 22))
+    assert engine.metrics.swap_outs + engine.metrics.preemptions == 1
 
 
 def test_what_is_cheaper_is_done() -> None:

@@ -237,3 +237,20 @@ def test_simulate_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "time to first token" in capsys.readouterr().out
     assert main([*flags, "--scheduler", "mlfk", "--alpha-ms", "soon", "--max-batch", "-3"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+@pytest.mark.parametrize("arrivals", ["poisson:2", "gamma:2:3", "backlog", "trace"])
+def test_simulate_takes_all_arrivals(arrivals: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    lines = [f"2024-01-01 00:00:{second:02},30,{4 + second}" for second in range(6)]
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *lines]))
+    flags = ["simulate", "--model", "opt-13b", "--slice", "a100-40:1", "--scheduler", "orca", "--lengths", "fixed:30:6", "--requests", "6"]
+    flags += ["--arrivals", f"trace:{path}" if arrivals == "trace" else arrivals]
+    assert main([*flags, "--format", "json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["requests"] == {"finished": 6, "refused": 0}
+    assert figures["counters"]["generated_tokens"] == (sum(range(4, 10)) if arrivals == "trace" else 36)
+    assert main(flags) == 0
+    table = capsys.readouterr().out
+    for label in ("time to first token", "P99", "goodput", "queue, mean and longest", "preemptions", "swapped out", "prefix cache", "MFU"):
+        assert label in table

@@ -68,9 +68,12 @@ class MultiLevelFeedbackQueue:
         self._move(batch.now)
         entries = sorted(self._entries.values(), key=lambda entry: entry.rank)
         ranked = [entry.sequence for entry in entries]
+        if self.pages.eviction is not Eviction.PROACTIVE:
+            return fill(batch, ranked, self.max_batch_size, self.pages)
+        by_next_time = self._by_next_time(entries, batch)
+        self._swap_ahead.make_slot(batch, by_next_time)
         fill(batch, ranked, self.max_batch_size, self.pages)
-        if self.pages.eviction is Eviction.PROACTIVE:
-            self._swap_ahead(batch, self._by_next_time(entries, batch))
+        self._swap_ahead(batch, by_next_time)
 
     def _meet(self, batch: BatchBuilder) -> None:
         """Let those join that have arrived since the last iteration."""

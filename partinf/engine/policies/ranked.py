@@ -64,13 +64,16 @@ def fill(batch: BatchBuilder, ranked: Sequence[Request], max_batch_size: int | N
     most = max_batch_size or batch.limits.num_slots
     victims = [one for one in ranked if _evictable(one)] if not pages.reserves_at_start else []
     blocked, ahead = False, pages.eviction is Eviction.PROACTIVE
+    kept = 0  # slots for those in host memory who come before the others outside
     for place, sequence in enumerate(ranked):
         if batch.num_rows >= most:
             return
         if sequence.status is not Status.RUNNING and (blocked or (sequence.status is Status.WAITING and batch.prefill_is_full)):
             continue
         if ahead and sequence.status is not Status.RUNNING and batch.num_resident:
-            if sequence.status is Status.WAITING:
+            if sequence.status is Status.SWAPPED:
+                kept = 1
+            elif batch.num_free_slots > kept:
                 _bring(batch, sequence, pages)  # what lacks room is swapped ahead of the next iteration
             continue
         if batch.taken(sequence) or _bring(batch, sequence, pages):
@@ -103,7 +106,7 @@ def _make_room(batch: BatchBuilder, sequence: Request, victims: list[Request], b
     made = False
     while victims and not made and id(victims[-1]) not in spared:
         victim = victims.pop()
-        if shard is not None and victim.shard != shard and (sequence.status is Status.RUNNING or batch.free_slots):
+        if shard is not None and victim.shard != shard and (sequence.status is Status.RUNNING or batch.num_free_slots):
             elsewhere.append(victim)
         elif _evictable(victim) and not batch.taken(victim):
             pages.evict(batch, victim)
@@ -124,18 +127,34 @@ def _evictable(sequence: Request) -> bool:
     return sequence.status is Status.RUNNING and sequence.num_scheduled >= sequence.prefill_len
 
 
+def _outside(sequence: Request) -> bool:
+    """Whether a sequence needs a slot to go on, and would take one now."""
+    return sequence.status in (Status.WAITING, Status.SWAPPED) and not sequence.in_flight and not sequence.waits_for_first
+
+
 class AheadSwapper:
     """Proactive swapping (FastServe, section 4.3): pages move before they are needed, no faster than the link carries them.
 
-    A reserve of pages is kept free for bursts; whoever is expected to run last leaves for it, for those in host memory that are expected to
-    run first, and where no slot is free for anybody who is expected to run earlier. A step never waits for a copy, because nobody runs in
-    the iteration that brings its pages.
+    A reserve of pages is kept free for bursts; whoever is expected to run last leaves for it, and for those in host memory that are
+    expected to run first. A step never waits for a copy, because nobody runs in the iteration that brings its pages. Slots hold nothing
+    that has to be moved, so they are made free when they are needed.
     """
 
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
         self._last = 0.0
         self._credit = 0.0
+
+    def make_slot(self, batch: BatchBuilder, by_next_time: Sequence[Request]) -> None:
+        """Before the batch is filled: where all slots are held, the one that is expected to run last leaves for one outside that comes
+        before it."""
+        if batch.num_free_slots or self._credit <= 0:
+            return
+        victim = next((one for one in reversed(by_next_time) if _evictable(one)), None)
+        first = next((one for one in by_next_time if one is victim or _outside(one)), None)
+        if victim is not None and first is not victim:
+            self._pages.evict(batch, victim)
+            self._credit -= len(victim.host_pages)
 
     def __call__(self, batch: BatchBuilder, by_next_time: Sequence[Request]) -> None:
         """Add this iteration's copies to the batch.
@@ -148,10 +167,9 @@ class AheadSwapper:
         coming = [one for one in by_next_time if one.status is Status.SWAPPED and not one.in_flight]
         resident = [one for one in by_next_time if _evictable(one) and not batch.taken(one) and not one.in_flight]
         places = {id(one): place for place, one in enumerate(by_next_time)}
-        outside = min((places[id(one)] for one in by_next_time if one.status in (Status.WAITING, Status.SWAPPED)), default=len(places))
         first = coming[0] if coming and resident and places[id(resident[-1])] > places[id(coming[0])] else None
         for victim in reversed(resident):
-            leaves = batch.free_pages() < reserve or (batch.free_slots == 0 and outside < places[id(victim)])
+            leaves = batch.free_pages() < reserve
             if not leaves and first is not None and places[id(first)] < places[id(victim)]:
                 needed = len(first.host_pages) + 1
                 leaves = batch.free_pages() < reserve + needed
@@ -163,7 +181,7 @@ class AheadSwapper:
             self._credit -= len(victim.host_pages)
         for sequence in coming:
             num_pages = len(sequence.host_pages)
-            if not batch.free_slots or self._credit <= 0 or batch.free_pages() - num_pages - 1 < reserve:
+            if not batch.num_free_slots or self._credit <= 0 or batch.free_pages() - num_pages - 1 < reserve:
                 break
             if batch.swap_in(sequence):
                 self._credit -= num_pages
@@ -203,6 +221,8 @@ class Ranked:
 
     def schedule(self, batch: BatchBuilder) -> None:
         ranked = sorted(everybody(batch), key=self.key)
+        if self.pages.eviction is Eviction.PROACTIVE:
+            self._swap_ahead.make_slot(batch, ranked)
         fill(batch, ranked, self.max_batch_size, self.pages)
         if self.pages.eviction is Eviction.PROACTIVE:
             self._swap_ahead(batch, ranked)

@@ -30,6 +30,8 @@ POLICIES = {
     "priority": "by the priority that a request names, then by arrival",
 }
 
+PREEMPTIVE = ("mlfq", "mlfq-naive", "srpt", "priority")
+
 
 @dataclass(frozen=True)
 class PolicyOptions:
@@ -43,6 +45,11 @@ class PolicyOptions:
     alpha: float = 0.3
     eviction: Eviction = Eviction.RECOMPUTE
     reserve: float = 0.1
+
+
+def resident_batches(name: str) -> int:
+    """How many full batches may hold pages at once: more than the one that runs, where a policy gives one request's place to another."""
+    return 4 if name in PREEMPTIVE else 1
 
 
 def make_policy(name: str, options: PolicyOptions, estimates: Estimates) -> Policy:

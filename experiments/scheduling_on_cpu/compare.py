@@ -1,0 +1,99 @@
+"""Orca's and FastServe's comparisons on the real engine: the demo model on one CPU device, policies over load. Writes policies.json.
+
+    python -m experiments.scheduling_on_cpu.compare [--clock cpu]        # some minutes
+
+Two kinds of requests: prompts and answers uniform, with Orca's lengths over eight, and lengths of conversations over sixteen, as FastServe
+draws them. Loads are shares of the rate at which `orca` has worked off a backlog just before. All policies of a load run in turns on the
+same arrivals; figures are medians of the rounds. Residents may be four batches, as in the simulations, and pages are swapped ahead.
+With `--clock cpu` seconds are those of CPU that the process uses, for a machine that others use too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.scheduling_on_cpu.runs import ROWS, clock_named_on_the_command_line, load_demo, medians, real
+from partinf import api
+from partinf.buckets import Capacity
+from partinf.cli.bench import measured_estimates
+from partinf.engine.arrivals import Lengths, chat_lengths, parse_arrivals, uniform_lengths
+from partinf.engine.policies.ranked import Eviction
+from partinf.engine.policies.registry import PolicyOptions, make_policy
+from partinf.engine.simulation import Clock
+from partinf.engine.step_price import Estimates
+
+ROUNDS, REQUESTS = 3, 200
+LOADS = (0.3, 0.6, 0.9, 1.2, 1.5)
+ALPHA_STEPS = 15  # FastServe's 0.3 s are about so many iterations of OPT-13B
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests of one paper, and the policies that it compares; a policy may be followed by α in seconds."""
+
+    name: str
+    lengths: Lengths
+    policies: tuple[str, ...]
+
+
+def scaled_chat(rng: random.Random) -> tuple[int, int]:
+    """Lengths of conversations over sixteen: prompts to 64 tokens, answers to 64."""
+    prompt, answer = chat_lengths(rng)
+    return max(1, prompt // 16), max(1, answer // 16)
+
+
+TRAFFIC = (
+    Traffic("orca", uniform_lengths((4, 64), (1, 16)), ("request-level", "fastertransformer", "orca", "fcfs")),
+    Traffic("fastserve", scaled_chat, ("fcfs", "orca", "mlfq", "mlfq 30", "mlfq-naive", "srpt")),
+)
+
+
+def run(model: api.Model, policy: str, arrivals: list[Any], estimates: Estimates, clock: Clock) -> dict[str, float]:
+    name, _, alpha = policy.partition(" ")
+    options = PolicyOptions(ROWS, float(alpha) if alpha else ALPHA_STEPS * estimates.decode, Eviction.PROACTIVE)
+    return real(model, make_policy(name, options, estimates), arrivals, clock)
+
+
+def main() -> int:
+    clock = clock_named_on_the_command_line()
+    capacity = Capacity(max_rows=ROWS, max_len=128, prefill_tokens=64, random=False, max_prompt_len=64)
+    model = load_demo(capacity, residents=4 * ROWS, num_host_pages=512)
+    estimates = measured_estimates(model)
+    results: dict[str, Any] = {
+        "clock": clock.__name__,
+        "rows": ROWS,
+        "requests": REQUESTS,
+        "rounds": ROUNDS,
+        "alpha": ALPHA_STEPS * estimates.decode,
+    }
+    results |= {"decode_seconds": estimates.decode, "prefill_seconds": estimates.first_iteration(1), "page_seconds": estimates.page_out}
+    for traffic in TRAFFIC:
+        backlog = parse_arrivals("backlog", traffic.lengths, REQUESTS)
+        capacities: list[float] = []
+        curves: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}
+        for load in LOADS:
+            runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}
+            for _ in range(ROUNDS):
+                capacities.append(run(model, "orca", backlog, estimates, clock())["requests_per_second"])
+                arrivals = parse_arrivals(f"poisson:{load * capacities[-1]}", traffic.lengths, REQUESTS)
+                for policy, found in runs.items():
+                    found.append(run(model, policy, arrivals, estimates, clock()))
+            for policy, found in runs.items():
+                curves[policy].append({"load": load} | medians(found))
+                shown = {key: round(1e3 * curves[policy][-1][key], 1) for key in ("p50_per_token", "mean_per_token", "mean_completion")}
+                print(traffic.name, load, policy, shown, file=sys.stderr)
+        results[traffic.name] = {"capacities": capacities, "curves": curves}
+    results |= {"date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0]}
+    Path(__file__).with_name("policies.json").write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

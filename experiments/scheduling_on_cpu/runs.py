@@ -1,0 +1,130 @@
+"""One run of requests on the demo model: with the real engine, or simulated at given step times."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from partinf import api
+from partinf.buckets import Capacity
+from partinf.engine import Engine, Policy
+from partinf.engine.arrivals import Arrival
+from partinf.engine.batch import Batch
+from partinf.engine.cost_runner import CostRunner
+from partinf.engine.simulation import Clock, WallClock, play
+from partinf.engine.step import Step, StepOutput
+from partinf.engine.step_price import Price
+from partinf.plans import Bucket
+from partinf.workload import DType, Workload
+
+ROWS = 16
+
+
+class CpuClock:
+    """Seconds of CPU that this process uses, and those that it would sleep: on this clock others on the machine take no time."""
+
+    def __init__(self) -> None:
+        self._slept = -time.process_time()
+
+    def __call__(self) -> float:
+        return time.process_time() + self._slept
+
+    def advance_to(self, when: float) -> None:
+        self._slept += max(0.0, when - self())
+
+
+CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock, "wall": WallClock}
+
+
+def clock_named_on_the_command_line() -> Callable[[], Clock]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others use the machine")
+    return CLOCKS[parser.parse_args().clock]
+
+
+class StepTimes:
+    """Time from one commit to the next by bucket; not that of a step before which the engine had nothing to do."""
+
+    def __init__(self, model: api.Model) -> None:
+        self._fit = model.runner._fit
+        self._before = -math.inf
+        self.seconds: dict[Bucket, list[float]] = defaultdict(list)
+
+    def restart(self) -> None:
+        """Another run, on another clock."""
+        self._before = -math.inf
+
+    def on_step(self, batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+        if any(sequence.request.arrival <= self._before for sequence in (*batch.decode, *batch.prefill)):
+            self.seconds[self._fit(batch.step)].append(committed - self._before)
+        self._before = committed
+
+    def means(self) -> dict[Bucket, float]:
+        return {bucket: statistics.mean(times) for bucket, times in self.seconds.items()}
+
+
+def load_demo(capacity: Capacity, residents: int = 0, num_host_pages: int = 0) -> api.Model:
+    """The demo model on one device; `residents` sequences may hold pages, as many as are decoded together if not given."""
+    workload = Workload(ROWS, 24, 36, weights=DType.F32, kv=DType.F32)
+    plan = api.plan("demo", "cpu:1", workload, capacity=capacity)
+    plan = replace(plan, cache=replace(plan.cache, num_slots=residents or plan.cache.num_slots))
+    return api.load("demo", plan, num_host_pages=num_host_pages)
+
+
+def figures(engine: Engine, seconds: float) -> dict[str, float]:
+    summary = engine.metrics.summary()
+    return {
+        "throughput": summary.generated_tokens / seconds,
+        "requests_per_second": summary.num_finished / seconds,
+        "mean_completion": summary.completion_time.mean,
+        "p95_completion": summary.completion_time.p95,
+        "mean_per_token": summary.normalized_latency.mean,
+        "p50_per_token": summary.normalized_latency.p50,
+        "p95_per_token": summary.normalized_latency.p95,
+        "mean_ttft": summary.ttft.mean,
+        "iterations": summary.iterations,
+        "mean_batch_size": summary.mean_batch_size,
+        "swap_outs": summary.swap_outs,
+        "preemptions": summary.preemptions,
+    }
+
+
+def real(model: api.Model, policy: Policy, arrivals: list[Arrival], clock: Clock, times: StepTimes | None = None) -> dict[str, float]:
+    """What came of the arrivals, on a new clock."""
+    rng = random.Random(0)
+    if times is not None:
+        times.restart()
+    engine = Engine(model.runner, policy=policy, clock=clock, on_step=times.on_step if times else None)
+    play(engine, arrivals, clock, prompt=lambda _, length: rng.choices(range(model.plan.model.vocab_size), k=length))
+    return figures(engine, clock() - arrivals[0].time)
+
+
+def simulated(model: api.Model, policy: Policy, arrivals: list[Arrival], price: Callable[[Step], Price]) -> dict[str, float]:
+    runner = CostRunner(model.runner.limits, price)
+    engine = Engine(runner, policy=policy, clock=runner.clock)
+    play(engine, arrivals, runner.clock)
+    return figures(engine, runner.clock.now - arrivals[0].time)
+
+
+def at(model: api.Model, seconds: dict[Bucket, float]) -> Callable[[Step], Price]:
+    """Prices steps at measured times of their buckets."""
+
+    def price(step: Step) -> Price:
+        bucket = model.runner._fit(step)
+        return Price(seconds[bucket], bucket.num_tokens)
+
+    return price
+
+
+def medians(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
