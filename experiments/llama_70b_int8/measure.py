@@ -7,7 +7,9 @@ best layout is compiled, decode of the whole batch and prefill of one prompt, un
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,11 @@ def tried(slice_: Slice) -> dict[str, Any]:
     return found | {"compiler": proof.compiler, "fits": proof.fits, "steps": steps, "seconds": time.monotonic() - started}
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    if arguments == ["--table"]:
+        for name in ("results_before.json", "results.json"):
+            print(f"{name}\n\n{table(json.loads((HERE / name).read_text()))}\n")
+        return
     found: dict[str, list[dict[str, Any]]] = {}
     for name in CHIPS:
         slices = sorted((s for s in slices_of(chips()[name]) if s.num_chips <= MOST), key=lambda s: s.num_chips)
@@ -90,4 +96,4 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
