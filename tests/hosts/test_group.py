@@ -148,7 +148,7 @@ def test_a_request_that_cannot_be_told_is_refused(job: Callable[..., list[Proces
 
 
 def test_values_are_shared_and_compared(job: Callable[..., list[Process]]) -> None:
-    first, other = job(2, QUICK)
+    first, other = job(2)
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(other.group.share(None)))
     thread.start()
