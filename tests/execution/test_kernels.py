@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from partinf.quantize import dequantize, quantize
-from partinf.transformer import kernels
+from partinf.transformer import cache, kernels
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import Tiles
 
@@ -21,7 +21,7 @@ def pool(rng: np.random.Generator, int8: bool = False) -> KeysValues:
 
 
 def reader(pages: KeysValues) -> kernels.Read:
-    return lambda ids: jax.tree.map(lambda x: x.at[ids].get(mode="clip"), pages)
+    return lambda ids: cache.read((pages,), 0, ids)
 
 
 def whole(pages: KeysValues, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
