@@ -71,7 +71,8 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(capsys.readouterr().out)
     assert figures["requests"]["finished"] == 12
     assert figures["host_pages"] == 24
-    assert figures["counters"]["swapped_out_pages"] == figures["counters"]["swapped_in_pages"] > 0
+    counters = figures["counters"]  # a request may end while its pages are out, by the token that was in flight when they left
+    assert counters["swapped_out_pages"] >= counters["swapped_in_pages"] > 0
     assert figures["compiled_while_serving"] == 0
     assert main([*flags, *swapping]) == 2
     assert "--host-pages" in capsys.readouterr().err
