@@ -159,7 +159,8 @@ def load(
     runner = JaxRunner(plan, params, mesh, num_host_pages=num_host_pages, executables=executables)
     if compile_steps:
         runner.warm_up(on_compiled)
-    engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, seed=seed, replicas=group)
+    replicas = None if group is None else group.replicas
+    engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, seed=seed, replicas=replicas)
     return Model(plan, mesh, params, runner, engine, tokenizer)
 
 

@@ -193,7 +193,7 @@ def _engine(args: argparse.Namespace, model: Model, group: Group | None) -> Engi
 
     estimates = measured_estimates(model, agree=(lambda times: times) if group is None else group.share)
     return Engine(
-        model.runner,
+        model.runner if group is None else group.runner(model.runner),
         tokenizer=model.tokenizer,
         policy=make_policy(args.scheduler, PolicyOptions(args.max_num_seqs), estimates),
         seed=args.seed,
@@ -201,5 +201,5 @@ def _engine(args: argparse.Namespace, model: Model, group: Group | None) -> Engi
         prefix_caching=args.enable_prefix_caching,
         max_waiting=args.max_waiting,
         max_waiting_tokens=args.max_waiting_tokens,
-        replicas=group,
+        replicas=None if group is None else group.replicas,
     )

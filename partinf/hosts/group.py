@@ -62,6 +62,11 @@ class Group:
     def leads(self) -> bool:
         return self.index == 0
 
+    @property
+    def replicas(self) -> Group | None:
+        """What an engine takes as its replicas: nothing where this process is alone, whose engine outlives an error of its runner."""
+        return self if self.count > 1 else None
+
     # Setting up.
 
     def share(self, value: Any) -> Any:

@@ -267,6 +267,16 @@ def test_an_error_of_one_process_is_told_to_all(job: Callable[..., list[Process]
     assert isinstance(bad.error, JobEnded)
 
 
+def test_a_process_alone_has_nobody_to_tell() -> None:
+    group = Group(0, 1, "process 0", {}, QUICK)
+    engine = Engine(FakeRunner(TIGHT), replicas=group.replicas)
+    assert group.replicas is None
+    assert group.share({"a": 1}) == {"a": 1}
+    group.agree("the plan", "one")
+    assert len(engine.generate([[1]], SamplingParams(max_tokens=4))[0].tokens) == 4
+    group.close()
+
+
 def test_only_those_with_the_token_may_join() -> None:
     door = Door.open("127.0.0.1")
     address = [("127.0.0.1", door.port)]
