@@ -63,7 +63,7 @@ class LocalJob:
 
     def said(self, index: int | None = None) -> str:
         chosen = range(self.count) if index is None else [index]
-        return "\n".join(f"{number}: {(self.folder / f'said-{number}').read_text(errors='replace')[-3000:]}" for number in chosen)
+        return "\n".join(f"{number}: {(self.folder / f'said-{number}').read_text(errors='replace')[-30_000:]}" for number in chosen)
 
     def end(self) -> None:
         for process in self.processes:
