@@ -12,6 +12,7 @@ jax is imported by what needs devices, when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +147,9 @@ def load(
     if plan is None:
         plan = _default_plan(model)
     if group is not None:
-        group.agree("the plan", plan)
+        # What the programs follow from: hosts may differ a little in the memory that they find.
+        told = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in ("slice", "predicted", "note")}
+        group.agree("the plan", (plan.slice.name, plan.slice.mesh, told))
     directory = weights_directory(model)
     mesh = device_mesh(plan)
     if unrolled is None:

@@ -157,7 +157,8 @@ def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
     if devices[0].platform == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
         return replace(chip, hbm=total, usable_hbm=int(0.9 * total))
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    here = next(device for device in devices if device.process_index == jax.process_index())
+    limit = (here.memory_stats() or {}).get("bytes_limit")
     return chip if limit is None else replace(chip, usable_hbm=int(limit) * chip.devices_per_chip)
 
 
