@@ -195,7 +195,8 @@ class Engine:
         return stream
 
     def cancel(self, request_id: str) -> bool:
-        """End a request with all its samples now; whether it was in flight. Its pages are free at once; the next iteration reports it."""
+        """End a request with all its samples now; whether it was in flight. Its pages are free at once; the next iteration reports it.
+        With `replicas` it ends in the next iteration, which tells the other processes."""
         with self._lock:
             lives = self._requests.get(request_id, [])
             self._end_everywhere(lives, FinishReason.CANCELLED)
