@@ -256,7 +256,7 @@ def test_orcas_invariant_over_stages(seed: int, num_stages: int, max_batch: int)
         engine.add_request([1] * rng.randint(1, 12), SamplingParams(max_tokens=rng.randint(1, 9)), str(number))
         for _ in range(rng.choice([0, 0, 1, 2])):
             engine.step()
-            live = [live.sequence.num_iterations for live in engine._live.values()]
+            live = [live.sequence.num_iterations for live in engine._samples]
             assert live == sorted(live, reverse=True)
     assert len(run_all(engine)) > 0
 
