@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from partinf.cost.movement import Axes, Split, ways
 from partinf.cost.pricing import Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
-from partinf.model_config import ModelConfig
+from partinf.model_config import Block, ModelConfig
 from partinf.workload import DType
 
 
@@ -125,8 +125,23 @@ class StepSplit:
         self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes
 
     @property
-    def joint(self) -> bool:
-        return self.pricing.program.joint_scatters
+    def looped(self) -> bool:
+        """Whether the program is the paper's; see `Program`."""
+        return self.pricing.program.looped
+
+    @property
+    def parallel(self) -> bool:
+        return self.model.block is Block.PARALLEL
+
+    @property
+    def wide_dtype(self) -> DType:
+        """Of activations between int8 weights' scales: into the second matrices and out of them."""
+        return DType.F32 if self.looped and self.weight_dtype is DType.INT8 else self.act_dtype
+
+    @property
+    def logit_cols(self) -> Axes:
+        """The axes over which E is split in the product that makes logits."""
+        return self.e_stored if self.looped else self.w_stored
 
     def ways(self, axes: Axes) -> int:
         return ways(axes, self.sizes)
@@ -138,8 +153,13 @@ class StepSplit:
 
     @property
     def q_projected(self) -> Split:
-        """Queries as projected: [T.t, H.f, Q] {e unreduced}."""
-        return Split(self.t, self.f, self.e)
+        """Queries as their way to the core begins: [T.t, H.f, Q] {e unreduced}; in a looped program [T.t, H.fe, Q]."""
+        return Split(self.t, self.f + self.e) if self.looped else Split(self.t, self.f, self.e)
+
+    @property
+    def heads_wanted(self) -> Split:
+        """The heads' output as its way from the core ends."""
+        return Split(self.t, self.f + self.e) if self.looped else Split(self.t, self.f)
 
     @property
     def kv_projected(self) -> Split:

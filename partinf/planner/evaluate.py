@@ -13,9 +13,10 @@ from typing import NamedTuple
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
+from partinf.cost.overlap import hide_gathers
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
-from partinf.cost.step import attention_part, cache_part, linear_part, settle
+from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.layout import AttentionRole, Layout, Phase, head_axes, kv_head_axes
 from partinf.model_config import ModelConfig
 from partinf.workload import Workload
@@ -97,7 +98,7 @@ class Evaluator:
         """One step of a phase without the coupling of prefill to decode's cache."""
         split = self.split(layout, label, padded_heads)
         linear = self.linear(split)
-        ledger = settle(linear.entries + attention_part(split))
+        ledger = hide_gathers(linear.entries + attention_part(split))
         return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split, linear.working_set))
 
     def _weights(self, layout: Layout, padded_heads: int) -> int:
