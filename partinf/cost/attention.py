@@ -48,7 +48,7 @@ def linear_entries(split: StepSplit) -> list[Entry]:
         key.product(_PART, tokens, embed, kv, useful * shares.embed),
     ]
     around = _heads_in_loops(split) if split.looped else []
-    entries += around + [out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed)]
+    entries += [*around, out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed)]
     if model.block is Block.SERIAL:
         entries += scatter_embed(split, _PART)
     return entries

@@ -10,7 +10,8 @@ Two bandwidth models, and every figure says which one it uses:
 All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where D is the output of the former and the input of the
 latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
 chapter 3). Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added: a ring waits at
-every hop, an all-to-all sends at once and waits for the chip's own latency alone. On devices that were measured, each kind of collective has a time of its own by the number of devices, and a factor on that of its bytes.
+every hop, an all-to-all sends at once and waits for the chip's own latency alone. On devices that were measured, each kind of collective
+has a time of its own by the number of devices, and a factor on that of its bytes.
 """
 
 from __future__ import annotations

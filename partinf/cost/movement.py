@@ -64,7 +64,7 @@ def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int],
         if axis not in held:
             local //= sizes[axis]
     scattered = tuple(axis for axis in source.unreduced if axis in rows or axis in cols)
-    for axis in sorted(reversed(scattered), key=lambda a: -sizes[a]) if stepwise else reversed(scattered):
+    for axis in sorted(scattered, key=lambda a: -sizes[a]) if stepwise else reversed(scattered):
         found.append(Moved(Op.REDUCE_SCATTER, (axis,), local))
         local //= sizes[axis]
     summed = tuple(axis for axis in source.unreduced if axis not in scattered)

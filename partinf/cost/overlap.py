@@ -72,7 +72,7 @@ def _moving(entry: Entry, pricing: Pricing) -> float:
 
 
 def hide_gathers(entries: Iterable[Entry]) -> Ledger:
-    """A ledger in which gathers of weights run behind the compute of the layers: no more of them than there is compute left beside loops."""
+    """A ledger in which gathers of weights run behind the layers' compute: no more of them than loops leave of it."""
     kept = tuple(entries)
     ahead = sum(entry.ahead * entry.count for entry in kept)
     if ahead == 0:
