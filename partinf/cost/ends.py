@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.linear import norm
-from partinf.cost.movement import Split, moves
+from partinf.cost.movement import Split
 from partinf.cost.rich import rich_entries
 from partinf.cost.split import StepSplit
 
@@ -64,7 +64,7 @@ def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[E
         split.pricing.product("logits", Part.LOGITS, times, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
     )
     source, target = Split(cols=ready, unreduced=cols), Split(cols=ready + cols)
-    for op, axes, count in moves(rows * model.padded_vocab_size, source, target, split.sizes, split.looped):
+    for op, axes, count in split.moves(rows * model.padded_vocab_size, source, target):
         entries.append(split.pricing.collective("logits into V", Part.LOGITS, times, op, axes, count * _F32, "f32", useful))
     return entries
 
@@ -116,5 +116,5 @@ def _choice(split: StepSplit, rows: int, useful: float) -> list[Entry]:
 def _moved(split: StepSplit, part: Part, name: str, elements: int, source: Split, target: Split, useful: float) -> list[Entry]:
     return [
         split.pricing.collective(name, part, 1, op, axes, count * split.act_bytes, split.act_dtype.value, useful)
-        for op, axes, count in moves(elements, source, target, split.sizes, split.looped)
+        for op, axes, count in split.moves(elements, source, target)
     ]

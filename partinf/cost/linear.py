@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partinf.cost.ledger import Entry, Op, Part
-from partinf.cost.movement import Axes, Split, moves
+from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
 from partinf.model_config import Norm
 from partinf.workload import DType
@@ -58,7 +58,7 @@ def movement(
     sent = dtype or split.act_dtype
     return [
         split.pricing.collective(name, part, split.model.num_layers, op, axes, count * sent.num_bytes, sent.value, share, rides)
-        for op, axes, count in moves(elements, source, target, split.sizes, split.looped)
+        for op, axes, count in split.moves(elements, source, target)
     ]
 
 
@@ -85,11 +85,11 @@ class Weight:
         """All-gathers of this weight, once per layer; a looped program issues them a layer ahead."""
         split = self.split
         found = []
-        for op, axes, count in moves(self.elements, self.source, self.target, split.sizes, split.looped):
+        for op, axes, count in split.moves(self.elements, self.source, self.target):
             size, dtype = count * split.weight_bytes, split.weight_dtype.value
             found.append(split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, size, dtype))
         if split.weight_dtype is DType.INT8:
-            for op, axes, count in moves(self.channels, self.scale_source, self.scale_target, split.sizes, split.looped):
+            for op, axes, count in split.moves(self.channels, self.scale_source, self.scale_target):
                 size = count * _F32
                 found.append(split.pricing.collective(f"scales of {self.name}", part, split.model.num_layers, op, axes, size, "f32"))
         return [entry._replace(ahead=entry.seconds) for entry in found] if split.looped else found

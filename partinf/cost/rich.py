@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from partinf.cost.ledger import Entry, Op, Part
-from partinf.cost.movement import Split, moves
+from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
 from partinf.workload import TOP_LOGPROBS
 
@@ -44,7 +44,7 @@ def _prompt_entries(split: StepSplit, logits_of: LogitsOf) -> list[Entry]:
     held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
     entries = [
         split.pricing.collective("prompt to the logits", Part.LOGITS, 1, op, over, count * split.act_bytes, split.act_dtype.value)
-        for op, over, count in moves(tokens * split.model.embed_dim, held, wanted, split.sizes, split.looped)
+        for op, over, count in split.moves(tokens * split.model.embed_dim, held, wanted)
     ]
     rows = tokens // split.ways(split.replica)
     size = max(count for count in range(1, _SCORED_ROWS + 1) if rows % count == 0)

@@ -6,9 +6,10 @@ from `StepSplit` and contains no case for any layout. Axes of size 1 are dropped
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
-from partinf.cost.movement import Axes, Split, ways
+from partinf.cost.movement import Axes, Moved, Split, moves, ways
 from partinf.cost.pricing import Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model_config import Block, ModelConfig
@@ -104,7 +105,7 @@ class StepSplit:
         Args:
             model: with padded dimensions, if any. phase: whose FFN roles the step runs. shares: useful part of padded dimensions.
         """
-        self.model, self.layout, self.shape, self.shares = model, layout, shape, shares
+        self.model, self.shape, self.shares = model, shape, shares
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
@@ -114,15 +115,33 @@ class StepSplit:
         self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
         self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
         self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
-        self.kv_digits = keep(kv_head_axes(layout, self.sizes, model.num_kv_heads))
+        self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
+        self.pricing = pricing.of_types(weights, self.act_dtype)
+        self.weight_dtype = weights
+        self.act_bytes = self.act_dtype.num_bytes
+        self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes
+        self._attend(layout)
+
+    def with_attention(self, layout: Layout) -> StepSplit:
+        """The same under a layout that differs in attention roles alone."""
+        found = copy.copy(self)
+        found._attend(layout)
+        return found
+
+    def _attend(self, layout: Layout) -> None:
+        self.layout = layout
+        self.kv_digits = self._kept(kv_head_axes(layout, self.sizes, self.model.num_kv_heads))
         self.kv_stored = tuple(axis for axis in self.kv_digits if axis in self.f_stored)
         self.kv = tuple(axis for axis in self.kv_digits if axis in self.f)
         self.decode, self.prefill = self._group(layout.decode), self._group(layout.prefill)
-        self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
-        self.pricing = pricing.of_types(weights, self.act_dtype)
-        self.weight_dtype, self.kv_dtype = weights, kv
-        self.act_bytes = self.act_dtype.num_bytes
-        self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes
+
+    def moves(self, elements: int, source: Split, target: Split) -> tuple[Moved, ...]:
+        """The collectives that bring a tensor from one split to another, as this program does it."""
+        known, key = self.pricing.known_moves, (elements, source, target)
+        found = known.get(key)
+        if found is None:
+            found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped))
+        return found
 
     @property
     def looped(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from partinf.hardware import Link, MeshAxis, Slice
@@ -23,11 +23,16 @@ _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
 class PhaseOption(NamedTuple):
-    """Gathered axes and attention roles of one phase, aligned with the slice's axes; `heads` marks those that split heads."""
+    """Gathered axes and attention roles of one phase, aligned with the slice's axes.
+
+    Attributes:
+        heads: marks the axes that split heads. number: equal for equal attention roles, a short key for them.
+    """
 
     gather: tuple[bool, ...]
     attention: tuple[AttentionRole, ...]
     heads: tuple[bool, ...]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class AxisTable:
 
     Attributes:
         names, sizes: in mesh order. class_ids: equal numbers for equal axes. fixed: storage role of axes that have no choice.
+        phases: those that were asked for.
     """
 
     names: tuple[str, ...]
@@ -43,12 +49,17 @@ class AxisTable:
     class_ids: tuple[int, ...]
     fixed: tuple[Role | None, ...]
 
+    phases: dict[PhaseOption, Phase] = field(default_factory=dict, compare=False, repr=False)
+
     def phase(self, option: PhaseOption) -> Phase:
-        gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
-        return Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+        found = self.phases.get(option)
+        if found is None:
+            gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
+            found = self.phases[option] = Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+        return found
 
     def layout(self, storage: Storage, prefill: PhaseOption, decode: PhaseOption) -> Layout:
-        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode))
+        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode), check=False)
 
 
 def axis_table(slice_: Slice) -> AxisTable:
@@ -82,9 +93,10 @@ def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
     stored = [role in (Role.EMBED, Role.FFN) and size > 1 for role, size in zip(storage, table.sizes, strict=True)]
     gathers = [(False, True) if stores else (False,) for stores in stored]
     attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
+    roles = [(a, tuple(role is AttentionRole.HEADS for role in a), number) for number, a in enumerate(itertools.product(*attended))]
     for gather in itertools.product(*gathers):
-        for attention in itertools.product(*attended):
-            yield PhaseOption(gather, attention, tuple(role is AttentionRole.HEADS for role in attention))
+        for attention, heads, number in roles:
+            yield PhaseOption(gather, attention, heads, number)
 
 
 class HeadSplits:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.ledger import Ledger
+from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import LOOPED, Pricing, Program
 from partinf.errors import InvalidInput, raise_offences
@@ -37,6 +37,16 @@ class _Choice(NamedTuple):
     kv: tuple[bool, ...]
     priced: Priced
     padded_heads: int
+
+
+class _Step(NamedTuple):
+    """Time of a step and the entries that make it up."""
+
+    seconds: float
+    parts: tuple[tuple[Entry, ...], ...]
+
+    def beside(self, coupling: Ledger) -> _Step:
+        return _Step(self.seconds + coupling.seconds, (*self.parts, coupling.entries))
 
 
 class _Pair(NamedTuple):
@@ -123,11 +133,11 @@ class _Search:
             for choice in self._choices(storage, label):
                 kept = choice.option._replace(gather=(False,) * len(storage)) if label == "prefill" else choice.option
                 layout = self.table.layout(storage, choice.option, kept)
-                ledger = choice.priced.ledger
+                step = _Step(choice.priced.seconds, choice.priced.entries)
                 if label == "prefill":
-                    ledger = ledger + self.evaluator.coupling(layout, choice.padded_heads)
+                    step = step.beside(self.evaluator.coupling(layout, choice.padded_heads))
                 memory = self.evaluator.memory(layout, [choice.priced], choice.padded_heads)
-                found.append(self._candidate(layout, choice.padded_heads, {label: ledger}, memory))
+                found.append(self._candidate(layout, choice.padded_heads, {label: step}, memory))
         return found
 
     def whole(self) -> list[Candidate]:
@@ -174,7 +184,7 @@ class _Search:
         memory = held._replace(activations=max(priced.activations for priced in beside))
         prefills = self.workload.counted_prefills
         seconds = prefills * beside[0].seconds + self.workload.output_len * beside[1].seconds
-        key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, padded)
+        key = (prefill.option.number, decode.option.number, kv, beside[0].shape.prefill_tokens, beside[0].shape.prefill_slots, padded)
         coupling = self._couplings.get(key)
         if coupling is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
@@ -183,7 +193,7 @@ class _Search:
 
     def _held(self, storage: Storage, prefill: _Choice, decode: _Choice, padded: int, kv: tuple[bool, ...]) -> MemoryBudget:
         """Weights and cache alone; both are the same for all prefill options that leave the heads split alike."""
-        key = (storage, decode.option.attention, kv, padded)
+        key = (storage, decode.option.number, kv, padded)
         found = self._helds.get(key)
         if found is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
@@ -205,8 +215,9 @@ class _Search:
 
     def _joined(self, storage: Storage, pair: _Pair) -> Candidate:
         layout = self.table.layout(storage, pair.prefill.option, pair.decode.option)
-        ledgers = {"prefill": pair.prefill_priced.ledger + pair.coupling, "decode": pair.decode_priced.ledger}
-        return self._candidate(layout, pair.padded_heads, ledgers, pair.memory)
+        prefill, decode = (_Step(priced.seconds, priced.entries) for priced in (pair.prefill_priced, pair.decode_priced))
+        steps = {"prefill": prefill.beside(pair.coupling), "decode": decode}
+        return self._candidate(layout, pair.padded_heads, steps, pair.memory)
 
     def _choices(self, storage: Storage, label: str, merged: bool = True) -> list[_Choice]:
         """Priced options of a phase; with `merged` those that differ only by swapping equal axes appear once."""
@@ -246,8 +257,8 @@ class _Search:
         self.refused.update(reasons)
         return not reasons
 
-    def _candidate(self, layout: Layout, padded: int, ledgers: dict[str, Ledger], memory: MemoryBudget) -> Candidate:
-        results = {label: self._result(layout, label, ledgers[label]) for label in PHASES if label in ledgers}
+    def _candidate(self, layout: Layout, padded: int, steps: dict[str, _Step], memory: MemoryBudget) -> Candidate:
+        results = {label: self._result(layout, label, steps[label]) for label in PHASES if label in steps}
         asked = results[self.workload.phase or "decode"]
         score = latency = asked.step_seconds
         if not self.workload.phase:
@@ -257,12 +268,12 @@ class _Search:
         name, phases = readable_name(layout, self.sizes), tuple(results.values())
         return Candidate(layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or latency <= bound)
 
-    def _result(self, layout: Layout, label: str, ledger: Ledger) -> PhaseResult:
+    def _result(self, layout: Layout, label: str, step: _Step) -> PhaseResult:
         workload, chip = self.workload, self.slice.chip
         each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
         tokens = (workload.batch if label == "decode" else workload.prompts_per_step) * each
-        seconds = ledger.seconds
+        seconds = step.seconds
         mfu = 2.0 * self.model.num_params() * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         phase = layout.phase(label)
         ffn, attention = ffn_name(layout, phase, self.sizes), attention_name(phase, self.sizes)
-        return PhaseResult(label, phase, ffn, attention, ledger, seconds, mfu, tokens, each)
+        return PhaseResult(label, phase, ffn, attention, step.parts, seconds, mfu, tokens, each)

@@ -104,19 +104,24 @@ def test_large_prefill_gathers_weights_and_decode_keeps_them() -> None:
     assert chosen.note
 
 
-def test_crossover_is_where_the_linear_layers_are_level() -> None:
+def test_switch_is_where_steps_of_prompts_are_level() -> None:
+    """Their attention is in it: its way to and from the linear layers depends on the FFN's roles."""
     workload = Workload(batch=512, input_len=2048, output_len=64)
     slice_ = parse_slice("v4:4x4x4")
     chosen = plan(load_model_config("palm-540b"), slice_, workload)
     from partinf.cost.calibration import calibration_for
-    from partinf.cost.ledger import total_seconds
+    from partinf.cost.overlap import hide_gathers
     from partinf.cost.split import StepShape
+    from partinf.cost.step import attention_part, linear_part
 
     evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip)), workload)
+    dealt = chosen.prefill_slot_multiple()
 
     def seconds(label: str, tokens: int) -> float:
-        shape = StepShape(prefill_tokens=tokens, prefill_slots=1)
-        return total_seconds(evaluator.linear(evaluator.split(chosen.layout, label, chosen.padded_heads, shape)).entries)
+        slots = -(-tokens // 2048 // dealt) * dealt or dealt
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=slots)
+        split = evaluator.split(chosen.layout, label, chosen.padded_heads, shape)
+        return hide_gathers(linear_part(split) + attention_part(split)).seconds
 
     switch = chosen.prefill_from_tokens
     assert seconds("prefill", switch) < seconds("decode", switch)
