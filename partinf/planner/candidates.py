@@ -8,7 +8,8 @@ both phases share it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from partinf.hardware import Link, MeshAxis, Slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
 
 Storage = tuple[Role, ...]
+Gather = tuple[bool, ...]
 AxisClass = tuple[object, ...]
 
 _STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
@@ -88,13 +90,29 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     return list(seen.values())
 
 
-def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
-    """Every choice of gathered axes and attention roles for a storage, equal axes not yet merged."""
+def gathers(table: AxisTable, storage: Storage) -> list[Gather]:
+    """Every set of axes that a storage can gather."""
     stored = [role in (Role.EMBED, Role.FFN) and size > 1 for role, size in zip(storage, table.sizes, strict=True)]
-    gathers = [(False, True) if stores else (False,) for stores in stored]
+    return list(itertools.product(*((False, True) if stores else (False,) for stores in stored)))
+
+
+def attentions_of(table: AxisTable) -> int:
+    """Number of attention roles, equal axes counted apart."""
+    return math.prod(len(_ATTENDED) for size in table.sizes if size > 1)
+
+
+def phases_per_storage(table: AxisTable) -> int:
+    """Options of a phase when every axis stores weights, equal axes counted apart."""
+    return attentions_of(table) * 2 ** sum(size > 1 for size in table.sizes)
+
+
+def phase_options(table: AxisTable, storage: Storage, allowed: Collection[Gather]) -> Iterator[PhaseOption]:
+    """Every choice of these gathered axes and attention roles for a storage, equal axes not yet merged."""
     attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
     roles = [(a, tuple(role is AttentionRole.HEADS for role in a), number) for number, a in enumerate(itertools.product(*attended))]
-    for gather in itertools.product(*gathers):
+    for gather in gathers(table, storage):
+        if gather not in allowed:
+            continue
         for attention, heads, number in roles:
             yield PhaseOption(gather, attention, heads, number)
 

@@ -119,6 +119,14 @@ class Evaluator:
         """One step of a phase without the coupling of prefill to decode's cache."""
         return self._priced(self.split(layout, label, padded_heads), label)
 
+    def bound(self, layout: Layout, label: str, padded_heads: int) -> float:
+        """Seconds that a phase's linear layers take whatever its attention roles are; those of `layout` must be none.
+
+        Attention's own compute may hide gathers, but takes as long itself.
+        """
+        part = self.linear(self.split(layout, label, padded_heads)).part
+        return part.seconds + max(0.0, part.ahead - max(0.0, part.left))
+
     def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
         """A step of prompts of this shape under the FFN roles of a phase; their attention is always prefill's."""
         return self._priced(self.split(layout, label, padded_heads, shape), "prefill")
