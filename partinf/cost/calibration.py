@@ -30,8 +30,8 @@ class Calibration:
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.
-        hides_memory: an op's memory traffic runs behind its compute, so that the longer of the two counts; else their sum does.
         rates: measured rates, which stand in place of the other constants.
+        hides_memory: an op's memory traffic runs behind its compute, so that the longer of the two counts; else their sum does.
     """
 
     name: str
@@ -42,8 +42,8 @@ class Calibration:
     measured: bool
     error: float
     source: str
-    hides_memory: bool = True
     rates: Rates | None = None
+    hides_memory: bool = True
 
 
 ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline from the maker's figures")
@@ -75,6 +75,6 @@ def calibration_for(chip: Chip, mode: str = "fitted") -> Calibration:
     rates = chip.rates
     if rates is not None:
         source = f"measured with partinf calibrate on {rates.date}: {rates.devices} × {rates.device_kind}, jax {rates.jax}"
-        return Calibration(chip.name, 1.0, 1.0, 1.0, 0.0, True, rates.error, source, rates=rates)
+        return Calibration(chip.name, 1.0, 1.0, 1.0, 0.0, True, rates.error, source, rates)
     table = _table()
     return table.get(chip.name) or table[chip.family]
