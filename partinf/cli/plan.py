@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
+    parser.add_argument("--arrivals", metavar="RATE", help="requests per second that come in, for the advice on the batch")
     parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
     parser.add_argument(
         "--prove", nargs="?", const="3", metavar="N", help="let the TPU compiler prove the first N (default: 3), and order them"
