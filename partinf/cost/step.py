@@ -11,11 +11,12 @@ from partinf.cost.ends import embedding_entries, logits_entries
 from partinf.cost.ffn import ffn_entries
 from partinf.cost.ledger import Entry, Kind, Ledger, Part
 from partinf.cost.split import StepSplit
+from partinf.cost.stages import stage_entries
 
 
 def linear_part(split: StepSplit) -> tuple[Entry, ...]:
-    """What depends on storage and gathered axes alone, the same for all attention roles: dispatch, layers' products, embedding, logits."""
-    entries = embedding_entries(split) + linear_entries(split) + ffn_entries(split) + logits_entries(split)
+    """What depends on storage and gathered axes alone, the same for all attention roles: layers' products, embedding, logits, stages."""
+    entries = embedding_entries(split) + linear_entries(split) + ffn_entries(split) + logits_entries(split) + stage_entries(split)
     return tuple(split.pricing.dispatch() + entries)
 
 

@@ -1,8 +1,9 @@
 """Every way to assign roles to the axes of a slice, equal axes once.
 
-Axes are equal when swapping them changes no cost: same size, same kind of links, same wraparound. A factor of a torus axis is equal to
-no other axis. Storage is enumerated first; the options of a phase (gathered axes and attention roles) follow for each storage, so that
-both phases share it.
+Axes are equal when swapping them changes no cost: same size, same kind of links, same wraparound. A factor of a torus axis is equal to no
+other axis. Between slices weights are copied, or layers are split; that tensors are split there is priced too, to say what it would cost,
+but nothing is gathered through that network. Storage is enumerated first; the options of a phase (gathered axes and attention roles) follow
+for each storage, so that both phases share it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from partinf.layout import AttentionRole, Layout, Phase, Role
 Storage = tuple[Role, ...]
 AxisClass = tuple[object, ...]
 
-_STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
+_STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
+_BETWEEN_SLICES = (Role.REPLICA, Role.STAGE, Role.FFN)
 _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
@@ -35,13 +37,15 @@ class AxisTable:
     """The axes of a slice as the enumeration sees them.
 
     Attributes:
-        names, sizes: in mesh order. class_ids: equal numbers for equal axes. fixed: storage role of axes that have no choice.
+        names, sizes: in mesh order. class_ids: equal numbers for equal axes. storage: roles that each may have in storage.
+        gathers: whether weights may be gathered over an axis.
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     class_ids: tuple[int, ...]
-    fixed: tuple[Role | None, ...]
+    storage: tuple[tuple[Role, ...], ...]
+    gathers: tuple[bool, ...]
 
     def phase(self, option: PhaseOption) -> Phase:
         gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
@@ -54,10 +58,11 @@ class AxisTable:
 def axis_table(slice_: Slice) -> AxisTable:
     """What the enumeration needs to know of a slice."""
     axes = slice_.axes
-    fixed = tuple(Role.REPLICA if axis.link is Link.DCN or axis.size == 1 else None for axis in axes)
+    storage = tuple((Role.REPLICA,) if axis.size == 1 else _BETWEEN_SLICES if axis.link is Link.DCN else _STORED for axis in axes)
+    gathers = tuple(axis.size > 1 and axis.link is not Link.DCN for axis in axes)
     classes = tuple(_axis_class(axis, slice_) for axis in axes)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(classes))}
-    return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), fixed)
+    return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), storage, gathers)
 
 
 def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
@@ -66,9 +71,8 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     Key-value heads are dealt over FFN axes first, then over others in mesh order, as far as they divide. With several of them the order
     of the axes within either kind is therefore kept; with one there is nothing to deal.
     """
-    choices = [(role,) if role else _STORED for role in table.fixed]
     seen: dict[object, Storage] = {}
-    for storage in itertools.product(*choices):
+    for storage in itertools.product(*table.storage):
         marked = list(zip(table.class_ids, storage, strict=True))
         stored = [pair for pair in marked if pair[1] is Role.FFN]
         others = [pair for pair in marked if pair[1] is not Role.FFN]
@@ -79,9 +83,10 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
 
 def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
     """Every choice of gathered axes and attention roles for a storage, equal axes not yet merged."""
-    stored = [role in (Role.EMBED, Role.FFN) and size > 1 for role, size in zip(storage, table.sizes, strict=True)]
-    gathers = [(False, True) if stores else (False,) for stores in stored]
-    attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
+    stored = [role in (Role.EMBED, Role.FFN) for role in storage]
+    gathers = [(False, True) if stores and may else (False,) for stores, may in zip(stored, table.gathers, strict=True)]
+    idle = [role is Role.STAGE or size == 1 for role, size in zip(storage, table.sizes, strict=True)]
+    attended = [(AttentionRole.NONE,) if nothing else _ATTENDED for nothing in idle]
     for gather in itertools.product(*gathers):
         for attention in itertools.product(*attended):
             yield PhaseOption(gather, attention, tuple(role is AttentionRole.HEADS for role in attention))

@@ -16,7 +16,7 @@ from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part, settle
-from partinf.layout import AttentionRole, Layout, Phase, head_axes, kv_head_axes
+from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model_config import ModelConfig
 from partinf.workload import Workload
 
@@ -25,7 +25,11 @@ _MOST_PADDING = 2.0
 
 
 class Priced(NamedTuple):
-    """One phase priced: its padded shape, ledger and time, and the memory of its activations."""
+    """One phase priced: the padded shape of a step, ledger and time, and the memory of its activations.
+
+    In a pipeline the batch is dealt over the stages: the shape is that of one stage's, and ledger and time are those of as many ticks as
+    there are stages, in which the whole batch comes once through all layers.
+    """
 
     shape: StepShape
     ledger: Ledger
@@ -72,7 +76,8 @@ class Evaluator:
 
     def shape(self, layout: Layout, phase: Phase, label: str) -> StepShape:
         """The workload's step of a phase, padded to what the roles divide."""
-        batch = self.workload.batch
+        stages = self.stages(layout)
+        batch = -(-self.workload.batch // stages)
         owners = phase.attention_axes(AttentionRole.BATCH)
         dealt = ways(owners, self.sizes)
         multiple = ways(tuple(set(owners) | set(layout.token_axes(phase))), self.sizes)
@@ -80,10 +85,14 @@ class Evaluator:
             rows = _round_up(batch, multiple)
             context = max(self.workload.decode_context, 1)
             return StepShape(decode_rows=rows, decode_context=context, real_rows=batch)
-        batch, length = self.workload.prompts_per_step, self.workload.input_len or self.workload.context_len or 1
+        batch, length = -(-self.workload.prompts_per_step // stages), self.workload.input_len or self.workload.context_len or 1
         slots = _round_up(batch, dealt)
         tokens = _round_up(slots * length, multiple)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
+
+    def stages(self, layout: Layout) -> int:
+        """Ticks in which a batch that is dealt over the pipeline stages comes once through all layers."""
+        return ways(layout.storage_axes(Role.STAGE), self.sizes)
 
     def linear(self, split: StepSplit) -> _Linear:
         """What does not depend on attention roles."""
@@ -97,7 +106,7 @@ class Evaluator:
         """One step of a phase without the coupling of prefill to decode's cache."""
         split = self.split(layout, label, padded_heads)
         linear = self.linear(split)
-        ledger = settle(linear.entries + attention_part(split))
+        ledger = settle(linear.entries + attention_part(split)).times(self.stages(layout))
         return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split, linear.working_set))
 
     def _weights(self, layout: Layout, padded_heads: int) -> int:
@@ -111,10 +120,10 @@ class Evaluator:
     def coupling(self, layout: Layout, padded_heads: int) -> Ledger:
         """What prefill pays for the cache's layout, which is decode's."""
         split = self.split(layout, "prefill", padded_heads)
-        key = (split.prefill, split.decode.batch, split.decode.kv, split.shape, padded_heads)
+        key = (split.prefill, split.decode.batch, split.decode.kv, split.shape, split.stages, padded_heads)
         found = self._coupling.get(key)
         if found is None:
-            found = self._coupling[key] = Ledger(cache_part(split))
+            found = self._coupling[key] = Ledger(cache_part(split)).times(self.stages(layout))
         return found
 
     def memory(self, layout: Layout, priced: list[Priced], padded_heads: int) -> MemoryBudget:

@@ -19,6 +19,7 @@ _TITLES = {
     Part.FFN: "FFN, in every layer",
     Part.LOGITS: "Logits of the rows that are sampled",
     Part.SAMPLING: "Choice of tokens",
+    Part.STAGES: "Between pipeline stages",
 }
 # What follows the core although it is priced with the projections.
 _AFTER_CORE = ("× W_O", "E after the sublayer")
@@ -90,12 +91,14 @@ def _tensors(split: StepSplit) -> dict[str, _Tensor]:
         "× W_out": of((*tokens, "E"), "E", partial_e),
         "decode rows to the logits": of((*rows, "E"), "E", used, Split(split.replica, stored)),
         "logits": of((*rows, "V"), "V", Split(split.replica, (), stored)),
+        "to the next stage": of((*tokens, "E"), "E", Split(split.replica, stored)),
         "logits into V": of((*rows, "V"), "V", Split(split.replica, (), stored), Split(split.replica, stored)),
     }
     for label, group in (("decode", split.decode), ("prefill", split.prefill)):
         spread = Split(group.batch, group.heads)
         table |= {
             f"embedded {label} tokens": of((*tokens, "E"), "E", Split(split.replica, stored), used),
+            f"{label} tokens that leave the stage": of((*tokens, "E"), "E", used, Split(split.replica, stored)),
             f"{label}: Q to its attention split": of((*tokens, "H", "Q"), "H", split.q_projected, spread),
             f"{label}: new K, V to their split": of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
             f"{label} core": of((*tokens, "H", "Q"), "H", spread),

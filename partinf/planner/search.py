@@ -97,7 +97,7 @@ def _axis_offences(slice_: Slice) -> list[str]:
     if len(free) <= _MOST_AXES:
         return []
     return [
-        f"mesh '{slice_.mesh}': {len(free)} axes have 15**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
+        f"mesh '{slice_.mesh}': {len(free)} axes have 16**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
     ]
 
 
@@ -174,7 +174,8 @@ class _Search:
         memory = held._replace(activations=max(priced.activations for priced in beside))
         prefills = self.workload.counted_prefills
         seconds = prefills * beside[0].seconds + self.workload.output_len * beside[1].seconds
-        key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, padded)
+        staged = tuple(role is Role.STAGE for role in storage)
+        key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, staged, padded)
         coupling = self._couplings.get(key)
         if coupling is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
@@ -237,12 +238,14 @@ class _Search:
 
     def _holds(self, storage: Storage) -> bool:
         """Whether the model's dimensions split over this storage; counts the reason if not."""
-        parts = 1
+        parts, stages = 1, 1
         for role, size in zip(storage, self.table.sizes, strict=True):
             parts *= size if role in (Role.EMBED, Role.FFN) else 1
+            stages *= size if role is Role.STAGE else 1
         model = self.model
-        dims = (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim), ("padded vocabulary V", model.padded_vocab_size))
-        reasons = [f"{label} = {size} does not split into {parts} parts" for label, size in dims if size % parts]
+        dims = [(label, size, parts) for label, size in (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim))]
+        dims += [("padded vocabulary V", model.padded_vocab_size, parts), ("layers N", model.num_layers, stages)]
+        reasons = [f"{label} = {size} does not split into {count} parts" for label, size, count in dims if size % count]
         self.refused.update(reasons)
         return not reasons
 
