@@ -113,7 +113,7 @@ def _between_stages(report: PlanReport, candidate: Candidate) -> str:
             if rival is None:
                 continue
             if not rival.fits:
-                others.append(f"{_AS[role]} does not fit ({rival.memory.total / 1e9:.1f} GB per device)")
+                others.append(f"{_AS[role]} do not fit ({rival.memory.total / 1e9:.1f} GB per device)")
             else:
                 change = _difference(candidate.asked.ledger, rival.asked.ledger)
                 others.append(f"{_AS[role]} would cost {rival.score / candidate.score - 1:+.1%} ({change})")
@@ -123,7 +123,12 @@ def _between_stages(report: PlanReport, candidate: Candidate) -> str:
 
 
 _SPLITS = {Role.EMBED: "d_model", Role.FFN: "d_ff and heads", Role.REPLICA: "the batch", Role.STAGE: "the layers into stages"}
-_AS = {Role.EMBED: "d_model there", Role.FFN: "tensors there", Role.REPLICA: "copies of the weights there", Role.STAGE: "stages there"}
+_AS = {
+    Role.EMBED: "shards of d_model there",
+    Role.FFN: "tensors there",
+    Role.REPLICA: "copies of the weights there",
+    Role.STAGE: "stages there",
+}
 
 
 def _difference(mine: Ledger, other: Ledger) -> str:
