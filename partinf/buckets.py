@@ -133,7 +133,10 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
 
 
 def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
-    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model."""
+    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model. Pipeline stages pass
+    on the same rows in every bucket, so theirs have one size."""
+    if plan.num_stages > 1:
+        return ()
     pricing = Pricing(plan.slice, calibration_for(plan.slice.chip))
 
     def seconds(bucket: Bucket) -> float:
