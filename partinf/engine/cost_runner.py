@@ -33,10 +33,10 @@ class VirtualClock:
 
 
 class _Passing:
-    """A step on its way through the stages: its work on one stage, and when each worked on it."""
+    """A step on its way through the stages: its work on one stage, when each worked on it, its tokens with the padding of its last tick."""
 
     def __init__(self, step: Step, price: Price) -> None:
-        self.step, self.price = step, price
+        self.step, self.price, self.tokens = step, price, price.tokens
         self.spans: list[tuple[float, float]] = []
         self.began = 0.0
         self.finished: float | None = None
@@ -120,7 +120,7 @@ class CostRunner:
         return StepOutput(
             decode=(_TOKEN,) * len(step.decode),
             prefill=tuple(_TOKEN if chunk.last else None for chunk in step.prefill),
-            padded_tokens=passing.price.tokens,
+            padded_tokens=passing.tokens,
             seconds=passing.finished - passing.began,
             stages=tuple(passing.spans) if len(self._pipeline) > 1 else (),
         )
@@ -141,15 +141,17 @@ class CostRunner:
                 passing.began = passing.began if passing.spans else began
                 passing.spans.append((began, began + passing.price.seconds))
                 self.busy_seconds += passing.price.seconds
-                passing.price = passing.price._replace(tokens=price.tokens)
+                passing.tokens = price.tokens
         leaving = self._pipeline[-1]
         if leaving is not None:
             leaving.finished = self._free
 
     def _tick_price(self, stages: Iterable[_Passing | None]) -> Price:
         """Of a tick in which these are in the stages."""
-        steps = [passing.step for passing in stages if passing is not None]
-        return self._price(*steps) if steps else Price(0.0, 0)
+        held = [passing for passing in stages if passing is not None]
+        if len(held) <= 1:
+            return held[0].price if held else Price(0.0, 0)
+        return self._price(*(passing.step for passing in held))
 
     def _copied(self, step: Step) -> float:
         """Queue the step's copies; the time from which its compute may run as far as they alone matter: a step of copies only is done

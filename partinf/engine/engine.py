@@ -61,7 +61,8 @@ class Engine:
         """
         Args:
             tokenizer: turns text into tokens and back; without one, prompts are token ids and texts are empty.
-            policy: who runs in an iteration; `FirstComeFirstServed` unless given.
+            policy: who runs in an iteration; `FirstComeFirstServed` unless given, cutting prompts where there are pipeline stages: a tick
+                is as long as its longest step, so steps should be alike.
             clock: seconds; only differences count. A virtual clock makes a simulation.
             seed: what requests without a seed of their own derive theirs from.
             lag: steps that are submitted before the oldest is collected, beyond those that fill the runner's pipeline stages; 0 waits for
@@ -82,7 +83,9 @@ class Engine:
         self._lag = runner.limits.num_stages - 1 + lag
         self._on_step = on_step
         self._check_invariants = check_invariants
-        self._scheduler = Scheduler(runner.limits, policy or FirstComeFirstServed(), self.metrics, prefix_caching)
+        staged = runner.limits.num_stages > 1 and runner.limits.chunks
+        policy = policy or FirstComeFirstServed(chunk_prefills=staged)
+        self._scheduler = Scheduler(runner.limits, policy, self.metrics, prefix_caching)
         self._intake = Intake(runner.limits, tokenizer, seed, clock)
         self._bound = WaitingBound(max_waiting, max_waiting_tokens)
         self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock)
