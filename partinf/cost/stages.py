@@ -7,7 +7,7 @@ by every stage at once, so a tick takes its time once, as a step of one stage do
 from __future__ import annotations
 
 from partinf.cost.ledger import Entry, Op, Part
-from partinf.cost.movement import Split, moves
+from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
 from partinf.workload import TOP_LOGPROBS
 
@@ -21,7 +21,7 @@ def stage_entries(split: StepSplit) -> list[Entry]:
     shape, entries = split.shape, []
     used, stored = Split(split.t, split.w), Split(split.replica, split.w_stored)
     for tokens, label in ((shape.decode_rows, "decode"), (shape.prefill_tokens, "prefill")):
-        for op, axes, count in moves(tokens * split.model.embed_dim, used, stored, split.sizes, split.joint) if tokens else ():
+        for op, axes, count in split.moves(tokens * split.model.embed_dim, used, stored) if tokens else ():
             entries.append(_collective(split, f"{label} tokens that leave the stage", op, axes, count * split.act_bytes))
     chosen = split.pricing.collective(
         "chosen tokens to all stages", Part.STAGES, 1, Op.ALL_REDUCE, split.stages, _WORD * _chosen_words(split), "int32"
