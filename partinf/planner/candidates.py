@@ -9,7 +9,6 @@ for each storage, so that both phases share it.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -98,14 +97,15 @@ def gathers(table: AxisTable, storage: Storage) -> list[Gather]:
     return list(itertools.product(*((False, True) if stores else (False,) for stores in stored)))
 
 
-def attentions_of(table: AxisTable) -> int:
-    """Number of attention roles, equal axes counted apart."""
-    return math.prod(len(_ATTENDED) for size in table.sizes if size > 1)
+def attentions_of(table: AxisTable, storage: Storage) -> int:
+    """Number of attention roles for a storage, equal axes counted apart."""
+    free = [size > 1 and role is not Role.STAGE for size, role in zip(table.sizes, storage, strict=True)]
+    return int(len(_ATTENDED) ** sum(free))
 
 
-def phases_per_storage(table: AxisTable) -> int:
-    """Options of a phase when every axis stores weights, equal axes counted apart."""
-    return attentions_of(table) * 2 ** sum(size > 1 for size in table.sizes)
+def num_options(table: AxisTable, storage: Storage) -> int:
+    """Options of a phase for a storage, equal axes counted apart."""
+    return len(gathers(table, storage)) * attentions_of(table, storage)
 
 
 def phase_options(table: AxisTable, storage: Storage, allowed: Collection[Gather]) -> Iterator[PhaseOption]:

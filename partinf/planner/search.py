@@ -33,9 +33,9 @@ from partinf.planner.candidates import (
     attentions_of,
     axis_table,
     gathers,
+    num_options,
     option_signature,
     phase_options,
-    phases_per_storage,
     storages,
 )
 from partinf.planner.evaluate import Evaluator, Priced
@@ -159,7 +159,8 @@ class _Search:
         self._couplings: dict[object, Ledger] = {}
         self._helds: dict[object, MemoryBudget] = {}
         self.storages = storages(self.table, model.num_kv_heads)
-        self.limit = BestSoFar(_CUT if len(self.storages) * phases_per_storage(self.table) > _MANY else None)
+        many = sum(num_options(self.table, storage) for storage in self.storages) > _MANY
+        self.limit = BestSoFar(_CUT if many else None)
 
     def single(self) -> list[Candidate]:
         """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
@@ -167,7 +168,7 @@ class _Search:
         found = []
         for storage, (bounds,) in self._ordered((label,), (1,)):
             seen: dict[object, _Choice | None] = {}
-            for gather in self._within(bounds):
+            for gather in self._within(storage, bounds):
                 for choice in self._choices(storage, label, {gather}, seen):
                     found.append(self._alone(storage, label, choice))
                     self.limit.see(found[-1])
@@ -204,13 +205,13 @@ class _Search:
             found[gather] = float("inf") if padded is None else self.evaluator.bound(layout, label, padded)
         return found
 
-    def _within(self, bounds: dict[Gather, float], rest: float = 0.0, times: int = 1) -> Iterator[Gather]:
+    def _within(self, storage: Storage, bounds: dict[Gather, float], rest: float = 0.0, times: int = 1) -> Iterator[Gather]:
         """Gathered axes in order of their bounds, as long as `times` of them and `rest` may come near the best so far."""
         for gather in sorted(bounds, key=lambda g: bounds[g]):
             if self.limit.allows(rest + times * bounds[gather]):
                 yield gather
             else:
-                self.refused[_SLOW] += attentions_of(self.table)
+                self.refused[_SLOW] += attentions_of(self.table, storage)
 
     def whole(self) -> list[Candidate]:
         """For every storage and decode option, the best prefill option beside it."""
@@ -218,11 +219,11 @@ class _Search:
         times = (self.workload.counted_prefills, self.workload.output_len)
         for storage, (prefill_bounds, decode_bounds) in self._ordered(PHASES, times):
             seen: dict[object, _Choice | None] = {}
-            allowed = set(self._within(prefill_bounds, times[1] * min(decode_bounds.values()), times[0]))
+            allowed = set(self._within(storage, prefill_bounds, times[1] * min(decode_bounds.values()), times[0]))
             every = self._choices(storage, "prefill", allowed, {}, merged=False)
             prefills = sorted(every, key=lambda choice: choice.priced.seconds)
             least = times[0] * min(prefill_bounds.values())
-            for gather in self._within(decode_bounds, least, times[1]):
+            for gather in self._within(storage, decode_bounds, least, times[1]):
                 for decode in self._choices(storage, "decode", {gather}, seen):
                     soonest = times[0] * prefills[0].priced.seconds + times[1] * decode.priced.seconds if prefills else 0.0
                     if not self.limit.allows(soonest):
