@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from partinf.cost.ledger import Entry
+from partinf.layout import PHASES
 from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
@@ -109,8 +110,8 @@ def _phase_titles(report: PlanReport) -> list[str]:
 
 
 def stored(candidate: Candidate) -> str:
-    """How the weights are stored, `E_x F_yz`."""
-    return candidate.name.split(",")[0]
+    """How the weights are stored, `E_x F_yz`, and over which axes there are copies or stages."""
+    return candidate.name.rsplit(", ", len(PHASES))[0]
 
 
 def _roles(result: PhaseResult) -> str:

@@ -14,8 +14,7 @@ from partinf.cost.memory import MemoryBudget
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.roofline import critical_batch
-from partinf.cost.step import step_ledger
-from partinf.layout import AttentionRole
+from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
 
@@ -93,7 +92,7 @@ class _Steps:
         self.pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
         layout = self.best.layout
         split = {*layout.decode.attention_axes(AttentionRole.BATCH), *layout.token_axes(layout.decode)}
-        self.multiple = ways(tuple(split), report.slice.axis_sizes)
+        self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), report.slice.axis_sizes)
 
     def _at(self, batch: int) -> Evaluator:
         workload = self.report.workload
@@ -107,7 +106,7 @@ class _Steps:
 
     def seconds(self, batch: int) -> float:
         """One decode step."""
-        return step_ledger(self._at(batch).split(self.best.layout, "decode", self.best.padded_heads)).seconds
+        return self._at(batch).price(self.best.layout, "decode", self.best.padded_heads).seconds
 
     def _prefill_seconds(self, batch: int) -> float:
         """What the prefill of one request takes of the slice's time."""
