@@ -60,7 +60,7 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
         offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
     raise_offences(offences)
     rows = _up(max(capacity.max_rows, least_rows(plan)), plan.decode_row_multiple())
-    pages = -(-max_len // capacity.page_size)
+    pages = _up(-(-max_len // capacity.page_size), plan.num_parts)
     cache = CacheConfig(capacity.page_size, rows // plan.num_shards * pages, rows)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
 
@@ -86,10 +86,10 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     one step takes; one of them where the workload is one phase."""
     size = plan.cache.page_size
     rows = _up(workload.batch, plan.decode_row_multiple())
-    pages = -(-max(workload.max_context, workload.decode_context, 1) // size)
+    pages = _up(-(-max(workload.max_context, workload.decode_context, 1) // size), plan.num_parts)
     buckets = []
     if workload.phase != "prefill":
-        buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
+        buckets.append(Bucket(rows, _up(-(-max(workload.decode_context, 1) // size), plan.num_parts)))
     if workload.phase != "decode":
         prompts = min(workload.prefill_batch or workload.batch, workload.batch)
         tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
@@ -114,10 +114,11 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
     for context in contexts:
-        decode = Bucket(rows, context, random=capacity.random or capacity.rich, rich=capacity.rich)
+        lanes_read, slots_read = _up(context, plan.num_parts), _up(context, plan.prefill_page_multiple())
+        decode = Bucket(rows, lanes_read, random=capacity.random or capacity.rich, rich=capacity.rich)
         buckets += [decode, replace(decode, prefill_tokens=tokens, prefill_slots=slots)]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
-            buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))
+            buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=slots_read))
     return tuple(buckets)
 
 

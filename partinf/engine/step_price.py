@@ -73,7 +73,8 @@ class StepPrice:
     """Prices the steps of one plan.
 
     Attributes:
-        page_bytes: of one KV page on one device, all layers. shares: useful part of padded dimensions.
+        page_bytes: of one KV page on one device that has it, all layers. page_seconds: of one page of many to host memory or back.
+        shares: useful part of padded dimensions.
     """
 
     def __init__(self, plan: Plan, pricing: Pricing, *, buckets: tuple[Bucket, ...] = (), sampling: bool = True) -> None:
@@ -92,6 +93,8 @@ class StepPrice:
         self._prompt: dict[Hashable, _Sum] = {}
         self._page_size = plan.cache.page_size
         self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
+        chip = plan.slice.chip
+        self.page_seconds = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
 
     def __call__(self, step: Step) -> Price:
         if self._buckets:
@@ -131,8 +134,7 @@ class StepPrice:
 
     def estimates(self, limits: RunnerLimits, stages: int = 1) -> Estimates:
         """What a policy needs to know."""
-        chip = self.plan.slice.chip
-        page = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / stages
+        page = self.page_seconds / stages
         return Estimates(self.prefill_seconds, self.decode_seconds(1, limits.page_size), page, page, limits.pages_for)
 
     def weight_bytes(self) -> int:

@@ -1,9 +1,10 @@
 """KV pages between the devices and host memory: two compiled programs, and what is kept.
 
-Pages leave from the shard of the batch axes that owns them and come back to it: nothing crosses the mesh, and every process keeps what its
-own devices own, once. All processes run the same two programs; the devices of other shards read nothing (their ids are out of range) and
-what they hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach (`pinned_host`)
-nobody waits for them.
+Pages leave from the place in the mesh that has them and come back to it: nothing crosses the mesh, and every process keeps what its own
+devices have, once. A place is a shard of the batch axes, or one of its parts where sequence axes deal the pages of a sequence. All
+processes run the same two programs; places that have no page of a group read nothing (their ids are out of range), and what the devices
+of other shards hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach
+(`pinned_host`) nobody waits for them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from partinf.plans import Plan
 from partinf.sharding import dimensions, put
 from partinf.transformer.step import abstract_state
 
-PAGES = 16  # of a shard that one program moves
+PAGES = 16  # of a place that one program moves
 _NOWHERE = np.iinfo(np.int32).max  # a page that there is not: read as 0 and not written
 
 
 def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [shards, PAGES]) → these pages of every shard and layer; ids are local to the shard."""
+    """(cache, ids [places, PAGES]) → these pages of every place and layer; ids are local to the place."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def take(kv: Any, ids: jax.Array) -> Any:
@@ -36,7 +37,7 @@ def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [shards, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
+    """(cache, ids [places, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def put_back(kv: Any, ids: jax.Array, new: Any) -> Any:
@@ -59,7 +60,7 @@ class HostPages:
         self._take, self._put = take, put_back
         self._held: dict[int, list[list[_Part]]] = {}
         self._shapes = _Shapes(plan, mesh, unrolled)
-        self._num_shards, self._per_shard = plan.num_shards, plan.cache.pages_per_shard
+        self._parts, self._held_by_each = plan.num_parts, plan.cache.pages_per_shard // plan.num_parts
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
         self._pinned = "pinned_host" in kinds
@@ -80,14 +81,14 @@ class HostPages:
         """Keep these pages, all of one shard; their ids are global."""
         for page in host_pages:
             self._held.pop(page, None)  # of a request that was cancelled while it was there
-        shard, groups = pages[0] // self._per_shard, []
+        groups = []
         for ids in self._groups(pages):
             taken = jax.tree.leaves(self._take(kv, ids))
-            groups.append([_Part(array, self._of(array, shard), self._pinned) for array in taken])
+            groups.append([_Part(array, self._of(array, self._shard(pages)), self._pinned) for array in taken])
         self._held[host_pages[0]] = groups
 
     def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> Any:
-        """The cache with these pages at their new places, on the same shard as before."""
+        """The cache with these pages under their new ids, each at the place in the mesh where it was before."""
         for ids, group in zip(self._groups(pages), self._held.pop(host_pages[0]), strict=True):
             parts = zip(group, self._leaves, self._blanks, strict=True)
             new = [part.restored(leaf.shape, leaf.sharding, blanks) for part, leaf, blanks in parts]
@@ -99,19 +100,27 @@ class HostPages:
         self._held.clear()
 
     def _groups(self, pages: Sequence[int]) -> list[jax.Array]:
-        """The pages in groups of what one program moves, as ids of their shard; other shards have none."""
-        shard, groups = pages[0] // self._per_shard, []
-        for first in range(0, len(pages), PAGES):
-            ids = np.full((self._num_shards, PAGES), _NOWHERE, np.int32)
-            chosen = np.asarray(pages[first : first + PAGES]) - shard * self._per_shard
-            ids[shard, : len(chosen)] = chosen
+        """The pages in groups of what one program moves, as ids of their places; the places of other shards have none."""
+        at_place: dict[int, list[int]] = {}
+        for page in pages:
+            place, local = divmod(page, self._held_by_each)
+            at_place.setdefault(place, []).append(local)
+        groups = []
+        for first in range(0, max(map(len, at_place.values())), PAGES):
+            ids = np.full(self._shapes.ids.shape, _NOWHERE, np.int32)
+            for place, held in at_place.items():
+                chosen = held[first : first + PAGES]
+                ids[place, : len(chosen)] = chosen
             groups.append(put(ids, self._shapes.ids.sharding))
         return groups
 
+    def _shard(self, pages: Sequence[int]) -> int:
+        return pages[0] // self._held_by_each // self._parts
+
     def _of(self, array: jax.Array, shard: int) -> list[Any]:
         """The shards of an array that hold pages of this shard of the batch axes."""
-        axis = len(self._shapes.where)
-        return [each for each in array.addressable_shards if (each.index[axis].start or 0) == shard * PAGES]
+        axis, first = len(self._shapes.where), shard * self._parts * PAGES
+        return [each for each in array.addressable_shards if first <= (each.index[axis].start or 0) < first + self._parts * PAGES]
 
 
 class _Part:
@@ -146,10 +155,11 @@ class _Shapes:
         axis = 0 if unrolled else 1
         self.where = (slice(None),) * axis
         self.kv = abstract_state(plan, mesh, unrolled).kv
-        self.ids = jax.ShapeDtypeStruct((plan.num_shards, PAGES), np.int32, sharding=dimensions(mesh, plan.batch_axes, ()))
+        places = plan.num_shards * plan.num_parts
+        self.ids = jax.ShapeDtypeStruct((places, PAGES), np.int32, sharding=dimensions(mesh, plan.page_axes, ()))
 
         def some_pages(leaf: Any) -> Any:
-            shape = (*leaf.shape[:axis], plan.num_shards * PAGES, *leaf.shape[axis + 1 :])
+            shape = (*leaf.shape[:axis], places * PAGES, *leaf.shape[axis + 1 :])
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
         self.pages = jax.tree.map(some_pages, self.kv)

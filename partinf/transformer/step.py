@@ -88,6 +88,8 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         ("decode rows", bucket.decode_rows, plan.decode_row_multiple()),
         ("prefill tokens", bucket.prefill_tokens, plan.prefill_token_multiple()),
         ("prefill slots", bucket.prefill_slots, plan.prefill_slot_multiple()),
+        ("decode pages", bucket.decode_pages, plan.num_parts),
+        ("prefill pages", bucket.prefill_pages, plan.prefill_page_multiple()),
     )
     for label, size, multiple in multiples:
         if size % multiple:

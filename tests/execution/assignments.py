@@ -10,9 +10,9 @@ from typing import Any
 from partinf.layout import Layout, make_layout
 from partinf.model_config import Activation, Block, Norm, Position
 
-MESHES = {"8": (8,), "4x2": (4, 2), "2x2x2": (2, 2, 2)}
+MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase
-_ATTENTION = ("heads", "batch", "none")
+_ATTENTION = ("heads", "batch", "sequence", "none")
 
 
 # What distinguishes the model families from Llama, as fields of ModelConfig.

@@ -27,10 +27,10 @@ DTYPES = {DType.BF16: "bfloat16", DType.F32: "float32"}
 BUCKETS = {
     "decode": Bucket(16, 8),
     "prefill": Bucket(0, 0, 32, 8, 0),
-    "chunks": Bucket(0, 0, 32, 8, 4),
-    "mixed": Bucket(8, 4, 64, 16, 2),
-    "sampling": Bucket(8, 4, random=True),
-    "rich": Bucket(8, 4, 64, 16, 2, random=True, rich=True),
+    "chunks": Bucket(0, 0, 32, 8, 8),
+    "mixed": Bucket(8, 16, 64, 16, 8),
+    "sampling": Bucket(8, 8, random=True),
+    "rich": Bucket(8, 8, 64, 16, 8, random=True, rich=True),
 }
 
 
