@@ -19,7 +19,7 @@ Storage = tuple[Role, ...]
 AxisClass = tuple[object, ...]
 
 _STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
-_ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
+_ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.SEQUENCE, AttentionRole.NONE)
 
 
 class PhaseOption(NamedTuple):

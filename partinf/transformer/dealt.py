@@ -50,4 +50,4 @@ def weighted(out: jax.Array, mass: jax.Array, axes: Axes, sizes: Mapping[str, in
         return out
     masses = lax.all_gather(mass, split)  # [ways, R, H]
     share = jnp.exp(mass - jax.nn.logsumexp(masses, axis=0))
-    return (out * share[..., None]).astype(out.dtype)
+    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)

@@ -44,7 +44,7 @@ def test_the_account_counts_loops_as_often_as_they_run() -> None:
     """2D weight-stationary, decode of 8 lanes: collectives per layer and their bytes, worked out by hand."""
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "batch", "z": "batch"})
     plan = make_plan("2x2x2", layout)
-    account = trace_account(plan, Bucket(8, 4))
+    account = trace_account(plan, Bucket(8, 8))
     layers, embed, ffn = MODEL.num_layers, MODEL.embed_dim, MODEL.ffn_dim
     found = {(c.op, c.axes, c.num_bytes): n for c, n in account.collectives.items() if c.dtype == "float32"}
     assert found["all-gather", ("y", "z"), 8 * embed // 2 * 4] == 2 * layers  # before attention and before the FFN
