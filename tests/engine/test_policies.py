@@ -102,10 +102,11 @@ def test_priorities() -> None:
     assert list(run_all(engine)) == ["high", "middle", "low"]
 
 
-def test_joining_sinking_and_rising() -> None:
-    """Quanta are 0.5, 1, 2, … s. A prompt of 8 tokens takes 2 s, so it joins the third queue; one of 2 tokens takes 0.5 s: the first."""
+def levels_of_two(promotion_period: int) -> tuple[MultiLevelFeedbackQueue, list[tuple[int, ...]]]:
+    """The queues of two requests over 16 iterations. Quanta are 0.5, 1, 2, … s. A prompt of 8 tokens takes 2 s, so it joins the third
+    queue; one of 2 tokens takes 0.5 s: the first."""
     runner = CostRunner(ROOMY, lambda step: Price(step.num_prefill_tokens / 4 + (0.5 if step.decode else 0.0), step.num_tokens))
-    policy = MultiLevelFeedbackQueue(Estimates(lambda tokens: tokens / 4, 0.5), 1, alpha=3.0)
+    policy = MultiLevelFeedbackQueue(Estimates(lambda tokens: tokens / 4, 0.5), 1, alpha=3.0, promotion_period=promotion_period)
     engine = Engine(runner, policy=policy, clock=runner.clock)
     for length in (8, 2):
         engine.add_request([1] * length, SamplingParams(max_tokens=40))
@@ -113,10 +114,18 @@ def test_joining_sinking_and_rising() -> None:
     for _ in range(16):
         engine.step()
         levels.append(tuple(entry.level for entry in policy._entries.values()))
+    return policy, levels
+
+
+def test_joining_sinking_and_rising() -> None:
+    policy, levels = levels_of_two(promotion_period=1)
     # The short one has 0.5 s in the first queue and 1 s in the second, and is then in the third, behind the long one. That has its 2 s
     # there in one iteration. The short one has the same, in four, and sinks below it. Then it waits until 3 s are over, and rises.
     assert levels == [(2, 0), (2, 1), (2, 1), (2, 2)] + [(3, 2)] * 4 + [(3, 3)] * 7 + [(3, 0)]
     assert (policy.demotions, policy.promotions) == (4, 1)
+    policy, found = levels_of_two(promotion_period=10)
+    assert (found[:15], found[15]) == (levels[:15], (3, 3)), "it would rise in the twentieth iteration"
+    assert policy.promotions == 0
 
 
 def test_a_long_request_is_not_starved_by_short_ones() -> None:
@@ -256,7 +265,7 @@ def test_orcas_invariant_over_stages(seed: int, num_stages: int, max_batch: int)
         engine.add_request([1] * rng.randint(1, 12), SamplingParams(max_tokens=rng.randint(1, 9)), str(number))
         for _ in range(rng.choice([0, 0, 1, 2])):
             engine.step()
-            live = [live.sequence.num_iterations for live in engine._live.values()]
+            live = [live.sequence.num_iterations for live in engine._samples]
             assert live == sorted(live, reverse=True)
     assert len(run_all(engine)) > 0
 
