@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from partinf import resources
 from partinf.buckets import split_of
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
@@ -112,19 +113,39 @@ def test_every_family(family: str, kind: str) -> None:
         check(make_plan("2x2x2", layout, model=model), BUCKETS[kind])
 
 
-@pytest.mark.parametrize("roles", ["batch", "heads"])
+@pytest.mark.parametrize("weights", [DType.BF16, DType.INT8])
+@pytest.mark.parametrize("name", [name for name in resources.names("models") if name != "demo"])
+def test_every_shipped_model(name: str, weights: DType) -> None:
+    """Decode over batch, context and heads; prefill that gathers, in one bucket with earlier context."""
+    layout = make_layout(
+        {"x": "ffn", "y": "embed", "z": "ffn"},
+        {"x": "heads", "y": "batch", "z": "sequence"},
+        {"x": "heads", "y": "batch", "z": "heads"},
+        prefill_gather="xz",
+    )
+    plan = make_plan("2x2x2", layout, model=load_model_config(name), slice_name="v4:2x2x2")
+    plan = dataclasses.replace(plan, weights=weights, prefill_from_tokens=1000)
+    check(plan, Bucket(64, 128))
+    check(plan, Bucket(0, 0, 1024, 2, 64))
+
+
+FEW_HEADS = {"x": "none", "y": "heads", "z": "heads"}
+
+
+@pytest.mark.parametrize("roles", ["batch", "heads", "sequence"])
 def test_palm_540b_on_64_chips(roles: str) -> None:
     """Its 48 heads split over y and z alone, 16 ways; over all 64 chips they would have to be padded."""
     layout = make_layout(
         {"x": "embed", "y": "ffn", "z": "ffn"},
-        dict.fromkeys("xyz", "batch") if roles == "batch" else {"x": "none", "y": "heads", "z": "heads"},
-        {"x": "none", "y": "heads", "z": "heads"},
+        {"batch": dict.fromkeys("xyz", "batch"), "heads": FEW_HEADS, "sequence": {"x": "sequence", "y": "heads", "z": "sequence"}}[roles],
+        FEW_HEADS,
         prefill_gather="xyz",
     )
     plan = make_plan("4x4x4", layout, model=load_model_config("palm-540b"), slice_name="v4:4x4x4")
     check(plan, Bucket(64, 128))
     check(plan, Bucket(64, 128, random=True, rich=True))
     check(plan, Bucket(0, 0, 2048, 1, 0))
+    check(plan, Bucket(0, 0, 2048, 1, 128))
     check(dataclasses.replace(plan, prefill_from_tokens=1), Bucket(0, 0, 4096, 2, 0))
 
 

@@ -124,6 +124,12 @@ def test_four_processes_give_the_answers_of_one(start: Callable[..., LocalJob], 
     check_answers(start(4, "answer", requests=COUNT), alone)
 
 
+@pytest.mark.slow
+def test_the_pages_of_a_request_may_lie_in_several_processes(start: Callable[..., LocalJob]) -> None:
+    alone = worker.answer(worker.make_engine(None, "long-context"), COUNT)
+    check_answers(start(4, "answer", requests=COUNT, layout="long-context"), alone)
+
+
 def bounds_for(number: signal.Signals) -> dict[str, float]:
     return {"silence": SILENCE} if number is signal.SIGSTOP else {}
 

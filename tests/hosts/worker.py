@@ -36,8 +36,8 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def make_engine(group: hosts.Group | None) -> Any:
-    """The demo model under 2D weight-stationary with batch-sharded attention, few pages, and proactive swapping."""
+def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
+    """The demo model under a layout (2D weight-stationary with batch-sharded attention), few pages, and proactive swapping."""
     import partinf
     from partinf.buckets import Capacity
     from partinf.cli.arguments import named_layout
@@ -51,7 +51,7 @@ def make_engine(group: hosts.Group | None) -> Any:
 
     workload = Workload(batch=ROWS, input_len=24, output_len=24, weights=DType.F32, kv=DType.F32)
     capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, random=True, page_size=8)
-    plan = partinf.plan("demo", "cpu:2x2x2", workload, layout=named_layout("ws-2d"), capacity=capacity)
+    plan = partinf.plan("demo", "cpu:2x2x2", workload, layout=named_layout(layout), capacity=capacity)
     model = partinf.load("demo", plan, compile_steps=False, group=group)
     runner: Any = JaxRunner(plan, model.params, model.mesh, num_host_pages=24, executables=open_cache())
     runner.warm_up()
@@ -113,7 +113,7 @@ def main() -> None:
     what, options = sys.argv[1], json.loads(sys.argv[2])
     group = hosts.join(bounds=hosts.Bounds(**options.get("bounds", {})))
     note_bytes_read(group.index)
-    engine = make_engine(group)
+    engine = make_engine(group, options.get("layout", "ws-2d"))
     if options.get("wrong") == group.index:
         engine._scheduler.pool._free_pages[0][0].reverse()  # the same requests, other pages
     (RESULTS / f"ready-{group.index}").write_text(str(os.getpid()))
