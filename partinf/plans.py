@@ -103,12 +103,7 @@ class Plan:
     buckets: tuple[Bucket, ...] = ()
 
     def __post_init__(self) -> None:
-        offences = layout_offences(self.model, self.slice, self.layout, self.padded_heads)
-        if not offences and self.cache.pages_per_shard % self.num_parts:
-            over = "·".join(f"{axis}:{self.axis_sizes[axis]}" for axis in self.sequence_axes)
-            needed = f"a multiple of {self.num_parts} is needed"
-            offences = [f"cache: {self.cache.pages_per_shard} pages per shard do not divide over {over}; {needed}"]
-        raise_offences(offences)
+        raise_offences(layout_offences(self.model, self.slice, self.layout, self.padded_heads))
 
     @property
     def padded_model(self) -> ModelConfig:

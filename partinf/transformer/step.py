@@ -94,6 +94,9 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
     for label, size, multiple in multiples:
         if size % multiple:
             offences.append(f"bucket {bucket}: {size} {label} on this plan; a multiple of {multiple} is needed")
+    if plan.cache.pages_per_shard % plan.num_parts:
+        held = f"cache: {plan.cache.pages_per_shard} pages per shard"
+        offences.append(f"{held}, which sequence axes deal over {plan.num_parts} parts; a multiple of {plan.num_parts} is needed")
     if bucket.num_tokens == 0:
         offences.append(f"bucket {bucket}: no tokens")
     if bool(bucket.prefill_tokens) != bool(bucket.prefill_slots):

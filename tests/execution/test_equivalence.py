@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from partinf.errors import InvalidInput
 from partinf.layout import make_layout
+from partinf.plans import Bucket
+from partinf.transformer.step import check_bucket
 from partinf.workload import DType
 from tests.execution.assignments import FAMILIES, Assignment, all_assignments, sampled_assignments
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
@@ -115,3 +118,16 @@ def test_a_context_dealt_over_axes(changed: dict[str, Any], options: dict[str, A
     options = {"dtype": DType.F32} | options
     plan = make_plan("2x2x2", DEALT, model, **{"kv": options["dtype"]} | options)
     assert largest_error(plan) < TOLERANCE[tolerance]
+
+
+def test_pages_that_sequence_axes_do_not_divide_are_refused_all_at_once() -> None:
+    layout = make_layout({"x": "ffn", "y": "replica"}, {"x": "sequence", "y": "batch"}, {"x": "heads", "y": "sequence"})
+    plan = make_plan("4x2", layout)
+    plan = dataclasses.replace(plan, cache=dataclasses.replace(plan.cache, pages_per_shard=63))
+    with pytest.raises(InvalidInput) as caught:
+        check_bucket(plan, Bucket(8, 6, 16, 8, 4))
+    assert [offence.rpartition("; ")[2] for offence in caught.value.offences] == [
+        "a multiple of 4 is needed",
+        "a multiple of 8 is needed",
+        "a multiple of 4 is needed",
+    ]
