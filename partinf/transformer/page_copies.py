@@ -5,6 +5,9 @@ devices have, once. A place is a shard of the batch axes, or one of its parts wh
 processes run the same two programs; places that have no page of a group read nothing (their ids are out of range), and what the devices
 of other shards hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach
 (`pinned_host`) nobody waits for them.
+
+In a pipeline every stage has its own part of a page, its layers', and moves that when the step that asks for it arrives there: a stage may
+still write what an earlier one has already handed out.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ _NOWHERE = np.iinfo(np.int32).max  # a page that there is not: read as 0 and not
 
 
 def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [places, PAGES]) → these pages of every place and layer; ids are local to the place."""
+    """(cache, ids [stages, places, PAGES]) → these pages of every place and layer; ids are local to the place."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def take(kv: Any, ids: jax.Array) -> Any:
-        return jax.tree.map(lambda array: array.at[(*shapes.where, ids[0])].get(mode="fill", fill_value=0), kv)
+        return jax.tree.map(lambda array: array.at[(*shapes.where, ids[0, 0])].get(mode="fill", fill_value=0), kv)
 
     in_specs = (_specs(shapes.kv), shapes.ids.sharding.spec)
     local = jax.shard_map(take, mesh=mesh, in_specs=in_specs, out_specs=_specs(shapes.pages), check_vma=False)
@@ -37,11 +40,11 @@ def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [places, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
+    """(cache, ids [stages, places, PAGES], pages) → the cache with these pages there; the old one is given up."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def put_back(kv: Any, ids: jax.Array, new: Any) -> Any:
-        return jax.tree.map(lambda array, pages: array.at[(*shapes.where, ids[0])].set(pages, mode="drop"), kv, new)
+        return jax.tree.map(lambda array, pages: array.at[(*shapes.where, ids[0, 0])].set(pages, mode="drop"), kv, new)
 
     in_specs = (_specs(shapes.kv), shapes.ids.sharding.spec, _specs(shapes.pages))
     local = jax.shard_map(put_back, mesh=mesh, in_specs=in_specs, out_specs=_specs(shapes.kv), check_vma=False)
@@ -50,7 +53,7 @@ def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 class HostPages:
-    """Pages in host memory, by the first of their places there."""
+    """Pages in host memory, by stage and the first of their places there."""
 
     def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool, take: Callable[..., Any], put_back: Callable[..., Any]) -> None:
         """
@@ -58,9 +61,10 @@ class HostPages:
             take, put_back: from `compile_take` and `compile_put`.
         """
         self._take, self._put = take, put_back
-        self._held: dict[int, list[list[_Part]]] = {}
+        self._held: dict[tuple[int, int], list[list[_Part]]] = {}
         self._shapes = _Shapes(plan, mesh, unrolled)
         self._parts, self._held_by_each = plan.num_parts, plan.cache.pages_per_shard // plan.num_parts
+        self._layers_per_stage = plan.model.num_layers // plan.num_stages
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
         self._pinned = "pinned_host" in kinds
@@ -77,19 +81,19 @@ class HostPages:
         """Bytes that this process keeps."""
         return sum(part.num_bytes for groups in self._held.values() for group in groups for part in group)
 
-    def out(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> None:
-        """Keep these pages, all of one shard; their ids are global."""
+    def out(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int], stage: int = 0) -> None:
+        """Keep these pages of a stage, all of one shard; their ids are global."""
         for page in host_pages:
-            self._held.pop(page, None)  # of a request that was cancelled while it was there
-        groups = []
-        for ids in self._groups(pages):
+            self._held.pop((stage, page), None)  # of a request that was cancelled while it was there
+        shard, groups = pages[0] // self._held_by_each // self._parts, []
+        for ids in self._groups(pages, stage):
             taken = jax.tree.leaves(self._take(kv, ids))
-            groups.append([_Part(array, self._of(array, self._shard(pages)), self._pinned) for array in taken])
-        self._held[host_pages[0]] = groups
+            groups.append([_Part(array, self._of(array, stage, shard), self._pinned) for array in taken])
+        self._held[stage, host_pages[0]] = groups
 
-    def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> Any:
-        """The cache with these pages under their new ids, each at the place in the mesh where it was before."""
-        for ids, group in zip(self._groups(pages), self._held.pop(host_pages[0]), strict=True):
+    def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int], stage: int = 0) -> Any:
+        """The cache with these pages of a stage under their new ids, each at the place in the mesh where it was before."""
+        for ids, group in zip(self._groups(pages, stage), self._held.pop((stage, host_pages[0])), strict=True):
             parts = zip(group, self._leaves, self._blanks, strict=True)
             new = [part.restored(leaf.shape, leaf.sharding, blanks) for part, leaf, blanks in parts]
             kv = self._put(kv, ids, jax.tree.unflatten(self._tree, new))
@@ -99,28 +103,31 @@ class HostPages:
         """Forget all of them."""
         self._held.clear()
 
-    def _groups(self, pages: Sequence[int]) -> list[jax.Array]:
-        """The pages in groups of what one program moves, as ids of their places; the places of other shards have none."""
+    def _groups(self, pages: Sequence[int], stage: int) -> list[jax.Array]:
+        """The pages in groups of what one program moves, as ids of their places; places of other shards and stages have none."""
         at_place: dict[int, list[int]] = {}
         for page in pages:
             place, local = divmod(page, self._held_by_each)
             at_place.setdefault(place, []).append(local)
         groups = []
         for first in range(0, max(map(len, at_place.values())), PAGES):
-            ids = np.full(self._shapes.ids.shape, _NOWHERE, np.int32)
+            ids = np.full((*self._shapes.ids.shape[:-1], PAGES), _NOWHERE, np.int32)
             for place, held in at_place.items():
                 chosen = held[first : first + PAGES]
-                ids[place, : len(chosen)] = chosen
+                ids[stage, place, : len(chosen)] = chosen
             groups.append(put(ids, self._shapes.ids.sharding))
         return groups
 
-    def _shard(self, pages: Sequence[int]) -> int:
-        return pages[0] // self._held_by_each // self._parts
+    def _of(self, array: jax.Array, stage: int, shard: int) -> list[Any]:
+        """The shards of an array that hold pages of this stage and of this shard of the batch axes."""
+        layers = (stage * self._layers_per_stage,) * len(self._shapes.where)
+        places = range(shard * self._parts * PAGES, (shard + 1) * self._parts * PAGES)
 
-    def _of(self, array: jax.Array, shard: int) -> list[Any]:
-        """The shards of an array that hold pages of this shard of the batch axes."""
-        axis, first = len(self._shapes.where), shard * self._parts * PAGES
-        return [each for each in array.addressable_shards if first <= (each.index[axis].start or 0) < first + self._parts * PAGES]
+        def ours(index: tuple[slice, ...]) -> bool:
+            *before, page = (part.start or 0 for part in index[: len(layers) + 1])
+            return tuple(before) == layers and page in places
+
+        return [each for each in array.addressable_shards if ours(each.index)]
 
 
 class _Part:
@@ -155,8 +162,8 @@ class _Shapes:
         axis = 0 if unrolled else 1
         self.where = (slice(None),) * axis
         self.kv = abstract_state(plan, mesh, unrolled).kv
-        places = plan.num_shards * plan.num_parts
-        self.ids = jax.ShapeDtypeStruct((places, PAGES), np.int32, sharding=dimensions(mesh, plan.page_axes, ()))
+        places, split = plan.num_shards * plan.num_parts, dimensions(mesh, plan.stage_axes, plan.page_axes, ())
+        self.ids = jax.ShapeDtypeStruct((plan.num_stages, places, PAGES), np.int32, sharding=split)
 
         def some_pages(leaf: Any) -> Any:
             shape = (*leaf.shape[:axis], places * PAGES, *leaf.shape[axis + 1 :])

@@ -25,7 +25,8 @@ class Group:
         batch: axes over which whole requests are dealt. heads: axes that split the query heads. sequence: axes over which the keys of
             each request are dealt.
         kv: axes among `heads` that split the key-value heads too.
-        order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers.
+        order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers, those that
+            hold copies of the weights first, so that these split the same rows whatever a phase gathers.
     """
 
     batch: Axes
@@ -96,6 +97,11 @@ class Routes:
     def replica(self) -> Axes:
         return self.plan.layout.storage_axes(Role.REPLICA)
 
+    @cached_property
+    def stages(self) -> Axes:
+        """Axes that split the layers, without those of size 1."""
+        return tuple(axis for axis in self.plan.stage_axes if self.sizes[axis] > 1)
+
     # Digit orders.
 
     @cached_property
@@ -125,7 +131,8 @@ class Routes:
 
     def _group(self, phase: Phase) -> Group:
         batch, heads, sequence = map(phase.attention_axes, (AttentionRole.BATCH, AttentionRole.HEADS, AttentionRole.SEQUENCE))
-        others = tuple(axis for axis in self.plan.layout.axes if axis in self.tokens and axis not in batch)
+        gathered = tuple(axis for axis in self.tokens if axis not in self.replica)
+        others = tuple(axis for axis in self.replica + gathered if axis not in batch)
         return Group(batch, heads, sequence, tuple(axis for axis in self.kv_digits if axis in heads), batch + others)
 
     @cached_property
