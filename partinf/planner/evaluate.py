@@ -84,7 +84,7 @@ class Evaluator:
 
     def padded_heads(self, parts: int) -> int | None:
         """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
-        return _padded_heads(self.model, parts)
+        return padded_heads(self.model, parts)
 
     def split(self, layout: Layout, label: str, padded_heads: int, shape: StepShape | None = None) -> StepSplit:
         """The roles of `layout` worked out for a step of the workload's phase `label`, or of a given shape with its FFN roles."""
@@ -187,10 +187,11 @@ class Evaluator:
 
 def heads_for(model: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> int | None:
     """Query heads padded so that they split as this layout splits them; 0 for no padding, None when that would be absurd."""
-    return _padded_heads(model, ways(head_axes(layout), sizes))
+    return padded_heads(model, ways(head_axes(layout), sizes))
 
 
-def _padded_heads(model: ModelConfig, parts: int) -> int | None:
+def padded_heads(model: ModelConfig, parts: int) -> int | None:
+    """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
     heads, kv = model.num_heads, model.num_kv_heads
     if heads % parts == 0:
         return 0
