@@ -51,7 +51,10 @@ CHOSEN = {
         f"PaLM 62B, high-throughput decode {TABLES}", "palm-62b", "v4:2x2x2", Workload(512, context_len=2048, phase="decode")
     ),
     "llama-3-70b-long-context": Chosen(
-        "Llama 3 70B, one request of 128 thousand tokens", "llama-3-70b", "v5e:4x4", Workload(1, 131008, 64, weights=DType.INT8)
+        "Llama 3 70B, decode of one request after 128 thousand tokens",
+        "llama-3-70b",
+        "v5e:4x4",
+        Workload(1, context_len=131072, phase="decode", weights=DType.INT8),
     ),
 }
 
