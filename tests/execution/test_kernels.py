@@ -102,7 +102,7 @@ def test_parts_of_the_keys_come_together_by_their_mass(tiles: Tiles | None) -> N
     for part in range(3):
         seen = num_seen(jnp.asarray(position) + 1, jnp.arange(6)[part::3], PAGE)
         found.append(kernels.decode(q, reader(pages), jnp.asarray(table[:, part::3]), seen - 1, tiles))
-    assert found[2].mass[0].max() < -1e29  # saw no key
+    assert found[2].mass[0].max() < -1e28  # saw no key
     shares = jax.nn.softmax(jnp.stack([one.mass for one in found]), axis=0)
     together = sum(share[..., None] * one.out for share, one in zip(shares, found, strict=True))
     whole_table = kernels.decode(q, reader(pages), jnp.asarray(table), jnp.asarray(position), tiles)
