@@ -59,7 +59,8 @@ def _decode(
     mine = owned[row, current] & (position >= 0)
     kv = cache.write(kv, layer, pages[row, current], position % size, mine, KeysValues(new[:, 0], new[:, 1]))
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
-    out = kernels.decode(q, read, pages, position, _tiles(routes))  # [B.b, H.h, Q]
+    lying = cache.stored(kv, layer, pages) if routes.kv_choice(group) is None else None
+    out = kernels.decode(q, read, pages, position, _tiles(routes), lying)  # [B.b, H.h, Q]
     return _from_group(out, group, routes), kv
 
 
