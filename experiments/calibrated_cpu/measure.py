@@ -1,11 +1,12 @@
 """Does the planner predict this machine once it is calibrated? Writes results.json.
 
-    python -m experiments.calibrated_cpu.measure             # a quarter of an hour on two cores
+    python -m experiments.calibrated_cpu.measure             # about ten minutes on two cores
+    python -m experiments.calibrated_cpu.measure --part bf16 # one of its three parts alone, beside what results.json has of the others
 
-Two processes, one after the other. With one CPU device: steps of two models that calibration does not use (decode at batch 1 to 64, prefill
-of one and several prompts, float32 and bfloat16). With eight virtual devices: calibrate, let the planner rank all layouts of a model, and
-time ten of them. Each process calibrates twice: before, and once more in turn with the steps, round by round. The second gives `predicted`,
-which shares the machine's drift with what was measured; the first, what a user does, gives `predicted_before`.
+Three processes, one after the other. With one CPU device, one process in float32 and one in bfloat16: steps of two models that calibration
+does not use (decode at batch 1 to 64, prefill of one and several prompts). With eight virtual devices: calibrate, let the planner rank all
+layouts of a model, and time ten of them. Each process calibrates twice: before, and once more in turn with the steps, round by round. The
+second gives `predicted`, which shares the machine's drift with what was measured; the first, what a user does, gives `predicted_before`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results.json"
+PARTS = {"f32": "1", "bf16": "1", "eight_devices": "8"}  # and how many devices each has
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
 PROMPTS = ((64, 1), (512, 1), (512, 4))  # tokens in all, prompts
 LAYOUTS, BATCH, INPUT, OUTPUT = 10, 16, 256, 64
-BUDGET, CALIBRATION = 120.0, 30.0  # seconds of timing in turn, and of the calibration before
+BUDGET, CALIBRATION = 60.0, 30.0  # seconds of timing in turn, and of the calibration before
 
 
 def models() -> list[Any]:
@@ -38,29 +40,26 @@ def models() -> list[Any]:
     return [load_model_config("llama-125m"), small]
 
 
-def one_device() -> dict[str, Any]:
+def one_device(dtype: Any) -> dict[str, Any]:
     """Predicted and measured steps of whole models on one device."""
     from partinf.layout import make_layout
     from partinf.measure.steps import Steps, for_buckets
     from partinf.plans import Bucket, Plan
     from partinf.sharding import local_slice
-    from partinf.workload import DType
 
-    types = (DType.F32, DType.BF16)
-    before, first, _ = _calibrated(types, CALIBRATION, {})
+    before, first, _ = _calibrated((dtype,), CALIBRATION, {})
     slice_ = local_slice(chip=before)
     layout = make_layout({"x": "replica"}, {"x": "batch"})
     buckets = tuple(Bucket(rows, CONTEXT // 16) for rows in BATCHES)
     buckets += tuple(Bucket(prefill_tokens=tokens, prefill_slots=prompts) for tokens, prompts in PROMPTS)
     plans, calls = {}, {}
-    for dtype in types:
-        for model in models():
-            _say(f"compiling {model.name} in {dtype}")
-            steps = Steps(for_buckets(Plan(model, slice_, layout, weights=dtype, kv=dtype), buckets))
-            for bucket in buckets:
-                name = f"{model.name}, {dtype}, {bucket}"
-                plans[name], calls[name] = (steps.plan, bucket), steps.call(bucket)
-    during, second, timings = _calibrated(types, BUDGET, calls)
+    for model in models():
+        _say(f"compiling {model.name} in {dtype}")
+        steps = Steps(for_buckets(Plan(model, slice_, layout, weights=dtype, kv=dtype), buckets))
+        for bucket in buckets:
+            name = f"{model.name}, {bucket}"
+            plans[name], calls[name] = (steps.plan, bucket), steps.call(bucket)
+    during, second, timings = _calibrated((dtype,), BUDGET, calls)
     rows = []
     for name, (plan, bucket) in plans.items():
         predicted, in_turn = (_price(replace(plan, slice=replace(slice_, chip=chip)), bucket) for chip in (before, during))
@@ -166,8 +165,8 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     """The figures that the question asks for."""
     found: dict[str, Any] = {}
     for name in ("predicted", "predicted_before"):
-        wrong = {}
-        for row in results["one_device"]["steps"]:
+        wrong: dict[str, list[float]] = {}
+        for row in [row for part in ("f32", "bf16") for row in results[part]["steps"]]:
             for key in ("all", row["dtype"], row["phase"], row["model"]):
                 wrong.setdefault(key, []).append(abs(row[name] / row["measured"] - 1))
         found[f"median_error_{name}"] = {key: statistics.median(errors) for key, errors in wrong.items()}
@@ -182,23 +181,33 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _measure(part: str) -> dict[str, Any]:
+    """One part, in this process."""
+    from partinf.workload import DType
+
+    loads = [os.getloadavg()[0]]
+    found = eight_devices() if part == "eight_devices" else one_device(DType(part))
+    return {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "load_average": [*loads, os.getloadavg()[0]]} | found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("one_device", "eight_devices"), help="one process's part, printed as JSON")
+    parser.add_argument("--part", choices=tuple(PARTS), help="measure this part alone")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part:
-        print(json.dumps(one_device() if args.part == "one_device" else eight_devices()))
+    if args.here:
+        print(json.dumps(_measure(args.part)))
         return
-    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "load_average_at_start": os.getloadavg()}
-    for part, devices in (("one_device", "1"), ("eight_devices", "8")):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
-        command = [sys.executable, "-m", "experiments.calibrated_cpu.measure", "--part", part]
+    results = json.loads(RESULTS.read_text()) if args.part else {}
+    for part in (args.part,) if args.part else PARTS:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": PARTS[part]}
+        command = [sys.executable, "-m", "experiments.calibrated_cpu.measure", "--here", "--part", part]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results[part] = json.loads(done.stdout)
-    results["load_average_at_end"] = os.getloadavg()
-    results["summary"] = summary(results)
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results["summary"], indent=1))
+    if set(PARTS) <= set(results):
+        results["summary"] = summary(results)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results.get("summary", {}), indent=1))
 
 
 if __name__ == "__main__":

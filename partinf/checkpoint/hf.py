@@ -7,6 +7,7 @@ no others, so a host needs memory for its own shards of one leaf at a time, not 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from partinf.errors import raise_offences
 from partinf.hf_config import config_to_hf
 from partinf.model_config import ModelConfig
 from partinf.quantize import Quantized, quantize
+
+_AT_ONCE = 64 << 20  # bytes of a weight that is quantised while it is loaded
 
 Params = Any  # the plain nested dict of arrays that `transformer.params` declares
 
@@ -66,7 +69,7 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
         whole = tuple(slice(None) if dim in leaf.contracted_dims else part for dim, part in enumerate(index))
         key = tuple(part.indices(size) for part, size in zip(whole, leaf.shape, strict=True))
         if key not in blocks:
-            blocks[key] = quantize(read_leaf(reader, source, whole, np.dtype(np.float32)), leaf.contracted)
+            blocks[key] = _read_quantized(reader, source, whole, leaf)
         return blocks[key]
 
     def values(index: tuple[slice, ...]) -> np.ndarray:
@@ -78,6 +81,21 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
 
     make = jax.make_array_from_callback
     return Quantized(make(leaf.shape, leaf.values.sharding, values), make(leaf.scale.shape, leaf.scale.sharding, scale), leaf.contracted)
+
+
+def _read_quantized(reader: TensorReader, source: LeafSource, index: tuple[slice, ...], leaf: Quantized) -> Quantized:
+    """Part of a leaf, whole along its contraction; no more than `_AT_ONCE` bytes of it, or one row, exist in float32 at a time."""
+    shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
+    start, stop, _ = index[0].indices(leaf.shape[0])
+    step = max(1, stop - start if 0 in leaf.contracted_dims else _AT_ONCE // (4 * math.prod(shape[1:])))
+    kept = [size for dim, size in enumerate(shape) if dim not in leaf.contracted_dims]
+    values, scale = np.empty(shape, np.int8), np.empty(kept, np.float32)
+    for first in range(start, stop, step):
+        rows = slice(first, min(first + step, stop))
+        found = quantize(read_leaf(reader, source, (rows, *index[1:]), np.dtype(np.float32)), leaf.contracted)
+        here = slice(None) if 0 in leaf.contracted_dims else slice(rows.start - start, rows.stop - start)
+        values[here], scale[here] = found.values, found.scale
+    return Quantized(values, scale, leaf.contracted)
 
 
 def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
