@@ -2,20 +2,24 @@
 
 A bucket costs a compilation and its padding costs time at every step, so there are few: decode alone, decode with prompts that begin
 in this step, and, where a prompt may be longer than one step's share, decode with chunks that read earlier pages. Each comes with a
-short and a long context when the two differ enough to matter.
+short and a long context when the two differ enough to matter. Prompts that begin have a smaller bucket too, where its step takes much
+less time: where it is bound by compute and not by reading the weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
+from partinf.cost.step import step_ledger
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.workload import DType, Workload
 
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
+_WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,26 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     buckets = []
     for context in contexts:
         decode = Bucket(rows, context, random=capacity.random or capacity.rich, rich=capacity.rich)
-        buckets += [decode, replace(decode, prefill_tokens=tokens, prefill_slots=slots)]
+        full = replace(decode, prefill_tokens=tokens, prefill_slots=slots)
+        buckets += [decode, *_smaller(plan, full), full]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
             buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))
     return tuple(buckets)
+
+
+def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
+    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model."""
+    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip))
+
+    def seconds(bucket: Bucket) -> float:
+        return step_ledger(split_of(plan, bucket, pricing)).seconds
+
+    most = _WORTH_A_COMPILATION * seconds(full)
+    for part in (2, 4):
+        smaller = replace(full, prefill_tokens=_up(full.prefill_tokens // part, plan.prefill_token_multiple()))
+        if seconds(smaller) <= most:
+            return (smaller,)
+    return ()
 
 
 def _up(size: int, multiple: int) -> int:

@@ -140,7 +140,7 @@ def _show_switch(console: Console, report: PlanReport, best: Candidate, from_tok
     if not rows:
         return
     names = {result.name: result.ffn for result in best.phases}
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Linear layers, ms per step", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Steps of prompts, ms under either FFN", title_justify="left")
     for name in ("tokens", *(f"{label}: {ffn}" for label, ffn in names.items())):
         table.add_column(name, justify="right")
     table.add_column("runs")

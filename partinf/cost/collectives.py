@@ -9,8 +9,9 @@ Two bandwidth models, and every figure says which one it uses:
 
 All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where D is the output of the former and the input of the
 latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
-chapter 3). Hops bound small collectives from below (`max(hops, bytes)`), or are added where their time was measured. On devices that were
-measured, each kind of collective has a time of its own by the number of devices, and a factor on that of its bytes.
+chapter 3). Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added: a ring waits at
+every hop, an all-to-all sends at once and waits for the chip's own latency alone. On devices that were measured, each kind of collective
+has a time of its own by the number of devices, and a factor on that of its bytes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Network:
         """
         Args:
             factor: calibrated ratio of measured to modelled time of the bytes.
-            hop_seconds: calibrated time per hop, added to that of the bytes; 0 takes the chip's as a lower bound instead.
+            hop_seconds: calibrated time per step of a ring, added to that of the bytes; 0 takes the chip's as a lower bound instead.
             rates: measured ones, instead of both.
         """
         self.chip: Chip = slice_.chip
@@ -95,7 +96,7 @@ class Network:
                 transfer = payload * (stage.ways - 1) / stage.ways / stage.bandwidth * self.factor
                 payload /= stage.ways
             if self._hop_scale:
-                spent += transfer + stage.hop_seconds * self._hop_scale
+                spent += transfer + stage.hop_seconds * (1.0 if op is Op.ALL_TO_ALL else self._hop_scale)
             else:
                 spent += max(transfer, stage.hop_seconds)
         return 2 * spent if op is Op.ALL_REDUCE else spent

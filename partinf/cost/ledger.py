@@ -54,6 +54,7 @@ class Entry(NamedTuple):
             input of the others.
         padding_bytes: the part of `bytes` that carries padding.
         seconds: time of one occurrence. overlapped: the part of it that is hidden behind other entries.
+        ahead: the part that may run behind whatever the layer before computes; `partinf.cost.overlap` works out how much does.
         shape: on one device, so that it can be timed alone: of a product with weights rows, inputs and outputs; of a core sequences, their
             tokens, query heads, key-value heads, and positions of each sequence in the cache; else empty.
     """
@@ -74,6 +75,7 @@ class Entry(NamedTuple):
     padding_bytes: float = 0.0
     seconds: float = 0.0
     overlapped: float = 0.0
+    ahead: float = 0.0
     shape: tuple[int, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from partinf.engine.params import SamplingParams as SamplingParams
-from partinf.engine.step import RowSampling
+from partinf.engine.step import RowSampling, SampledToken
 
 
 class FinishReason(StrEnum):
@@ -188,6 +188,31 @@ class Sequence:
     def exhausted(self) -> bool:
         """Every token that may be sampled has been scheduled; the sequence only waits for its output."""
         return self.num_scheduled >= self.max_positions
+
+    def append(self, sampled: SampledToken, now: float) -> None:
+        """Take a token that was sampled, with what was asked for beside it."""
+        self.tokens.append(sampled.token)
+        if self.request.params.logprobs:
+            self.logprobs.append(sampled.logprob)
+        if self.request.params.top_logprobs:
+            self.top_logprobs.append(sampled.top)
+        if self.first_token is None:
+            self.first_token = now
+        self.last_token = now
+
+    def event(self, sampled: SampledToken | None, text: str, reason: FinishReason | None, error: BaseException | None) -> TokenEvent:
+        """What a stream is told of the last token, or of an end without one."""
+        return TokenEvent(
+            request_id=self.request.id,
+            token=None if sampled is None else sampled.token,
+            index=self.num_generated - (sampled is not None),
+            text=text,
+            logprob=None if sampled is None else sampled.logprob,
+            finish_reason=reason,
+            error=error,
+            sample=self.request.sample,
+            top_logprobs=sampled.top if sampled is not None and self.request.params.top_logprobs else None,
+        )
 
     def output(self) -> RequestOutput:
         """The answer; only once the sequence has finished."""

@@ -7,12 +7,13 @@ rounded shape, so that an hour of traffic asks the cost model for a few thousand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from partinf.cost.ledger import Entry, Kind, Part
+from partinf.cost.ledger import Entry, total_seconds
 from partinf.cost.memory import kv_bytes, weight_bytes
+from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
@@ -36,21 +37,15 @@ class Price(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """Sums over entries: time if nothing overlapped, time that could be hidden, compute that it could hide behind."""
+    """Sums over entries: time if no weight were gathered ahead, time of what can be, compute that it could hide behind."""
 
     seconds: float
     hidden: float
     behind: float
 
     @classmethod
-    def of(cls, entries: Iterable[Entry]) -> _Sum:
-        seconds = hidden = behind = 0.0
-        for entry in entries:
-            seconds += entry.seconds * entry.count
-            hidden += entry.overlapped * entry.count
-            if entry.kind in (Kind.MATMUL, Kind.ATTENTION) and entry.part in (Part.ATTENTION, Part.FFN):
-                behind += entry.seconds * entry.count
-        return cls(seconds, hidden, behind)
+    def of(cls, entries: tuple[Entry, ...]) -> _Sum:
+        return cls(total_seconds(entries), sum(entry.ahead * entry.count for entry in entries), compute_left(entries))
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ class StepPrice:
             key = (prompt, shape.prefill_slots, shape.prefill_context, shape.num_tokens >= self.plan.prefill_from_tokens)
             sums.append(self._part(self._prompt, key, alone, lambda split: attention_part(split) + cache_part(split), shape))
         hidden, behind = sum(s.hidden for s in sums), sum(s.behind for s in sums)
-        return sum(s.seconds for s in sums) - min(hidden, behind)
+        return sum(s.seconds for s in sums) - min(hidden, max(behind, 0.0))
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """Time of a step that prefills one prompt of so many tokens and does nothing else."""

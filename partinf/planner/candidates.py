@@ -8,14 +8,16 @@ both phases share it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from partinf.hardware import Link, MeshAxis, Slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
 
 Storage = tuple[Role, ...]
+Gather = tuple[bool, ...]
 AxisClass = tuple[object, ...]
 
 _STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
@@ -23,11 +25,16 @@ _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
 class PhaseOption(NamedTuple):
-    """Gathered axes and attention roles of one phase, aligned with the slice's axes; `heads` marks those that split heads."""
+    """Gathered axes and attention roles of one phase, aligned with the slice's axes.
+
+    Attributes:
+        heads: marks the axes that split heads. number: equal for equal attention roles, a short key for them.
+    """
 
     gather: tuple[bool, ...]
     attention: tuple[AttentionRole, ...]
     heads: tuple[bool, ...]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class AxisTable:
 
     Attributes:
         names, sizes: in mesh order. class_ids: equal numbers for equal axes. fixed: storage role of axes that have no choice.
+        phases: those that were asked for.
     """
 
     names: tuple[str, ...]
@@ -43,12 +51,17 @@ class AxisTable:
     class_ids: tuple[int, ...]
     fixed: tuple[Role | None, ...]
 
+    phases: dict[PhaseOption, Phase] = field(default_factory=dict, compare=False, repr=False)
+
     def phase(self, option: PhaseOption) -> Phase:
-        gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
-        return Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+        found = self.phases.get(option)
+        if found is None:
+            gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
+            found = self.phases[option] = Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+        return found
 
     def layout(self, storage: Storage, prefill: PhaseOption, decode: PhaseOption) -> Layout:
-        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode))
+        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode), check=False)
 
 
 def axis_table(slice_: Slice) -> AxisTable:
@@ -77,14 +90,31 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     return list(seen.values())
 
 
-def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
-    """Every choice of gathered axes and attention roles for a storage, equal axes not yet merged."""
+def gathers(table: AxisTable, storage: Storage) -> list[Gather]:
+    """Every set of axes that a storage can gather."""
     stored = [role in (Role.EMBED, Role.FFN) and size > 1 for role, size in zip(storage, table.sizes, strict=True)]
-    gathers = [(False, True) if stores else (False,) for stores in stored]
+    return list(itertools.product(*((False, True) if stores else (False,) for stores in stored)))
+
+
+def attentions_of(table: AxisTable) -> int:
+    """Number of attention roles, equal axes counted apart."""
+    return math.prod(len(_ATTENDED) for size in table.sizes if size > 1)
+
+
+def phases_per_storage(table: AxisTable) -> int:
+    """Options of a phase when every axis stores weights, equal axes counted apart."""
+    return attentions_of(table) * 2 ** sum(size > 1 for size in table.sizes)
+
+
+def phase_options(table: AxisTable, storage: Storage, allowed: Collection[Gather]) -> Iterator[PhaseOption]:
+    """Every choice of these gathered axes and attention roles for a storage, equal axes not yet merged."""
     attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
-    for gather in itertools.product(*gathers):
-        for attention in itertools.product(*attended):
-            yield PhaseOption(gather, attention, tuple(role is AttentionRole.HEADS for role in attention))
+    roles = [(a, tuple(role is AttentionRole.HEADS for role in a), number) for number, a in enumerate(itertools.product(*attended))]
+    for gather in gathers(table, storage):
+        if gather not in allowed:
+            continue
+        for attention, heads, number in roles:
+            yield PhaseOption(gather, attention, heads, number)
 
 
 class HeadSplits:
