@@ -6,9 +6,10 @@ no others, so a host needs memory for its own shards of one leaf at a time, not 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,27 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
 
 
 def _read_quantized(reader: TensorReader, source: LeafSource, index: tuple[slice, ...], leaf: Quantized) -> Quantized:
-    """Part of a leaf, whole along its contraction; no more than `_AT_ONCE` bytes of it, or one row, exist in float32 at a time."""
-    shape = [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True)]
-    start, stop, _ = index[0].indices(leaf.shape[0])
-    step = max(1, stop - start if 0 in leaf.contracted_dims else _AT_ONCE // (4 * math.prod(shape[1:])))
-    kept = [size for dim, size in enumerate(shape) if dim not in leaf.contracted_dims]
-    values, scale = np.empty(shape, np.int8), np.empty(kept, np.float32)
-    for first in range(start, stop, step):
-        rows = slice(first, min(first + step, stop))
-        found = quantize(read_leaf(reader, source, (rows, *index[1:]), np.dtype(np.float32)), leaf.contracted)
-        here = slice(None) if 0 in leaf.contracted_dims else slice(rows.start - start, rows.stop - start)
-        values[here], scale[here] = found.values, found.scale
+    """Part of a leaf, whole along its contraction, quantised piece by piece: little of it exists in float32 at a time."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+    shape = [len(one) for one in ranges]
+    lead = min(leaf.contracted_dims)
+    values = np.empty(shape, np.int8)
+    scale = np.empty([size for dim, size in enumerate(shape) if dim not in leaf.contracted_dims], np.float32)
+    for piece in _pieces(shape, lead):
+        there = tuple(slice(one.start + cut.start, one.start + cut.stop) for one, cut in zip(ranges, piece, strict=False))
+        found = quantize(read_leaf(reader, source, there + index[lead:], np.dtype(np.float32)), leaf.contracted)
+        values[piece], scale[piece] = found.values, found.scale
     return Quantized(values, scale, leaf.contracted)
+
+
+def _pieces(shape: list[int], lead: int) -> Iterator[tuple[slice, ...]]:
+    """The leading dimensions of a shape cut into pieces of at most `_AT_ONCE` bytes in float32, or one row of the others."""
+    steps, size = [1] * lead, 4 * math.prod(shape[lead:])
+    for dim in reversed(range(lead)):
+        steps[dim] = min(max(_AT_ONCE // size, 1), shape[dim])
+        size *= steps[dim]
+    for starts in itertools.product(*(range(0, shape[dim], steps[dim]) for dim in range(lead))):
+        yield tuple(slice(start, min(start + step, most)) for start, step, most in zip(starts, steps, shape, strict=False))
 
 
 def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:

@@ -55,7 +55,7 @@ class Tiles:
 
 
 _TILES = {
-    "cpu": Tiles(keys=64, prompt_keys=256, scores=1 << 19),  # a tile stays in the cache of a core
+    "cpu": Tiles(keys=64, prompt_keys=128, scores=1 << 18),  # a tile stays in the cache of a core
     "tpu": Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
     "gpu": Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
 }
