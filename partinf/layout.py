@@ -23,7 +23,7 @@ class Role(StrEnum):
     """What a mesh axis splits in the stored weights.
 
     EMBED splits d_model (the contraction of W_in), FFN splits d_ff and the query heads, REPLICA copies the weights and splits the
-    tokens, STAGE splits the layers.
+    tokens, STAGE splits the layers: every stage runs its own of them for a batch of its own.
     """
 
     EMBED = "embed"
@@ -148,7 +148,16 @@ class Layout:
             if phase.loop is not None and phase.loop.axis not in looped:
                 can = ", ".join(looped) or "none"
                 offences.append(f"{label}: loops over '{phase.loop.axis}', which splits no d_ff in this phase; those that do: {can}")
-        return offences
+        return offences + self._stage_offences()
+
+    def _stage_offences(self) -> list[str]:
+        stages = self.storage_axes(Role.STAGE)
+        return [
+            f"{label}: axis '{axis}' attends over {role}, but a stage axis splits whole layers and nothing within one; valid: none"
+            for label in (PHASES if stages else ())
+            for axis, role in self.phase(label).attention
+            if axis in stages and role is not AttentionRole.NONE
+        ]
 
 
 def make_layout(
@@ -305,6 +314,8 @@ def readable_name(layout: Layout, sizes: Mapping[str, int]) -> str:
     embed = "".join(axis for axis in layout.storage_axes(Role.EMBED) if sizes[axis] > 1)
     ffn = "".join(axis for axis in layout.storage_axes(Role.FFN) if sizes[axis] > 1)
     copies = "".join(axis for axis in layout.storage_axes(Role.REPLICA) if sizes[axis] > 1)
+    stages = "".join(axis for axis in layout.storage_axes(Role.STAGE) if sizes[axis] > 1)
     stored = f"E{'_' + embed if embed else ''} F{'_' + ffn if ffn else ''}" + (f", copies over {copies}" if copies else "")
+    stored += f", stages over {stages}" if stages else ""
     parts = [f"{label} {ffn_name(layout, layout.phase(label), sizes)}/{attention_name(layout.phase(label), sizes)}" for label in PHASES]
     return f"{stored}, {', '.join(parts)}"

@@ -31,6 +31,7 @@ class Part(StrEnum):
     FFN = "ffn"
     LOGITS = "logits"
     SAMPLING = "sampling"
+    STAGES = "stages"
 
 
 class Op(StrEnum):
@@ -40,6 +41,7 @@ class Op(StrEnum):
     REDUCE_SCATTER = "reduce-scatter"
     ALL_REDUCE = "all-reduce"
     ALL_TO_ALL = "all-to-all"
+    PERMUTE = "collective-permute"
 
 
 class Entry(NamedTuple):
@@ -111,6 +113,8 @@ class Ledger:
 
     def times(self, count: int) -> Ledger:
         """The ledger of `count` such steps."""
+        if count == 1:
+            return self
         return replace(self, entries=tuple(entry._replace(count=entry.count * count) for entry in self.entries))
 
     def of(self, *, part: Part | None = None, kind: Kind | None = None) -> Ledger:

@@ -7,7 +7,7 @@ from `StepSplit` and contains no case for any layout. Axes of size 1 are dropped
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partinf.cost.movement import Axes, Moved, Split, moves, ways
 from partinf.cost.pricing import Pricing
@@ -87,6 +87,7 @@ class StepSplit:
         e_stored, f_stored: axes that split E, and F and query heads, in the stored weights. kv_stored: those of f that split K.
         e, f, kv: what is left of them after gathering. w: e and f, which split E of the activations between sublayers.
         t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t.
+        stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
     """
 
@@ -103,11 +104,14 @@ class StepSplit:
     ) -> None:
         """
         Args:
-            model: with padded dimensions, if any. phase: whose FFN roles the step runs. shares: useful part of padded dimensions.
+            model: the whole of it, with padded dimensions, if any. phase: whose FFN roles the step runs.
+            shares: useful part of padded dimensions.
         """
-        self.model, self.shape, self.shares = model, shape, shares
+        self.shape, self.shares = shape, shares
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
+        self.stages = keep(layout.storage_axes(Role.STAGE))
+        self.model = model if not self.stages else replace(model, num_layers=model.num_layers // self.ways(self.stages))
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
         self.replica = keep(layout.storage_axes(Role.REPLICA))
         self.t = keep(layout.token_axes(phase))
@@ -142,6 +146,10 @@ class StepSplit:
         if found is None:
             found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped))
         return found
+
+    @property
+    def num_stages(self) -> int:
+        return self.ways(self.stages)
 
     @property
     def looped(self) -> bool:

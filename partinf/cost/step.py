@@ -12,14 +12,15 @@ from partinf.cost.ffn import ffn_entries
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.overlap import hide_gathers, run_loops
 from partinf.cost.split import StepSplit
+from partinf.cost.stages import stage_entries
 
 
 def linear_part(split: StepSplit) -> tuple[Entry, ...]:
-    """What depends on storage and gathered axes alone, the same for all attention roles: dispatch, layers' products, embedding, logits."""
+    """What depends on storage and gathered axes alone, the same for all attention roles: layers' products, embedding, logits, stages."""
     layers = linear_entries(split) + ffn_entries(split)
     if split.looped:
         layers = run_loops(layers, split.pricing, split.parallel)
-    return tuple(split.pricing.dispatch() + embedding_entries(split) + layers + logits_entries(split))
+    return tuple(split.pricing.dispatch() + embedding_entries(split) + layers + logits_entries(split) + stage_entries(split))
 
 
 def attention_part(split: StepSplit) -> tuple[Entry, ...]:

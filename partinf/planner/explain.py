@@ -19,6 +19,7 @@ _TITLES = {
     Part.FFN: "FFN, in every layer",
     Part.LOGITS: "Logits of the rows that are sampled",
     Part.SAMPLING: "Choice of tokens",
+    Part.STAGES: "Between pipeline stages",
 }
 # What follows the core although it is priced with the projections.
 _AFTER_CORE = ("heads before W_O", "× W_O", "E after the sublayer")
@@ -96,11 +97,13 @@ def _tensors(split: StepSplit) -> dict[str, _Tensor]:
         "last tokens to the logits": of((*rows, "E"), "E", Split((), stored), Split((), split.logit_cols)),
         "logits": of((*rows, "V"), "V", logits),
         "logits into V": of((*rows, "V"), "V", logits, Split(split.replica, table_of_v + split.logit_cols)),
+        "to the next stage": of((*tokens, "E"), "E", Split(split.replica, stored)),
     }
     for label, group in (("decode", split.decode), ("prefill", split.prefill)):
         spread = Split(group.batch, group.heads)
         table |= {
             f"embedded {label} tokens": of((*tokens, "E"), "E", Split(split.replica, stored), used),
+            f"{label} tokens that leave the stage": of((*tokens, "E"), "E", used, Split(split.replica, stored)),
             f"{label}: Q to its attention split": of((*tokens, "H", "Q"), "H", split.q_projected, spread),
             f"{label}: new K, V to their split": of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
             f"{label} core": of((*tokens, "H", "Q"), "H", spread),

@@ -33,9 +33,9 @@ from partinf.planner.candidates import (
     attentions_of,
     axis_table,
     gathers,
+    num_options,
     option_signature,
     phase_options,
-    phases_per_storage,
     storages,
 )
 from partinf.planner.evaluate import Evaluator, Priced
@@ -126,7 +126,7 @@ def _axis_offences(slice_: Slice) -> list[str]:
     if len(free) <= _MOST_AXES:
         return []
     return [
-        f"mesh '{slice_.mesh}': {len(free)} axes have 15**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
+        f"mesh '{slice_.mesh}': {len(free)} axes have 16**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
     ]
 
 
@@ -159,7 +159,8 @@ class _Search:
         self._couplings: dict[object, Ledger] = {}
         self._helds: dict[object, MemoryBudget] = {}
         self.storages = storages(self.table, model.num_kv_heads)
-        self.limit = BestSoFar(_CUT if len(self.storages) * phases_per_storage(self.table) > _MANY else None)
+        many = sum(num_options(self.table, storage) for storage in self.storages) > _MANY
+        self.limit = BestSoFar(_CUT if many else None)
 
     def single(self) -> list[Candidate]:
         """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
@@ -167,7 +168,7 @@ class _Search:
         found = []
         for storage, (bounds,) in self._ordered((label,), (1,)):
             seen: dict[object, _Choice | None] = {}
-            for gather in self._within(bounds):
+            for gather in self._within(storage, bounds):
                 for choice in self._choices(storage, label, {gather}, seen):
                     found.append(self._alone(storage, label, choice))
                     self.limit.see(found[-1])
@@ -204,13 +205,13 @@ class _Search:
             found[gather] = float("inf") if padded is None else self.evaluator.bound(layout, label, padded)
         return found
 
-    def _within(self, bounds: dict[Gather, float], rest: float = 0.0, times: int = 1) -> Iterator[Gather]:
+    def _within(self, storage: Storage, bounds: dict[Gather, float], rest: float = 0.0, times: int = 1) -> Iterator[Gather]:
         """Gathered axes in order of their bounds, as long as `times` of them and `rest` may come near the best so far."""
         for gather in sorted(bounds, key=lambda g: bounds[g]):
             if self.limit.allows(rest + times * bounds[gather]):
                 yield gather
             else:
-                self.refused[_SLOW] += attentions_of(self.table)
+                self.refused[_SLOW] += attentions_of(self.table, storage)
 
     def whole(self) -> list[Candidate]:
         """For every storage and decode option, the best prefill option beside it."""
@@ -218,11 +219,11 @@ class _Search:
         times = (self.workload.counted_prefills, self.workload.output_len)
         for storage, (prefill_bounds, decode_bounds) in self._ordered(PHASES, times):
             seen: dict[object, _Choice | None] = {}
-            allowed = set(self._within(prefill_bounds, times[1] * min(decode_bounds.values()), times[0]))
+            allowed = set(self._within(storage, prefill_bounds, times[1] * min(decode_bounds.values()), times[0]))
             every = self._choices(storage, "prefill", allowed, {}, merged=False)
             prefills = sorted(every, key=lambda choice: choice.priced.seconds)
             least = times[0] * min(prefill_bounds.values())
-            for gather in self._within(decode_bounds, least, times[1]):
+            for gather in self._within(storage, decode_bounds, least, times[1]):
                 for decode in self._choices(storage, "decode", {gather}, seen):
                     soonest = times[0] * prefills[0].priced.seconds + times[1] * decode.priced.seconds if prefills else 0.0
                     if not self.limit.allows(soonest):
@@ -266,7 +267,9 @@ class _Search:
         memory = held._replace(activations=max(priced.activations for priced in beside))
         prefills = self.workload.counted_prefills
         seconds = prefills * beside[0].seconds + self.workload.output_len * beside[1].seconds
-        key = (prefill.option.number, decode.option.number, kv, beside[0].shape.prefill_tokens, beside[0].shape.prefill_slots, padded)
+        staged = tuple(role is Role.STAGE for role in storage)
+        tokens, slots = beside[0].shape.prefill_tokens, beside[0].shape.prefill_slots
+        key = (prefill.option.number, decode.option.number, kv, tokens, slots, staged, padded)
         coupling = self._couplings.get(key)
         if coupling is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
@@ -333,12 +336,14 @@ class _Search:
 
     def _holds(self, storage: Storage) -> bool:
         """Whether the model's dimensions split over this storage; counts the reason if not."""
-        parts = 1
+        parts, stages = 1, 1
         for role, size in zip(storage, self.table.sizes, strict=True):
             parts *= size if role in (Role.EMBED, Role.FFN) else 1
+            stages *= size if role is Role.STAGE else 1
         model = self.model
-        dims = (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim), ("padded vocabulary V", model.padded_vocab_size))
-        reasons = [f"{label} = {size} does not split into {parts} parts" for label, size in dims if size % parts]
+        dims = [(label, size, parts) for label, size in (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim))]
+        dims += [("padded vocabulary V", model.padded_vocab_size, parts), ("layers N", model.num_layers, stages)]
+        reasons = [f"{label} = {size} does not split into {count} parts" for label, size, count in dims if size % count]
         self.refused.update(reasons)
         return not reasons
 

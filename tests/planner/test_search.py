@@ -20,7 +20,7 @@ from partinf.plans import Plan, layout_offences
 from partinf.workload import DType, Workload
 
 SMALL = ModelConfig("small", 4, 1024, 4096, 16, 4, 64, 4096)
-STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
+STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
 ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
@@ -28,10 +28,11 @@ def every_layout(axes: tuple[str, ...]) -> list[Layout]:
     """Each storage, gather and attention role of each axis, both phases alike; no axis equal to another."""
     layouts = []
     for storage in itertools.product(STORED, repeat=len(axes)):
-        stored = [axis for axis, role in zip(axes, storage, strict=True) if role is not Role.REPLICA]
+        stored = [axis for axis, role in zip(axes, storage, strict=True) if role in (Role.EMBED, Role.FFN)]
+        attended = [(AttentionRole.NONE,) if role is Role.STAGE else ATTENDED for role in storage]
         for count in range(len(stored) + 1):
             for gather in itertools.combinations(stored, count):
-                for attention in itertools.product(ATTENDED, repeat=len(axes)):
+                for attention in itertools.product(*attended):
                     phase = Phase(gather, tuple(zip(axes, attention, strict=True)))
                     layouts.append(Layout(tuple(zip(axes, storage, strict=True)), phase, phase))
     return layouts
@@ -41,7 +42,7 @@ def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None
     padded = heads_for(evaluator.model, layout, evaluator.sizes)
     if padded is None or layout_offences(evaluator.model, evaluator.pricing.slice, layout, padded):
         return None
-    return step_ledger(evaluator.split(layout, label, padded)).seconds
+    return step_ledger(evaluator.split(layout, label, padded)).seconds * evaluator.stages(layout)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,20 @@ def test_whole_workload_equals_trying_every_pair() -> None:
         if first is not None and second is not None:
             best = min(best, first + workload.output_len * second)
     assert report.best.score == pytest.approx(best)
+
+
+def test_between_slices_stages_beat_tensors_and_copies_where_these_do_not_fit() -> None:
+    workload = Workload(batch=32, input_len=272, output_len=64)
+    slice_ = parse_slice("a100-40:8*2")
+    report = search(load_model_config("gpt3-175b"), slice_, workload)
+    assert dict(report.best.layout.storage)["dcn"] is Role.STAGE
+    note = plan(report.model, slice_, workload).note
+    assert "Axis dcn splits the layers into stages: tensors there would cost +" in note
+    assert "(collectives +" in note
+    assert "copies of the weights there do not fit (" in note
+    staged, tensors = (next(c for c in report.candidates if dict(c.layout.storage)["dcn"] is role) for role in (Role.STAGE, Role.FFN))
+    assert tensors.memory.kv == staged.memory.kv
+    assert staged.memory.weights > tensors.memory.weights  # each stage has the embedding table
 
 
 def test_order_and_ties() -> None:
