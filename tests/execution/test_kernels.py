@@ -52,7 +52,7 @@ def test_decode_reads_the_lanes_own_pages(tiles: Tiles | None, int8: bool) -> No
     for lane, last in enumerate(position):
         table[lane, last // PAGE + 1 :] = -1
     q = rng.standard_normal((len(position), HEADS, SIZE)).astype(np.float32)
-    out = jax.jit(lambda q, t, p: kernels.decode(q, reader(pages), t, p, tiles))(q, table, position)
+    out = jax.jit(lambda q, t, p: kernels.decode(q, reader(pages), t, p, tiles).out)(q, table, position)
     for lane, last in enumerate(position[:-1]):
         keys, values = whole(pages, table[lane])
         np.testing.assert_allclose(out[lane], softmax_attention(q[lane], keys[: last + 1], values[: last + 1]), atol=2e-6)
@@ -75,7 +75,8 @@ def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None
 
     def run(q: jax.Array, table: jax.Array, starts: jax.Array) -> jax.Array:
         context = (reader(pages), table, jnp.arange(len(starts)), starts) if earlier else None
-        return kernels.prefill(q, jnp.asarray(owner), jnp.asarray(position), new, context, tiles)
+        fresh = kernels.Fresh(new, jnp.asarray(owner), jnp.asarray(position))
+        return kernels.prefill(q, fresh.owner, fresh.position, fresh, context, tiles).out
 
     out = jax.jit(run)(q, table, starts)
     fresh_keys, fresh_values = (np.asarray(half).swapaxes(0, 1) for half in (new.keys, new.values))
@@ -94,8 +95,8 @@ def test_a_tile_that_nobody_sees_is_left_out() -> None:
     poisoned = jax.tree.map(lambda x: x.at[1].set(jnp.nan), pages)
     q = jnp.ones((1, HEADS, SIZE))
     table, position = jnp.array([[0, 1]]), jnp.array([PAGE - 1])
-    out = kernels.decode(q, reader(poisoned), table, position, Tiles(PAGE, 1, 1))
-    np.testing.assert_array_equal(out, kernels.decode(q, reader(pages), table[:, :1], position, Tiles(PAGE, 1, 1)))
+    out = kernels.decode(q, reader(poisoned), table, position, Tiles(PAGE, 1, 1)).out
+    np.testing.assert_array_equal(out, kernels.decode(q, reader(pages), table[:, :1], position, Tiles(PAGE, 1, 1)).out)
 
 
 @pytest.mark.parametrize(

@@ -29,14 +29,16 @@ def test_the_kernel_equals_the_plain_twin(monkeypatch: pytest.MonkeyPatch, dtype
     kv = KeysValues(*(jnp.asarray(rng.standard_normal((LAYERS, POOL, kv_heads, PAGE, SIZE)), kind) for _ in range(2)))
     q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, SIZE)), kind)
 
-    def run(tiles: Tiles | None) -> np.ndarray:
+    def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
         lying = cache.stored(kv, layer, jnp.asarray(table))
         read = lambda ids: cache.read(kv, layer, ids)  # noqa: E731
-        return np.asarray(kernels.decode(q, read, jnp.asarray(table), jnp.asarray(position), tiles, lying), np.float32)
+        found = kernels.decode(q, read, jnp.asarray(table), jnp.asarray(position), tiles, lying)
+        return np.asarray(found.out, np.float32), np.asarray(found.mass)
 
     assert paged_decode.fits(cache.stored(kv, layer, jnp.asarray(table)).pages)
-    np.testing.assert_allclose(run(INTERPRETED)[:-1], run(None)[:-1], atol=TOLERANCE[dtype] / 10)
-    assert np.isfinite(run(INTERPRETED)).all()
+    for got, want in zip(run(INTERPRETED), run(None), strict=True):
+        np.testing.assert_allclose(got[:-1], want[:-1], atol=TOLERANCE[dtype] / 10)
+        assert np.isfinite(got).all()
 
 
 def test_only_pages_that_fill_their_tiles_are_taken() -> None:
@@ -48,8 +50,10 @@ def test_only_pages_that_fill_their_tiles_are_taken() -> None:
 
 
 def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the step itself, requests split over two axes and heads over the third."""
+    """In the step itself: requests split over two axes, heads over the third; and pages of a request dealt over one."""
     monkeypatch.setattr(paged_decode, "_SUBLANES", 1)
     monkeypatch.setitem(kernels._TILES, "cpu", INTERPRETED)
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
+    dealt = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
+    assert largest_error(make_plan("2x2x2", dealt)) < TOLERANCE["f32"]

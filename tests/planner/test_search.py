@@ -21,7 +21,7 @@ from partinf.workload import DType, Workload
 
 SMALL = ModelConfig("small", 4, 1024, 4096, 16, 4, 64, 4096)
 STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
-ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
+ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.SEQUENCE, AttentionRole.NONE)
 
 
 def every_layout(axes: tuple[str, ...]) -> list[Layout]:
@@ -107,7 +107,7 @@ def test_order_and_ties() -> None:
     assert all(c.tie_with_best == (c.score <= 1.05 * report.best.score) for c in fitting)
     wanted = next(c for c in report.candidates if c.asked.ffn == "ws-2d" and c.asked.attention == "batch")
     assert wanted.tie_with_best
-    assert len(report.candidates) == 680
+    assert len(report.candidates) == 1540
 
 
 def test_large_prefill_gathers_weights_and_decode_keeps_them() -> None:
