@@ -10,6 +10,7 @@ import pytest
 from partinf.quantize import dequantize, quantize
 from partinf.transformer import cache, kernels
 from partinf.transformer.cache import KeysValues
+from partinf.transformer.dealt import num_seen
 from partinf.transformer.kernels import Tiles
 
 HEADS, GROUPS, SIZE, PAGE, POOL = 6, 2, 8, 4, 24
@@ -87,6 +88,26 @@ def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None
         values = np.concatenate([old_values[: starts[slot]], fresh_values[mine]])
         np.testing.assert_allclose(out[token], softmax_attention(q[token], keys, values), atol=2e-6)
     assert np.isfinite(out[-1]).all()
+
+
+@pytest.mark.parametrize("tiles", [None, Tiles(8, 1, 1)])
+def test_parts_of_the_keys_come_together_by_their_mass(tiles: Tiles | None) -> None:
+    """Pages dealt in turn over three readers, one of which has nothing that the shortest lanes may see."""
+    rng = np.random.default_rng(4)
+    pages = pool(rng)
+    position = np.array([2, 6, 11, 23])
+    table = np.stack([rng.permutation(POOL)[:6] for _ in position])
+    q = jnp.asarray(rng.standard_normal((len(position), HEADS, SIZE)), jnp.float32)
+    found = []
+    for part in range(3):
+        seen = num_seen(jnp.asarray(position) + 1, jnp.arange(6)[part::3], PAGE)
+        found.append(kernels.decode(q, reader(pages), jnp.asarray(table[:, part::3]), seen - 1, tiles))
+    assert found[2].mass[0].max() < -1e28  # saw no key
+    shares = jax.nn.softmax(jnp.stack([one.mass for one in found]), axis=0)
+    together = sum(share[..., None] * one.out for share, one in zip(shares, found, strict=True))
+    whole_table = kernels.decode(q, reader(pages), jnp.asarray(table), jnp.asarray(position), tiles)
+    np.testing.assert_allclose(together, whole_table.out, atol=2e-6)
+    np.testing.assert_allclose(jax.nn.logsumexp(jnp.stack([one.mass for one in found]), axis=0), whole_table.mass, atol=2e-6)
 
 
 def test_a_tile_that_nobody_sees_is_left_out() -> None:

@@ -224,6 +224,17 @@ def _wrong_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ffn, "activate", lambda hidden, model: original(hidden, model).astype(jnp.float32))
 
 
+def _drop_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "weighted", lambda out, mass, axes, sizes: out)
+
+
+def test_parts_that_are_not_weighted_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("2x2x2", make_layout(dict(TWO_D.storage), {"x": "sequence", "y": "heads", "z": "sequence"}))
+    check(plan, BUCKETS["decode"])
+    _drop_the_mass(monkeypatch)
+    assert traced(trace_account(plan, BUCKETS["decode"])) != ledger_of(plan, BUCKETS["decode"])[0]
+
+
 @pytest.mark.parametrize("mutate", [_drop_a_sum, _double_a_gather, _wrong_axis, _wrong_dtype])
 def test_the_comparison_can_fail(mutate, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     plan = make_plan("2x2x2", TWO_D)
