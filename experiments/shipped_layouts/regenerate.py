@@ -54,7 +54,9 @@ CHOSEN = {
 
 def texts() -> dict[str, str]:
     """File name without suffix → text."""
-    return {name: _named(name) for name in ("ws-1d", "ws-2d", *GATHERS)} | {name: _chosen(chosen) for name, chosen in CHOSEN.items()}
+    return {name: _named(name) for name in ("ws-1d", "ws-2d", *GATHERS, "stages")} | {
+        name: _chosen(chosen) for name, chosen in CHOSEN.items()
+    }
 
 
 def _named(name: str) -> str:
@@ -63,6 +65,10 @@ def _named(name: str) -> str:
     if name == "ws-1d":
         described = f"1D weight-stationary: all axes split d_ff and heads of the stored weights; {stationary}"
         layout = make_layout(dict.fromkeys("xyz", "ffn"), batch, heads)
+    elif name == "stages":
+        described = f"pipeline stages over x, each 1D weight-stationary over y and z; {stationary}"
+        alone = {"x": "none"}
+        layout = make_layout(dict.fromkeys("xyz", "ffn") | {"x": "stage"}, batch | alone, heads | alone)
     elif name == "ws-2d":
         described = f"2D weight-stationary: x splits d_model, y and z split d_ff; {stationary}"
         layout = make_layout(STORED_2D, batch, heads)
@@ -71,7 +77,8 @@ def _named(name: str) -> str:
         kept = "decode keeps them stationary; attention over batch"
         described = f"stored as 2D weight-stationary; prefill gathers weights over {words}, {kept}"
         layout = make_layout(STORED_2D, batch, batch, prefill_gather=axes)
-    return layout_to_toml(layout, f"description = {json.dumps(described)}\nsource = {json.dumps(SOURCE)}")
+    source = SOURCE if name != "stages" else "Yu et al. (2022), section 4.1: inter-layer and intra-layer parallelism together"
+    return layout_to_toml(layout, f"description = {json.dumps(described)}\nsource = {json.dumps(source)}")
 
 
 def _chosen(chosen: Chosen) -> str:
