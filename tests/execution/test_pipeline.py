@@ -87,6 +87,7 @@ def test_every_stage_keeps_its_own_part_of_the_pages() -> None:
     runner.warm_up()
     pages = runner._host_pages
     assert pages is not None
+    runner.reset()
     pages.out(runner._state.kv, [0, 1], [4, 5], stage=0)
     alone = pages.num_bytes
     for stage in (1, 2, 3):
