@@ -216,6 +216,9 @@ class Restless:
         for sequence in [*batch.swapped, *batch.waiting]:
             if self._rng.random() < 0.5:
                 self._bring(batch, sequence)
+        for sequence in batch.running:  # what has just come back leaves places in host memory, which others must not take in this step
+            if self._rng.random() < 0.15 and not batch.taken(sequence):
+                batch.swap_out(sequence)
         for sequence in batch.running:
             if self._rng.random() < 0.8 and not batch.taken(sequence):
                 batch.run(sequence, chunked=self._rng.random() < 0.5)
