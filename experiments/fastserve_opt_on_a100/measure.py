@@ -29,7 +29,7 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.simulation import Sizing, cost_runner, play
 from partinf.engine.step_price import Estimates
-from partinf.hardware import parse_slice
+from partinf.hardware import DCN_AXIS, parse_slice
 from partinf.layout import make_layout
 from partinf.model_config import load_model_config
 from partinf.plans import Plan
@@ -50,14 +50,13 @@ class Setup:
 
     model: str
     slice: str
-    stages: int
     capacity: float
 
 
 SETUPS = {
-    "opt-13b": Setup("opt-13b", "a100-40:1", 1, 1.34),
-    "opt-66b": Setup("opt-66b", "a100-40:8", 1, 1.64),
-    "opt-175b": Setup("opt-175b", "a100-40:8", 2, 1.35),
+    "opt-13b": Setup("opt-13b", "a100-40:1", 1.34),
+    "opt-66b": Setup("opt-66b", "a100-40:8", 1.64),
+    "opt-175b": Setup("opt-175b", "a100-40:8*2", 1.35),
 }
 SHARES = (0.6, 0.9, 1.1, 1.3, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 4.0, 6.0, 10.0, math.inf)  # of the capacity; the last is a backlog
 
@@ -121,10 +120,12 @@ def simulate(curve: Curve, rate: float) -> dict[str, Any]:
     setup = curve.setup
     slice_ = parse_slice(setup.slice)
     axes = list(slice_.axis_sizes)
-    plan = Plan(load_model_config(setup.model), slice_, make_layout(dict.fromkeys(axes, "ffn"), dict.fromkeys(axes, "heads")))
-    sizing = Sizing(BATCH * setup.stages, 16 * BATCH, 2048, 4096, num_stages=setup.stages, host_bytes=HOST_BYTES)
+    within = [axis for axis in axes if axis != DCN_AXIS]
+    storage, attention = dict.fromkeys(axes, "stage") | dict.fromkeys(within, "ffn"), dict.fromkeys(axes, "none")
+    plan = Plan(load_model_config(setup.model), slice_, make_layout(storage, attention | dict.fromkeys(within, "heads")))
+    sizing = Sizing(BATCH, 16 * BATCH, 2048, 4096, host_bytes=HOST_BYTES)
     runner, price = cost_runner(plan, Pricing(slice_, calibration_for(slice_.chip)), sizing)
-    engine = Engine(runner, policy=curve.policy(price.estimates(runner.limits, setup.stages)), clock=runner.clock)
+    engine = Engine(runner, policy=curve.policy(price.estimates(runner.limits)), clock=runner.clock)
     how = f"poisson:{rate}" if math.isfinite(rate) else "backlog"
     arrivals = parse_arrivals(how, chat_lengths, curve.requests, seed=0)
     play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)

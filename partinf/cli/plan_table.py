@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from partinf.cost.ledger import Entry
+from partinf.layout import PHASES
 from partinf.planner.advice import batch_advice, preflight
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
@@ -106,8 +107,8 @@ def _phase_titles(report: PlanReport) -> list[str]:
 
 
 def stored(candidate: Candidate) -> str:
-    """How the weights are stored, `E_x F_yz`."""
-    return candidate.name.split(",")[0]
+    """How the weights are stored, `E_x F_yz`, and over which axes there are copies or stages."""
+    return candidate.name.rsplit(", ", len(PHASES))[0]
 
 
 def _roles(result: PhaseResult) -> str:
@@ -140,7 +141,7 @@ def _show_switch(console: Console, report: PlanReport, best: Candidate, from_tok
     if not rows:
         return
     names = {result.name: result.ffn for result in best.phases}
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Linear layers, ms per step", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Steps of prompts, ms under either FFN", title_justify="left")
     for name in ("tokens", *(f"{label}: {ffn}" for label, ffn in names.items())):
         table.add_column(name, justify="right")
     table.add_column("runs")

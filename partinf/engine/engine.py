@@ -50,7 +50,7 @@ class Engine:
         policy: Policy | None = None,
         clock: Callable[[], float] = time.perf_counter,
         seed: int = 0,
-        lag: int | None = None,
+        lag: int = 0,
         prefix_caching: bool = False,
         max_waiting: int | None = None,
         max_waiting_tokens: int | None = None,
@@ -61,11 +61,12 @@ class Engine:
         """
         Args:
             tokenizer: turns text into tokens and back; without one, prompts are token ids and texts are empty.
-            policy: who runs in an iteration; `FirstComeFirstServed` unless given.
+            policy: who runs in an iteration; `FirstComeFirstServed` unless given, cutting prompts where there are pipeline stages: a tick
+                is as long as its longest step, so steps should be alike.
             clock: seconds; only differences count. A virtual clock makes a simulation.
             seed: what requests without a seed of their own derive theirs from.
-            lag: steps that are submitted before the oldest is collected; 0 waits for each. The runner must then feed its own tokens. Unless
-                given, it fills the runner's pipeline stages.
+            lag: steps that are submitted before the oldest is collected, beyond those that fill the runner's pipeline stages; 0 waits for
+                each that comes out. With more, the runner must feed its own tokens.
             prefix_caching: share pages of equal prompt beginnings, where the runner can go on after them.
             max_waiting, max_waiting_tokens: bounds on the requests that wait for their first iteration, and on the tokens of their prompts;
                 beyond them `add_request` and `stream` raise `Overloaded`. A request that finds nobody waiting is always taken, and so are
@@ -79,10 +80,12 @@ class Engine:
         self.tokenizer = tokenizer
         self._runner = runner
         self._clock = clock
-        self._lag = runner.limits.num_stages - 1 if lag is None else lag
+        self._lag = runner.limits.num_stages - 1 + lag
         self._on_step = on_step
         self._check_invariants = check_invariants
-        self._scheduler = Scheduler(runner.limits, policy or FirstComeFirstServed(), self.metrics, prefix_caching)
+        staged = runner.limits.num_stages > 1 and runner.limits.chunks
+        policy = policy or FirstComeFirstServed(chunk_prefills=staged)
+        self._scheduler = Scheduler(runner.limits, policy, self.metrics, prefix_caching)
         self._intake = Intake(runner.limits, tokenizer, seed, clock)
         self._bound = WaitingBound(max_waiting, max_waiting_tokens)
         self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock)

@@ -101,7 +101,7 @@ class Sequence:
         prefill_len: tokens known when the sequence was admitted last; what lies beyond is sampled and decoded one by one.
         num_cached: tokens of the prompt that were not computed when it was admitted first, because their pages were there.
         num_iterations: steps that this sequence took part in. num_preemptions: times that it lost its pages.
-        in_flight: steps with this sequence that are scheduled and not committed.
+        in_flight: steps with this sequence that are scheduled and not committed. last_step: number of the last of them.
         attained: seconds that its steps took so far.
         family: all samples of the request, this one included, the one that computes the prompt first; empty for a single one.
         shared_len: tokens of the prompt whose pages are shared with the first.
@@ -129,6 +129,7 @@ class Sequence:
     num_iterations: int = 0
     num_preemptions: int = 0
     in_flight: int = 0
+    last_step: int = 0
     attained: float = 0.0
     family: tuple[Sequence, ...] = ()
     shared_len: int = 0

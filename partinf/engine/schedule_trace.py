@@ -10,16 +10,17 @@ from partinf.engine.batch import Batch
 from partinf.engine.request import Sequence
 from partinf.engine.step import StepOutput
 
-_STEPS, _SLOTS = 0, 1  # "processes" of the trace
+_PROCESSES = ("steps", "slots", "stages")  # of the trace
+_STEPS, _SLOTS, _STAGES = range(3)
 
 
 class ScheduleTrace:
-    """Collects events; give `on_step` to an engine. One lane shows the steps (one more for every step that overlaps), one per slot
-    the phases of its requests."""
+    """Collects events; give `on_step` to an engine. One lane shows the steps (one more for every step that overlaps), one per slot the
+    phases of its requests, and one per pipeline stage, where the runner knows, what the stage worked on."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = [
-            {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}} for pid, name in ((_STEPS, "steps"), (_SLOTS, "slots"))
+            {"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}} for pid, name in enumerate(_PROCESSES)
         ]
         self._open: dict[int, tuple[str, str, float, float]] = {}  # slot → (request, phase, start, end so far)
         self._lanes: list[float] = []  # when the last step of each lane ended
@@ -43,6 +44,8 @@ class ScheduleTrace:
             {"tokens": step.num_tokens, "padded": output.padded_tokens},
         )
         self._events.append({"ph": "C", "pid": _STEPS, "name": "rows", "ts": start * 1e6, "args": {"rows": step.num_rows}})
+        for stage, (began, ended) in enumerate(output.stages):
+            self._add(_STAGES, stage, " + ".join(kinds), began, ended, {"rows": step.num_rows})
         for sequence, row in zip(batch.decode, step.decode, strict=True):
             self._extend(row.slot, sequence, "decode", start, committed)
         for sequence, chunk in zip(batch.prefill, step.prefill, strict=True):

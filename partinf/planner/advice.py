@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import Pricing
 from partinf.cost.roofline import critical_batch, shapes
-from partinf.cost.step import step_ledger
 from partinf.hardware import make_slice
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
@@ -135,7 +134,7 @@ def batch_advice(report: PlanReport) -> BatchAdvice:
 def _step_seconds(report: PlanReport, candidate: Candidate, batch: int) -> float:
     pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
     evaluator = Evaluator(report.model, pricing, replace(report.workload, batch=batch))
-    return step_ledger(evaluator.split(candidate.layout, "decode", candidate.padded_heads)).seconds
+    return evaluator.price(candidate.layout, "decode", candidate.padded_heads).seconds
 
 
 def _largest(holds: Callable[[int], bool]) -> int:

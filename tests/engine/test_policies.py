@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partinf.engine import Engine, FakeRunner, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
+from partinf.engine import Engine, FakeRunner, FirstComeFirstServed, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
 from partinf.engine.batch import Batch, BatchBuilder
 from partinf.engine.cost_runner import CostRunner
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
@@ -93,6 +93,30 @@ def test_orca_keeps_two_disjoint_batches_in_two_stages() -> None:
     assert len(outputs) == 4
     slots = [{row.slot for row in (*step.decode, *step.prefill)} for step in runner.steps]
     assert slots == [{0, 1}, {2, 3}] * 3
+
+
+@pytest.mark.parametrize("policy", [FirstComeFirstServed(), by_priority(8)], ids=["fcfs", "priority"])
+def test_few_sequences_are_dealt_over_the_stages(policy: Policy) -> None:
+    """Three stages and six sequences: two in every step, and a step for every stage, although one step could take all."""
+    runner = FakeRunner(replace(ROOMY, num_stages=3))
+    engine = Engine(runner, policy=policy, check_invariants=True)
+    engine.generate([[number] for number in range(6)], SamplingParams(max_tokens=4))
+    assert [step.num_rows for step in runner.steps] == [2] * 12
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_long_prompt_passes_through_the_stages_chunk_after_chunk(lag: int) -> None:
+    """Its tokens are known, so no chunk waits for the one before to come out; the first token that is fed waits for all stages."""
+    runner = FakeRunner(replace(ROOMY, num_stages=4, max_prefill_tokens=8))
+    engine = Engine(runner, lag=lag, check_invariants=True)
+    asked = {"long": ([1] * 29, SamplingParams(max_tokens=3)), "short": ([2] * 3, SamplingParams(max_tokens=2))}
+    for name, (prompt, params) in asked.items():
+        engine.add_request(prompt, params, name)
+    for _ in range(5):
+        engine.step(wait=False)
+    assert [step.num_prefill_tokens for step in runner.steps] == [8, 8, 8, 5, 3]
+    outputs = run_all(engine)
+    assert all(outputs[name].tokens == alone(ROOMY, *one, name).tokens for name, one in asked.items())
 
 
 def test_priorities() -> None:

@@ -116,7 +116,7 @@ def test_table_and_saved_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_explain_in_the_papers_notation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *DECODE, "--layout", "ws-2d"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for words in ("all-gather(yz)", "B L E_x", "B L F_yz {x unreduced}", "B_xyz L H Q", "reduce-scatter(x)", "all-to-all(yz)"):
+    for words in ("all-gather(y)", "B L E_x", "B L F_yz {x unreduced}", "B_xyz L H Q", "reduce-scatter(x)", "all-to-all(xyz)"):
         assert words in out, words
 
 
@@ -168,7 +168,7 @@ def test_plot_of_the_ledgers(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     file = tmp_path / "ledgers.svg"
     assert main(["plan", *PALM, "--input", "1984", "--output", "64", "--top", "3", "--plot", str(file)]) == 0
     drawn = file.read_text()
-    for words in ("activation collectives", "prefill step", "decode step", "wg-xyz"):
+    for words in ("activation collectives", "prefill step", "decode step", "wg-xy"):
         assert words in drawn, words
     report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x4"), Workload(8, context_len=1024, phase="decode"))
     for result in report.best.phases:
