@@ -66,7 +66,7 @@ class CacheConfig:
 
     Attributes:
         page_size: tokens per page.
-        pages_per_shard: pages owned by each shard of decode's batch axes.
+        pages_per_shard: pages owned by each shard of decode's batch axes, in equal parts over the sequence axes within it.
         num_slots: sequences that may be resident (each has a slot for its last sampled token).
     """
 
@@ -154,17 +154,43 @@ class Plan:
         return self.layout.decode.attention_axes(AttentionRole.BATCH)
 
     @property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """The axes over which the pages of one sequence are dealt, in mesh order."""
+        return self.layout.decode.attention_axes(AttentionRole.SEQUENCE)
+
+    @property
+    def page_axes(self) -> tuple[str, ...]:
+        """The axes that split the pages of the cache: those that deal whole sequences, then those that deal the pages of one."""
+        return self.batch_axes + self.sequence_axes
+
+    @property
     def num_shards(self) -> int:
-        """Owners of pages: the number of shards of the batch axes."""
+        """Owners of sequences: the number of shards of the batch axes."""
         return self.ways(self.batch_axes)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a shard over which the pages of its sequences are dealt: page i of a sequence lies in part i modulo this."""
+        return self.ways(self.sequence_axes)
 
     def ffn_phase(self, num_tokens: int) -> Phase:
         """The FFN roles of a step with this many (padded) tokens."""
         return self.layout.prefill if num_tokens >= self.prefill_from_tokens else self.layout.decode
 
-    def decode_row_multiple(self) -> int:
-        """Decode rows of a bucket must be a multiple of this: every axis that splits tokens or lanes."""
-        return self._multiple(self.batch_axes)
+    def decode_row_multiple(self, *phases: Phase) -> int:
+        """Decode rows of a bucket must be a multiple of this: every axis that splits lanes, or tokens in these FFN phases (in both, if
+        none is given)."""
+        return self._multiple(self.batch_axes, phases)
+
+    def decode_rows(self, num_sequences: int) -> int:
+        """Rows of a step that decodes so many sequences and does nothing else, with padding: axes that only prefill gathers do not split
+        its tokens. In a pipeline every step has the rows of the others."""
+        multiple = self.decode_row_multiple(self.layout.decode)
+        rows = -(-num_sequences // multiple) * multiple
+        if self.num_stages == 1 and rows < self.prefill_from_tokens:
+            return rows
+        multiple = self.decode_row_multiple()
+        return -(-num_sequences // multiple) * multiple
 
     def prefill_slot_multiple(self) -> int:
         """Prefill slots of a bucket must be a multiple of this: the batch axes of prefill attention."""
@@ -172,7 +198,13 @@ class Plan:
 
     def prefill_token_multiple(self) -> int:
         """Prefill tokens of a bucket must be a multiple of this."""
-        return self._multiple(self.layout.prefill.attention_axes(AttentionRole.BATCH))
+        prefill = self.layout.prefill
+        return self._multiple(prefill.attention_axes(AttentionRole.BATCH) + prefill.attention_axes(AttentionRole.SEQUENCE))
+
+    def prefill_page_multiple(self) -> int:
+        """Pages of earlier context of a bucket must be a multiple of this: every axis that splits the context in either phase; pages
+        that decode lanes read, and the pages of a shard, of `num_parts`."""
+        return self.ways(tuple({*self.sequence_axes, *self.layout.prefill.attention_axes(AttentionRole.SEQUENCE)}))
 
     def _bucket_offences(self) -> list[str]:
         """A batch keeps its rows from stage to stage, whatever bucket each tick runs in."""
@@ -190,9 +222,9 @@ class Plan:
             if len(sizes - {0}) > 1
         ]
 
-    def _multiple(self, batch_axes: tuple[str, ...]) -> int:
-        split = {axis for label in PHASES for axis in self.layout.token_axes(self.layout.phase(label))}
-        return self.ways(tuple(split | set(batch_axes)))
+    def _multiple(self, attention_axes: tuple[str, ...], phases: tuple[Phase, ...] = ()) -> int:
+        split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in self.layout.token_axes(phase)}
+        return self.ways(tuple(split | set(attention_axes)))
 
 
 def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_heads: int = 0) -> list[str]:

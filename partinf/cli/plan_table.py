@@ -9,7 +9,8 @@ from rich.table import Table
 
 from partinf.cost.ledger import Entry
 from partinf.layout import PHASES
-from partinf.planner.advice import batch_advice, preflight
+from partinf.planner.advice import head_splits, preflight
+from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
@@ -36,6 +37,8 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
         console.print(misfit(report), highlight=False)
         for change in preflight(report):
             console.print(f"  {change}", highlight=False)
+        if heads := head_splits(report):
+            console.print(f"{heads}.", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
 
@@ -130,6 +133,8 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     console.print(_memory_bar(best), highlight=False)
     if best.phase("decode"):
         console.print(f"Largest batch worth decoding together under these roles: {batch_advice(report)}.", highlight=False)
+    if best.padded_heads:
+        console.print(f"{head_splits(report)}.", highlight=False)
     for result in best.phases:
         console.print(_ledger(result))
 

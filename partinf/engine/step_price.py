@@ -68,7 +68,8 @@ class StepPrice:
     """Prices the steps of one plan, each on one of its stages.
 
     Attributes:
-        page_bytes: of one KV page on one device, all its layers. shares: useful part of padded dimensions.
+        page_bytes: of one KV page on one device that has it, all its layers. page_seconds: of one page of many to host memory or back.
+        shares: useful part of padded dimensions.
     """
 
     def __init__(self, plan: Plan, pricing: Pricing, *, buckets: tuple[Bucket, ...] = (), sampling: bool = True) -> None:
@@ -87,6 +88,8 @@ class StepPrice:
         self._prompt: dict[Hashable, _Sum] = {}
         self._page_size = plan.cache.page_size
         self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
+        chip = plan.slice.chip
+        self.page_seconds = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
 
     def __call__(self, *steps: Step) -> Price:
         """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""
@@ -119,13 +122,12 @@ class StepPrice:
 
     def decode_seconds(self, rows: int, context: int) -> float:
         """Time of a step on one stage that decodes so many rows after so many tokens each."""
-        rows = _up(rows, self.plan.decode_row_multiple())
+        rows = self.plan.decode_rows(rows)
         return self.seconds(StepShape(decode_rows=rows, decode_context=_rounded(context), sampling=self._sampling))
 
     def estimates(self, limits: RunnerLimits) -> Estimates:
         """What a policy needs to know: an iteration is a way through all stages."""
-        chip, stages = self.plan.slice.chip, self.plan.num_stages
-        page = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth
+        stages, page = self.plan.num_stages, self.page_seconds
         decode = stages * self.decode_seconds(1, limits.page_size)
         return Estimates(lambda tokens: stages * self.prefill_seconds(tokens), decode, page, page, limits.pages_for)
 
@@ -159,12 +161,12 @@ class StepPrice:
             rows, context = self._decode_shape(step)
         tokens = self._prompt_tokens(step) + step.idle_tokens
         if not tokens:
-            return StepShape(decode_rows=rows, decode_context=context, sampling=self._sampling)
+            return StepShape(decode_rows=self.plan.decode_rows(rows), decode_context=context, sampling=self._sampling)
         lens = [len(chunk.tokens) for chunk in step.prefill]
         alike = round(step.num_prefill_tokens**2 / max(1, sum(length * length for length in lens)))
         earlier = sum(chunk.start for chunk in step.prefill) // max(1, len(lens))
         return StepShape(
-            decode_rows=rows,
+            decode_rows=_up(rows, self.plan.decode_row_multiple()),
             decode_context=context,
             prefill_tokens=self._tokens(tokens),
             prefill_slots=self._slots(max(1, alike)),
@@ -182,7 +184,7 @@ class StepPrice:
                 per_shard[row.shard] += 1
             count = max(count, max(per_shard) * shards)
         context = sum([row.position for row in rows]) // len(rows) + 1
-        return _up(count, self.plan.decode_row_multiple()), _rounded(context)
+        return count, _rounded(context)
 
     def _prompt_tokens(self, step: Step) -> int:
         """Prompt tokens with the padding to the fullest prefill shard."""

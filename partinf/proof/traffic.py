@@ -39,9 +39,19 @@ def collective_of(module: Module, block: Computation, instruction: Instruction) 
     return (called, inner) if called and inner else None
 
 
+def is_kernel(instruction: Instruction) -> bool:
+    """A program of its own within the program, of which the compiler knows neither cycles nor what it reads of its operands."""
+    return instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest and not instruction.cycles
+
+
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that one execution moves between HBM and the chip; collectives are priced elsewhere."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or collective_of(module, computation, instruction):
+    """Bytes that one execution moves between HBM and the chip; collectives and kernels are priced elsewhere."""
+    if (
+        is_kernel(instruction)
+        or instruction.opcode in _FREE
+        or instruction.opcode.endswith("-done")
+        or collective_of(module, computation, instruction)
+    ):
         return 0
     operands = [computation.by_name.get(name) for name in instruction.operands]
     sizes = [sum(shape.hbm_bytes for shape in operand.shapes) if operand else 0 for operand in operands]

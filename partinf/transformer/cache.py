@@ -1,23 +1,23 @@
 """The paged KV cache on the devices: its declaration, and reading and writing pages.
 
-One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, key-value heads
-are split over the leading head axes as far as they divide. Keys and values lie apart, each [P.b, K.k, S, Q] per layer, so that the
-keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a leading layer dimension (behind `write`
-and `read`). Page ids are global: shard · pages_per_shard + local id; -1 is no page.
+One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, where the sequence
+axes deal them, and key-value heads are split over the leading head axes as far as they divide. Keys and values lie apart, each
+[P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a
+leading layer dimension (behind `write` and `read`). Page ids are global, shard · pages_per_shard + part · pages of a part + local id,
+and page i of a sequence lies in part i modulo their number; -1 is no page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.collectives import Axes
 from partinf.plans import Plan
 from partinf.quantize import Quantized, quantize
 from partinf.sharding import letter_axes, sharding
@@ -61,14 +61,15 @@ def cache_bytes_per_device(plan: Plan) -> int:
     model, axes = plan.padded_model, letter_axes(plan)["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
-    return model.num_layers // plan.num_stages * plan.cache.pages_per_shard * plan.cache.page_size * 2 * heads * per_head
+    layers, pages = model.num_layers // plan.num_stages, plan.cache.pages_per_shard // plan.num_parts
+    return layers * pages * plan.cache.page_size * 2 * heads * per_head
 
 
-def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tuple[jax.Array, jax.Array]:
-    """Global page ids as ids on this shard, and which of them this shard owns."""
-    shard = lax.axis_index(batch_axes) if batch_axes else 0
-    local = pages - shard * pages_per_shard
-    return local, (pages >= 0) & (local >= 0) & (local < pages_per_shard)
+def local_pages(pages: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Global page ids as ids on this device, and which of them it has."""
+    held, place = plan.cache.pages_per_shard // plan.num_parts, lax.axis_index(plan.page_axes) if plan.page_axes else 0
+    local = pages - place * held
+    return local, (pages >= 0) & (local >= 0) & (local < held)
 
 
 def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: KeysValues) -> Any:
@@ -96,6 +97,25 @@ def read(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
 def read_pages(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
     """Pages [..] of a layer one by one, as stored: [.., K, S, Q]; see `read`."""
     return _read(kv, layer, pages, lambda x: x)
+
+
+class Stored(NamedTuple):
+    """Pages where they lie, for who reads them in place.
+
+    Attributes:
+        pages: all that a device holds, as [R, S, Q]: the heads of a page one after the other. rows: where each page asked for begins.
+    """
+
+    pages: KeysValues
+    rows: jax.Array
+
+
+def stored(kv: Any, layer: Any, pages: jax.Array) -> Stored:
+    """Pages [..] of a layer, nothing read. Ids must be local; those out of range are some page."""
+    held, number, lead = _held(kv, layer)
+    count, heads = jax.tree.leaves(held)[0].shape[lead : lead + 2]
+    rows = (number * count + jnp.clip(pages, 0, count - 1)) * heads
+    return Stored(jax.tree.map(lambda array: array.reshape(-1, *array.shape[lead + 2 :]), held), rows)
 
 
 def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], jax.Array]) -> KeysValues:

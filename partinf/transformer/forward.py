@@ -27,17 +27,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
 from partinf.transformer import stages
+from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.linear import dot, norm
 from partinf.transformer.params import Params
-from partinf.transformer.rope import frequencies
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
 
@@ -89,15 +88,15 @@ def _spread(x: jax.Array, routes: Routes) -> jax.Array:
 
 def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) -> tuple[jax.Array, Any]:
     """All layers of a stage: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry."""
-    freqs: np.ndarray = frequencies(routes.plan.model)
+    rotations = rotations_of(batch, routes)
     if isinstance(layers, tuple):
         for index, weights in enumerate(layers):
-            x, kv = block(weights, x, kv, index, batch, routes, freqs)
+            x, kv = block(weights, x, kv, index, batch, routes, rotations)
         return x, kv
 
     def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
         index, weights = inputs
-        return block(weights, *carry, index, batch, routes, freqs), None
+        return block(weights, *carry, index, batch, routes, rotations), None
 
     indices = jnp.arange(routes.plan.model.num_layers // routes.ways(routes.stages))
     (x, kv), _ = lax.scan(body, (x, kv), (indices, layers))
