@@ -270,6 +270,7 @@ def _fits_prefill(step: Step, bucket: Bucket, limits: RunnerLimits) -> bool:
 def runner_limits(plan: Plan) -> RunnerLimits:
     """What steps of this plan may hold, over all its buckets."""
     biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))
+    alone = [bucket for bucket in plan.buckets if bucket.decode_rows and not bucket.prefill_tokens]
     ours, theirs = plan.batch_axes, plan.layout.prefill.attention_axes(AttentionRole.BATCH)
     sizes = plan.axis_sizes
     num_prefill = plan.ways(theirs)
@@ -283,7 +284,7 @@ def runner_limits(plan: Plan) -> RunnerLimits:
 
     allowed = tuple(tuple(p for p in range(num_prefill) if agrees(shard, p)) for shard in range(plan.num_shards))
     return RunnerLimits(
-        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in plan.buckets) // plan.num_shards,
+        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in alone or plan.buckets) // plan.num_shards,
         max_prefill_tokens=biggest.prefill_tokens,
         max_prefill_slots_per_shard=biggest.prefill_slots // num_prefill,
         page_size=plan.cache.page_size,

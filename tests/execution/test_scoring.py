@@ -29,6 +29,11 @@ FIXTURE = Path(__file__).parent.parent / "fixtures" / "llama_gqa"
 LAYOUTS = {
     "heads": make_layout({"x": "embed", "y": "ffn", "z": "replica"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads")),
     "batch": make_layout({"x": "ffn", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"}, prefill_gather=["x", "y"]),
+    "sequence": make_layout(
+        {"x": "embed", "y": "ffn", "z": "replica"},
+        {"x": "sequence", "y": "sequence", "z": "batch"},
+        {"x": "sequence", "y": "heads", "z": "batch"},
+    ),
 }
 
 
@@ -39,7 +44,7 @@ def make_scorer(layout: Layout, **capacity: int) -> Scorer:
     return Scorer(plan, load_hf(FIXTURE, plan.model, abstract_params(plan, mesh, unrolled=False)), mesh)
 
 
-@pytest.mark.parametrize(("name", "prefill_tokens"), [("heads", 16), ("heads", 128), ("batch", 32)])
+@pytest.mark.parametrize(("name", "prefill_tokens"), [("heads", 16), ("heads", 128), ("batch", 32), ("sequence", 16)])
 def test_scores_are_the_references(name: str, prefill_tokens: int) -> None:
     expected = np.load(FIXTURE / "expected.npz")
     tokens, logits = expected["tokens"], expected["logits"]
