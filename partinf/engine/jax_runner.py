@@ -98,6 +98,7 @@ class JaxRunner:
         """
         if not plan.buckets:
             raise InvalidInput(f"the plan for {plan.model.name} has no buckets; give it some with partinf.buckets.with_capacity")
+        _check_ticks(plan)
         self.plan = plan
         self.mesh = mesh if mesh is not None else device_mesh(plan)
         self.num_compiled = 0
@@ -255,6 +256,16 @@ class JaxRunner:
         needed = f"{per_shard} decode rows × {decode_pages} pages, {tokens} prefill tokens after {prefill_pages} pages"
         raise InvalidInput(
             f"no bucket holds {needed}{', sampling' * random}{', rich' * rich}; there are: " + " | ".join(map(str, self._buckets))
+        )
+
+
+def _check_ticks(plan: Plan) -> None:
+    """Raise `InvalidInput` where stages may hold steps of two buckets and no bucket holds both."""
+    sizes = ("decode_rows", "decode_pages", "prefill_tokens", "prefill_slots", "prefill_pages", "random", "rich")
+    most = {size: max(getattr(bucket, size) for bucket in plan.buckets) for size in sizes}
+    if plan.num_stages > 1 and not any(all(getattr(bucket, size) == most[size] for size in sizes) for bucket in plan.buckets):
+        raise InvalidInput(
+            f"no bucket of the plan holds what all others hold, as a tick of {plan.num_stages} stages may need: {Bucket(**most)}"
         )
 
 

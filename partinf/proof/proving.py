@@ -51,12 +51,16 @@ def prove(
         by_compiler: prove the twin in which the compiler chooses the collectives (`partinf.transformer.compiler_partitioned`) instead.
 
     Raises:
-        InvalidInput: no buckets, a plan that cannot run, no compiler that matches jax, or GPUs that are not here.
+        InvalidInput: no buckets, a plan that cannot run, stages for `by_compiler`, no compiler that matches jax, or GPUs that are not here.
         partinf.proof.process.CompilerFailed: the compiler crashed or exceeded a limit.
     """
     chosen = tuple(plan.buckets if buckets is None else buckets)
     if not chosen:
         raise InvalidInput("the plan has no buckets; give some, or `partinf.with_capacity`")
+    if plan.num_stages > 1 and by_compiler:
+        raise InvalidInput(
+            f"{plan.num_stages} pipeline stages: a tick is written by hand, and the compiler has no partitioning of its own for it"
+        )
     if plan.num_stages > 1:
         plan = replace(plan, buckets=chosen)  # what passes from stage to stage is that of these
     compiler, steps = "", []
