@@ -44,7 +44,7 @@ from partinf.workload import Workload
 
 TIE = 1.05
 MOST_AXES = 4
-_MANY = 10_000  # assignments beyond which slow ones are left out
+_MANY = 4_000  # assignments beyond which slow ones are left out
 _CUT = 1.5
 _SLOW = f"more than {_CUT:g} times as slow as the best"
 
