@@ -62,7 +62,9 @@ def test_equal_axes_once_loses_nothing(name: str, phase: str, kv_heads: int) -> 
     evaluator = Evaluator(model, Pricing(slice_, ROOFLINE), workload)
     brute = {round(s, 12) for layout in every_layout(tuple(slice_.axis_sizes)) if (s := seconds_of(evaluator, layout, phase)) is not None}
     found = {round(candidate.score, 12) for candidate in report.candidates}
-    assert found == brute
+    assert {score for score in brute if score <= 1.5 * min(brute)} <= found <= brute
+    if not any("times as slow" in refused.reason for refused in report.refused):
+        assert found == brute
 
 
 def test_whole_workload_equals_trying_every_pair() -> None:
@@ -175,7 +177,7 @@ def test_what_is_left_out_is_slower() -> None:
     for workload in (Workload(batch=16, context_len=512, phase="decode"), Workload(batch=16, input_len=256, output_len=64)):
         pricing = Pricing(slice_)
         every, pruned = (_Search(model, slice_, workload, pricing) for _ in range(2))
-        pruned.limit.cut = 1.5
+        every.limit.cut, pruned.limit.cut = None, 1.5
         lists = [order(s.single() if workload.phase else s.whole()) for s in (every, pruned)]
         near = [c.score for c in lists[0] if c.fits and c.score <= 1.5 * lists[0][0].score]
         assert [c.score for c in lists[1]][: len(near)] == near
