@@ -35,13 +35,12 @@ def gather_multiply(
     target: Split,
     loop: Loop | None,
     multiply: Callable[[jax.Array, Cut], tuple[jax.Array, ...]],
-    row_dims: tuple[int, ...],
 ) -> tuple[jax.Array, ...]:
     """Products that contract the columns of x, which are gathered from `source` to `target`.
 
     Args:
-        x: [rows, columns]. multiply: (a part of x, how to cut the weights' contracted dimension) → float32 products, which are summed
-            over the parts. row_dims: where the rows of x stand in each product.
+        x: [rows, columns]. multiply: (a part of x, how to cut the weights' contracted dimension) → float32 products, rows first, which are
+            summed over the parts.
     """
     axis = _looped(loop, frame, source.cols, target.cols)
     if loop is None or axis is None:
@@ -61,7 +60,7 @@ def gather_multiply(
     if loop.ring is Ring.HALVES and x.shape[0] > 1:
         cut = x.shape[0] // 2
         halves = [around(half, way, size - 1, part(half, me)) for half, way in ((x[:cut], 1), (x[cut:], -1))]
-        return tuple(jnp.concatenate(both, axis=dim) for *both, dim in zip(*halves, row_dims, strict=True))
+        return tuple(jnp.concatenate(both) for both in zip(*halves, strict=True))
     ahead = size // 2 if loop.ring is Ring.BOTH else size - 1
     return around(x, -1, size - 1 - ahead, around(x, 1, ahead, part(x, me)))
 

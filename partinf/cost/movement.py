@@ -4,7 +4,7 @@ Per mesh axis a tensor is in one of four states: its rows (tokens) are split, it
 or it is whole. There is one way from each state to each, and the ways are taken in an order that shrinks the payload first:
 
     whole     -> rows/columns    slice, free
-    unreduced -> rows/columns    reduce-scatter, axis by axis, last axis first (or all axes in one op)
+    unreduced -> rows/columns    reduce-scatter, axis by axis, first axis first (or all axes in one op)
     unreduced -> whole           one all-reduce over all such axes
     columns   -> rows            one all-to-all over all such axes; then rows -> columns likewise
     rows/columns -> whole        one all-gather over all such axes for each dimension, that over fewer axes first
@@ -65,7 +65,7 @@ def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int],
         found.append(Moved(Op.REDUCE_SCATTER, scattered, local))
         local //= ways(scattered, sizes)
     elif scattered:
-        for axis in reversed(scattered):
+        for axis in scattered:
             found.append(Moved(Op.REDUCE_SCATTER, (axis,), local))
             local //= sizes[axis]
     summed = tuple(axis for axis in source.unreduced if axis not in scattered)

@@ -41,7 +41,7 @@ def test_both_forms_of_a_collective_matmul(mesh: str, axis: str, ring: Ring) -> 
 
     def run(loop: Loop | None) -> tuple[jax.Array, jax.Array]:
         def local(x: jax.Array, hidden: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-            (gathered,) = gather_multiply(x, frame, every, none, loop, lambda part, cut: (part @ cut(first, 1).T,), (0,))
+            (gathered,) = gather_multiply(x, frame, every, none, loop, lambda part, cut: (part @ cut(first, 1).T,))
             product = lambda cut, rows: hidden[0, rows] @ cut(second[0], 0).T  # noqa: E731
             scattered = multiply_scatter(product, frame, ROWS, Split(unreduced=("x", "y")), every, loop, jnp.float32)
             return gathered, scattered

@@ -1,0 +1,68 @@
+"""Weights gathered ahead give the same results with the same collectives, only earlier."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from partinf.errors import InvalidInput
+from partinf.layout import Layout, layout_from_toml, layout_to_toml, make_layout
+from partinf.plans import Bucket
+from partinf.sharding import abstract_mesh
+from partinf.transformer.account import trace_account
+from partinf.transformer.batch import empty_batch
+from partinf.transformer.params import abstract_params
+from partinf.transformer.step import abstract_state, build_step
+from partinf.workload import DType
+from tests.execution.assignments import FAMILIES
+from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
+
+
+def layout(gather: str, ahead: bool = True) -> Layout:
+    storage = {"x": "embed", "y": "ffn", "z": "ffn"}
+    attention = {"x": "batch", "y": "batch", "z": "heads"}
+    gathers = {"decode_gather": gather, "prefill_gather": gather, "decode_ahead": ahead, "prefill_ahead": ahead}
+    return make_layout(storage, attention, **gathers)
+
+
+@pytest.mark.parametrize(("gather", "family"), [("xyz", "palm"), ("x", "gpt"), ("xz", "llama")])
+def test_a_step_equals_the_reference(gather: str, family: str) -> None:
+    model = dataclasses.replace(MODEL, name=f"ahead-{family}", **FAMILIES.get(family, {}))
+    assert largest_error(make_plan("2x2x2", layout(gather), model)) < TOLERANCE["f32"]
+
+
+def test_int8_weights_and_layers_that_are_unrolled() -> None:
+    assert largest_error(make_plan("2x2x2", layout("xy"), dtype=DType.INT8)) < TOLERANCE["int8"]
+    assert largest_error(make_plan("2x2x2", layout("xy")), unrolled=True) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_every_weight_is_gathered_once_per_layer(layers: int) -> None:
+    model = dataclasses.replace(MODEL, num_layers=layers)
+    accounts = [trace_account(make_plan("2x2x2", layout("xyz", ahead), model), Bucket(16, 8)) for ahead in (True, False)]
+    assert accounts[0] == accounts[1]
+
+
+def test_the_carry_brings_the_next_layers_first_weights() -> None:
+    plan, bucket = make_plan("2x2x2", layout("xyz")), Bucket(16, 8)
+    mesh = abstract_mesh(plan)
+    step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
+    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), empty_batch(bucket))
+    (inner,) = (equation.params["jaxpr"] for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
+    (scan,) = (equation for equation in inner.eqns if equation.primitive.name == "scan")
+    carried = {tuple(variable.aval.shape) for variable in scan.outvars}
+    assert {(MODEL.num_heads, MODEL.head_dim, MODEL.embed_dim), (2, MODEL.ffn_dim, MODEL.embed_dim)} <= carried
+    assert scan.params["length"] == MODEL.num_layers - 1
+
+
+def test_it_is_data_of_the_phase() -> None:
+    given = dataclasses.replace(layout("x"), decode=dataclasses.replace(layout("x").decode, ahead=False))
+    again, _ = layout_from_toml(layout_to_toml(given), "here")
+    assert again == given
+    assert (again.prefill.ahead, again.decode.ahead) == (True, False)
+    with pytest.raises(InvalidInput, match="decode: gathers ahead, but gathers no weights"):
+        layout("")
+    with pytest.raises(InvalidInput, match="`ahead` is true or false, not 'yes'"):
+        layout_from_toml(layout_to_toml(layout("x")).replace("ahead = true", 'ahead = "yes"'), "here")
