@@ -151,9 +151,11 @@ class _Dim:
         chips."""
         opened, shape = self._open(x, split, axis)
         whole_tiles = self.index < x.ndim - 1 or (x.dtype.itemsize < 4 and shape[self.index] % _TILE_WIDTH == 0)
-        if opened.shape[self.index] == 1 and whole_tiles:
+        if opened.shape[self.index] > 1:
+            return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)
+        if whole_tiles:
             return lax.psum_scatter(x, axis, scatter_dimension=self.index, tiled=True)
-        return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)
+        return lax.psum_scatter(jnp.squeeze(opened, self.index), axis, scatter_dimension=self.index).reshape(shape)
 
     def gather(self, x: jax.Array, split: list[str], axes: Axes) -> jax.Array:
         """All-gather over `axes` at once, which leave `split`."""

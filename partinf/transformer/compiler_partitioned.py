@@ -22,6 +22,7 @@ from partinf.plans import Bucket, Plan
 from partinf.sharding import dimensions
 from partinf.transformer.batch import Batch, empty_batch, pack, unpack
 from partinf.transformer.block import block
+from partinf.transformer.cache import KeysValues, PagesOfHeads
 from partinf.transformer.forward import embedded, sampled_logits
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.rope import frequencies
@@ -58,11 +59,14 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
                 x = constrain(x)
         else:
 
+            kv = PagesOfHeads(kv.keys, kv.values)
+
             def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
                 x, kv = block(inputs[1], *carry, inputs[0], batch, routes, freqs)
                 return (constrain(x), kv), None
 
             (x, kv), _ = lax.scan(body, (x, kv), (jnp.arange(plan.model.num_layers), params["layers"]))
+            kv = KeysValues(kv.keys, kv.values)
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, None, slots, batch, routes)

@@ -32,6 +32,6 @@ def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
     whole = Split(routes.tokens, routes.ffn, routes.embed)
     hidden = move(hidden, routes.frame(rows, cols, 0, 2), whole, split)  # [T.te, 2, F.f] or [T.t, 2, F.fe]
     if "b_in" in weights:
-        hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)
+        hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)[None]
     hidden = activate(hidden, routes.plan.model)  # [T.te, F.f] or [T.t, F.fe]
     return move(hidden, routes.frame(rows, cols), split, Split(routes.tokens, routes.ffn))  # [T.t, F.f]
