@@ -115,6 +115,18 @@ def digit(x: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: ja
     return _Dim(dim, order, Frame(order, (), sizes, dim, dim)).at(x, split, axis, index)
 
 
+def digit_of_layer(
+    stacked: jax.Array, layer: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: jax.Array, sizes: Mapping[str, int]
+) -> jax.Array:
+    """`digit` of one layer of stacked arrays, in a single slice: a TPU reads that part alone, where of a slice of a slice it would first
+    lay out the whole layer anew."""
+    opened, shape = _Dim(dim + 1, order, Frame(order, (), sizes, dim, dim)).open(stacked, split, axis)
+    start, size = [0] * opened.ndim, list(opened.shape)
+    for place, at in ((0, layer), (dim + 2, index)):
+        start[place], size[place] = at, 1
+    return lax.dynamic_slice(opened, start, size).reshape(shape[1:])
+
+
 @dataclass(frozen=True)
 class _Dim:
     """One dimension of an array seen as digits; methods take the list of axes that split it so far."""
@@ -126,7 +138,7 @@ class _Dim:
     def local_digits(self, split: Sequence[str]) -> list[str]:
         return [axis for axis in self.order if axis not in split and self.frame.sizes[axis] > 1]
 
-    def _open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
+    def open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
         """Reshape this dimension to [before, axis, after] and return the shape without the axis."""
         before = math.prod(self.frame.sizes[a] for a in self.local_digits(split)[: self.local_digits(split).index(axis)])
         size, length = self.frame.sizes[axis], x.shape[self.index]
@@ -140,7 +152,7 @@ class _Dim:
         return self.at(x, split, axis, lax.axis_index(axis))
 
     def at(self, x: jax.Array, split: Sequence[str], axis: str, index: jax.Array | int) -> jax.Array:
-        opened, shape = self._open(x, split, axis)
+        opened, shape = self.open(x, split, axis)
         if opened.shape[self.index] == 1:  # a run of entries; a reshape would make a TPU lay the array out anew
             return lax.dynamic_slice_in_dim(x, index * shape[self.index], shape[self.index], self.index)
         return lax.dynamic_index_in_dim(opened, index, self.index + 1, keepdims=False).reshape(shape)
@@ -149,7 +161,7 @@ class _Dim:
         """A TPU's compiler keeps it where what each device gets of the last dimension fills whole tiles of a narrow type; elsewhere the
         parts get a dimension of their own, which costs a copy within the chip where an all-reduce would cost twice the bytes between
         chips."""
-        opened, shape = self._open(x, split, axis)
+        opened, shape = self.open(x, split, axis)
         whole_tiles = self.index < x.ndim - 1 or (x.dtype.itemsize < 4 and shape[self.index] % _TILE_WIDTH == 0)
         if opened.shape[self.index] > 1:
             return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)

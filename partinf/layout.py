@@ -58,10 +58,16 @@ class Ring(StrEnum):
 
 @dataclass(frozen=True)
 class Loop:
-    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the products beside them."""
+    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the products beside them.
+
+    Attributes:
+        gathers: False leaves the gathers alone: their parts add up in float32, which costs more memory traffic the more tokens there are,
+            where the parts of a scatter are written once.
+    """
 
     axis: str
     ring: Ring = Ring.BOTH
+    gathers: bool = True
 
 
 @dataclass(frozen=True)
@@ -176,12 +182,12 @@ def make_layout(
     prefill_attention: Mapping[str, str] | None = None,
     decode_gather: Iterable[str] = (),
     prefill_gather: Iterable[str] = (),
-    decode_loop: Mapping[str, str] | None = None,
-    prefill_loop: Mapping[str, str] | None = None,
+    decode_loop: Mapping[str, Any] | None = None,
+    prefill_loop: Mapping[str, Any] | None = None,
     decode_ahead: bool = False,
     prefill_ahead: bool = False,
 ) -> Layout:
-    """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …}.
+    """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …, "gathers": …}.
 
     Raises:
         InvalidInput: unknown role names, axes without a role, and everything else that `Layout` refuses, all at once.
@@ -210,13 +216,17 @@ def make_layout(
     )
 
 
-def _loop(given: Mapping[str, str] | None, label: str, offences: list[str]) -> Loop | None:
+def _loop(given: Mapping[str, Any] | None, label: str, offences: list[str]) -> Loop | None:
     if given is None:
         return None
-    offences += [f"{label} loop: unknown key '{key}'{nearest(key, ('axis', 'ring'))}" for key in given if key not in ("axis", "ring")]
+    known = ("axis", "ring", "gathers")
+    offences += [f"{label} loop: unknown key '{key}'{nearest(key, known)}" for key in given if key not in known]
     if "axis" not in given:
         offences.append(f"{label} loop: `axis` is missing")
-    return Loop(given.get("axis", ""), _role(Ring, given.get("ring", Ring.BOTH), f"{label} loop", offences))
+    gathers = given.get("gathers", True)
+    if not isinstance(gathers, bool):
+        offences.append(f"{label} loop: `gathers` is true or false, not {gathers!r}")
+    return Loop(given.get("axis", ""), _role(Ring, given.get("ring", Ring.BOTH), f"{label} loop", offences), bool(gathers))
 
 
 def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
@@ -272,7 +282,8 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
         gather = ", ".join(f'"{axis}"' for axis in phase.gather)
         lines += ["", f"[{label}]", f"gather = [{gather}]", f"attention = {table(phase.attention)}"]
         if phase.loop is not None:
-            lines.append(f"loop = {table((('axis', phase.loop.axis), ('ring', phase.loop.ring)))}")
+            gathers = "" if phase.loop.gathers else ", gathers = false"
+            lines.append(f'loop = {{ axis = "{phase.loop.axis}", ring = "{phase.loop.ring}"{gathers} }}')
         if phase.ahead:
             lines.append("ahead = true")
     return "\n".join(lines) + "\n"

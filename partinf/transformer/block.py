@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from partinf.collectives import Split
 from partinf.looped import Cut, gather_multiply, multiply_scatter
@@ -21,7 +22,7 @@ from partinf.transformer.attention import attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.ffn import ffn
 from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, norm
-from partinf.transformer.params import Params
+from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Routes
 
 # Products of the gathered activations. Tokens come first in what comes out, so that a scatter over them needs no other order.
@@ -78,10 +79,17 @@ def _leave(x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], biases
     return x
 
 
-def _cut(weights: jax.Array | Quantized, cut: Cut, dim: int) -> jax.Array | Quantized:
+def _cut(weights: jax.Array | Quantized | OneOf, cut: Cut, dim: int) -> jax.Array | Quantized:
     """A part of a weight's dimension E, with its scales where E is not contracted."""
+    layer = None
+    if isinstance(weights, OneOf):
+        weights, layer = weights.layers, weights.index
+    lead = 0 if layer is None else 1
     if not isinstance(weights, Quantized):
-        return cut(weights, dim % weights.ndim)
-    values = cut(weights.values, dim % len(weights.shape))
-    scale = weights.scale if dim in weights.contracted else cut(weights.scale, dim)
+        return cut(weights, dim % (weights.ndim - lead), layer)
+    values = cut(weights.values, dim % (len(weights.shape) - lead), layer)
+    if dim in weights.contracted:
+        scale = weights.scale if layer is None else lax.dynamic_index_in_dim(weights.scale, layer, keepdims=False)
+    else:
+        scale = cut(weights.scale, dim, layer)
     return Quantized(values, scale, weights.contracted)

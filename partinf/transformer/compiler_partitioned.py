@@ -58,7 +58,6 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
                 x, kv = block(weights, x, kv, index, batch, routes, freqs)
                 x = constrain(x)
         else:
-
             kv = PagesOfHeads(kv.keys, kv.values)
 
             def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:

@@ -33,8 +33,8 @@ from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.linear import ENTERING, dot, gather_weights, norm
-from partinf.transformer.params import Params
+from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm
+from partinf.transformer.params import OneOf, Params
 from partinf.transformer.rope import frequencies
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
@@ -89,12 +89,15 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
         for index, weights in enumerate(layers):
             x, kv = one(weights, entering(weights), x, kv, index)
         return x, kv
-    if not routes.phase.ahead:
-        body = lambda carry, each: (one(each[1], entering(each[1]), *carry, each[0]), None)  # noqa: E731
-        return lax.scan(body, (x, kv), (jnp.arange(last + 1), layers))[0]
+    in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
 
     def layer(index: Any) -> Params:
-        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+        slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
+        return {name: OneOf(leaf, index) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in layers.items()}
+
+    if not routes.phase.ahead:
+        body = lambda carry, index: (one(layer(index), entering(layer(index)), *carry, index), None)  # noqa: E731
+        return lax.scan(body, (x, kv), jnp.arange(last + 1))[0]
 
     def before_next(carry: tuple[jax.Array, Any, Params], index: jax.Array) -> tuple[tuple[jax.Array, Any, Params], None]:
         x, kv, ready = carry
