@@ -122,7 +122,8 @@ def load(
         plan: from `plan`; for the devices that are here if not given.
         random_weights: run without weights, with random ones.
         on_compiled: called with (bucket, number done, number in all) as steps are compiled.
-        unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster.
+        unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster, unless the plan has
+            pipeline stages.
         compile_steps: compile the steps now rather than when they are first needed.
         seed: of random weights and of requests that name none.
         cache: directory of compiled steps, which the next start loads; `off` for none. By default that of $PARTINF_CACHE_DIR, or the
@@ -140,7 +141,7 @@ def load(
     from partinf.engine.jax_runner import JaxRunner
     from partinf.sharding import device_mesh
     from partinf.transformer.executables import open_cache
-    from partinf.transformer.params import abstract_params, random_params
+    from partinf.transformer.params import abstract_params, prefers_unrolled, random_params
 
     check_loadable(model, random_weights)
     executables = open_cache(cache)
@@ -153,7 +154,7 @@ def load(
     directory = weights_directory(model)
     mesh = device_mesh(plan)
     if unrolled is None:
-        unrolled = mesh.devices.flat[0].platform == "cpu"
+        unrolled = prefers_unrolled(plan, mesh.devices.flat[0].platform)
     if random_weights or directory is None:
         params = random_params(plan, mesh, unrolled, seed)
     else:

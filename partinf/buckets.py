@@ -2,20 +2,24 @@
 
 A bucket costs a compilation and its padding costs time at every step, so there are few: decode alone, decode with prompts that begin
 in this step, and, where a prompt may be longer than one step's share, decode with chunks that read earlier pages. Each comes with a
-short and a long context when the two differ enough to matter.
+short and a long context when the two differ enough to matter. Prompts that begin have a smaller bucket too, where its step takes much
+less time: where it is bound by compute and not by reading the weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
+from partinf.cost.step import step_ledger
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.workload import DType, Workload
 
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
+_WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Capacity:
     """What an engine should hold at once.
 
     Attributes:
-        max_rows: sequences decoded together, rounded up to what the plan's axes divide.
+        max_rows: sequences decoded together, those of all pipeline stages, rounded up to what the plan's axes divide.
         max_len: longest context in tokens, prompt and output together; 0 takes the model's, at most 4096.
         prefill_tokens: prompt tokens per step, rounded up likewise.
         page_size: tokens per KV page.
@@ -59,10 +63,15 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
     if max_len > longest:
         offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
     raise_offences(offences)
-    rows = _up(max(capacity.max_rows, least_rows(plan)), plan.decode_row_multiple())
-    pages = -(-max_len // capacity.page_size)
-    cache = CacheConfig(capacity.page_size, rows // plan.num_shards * pages, rows)
+    rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
+    residents, pages = rows * plan.num_stages, -(-max_len // capacity.page_size)
+    cache = CacheConfig(capacity.page_size, residents // plan.num_shards * pages, residents)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
+
+
+def rows_per_stage(plan: Plan, sequences: int) -> int:
+    """Decode rows of a step when so many sequences are decoded together: those of one stage's batch, padded to what the axes divide."""
+    return _up(-(-sequences // plan.num_stages), plan.decode_row_multiple())
 
 
 def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
@@ -85,16 +94,17 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     """The plan with a cache for the workload, and the steps that serve it: decode of the whole batch, then prefill of as many prompts as
     one step takes; one of them where the workload is one phase."""
     size = plan.cache.page_size
-    rows = _up(workload.batch, plan.decode_row_multiple())
+    rows = rows_per_stage(plan, workload.batch)
+    residents = rows * plan.num_stages
     pages = -(-max(workload.max_context, workload.decode_context, 1) // size)
     buckets = []
     if workload.phase != "prefill":
         buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
     if workload.phase != "decode":
-        prompts = min(workload.prefill_batch or workload.batch, workload.batch)
+        prompts = -(-min(workload.prefill_batch or workload.batch, workload.batch) // plan.num_stages)
         tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
         buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(prompts, plan.prefill_slot_multiple())))
-    cache = CacheConfig(size, rows // plan.num_shards * pages, rows)
+    cache = CacheConfig(size, residents // plan.num_shards * pages, residents)
     switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
     if workload.phase is None:
         switch = min(switch, max(rows + 1, 2))
@@ -110,15 +120,34 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     pages = -(-max_len // capacity.page_size)
     shards = plan.prefill_slot_multiple()
     tokens = _up(max(capacity.prefill_tokens, capacity.max_prompt_len * shards), plan.prefill_token_multiple())
-    slots = _up(min(8, capacity.max_rows), shards)
+    slots = _up(min(8, rows), shards)
     contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
     for context in contexts:
         decode = Bucket(rows, context, random=capacity.random or capacity.rich, rich=capacity.rich)
-        buckets += [decode, replace(decode, prefill_tokens=tokens, prefill_slots=slots)]
+        full = replace(decode, prefill_tokens=tokens, prefill_slots=slots)
+        buckets += [decode, *_smaller(plan, full), full]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
             buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))
     return tuple(buckets)
+
+
+def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
+    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model. Pipeline stages pass
+    on the same rows in every bucket, so theirs have one size."""
+    if plan.num_stages > 1:
+        return ()
+    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip))
+
+    def seconds(bucket: Bucket) -> float:
+        return step_ledger(split_of(plan, bucket, pricing)).seconds
+
+    most = _WORTH_A_COMPILATION * seconds(full)
+    for part in (2, 4):
+        smaller = replace(full, prefill_tokens=_up(full.prefill_tokens // part, plan.prefill_token_multiple()))
+        if seconds(smaller) <= most:
+            return (smaller,)
+    return ()
 
 
 def _up(size: int, multiple: int) -> int:

@@ -103,7 +103,7 @@ class Plan:
     buckets: tuple[Bucket, ...] = ()
 
     def __post_init__(self) -> None:
-        raise_offences(layout_offences(self.model, self.slice, self.layout, self.padded_heads))
+        raise_offences(layout_offences(self.model, self.slice, self.layout, self.padded_heads) + self._bucket_offences())
 
     @property
     def padded_model(self) -> ModelConfig:
@@ -131,6 +131,24 @@ class Plan:
         return math.prod(self.axis_sizes[axis] for axis in axes)
 
     @property
+    def stage_axes(self) -> tuple[str, ...]:
+        """The axes that split the layers, in mesh order."""
+        return self.layout.storage_axes(Role.STAGE)
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages: so many batches are in flight, each one tick behind the one before."""
+        return self.ways(self.stage_axes)
+
+    @property
+    def carried_rows(self) -> tuple[int, int]:
+        """Decode rows and prompt tokens of the activations that pass from stage to stage: those of all buckets."""
+        if self.num_stages == 1:
+            return 0, 0
+        buckets = self.buckets or (Bucket(),)
+        return max(bucket.decode_rows for bucket in buckets), max(bucket.prefill_tokens for bucket in buckets)
+
+    @property
     def batch_axes(self) -> tuple[str, ...]:
         """The axes over whose shards decode lanes and KV pages are dealt, in mesh order."""
         return self.layout.decode.attention_axes(AttentionRole.BATCH)
@@ -156,6 +174,22 @@ class Plan:
         """Prefill tokens of a bucket must be a multiple of this."""
         return self._multiple(self.layout.prefill.attention_axes(AttentionRole.BATCH))
 
+    def _bucket_offences(self) -> list[str]:
+        """A batch keeps its rows from stage to stage, whatever bucket each tick runs in."""
+        if self.num_stages == 1:
+            return []
+        kinds = {
+            "decode rows": {bucket.decode_rows for bucket in self.buckets},
+            "prefill tokens": {bucket.prefill_tokens for bucket in self.buckets},
+            "prefill slots": {bucket.prefill_slots for bucket in self.buckets},
+        }
+        return [
+            f"buckets of {self.num_stages} stages: {', '.join(map(str, sorted(sizes - {0})))} {kind}; a batch passes through all stages in "
+            "the same rows, so buckets may differ in pages, and in whether they have such rows at all"
+            for kind, sizes in kinds.items()
+            if len(sizes - {0}) > 1
+        ]
+
     def _multiple(self, batch_axes: tuple[str, ...]) -> int:
         split = {axis for label in PHASES for axis in self.layout.token_axes(self.layout.phase(label))}
         return self.ways(tuple(split | set(batch_axes)))
@@ -179,6 +213,7 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
         ("d_ff F", model.ffn_dim, hidden, _params_per_unit(model, "F")),
         ("query heads H", model.num_heads, heads, _params_per_unit(model, "H")),
         ("padded vocabulary V", model.padded_vocab_size, weight, _params_per_unit(model, "V")),
+        ("layers N", model.num_layers, layout.storage_axes(Role.STAGE), model.layer_params()),
     )
     for label, size, axes, per_unit in checks:
         offences += _divides(model, label, size, axes, sizes, per_unit)

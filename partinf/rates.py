@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from partinf.errors import InvalidInput, T
 
+_PERMUTE, _ALL_GATHER = "collective-permute", "all-gather"
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -117,11 +119,14 @@ class Rates:
 
     def collective(self, op: str, ways: int) -> tuple[float, float]:
         """Seconds and factor of a kind of collective among so many devices: as measured, between and beyond in proportion to log ways.
+        Where no permute was measured, it has those of an all-gather, which sends as much through the same links.
 
         Raises:
             InvalidInput: a kind that was not measured.
         """
         known = sorted((rate for rate in self.collectives if rate.op == op), key=lambda rate: rate.ways)
+        if not known and op == _PERMUTE:
+            return self.collective(_ALL_GATHER, ways)
         if not known:
             raise InvalidInput(f"the hardware file has no rates of {op}; measure again with partinf calibrate, on all devices")
         if len(known) == 1 or ways <= known[0].ways:

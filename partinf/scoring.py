@@ -66,7 +66,15 @@ class Scorer:
         """
         Args:
             plan: with buckets; the largest prefill bucket gives the shape of the step.
+
+        Raises:
+            InvalidInput: a plan with pipeline stages, whose steps give no scores of a text by themselves.
         """
+        if plan.num_stages > 1:
+            raise InvalidInput(
+                f"texts are not scored in {plan.num_stages} pipeline stages; score them under a layout without, or ask a rich engine for "
+                "prompt_logprobs"
+            )
         bucket = max(plan.buckets, key=lambda b: (b.prefill_tokens, b.prefill_pages))
         self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)
         self.plan = replace(plan, buckets=(replace(self.bucket, decode_rows=plan.decode_row_multiple()),))

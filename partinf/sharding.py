@@ -92,7 +92,8 @@ def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
     """The mesh axes that split each letter of a stored parameter or of the cache, major first; other letters are whole.
 
     `D` stands for the embedding's d_model, which is split over all weight axes; `C` for the cache's key-value heads and `P` for its
-    pages; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes.
+    pages; `N` for stacked layers, and for whatever else every pipeline stage has its own of; `R` for rows that only copies of the weights
+    split; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes.
     """
     layout = plan.layout
     ffn = layout.storage_axes(Role.FFN)
@@ -107,6 +108,8 @@ def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
         "K": tuple(axis for axis in kv_heads if axis in ffn),
         "C": tuple(axis for axis in kv_heads if axis in cached),
         "P": plan.batch_axes,
+        "N": plan.stage_axes,
+        "R": layout.storage_axes(Role.REPLICA),
     }
 
 

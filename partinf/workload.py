@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,6 +46,7 @@ class Workload:
         max_latency: bound in seconds on the step (single phase) or the whole request; None for no bound.
         prefill_batch: prompts of one prefill step; None for the whole batch. Prompts that come one by one are prefilled at 1 and then
             decode together, `batch` of them.
+        arrival_rate: requests per second that come in, for advice on the batch; None where that is not known.
     """
 
     batch: int
@@ -57,6 +59,7 @@ class Workload:
     objective: Objective = Objective.LATENCY
     max_latency: float | None = None
     prefill_batch: int | None = None
+    arrival_rate: float | None = None
 
     def __post_init__(self) -> None:
         offences = []
@@ -74,6 +77,11 @@ class Workload:
             offences.append("input = 0; prefill needs a prompt length of at least 1")
         if self.max_latency is not None and self.max_latency <= 0:
             offences.append(f"max latency = {self.max_latency} s; it must be positive")
+        if self.arrival_rate is not None:
+            if not 0 < self.arrival_rate < math.inf:
+                offences.append(f"arrival rate = {self.arrival_rate} per second; it must be positive")
+            if self.phase or self.output_len == 0:
+                offences.append("an arrival rate needs the whole workload: --input and --output, no --phase")
         raise_offences(offences)
 
     @property

@@ -13,11 +13,12 @@ from partinf.cost.pricing import LOOPED, Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.hardware import parse_slice
-from partinf.layout import make_layout
+from partinf.layout import Layout, make_layout
 from partinf.model_config import Block, load_model_config
 from partinf.workload import DType
 
 CONTEXT = 2048
+DECODED = 64  # tokens, in the times of decode
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ COLUMNS = (
 INT8_STEP, BF16_STEP = 28.5e-3, 36.9e-3
 
 
+def paper_layout(column: Column, prefill_attention: str) -> Layout:
+    """The layout that was run, `E_x F_yz`."""
+    decode, prefill = (dict.fromkeys("xyz", role) for role in (column.attention, prefill_attention))
+    return make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, decode, prefill, column.gather, column.gather)
+
+
 def predict(column: Column, constants: Calibration) -> Ledger:
     """The ledger of a column under these constants, for the paper's layout of it."""
     model = load_model_config(column.model)
@@ -61,8 +68,7 @@ def predict(column: Column, constants: Calibration) -> Ledger:
     if column.serial:
         model = replace(model, block=Block.SERIAL)
     slice_ = parse_slice(column.slice)
-    attention = dict.fromkeys("xyz", column.attention)
-    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, attention, attention, column.gather, column.gather)
+    layout = paper_layout(column, column.attention)
     if column.phase == "prefill":
         shape = StepShape(prefill_tokens=column.batch * column.context, prefill_slots=column.batch)
     else:

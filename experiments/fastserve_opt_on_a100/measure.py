@@ -24,7 +24,7 @@ from partinf.engine.arrivals import chat_lengths, parse_arrivals
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.simulation import Sizing, cost_runner, play
-from partinf.hardware import parse_slice
+from partinf.hardware import DCN_AXIS, parse_slice
 from partinf.layout import make_layout
 from partinf.model_config import load_model_config
 from partinf.plans import Plan
@@ -41,11 +41,10 @@ class Setup:
 
     model: str
     slice: str
-    stages: int
     capacity: float
 
 
-SETUPS = (Setup("opt-13b", "a100-40:1", 1, 1.5), Setup("opt-66b", "a100-40:8", 1, 1.7), Setup("opt-175b", "a100-40:8", 2, 1.4))
+SETUPS = (Setup("opt-13b", "a100-40:1", 1.5), Setup("opt-66b", "a100-40:8", 1.7), Setup("opt-175b", "a100-40:8*2", 1.4))
 SHARES = (0.6, 0.9, 1.1, 1.3, 1.6, 2.0, 2.5)
 
 
@@ -53,12 +52,14 @@ def simulate(setup: Setup, scheduler: str, rate: float, eviction: str = "proacti
     """One scheduler at one load."""
     slice_ = parse_slice(setup.slice)
     axes = list(slice_.axis_sizes)
-    plan = Plan(load_model_config(setup.model), slice_, make_layout(dict.fromkeys(axes, "ffn"), dict.fromkeys(axes, "heads")))
+    within = [axis for axis in axes if axis != DCN_AXIS]
+    storage, attention = dict.fromkeys(axes, "stage") | dict.fromkeys(within, "ffn"), dict.fromkeys(axes, "none")
+    plan = Plan(load_model_config(setup.model), slice_, make_layout(storage, attention | dict.fromkeys(within, "heads")))
     pricing = Pricing(slice_, calibration_for(slice_.chip))
     residents = 16 * BATCH
-    sizing = Sizing(BATCH * setup.stages, residents, 2048, 4096, num_stages=setup.stages, host_bytes=HOST_BYTES)
+    sizing = Sizing(BATCH, residents, 2048, 4096, host_bytes=HOST_BYTES)
     runner, price = cost_runner(plan, pricing, sizing)
-    policy = make_policy(scheduler, PolicyOptions(BATCH, alpha, Eviction(eviction)), price.estimates(runner.limits, setup.stages))
+    policy = make_policy(scheduler, PolicyOptions(BATCH, alpha, Eviction(eviction)), price.estimates(runner.limits))
     engine = Engine(runner, policy=policy, clock=runner.clock)
     arrivals = parse_arrivals(f"poisson:{rate}", chat_lengths, REQUESTS, seed=0)
     play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)

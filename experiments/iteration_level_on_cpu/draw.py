@@ -11,19 +11,22 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-COLOURS = {"prefill": "#b5483a", "decode": "#3b6ea5"}
+COLOURS = ("#3b6ea5", "#b5483a", "#d99a6c")  # steps that decode, with the most prompt tokens, with fewer
 
 
 def main() -> int:
     results = json.loads((HERE / "results.json").read_text())
     rounds = results["rounds"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    kinds = sorted({kind for counts in results["steps"].values() for kind in counts}, key=lambda kind: (kind != "decode", kind))
     for place, (policy, counts) in enumerate(results["steps"].items()):
         bottom = 0.0
-        for kind, colour in COLOURS.items():
+        for kind, colour in zip(kinds, COLOURS, strict=False):
+            if kind not in counts:
+                continue
             seconds = [counts[kind] * each["step_seconds"][policy][kind] for each in rounds]
             height = sorted(seconds)[len(seconds) // 2]
-            label = f"{kind} steps by themselves" if place == 0 else None
+            label = f"steps by themselves: {kind}" if policy == "iteration-level" else None
             left.bar(place, height, 0.5, bottom=bottom, color=colour, label=label)
             left.text(place, bottom + height / 2, f"{counts[kind]} steps", ha="center", va="center", color="white", fontsize=8)
             bottom += height

@@ -4,8 +4,8 @@
 
 Llama of 125 M parameters with random weights on one CPU device, 32 sequences per iteration, a backlog of requests with Orca's lengths
 divided by four. The same requests run under request-level and under iteration-level scheduling in turns. The ideal ratio has no engine in
-it: how often each policy runs which of the two compiled steps, times what its steps of that kind take, measured in the same round by
-handing recorded ones to the runner one after the other. Beside it stand the ratio of a machine whose steps cost what their tokens cost,
+it: how often each policy runs which of the compiled steps, times what its steps of that kind take, measured in the same round by handing
+recorded ones to the runner one after the other. Beside it stand the ratio of a machine whose steps cost what their tokens cost,
 and what the simulator says with the rates of `partinf calibrate`. With `--clock cpu` seconds are those of CPU that the process uses, all
 its threads together, for a machine that others use too.
 """
@@ -71,9 +71,10 @@ def serve(runner: JaxRunner, name: str, steps: list[Step], clock: Clock) -> floa
     return taken
 
 
-def kind(step: Step) -> str:
-    """Which of the two compiled steps runs it."""
-    return "prefill" if step.prefill else "decode"
+def kind(runner: JaxRunner, step: Step) -> str:
+    """Which of the compiled steps runs it."""
+    tokens = runner._fit(step).prefill_tokens
+    return f"{tokens} prompt tokens" if tokens else "decode"
 
 
 def step_seconds(runner: JaxRunner, steps: Sequence[Step], clock: Clock) -> float:
@@ -91,8 +92,8 @@ def step_seconds(runner: JaxRunner, steps: Sequence[Step], clock: Clock) -> floa
 def alone(runner: JaxRunner, steps: Sequence[Step], clock: Clock) -> dict[str, float]:
     """Mean time of a policy's steps by kind, over some that are spread evenly."""
     found = {}
-    for which in ("decode", "prefill"):
-        mine = [step for step in steps if kind(step) == which]
+    for which in sorted({kind(runner, step) for step in steps}):
+        mine = [step for step in steps if kind(runner, step) == which]
         found[which] = step_seconds(runner, [mine[number * len(mine) // SAMPLED] for number in range(SAMPLED)], clock)
     return found
 
@@ -101,7 +102,8 @@ def by_tokens(seconds: dict[str, float], bucket_tokens: int) -> dict[str, float]
     """Both policies on a machine whose prefills cost what their tokens cost: every policy's fewest decode iterations, and the prompts."""
     prompts, params = requests(2)
     lens = [each.max_tokens for each in params]
-    prefill = sum(map(len, prompts)) * (seconds["prefill"] - seconds["decode"]) / bucket_tokens
+    full = seconds[f"{bucket_tokens} prompt tokens"]
+    prefill = sum(map(len, prompts)) * (full - seconds["decode"]) / bucket_tokens
     fewest = {"request-level": request_level_iterations(lens, ROWS), "iteration-level": -(-sum(lens) // ROWS)}
     return {name: prefill + iterations * seconds["decode"] for name, iterations in fewest.items()}
 
@@ -116,16 +118,15 @@ def main() -> int:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     name_of_clock = parser.parse_args().clock
     clock = CLOCKS[name_of_clock]
-    slice_ = calibrated_slice()
+    slice_ = calibrated_slice(seconds=15)
     workload = Workload(ROWS, INPUT[1], OUTPUT[1], weights=DType.F32, kv=DType.F32)
     capacity = Capacity(max_rows=ROWS, max_len=INPUT[1] + OUTPUT[1], prefill_tokens=INPUT[1], random=False, max_prompt_len=INPUT[1])
     plan = api.plan(MODEL, "cpu:1", workload, capacity=capacity)
-    assert len(plan.buckets) == 2, "one step that decodes, and one that takes prompts too"
     runner = api.load(MODEL, plan, random_weights=True).runner
     recorded: dict[str, list[Step]] = {name: [] for name in POLICIES}
     for name, steps in recorded.items():
         serve(runner, name, steps, clock)  # first-call costs
-    counts = {name: Counter(map(kind, steps)) for name, steps in recorded.items()}
+    counts = {name: Counter(kind(runner, step) for step in steps) for name, steps in recorded.items()}
     tokens = sum(each.max_tokens for each in requests(2)[1])
     rounds = []
     for number in range(ROUNDS):
@@ -133,7 +134,7 @@ def main() -> int:
         for name in POLICIES if number % 2 == 0 else POLICIES[::-1]:
             steps: list[Step] = []
             taken[name] = serve(runner, name, steps, clock)
-            assert Counter(map(kind, steps)) == counts[name], "a backlog is scheduled alike every time"
+            assert Counter(kind(runner, step) for step in steps) == counts[name], "a backlog is scheduled alike every time"
         bare = {name: alone(runner, recorded[name], clock) for name in POLICIES}
         ideal = {name: sum(count * bare[name][which] for which, count in counts[name].items()) for name in POLICIES}
         free = by_tokens(bare["request-level"], INPUT[1])
@@ -152,6 +153,7 @@ def main() -> int:
         "generated_tokens": tokens,
         "steps": {name: dict(count) for name, count in counts.items()},
         "iterations": {name: count.total() for name, count in counts.items()},
+        "buckets": [str(bucket) for bucket in plan.buckets],
         "closed_form": request_level_iterations([each.max_tokens for each in requests(2)[1]], ROWS),
         "median": {key: statistics.median(each[key] for each in rounds) for key in ("real", "ideal", "free", "share")},
         "throughput": {name: tokens / statistics.median(each["seconds"][name] for each in rounds) for name in POLICIES},

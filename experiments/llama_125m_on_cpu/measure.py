@@ -56,7 +56,7 @@ def ours(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]:
         step, batch = compile_step(plan, mesh, bucket, unrolled=True), empty_batch(bucket)
         fill(batch)
         held = [empty_state(plan, mesh, unrolled=True)]
-        packed = jax.device_put(pack(batch))
+        packed = jax.device_put(pack([batch]))
 
         def call() -> None:
             held[0], out = step(params, held[0], packed)

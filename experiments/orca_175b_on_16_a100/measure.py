@@ -1,6 +1,8 @@
-"""Orca's evaluation in the simulator: GPT-3 175B on 2 stages of 8 A100-40GB, throughput against median normalised latency.
+"""Orca's evaluation in the simulator: GPT-3 175B on 2 stages of 8 A100-40GB, and 341B on 4 of 8, throughput against median normalised
+latency, and how much of the stages' time is bubbles.
 
-    python -m experiments.orca_175b_on_16_a100.measure        # ten minutes, writes results.json
+    python -m experiments.orca_175b_on_16_a100.measure            # ten minutes, writes results.json
+    python -m experiments.orca_175b_on_16_a100.measure bubbles    # that part alone; bubbles FILE writes a schedule trace too
 
 Iteration-level scheduling (`orca`) at four batch sizes against request-level scheduling as FasterTransformer does it and with padded
 prompts, at batch sizes 1, 8 and 16; prompts U(32, 512), answers U(1, 128), Poisson arrivals, no early end. The controls: homogeneous
@@ -12,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from partinf.cost.pricing import Pricing
 from partinf.engine import Engine
 from partinf.engine.arrivals import parse_arrivals, parse_lengths
 from partinf.engine.policies.registry import PolicyOptions, make_policy
+from partinf.engine.schedule_trace import ScheduleTrace
 from partinf.engine.simulation import Sizing, cost_runner, play
 from partinf.hardware import parse_slice
 from partinf.layout import make_layout
@@ -34,18 +38,32 @@ PAPER = {"fastertransformer": 0.185, "orca": 6.81}
 CURVES = [("orca", size) for size in (1, 8, 16, 32)]
 CURVES += [(name, size) for name in ("fastertransformer", "request-level") for size in (1, 8, 16)]
 RATES = [0.02 * 1.35**n for n in range(24)]
+SLICES = {"gpt3-175b": "a100-40:8*2", "gpt3-341b": "a100-40:8*4"}  # inter-layer × intra-layer, as in the paper
+FULL = 40.0  # requests per second: more than any setup carries
+# Prompt tokens of a step. A request brings 272 and is decoded 64 times, so a batch of 32 sees 136 of them per iteration: with 128, every
+# step has as many of both as it can take.
+WHOLE_PROMPTS, EVEN_SHARE = 0, 128
 
 
-def simulate(scheduler: str, size: int, rate: float, lengths: str = MIXED, requests: int | None = None) -> dict[str, float]:
+def simulate(
+    scheduler: str,
+    size: int,
+    rate: float,
+    lengths: str = MIXED,
+    requests: int | None = None,
+    model: str = "gpt3-175b",
+    prefill_tokens: int = WHOLE_PROMPTS,
+    trace: ScheduleTrace | None = None,
+) -> dict[str, float]:
     """One point of a curve."""
-    slice_ = parse_slice("a100-40:8")
-    (axis,) = slice_.axis_sizes
-    plan = Plan(load_model_config("gpt3-175b"), slice_, make_layout({axis: "ffn"}, {axis: "heads"}))
+    slice_ = parse_slice(SLICES[model])
+    layout = make_layout({"dcn": "stage", "x": "ffn"}, {"dcn": "none", "x": "heads"})
+    plan = Plan(load_model_config(model), slice_, layout)
     pricing = Pricing(slice_, calibration_for(slice_.chip))
-    sizing = Sizing(max_rows=2 * size, max_len=2048, prefill_tokens=512 * size, num_stages=2)
+    sizing = Sizing(max_rows=size, max_len=2048, prefill_tokens=prefill_tokens or 512 * size)
     runner, price = cost_runner(plan, pricing, sizing)
-    policy = make_policy(scheduler, PolicyOptions(size), price.estimates(runner.limits, 2))
-    engine = Engine(runner, policy=policy, clock=runner.clock)
+    policy = make_policy(scheduler, PolicyOptions(size), price.estimates(runner.limits))
+    engine = Engine(runner, policy=policy, clock=runner.clock, on_step=None if trace is None else trace.on_step)
     arrivals = parse_arrivals(f"poisson:{rate}", parse_lengths(lengths), requests or REQUESTS + int(100 * rate), seed=0)
     started = time.perf_counter()
     play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)
@@ -64,11 +82,41 @@ def simulate(scheduler: str, size: int, rate: float, lengths: str = MIXED, reque
     }
 
 
-def curve(scheduler: str, size: int, lengths: str, limit: float) -> list[dict[str, float]]:
+def bubbles(scheduler: str, prefill_tokens: int, model: str, file: Path | None = None, requests: int = 1200) -> dict[str, float]:
+    """The share of the stages' time, in the middle half of a run with more requests than it can take, in which they did not work on a
+    step of their own: empty, or in a tick that is as long as another stage's step. Read from the schedule trace."""
+    trace = ScheduleTrace()
+    point = simulate(scheduler, 32, FULL, requests=requests, model=model, prefill_tokens=prefill_tokens, trace=trace)
+    with tempfile.TemporaryDirectory() as directory:
+        path = file or Path(directory) / "trace.json"
+        trace.write(path)
+        events = json.loads(path.read_text())["traceEvents"]
+    (lanes,) = (event["pid"] for event in events if event["ph"] == "M" and event["args"]["name"] == "stages")
+    work = [event for event in events if event["ph"] == "X" and event["pid"] == lanes]
+    end = max(event["ts"] + event["dur"] for event in work)
+    low, high = 0.25 * end, 0.75 * end
+    busy = sum(max(0.0, min(event["ts"] + event["dur"], high) - max(event["ts"], low)) for event in work)
+    stages = len({event["tid"] for event in work})
+    return {"bubbles": 1 - busy / (stages * (high - low)), "stages": stages, "throughput": point["throughput"], "batch": point["batch"]}
+
+
+def all_bubbles(file: Path | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Of both models: Orca's whole prompts, prompts cut to an even share for every step, and request-level scheduling's one batch."""
+    ways = {"orca": WHOLE_PROMPTS, "fcfs-chunked": EVEN_SHARE, "request-level": WHOLE_PROMPTS}
+    return {
+        model: {
+            name: bubbles(name, tokens, model, file if name == "fcfs-chunked" and model == "gpt3-341b" else None)
+            for name, tokens in ways.items()
+        }
+        for model in SLICES
+    }
+
+
+def curve(scheduler: str, size: int, lengths: str, limit: float, model: str = "gpt3-175b") -> list[dict[str, float]]:
     """Points at rising rates until the latency is far beyond the limit."""
     points: list[dict[str, float]] = []
     for rate in RATES:
-        points.append(simulate(scheduler, size, rate, lengths))
+        points.append(simulate(scheduler, size, rate, lengths, model=model))
         print(f"{scheduler} {size} {rate:.3f} {points[-1]['throughput']:.3f}/s {points[-1]['latency'] * 1e3:.0f} ms", file=sys.stderr)
         if points[-1]["latency"] > limit:
             break
@@ -105,8 +153,14 @@ def compare(curves: dict[str, list[dict[str, float]]], latency: float) -> dict[s
     return result
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     started = time.perf_counter()
+    path = Path(__file__).with_name("results.json")
+    if arguments[:1] == ["bubbles"]:
+        found = all_bubbles(Path(arguments[1]) if len(arguments) > 1 else None)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bubbles": found}, indent=1) + "\n")
+        print(json.dumps(found, indent=1))
+        return 0
     curves = {f"{name} {size}": curve(name, size, MIXED, 3.0) for name, size in CURVES}
     lowest = min(points[0]["latency"] for points in curves.values())
     same = {f"{name} {size}": curve(name, size, SAME, 0.5) for name, size in CURVES if size in (8, 16, 32)}
@@ -122,12 +176,14 @@ def main() -> int:
             for lengths in (MIXED, SAME)
         },
         "low_load_rate": 0.05,
+        "gpt3-341b": {f"{name} {size}": curve(name, size, MIXED, 1.0, "gpt3-341b") for name, size in CURVES if size in (1, 8, 32)},
+        "bubbles": all_bubbles(),
     }
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps({key: results[key] for key in ("at_190_ms", "at_twice_low_load", "low_load")}, indent=1))
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import random
 import statistics
 import time
@@ -142,8 +143,8 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
 
 
 def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[float]], list[float]] = lambda times: times) -> Estimates:
-    """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own, and of the copy of a page; a
-    step's bucket pads all prompts alike, so the first iteration takes the same time for each length that a step can hold.
+    """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own, and of the copy of a page. A
+    bucket pads all prompts that it holds alike, so there is one time for each size of the buckets that take prompts.
 
     Args:
         agree: makes of the times of this process those that all processes of a group take.
@@ -154,14 +155,21 @@ def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[flo
 
     engine, limits = Engine(model.runner), model.runner.limits
     params = SamplingParams(max_tokens=4, ignore_eos=True)
-    prompt = [1] * max(1, min(8, limits.max_context - 4))
-    outputs = [engine.generate([prompt], params)[0] for _ in range(repeats + 1)][1:]  # the first has first-call costs
-    prefill = statistics.median(output.ttft or 0.0 for output in outputs)
-    decode = statistics.median(output.time_per_token or prefill for output in outputs)
-    share = limits.max_prefill_tokens_per_shard
+    sizes = sorted({bucket.prefill_tokens // limits.num_prefill_shards for bucket in model.plan.buckets if bucket.prefill_tokens})
+    times = []
+    for size in sizes:
+        prompt = [1] * max(1, min(size, limits.max_context - 4))
+        outputs = [engine.generate([prompt], params)[0] for _ in range(repeats + 1)][1:]  # the first has first-call costs
+        times.append(statistics.median(output.ttft or 0.0 for output in outputs))
+    decode = statistics.median(output.time_per_token or times[-1] for output in outputs)
     page = _page_seconds(model.runner) if limits.num_host_pages else 0.0
-    prefill, decode, page = agree([prefill, decode, page])
-    return Estimates(lambda tokens: prefill * -(-tokens // share), decode, page, page, limits.pages_for)
+    decode, page, *times = agree([decode, page, *times])
+
+    def first_iteration(tokens: int) -> float:
+        whole, rest = divmod(tokens, sizes[-1])
+        return whole * times[-1] + (times[bisect.bisect_left(sizes, rest)] if rest else 0.0)
+
+    return Estimates(first_iteration, decode, page, page, limits.pages_for)
 
 
 def _page_seconds(runner: Any, repeats: int = 20) -> float:

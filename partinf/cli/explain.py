@@ -76,7 +76,8 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     from partinf.planner.explain import explain
 
     number = 0
-    title = f"[bold]{label} step[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
+    step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
+    title = f"[bold]{label} {step}[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
     console.print(f"\n{title}", highlight=False)
     for section in explain(split, ledger):
         table = Table(box=None, pad_edge=False, show_header=number == 0, header_style="bold")

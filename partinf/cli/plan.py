@@ -21,12 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
+    parser.add_argument("--arrivals", metavar="RATE", help="requests per second that come in, for the advice on the batch")
     parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
     parser.add_argument(
         "--prove", nargs="?", const="3", metavar="N", help="let the TPU compiler prove the first N (default: 3), and order them"
     )
     parser.add_argument("--save", metavar="FILE", help="write the best layout as a layout file")
-    parser.add_argument("--plot", metavar="FILE", help="draw the ledgers of the top candidates as stacked bars (.png, .svg or .pdf)")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture of --plot-kind (.png, .svg or .pdf)")
+    kinds = "ledger: the top candidates as stacked bars; front: latency against cost; volume: communication against tokens"
+    parser.add_argument("--plot-kind", default="ledger", metavar="KIND", help=kinds)
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page: choice, memory, candidates, steps line by line")
     parser.add_argument("--top", default="12", metavar="N", help="candidates in the table (default: 12)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from partinf.planner.plot import draw
 
-        draw(report, Path(args.plot), int(args.top))
+        draw(report, Path(args.plot), int(args.top), args.plot_kind)
     if args.html:
         from partinf.planner.page import page
 
@@ -120,7 +123,7 @@ def _offences(args: argparse.Namespace) -> list[str]:
     if args.plot:
         from partinf.planner.plot import plot_offences
 
-        offences += plot_offences(Path(args.plot))
+        offences += plot_offences(Path(args.plot), args.plot_kind)
     if args.slice.startswith("auto") and args.max_latency_ms is None:
         offences.append(f"--slice {args.slice} needs --max-latency-ms: the cheapest slice is that which keeps a bound")
     if args.price_per_chip_hour and not _positive(args.price_per_chip_hour):

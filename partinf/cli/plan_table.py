@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from partinf.cost.ledger import Entry
-from partinf.planner.advice import batch_advice, preflight
+from partinf.layout import PHASES
+from partinf.planner.advice import head_splits, preflight
+from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
@@ -35,6 +37,8 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
         console.print(misfit(report), highlight=False)
         for change in preflight(report):
             console.print(f"  {change}", highlight=False)
+        if heads := head_splits(report):
+            console.print(f"{heads}.", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
 
@@ -106,8 +110,8 @@ def _phase_titles(report: PlanReport) -> list[str]:
 
 
 def stored(candidate: Candidate) -> str:
-    """How the weights are stored, `E_x F_yz`."""
-    return candidate.name.split(",")[0]
+    """How the weights are stored, `E_x F_yz`, and over which axes there are copies or stages."""
+    return candidate.name.rsplit(", ", len(PHASES))[0]
 
 
 def _roles(result: PhaseResult) -> str:
@@ -129,6 +133,8 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     console.print(_memory_bar(best), highlight=False)
     if best.phase("decode"):
         console.print(f"Largest batch worth decoding together under these roles: {batch_advice(report)}.", highlight=False)
+    if best.padded_heads:
+        console.print(f"{head_splits(report)}.", highlight=False)
     for result in best.phases:
         console.print(_ledger(result))
 
@@ -140,7 +146,7 @@ def _show_switch(console: Console, report: PlanReport, best: Candidate, from_tok
     if not rows:
         return
     names = {result.name: result.ffn for result in best.phases}
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Linear layers, ms per step", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Steps of prompts, ms under either FFN", title_justify="left")
     for name in ("tokens", *(f"{label}: {ffn}" for label, ffn in names.items())):
         table.add_column(name, justify="right")
     table.add_column("runs")

@@ -79,6 +79,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     if (numbers["prefill-batch"] or 1) > max(_or(numbers["batch"], 1), 1):
         offences.append(f"--prefill-batch {args.prefill_batch}: more prompts than are decoded together, --batch {args.batch}")
     limit = _number("max-latency-ms", max_latency_ms, offences)
+    rate = _number("arrivals", getattr(args, "arrivals", None), offences)
     weights = _enum("weights", DType, args.weights, offences)
     kv = _enum("kv", DType, args.kv, offences)
     aim = _enum("objective", Objective, objective, offences)
@@ -103,6 +104,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
             objective=aim or Objective.LATENCY,
             max_latency=None if limit is None else limit / 1e3,
             prefill_batch=numbers["prefill-batch"],
+            arrival_rate=rate,
         ),
     )
     raise_offences(offences)

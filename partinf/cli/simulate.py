@@ -20,7 +20,7 @@ _DEFAULT_BATCH = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
-    parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4; with --stages, of one stage")
+    parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, or CHIP:SHAPE*COUNT slices")
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes")
     add_hardware(parser)
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--residents", default="0", metavar="N", help="sequences that may hold pages (default: 4 batches where one can preempt)"
     )
     parser.add_argument("--host-memory", default="64", metavar="GB", help="host memory per chip for swapped pages (default: 64)")
-    parser.add_argument("--stages", default="1", metavar="N", help="pipeline stages, each on a slice of its own (default: 1)")
+    parser.add_argument(
+        "--stages", default="0", metavar="N", help="pipeline stages of the layout that is chosen (default: as many as are best)"
+    )
     parser.add_argument("--overhead-us", default="0", metavar="US", help="added to every iteration for the host (default: 0)")
     parser.add_argument("--random-weights", action="store_true", help="accepted and repeated: a simulation reads no weights")
     parser.epilog = "Example: partinf simulate --model llama-3-8b --slice v5e:2x4 --scheduler mlfq --arrivals poisson:4 --requests 500"
@@ -94,7 +96,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
         from partinf.engine.serving_plan import Traffic, serving_plan
 
         traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
-        plan = serving_plan(model, slice_, traffic, weights, kv, args.calibration, max(1, whole(args, "stages", [])))
+        plan = serving_plan(model, slice_, traffic, weights, kv, args.calibration, whole(args, "stages", []) or None)
     else:
         plan = Plan(model, slice_, layout, weights, kv)
     return plan, Pricing(slice_, calibration, program=PROGRAMS[args.program])
@@ -109,7 +111,6 @@ def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], ho
         max_len=max_len,
         prefill_tokens=numbers["prefill_tokens"] or max_len,
         page_size=numbers["page_size"] or 16,
-        num_stages=numbers["stages"] or 1,
         host_bytes=host_bytes,
         kv_pages=numbers["kv_pages"],
         overhead_seconds=overhead,
@@ -127,7 +128,7 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
 
     started = time.perf_counter()
     runner, price = cost_runner(plan, pricing, sizing)
-    policy = make_policy(load.scheduler, load.options, price.estimates(runner.limits, sizing.num_stages))
+    policy = make_policy(load.scheduler, load.options, price.estimates(runner.limits))
     trace = ScheduleTrace() if args.trace else None
     engine = Engine(
         runner, policy=policy, clock=runner.clock, prefix_caching=args.prefix_caching, on_step=None if trace is None else trace.on_step
@@ -136,13 +137,13 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
         refused = play(engine, load.arrivals, runner.clock, next_finish=lambda: runner.next_finish, on_finished=advance)
     if trace is not None:
         trace.write(Path(args.trace))
-    chips = plan.slice.num_chips * sizing.num_stages
-    machine = Machine(plan.model.num_params(), chips, plan.slice.chip.peak_bf16)
+    machine = Machine(plan.model.num_params(), plan.slice.num_chips, plan.slice.chip.peak_bf16)
     seconds = runner.clock.now - load.arrivals[0].time
     return {
         "model": plan.model.name,
         "slice": plan.slice.name,
-        "stages": sizing.num_stages,
+        "stages": plan.num_stages,
+        "bubbles": runner.bubbles,
         "mesh": plan.slice.mesh,
         "layout": readable_name(plan.layout, plan.axis_sizes),
         "kv_tokens": runner.limits.pages_per_shard * runner.limits.num_shards * sizing.page_size,
@@ -162,7 +163,7 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
 
 
 def _heading(figures: dict[str, Any]) -> list[str]:
-    stages = f", {figures['stages']} stages" if figures["stages"] > 1 else ""
+    stages = f", {figures['stages']} stages ({figures['bubbles']:.1%} bubbles)" if figures["stages"] > 1 else ""
     measured = "" if figures["calibration_measured"] else ", nothing measured on this chip"
     if "partinf calibrate" in figures["calibration_source"]:
         measured = f", {figures['calibration_source']}"

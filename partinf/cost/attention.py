@@ -34,11 +34,10 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     FFN's are left out.
     """
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
-    hidden = split.pricing.program.gathers_ahead
     entries = norm(split, _PART, tokens, split.w, model.num_layers, useful)
     query, key, out = projection_weights(split)
     for weight in (query, key, out):
-        entries += weight.gathers(_PART, hidden)
+        entries += weight.gathers(_PART)
     entries += gather_embed(split, _PART)
     embed = model.embed_dim // split.ways(split.e)
     heads = model.num_heads * model.head_dim // split.ways(split.f)
@@ -47,11 +46,21 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     entries += [
         query.product(_PART, tokens, embed, heads, useful * shares.heads * shares.embed),
         key.product(_PART, tokens, embed, kv, useful * shares.embed),
-        out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed),
     ]
+    around = _heads_in_loops(split) if split.looped else []
+    entries += [*around, out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed)]
     if model.block is Block.SERIAL:
         entries += scatter_embed(split, _PART)
     return entries
+
+
+def _heads_in_loops(split: StepSplit) -> list[Entry]:
+    """A looped program's exchange of heads over E's axes: beside W_Q and W_O, in F's messages where the block is parallel."""
+    elements = split.shape.num_tokens * split.model.num_heads * split.model.head_dim
+    useful, partial, whole = split.shape.useful * split.shares.heads, Split(split.t, split.f, split.e), Split(split.t, split.f)
+    scattered = Split(split.t, split.f + split.e)
+    after = movement(split, _PART, "heads after W_Q", elements, partial, scattered, useful, rides=split.parallel)
+    return after + movement(split, _PART, "heads before W_O", elements, scattered, whole, useful, split.wide_dtype, split.parallel)
 
 
 def decode_entries(split: StepSplit) -> list[Entry]:
@@ -145,5 +154,5 @@ def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, label:
 
 def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:
     elements = tokens * split.model.num_heads * split.model.head_dim
-    source, target = Split(group.batch, group.heads), Split(split.t, split.f)
-    return movement(split, _PART, f"{label}: output back", elements, source, target, useful * split.shares.heads)
+    source = Split(group.batch, group.heads)
+    return movement(split, _PART, f"{label}: output back", elements, source, split.heads_wanted, useful * split.shares.heads)

@@ -1,7 +1,7 @@
 """Measured constants of chips: what separates a roofline from a program that somebody timed.
 
 Four constants per chip, in `calibration.toml` with the source of each. A chip without measurements borrows them and says so: its
-figures carry a wider error. Every op takes the larger of its compute and memory time; `ROOFLINE` takes both from the maker's figures.
+figures carry a wider error. `ROOFLINE` takes the maker's figures, and for every op the larger of its compute and memory time.
 A chip that `partinf calibrate` measured brings rates of its own, and these alone make its prices.
 """
 
@@ -25,12 +25,13 @@ class Calibration:
         matmul_efficiency: share of peak FLOP/s that large matmuls reach.
         hbm_share: share of the stated HBM bandwidth that streams reach.
         collective_factor: measured over modelled time of a collective's bytes.
-        hop_seconds: time of one hop of a collective, added to that of its bytes: a looped collective starts a transfer and a partial
-            matmul at every hop. 0 takes the chip's hop latency as a lower bound instead of adding it.
+        hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added
+            up. 0 takes the chip's hop latency as a lower bound instead of adding it.
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.
         rates: measured rates, which stand in place of the other constants.
+        hides_memory: an op's memory traffic runs behind its compute, so that the longer of the two counts; else their sum does.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Calibration:
     error: float
     source: str
     rates: Rates | None = None
+    hides_memory: bool = True
 
 
 ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline from the maker's figures")

@@ -9,8 +9,10 @@ Two bandwidth models, and every figure says which one it uses:
 
 All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where D is the output of the former and the input of the
 latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
-chapter 3). Hops bound small collectives from below (`max(hops, bytes)`), or are added where their time was measured. On devices that were
-measured, each kind of collective has a time of its own by the number of devices, and a factor on that of its bytes.
+chapter 3). A permute sends b to the next device along the axes, over one link one way, or through the slowest network that any of them
+crosses. Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added: a ring waits at
+every hop, an all-to-all sends at once and waits for the chip's own latency alone. On devices that were measured, each kind of collective
+has a time of its own by the number of devices, and a factor on that of its bytes.
 """
 
 from __future__ import annotations
@@ -37,18 +39,21 @@ class BandwidthModel(StrEnum):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Level:
     """One level of a hierarchical collective.
 
     Attributes:
-        ways: devices per group. bandwidth: bytes/s into one device. hop_seconds: latency of the stage.
+        ways: devices per group. bandwidth: bytes/s into one device. hop_seconds: latency of the level.
         exchange: bytes/s at which an all-to-all within the group empties a device's buffer.
+        onward: bytes/s from every device to its next neighbour at once. onward_seconds: latency of that.
     """
 
     ways: int
     bandwidth: float
     hop_seconds: float
     exchange: float
+    onward: float
+    onward_seconds: float
 
 
 class Network:
@@ -65,7 +70,7 @@ class Network:
         """
         Args:
             factor: calibrated ratio of measured to modelled time of the bytes.
-            hop_seconds: calibrated time per hop, added to that of the bytes; 0 takes the chip's as a lower bound instead.
+            hop_seconds: calibrated time per step of a ring, added to that of the bytes; 0 takes the chip's as a lower bound instead.
             rates: measured ones, instead of both.
         """
         self.chip: Chip = slice_.chip
@@ -75,69 +80,77 @@ class Network:
         self._axes = {axis.name: axis for axis in slice_.axes}
         self._rates = rates
         self._known: dict[tuple[Op, tuple[str, ...]], tuple[float, float]] = {}  # measured seconds and factor
-        self._stages: dict[tuple[str, ...], tuple[_Stage, ...]] = {}
+        self._levels: dict[tuple[str, ...], tuple[_Level, ...]] = {}
 
     def seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
         """Time of one collective; `num_bytes` is the output of an all-gather and the input of the others."""
-        stages = self._stages.get(axes)
-        if stages is None:
-            stages = self._stages[axes] = self._make_stages(axes)
+        levels = self._levels.get(axes)
+        if levels is None:
+            levels = self._levels[axes] = self._make_levels(axes)
         if self._rates is not None:
             known = self._known.get((op, axes))
             if known is None:
-                known = self._known[op, axes] = self._rates.collective(op.value, math.prod(stage.ways for stage in stages))
-            return known[0] + known[1] * self._transfer(op, stages, num_bytes)
+                known = self._known[op, axes] = self._rates.collective(op.value, math.prod(level.ways for level in levels))
+            return known[0] + known[1] * self._transfer(op, levels, num_bytes)
+        if op is Op.PERMUTE:
+            return max(self._onward(level, num_bytes) for level in levels)
         spent, payload = 0.0, num_bytes
-        for stage in stages:  # innermost first: it moves the whole payload, the next one 1/ways of it
+        for level in levels:  # innermost first: it moves the whole payload, the next one 1/ways of it
             if op is Op.ALL_TO_ALL:
-                transfer = num_bytes / stage.exchange * self.factor
+                transfer = num_bytes / level.exchange * self.factor
             else:
-                transfer = payload * (stage.ways - 1) / stage.ways / stage.bandwidth * self.factor
-                payload /= stage.ways
+                transfer = payload * (level.ways - 1) / level.ways / level.bandwidth * self.factor
+                payload /= level.ways
             if self._hop_scale:
-                spent += transfer + stage.hop_seconds * self._hop_scale
+                spent += transfer + level.hop_seconds * (1.0 if op is Op.ALL_TO_ALL else self._hop_scale)
             else:
-                spent += max(transfer, stage.hop_seconds)
+                spent += max(transfer, level.hop_seconds)
         return 2 * spent if op is Op.ALL_REDUCE else spent
+
+    def _onward(self, level: _Level, num_bytes: float) -> float:
+        transfer = num_bytes / level.onward * self.factor
+        return transfer + level.onward_seconds * self._hop_scale if self._hop_scale else max(transfer, level.onward_seconds)
 
     def transfer_seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
         """What the links alone take for the bytes: no hops, no calibration."""
-        return self._transfer(op, self._make_stages(axes), num_bytes)
+        return self._transfer(op, self._make_levels(axes), num_bytes)
 
     @staticmethod
-    def _transfer(op: Op, stages: tuple[_Stage, ...], num_bytes: float) -> float:
+    def _transfer(op: Op, levels: tuple[_Level, ...], num_bytes: float) -> float:
+        if op is Op.PERMUTE:
+            return max(num_bytes / level.onward for level in levels)
         spent, payload = 0.0, num_bytes
-        for stage in stages:
+        for level in levels:
             if op is Op.ALL_TO_ALL:
-                spent += num_bytes / stage.exchange
+                spent += num_bytes / level.exchange
             else:
-                spent += payload * (stage.ways - 1) / stage.ways / stage.bandwidth
-                payload /= stage.ways
+                spent += payload * (level.ways - 1) / level.ways / level.bandwidth
+                payload /= level.ways
         return 2 * spent if op is Op.ALL_REDUCE else spent
 
-    def _make_stages(self, names: tuple[str, ...]) -> tuple[_Stage, ...]:
+    def _make_levels(self, names: tuple[str, ...]) -> tuple[_Level, ...]:
         """The levels of the network that these axes use, the fastest (innermost) first."""
         axes = [self._axes[name] for name in names if self._axes[name].size > 1]
         cores = [axis for axis in axes if axis.link is Link.CORE]
         torus = [axis for axis in axes if axis.link is Link.TORUS]
         switched = [axis for axis in axes if axis.link is Link.SWITCH]
         dcn = [axis for axis in axes if axis.link is Link.DCN]
-        stages: list[_Stage] = []
+        levels: list[_Level] = []
         if cores:
-            stages.append(_direct(_ways(cores), _CORE_LINKS * self.chip.link_bandwidth, self.chip.hop_seconds))
+            levels.append(_direct(_ways(cores), _CORE_LINKS * self.chip.link_bandwidth, self.chip.hop_seconds))
         if torus:
-            stages.append(self._torus_stage(torus))
+            levels.append(self._torus_level(torus))
         if switched:
-            stages += self._switch_stages(switched)
+            levels += self._switch_levels(switched)
         if dcn:
-            stages.append(_direct(_ways(dcn), self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
-        return tuple(stages)
+            levels.append(_direct(_ways(dcn), self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
+        return tuple(levels)
 
-    def _torus_stage(self, axes: list[MeshAxis]) -> _Stage:
+    def _torus_level(self, axes: list[MeshAxis]) -> _Level:
         share = self.chip.devices_per_chip  # the devices of a chip share its links
         if self.model is BandwidthModel.PAPER:
             bandwidth = 2 * self.chip.torus_dims * self.chip.link_bandwidth / share
-            return _Stage(_ways(axes), bandwidth, 0.0, bandwidth)
+            return _Level(_ways(axes), bandwidth, 0.0, bandwidth, bandwidth, 0.0)
         lines = [line for torus in dict.fromkeys(axis.torus for axis in axes) for line in _lines([a for a in axes if a.torus == torus])]
         bandwidth, hops, slowest = 0.0, 0.0, 0.0
         for line in lines:
@@ -147,21 +160,23 @@ class Network:
             hops += line.stride * (line.size / 2 if line.ring else line.size - 1)
             # Ring: b·K/(4·W) (scaling book). Half of a line sends half its bytes to the other half over one link: b·K/(4·link).
             slowest = max(slowest, line.size / (4 * each))
-        return _Stage(_ways(axes), bandwidth, self.chip.hop_seconds * hops, 1 / slowest)
+        farthest = max(axis.stride for axis in axes)
+        onward = self.chip.link_bandwidth / farthest / share
+        return _Level(_ways(axes), bandwidth, self.chip.hop_seconds * hops, 1 / slowest, onward, self.chip.hop_seconds * farthest)
 
-    def _switch_stages(self, axes: list[MeshAxis]) -> list[_Stage]:
+    def _switch_levels(self, axes: list[MeshAxis]) -> list[_Level]:
         """Devices of a node talk through its switch; groups that reach beyond a node do so through the network adapters."""
         inside = outside = 1
         for axis in axes:
             here = min(axis.size, max(1, self.chip.node_size // axis.stride))
             inside *= here
             outside *= -(-axis.size // here)
-        stages = []
+        levels = []
         if inside > 1:
-            stages.append(_direct(inside, self.chip.switch_bandwidth, self.chip.hop_seconds))
+            levels.append(_direct(inside, self.chip.switch_bandwidth, self.chip.hop_seconds))
         if outside > 1:
-            stages.append(_direct(outside, self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
-        return stages
+            levels.append(_direct(outside, self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
+        return levels
 
 
 @dataclass(frozen=True)
@@ -186,9 +201,9 @@ def _lines(axes: list[MeshAxis]) -> list[_Line]:
     return merged
 
 
-def _direct(ways: int, bandwidth: float, hop_seconds: float) -> _Stage:
-    """A stage in which every device reaches every other at `bandwidth`."""
-    return _Stage(ways, bandwidth, hop_seconds, bandwidth * ways / max(ways - 1, 1))
+def _direct(ways: int, bandwidth: float, hop_seconds: float) -> _Level:
+    """A level at which every device reaches every other at `bandwidth`."""
+    return _Level(ways, bandwidth, hop_seconds, bandwidth * ways / max(ways - 1, 1), bandwidth, hop_seconds)
 
 
 def _ways(axes: list[MeshAxis]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.linear import norm
-from partinf.cost.movement import Split, moves
+from partinf.cost.movement import Split
 from partinf.cost.rich import rich_entries
 from partinf.cost.split import StepSplit
 
@@ -52,24 +52,26 @@ def logits_entries(split: StepSplit) -> list[Entry]:
 def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[Entry]:
     """Norm, logits and their way into V for so many rows, so many times."""
     model = split.model
-    entries = norm(split, Part.LOGITS, rows, split.w_stored, times, useful)
-    embed, vocab = model.embed_dim // split.ways(split.w_stored), model.padded_vocab_size
+    cols = split.logit_cols
+    ready = tuple(axis for axis in split.w_stored if axis not in cols)  # axes that split V before the product
+    entries = norm(split, Part.LOGITS, rows, cols, times, useful)
+    embed, vocab = model.embed_dim // split.ways(cols), model.padded_vocab_size // split.ways(ready)
     flops = 2.0 * rows * embed * vocab
     table = vocab * embed * split.act_bytes
-    share = useful * split.shares.embed * model.vocab_size / vocab
+    share = useful * split.shares.embed * model.vocab_size / model.padded_vocab_size
     passed = rows * (embed * split.act_bytes + vocab * _F32)
     entries.append(
         split.pricing.product("logits", Part.LOGITS, times, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
     )
-    source, target = Split(unreduced=split.w_stored), Split(cols=split.w_stored)
-    for op, axes, count in moves(rows * vocab, source, target, split.sizes, split.joint):
+    source, target = Split(cols=ready, unreduced=cols), Split(cols=ready + cols)
+    for op, axes, count in split.moves(rows * model.padded_vocab_size, source, target):
         entries.append(split.pricing.collective("logits into V", Part.LOGITS, times, op, axes, count * _F32, "f32", useful))
     return entries
 
 
 def _sampled_rows(split: StepSplit) -> list[Entry]:
     shape, model = split.shape, split.model
-    held, wanted = Split(split.t, split.w), Split(split.replica, split.w_stored)
+    held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
     entries = []
     if shape.decode_rows:
         entries += _moved(split, Part.LOGITS, "decode rows to the logits", shape.decode_rows * model.embed_dim, held, wanted, 1.0)
@@ -88,6 +90,8 @@ def _sampled_rows(split: StepSplit) -> list[Entry]:
             num_bytes = shape.prefill_slots * embed * split.act_bytes
             dtype = split.act_dtype.value
             entries.append(split.pricing.collective("last tokens", Part.LOGITS, 1, Op.ALL_REDUCE, split.t, num_bytes, dtype))
+        elements, sliced = shape.prefill_slots * model.embed_dim, Split(cols=split.w_stored)
+        entries += _moved(split, Part.LOGITS, "last tokens to the logits", elements, sliced, Split(cols=split.logit_cols), 1.0)
     return entries
 
 
@@ -112,5 +116,5 @@ def _choice(split: StepSplit, rows: int, useful: float) -> list[Entry]:
 def _moved(split: StepSplit, part: Part, name: str, elements: int, source: Split, target: Split, useful: float) -> list[Entry]:
     return [
         split.pricing.collective(name, part, 1, op, axes, count * split.act_bytes, split.act_dtype.value, useful)
-        for op, axes, count in moves(elements, source, target, split.sizes, split.joint)
+        for op, axes, count in split.moves(elements, source, target)
     ]

@@ -35,8 +35,7 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     serial = model.block is Block.SERIAL
     entries = norm(split, _PART, tokens, split.w, model.num_layers, useful) if serial else []
     w_in, w_out = ffn_weights(split)
-    hidden = split.pricing.program.gathers_ahead
-    entries += w_in.gathers(_PART, hidden) + w_out.gathers(_PART, hidden)
+    entries += w_in.gathers(_PART) + w_out.gathers(_PART)
     if serial:
         entries += gather_embed(split, _PART)
     embed, ffn = model.embed_dim // split.ways(split.e), model.ffn_dim // split.ways(split.f)
@@ -46,6 +45,6 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     partial = Split(split.t, split.f, split.e)
     entries.append(w_in.product(_PART, tokens, embed, inner * ffn, share))
     entries += movement(split, _PART, "F after W_in", inner * elements, partial, scattered, useful * split.shares.ffn)
-    entries += movement(split, _PART, "F before W_out", elements, scattered, whole, useful * split.shares.ffn)
+    entries += movement(split, _PART, "F before W_out", elements, scattered, whole, useful * split.shares.ffn, split.wide_dtype)
     entries.append(w_out.product(_PART, tokens, ffn, embed, share))
     return entries + scatter_embed(split, _PART)

@@ -31,6 +31,7 @@ class Part(StrEnum):
     FFN = "ffn"
     LOGITS = "logits"
     SAMPLING = "sampling"
+    STAGES = "stages"
 
 
 class Op(StrEnum):
@@ -40,6 +41,7 @@ class Op(StrEnum):
     REDUCE_SCATTER = "reduce-scatter"
     ALL_REDUCE = "all-reduce"
     ALL_TO_ALL = "all-to-all"
+    PERMUTE = "collective-permute"
 
 
 class Entry(NamedTuple):
@@ -54,6 +56,7 @@ class Entry(NamedTuple):
             input of the others.
         padding_bytes: the part of `bytes` that carries padding.
         seconds: time of one occurrence. overlapped: the part of it that is hidden behind other entries.
+        ahead: the part that may run behind whatever the layer before computes; `partinf.cost.overlap` works out how much does.
         shape: on one device, so that it can be timed alone: of a product with weights rows, inputs and outputs; of a core sequences, their
             tokens, query heads, key-value heads, and positions of each sequence in the cache; else empty.
     """
@@ -74,6 +77,7 @@ class Entry(NamedTuple):
     padding_bytes: float = 0.0
     seconds: float = 0.0
     overlapped: float = 0.0
+    ahead: float = 0.0
     shape: tuple[int, ...] = ()
 
     @property
@@ -109,6 +113,8 @@ class Ledger:
 
     def times(self, count: int) -> Ledger:
         """The ledger of `count` such steps."""
+        if count == 1:
+            return self
         return replace(self, entries=tuple(entry._replace(count=entry.count * count) for entry in self.entries))
 
     def of(self, *, part: Part | None = None, kind: Kind | None = None) -> Ledger:

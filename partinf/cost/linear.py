@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partinf.cost.ledger import Entry, Op, Part
-from partinf.cost.movement import Axes, Split, moves
+from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
 from partinf.model_config import Norm
 from partinf.workload import DType
@@ -12,7 +12,13 @@ _F32 = 4
 
 
 def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful: float) -> list[Entry]:
-    """Sums over a split E: the squares, and for a layer norm the values too, in float32."""
+    """Sums over a split E: the squares, and for a layer norm the values too, in float32.
+
+    Args:
+        axes: that split E. A looped program gathers first what it does not loop over: it sums over E's own axes, or the longest of F's.
+    """
+    if split.looped:
+        axes = tuple(a for a in axes if a in split.e_stored) or tuple(sorted(axes, key=lambda a: -split.sizes[a])[:1])
     if not axes:
         return []
     sums = 2 if split.model.norm is Norm.LAYER else 1
@@ -28,18 +34,31 @@ def gather_embed(split: StepSplit, part: Part) -> list[Entry]:
 def scatter_embed(split: StepSplit, part: Part) -> list[Entry]:
     """[T.t, E.e] {f unreduced} → [T.t, E.w] after a sublayer's last product."""
     elements = split.shape.num_tokens * split.model.embed_dim
-    return movement(split, part, "E after the sublayer", elements, Split(split.t, split.e, split.f), Split(split.t, split.w))
+    source, target = Split(split.t, split.e, split.f), Split(split.t, split.w)
+    return movement(split, part, "E after the sublayer", elements, source, target, dtype=split.wide_dtype)
 
 
 def movement(
-    split: StepSplit, part: Part, name: str, elements: int, source: Split, target: Split, useful: float | None = None, itemsize: int = 0
+    split: StepSplit,
+    part: Part,
+    name: str,
+    elements: int,
+    source: Split,
+    target: Split,
+    useful: float | None = None,
+    dtype: DType | None = None,
+    rides: bool = False,
 ) -> list[Entry]:
-    """The collectives, once per layer, that bring an activation of `elements` from one split to another."""
+    """The collectives, once per layer, that bring an activation of `elements` from one split to another.
+
+    Args:
+        dtype: of the elements; that of activations unless given. rides: as in `Pricing.collective`.
+    """
     share = split.shape.useful if useful is None else useful
-    size, dtype = (itemsize, split.kv_dtype) if itemsize else (split.act_bytes, split.act_dtype)
+    sent = dtype or split.act_dtype
     return [
-        split.pricing.collective(name, part, split.model.num_layers, op, axes, count * size, dtype.value, share)
-        for op, axes, count in moves(elements, source, target, split.sizes, split.joint)
+        split.pricing.collective(name, part, split.model.num_layers, op, axes, count * sent.num_bytes, sent.value, share, rides)
+        for op, axes, count in split.moves(elements, source, target)
     ]
 
 
@@ -62,18 +81,18 @@ class Weight:
         self.stored_bytes = self.elements // split.ways(stored + split.e_stored) * split.weight_bytes
         self.used_bytes = self.elements // split.ways(used + split.e) * split.weight_bytes
 
-    def gathers(self, part: Part, hidden: bool) -> list[Entry]:
-        """All-gathers of this weight, once per layer."""
+    def gathers(self, part: Part) -> list[Entry]:
+        """All-gathers of this weight, once per layer; a looped program issues them a layer ahead."""
         split = self.split
         found = []
-        for op, axes, count in moves(self.elements, self.source, self.target, split.sizes, split.joint):
+        for op, axes, count in split.moves(self.elements, self.source, self.target):
             size, dtype = count * split.weight_bytes, split.weight_dtype.value
             found.append(split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, size, dtype))
         if split.weight_dtype is DType.INT8:
-            for op, axes, count in moves(self.channels, self.scale_source, self.scale_target, split.sizes, split.joint):
+            for op, axes, count in split.moves(self.channels, self.scale_source, self.scale_target):
                 size = count * _F32
                 found.append(split.pricing.collective(f"scales of {self.name}", part, split.model.num_layers, op, axes, size, "f32"))
-        return [entry._replace(overlapped=entry.seconds) for entry in found] if hidden else found
+        return [entry._replace(ahead=entry.seconds) for entry in found] if split.looped else found
 
     def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float) -> Entry:
         """The product with this weight, once per layer; gathered weights are written to HBM once more and read again.

@@ -12,8 +12,9 @@ from partinf.cost.attention import projection_weights
 from partinf.cost.ffn import ffn_weights, matrices_in
 from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
+from partinf.cost.stages import carried_bytes
 from partinf.hardware import Slice
-from partinf.layout import AttentionRole, Layout, kv_head_axes
+from partinf.layout import AttentionRole, Layout, Role, kv_head_axes
 from partinf.model_config import Block, ModelConfig, Norm, Position
 from partinf.workload import DType
 
@@ -45,7 +46,8 @@ def usable_bytes(slice_: Slice) -> int:
 
 
 def weight_bytes(split: StepSplit) -> int:
-    """Weights on one device. Embedding tables stay in the type of the activations when the matrices are int8."""
+    """Weights on one device: its stage's layers, and the embedding tables, which every stage has; these stay in the type of the activations
+    when the matrices are int8."""
     model = split.model
     matrices = sum(weight.stored_bytes for weight in (*projection_weights(split), *ffn_weights(split)))
     tables = (1 if model.tied_embeddings else 2) * model.padded_vocab_size
@@ -66,14 +68,15 @@ def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, conte
     lanes = -(-rows // ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
     tokens = -(-context // page_size) * page_size
     per_token = 2 * model.num_kv_heads // ways(split_heads, sizes) * model.head_dim * kv.num_bytes
-    return model.num_layers * lanes * tokens * per_token
+    return model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes) * lanes * tokens * per_token
 
 
 class LinearSet(NamedTuple):
     """Working sets that do not depend on attention roles.
 
     Attributes:
-        residual: the stream that lives all the time. largest: of the FFN's products and the logits.
+        residual: the stream that lives all the time, and in a pipeline what waits for the next tick.
+        largest: of the FFN's products and the logits.
         attention: what the attention core finds beside itself: its input and a gathered W_Q.
     """
 
@@ -97,7 +100,7 @@ def linear_set(split: StepSplit) -> LinearSet:
         fed + hidden * act + _gathered(w_out.used_bytes, w_out.stored_bytes),
         rows * model.padded_vocab_size * _F32,
     )
-    return LinearSet(tokens * embed_spread * act, largest, fed + _gathered(query.used_bytes, query.stored_bytes))
+    return LinearSet(tokens * embed_spread * act + carried_bytes(split), largest, fed + _gathered(query.used_bytes, query.stored_bytes))
 
 
 def activation_bytes(split: StepSplit, linear: LinearSet | None = None) -> int:

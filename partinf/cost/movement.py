@@ -4,10 +4,13 @@ Per mesh axis a tensor is in one of four states: its rows (tokens) are split, it
 or it is whole. There is one way from each state to each, and the ways are taken in an order that shrinks the payload first:
 
     whole     -> rows/columns    slice, free
-    unreduced -> rows/columns    reduce-scatter, axis by axis, first axis first (or all axes in one op)
+    unreduced -> rows/columns    reduce-scatter, axis by axis, first axis first
     unreduced -> whole           one all-reduce over all such axes
     columns   -> rows            one all-to-all over all such axes; then rows -> columns likewise
     rows/columns -> whole        one all-gather over all such axes for each dimension, that over fewer axes first
+
+A looped program goes around one ring at a time, so its gathers too go axis by axis. The longest axis has the largest payload: first in a
+reduce-scatter, last in a gather.
 """
 
 from __future__ import annotations
@@ -44,12 +47,12 @@ def ways(axes: Axes, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int], joint: bool) -> list[Moved]:
+def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int], stepwise: bool) -> list[Moved]:
     """The collectives that bring a tensor of `elements` (over all devices) from `source` to `target`, in order.
 
     Args:
         target: reduced over every axis.
-        joint: reduce-scatters over several axes are one op, and so are gathers of both dimensions.
+        stepwise: gathers go axis by axis, as reduce-scatters always do.
     """
     if source == target:
         return []
@@ -61,13 +64,9 @@ def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int],
         if axis not in held:
             local //= sizes[axis]
     scattered = tuple(axis for axis in source.unreduced if axis in rows or axis in cols)
-    if scattered and joint:
-        found.append(Moved(Op.REDUCE_SCATTER, scattered, local))
-        local //= ways(scattered, sizes)
-    elif scattered:
-        for axis in scattered:
-            found.append(Moved(Op.REDUCE_SCATTER, (axis,), local))
-            local //= sizes[axis]
+    for axis in sorted(scattered, key=lambda a: -sizes[a]) if stepwise else scattered:
+        found.append(Moved(Op.REDUCE_SCATTER, (axis,), local))
+        local //= sizes[axis]
     summed = tuple(axis for axis in source.unreduced if axis not in scattered)
     if summed:
         found.append(Moved(Op.ALL_REDUCE, summed, local))
@@ -76,7 +75,9 @@ def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int],
             found.append(Moved(Op.ALL_TO_ALL, exchanged, local))
     ends = [tuple(a for a in dim if a not in rows and a not in cols) for dim in (source.rows, source.cols)]
     ends.sort(key=len)  # the last one moves most, so it gets the links of most axes
-    for gone in [ends[0] + ends[1]] if joint else ends:
+    if stepwise:
+        ends = [(axis,) for axis in sorted(ends[0] + ends[1], key=lambda a: sizes[a])]
+    for gone in ends:
         if gone:
             local *= ways(gone, sizes)
             found.append(Moved(Op.ALL_GATHER, gone, local))

@@ -2,8 +2,8 @@
 
 `Program` says what is credited. The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of
 a shard attend to each other under a mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs:
-the same with attention tile by tile, in which a prompt sees itself alone. The looped program is the one of the paper: collectives
-unrolled into the matmuls beside them and over all axes at once, weights gathered a layer ahead.
+the same with attention tile by tile, in which a prompt sees itself alone. The looped program is the one that the paper measured, as its
+released code and its appendix describe it; `Program.looped` lists what sets it apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Entry, Kind, Op, Part
+from partinf.cost.movement import Moved, Split
 from partinf.hardware import Slice
 from partinf.rates import Curve, TypeRates
 from partinf.workload import DType
@@ -24,22 +25,28 @@ class Program:
     """What the priced program does beyond the plainest one.
 
     Attributes:
-        joint_scatters: a reduce-scatter over several axes is one op that uses the links of all of them.
         per_prompt_attention: prompt tokens attend within their own prompt only, instead of to all tokens of the shard under a mask.
-        gathers_ahead: gathers of weights run behind the compute of the layer before.
         blocked_attention: scores are made block by block and never stored whole.
+        looped: the paper's program (Pope et al., 2023, section 3.5, and its released code):
+            * a collective goes around one ring, so over one axis, at a time;
+            * beside the product with W_in (fused with W_Q in a parallel block), and beside that with W_out (W_O), one of them is unrolled
+              into partial products and runs behind them (`partinf.cost.overlap`);
+            * queries are reduce-scattered over E's axes in the loop of F, whatever attention does with them next;
+            * gathers of weights run behind the compute of the layer before;
+            * a norm's sums are taken when all but the looped axis have been gathered;
+            * int8 weights have float32 scales, so what was scaled travels as float32: into W_out and W_O, and out of them;
+            * the table of logits is split as W_in is, V over F's axes and E over E's.
     """
 
     name: str
-    joint_scatters: bool
     per_prompt_attention: bool
-    gathers_ahead: bool
     blocked_attention: bool
+    looped: bool
 
 
-PLAIN = Program("plain", joint_scatters=False, per_prompt_attention=False, gathers_ahead=False, blocked_attention=False)
-TILED = Program("tiled", joint_scatters=False, per_prompt_attention=True, gathers_ahead=False, blocked_attention=True)
-LOOPED = Program("looped", joint_scatters=True, per_prompt_attention=True, gathers_ahead=True, blocked_attention=True)
+PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False, looped=False)
+TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, looped=False)
+LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
 PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
 
 
@@ -60,6 +67,7 @@ class Pricing:
         self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds, calibration.rates)
         self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
+        self.known_moves: dict[tuple[int, Split, Split], tuple[Moved, ...]] = {}  # a search asks for few of them many times
         self._measured: _Measured | None = None
         self._of_types: dict[tuple[DType, DType], Pricing] = {}
 
@@ -75,8 +83,9 @@ class Pricing:
         return found
 
     def compute_seconds(self, flops: float, num_bytes: float) -> float:
-        """Time of an op: the longer of its compute and memory time."""
-        return max(flops / self._flop_rate, num_bytes / self._byte_rate)
+        """Time of an op: the longer of its compute and memory time, or their sum where memory was measured not to hide."""
+        compute, memory = flops / self._flop_rate, num_bytes / self._byte_rate
+        return max(compute, memory) if self.calibration.hides_memory else compute + memory
 
     def product(
         self,
@@ -133,10 +142,25 @@ class Pricing:
         return [Entry("dispatch", Part.EMBEDDING, Kind.MEMORY, seconds=self._measured.rates.step_seconds)]
 
     def collective(
-        self, name: str, part: Part, count: int, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: str, useful: float = 1.0
+        self,
+        name: str,
+        part: Part,
+        count: int,
+        op: Op,
+        axes: tuple[str, ...],
+        num_bytes: int,
+        dtype: str,
+        useful: float = 1.0,
+        rides: bool = False,
     ) -> Entry:
-        """One collective; `num_bytes` is the output of an all-gather, the input of the others."""
+        """One collective; `num_bytes` is the output of an all-gather, the input of the others.
+
+        Args:
+            rides: it travels in the messages of another, whose steps are paid for there.
+        """
         seconds, padding = self.network.seconds(op, axes, num_bytes), num_bytes * (1 - useful)
+        if rides:
+            seconds -= self.network.seconds(op, axes, 0)
         return Entry(
             name, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=padding, seconds=seconds
         )

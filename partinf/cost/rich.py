@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from partinf.cost.ledger import Entry, Op, Part
-from partinf.cost.movement import Split, moves
+from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
 from partinf.workload import TOP_LOGPROBS
 
@@ -41,10 +41,10 @@ def rich_entries(split: StepSplit, rows: int, useful: float, logits_of: LogitsOf
 def _prompt_entries(split: StepSplit, logits_of: LogitsOf) -> list[Entry]:
     """Log-probabilities of prompt tokens: to the split of the logits, logits chunk by chunk, three sums over V each, and back."""
     tokens, axes = split.shape.prefill_tokens, split.w_stored
-    held, wanted = Split(split.t, split.w), Split(split.replica, axes)
+    held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
     entries = [
         split.pricing.collective("prompt to the logits", Part.LOGITS, 1, op, over, count * split.act_bytes, split.act_dtype.value)
-        for op, over, count in moves(tokens * split.model.embed_dim, held, wanted, split.sizes, split.joint)
+        for op, over, count in split.moves(tokens * split.model.embed_dim, held, wanted)
     ]
     rows = tokens // split.ways(split.replica)
     size = max(count for count in range(1, _SCORED_ROWS + 1) if rows % count == 0)

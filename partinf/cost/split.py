@@ -6,12 +6,13 @@ from `StepSplit` and contains no case for any layout. Axes of size 1 are dropped
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
-from partinf.cost.movement import Axes, Split, ways
+from partinf.cost.movement import Axes, Moved, Split, moves, ways
 from partinf.cost.pricing import Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
-from partinf.model_config import ModelConfig
+from partinf.model_config import Block, ModelConfig
 from partinf.workload import DType
 
 
@@ -86,6 +87,7 @@ class StepSplit:
         e_stored, f_stored: axes that split E, and F and query heads, in the stored weights. kv_stored: those of f that split K.
         e, f, kv: what is left of them after gathering. w: e and f, which split E of the activations between sublayers.
         t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t.
+        stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
     """
 
@@ -102,11 +104,14 @@ class StepSplit:
     ) -> None:
         """
         Args:
-            model: with padded dimensions, if any. phase: whose FFN roles the step runs. shares: useful part of padded dimensions.
+            model: the whole of it, with padded dimensions, if any. phase: whose FFN roles the step runs.
+            shares: useful part of padded dimensions.
         """
-        self.model, self.layout, self.shape, self.shares = model, layout, shape, shares
+        self.shape, self.shares = shape, shares
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
+        self.stages = keep(layout.storage_axes(Role.STAGE))
+        self.model = model if not self.stages else replace(model, num_layers=model.num_layers // self.ways(self.stages))
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
         self.replica = keep(layout.storage_axes(Role.REPLICA))
         self.t = keep(layout.token_axes(phase))
@@ -114,19 +119,56 @@ class StepSplit:
         self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
         self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
         self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
-        self.kv_digits = keep(kv_head_axes(layout, self.sizes, model.num_kv_heads))
+        self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
+        self.pricing = pricing.of_types(weights, self.act_dtype)
+        self.weight_dtype = weights
+        self.act_bytes = self.act_dtype.num_bytes
+        self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes
+        self._attend(layout)
+
+    def with_attention(self, layout: Layout) -> StepSplit:
+        """The same under a layout that differs in attention roles alone."""
+        found = copy.copy(self)
+        found._attend(layout)
+        return found
+
+    def _attend(self, layout: Layout) -> None:
+        self.layout = layout
+        self.kv_digits = self._kept(kv_head_axes(layout, self.sizes, self.model.num_kv_heads))
         self.kv_stored = tuple(axis for axis in self.kv_digits if axis in self.f_stored)
         self.kv = tuple(axis for axis in self.kv_digits if axis in self.f)
         self.decode, self.prefill = self._group(layout.decode), self._group(layout.prefill)
-        self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
-        self.pricing = pricing.of_types(weights, self.act_dtype)
-        self.weight_dtype, self.kv_dtype = weights, kv
-        self.act_bytes = self.act_dtype.num_bytes
-        self.weight_bytes, self.kv_bytes = weights.num_bytes, kv.num_bytes
+
+    def moves(self, elements: int, source: Split, target: Split) -> tuple[Moved, ...]:
+        """The collectives that bring a tensor from one split to another, as this program does it."""
+        known, key = self.pricing.known_moves, (elements, source, target)
+        found = known.get(key)
+        if found is None:
+            found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped))
+        return found
 
     @property
-    def joint(self) -> bool:
-        return self.pricing.program.joint_scatters
+    def num_stages(self) -> int:
+        return self.ways(self.stages)
+
+    @property
+    def looped(self) -> bool:
+        """Whether the program is the paper's; see `Program`."""
+        return self.pricing.program.looped
+
+    @property
+    def parallel(self) -> bool:
+        return self.model.block is Block.PARALLEL
+
+    @property
+    def wide_dtype(self) -> DType:
+        """Of activations between int8 weights' scales: into the second matrices and out of them."""
+        return DType.F32 if self.looped and self.weight_dtype is DType.INT8 else self.act_dtype
+
+    @property
+    def logit_cols(self) -> Axes:
+        """The axes over which E is split in the product that makes logits."""
+        return self.e_stored if self.looped else self.w_stored
 
     def ways(self, axes: Axes) -> int:
         return ways(axes, self.sizes)
@@ -138,8 +180,13 @@ class StepSplit:
 
     @property
     def q_projected(self) -> Split:
-        """Queries as projected: [T.t, H.f, Q] {e unreduced}."""
-        return Split(self.t, self.f, self.e)
+        """Queries as their way to the core begins: [T.t, H.f, Q] {e unreduced}; in a looped program [T.t, H.fe, Q]."""
+        return Split(self.t, self.f + self.e) if self.looped else Split(self.t, self.f, self.e)
+
+    @property
+    def heads_wanted(self) -> Split:
+        """The heads' output as its way from the core ends."""
+        return Split(self.t, self.f + self.e) if self.looped else Split(self.t, self.f)
 
     @property
     def kv_projected(self) -> Split:

@@ -9,14 +9,18 @@ from __future__ import annotations
 from partinf.cost.attention import cache_entries, decode_entries, linear_entries, prefill_entries
 from partinf.cost.ends import embedding_entries, logits_entries
 from partinf.cost.ffn import ffn_entries
-from partinf.cost.ledger import Entry, Kind, Ledger, Part
+from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.overlap import hide_gathers, run_loops
 from partinf.cost.split import StepSplit
+from partinf.cost.stages import stage_entries
 
 
 def linear_part(split: StepSplit) -> tuple[Entry, ...]:
-    """What depends on storage and gathered axes alone, the same for all attention roles: dispatch, layers' products, embedding, logits."""
-    entries = embedding_entries(split) + linear_entries(split) + ffn_entries(split) + logits_entries(split)
-    return tuple(split.pricing.dispatch() + entries)
+    """What depends on storage and gathered axes alone, the same for all attention roles: layers' products, embedding, logits, stages."""
+    layers = linear_entries(split) + ffn_entries(split)
+    if split.looped:
+        layers = run_loops(layers, split.pricing, split.parallel)
+    return tuple(split.pricing.dispatch() + embedding_entries(split) + layers + logits_entries(split) + stage_entries(split))
 
 
 def attention_part(split: StepSplit) -> tuple[Entry, ...]:
@@ -31,17 +35,4 @@ def cache_part(split: StepSplit) -> tuple[Entry, ...]:
 
 def step_ledger(split: StepSplit) -> Ledger:
     """The whole step."""
-    return settle(linear_part(split) + attention_part(split) + cache_part(split))
-
-
-def settle(entries: tuple[Entry, ...]) -> Ledger:
-    """A ledger in which no more is hidden than there is compute to hide it behind.
-
-    Gathers of weights run behind the compute of the layer before; what exceeds it is exposed, in proportion.
-    """
-    hidden = sum(entry.overlapped * entry.count for entry in entries)
-    if hidden == 0:
-        return Ledger(entries)
-    behind = sum(e.seconds * e.count for e in entries if e.kind in (Kind.MATMUL, Kind.ATTENTION) and e.part in (Part.ATTENTION, Part.FFN))
-    share = min(1.0, behind / hidden)
-    return Ledger(tuple(e._replace(overlapped=e.overlapped * share) if e.overlapped else e for e in entries))
+    return hide_gathers(linear_part(split) + attention_part(split) + cache_part(split))

@@ -56,6 +56,7 @@ class BatchBuilder:
         self.now = now
         self.limits = limits
         self._scheduler = scheduler
+        self._number = scheduler.num_steps
         self._decode: list[tuple[Sequence, DecodeRow, bool]] = []
         self._prefill: list[tuple[Sequence, PrefillChunk]] = []
         self._copies: tuple[list[PageCopy], list[PageCopy]] = ([], [])  # out, in
@@ -91,14 +92,23 @@ class BatchBuilder:
     def num_resident(self) -> int:
         return len(self._scheduler.running)
 
+    def most_rows(self, max_batch_size: int | None = None) -> int:
+        """Rows of a step: as many as a policy allows, and no more than a fair share when all who could run are dealt over the pipeline
+        stages, so that none stands empty while another is crowded."""
+        scheduler, limits = self._scheduler, self.limits
+        everybody = min(len(scheduler.running) + len(scheduler.waiting) + len(scheduler.swapped), limits.num_slots)
+        return min(max_batch_size or limits.num_slots, max(1, -(-everybody // limits.num_stages)))
+
     @property
     def num_rows(self) -> int:
         """Sequences in this step so far."""
         return len(self._decode) + len(self._prefill)
 
     def ready(self, sequence: Sequence) -> bool:
-        """Whether a resident has something to run now: in a pipeline a sequence is in one batch at a time."""
-        return sequence.num_scheduled < sequence.max_positions and (sequence.in_flight == 0 or self.limits.num_stages == 1)
+        """Whether a resident has something to run now: its next token is known, or will have come out of the pipeline when it is fed."""
+        known = not sequence.in_flight or sequence.num_scheduled < len(sequence.tokens)
+        fed = known or self._number - sequence.last_step >= self.limits.num_stages
+        return fed and sequence.num_scheduled < sequence.max_positions
 
     def taken(self, sequence: Sequence) -> bool:
         """Whether this step runs the sequence or swaps it in, so that its pages must stay."""
@@ -220,6 +230,7 @@ class BatchBuilder:
         self._scheduler.pool.step_is_built()
         if not step:
             return None
+        self._scheduler.num_steps += 1
         sequences = tuple(sequence for sequence, _, _ in self._decode), tuple(sequence for sequence, _ in self._prefill)
         return Batch(step, *sequences, tuple(new for _, _, new in self._decode))
 
@@ -280,6 +291,7 @@ class BatchBuilder:
         sequence.num_scheduled += num_positions
         sequence.num_iterations += 1
         sequence.in_flight += 1
+        sequence.last_step = self._number
         self._taken.add(sequence.request.number)
 
     def _start_slot(self, sequence: Sequence) -> None:

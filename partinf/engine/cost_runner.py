@@ -1,15 +1,15 @@
 """The runner of a simulation: a virtual clock that the cost model moves. The engine above it is the one that serves.
 
-Tokens are dummies, so requests end at their `max_tokens`. Pipeline stages are modelled simply: a step's time splits evenly over the
-stages, its activations pass from each to the next through the network between nodes, and a stage takes one step after the other; with
-as many batches in flight as stages, the pipeline is full. Copies of pages to and from host memory run beside the compute, one after the
-other in each direction; a step waits only for those whose pages it touches.
+Tokens are dummies, so requests end at their `max_tokens`. A step that is submitted enters the first pipeline stage and all before it move
+on by one, in one tick, which takes as long as a step that holds each of them: what a stage does not need of it is a bubble. Copies of
+pages to and from host memory run beside the compute, one after the other in each direction; a step waits only for those whose pages it
+touches.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageCopy, SampledToken, Step, StepOutput
@@ -32,82 +32,126 @@ class VirtualClock:
         self.now = max(self.now, time)
 
 
+class _Passing:
+    """A step on its way through the stages: its work on one stage, when each worked on it, its tokens with the padding of its last tick."""
+
+    def __init__(self, step: Step, price: Price) -> None:
+        self.step, self.price, self.tokens = step, price, price.tokens
+        self.spans: list[tuple[float, float]] = []
+        self.began = 0.0
+        self.finished: float | None = None
+
+
 class CostRunner:
     """Executes steps by waiting for as long as they would take.
 
     Attributes:
-        clock: of the simulation; give it to the engine too. busy_seconds: time for which a stage worked, summed over stages.
+        clock: of the simulation; give it to the engine too.
+        busy_seconds: time for which a stage worked on its own step, summed over stages.
+        stage_seconds: length of all ticks, summed likewise.
     """
 
     def __init__(
         self,
         limits: RunnerLimits,
-        price: Callable[[Step], Price],
+        price: Callable[..., Price],
         clock: VirtualClock | None = None,
         *,
         overhead_seconds: float = 0.0,
-        transfer_seconds: Callable[[int], float] = lambda tokens: 0.0,
         page_seconds: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """
         Args:
-            price: time of a step on all stages together, and its tokens with padding.
-            overhead_seconds: added to every step on its first stage: what the host needs per iteration.
-            transfer_seconds: tokens → time of their activations from one stage to the next.
-            page_seconds: one KV page to host memory, and back.
+            price: of a tick in which the stages hold these steps, `price(*steps)`.
+            overhead_seconds: added to every tick: what the host needs per iteration.
+            page_seconds: one KV page to host memory, and back; every stage its own part at once.
         """
         self.clock = clock or VirtualClock()
-        self.busy_seconds = 0.0
+        self.busy_seconds = self.stage_seconds = 0.0
         self._limits = limits
         self._price = price
         self._overhead = overhead_seconds
-        self._transfer = transfer_seconds
         self._page_seconds = page_seconds
-        self._stage_free = [0.0] * limits.num_stages
+        self._pipeline: deque[_Passing | None] = deque([None] * limits.num_stages, maxlen=limits.num_stages)  # by stage
+        self._free = 0.0  # end of the last tick
         self._link_free = [0.0, 0.0]
         self._page_ready: dict[int, float] = {}
         self._host_ready: dict[int, float] = {}
-        self._in_flight: deque[tuple[float, StepOutput]] = deque()
+        self._in_flight: deque[_Passing] = deque()  # not collected
 
     @property
     def limits(self) -> RunnerLimits:
         return self._limits
 
     @property
+    def bubbles(self) -> float:
+        """Share of the stages' time in which they had no step, or waited in a tick for one that takes longer than theirs."""
+        return 1 - self.busy_seconds / self.stage_seconds if self.stage_seconds else 0.0
+
+    @property
     def next_finish(self) -> float:
-        """When the oldest step in flight is done."""
-        return self._in_flight[0][0] if self._in_flight else 0.0
+        """When the oldest step in flight is done if nothing enters before."""
+        if not self._in_flight:
+            return 0.0
+        oldest, end, stages = self._in_flight[0], self._free, list(self._pipeline)
+        if oldest.finished is not None:
+            return oldest.finished
+        while stages[-1] is not oldest:
+            stages = [None, *stages[:-1]]
+            end += self._tick_price(stages).seconds + self._overhead
+        return end
 
     def submit(self, step: Step) -> None:
-        price = self._price(step)
-        stages = len(self._stage_free)
-        share, transfer = price.seconds / stages, self._transfer(price.tokens) if stages > 1 else 0.0
+        while self._free < self.clock.now and any(each is not None and each.finished is None for each in self._pipeline):
+            self._tick(None, 0.0)
         ready = max(self.clock.now, self._copied(step))
         if self._page_ready:
             ready = max(ready, self._pages_ready(step))
-        first = share + (self._overhead if price.tokens else 0.0)
-        began = max(ready, self._stage_free[0])
-        done = ready
-        for stage in range(stages):
-            done = max(done, self._stage_free[stage]) + (share if stage else first)
-            self._stage_free[stage] = done
-            done += transfer if stage + 1 < stages else 0.0
-        self.busy_seconds += price.seconds
-        output = StepOutput(
-            decode=(_TOKEN,) * len(step.decode),
-            prefill=tuple(_TOKEN if chunk.last else None for chunk in step.prefill),
-            padded_tokens=price.tokens,
-            seconds=done - began,
-        )
-        self._in_flight.append((done, output))
+        passing = _Passing(step, self._price(step))
+        self._in_flight.append(passing)
+        self._tick(passing, ready)
 
     def collect(self) -> StepOutput:
-        finished, output = self._in_flight.popleft()
-        self.clock.advance_to(finished)
-        return output
+        passing = self._in_flight.popleft()
+        while passing.finished is None:
+            self._tick(None, 0.0)
+        self.clock.advance_to(passing.finished)
+        step = passing.step
+        return StepOutput(
+            decode=(_TOKEN,) * len(step.decode),
+            prefill=tuple(_TOKEN if chunk.last else None for chunk in step.prefill),
+            padded_tokens=passing.tokens,
+            seconds=passing.finished - passing.began,
+            stages=tuple(passing.spans) if len(self._pipeline) > 1 else (),
+        )
 
     def reset(self) -> None:
         self._in_flight.clear()
+        self._pipeline.extend([None] * self._limits.num_stages)
+
+    def _tick(self, entering: _Passing | None, ready: float) -> None:
+        """Let a step enter the first stage from a time on, and all others move on by one."""
+        self._pipeline.appendleft(entering)
+        price = self._tick_price(self._pipeline)
+        began = max(ready, self._free)
+        self._free = began + price.seconds + (self._overhead if price.tokens else 0.0)
+        self.stage_seconds += (self._free - began) * len(self._pipeline)
+        for passing in self._pipeline:
+            if passing is not None:
+                passing.began = passing.began if passing.spans else began
+                passing.spans.append((began, began + passing.price.seconds))
+                self.busy_seconds += passing.price.seconds
+                passing.tokens = price.tokens
+        leaving = self._pipeline[-1]
+        if leaving is not None:
+            leaving.finished = self._free
+
+    def _tick_price(self, stages: Iterable[_Passing | None]) -> Price:
+        """Of a tick in which these are in the stages."""
+        held = [passing for passing in stages if passing is not None]
+        if len(held) <= 1:
+            return held[0].price if held else Price(0.0, 0)
+        return self._price(*(passing.step for passing in held))
 
     def _copied(self, step: Step) -> float:
         """Queue the step's copies; the time from which its compute may run as far as they alone matter: a step of copies only is done

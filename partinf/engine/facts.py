@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
 from partinf.engine.request import FinishReason, Request
 from partinf.engine.step import Step, StepOutput
+from partinf.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +68,69 @@ class Replicas(Protocol):
         ...
 
 
-@dataclass
-class Untold:
-    """What has happened since the last iteration and is still to be told.
+class Telling:
+    """What has happened since the last iteration and is still to be told, to an engine that runs alone or to others too."""
 
-    Attributes:
-        errors: of samples that end as FAILED; they stay here.
-    """
+    def __init__(self, replicas: Replicas | None) -> None:
+        self._replicas = replicas
+        self._arrivals: list[Request] = []
+        self._ends: list[tuple[int, FinishReason]] = []
+        self._errors: dict[int, BaseException] = {}  # of samples that end as FAILED; they stay here
+        self._digest = ScheduleDigest()
+        self._number = 0
 
-    arrivals: list[Request] = field(default_factory=list)
-    ends: list[tuple[int, FinishReason]] = field(default_factory=list)
-    errors: dict[int, BaseException] = field(default_factory=dict)
+    @property
+    def alone(self) -> bool:
+        """Whether nobody has to be told."""
+        return self._replicas is None
 
-    def take(self) -> tuple[tuple[Request, ...], tuple[tuple[int, FinishReason], ...]]:
-        """Arrivals and ends, which are forgotten here."""
-        taken = tuple(self.arrivals), tuple(self.ends)
-        self.arrivals.clear()
-        self.ends.clear()
-        return taken
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise `InvalidInput` for requests that cannot be told, and where another process takes them."""
+        if self._replicas is None:
+            return
+        if not self._replicas.leads:
+            raise InvalidInput("this process follows another one, which takes the requests")
+        self._replicas.check(requests)
+
+    def arrive(self, requests: Sequence[Request]) -> None:
+        """These requests have arrived here."""
+        if self._replicas is not None:
+            self._arrivals += requests
+
+    def end(self, number: int, reason: FinishReason, error: BaseException | None) -> None:
+        """A sample is to end in the next iteration."""
+        self._ends.append((number, reason))
+        if error is not None:
+            self._errors[number] = error
+
+    def facts(self, now: float, wait: bool, seconds: Iterable[float]) -> Facts:
+        """All of it for the next iteration, told to the others."""
+        facts = Facts(self._number, now, wait, tuple(seconds), tuple(self._arrivals), tuple(self._ends))
+        self._number += 1
+        self._arrivals.clear()
+        self._ends.clear()
+        if self._replicas is not None:
+            self._replicas.tell(facts)
+        return facts
+
+    def error(self, number: int) -> BaseException | None:
+        """Why a sample ends, if this process knows it; forgotten then."""
+        return self._errors.pop(number, None)
+
+    def scheduled(self, number: int, step: Step) -> None:
+        """The iteration of these facts has been scheduled."""
+        if self._replicas is not None:
+            self._replicas.scheduled(number, self._digest.add_step(step))
+
+    def committed(self, output: StepOutput) -> None:
+        """A step's tokens are known."""
+        if self._replicas is not None:
+            self._digest.add_output(output)
+
+    def failed(self, error: BaseException) -> None:
+        """The engine of this process cannot go on."""
+        if self._replicas is not None:
+            self._replicas.failed(error)
 
 
 class ScheduleDigest:

@@ -1,6 +1,9 @@
 """The runner that executes the model: fits each step into a compiled bucket, and keeps parameters and state on the devices.
 
 Everything is compiled before the first step (`warm_up`). A step is dispatched without waiting; `collect` waits for the oldest.
+
+In a pipeline every call of `submit` is one tick (`partinf.transformer.stages`): the new step enters the first stage and all before it move
+on by one, in one bucket that holds them all. `collect` lets the pipeline tick on when the oldest step has not come to its end yet.
 """
 
 from __future__ import annotations
@@ -47,13 +50,27 @@ class Placed:
     scored: tuple[slice, ...] = ()
 
 
-@dataclass(frozen=True)
 class _Submitted:
-    """A step on its way; `out` and `placed` are None for one that only moves pages."""
+    """A step on its way through the stages.
 
-    out: Out | None
-    placed: Placed | None
-    padded_tokens: int
+    Attributes:
+        passed: it has come out of the last stage. out: what came out; None for a step that only moves pages.
+        placed, padded_tokens: as it was in its last tick.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.passed = False
+        self.out: Out | None = None
+        self.placed: Placed | None = None
+        self.padded_tokens = 0
+        self._bucket: Bucket | None = None
+
+    def place(self, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:
+        """The step in the bucket of a tick, which is mostly that of the tick before."""
+        if self.placed is None or bucket != self._bucket:
+            self.placed, self._bucket, self.padded_tokens = place_step(self.step, bucket, plan, limits), bucket, bucket.num_tokens
+        return self.placed
 
 
 class JaxRunner:
@@ -91,7 +108,8 @@ class JaxRunner:
         self._unrolled = isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
         self._batch_sharding = NamedSharding(self.mesh, P())
-        self._in_flight: deque[_Submitted] = deque()
+        self._in_flight: deque[_Submitted] = deque()  # not collected
+        self._pipeline: deque[_Submitted | None] = deque([None] * plan.num_stages, maxlen=plan.num_stages)  # by stage
         self._buckets = sorted(plan.buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages))
         self._limits = replace(runner_limits(plan), num_host_pages=num_host_pages)
         self._host_pages: HostPages | None = None
@@ -138,24 +156,37 @@ class JaxRunner:
         return obtain(self._executables, key, self.mesh, compile_program)
 
     def submit(self, step: Step) -> None:
-        if step.swap_out or step.swap_in:
-            self._copy(step)
-        if not step.num_rows:
-            self._in_flight.append(_Submitted(None, None, 0))
-            return
-        bucket = self._fit(step)
-        if bucket not in self._steps:
-            self.warm_up()
-        for start in step.starts:
-            packed = put(pack_start(*start, self.plan.max_len), self._batch_sharding)
-            self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
-        placed = place_step(step, bucket, self.plan, self._limits)
-        batch = put(pack(placed.batch), self._batch_sharding)
-        self._state, out = self._steps[bucket](self.params, self._state, batch)
-        self._in_flight.append(_Submitted(out, placed, bucket.num_tokens))
+        submitted = _Submitted(step)
+        self._in_flight.append(submitted)
+        self._tick(submitted)
+
+    def _tick(self, entering: _Submitted | None) -> None:
+        """Let a step enter, and all others move on by one stage. What a step asks of a stage happens when it is there, in order."""
+        self._pipeline.appendleft(entering)
+        for stage, submitted in enumerate(self._pipeline):
+            if submitted is not None and (submitted.step.swap_out or submitted.step.swap_in):
+                self._copy(submitted.step, stage)
+        steps = [submitted.step for submitted in self._pipeline if submitted is not None and submitted.step.num_rows]
+        leaving = self._pipeline[-1]
+        if steps:
+            bucket = self._fit(*steps)
+            if bucket not in self._steps:
+                self.warm_up()
+            for start in leaving.step.starts if leaving is not None else ():
+                packed = put(pack_start(*start, self.plan.max_len), self._batch_sharding)
+                self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
+            placed = [None if each is None else each.place(bucket, self.plan, self._limits) for each in self._pipeline]
+            batches = [empty_batch(bucket) if each is None else each.batch for each in placed]
+            self._state, out = self._steps[bucket](self.params, self._state, put(pack(batches), self._batch_sharding))
+            if leaving is not None and leaving.step.num_rows:
+                leaving.out = out
+        if leaving is not None:
+            leaving.passed = True
 
     def collect(self) -> StepOutput:
         submitted = self._in_flight.popleft()
+        while not submitted.passed:
+            self._tick(None)
         if submitted.out is None or submitted.placed is None:
             return StepOutput()
         out, placed, rich = submitted.out, submitted.placed, submitted.placed.batch.rich
@@ -182,40 +213,46 @@ class JaxRunner:
     def reset(self) -> None:
         """Forget what is in flight. The state is made anew: a step that failed may have consumed the donated one."""
         self._in_flight.clear()
+        self._pipeline.extend([None] * self.plan.num_stages)
         if self._host_pages is not None:
             self._host_pages.clear()
         self._state = empty_state(self.plan, self.mesh, self._unrolled)
 
-    def _copy(self, step: Step) -> None:
-        """Move pages to host memory and back, in the order of the devices' work; the host does not wait."""
+    def _copy(self, step: Step, stage: int) -> None:
+        """Move a stage's part of pages to host memory and back, in the order of the devices' work; the host does not wait."""
         if self._host_pages is None:
             self.warm_up()
         assert self._host_pages is not None, "pages are swapped by a runner without pages of host memory"
         for copy in step.swap_out:
-            self._host_pages.out(self._state.kv, copy.pages, copy.host_pages)
+            self._host_pages.out(self._state.kv, copy.pages, copy.host_pages, stage)
         for copy in step.swap_in:
-            self._state = replace(self._state, kv=self._host_pages.back(self._state.kv, copy.pages, copy.host_pages))
+            kv = self._host_pages.back(self._state.kv, copy.pages, copy.host_pages, stage)
+            self._state = replace(self._state, kv=kv)
 
-    def _fit(self, step: Step) -> Bucket:
-        """The smallest bucket that holds the step."""
-        per_shard = np.bincount([row.shard for row in step.decode], minlength=1).max() * self.plan.num_shards if step.decode else 0
-        decode_pages = max((len(row.pages) for row in step.decode), default=0)
-        prefill_pages = max((self._limits.pages_for(chunk.start) for chunk in step.prefill), default=0)
-        rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
+    def _fit(self, *steps: Step) -> Bucket:
+        """The smallest bucket that holds each of the steps."""
+        chunks = [chunk for step in steps for chunk in step.prefill]
+        decode = [row for step in steps for row in step.decode]
+        fullest = max(np.bincount([row.shard for row in step.decode], minlength=1).max() for step in steps) if decode else 0
+        per_shard = fullest * self.plan.num_shards
+        decode_pages = max((len(row.pages) for row in decode), default=0)
+        prefill_pages = max((self._limits.pages_for(chunk.start) for chunk in chunks), default=0)
+        rows: tuple[DecodeRow | PrefillChunk, ...] = (*decode, *chunks)
         random = any(not row.sampling.greedy for row in rows)
-        rich = any(row.sampling.rich for row in rows) or any(chunk.targets for chunk in step.prefill)
+        rich = any(row.sampling.rich for row in rows) or any(chunk.targets for chunk in chunks)
         for bucket in self._buckets:
             if (
                 bucket.decode_rows >= per_shard
                 and bucket.decode_pages >= decode_pages
                 and bucket.prefill_pages >= prefill_pages
-                and (bucket.prefill_tokens > 0 or not step.prefill)
+                and (bucket.prefill_tokens > 0 or not chunks)
                 and bucket.random >= random
                 and bucket.rich >= rich
-                and _fits_prefill(step, bucket, self._limits)
+                and all(_fits_prefill(step, bucket, self._limits) for step in steps)
             ):
                 return bucket
-        needed = f"{per_shard} decode rows × {decode_pages} pages, {step.num_prefill_tokens} prefill tokens after {prefill_pages} pages"
+        tokens = max(step.num_prefill_tokens for step in steps)
+        needed = f"{per_shard} decode rows × {decode_pages} pages, {tokens} prefill tokens after {prefill_pages} pages"
         raise InvalidInput(
             f"no bucket holds {needed}{', sampling' * random}{', rich' * rich}; there are: " + " | ".join(map(str, self._buckets))
         )
@@ -260,6 +297,7 @@ def runner_limits(plan: Plan) -> RunnerLimits:
         chunks=any(bucket.prefill_pages for bucket in plan.buckets),
         random=all(bucket.random for bucket in plan.buckets),
         rich=all(bucket.rich for bucket in plan.buckets),
+        num_stages=plan.num_stages,
     )
 
 

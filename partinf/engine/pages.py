@@ -62,7 +62,7 @@ class PagePool:
         """
         if not self._free_slots:
             return None
-        most = self._limits.num_slots if crowd else self._limits.max_decode_rows_per_shard
+        most = self._limits.num_slots if crowd else self._limits.max_decode_rows_per_shard * self._limits.num_stages
         found = {shard: [] if sequence is None else self._find(sequence, shard) for shard in shards}
         fitting = [s for s, pages in found.items() if self._num_sequences[s] < most and self._fresh(s, num_pages, pages)]
         if not fitting:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from partinf.engine.params import SamplingParams as SamplingParams
-from partinf.engine.step import RowSampling
+from partinf.engine.step import RowSampling, SampledToken
 
 
 class FinishReason(StrEnum):
@@ -101,7 +101,7 @@ class Sequence:
         prefill_len: tokens known when the sequence was admitted last; what lies beyond is sampled and decoded one by one.
         num_cached: tokens of the prompt that were not computed when it was admitted first, because their pages were there.
         num_iterations: steps that this sequence took part in. num_preemptions: times that it lost its pages.
-        in_flight: steps with this sequence that are scheduled and not committed.
+        in_flight: steps with this sequence that are scheduled and not committed. last_step: number of the last of them.
         attained: seconds that its steps took so far.
         family: all samples of the request, this one included, the one that computes the prompt first; empty for a single one.
         shared_len: tokens of the prompt whose pages are shared with the first.
@@ -129,6 +129,7 @@ class Sequence:
     num_iterations: int = 0
     num_preemptions: int = 0
     in_flight: int = 0
+    last_step: int = 0
     attained: float = 0.0
     family: tuple[Sequence, ...] = ()
     shared_len: int = 0
@@ -188,6 +189,31 @@ class Sequence:
     def exhausted(self) -> bool:
         """Every token that may be sampled has been scheduled; the sequence only waits for its output."""
         return self.num_scheduled >= self.max_positions
+
+    def append(self, sampled: SampledToken, now: float) -> None:
+        """Take a token that was sampled, with what was asked for beside it."""
+        self.tokens.append(sampled.token)
+        if self.request.params.logprobs:
+            self.logprobs.append(sampled.logprob)
+        if self.request.params.top_logprobs:
+            self.top_logprobs.append(sampled.top)
+        if self.first_token is None:
+            self.first_token = now
+        self.last_token = now
+
+    def event(self, sampled: SampledToken | None, text: str, reason: FinishReason | None, error: BaseException | None) -> TokenEvent:
+        """What a stream is told of the last token, or of an end without one."""
+        return TokenEvent(
+            request_id=self.request.id,
+            token=None if sampled is None else sampled.token,
+            index=self.num_generated - (sampled is not None),
+            text=text,
+            logprob=None if sampled is None else sampled.logprob,
+            finish_reason=reason,
+            error=error,
+            sample=self.request.sample,
+            top_logprobs=sampled.top if sampled is not None and self.request.params.top_logprobs else None,
+        )
 
     def output(self) -> RequestOutput:
         """The answer; only once the sequence has finished."""

@@ -14,7 +14,7 @@ class RunnerLimits:
     """What a step may hold.
 
     Attributes:
-        max_decode_rows_per_shard: decode rows of one shard of the decode batch axes; so many sequences may live on a shard.
+        max_decode_rows_per_shard: decode rows of one shard of the decode batch axes; so many sequences per stage may live on a shard.
         max_prefill_tokens: prefill tokens of a step, in equal blocks over the prefill shards.
         max_prefill_slots_per_shard: prefill chunks of one *prefill* shard.
         page_size: tokens per KV page. pages_per_shard: pages owned by each of the `num_shards` shards of the decode batch axes.
@@ -23,7 +23,8 @@ class RunnerLimits:
         num_prefill_shards: shards of the prefill batch axes; a chunk is computed on one of them.
         prefill_shards: per decode shard, the prefill shards that may compute its chunks (those that agree with it on the axes which
             are batch axes in both phases); empty when any may.
-        num_stages: pipeline stages; with more than one, a sequence is in one batch at a time and so many batches fill the pipeline.
+        num_stages: pipeline stages: so many steps fill the pipeline, and a token that a step samples can be fed by the one that comes as
+            many steps later.
         num_host_pages: pages of host memory for sequences that are swapped out, 0 when the runner cannot swap.
         chunks: whether a prompt may be cut and continued by later steps; if not, one step's share is the longest prompt.
         random: whether rows may sample. rich: whether they may have penalties, biases, alternatives and log-probabilities of prompts.

@@ -28,6 +28,7 @@ class Scheduler:
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # in order of arrival
         self.running: dict[int, Sequence] = {}  # in order of admission
         self.swapped: dict[int, Sequence] = {}
+        self.num_steps = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting[sequence.request.number] = sequence

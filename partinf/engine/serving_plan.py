@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.engine.arrivals import Arrival
 from partinf.engine.step_price import StepPrice
 from partinf.errors import InvalidInput
 from partinf.hardware import Slice
-from partinf.layout import AttentionRole, Layout
+from partinf.layout import AttentionRole, Layout, Role
 from partinf.model_config import ModelConfig
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
@@ -46,33 +47,36 @@ def serving_plan(
     weights: DType = DType.BF16,
     kv: DType = DType.BF16,
     calibration: str = "fitted",
-    num_stages: int = 1,
+    num_stages: int | None = None,
 ) -> Plan:
     """The layout with the shortest mean iteration in the steady state: one decode step, and the prefills of those who replace the ended.
 
     Args:
-        slice_: of one pipeline stage, which holds its part of the layers.
+        num_stages: pipeline stages that it must have; None leaves that to the search.
 
     Raises:
         InvalidInput: nothing fits.
     """
-    part = replace(model, num_layers=-(-model.num_layers // num_stages))
     workload = Workload(traffic.max_batch_size, traffic.input_len, traffic.output_len, weights=weights, kv=kv)
-    found = search(part, slice_, workload, calibration=calibration)
+    found = search(model, slice_, workload, calibration=calibration)
+    if num_stages is not None:
+        staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == num_stages)
+        if not staged:
+            raise InvalidInput(f"slice {slice_.name} ({slice_.mesh}): no axes that make {num_stages} stages of {model.num_layers} layers")
+        found = replace(found, candidates=staged)
     fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
     pricing = Pricing(slice_, found.calibration, found.bandwidth_model, found.program)
-    plans = [
-        _gathering_where_it_pays(replace(plan, model=model, predicted=()), pricing) for c in fitting for plan in _undealt(plan_of(found, c))
-    ]
+    plans = [_gathering_where_it_pays(replace(plan, predicted=()), pricing) for c in fitting for plan in _undealt(plan_of(found, c))]
     if not plans:
         raise InvalidInput(misfit(found))
     return min(plans, key=lambda plan: iteration_seconds(plan, pricing, traffic))
 
 
 def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
-    """Mean iteration of a full batch whose ended requests are replaced at once."""
-    price = StepPrice(plan, pricing)
-    decode = price.decode_seconds(traffic.max_batch_size, traffic.input_len + traffic.output_len // 2)
+    """Mean iteration of a full batch, dealt over the pipeline stages, whose ended requests are replaced at once: prompts in the step of
+    every stage lengthen a tick no more than one does."""
+    price, stages = StepPrice(plan, pricing), plan.num_stages
+    decode = stages * price.decode_seconds(-(-traffic.max_batch_size // stages), traffic.input_len + traffic.output_len // 2)
     return decode + traffic.max_batch_size / traffic.output_len * price.prefill_seconds(traffic.input_len)
 
 

@@ -26,9 +26,9 @@ class Sizing:
     """How large the simulated engine is.
 
     Attributes:
-        max_rows: sequences decoded together. max_residents: sequences that may hold pages; 0 for as many as are decoded together.
+        max_rows: sequences decoded by one step. max_residents: sequences that may hold pages; 0 for those of as many steps as there are
+            pipeline stages.
         max_len: longest context. prefill_tokens: prompt tokens per step. page_size: tokens per KV page.
-        num_stages: pipeline stages, each a slice of its own that holds its part of the layers.
         host_bytes: host memory per chip for swapped pages. kv_pages: pages per shard; 0 takes what memory is left.
         overhead_seconds: added to every iteration for the host.
     """
@@ -38,7 +38,6 @@ class Sizing:
     max_len: int = 2048
     prefill_tokens: int = 4096
     page_size: int = 16
-    num_stages: int = 1
     host_bytes: float = 0.0
     kv_pages: int = 0
     overhead_seconds: float = 0.0
@@ -52,8 +51,7 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing, buckets: tuple[Buc
     """
     plan = replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, 1, max(sizing.max_rows, sizing.max_residents)))
     price = StepPrice(plan, pricing, buckets=buckets)
-    stages, chip = sizing.num_stages, plan.slice.chip
-    page_bytes = price.page_bytes / stages
+    stages, chip, page_bytes = plan.num_stages, plan.slice.chip, price.page_bytes
     pages = sizing.kv_pages or int(_free_bytes(plan, pricing, price, sizing) // page_bytes)
     if pages * sizing.page_size < sizing.max_len:
         raise InvalidInput(
@@ -77,12 +75,10 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing, buckets: tuple[Buc
         num_host_pages=int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards,
     )
     page_seconds = page_bytes * chip.devices_per_chip / chip.host_bandwidth
-    width = plan.model.embed_dim * 2 / (plan.slice.num_devices / chip.devices_per_chip)  # a token's activations, each chip sends its share
     runner = CostRunner(
         limits,
         price,
         overhead_seconds=sizing.overhead_seconds,
-        transfer_seconds=lambda tokens: tokens * width / chip.dcn_bandwidth,
         page_seconds=(page_seconds, page_seconds),
     )
     return runner, price
@@ -96,7 +92,7 @@ def _free_bytes(plan: Plan, pricing: Pricing, price: StepPrice, sizing: Sizing) 
     shape = StepShape(decode_rows=rows, decode_context=sizing.max_len, prefill_tokens=tokens, prefill_slots=slots)
     phase = plan.ffn_phase(shape.num_tokens)
     split = StepSplit(plan.padded_model, plan.layout, phase, shape, pricing, plan.weights, plan.kv, price.shares)
-    return usable_bytes(plan.slice) - price.weight_bytes() / sizing.num_stages - activation_bytes(split)
+    return usable_bytes(plan.slice) - price.weight_bytes() - activation_bytes(split)
 
 
 class Clock(Protocol):

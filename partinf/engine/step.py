@@ -184,6 +184,8 @@ class StepOutput:
         prompt_logprobs: in the order of `Step.prefill`, of each chunk's targets; empty when no chunk has any.
         padded_tokens: tokens that really went through the linear layers, padding included; 0 when the runner does not pad.
         seconds: time that the step took on the device; 0 when the runner does not know it.
+        stages: from when to when each pipeline stage worked on the step, on the engine's clock; empty when the runner does not know, or has
+            one stage.
     """
 
     decode: tuple[SampledToken, ...] = ()
@@ -191,3 +193,4 @@ class StepOutput:
     prompt_logprobs: tuple[tuple[float, ...], ...] = ()
     padded_tokens: int = 0
     seconds: float = 0.0
+    stages: tuple[tuple[float, float], ...] = ()

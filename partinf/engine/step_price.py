@@ -7,12 +7,13 @@ rounded shape, so that an hour of traffic asks the cost model for a few thousand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from partinf.cost.ledger import Entry, Kind, Part
+from partinf.cost.ledger import Entry, total_seconds
 from partinf.cost.memory import kv_bytes, weight_bytes
+from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
@@ -25,10 +26,10 @@ _ROUND_BITS = 5  # shapes keep so many leading bits beyond the first: within 1/3
 
 
 class Price(NamedTuple):
-    """Time of a step.
+    """Time of a step, or of a tick of the pipeline.
 
     Attributes:
-        seconds: on all stages together. tokens: that went through the linear layers, padding included.
+        seconds: on one stage. tokens: that went through the linear layers, padding included.
     """
 
     seconds: float
@@ -36,21 +37,15 @@ class Price(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """Sums over entries: time if nothing overlapped, time that could be hidden, compute that it could hide behind."""
+    """Sums over entries: time if no weight were gathered ahead, time of what can be, compute that it could hide behind."""
 
     seconds: float
     hidden: float
     behind: float
 
     @classmethod
-    def of(cls, entries: Iterable[Entry]) -> _Sum:
-        seconds = hidden = behind = 0.0
-        for entry in entries:
-            seconds += entry.seconds * entry.count
-            hidden += entry.overlapped * entry.count
-            if entry.kind in (Kind.MATMUL, Kind.ATTENTION) and entry.part in (Part.ATTENTION, Part.FFN):
-                behind += entry.seconds * entry.count
-        return cls(seconds, hidden, behind)
+    def of(cls, entries: tuple[Entry, ...]) -> _Sum:
+        return cls(total_seconds(entries), sum(entry.ahead * entry.count for entry in entries), compute_left(entries))
 
 
 @dataclass(frozen=True)
@@ -70,10 +65,10 @@ class Estimates:
 
 
 class StepPrice:
-    """Prices the steps of one plan.
+    """Prices the steps of one plan, each on one of its stages.
 
     Attributes:
-        page_bytes: of one KV page on one device, all layers. shares: useful part of padded dimensions.
+        page_bytes: of one KV page on one device, all its layers. shares: useful part of padded dimensions.
     """
 
     def __init__(self, plan: Plan, pricing: Pricing, *, buckets: tuple[Bucket, ...] = (), sampling: bool = True) -> None:
@@ -93,17 +88,15 @@ class StepPrice:
         self._page_size = plan.cache.page_size
         self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
 
-    def __call__(self, step: Step) -> Price:
-        if self._buckets:
-            shape = self._padded(step)
-        else:
-            shape = self._real(step)
+    def __call__(self, *steps: Step) -> Price:
+        """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""
+        shape = self._padded(*steps) if self._buckets else _common([self._real(step) for step in steps])
         if not shape.num_tokens:
             return Price(0.0, 0)
         return Price(self.seconds(shape), shape.num_tokens)
 
     def seconds(self, shape: StepShape) -> float:
-        """Time of a step of this shape."""
+        """Time of a step of this shape on one stage."""
         rows, prompt = shape.decode_rows, shape.prefill_tokens
         sums = [self._part(self._linear, (rows, prompt, shape.prefill_slots), shape, linear_part)]
         if rows:
@@ -118,22 +111,23 @@ class StepPrice:
             key = (prompt, shape.prefill_slots, shape.prefill_context, shape.num_tokens >= self.plan.prefill_from_tokens)
             sums.append(self._part(self._prompt, key, alone, lambda split: attention_part(split) + cache_part(split), shape))
         hidden, behind = sum(s.hidden for s in sums), sum(s.behind for s in sums)
-        return sum(s.seconds for s in sums) - min(hidden, behind)
+        return sum(s.seconds for s in sums) - min(hidden, max(behind, 0.0))
 
     def prefill_seconds(self, num_tokens: int) -> float:
-        """Time of a step that prefills one prompt of so many tokens and does nothing else."""
+        """Time of a step on one stage that prefills one prompt of so many tokens and does nothing else."""
         return self.seconds(StepShape(prefill_tokens=self._tokens(num_tokens), prefill_slots=self._slots(1), sampling=self._sampling))
 
     def decode_seconds(self, rows: int, context: int) -> float:
-        """Time of a step that decodes so many rows after so many tokens each."""
+        """Time of a step on one stage that decodes so many rows after so many tokens each."""
         rows = _up(rows, self.plan.decode_row_multiple())
         return self.seconds(StepShape(decode_rows=rows, decode_context=_rounded(context), sampling=self._sampling))
 
-    def estimates(self, limits: RunnerLimits, stages: int = 1) -> Estimates:
-        """What a policy needs to know."""
-        chip = self.plan.slice.chip
-        page = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / stages
-        return Estimates(self.prefill_seconds, self.decode_seconds(1, limits.page_size), page, page, limits.pages_for)
+    def estimates(self, limits: RunnerLimits) -> Estimates:
+        """What a policy needs to know: an iteration is a way through all stages."""
+        chip, stages = self.plan.slice.chip, self.plan.num_stages
+        page = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth
+        decode = stages * self.decode_seconds(1, limits.page_size)
+        return Estimates(lambda tokens: stages * self.prefill_seconds(tokens), decode, page, page, limits.pages_for)
 
     def weight_bytes(self) -> int:
         """Weights on one device."""
@@ -206,15 +200,16 @@ class StepPrice:
     def _slots(self, count: int) -> int:
         return _up(count, self.plan.prefill_slot_multiple())
 
-    def _padded(self, step: Step) -> StepShape:
-        """The smallest bucket that holds the step, as the JAX runner chooses it."""
+    def _padded(self, *steps: Step) -> StepShape:
+        """The smallest bucket that holds each of the steps, as the JAX runner chooses it."""
         shards = self.plan.num_shards
-        per_shard = [0] * shards
-        for row in step.decode:
-            per_shard[row.shard] += 1
-        rows, tokens, slots = max(per_shard) * shards, step.num_prefill_tokens, len(step.prefill)
-        pages = max((len(row.pages) for row in step.decode), default=0)
-        earlier = max((-(-chunk.start // self._page_size) for chunk in step.prefill), default=0)
+        per_shard = [0] * shards * len(steps)
+        for number, step in enumerate(steps):
+            for row in step.decode:
+                per_shard[number * shards + row.shard] += 1
+        rows, tokens, slots = max(per_shard) * shards, max(s.num_prefill_tokens for s in steps), max(len(s.prefill) for s in steps)
+        pages = max((len(row.pages) for step in steps for row in step.decode), default=0)
+        earlier = max((-(-chunk.start // self._page_size) for step in steps for chunk in step.prefill), default=0)
         for bucket in self._buckets:
             holds = bucket.decode_rows >= rows and bucket.decode_pages >= pages and bucket.prefill_pages >= earlier
             if holds and bucket.prefill_tokens >= tokens and bucket.prefill_slots >= slots:
@@ -227,6 +222,15 @@ class StepPrice:
                     sampling=bucket.random,
                 )
         raise InvalidInput(f"no bucket of the plan holds {rows} decode rows × {pages} pages and {tokens} prefill tokens")
+
+
+def _common(shapes: list[StepShape]) -> StepShape:
+    """The smallest shape that holds each of these."""
+    first, *others = shapes
+    if not others:
+        return first
+    sizes = ("decode_rows", "decode_context", "prefill_tokens", "prefill_slots", "prefill_context")
+    return replace(first, **{name: max(getattr(shape, name) for shape in shapes) for name in sizes})
 
 
 def _rounded(size: int) -> int:

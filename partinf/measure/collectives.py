@@ -34,6 +34,8 @@ def collective_call(mesh: Mesh, op: Op, axes: tuple[str, ...], num_bytes: int, d
             return lax.psum_scatter(x, axes, tiled=True)
         if op is Op.ALL_TO_ALL:
             return lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True)
+        if op is Op.PERMUTE:
+            return lax.ppermute(x, axes, [(each, each + 1) for each in range(ways - 1)])
         return lax.psum(x, axes)
 
     def chain(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
 from partinf.measure.timing import Call
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.sharding import device_mesh
-from partinf.transformer.params import random_params
+from partinf.transformer.params import prefers_unrolled, random_params
 
 _GREEDY = RowSampling()
 
@@ -42,7 +42,7 @@ class Steps:
         """
         mesh = device_mesh(plan)
         if unrolled is None:
-            unrolled = mesh.devices.flat[0].platform == "cpu"
+            unrolled = prefers_unrolled(plan, mesh.devices.flat[0].platform)
         self.plan = plan
         self.runner = JaxRunner(plan, random_params(plan, mesh, unrolled), mesh)
         self.runner.warm_up()
@@ -53,7 +53,7 @@ class Steps:
 
 
 def step_call(runner: JaxRunner, bucket: Bucket) -> Call:
-    """One step of a bucket that is full, from its data on the host to its tokens on the host."""
+    """One step of a bucket that is full, from its data on the host to its tokens on the host; in a pipeline, through all stages alone."""
     step = full_step(runner.plan, bucket, runner_limits(runner.plan))
 
     def call() -> None:

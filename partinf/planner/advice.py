@@ -1,25 +1,22 @@
-"""Two questions after a search: what would make it fit, and how large a batch is worth having.
+"""The pre-flight: does it fit, and what would make it fit.
 
-Both vary one thing at a time around a report's best (or smallest) candidate and price it anew; the roles stay as they are, so an answer
-costs a millisecond and a new search may only do better.
+One thing at a time is varied around a report's smallest candidate; the roles stay as they are, so an answer costs a millisecond and a new
+search may only do better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import Pricing
-from partinf.cost.roofline import critical_batch, shapes
-from partinf.cost.step import step_ledger
-from partinf.hardware import make_slice
-from partinf.planner.evaluate import Evaluator
+from partinf.planner.evaluate import Evaluator, padded_heads
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
+from partinf.planner.slices import slices_of
 from partinf.workload import DType, Workload
 
-_MOST_BATCH = 1 << 14
 _MOST_TIMES_LARGER = 16
 
 
@@ -41,6 +38,10 @@ def preflight(report: PlanReport) -> list[Change]:
         return []
     least = min(report.candidates, key=lambda candidate: candidate.memory.total)
     found = [Change(what, _memory(report, least, workload)) for what, workload in _changed(report.workload)]
+    unpadded = [candidate for candidate in report.candidates if not candidate.padded_heads]
+    if least.padded_heads and unpadded:
+        smallest = min(unpadded, key=lambda candidate: candidate.memory.total)
+        found.append(Change(f"heads not padded to {least.padded_heads}", smallest.memory))
     larger = _smallest_that_fits(report)
     if larger is not None:
         found.append(Change(f"slice {larger.slice.name}", larger.best.memory))
@@ -73,8 +74,7 @@ def _smallest_that_fits(report: PlanReport) -> PlanReport | None:
     """The report for the smallest slice of the same chip that holds the workload; sizes whose HBM cannot are passed over."""
     chip = report.slice.chip
     least = min(candidate.memory.total for candidate in report.candidates)
-    for shape in shapes(chip, _MOST_TIMES_LARGER * report.slice.num_chips):
-        larger = make_slice(chip, shape)
+    for larger in slices_of(chip, _MOST_TIMES_LARGER * report.slice.num_chips):
         if larger.num_chips <= report.slice.num_chips or larger.num_devices * larger.chip.usable_hbm_per_device() < least:
             continue
         found = search(
@@ -85,65 +85,23 @@ def _smallest_that_fits(report: PlanReport) -> PlanReport | None:
     return None
 
 
+def head_splits(report: PlanReport) -> str:
+    """How query heads split over the slice's devices, and what padding them would cost; empty where they split over all of them."""
+    model, devices = report.model, report.slice.num_devices
+    heads = model.num_heads
+    if heads % devices == 0:
+        return ""
+    splits = ", ".join(str(parts) for parts in range(1, heads + 1) if heads % parts == 0)
+    text = f"{heads} query heads split evenly into {splits} parts"
+    padded = padded_heads(model, devices)
+    if padded is None:
+        return f"{text}; over {devices} devices they would have to be padded more than twofold"
+    wider = model.with_padded_heads(padded)
+    added = wider.num_params() - model.num_params()
+    each = added * report.workload.weights.num_bytes / devices
+    cost = f"{added / 1e9:.3g} B parameters more, {each / 1e9:.2g} GB per device"
+    return f"{text}; over {devices} devices they are padded to {padded}: {cost}"
+
+
 def _mode(report: PlanReport) -> str:
     return "none" if report.calibration.name == "none" else "fitted"
-
-
-@dataclass(frozen=True)
-class BatchAdvice:
-    """How large a decode batch is worth having, and what limits it.
-
-    Attributes:
-        critical: tokens per step at which reading the weights is hidden behind their products.
-        by_memory: largest batch whose weights, cache and activations fit.
-        by_latency: largest batch whose step keeps the latency bound; None without a bound.
-        limit: `memory`, `latency` or `compute`: what stops the batch from growing (with profit) beyond `batch`.
-    """
-
-    critical: float
-    by_memory: int
-    by_latency: int | None
-    batch: int
-    limit: str
-
-    def __str__(self) -> str:
-        reasons = {
-            "memory": f"a larger one does not fit beside the weights (critical batch {self.critical:.0f})",
-            "latency": f"a larger one misses the latency bound (memory would hold {self.by_memory})",
-            "compute": f"from there on reading the weights is hidden behind their products (memory would hold {self.by_memory})",
-        }
-        return f"batch {self.batch}: {reasons[self.limit]}"
-
-
-def batch_advice(report: PlanReport) -> BatchAdvice:
-    """The largest batch worth decoding together under the best candidate's roles.
-
-    The critical batch is that of the chip; the latency bound is that of a decode step when one phase was asked for.
-    """
-    workload, best = report.workload, report.best
-    critical = critical_batch(report.slice.chip, workload.weights)
-    by_memory = _largest(lambda batch: _memory(report, best, replace(workload, batch=batch)).fits)
-    bound = workload.max_latency if workload.phase == "decode" else None
-    by_latency = None if bound is None else _largest(lambda batch: _step_seconds(report, best, batch) <= bound)
-    limits = {"memory": by_memory, "compute": int(critical)}
-    if by_latency is not None:
-        limits["latency"] = by_latency
-    limit = min(limits, key=lambda name: limits[name])
-    return BatchAdvice(critical, by_memory, by_latency, limits[limit], limit)
-
-
-def _step_seconds(report: PlanReport, candidate: Candidate, batch: int) -> float:
-    pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
-    evaluator = Evaluator(report.model, pricing, replace(report.workload, batch=batch))
-    return step_ledger(evaluator.split(candidate.layout, "decode", candidate.padded_heads)).seconds
-
-
-def _largest(holds: Callable[[int], bool]) -> int:
-    """The largest batch for which a property holds that larger ones lose; 0 if none has it."""
-    low, high = 0, 1
-    while high <= _MOST_BATCH and holds(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low

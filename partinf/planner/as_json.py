@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
+from partinf.planner.batch import batch_advice
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import NEVER, prefill_from
@@ -59,9 +60,28 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
             "source": report.calibration.source,
         },
         "best": candidates[0],
+        "batch_advice": _batch_advice(report),
         "ffn_by_tokens": _ffn_by_tokens(report),
         "candidates": candidates,
         "refused": [{"reason": refused.reason, "count": refused.count} for refused in report.refused],
+    }
+
+
+def _batch_advice(report: PlanReport) -> dict[str, Any] | None:
+    """How large a decode batch is worth having and what limits it; None where nothing decodes or fits."""
+    if not report.best.fits or report.best.phase("decode") is None:
+        return None
+    advice = batch_advice(report)
+    return {
+        "batch": advice.batch,
+        "limit": advice.limit,
+        "critical": advice.critical,
+        "by_memory": advice.by_memory,
+        "by_latency": advice.by_latency,
+        "by_arrivals": advice.by_arrivals,
+        "most_requests_per_second": advice.most_requests,
+        "lanes": advice.lanes,
+        "multiple": advice.multiple,
     }
 
 

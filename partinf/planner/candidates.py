@@ -1,33 +1,41 @@
 """Every way to assign roles to the axes of a slice, equal axes once.
 
-Axes are equal when swapping them changes no cost: same size, same kind of links, same wraparound. A factor of a torus axis is equal to
-no other axis. Storage is enumerated first; the options of a phase (gathered axes and attention roles) follow for each storage, so that
-both phases share it.
+Axes are equal when swapping them changes no cost: same size, same kind of links, same wraparound. A factor of a torus axis is equal to no
+other axis. Between slices weights are copied, or layers are split; that tensors are split there is priced too, to say what it would cost,
+but nothing is gathered through that network. Storage is enumerated first; the options of a phase (gathered axes and attention roles) follow
+for each storage, so that both phases share it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from partinf.hardware import Link, MeshAxis, Slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
 
 Storage = tuple[Role, ...]
+Gather = tuple[bool, ...]
 AxisClass = tuple[object, ...]
 
-_STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
+_STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
+_BETWEEN_SLICES = (Role.REPLICA, Role.STAGE, Role.FFN)
 _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
 class PhaseOption(NamedTuple):
-    """Gathered axes and attention roles of one phase, aligned with the slice's axes; `heads` marks those that split heads."""
+    """Gathered axes and attention roles of one phase, aligned with the slice's axes.
+
+    Attributes:
+        heads: marks the axes that split heads. number: equal for equal attention roles, a short key for them.
+    """
 
     gather: tuple[bool, ...]
     attention: tuple[AttentionRole, ...]
     heads: tuple[bool, ...]
+    number: int
 
 
 @dataclass(frozen=True)
@@ -35,29 +43,36 @@ class AxisTable:
     """The axes of a slice as the enumeration sees them.
 
     Attributes:
-        names, sizes: in mesh order. class_ids: equal numbers for equal axes. fixed: storage role of axes that have no choice.
+        names, sizes: in mesh order. class_ids: equal numbers for equal axes. storage: roles that each may have in storage.
+        gathered: whether weights may be gathered over an axis. phases: those that were asked for.
     """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
     class_ids: tuple[int, ...]
-    fixed: tuple[Role | None, ...]
+    storage: tuple[tuple[Role, ...], ...]
+    gathered: tuple[bool, ...]
+    phases: dict[PhaseOption, Phase] = field(default_factory=dict, compare=False, repr=False)
 
     def phase(self, option: PhaseOption) -> Phase:
-        gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
-        return Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+        found = self.phases.get(option)
+        if found is None:
+            gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
+            found = self.phases[option] = Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+        return found
 
     def layout(self, storage: Storage, prefill: PhaseOption, decode: PhaseOption) -> Layout:
-        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode))
+        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode), check=False)
 
 
 def axis_table(slice_: Slice) -> AxisTable:
     """What the enumeration needs to know of a slice."""
     axes = slice_.axes
-    fixed = tuple(Role.REPLICA if axis.link is Link.DCN or axis.size == 1 else None for axis in axes)
+    storage = tuple((Role.REPLICA,) if axis.size == 1 else _BETWEEN_SLICES if axis.link is Link.DCN else _STORED for axis in axes)
+    gathered = tuple(axis.size > 1 and axis.link is not Link.DCN for axis in axes)
     classes = tuple(_axis_class(axis, slice_) for axis in axes)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(classes))}
-    return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), fixed)
+    return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), storage, gathered)
 
 
 def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
@@ -66,9 +81,8 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     Key-value heads are dealt over FFN axes first, then over others in mesh order, as far as they divide. With several of them the order
     of the axes within either kind is therefore kept; with one there is nothing to deal.
     """
-    choices = [(role,) if role else _STORED for role in table.fixed]
     seen: dict[object, Storage] = {}
-    for storage in itertools.product(*choices):
+    for storage in itertools.product(*table.storage):
         marked = list(zip(table.class_ids, storage, strict=True))
         stored = [pair for pair in marked if pair[1] is Role.FFN]
         others = [pair for pair in marked if pair[1] is not Role.FFN]
@@ -77,14 +91,37 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     return list(seen.values())
 
 
-def phase_options(table: AxisTable, storage: Storage) -> Iterator[PhaseOption]:
-    """Every choice of gathered axes and attention roles for a storage, equal axes not yet merged."""
-    stored = [role in (Role.EMBED, Role.FFN) and size > 1 for role, size in zip(storage, table.sizes, strict=True)]
-    gathers = [(False, True) if stores else (False,) for stores in stored]
+def gathers(table: AxisTable, storage: Storage) -> list[Gather]:
+    """Every set of axes that a storage can gather."""
+    stored = [role in (Role.EMBED, Role.FFN) and may for role, may in zip(storage, table.gathered, strict=True)]
+    return list(itertools.product(*((False, True) if stores else (False,) for stores in stored)))
+
+
+def attentions_of(table: AxisTable, storage: Storage) -> int:
+    """Number of attention roles for a storage, equal axes counted apart."""
+    free = [size > 1 and role is not Role.STAGE for size, role in zip(table.sizes, storage, strict=True)]
+    return int(len(_ATTENDED) ** sum(free))
+
+
+def num_options(table: AxisTable, storage: Storage) -> int:
+    """Options of a phase for a storage, equal axes counted apart."""
+    return len(gathers(table, storage)) * attentions_of(table, storage)
+
+
+def phase_options(table: AxisTable, storage: Storage, allowed: Collection[Gather]) -> Iterator[PhaseOption]:
+    """Every choice of these gathered axes and attention roles for a storage, equal axes not yet merged."""
     attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
-    for gather in itertools.product(*gathers):
-        for attention in itertools.product(*attended):
-            yield PhaseOption(gather, attention, tuple(role is AttentionRole.HEADS for role in attention))
+    stages = [index for index, role in enumerate(storage) if role is Role.STAGE]  # they split nothing within a layer
+    roles = [
+        (a, tuple(role is AttentionRole.HEADS for role in a), number)
+        for number, a in enumerate(itertools.product(*attended))
+        if all(a[index] is AttentionRole.NONE for index in stages)
+    ]
+    for gather in gathers(table, storage):
+        if gather not in allowed:
+            continue
+        for attention, heads, number in roles:
+            yield PhaseOption(gather, attention, heads, number)
 
 
 class HeadSplits:

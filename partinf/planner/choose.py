@@ -7,8 +7,8 @@ from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.movement import ways
 from partinf.cost.pricing import LOOPED, Program
 from partinf.errors import InvalidInput
-from partinf.hardware import Slice
-from partinf.layout import AttentionRole
+from partinf.hardware import Link, Slice
+from partinf.layout import AttentionRole, Role
 from partinf.model_config import ModelConfig
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
@@ -96,7 +96,39 @@ def why(report: PlanReport, candidate: Candidate) -> str:
             tie = "a tie; " if rival.tie_with_best and candidate.tie_with_best else ""
             reason = _difference(asked.ledger, rival.asked.ledger)
             others.append(f"{label} {other} would cost {rival.score / candidate.score - 1:+.1%} ({tie}{reason})")
-    return text + (f" Against {asked.ffn} with attention over {asked.attention}, {' and '.join(others)}." if others else "")
+    text += f" Against {asked.ffn} with attention over {asked.attention}, {' and '.join(others)}." if others else ""
+    return text + _between_stages(report, candidate)
+
+
+def _between_stages(report: PlanReport, candidate: Candidate) -> str:
+    """What other roles of the network between slices, or of the axes of pipeline stages, would cost."""
+    roles = dict(candidate.layout.storage)
+    axes = [axis.name for axis in report.slice.axes if axis.size > 1 and (axis.link is Link.DCN or roles[axis.name] is Role.STAGE)]
+    text = ""
+    for axis in axes:
+        others = []
+        for role in Role:
+            same = (c for c in report.candidates if dict(c.layout.storage)[axis] is role)
+            rival = None if role is roles[axis] else next(same, None)
+            if rival is None:
+                continue
+            if not rival.fits:
+                others.append(f"{_AS[role]} do not fit ({rival.memory.total / 1e9:.1f} GB per device)")
+            else:
+                change = _difference(candidate.asked.ledger, rival.asked.ledger)
+                others.append(f"{_AS[role]} would cost {rival.score / candidate.score - 1:+.1%} ({change})")
+        if others:
+            text += f" Axis {axis} splits {_SPLITS[roles[axis]]}: {', '.join(others)}."
+    return text
+
+
+_SPLITS = {Role.EMBED: "d_model", Role.FFN: "d_ff and heads", Role.REPLICA: "the batch", Role.STAGE: "the layers into stages"}
+_AS = {
+    Role.EMBED: "shards of d_model there",
+    Role.FFN: "tensors there",
+    Role.REPLICA: "copies of the weights there",
+    Role.STAGE: "stages there",
+}
 
 
 def _difference(mine: Ledger, other: Ledger) -> str:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.ledger import Entry, Ledger, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
+from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
-from partinf.cost.step import attention_part, cache_part, linear_part, settle
-from partinf.layout import AttentionRole, Layout, Phase, head_axes, kv_head_axes
+from partinf.cost.step import attention_part, cache_part, linear_part
+from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model_config import ModelConfig
 from partinf.workload import Workload
 
@@ -25,18 +26,39 @@ _MOST_PADDING = 2.0
 
 
 class Priced(NamedTuple):
-    """One phase priced: its padded shape, ledger and time, and the memory of its activations."""
+    """One phase priced: the padded shape of a step and its time, the memory of its activations, and what its ledger is made of.
+
+    In a pipeline the batch is dealt over the stages: the shape is that of one stage's, and time and entries are those of as many ticks as
+    there are stages, in which the whole batch comes once through all layers.
+    """
 
     shape: StepShape
-    ledger: Ledger
     seconds: float
     activations: int
+    entries: tuple[tuple[Entry, ...], tuple[Entry, ...]]
+
+
+class _Part(NamedTuple):
+    """Entries and their sums: seconds of what is not gathered ahead, seconds of what is, and compute that this can run behind."""
+
+    entries: tuple[Entry, ...]
+    seconds: float
+    ahead: float
+    left: float
+
+    @classmethod
+    def of(cls, entries: tuple[Entry, ...], times: int) -> _Part:
+        """Of a step that runs so many times."""
+        if times > 1:
+            entries = tuple(entry._replace(count=entry.count * times) for entry in entries)
+        ahead = sum(entry.ahead * entry.count for entry in entries)
+        return cls(entries, total_seconds(entries) - ahead, ahead, compute_left(entries))
 
 
 class _Linear(NamedTuple):
     """Entries and working sets of everything but attention."""
 
-    entries: tuple[Entry, ...]
+    part: _Part
     working_set: LinearSet
 
 
@@ -55,12 +77,14 @@ class Evaluator:
         self.model, self.pricing, self.workload = model, pricing, workload
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, _Linear] = {}
+        self._attention: dict[object, _Part] = {}
+        self._splits: dict[object, StepSplit] = {}
         self._coupling: dict[object, Ledger] = {}
         self._weight_bytes: dict[object, int] = {}
 
     def padded_heads(self, parts: int) -> int | None:
         """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
-        return _padded_heads(self.model, parts)
+        return padded_heads(self.model, parts)
 
     def split(self, layout: Layout, label: str, padded_heads: int, shape: StepShape | None = None) -> StepSplit:
         """The roles of `layout` worked out for a step of the workload's phase `label`, or of a given shape with its FFN roles."""
@@ -68,11 +92,17 @@ class Evaluator:
         model = self.model.with_padded_heads(padded_heads)
         shares = Shares(heads=self.model.num_heads / model.num_heads)
         shape = shape or self.shape(layout, phase, label)
-        return StepSplit(model, layout, phase, shape, self.pricing, self.workload.weights, self.workload.kv, shares)
+        key = (layout.storage, phase.gather, padded_heads, shape)
+        known = self._splits.get(key)
+        if known is not None:
+            return known.with_attention(layout)
+        made = StepSplit(model, layout, phase, shape, self.pricing, self.workload.weights, self.workload.kv, shares)
+        return self._splits.setdefault(key, made)
 
     def shape(self, layout: Layout, phase: Phase, label: str) -> StepShape:
         """The workload's step of a phase, padded to what the roles divide."""
-        batch = self.workload.batch
+        stages = self.stages(layout)
+        batch = -(-self.workload.batch // stages)
         owners = phase.attention_axes(AttentionRole.BATCH)
         dealt = ways(owners, self.sizes)
         multiple = ways(tuple(set(owners) | set(layout.token_axes(phase))), self.sizes)
@@ -80,25 +110,53 @@ class Evaluator:
             rows = _round_up(batch, multiple)
             context = max(self.workload.decode_context, 1)
             return StepShape(decode_rows=rows, decode_context=context, real_rows=batch)
-        batch, length = self.workload.prompts_per_step, self.workload.input_len or self.workload.context_len or 1
+        batch, length = -(-self.workload.prompts_per_step // stages), self.workload.input_len or self.workload.context_len or 1
         slots = _round_up(batch, dealt)
         tokens = _round_up(slots * length, multiple)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
+
+    def stages(self, layout: Layout) -> int:
+        """Ticks in which a batch that is dealt over the pipeline stages comes once through all layers."""
+        return ways(layout.storage_axes(Role.STAGE), self.sizes)
 
     def linear(self, split: StepSplit) -> _Linear:
         """What does not depend on attention roles."""
         key = _Key(split.layout.storage, split.gathered, split.kv_stored, split.shape, split.model.num_heads)
         found = self._linear.get(key)
         if found is None:
-            found = self._linear[key] = _Linear(linear_part(split), linear_set(split))
+            found = self._linear[key] = _Linear(_Part.of(linear_part(split), split.num_stages), linear_set(split))
         return found
 
     def price(self, layout: Layout, label: str, padded_heads: int) -> Priced:
         """One step of a phase without the coupling of prefill to decode's cache."""
-        split = self.split(layout, label, padded_heads)
-        linear = self.linear(split)
-        ledger = settle(linear.entries + attention_part(split))
-        return Priced(split.shape, ledger, ledger.seconds, activation_bytes(split, linear.working_set))
+        return self._priced(self.split(layout, label, padded_heads), label)
+
+    def bound(self, layout: Layout, label: str, padded_heads: int) -> float:
+        """Seconds that a phase's linear layers take whatever its attention roles are; those of `layout` must be none.
+
+        Attention's own compute may hide gathers, but takes as long itself.
+        """
+        part = self.linear(self.split(layout, label, padded_heads)).part
+        return part.seconds + max(0.0, part.ahead - max(0.0, part.left))
+
+    def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
+        """A step of prompts of this shape under the FFN roles of a phase; their attention is always prefill's."""
+        return self._priced(self.split(layout, label, padded_heads, shape), "prefill")
+
+    def _priced(self, split: StepSplit, label: str) -> Priced:
+        linear, attention = self.linear(split), self._attend(split, label)
+        exposed = linear.part.ahead - min(linear.part.ahead, max(0.0, linear.part.left + attention.left))
+        seconds = linear.part.seconds + attention.seconds + exposed
+        return Priced(split.shape, seconds, activation_bytes(split, linear.working_set), (linear.part.entries, attention.entries))
+
+    def _attend(self, split: StepSplit, label: str) -> _Part:
+        """What depends on attention roles; axes that copy weights and axes that gather them are the same to it."""
+        group = split.decode if label == "decode" else split.prefill
+        key = (split.t, split.f, split.e, split.kv, group, split.shape, split.model.num_heads, split.stages)
+        found = self._attention.get(key)
+        if found is None:
+            found = self._attention[key] = _Part.of(attention_part(split), split.num_stages)
+        return found
 
     def _weights(self, layout: Layout, padded_heads: int) -> int:
         kv_heads = self.model.with_padded_heads(padded_heads).num_kv_heads
@@ -111,10 +169,10 @@ class Evaluator:
     def coupling(self, layout: Layout, padded_heads: int) -> Ledger:
         """What prefill pays for the cache's layout, which is decode's."""
         split = self.split(layout, "prefill", padded_heads)
-        key = (split.prefill, split.decode.batch, split.decode.kv, split.shape, padded_heads)
+        key = (split.prefill, split.decode.batch, split.decode.kv, split.shape, split.stages, padded_heads)
         found = self._coupling.get(key)
         if found is None:
-            found = self._coupling[key] = Ledger(cache_part(split))
+            found = self._coupling[key] = Ledger(cache_part(split)).times(split.num_stages)
         return found
 
     def memory(self, layout: Layout, priced: list[Priced], padded_heads: int) -> MemoryBudget:
@@ -128,10 +186,11 @@ class Evaluator:
 
 def heads_for(model: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> int | None:
     """Query heads padded so that they split as this layout splits them; 0 for no padding, None when that would be absurd."""
-    return _padded_heads(model, ways(head_axes(layout), sizes))
+    return padded_heads(model, ways(head_axes(layout), sizes))
 
 
-def _padded_heads(model: ModelConfig, parts: int) -> int | None:
+def padded_heads(model: ModelConfig, parts: int) -> int | None:
+    """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
     heads, kv = model.num_heads, model.num_kv_heads
     if heads % parts == 0:
         return 0

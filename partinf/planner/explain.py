@@ -19,9 +19,10 @@ _TITLES = {
     Part.FFN: "FFN, in every layer",
     Part.LOGITS: "Logits of the rows that are sampled",
     Part.SAMPLING: "Choice of tokens",
+    Part.STAGES: "Between pipeline stages",
 }
 # What follows the core although it is priced with the projections.
-_AFTER_CORE = ("× W_O", "E after the sublayer")
+_AFTER_CORE = ("heads before W_O", "× W_O", "E after the sublayer")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def _tensors(split: StepSplit) -> dict[str, _Tensor]:
     """The tensor that each entry moves or makes, by the entry's name."""
     stored, used = split.w_stored, Split(split.t, split.w)
     whole_e, partial_e = Split(split.t, split.e), Split(split.t, split.e, split.f)
-    hidden = Split(split.t, split.f + split.e)
+    hidden, partial = Split(split.t, split.f + split.e), Split(split.t, split.f, split.e)
+    table_of_v = tuple(axis for axis in stored if axis not in split.logit_cols)
+    logits = Split(split.replica, table_of_v, split.logit_cols)
     tokens, rows = _token_letters(split), ("B",)
 
     def of(letters: tuple[str, ...], cols: str, source: Split, target: Split | None = None) -> _Tensor:
@@ -80,26 +83,31 @@ def _tensors(split: StepSplit) -> dict[str, _Tensor]:
 
     table = {
         "E before the sublayer": of((*tokens, "E"), "E", used, whole_e),
-        "× W_Q": of((*tokens, "H", "Q"), "H", split.q_projected),
+        "× W_Q": of((*tokens, "H", "Q"), "H", partial),
+        "heads after W_Q": of((*tokens, "H", "Q"), "H", partial, hidden),
+        "heads before W_O": of((*tokens, "H", "Q"), "H", hidden, Split(split.t, split.f)),
         "× W_KV": of((*tokens, "K", "Q"), "K", split.kv_projected),
         "× W_O": of((*tokens, "E"), "E", partial_e),
         "E after the sublayer": of((*tokens, "E"), "E", partial_e, used),
-        "× W_in": of((*tokens, "F"), "F", Split(split.t, split.f, split.e)),
-        "F after W_in": of((*tokens, "F"), "F", Split(split.t, split.f, split.e), hidden),
+        "× W_in": of((*tokens, "F"), "F", partial),
+        "F after W_in": of((*tokens, "F"), "F", partial, hidden),
         "F before W_out": of((*tokens, "F"), "F", hidden, Split(split.t, split.f)),
         "× W_out": of((*tokens, "E"), "E", partial_e),
-        "decode rows to the logits": of((*rows, "E"), "E", used, Split(split.replica, stored)),
-        "logits": of((*rows, "V"), "V", Split(split.replica, (), stored)),
-        "logits into V": of((*rows, "V"), "V", Split(split.replica, (), stored), Split(split.replica, stored)),
+        "decode rows to the logits": of((*rows, "E"), "E", used, Split(split.replica, split.logit_cols)),
+        "last tokens to the logits": of((*rows, "E"), "E", Split((), stored), Split((), split.logit_cols)),
+        "logits": of((*rows, "V"), "V", logits),
+        "logits into V": of((*rows, "V"), "V", logits, Split(split.replica, table_of_v + split.logit_cols)),
+        "to the next stage": of((*tokens, "E"), "E", Split(split.replica, stored)),
     }
     for label, group in (("decode", split.decode), ("prefill", split.prefill)):
         spread = Split(group.batch, group.heads)
         table |= {
             f"embedded {label} tokens": of((*tokens, "E"), "E", Split(split.replica, stored), used),
+            f"{label} tokens that leave the stage": of((*tokens, "E"), "E", used, Split(split.replica, stored)),
             f"{label}: Q to its attention split": of((*tokens, "H", "Q"), "H", split.q_projected, spread),
             f"{label}: new K, V to their split": of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
             f"{label} core": of((*tokens, "H", "Q"), "H", spread),
-            f"{label}: output back": of((*tokens, "H", "Q"), "H", spread, Split(split.t, split.f)),
+            f"{label}: output back": of((*tokens, "H", "Q"), "H", spread, split.heads_wanted),
         }
     shared = tuple(axis for axis in split.decode.batch if axis in split.prefill.batch)
     here, cached = Split(split.prefill.batch, split.prefill.kv), Split(shared, split.decode.kv)

@@ -1,4 +1,4 @@
-"""The ledgers of a search's best candidates as stacked bars: where the time of each layout goes.
+"""Pictures of a report: its ledgers as stacked bars, the front of latency against cost, and communication against tokens.
 
 matplotlib is an extra (`plot`) and is imported when something is drawn.
 """
@@ -10,19 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partinf.errors import nearest
+from partinf.planner.curves import TOKENS, front, volumes
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.work import COLOURS, by_work, roles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+KINDS = ("ledger", "front", "volume")
 SUFFIXES = (".png", ".svg", ".pdf")
 _BAR_INCHES = 0.42
 
 
-def plot_offences(path: Path) -> list[str]:
-    """What keeps a picture from being written there: no matplotlib, an unknown kind of file, no directory."""
+def plot_offences(path: Path, kind: str = "ledger") -> list[str]:
+    """What keeps a picture from being written there: no matplotlib, an unknown kind of picture or of file, no directory."""
     offences = []
+    if kind not in KINDS:
+        offences.append(f"--plot-kind {kind}: unknown{nearest(kind, KINDS)}")
     if importlib.util.find_spec("matplotlib") is None:
         offences.append("--plot needs matplotlib, which is not installed: pip install 'partinf[plot]'")
     if path.suffix not in SUFFIXES:
@@ -32,8 +37,56 @@ def plot_offences(path: Path) -> list[str]:
     return offences
 
 
-def draw(report: PlanReport, path: Path, top: int) -> None:
-    """Write a picture of the `top` candidates, one panel per phase, the best on top."""
+def draw(report: PlanReport, path: Path, top: int, kind: str = "ledger") -> None:
+    """Write a picture of one of `KINDS`.
+
+    Args:
+        top: candidates in a picture of ledgers.
+    """
+    {"ledger": _ledgers, "front": _front, "volume": _volumes}[kind](report, path, top)
+
+
+def _front(report: PlanReport, path: Path, top: int) -> None:
+    """Chip-milliseconds per token against the latency of a step; points on the front say batch and slice."""
+    from matplotlib.figure import Figure
+
+    points = front(report)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panel = figure.subplots()
+    panel.scatter([p.seconds for p in points], [p.chip_ms_per_token for p in points], s=8, color="#9a9a9a")
+    best = [p for p in points if p.on_front]
+    panel.plot([p.seconds for p in best], [p.chip_ms_per_token for p in best], ".-", color="#3b6ea5")
+    for point in best:
+        panel.annotate(f" {point.batch} on {point.slice.split(':')[1]}, {point.ffn}", (point.seconds, point.chip_ms_per_token), fontsize=6)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel(f"seconds per {report.workload.phase or 'decode'} step (predicted)", fontsize=8)
+    panel.set_ylabel("chip-milliseconds per token", fontsize=8)
+    panel.grid(True, which="both", alpha=0.15)
+    figure.suptitle(f"{report.model.name} on {report.slice.chip.name}: latency against cost", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _volumes(report: PlanReport, path: Path, top: int) -> None:
+    """Bytes through one device and layer against tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    panel = figure.subplots()
+    for name, values in volumes(report).items():
+        panel.plot(TOKENS, [value / 1e6 for value in values], marker=".", label=name)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel("tokens in a step", fontsize=8)
+    panel.set_ylabel("MB through one device, per layer", fontsize=8)
+    panel.grid(True, which="both", alpha=0.15)
+    panel.legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{report.model.name} on {report.slice.name}, {report.best.name.split(', ')[0]}: communication", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _ledgers(report: PlanReport, path: Path, top: int) -> None:
+    """The `top` candidates, one panel per phase, the best on top."""
     from matplotlib.figure import Figure
 
     candidates = report.candidates[:top]

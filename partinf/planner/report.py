@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 from partinf.cost.calibration import Calibration
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.ledger import Ledger
+from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
+from partinf.cost.overlap import hide_gathers
 from partinf.cost.pricing import Program
 from partinf.hardware import Slice
 from partinf.layout import Layout, Phase
@@ -21,17 +24,23 @@ class PhaseResult:
 
     Attributes:
         ffn, attention: the paper's names for its roles. tokens: real tokens of the step. tokens_per_sequence: of one sequence.
+        parts: entries of which its ledger is made when somebody asks for it; few of a search's candidates are looked at.
     """
 
     name: str
     phase: Phase
     ffn: str
     attention: str
-    ledger: Ledger
+    parts: tuple[tuple[Entry, ...], ...]
     step_seconds: float
     mfu: float
     tokens: int
     tokens_per_sequence: int
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The step entry by entry."""
+        return hide_gathers(itertools.chain.from_iterable(self.parts))
 
 
 @dataclass(frozen=True)

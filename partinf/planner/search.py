@@ -3,31 +3,50 @@
 For one phase all its options are priced. For a whole workload every storage and decode option is joined with the prefill option that is
 best beside it: prefill options are tried from the cheapest up until none that is left can win, which is exact because what the two
 phases pay for each other is never negative.
+
+Where there are more assignments than one would list (four axes have some hundred thousand), those that take more than 1.5 times
+the best, by what their linear layers take at least, are left out and counted: what is listed is what full enumeration would list first.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.ledger import Ledger
+from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import LOOPED, Pricing, Program
 from partinf.errors import InvalidInput, raise_offences
 from partinf.hardware import Link, Slice
-from partinf.layout import PHASES, Layout, Role, attention_name, ffn_name, readable_name
+from partinf.layout import PHASES, AttentionRole, Layout, Role, attention_name, ffn_name, readable_name
 from partinf.model_config import ModelConfig
-from partinf.planner.candidates import AxisTable, HeadSplits, PhaseOption, Storage, axis_table, option_signature, phase_options, storages
+from partinf.planner.candidates import (
+    AxisTable,
+    Gather,
+    HeadSplits,
+    PhaseOption,
+    Storage,
+    attentions_of,
+    axis_table,
+    gathers,
+    num_options,
+    option_signature,
+    phase_options,
+    storages,
+)
 from partinf.planner.evaluate import Evaluator, Priced
 from partinf.planner.report import Candidate, PhaseResult, PlanReport, Refused
 from partinf.workload import Workload
 
 TIE = 1.05
 _MOST_AXES = 4
+_MANY = 10_000  # assignments beyond which slow ones are left out
+_CUT = 1.5
+_SLOW = f"more than {_CUT:g} times as slow as the best"
 
 
 class _Choice(NamedTuple):
@@ -37,6 +56,16 @@ class _Choice(NamedTuple):
     kv: tuple[bool, ...]
     priced: Priced
     padded_heads: int
+
+
+class _Step(NamedTuple):
+    """Time of a step and the entries that make it up."""
+
+    seconds: float
+    parts: tuple[tuple[Entry, ...], ...]
+
+    def beside(self, coupling: Ledger) -> _Step:
+        return _Step(self.seconds + coupling.seconds, (*self.parts, coupling.entries))
 
 
 class _Pair(NamedTuple):
@@ -97,8 +126,23 @@ def _axis_offences(slice_: Slice) -> list[str]:
     if len(free) <= _MOST_AXES:
         return []
     return [
-        f"mesh '{slice_.mesh}': {len(free)} axes have 15**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
+        f"mesh '{slice_.mesh}': {len(free)} axes have 16**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
     ]
+
+
+@dataclass
+class BestSoFar:
+    """The best candidate that a search has met, and how many times as slow others may be; without a `cut` there is no limit."""
+
+    cut: float | None
+    score: float = float("inf")
+
+    def see(self, candidate: Candidate) -> None:
+        if candidate.fits and candidate.meets_bound:
+            self.score = min(self.score, candidate.score)
+
+    def allows(self, least: float) -> bool:
+        return self.cut is None or least <= self.cut * self.score
 
 
 class _Search:
@@ -114,32 +158,81 @@ class _Search:
         self._repriced: dict[object, Priced] = {}
         self._couplings: dict[object, Ledger] = {}
         self._helds: dict[object, MemoryBudget] = {}
+        self.storages = storages(self.table, model.num_kv_heads)
+        many = sum(num_options(self.table, storage) for storage in self.storages) > _MANY
+        self.limit = BestSoFar(_CUT if many else None)
 
     def single(self) -> list[Candidate]:
         """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
         label = self.workload.phase or "decode"
         found = []
-        for storage in storages(self.table, self.model.num_kv_heads):
-            for choice in self._choices(storage, label):
-                kept = choice.option._replace(gather=(False,) * len(storage)) if label == "prefill" else choice.option
-                layout = self.table.layout(storage, choice.option, kept)
-                ledger = choice.priced.ledger
-                if label == "prefill":
-                    ledger = ledger + self.evaluator.coupling(layout, choice.padded_heads)
-                memory = self.evaluator.memory(layout, [choice.priced], choice.padded_heads)
-                found.append(self._candidate(layout, choice.padded_heads, {label: ledger}, memory))
+        for storage, (bounds,) in self._ordered((label,), (1,)):
+            seen: dict[object, _Choice | None] = {}
+            for gather in self._within(storage, bounds):
+                for choice in self._choices(storage, label, {gather}, seen):
+                    found.append(self._alone(storage, label, choice))
+                    self.limit.see(found[-1])
         return found
+
+    def _alone(self, storage: Storage, label: str, choice: _Choice) -> Candidate:
+        kept = choice.option._replace(gather=(False,) * len(storage)) if label == "prefill" else choice.option
+        layout = self.table.layout(storage, choice.option, kept)
+        step = _Step(choice.priced.seconds, choice.priced.entries)
+        if label == "prefill":
+            step = step.beside(self.evaluator.coupling(layout, choice.padded_heads))
+        memory = self.evaluator.memory(layout, [choice.priced], choice.padded_heads)
+        return self._candidate(layout, choice.padded_heads, {label: step}, memory)
+
+    def _ordered(self, labels: tuple[str, ...], times: tuple[int, ...]) -> Iterator[tuple[Storage, list[dict[Gather, float]]]]:
+        """Storages that hold the model, those that may be fastest first, with bounds from below of each phase by its gathered axes."""
+        able = [storage for storage in self.storages if self._holds(storage)]
+        if self.limit.cut is None:
+            yield from ((storage, [dict.fromkeys(gathers(self.table, storage), 0.0) for _ in labels]) for storage in able)
+            return
+        bounded = [(storage, [self._bounds(storage, label) for label in labels]) for storage in able]
+        least = [sum(n * min(bounds.values()) for n, bounds in zip(times, each, strict=True)) for _, each in bounded]
+        for index in sorted(range(len(bounded)), key=lambda i: least[i]):
+            yield bounded[index]
+
+    def _bounds(self, storage: Storage, label: str) -> dict[Gather, float]:
+        """What a step takes at least, by its gathered axes: its linear layers, with no attention in the way."""
+        alone = tuple(AttentionRole.NONE for _ in storage)
+        found = {}
+        for gather in gathers(self.table, storage):
+            option = PhaseOption(gather, alone, (False,) * len(storage), -1)
+            padded = self.evaluator.padded_heads(self.heads.of(storage, option)[0])
+            layout = self.table.layout(storage, option, option)
+            found[gather] = float("inf") if padded is None else self.evaluator.bound(layout, label, padded)
+        return found
+
+    def _within(self, storage: Storage, bounds: dict[Gather, float], rest: float = 0.0, times: int = 1) -> Iterator[Gather]:
+        """Gathered axes in order of their bounds, as long as `times` of them and `rest` may come near the best so far."""
+        for gather in sorted(bounds, key=lambda g: bounds[g]):
+            if self.limit.allows(rest + times * bounds[gather]):
+                yield gather
+            else:
+                self.refused[_SLOW] += attentions_of(self.table, storage)
 
     def whole(self) -> list[Candidate]:
         """For every storage and decode option, the best prefill option beside it."""
-        found = []
-        for storage in storages(self.table, self.model.num_kv_heads):
-            decodes = self._choices(storage, "decode")
-            prefills = sorted(self._choices(storage, "prefill", merged=False), key=lambda choice: choice.priced.seconds)
-            for decode in decodes:
-                best = self._best_beside(storage, decode, prefills)
-                if best is not None:
-                    found.append(self._joined(storage, best))
+        found: list[Candidate] = []
+        times = (self.workload.counted_prefills, self.workload.output_len)
+        for storage, (prefill_bounds, decode_bounds) in self._ordered(PHASES, times):
+            seen: dict[object, _Choice | None] = {}
+            allowed = set(self._within(storage, prefill_bounds, times[1] * min(decode_bounds.values()), times[0]))
+            every = self._choices(storage, "prefill", allowed, {}, merged=False)
+            prefills = sorted(every, key=lambda choice: choice.priced.seconds)
+            least = times[0] * min(prefill_bounds.values())
+            for gather in self._within(storage, decode_bounds, least, times[1]):
+                for decode in self._choices(storage, "decode", {gather}, seen):
+                    soonest = times[0] * prefills[0].priced.seconds + times[1] * decode.priced.seconds if prefills else 0.0
+                    if not self.limit.allows(soonest):
+                        self.refused[_SLOW] += 1
+                        continue
+                    best = self._best_beside(storage, decode, prefills)
+                    if best is not None:
+                        found.append(self._joined(storage, best))
+                        self.limit.see(found[-1])
         return found
 
     def _best_beside(self, storage: Storage, decode: _Choice, prefills: list[_Choice]) -> _Pair | None:
@@ -174,7 +267,9 @@ class _Search:
         memory = held._replace(activations=max(priced.activations for priced in beside))
         prefills = self.workload.counted_prefills
         seconds = prefills * beside[0].seconds + self.workload.output_len * beside[1].seconds
-        key = (prefill.option.attention, decode.option.attention, kv, beside[0].shape, padded)
+        staged = tuple(role is Role.STAGE for role in storage)
+        tokens, slots = beside[0].shape.prefill_tokens, beside[0].shape.prefill_slots
+        key = (prefill.option.number, decode.option.number, kv, tokens, slots, staged, padded)
         coupling = self._couplings.get(key)
         if coupling is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
@@ -183,7 +278,7 @@ class _Search:
 
     def _held(self, storage: Storage, prefill: _Choice, decode: _Choice, padded: int, kv: tuple[bool, ...]) -> MemoryBudget:
         """Weights and cache alone; both are the same for all prefill options that leave the heads split alike."""
-        key = (storage, decode.option.attention, kv, padded)
+        key = (storage, decode.option.number, kv, padded)
         found = self._helds.get(key)
         if found is None:
             layout = self.table.layout(storage, prefill.option, decode.option)
@@ -205,16 +300,20 @@ class _Search:
 
     def _joined(self, storage: Storage, pair: _Pair) -> Candidate:
         layout = self.table.layout(storage, pair.prefill.option, pair.decode.option)
-        ledgers = {"prefill": pair.prefill_priced.ledger + pair.coupling, "decode": pair.decode_priced.ledger}
-        return self._candidate(layout, pair.padded_heads, ledgers, pair.memory)
+        prefill, decode = (_Step(priced.seconds, priced.entries) for priced in (pair.prefill_priced, pair.decode_priced))
+        steps = {"prefill": prefill.beside(pair.coupling), "decode": decode}
+        return self._candidate(layout, pair.padded_heads, steps, pair.memory)
 
-    def _choices(self, storage: Storage, label: str, merged: bool = True) -> list[_Choice]:
-        """Priced options of a phase; with `merged` those that differ only by swapping equal axes appear once."""
-        if not self._holds(storage):
-            return []
-        seen: dict[object, _Choice | None] = {}
+    def _choices(
+        self, storage: Storage, label: str, allowed: set[Gather], seen: dict[object, _Choice | None], merged: bool = True
+    ) -> list[_Choice]:
+        """Priced options of a phase that gather one of these sets of axes.
+
+        Args:
+            seen: those that were priced for this storage. merged: options that differ only by swapping equal axes appear once.
+        """
         found = []
-        for option in phase_options(self.table, storage):
+        for option in phase_options(self.table, storage, allowed):
             parts, kv = self.heads.of(storage, option)
             signature = option_signature(self.table, storage, option, kv)
             if signature in seen:
@@ -237,17 +336,19 @@ class _Search:
 
     def _holds(self, storage: Storage) -> bool:
         """Whether the model's dimensions split over this storage; counts the reason if not."""
-        parts = 1
+        parts, stages = 1, 1
         for role, size in zip(storage, self.table.sizes, strict=True):
             parts *= size if role in (Role.EMBED, Role.FFN) else 1
+            stages *= size if role is Role.STAGE else 1
         model = self.model
-        dims = (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim), ("padded vocabulary V", model.padded_vocab_size))
-        reasons = [f"{label} = {size} does not split into {parts} parts" for label, size in dims if size % parts]
+        dims = [(label, size, parts) for label, size in (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim))]
+        dims += [("padded vocabulary V", model.padded_vocab_size, parts), ("layers N", model.num_layers, stages)]
+        reasons = [f"{label} = {size} does not split into {count} parts" for label, size, count in dims if size % count]
         self.refused.update(reasons)
         return not reasons
 
-    def _candidate(self, layout: Layout, padded: int, ledgers: dict[str, Ledger], memory: MemoryBudget) -> Candidate:
-        results = {label: self._result(layout, label, ledgers[label]) for label in PHASES if label in ledgers}
+    def _candidate(self, layout: Layout, padded: int, steps: dict[str, _Step], memory: MemoryBudget) -> Candidate:
+        results = {label: self._result(layout, label, steps[label]) for label in PHASES if label in steps}
         asked = results[self.workload.phase or "decode"]
         score = latency = asked.step_seconds
         if not self.workload.phase:
@@ -257,12 +358,12 @@ class _Search:
         name, phases = readable_name(layout, self.sizes), tuple(results.values())
         return Candidate(layout, name, phases, memory, score, asked, self.slice.num_chips, padded, bound is None or latency <= bound)
 
-    def _result(self, layout: Layout, label: str, ledger: Ledger) -> PhaseResult:
+    def _result(self, layout: Layout, label: str, step: _Step) -> PhaseResult:
         workload, chip = self.workload, self.slice.chip
         each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
         tokens = (workload.batch if label == "decode" else workload.prompts_per_step) * each
-        seconds = ledger.seconds
+        seconds = step.seconds
         mfu = 2.0 * self.model.num_params() * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         phase = layout.phase(label)
         ffn, attention = ffn_name(layout, phase, self.sizes), attention_name(phase, self.sizes)
-        return PhaseResult(label, phase, ffn, attention, ledger, seconds, mfu, tokens, each)
+        return PhaseResult(label, phase, ffn, attention, step.parts, seconds, mfu, tokens, each)

@@ -86,10 +86,10 @@ def cheapest(
     return sorted(trials, key=lambda trial: (not trial.accepted, trial.chip_seconds))
 
 
-def slices_of(chip: Chip) -> list[Slice]:
-    """The most cubic shape of every number of chips up to `MOST_CHIPS`, sides powers of two."""
+def slices_of(chip: Chip, most_chips: int = MOST_CHIPS) -> list[Slice]:
+    """The most cubic shape of every number of chips, fewest first, sides powers of two."""
     found: dict[int, tuple[int, ...]] = {}
-    for shape in shapes(chip, MOST_CHIPS):
+    for shape in shapes(chip, most_chips):
         if all(side & (side - 1) == 0 for side in shape):
             found.setdefault(math.prod(shape), shape)
     return [make_slice(chip, shape) for shape in found.values()]

@@ -1,6 +1,7 @@
 """From how many tokens a step runs prefill's FFN roles instead of decode's: the one number that the engine looks up, and its table.
 
-Both phases run the same linear layers over one storage, so they are compared on one shape.
+Both phases run over one storage, so they are compared on one shape: a step of prompts, with their attention, whose way to and from the
+linear layers is another under either phase's roles.
 """
 
 from __future__ import annotations
@@ -8,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from partinf.cost.ledger import total_seconds
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape
-from partinf.layout import PHASES, Layout
+from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
 
@@ -23,7 +23,7 @@ _APART = 4
 
 @dataclass(frozen=True)
 class SwitchRow:
-    """Steps of this many tokens: seconds of their linear layers under either phase's roles, and the phase whose roles they run."""
+    """Steps of this many prompt tokens: seconds under either phase's FFN roles, and the phase whose roles they run."""
 
     tokens: int
     prefill_seconds: float
@@ -35,7 +35,7 @@ def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> i
     """The number of tokens from which a step is faster under prefill's FFN roles than under decode's; `NEVER` when it never is."""
     if layout.prefill.gather == layout.decode.gather:
         return NEVER
-    step, seconds = _multiple(report, layout), _linear_seconds(report, layout, padded_heads)
+    step, seconds = _multiple(report, layout), _step_seconds(report, layout, padded_heads)
 
     def wins(multiple: int) -> bool:
         prefill, decode = seconds(multiple * step)
@@ -58,7 +58,7 @@ def switch_table(report: PlanReport, candidate: Candidate, from_tokens: int) -> 
     if from_tokens >= NEVER:
         return []
     layout = candidate.layout
-    step, seconds = _multiple(report, layout), _linear_seconds(report, layout, candidate.padded_heads)
+    step, seconds = _multiple(report, layout), _step_seconds(report, layout, candidate.padded_heads)
     sizes = {from_tokens * _APART**power for power in range(3)}
     size = from_tokens // _APART // step * step
     while size >= step:
@@ -68,16 +68,20 @@ def switch_table(report: PlanReport, candidate: Candidate, from_tokens: int) -> 
 
 
 def _multiple(report: PlanReport, layout: Layout) -> int:
-    return ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode)}), report.slice.axis_sizes)
+    dealt = layout.prefill.attention_axes(AttentionRole.BATCH)
+    return ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode), *dealt}), report.slice.axis_sizes)
 
 
-def _linear_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
-    """A function of the tokens: seconds of the linear layers under prefill's and under decode's roles."""
-    evaluator = Evaluator(report.model, Pricing(report.slice, report.calibration, report.bandwidth_model, report.program), report.workload)
+def _step_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
+    """A function of the tokens: seconds of a step of prompts under prefill's and under decode's FFN roles."""
+    workload = report.workload
+    evaluator = Evaluator(report.model, Pricing(report.slice, report.calibration, report.bandwidth_model, report.program), workload)
+    dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:
-        shape = StepShape(prefill_tokens=tokens, prefill_slots=1)
-        prefill, decode = (evaluator.linear(evaluator.split(layout, label, padded_heads, shape)).entries for label in PHASES)
-        return total_seconds(prefill), total_seconds(decode)
+        prompts = -(-tokens // max(workload.input_len, 1)) if workload.input_len else 1
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=-(-prompts // dealt) * dealt)
+        prefill, decode = (evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
+        return prefill, decode
 
     return seconds

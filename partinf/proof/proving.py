@@ -55,6 +55,8 @@ def prove(
     chosen = tuple(plan.buckets if buckets is None else buckets)
     if not chosen:
         raise InvalidInput("the plan has no buckets; give some, or `partinf.with_capacity`")
+    if plan.num_stages > 1:
+        plan = replace(plan, buckets=chosen)  # what passes from stage to stage is that of these
     compiler, steps = "", []
     for bucket in chosen:
         compiled = compile_bucket(plan, bucket, limits or Limits(), by_compiler)

@@ -54,6 +54,7 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
 
     from partinf.proof.topology import mesh_of
     from partinf.transformer.compiler_partitioned import compile_partitioned
+    from partinf.transformer.params import prefers_unrolled
     from partinf.transformer.step import compile_step
 
     mesh, family = mesh_of(job.plan), job.plan.slice.chip.family
@@ -62,7 +63,7 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
     )
     start = time.monotonic()
     compile_program = compile_partitioned if job.by_compiler else compile_step
-    compiled: Any = compile_program(job.plan, mesh, job.bucket, unrolled=family == "cpu")  # as `partinf.load` does
+    compiled: Any = compile_program(job.plan, mesh, job.bucket, prefers_unrolled(job.plan, family))  # as `partinf.load` does
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     (directory / "program").write_text(compiled.as_text())

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.plans import Bucket, Plan
 from partinf.sharding import abstract_mesh
-from partinf.transformer.batch import empty_batch
+from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step
 
@@ -97,7 +97,7 @@ def trace_account(plan: Plan, bucket: Bucket) -> Account:
     """Count the step of one bucket, traced over the plan's mesh without devices."""
     mesh = abstract_mesh(plan)
     whole = NamedSharding(mesh, P())
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), empty_batch(bucket))
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), stacked(bucket, plan.num_stages))
     step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
     jaxpr = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), batch)
     return count(jaxpr.jaxpr, plan.axis_sizes)

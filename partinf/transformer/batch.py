@@ -1,7 +1,11 @@
-"""What the host sends with every step: small integer arrays, equal on all devices, in the padded shapes of a bucket."""
+"""What the host sends with every step: small integer arrays, equal on all devices, in the padded shapes of a bucket.
+
+A step takes as many batches as its plan has pipeline stages, one for each, in arrays with a leading stage dimension (`stacked`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -122,14 +126,25 @@ def empty_batch(bucket: Bucket) -> Batch:
     )  # fmt: skip
 
 
-def pack(batch: Batch) -> np.ndarray:
-    """All arrays of a batch as one int32 vector: one transfer per step instead of one per array and device."""
-    return np.concatenate([np.ascontiguousarray(leaf).view(np.int32).reshape(-1) for leaf in jax.tree.leaves(batch)])
+def stacked(bucket: Bucket, num_stages: int) -> Batch:
+    """Empty batches for all stages: every array with a leading stage dimension."""
+    return jax.tree.map(lambda leaf: np.stack([leaf] * num_stages), empty_batch(bucket))
+
+
+def at_stage(batches: Batch, stage: jax.Array | int) -> Batch:
+    """The batch of one stage."""
+    return jax.tree.map(lambda leaf: leaf[stage], batches)
+
+
+def pack(batches: Sequence[Batch]) -> np.ndarray:
+    """All arrays of the stages' batches as int32 vectors [stages, ..]: one transfer per step instead of one per array and device."""
+    flat = [[np.ascontiguousarray(leaf).view(np.int32).reshape(-1) for leaf in jax.tree.leaves(batch)] for batch in batches]
+    return np.stack([np.concatenate(leaves) for leaves in flat])
 
 
 def unpack(packed: jax.Array, bucket: Bucket) -> Batch:
-    """The inverse of `pack`, inside the program."""
+    """The inverse of `pack`, inside the program: arrays with a leading stage dimension."""
     leaves, tree = jax.tree.flatten(empty_batch(bucket))
     ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
-    parts = [packed[end - leaf.size : end].reshape(leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
+    parts = [packed[:, end - leaf.size : end].reshape(packed.shape[0], *leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
     return jax.tree.unflatten(tree, [lax.bitcast_convert_type(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)])

@@ -48,7 +48,7 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
     shape = (plan.cache.pages_per_shard * plan.num_shards, model.num_kv_heads, plan.cache.page_size, model.head_dim)
 
     def array(shape: tuple[int, ...], dtype: Any, letters: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=sharding(plan, mesh, "." * len(lead) + letters))
+        return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=sharding(plan, mesh, "N" * len(lead) + letters))
 
     if plan.kv is DType.INT8:
         half: Any = Quantized(array(shape, jnp.int8, _LETTERS), array(shape[:-1], jnp.float32, _LETTERS[:-1]), (-1,))
@@ -68,7 +68,7 @@ def cache_bytes_per_device(plan: Plan) -> int:
     model, axes = plan.padded_model, letter_axes(plan)["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
-    return model.num_layers * plan.cache.pages_per_shard * plan.cache.page_size * 2 * heads * per_head
+    return model.num_layers // plan.num_stages * plan.cache.pages_per_shard * plan.cache.page_size * 2 * heads * per_head
 
 
 def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tuple[jax.Array, jax.Array]:

@@ -16,11 +16,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from partinf.errors import InvalidInput
 from partinf.hardware import make_slice
 from partinf.layout import make_layout
 from partinf.plans import Bucket, Plan
 from partinf.sharding import dimensions
-from partinf.transformer.batch import Batch, empty_batch, pack, unpack
+from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block
 from partinf.transformer.cache import KeysValues, PagesOfHeads
 from partinf.transformer.forward import embedded, sampled_logits
@@ -42,6 +43,8 @@ def on_one_device(plan: Plan) -> Plan:
 
 def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:
     """The step of one bucket as `partinf.transformer.step.compile_step` gives it, partitioned by the compiler."""
+    if plan.num_stages > 1:
+        raise InvalidInput(f"{plan.num_stages} stages: what each does in a tick is written by hand; the compiler's own way has one program")
     routes = Routes(on_one_device(plan), bucket, plain=True)
     real = Routes(plan, bucket)
     between = dimensions(mesh, real.tokens, real.weight)
@@ -49,7 +52,7 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
     freqs = frequencies(plan.model)
 
     def step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
-        batch: Batch = unpack(packed, bucket)
+        batch: Batch = at_stage(unpack(packed, bucket), 0)
         fed = jnp.asarray(batch.decode.token)
         fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
         x, kv = constrain(embedded(params, batch, fed, routes)), state.kv
@@ -73,7 +76,7 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
         last = state.last_token.at[slots].set(out.tokens, mode="drop")
         return State(kv, last), replace(out, logits=logits if with_logits else None)
 
-    packed = jax.ShapeDtypeStruct(pack(empty_batch(bucket)).shape, np.int32, sharding=dimensions(mesh, ()))
+    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)]).shape, np.int32, sharding=dimensions(mesh, ()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     held = jax.tree.map(lambda leaf: leaf.sharding, arguments[1])
     return jax.jit(step, donate_argnums=1, out_shardings=(held, None)).lower(*arguments).compile()

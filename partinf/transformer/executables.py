@@ -160,7 +160,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         (mesh.axis_names, mesh.devices.shape, jax.process_index(), jax.process_count()),
         _host() if devices[0].platform == "cpu" else "",
         replace(plan, predicted=(), note="", buckets=()),
-        (plan.rich, *program),
+        (plan.rich, plan.carried_rows, *program),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
 

@@ -31,6 +31,7 @@ from jax import lax
 
 from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
+from partinf.transformer import stages
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm
@@ -42,17 +43,21 @@ from partinf.transformer.sampling import log_normalizer, logit_of
 _SCORED_ROWS = 128  # rows of logits of given tokens that exist at once
 
 
-def hidden(params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> tuple[jax.Array, Any]:
+def hidden(
+    params: Params, kv: Any, batch: Batch, decode_tokens: jax.Array, routes: Routes, carried: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
     """The last layer's output [T.t, E.w] for all tokens of the step, decode lanes first, and the cache with their keys and values.
 
     Args:
         decode_tokens: [D] tokens to feed, already resolved from the last sampled ones.
+        carried: what the stage before this one sent; the last layer is then that of this stage.
     """
-    return _layers(params["layers"], embedded(params, batch, decode_tokens, routes), kv, batch, routes)
+    x = stages.enter(embedded(params, batch, decode_tokens, routes), carried, routes)
+    return _layers(params["layers"], _spread(x, routes), kv, batch, routes)
 
 
 def embedded(params: Params, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> jax.Array:
-    """The embeddings [T.t, E.w] of all tokens of the step, decode lanes first."""
+    """The embeddings [T.r, E.ef] of all tokens of the step, decode lanes first."""
     parts = []
     if routes.bucket.decode_rows:
         parts.append(_embed(params, decode_tokens, jnp.asarray(batch.decode.position), routes.decode, routes))
@@ -67,17 +72,28 @@ def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group
     x = params["embed"][tokens]  # [T.r, E.ef]
     if routes.plan.model.position is Position.LEARNED:
         x = x + params["positions"].at[take_split(positions, 0, group.order, routes.replica, routes.sizes)].get(mode="clip")
-    frame = routes.frame(group.order, routes.weight_stored)
-    return move(x, frame, Split(routes.replica, routes.weight_stored), Split(routes.tokens, routes.weight))  # [T.t, E.w]
+    return x
+
+
+def _spread(x: jax.Array, routes: Routes) -> jax.Array:
+    """[T.r, E.ef] → [T.t, E.w], as the layers of this phase take it."""
+    lanes = routes.bucket.decode_rows // routes.ways(routes.replica)
+    parts = []
+    for part, group in ((x[:lanes], routes.decode), (x[lanes:], routes.prefill)):
+        if part.shape[0]:
+            frame = routes.frame(group.order, routes.weight_stored)
+            parts.append(move(part, frame, Split(routes.replica, routes.weight_stored), Split(routes.tokens, routes.weight)))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) -> tuple[jax.Array, Any]:
-    """All layers: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry.
+    """All layers of a stage: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry.
 
     Where weights are gathered ahead, the first products' weights of a layer come with the carry: gathered once before the scan, in every
     layer for the next one, and not in the last, which follows the scan. Each is gathered once per layer, as without.
     """
-    freqs, last = frequencies(routes.plan.model), routes.plan.model.num_layers - 1
+    freqs = frequencies(routes.plan.model)
+    last = routes.plan.model.num_layers // routes.ways(routes.stages) - 1
 
     def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any) -> tuple[jax.Array, Any]:
         return block({**weights, **entering}, x, kv, index, batch, routes, freqs)

@@ -4,6 +4,9 @@ Pages leave from the shard of the batch axes that owns them and come back to it:
 own devices own, once. All processes run the same two programs; the devices of other shards read nothing (their ids are out of range) and
 what they hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach (`pinned_host`)
 nobody waits for them.
+
+In a pipeline every stage has its own part of a page, its layers', and moves that when the step that asks for it arrives there: a stage may
+still write what an earlier one has already handed out.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ _NOWHERE = np.iinfo(np.int32).max  # a page that there is not: read as 0 and not
 
 
 def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [shards, PAGES]) → these pages of every shard and layer; ids are local to the shard."""
+    """(cache, ids [stages, shards, PAGES]) → these pages of every shard and layer; ids are local to the shard."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def take(kv: Any, ids: jax.Array) -> Any:
-        return jax.tree.map(lambda array: array.at[(*shapes.where, ids[0])].get(mode="fill", fill_value=0), kv)
+        return jax.tree.map(lambda array: array.at[(*shapes.where, ids[0, 0])].get(mode="fill", fill_value=0), kv)
 
     in_specs = (_specs(shapes.kv), shapes.ids.sharding.spec)
     local = jax.shard_map(take, mesh=mesh, in_specs=in_specs, out_specs=_specs(shapes.pages), check_vma=False)
@@ -36,11 +39,11 @@ def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [shards, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
+    """(cache, ids [stages, shards, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def put_back(kv: Any, ids: jax.Array, new: Any) -> Any:
-        return jax.tree.map(lambda array, pages: array.at[(*shapes.where, ids[0])].set(pages, mode="drop"), kv, new)
+        return jax.tree.map(lambda array, pages: array.at[(*shapes.where, ids[0, 0])].set(pages, mode="drop"), kv, new)
 
     in_specs = (_specs(shapes.kv), shapes.ids.sharding.spec, _specs(shapes.pages))
     local = jax.shard_map(put_back, mesh=mesh, in_specs=in_specs, out_specs=_specs(shapes.kv), check_vma=False)
@@ -49,7 +52,7 @@ def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 class HostPages:
-    """Pages in host memory, by the first of their places there."""
+    """Pages in host memory, by stage and the first of their places there."""
 
     def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool, take: Callable[..., Any], put_back: Callable[..., Any]) -> None:
         """
@@ -57,9 +60,10 @@ class HostPages:
             take, put_back: from `compile_take` and `compile_put`.
         """
         self._take, self._put = take, put_back
-        self._held: dict[int, list[list[_Part]]] = {}
+        self._held: dict[tuple[int, int], list[list[_Part]]] = {}
         self._shapes = _Shapes(plan, mesh, unrolled)
-        self._num_shards, self._per_shard = plan.num_shards, plan.cache.pages_per_shard
+        self._per_shard = plan.cache.pages_per_shard
+        self._layers_per_stage = plan.model.num_layers // plan.num_stages
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
         self._pinned = "pinned_host" in kinds
@@ -76,19 +80,19 @@ class HostPages:
         """Bytes that this process keeps."""
         return sum(part.num_bytes for groups in self._held.values() for group in groups for part in group)
 
-    def out(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> None:
-        """Keep these pages, all of one shard; their ids are global."""
+    def out(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int], stage: int = 0) -> None:
+        """Keep these pages of a stage, all of one shard; their ids are global."""
         for page in host_pages:
-            self._held.pop(page, None)  # of a request that was cancelled while it was there
+            self._held.pop((stage, page), None)  # of a request that was cancelled while it was there
         shard, groups = pages[0] // self._per_shard, []
-        for ids in self._groups(pages):
+        for ids in self._groups(pages, stage):
             taken = jax.tree.leaves(self._take(kv, ids))
-            groups.append([_Part(array, self._of(array, shard), self._pinned) for array in taken])
-        self._held[host_pages[0]] = groups
+            groups.append([_Part(array, self._of(array, stage, shard), self._pinned) for array in taken])
+        self._held[stage, host_pages[0]] = groups
 
-    def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int]) -> Any:
-        """The cache with these pages at their new places, on the same shard as before."""
-        for ids, group in zip(self._groups(pages), self._held.pop(host_pages[0]), strict=True):
+    def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int], stage: int = 0) -> Any:
+        """The cache with these pages of a stage at their new places, on the same shard as before."""
+        for ids, group in zip(self._groups(pages, stage), self._held.pop((stage, host_pages[0])), strict=True):
             parts = zip(group, self._leaves, self._blanks, strict=True)
             new = [part.restored(leaf.shape, leaf.sharding, blanks) for part, leaf, blanks in parts]
             kv = self._put(kv, ids, jax.tree.unflatten(self._tree, new))
@@ -98,20 +102,20 @@ class HostPages:
         """Forget all of them."""
         self._held.clear()
 
-    def _groups(self, pages: Sequence[int]) -> list[jax.Array]:
-        """The pages in groups of what one program moves, as ids of their shard; other shards have none."""
+    def _groups(self, pages: Sequence[int], stage: int) -> list[jax.Array]:
+        """The pages in groups of what one program moves, as ids of their shard; other shards and stages have none."""
         shard, groups = pages[0] // self._per_shard, []
         for first in range(0, len(pages), PAGES):
-            ids = np.full((self._num_shards, PAGES), _NOWHERE, np.int32)
+            ids = np.full((*self._shapes.ids.shape[:-1], PAGES), _NOWHERE, np.int32)
             chosen = np.asarray(pages[first : first + PAGES]) - shard * self._per_shard
-            ids[shard, : len(chosen)] = chosen
+            ids[stage, shard, : len(chosen)] = chosen
             groups.append(put(ids, self._shapes.ids.sharding))
         return groups
 
-    def _of(self, array: jax.Array, shard: int) -> list[Any]:
-        """The shards of an array that hold pages of this shard of the batch axes."""
-        axis = len(self._shapes.where)
-        return [each for each in array.addressable_shards if (each.index[axis].start or 0) == shard * PAGES]
+    def _of(self, array: jax.Array, stage: int, shard: int) -> list[Any]:
+        """The shards of an array that hold pages of this stage and of this shard of the batch axes."""
+        begin = (stage * self._layers_per_stage,) * len(self._shapes.where) + (shard * PAGES,)
+        return [each for each in array.addressable_shards if tuple(part.start or 0 for part in each.index[: len(begin)]) == begin]
 
 
 class _Part:
@@ -146,7 +150,8 @@ class _Shapes:
         axis = 0 if unrolled else 1
         self.where = (slice(None),) * axis
         self.kv = abstract_state(plan, mesh, unrolled).kv
-        self.ids = jax.ShapeDtypeStruct((plan.num_shards, PAGES), np.int32, sharding=dimensions(mesh, plan.batch_axes, ()))
+        split = dimensions(mesh, plan.stage_axes, plan.batch_axes, ())
+        self.ids = jax.ShapeDtypeStruct((plan.num_stages, plan.num_shards, PAGES), np.int32, sharding=split)
 
         def some_pages(leaf: Any) -> Any:
             shape = (*leaf.shape[:axis], plan.num_shards * PAGES, *leaf.shape[axis + 1 :])

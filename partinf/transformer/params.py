@@ -90,7 +90,7 @@ def declare(model: ModelConfig, unrolled: bool) -> Params:
     layer = declare_layer(model)
     layers: Any = tuple(dict(layer) for _ in range(model.num_layers))
     if not unrolled:
-        layers = {name: replace(d, shape=(model.num_layers, *d.shape), letters="." + d.letters) for name, d in layer.items()}
+        layers = {name: replace(d, shape=(model.num_layers, *d.shape), letters="N" + d.letters) for name, d in layer.items()}
     table = Declared((model.padded_vocab_size, model.embed_dim), ".D")  # never quantised: logits are what int8 would hurt most
     tree: Params = {"embed": table, "layers": layers, **_declare_norm("final_norm", model)}
     if not model.tied_embeddings:
@@ -117,7 +117,13 @@ def runnable_model(plan: Plan) -> ModelConfig:
 
 
 def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Params:
-    """The tree as `jax.ShapeDtypeStruct`s with shardings: what loaders, checkpoints and the compiler take."""
+    """The tree as `jax.ShapeDtypeStruct`s with shardings: what loaders, checkpoints and the compiler take.
+
+    Raises:
+        InvalidInput: a plan that cannot be run, or separate layers where stages split them.
+    """
+    if unrolled and plan.num_stages > 1:
+        raise InvalidInput(f"{plan.num_stages} stages hold their layers stacked, so that one program runs on all: unrolled=False")
     dtype = activation_dtype(plan)
 
     def leaf(d: Declared) -> Any:
@@ -129,6 +135,11 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
         return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
 
     return jax.tree.map(leaf, declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
+
+
+def prefers_unrolled(plan: Plan, platform: str) -> bool:
+    """Whether layers are compiled one by one: on a CPU, which runs a loop slower. Stages share one program, so theirs are stacked."""
+    return platform == "cpu" and plan.num_stages == 1
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:

@@ -24,7 +24,8 @@ class Group:
     Attributes:
         batch: axes over which whole requests are dealt. heads: axes that split the query heads.
         kv: axes among `heads` that split the key-value heads too.
-        order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers.
+        order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers, those that
+            hold copies of the weights first, so that these split the same rows whatever a phase gathers.
     """
 
     batch: Axes
@@ -94,6 +95,11 @@ class Routes:
     def replica(self) -> Axes:
         return self.plan.layout.storage_axes(Role.REPLICA)
 
+    @cached_property
+    def stages(self) -> Axes:
+        """Axes that split the layers, without those of size 1."""
+        return tuple(axis for axis in self.plan.stage_axes if self.sizes[axis] > 1)
+
     # Digit orders.
 
     @cached_property
@@ -123,7 +129,8 @@ class Routes:
 
     def _group(self, phase: Phase) -> Group:
         batch, heads = phase.attention_axes(AttentionRole.BATCH), phase.attention_axes(AttentionRole.HEADS)
-        others = tuple(axis for axis in self.plan.layout.axes if axis in self.tokens and axis not in batch)
+        gathered = tuple(axis for axis in self.tokens if axis not in self.replica)
+        others = tuple(axis for axis in self.replica + gathered if axis not in batch)
         return Group(batch, heads, tuple(axis for axis in self.kv_digits if axis in heads), batch + others)
 
     @cached_property

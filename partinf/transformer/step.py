@@ -1,7 +1,8 @@
-"""The compiled step: `step(params, state, batch) → (state, out)`, one program per bucket.
+"""The compiled step: `step(params, state, batches) → (state, out)`, one program per bucket.
 
 The state (KV pages, the last token of every slot, and in rich plans its counts and biases) is donated and updated in place; a sampled
-token is fed to the next step on the device unless the host sends another.
+token is fed to the next step on the device unless the host sends another. A step is one tick of the pipeline (`transformer.stages`): it
+takes one batch per stage and gives the tokens of the last stage's. With one stage that is the batch that it takes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from partinf.collectives import Split, move
 from partinf.errors import raise_offences
 from partinf.plans import Bucket, Plan
 from partinf.sharding import sharding, spec
-from partinf.transformer.batch import Batch, empty_batch, pack, unpack
+from partinf.transformer import stages
+from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
 from partinf.transformer.cache import abstract_cache
 from partinf.transformer.forward import hidden, sampled_logits, token_logprobs, vocabulary_ids
 from partinf.transformer.params import Params, abstract_params
@@ -37,12 +39,14 @@ class State:
 
     Attributes:
         kv: the paged cache. last_token: [slots] the last token sampled for each slot.
-        slots: for penalties and biases, in rich plans alone.
+        slots: for penalties and biases, in rich plans alone. carried: activations that the next tick's stages begin with, if there are
+            several.
     """
 
     kv: Any
     last_token: jax.Array
     slots: Slots | None = None
+    carried: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +81,8 @@ Step = Callable[[Params, State, Batch], tuple[State, Out]]
 def abstract_state(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> State:
     """The state as `jax.ShapeDtypeStruct`s with shardings."""
     last = jax.ShapeDtypeStruct((plan.cache.num_slots,), jnp.int32, sharding=sharding(plan, mesh, "."))
-    return State(abstract_cache(plan, mesh, unrolled), last, abstract_slots(plan, mesh) if plan.rich else None)
+    slots = abstract_slots(plan, mesh) if plan.rich else None
+    return State(abstract_cache(plan, mesh, unrolled), last, slots, stages.abstract_carried(plan, mesh))
 
 
 def empty_state(plan: Plan, mesh: Mesh, unrolled: bool) -> State:
@@ -104,6 +109,11 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         offences.append(f"bucket {bucket}: prefill tokens and prefill slots go together")
     if bucket.rich and not plan.rich:
         offences.append(f"bucket {bucket}: the plan has no rich bucket, so its slots keep no counts")
+    carried = zip((bucket.decode_rows, bucket.prefill_tokens), plan.carried_rows, strict=True)
+    if plan.num_stages > 1 and any(rows not in (0, kept) for rows, kept in carried):
+        offences.append(
+            f"bucket {bucket}: it is none of the plan's, whose stages pass on {plan.carried_rows} decode rows and prompt tokens"
+        )
     raise_offences(offences)
 
 
@@ -115,32 +125,36 @@ def build_step(
     routes = Routes(plan, bucket, plain)
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
-    batch_specs = jax.tree.map(lambda _: P(), empty_batch(bucket))
+    batch_specs = jax.tree.map(lambda _: P(), stacked(bucket, plan.num_stages))
     rich = P() if bucket.rich else None
     out_specs = Out(P(), P(), spec(plan, ".W") if with_logits else None, rich, rich, rich if bucket.prefill_tokens else None)
 
-    def local_step(params: Params, state: State, batch: Batch) -> tuple[State, Out]:
-        fed = jnp.asarray(batch.decode.token)
-        fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
+    def local_step(params: Params, state: State, batches: Batch) -> tuple[State, Out]:
+        mine, batch = stages.own(batches, routes), stages.last(batches)
+        x, kv = hidden(params, state.kv, mine, _fed(mine, state), routes, state.carried)
+        carried = stages.leave(x, state.carried, routes)
         kept = state.slots
         if bucket.rich:
-            kept = count_fed(kept, jnp.asarray(batch.decode.slot), fed, jnp.asarray(batch.rich.counted), vocabulary_ids(routes))
-        x, kv = hidden(params, state.kv, batch, fed, routes)
+            # A slot's counts change where they are used, so that steps in stages before have not touched them.
+            kept = count_fed(
+                kept, jnp.asarray(batch.decode.slot), _fed(batch, state), jnp.asarray(batch.rich.counted), vocabulary_ids(routes)
+            )
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, kept, slots, batch, routes)
         if bucket.rich and bucket.prefill_tokens:
             out = replace(out, prompt_logprobs=_prompt_logprobs(params, x, batch, routes))
+        out = stages.from_last(replace(out, logits=_whole_lanes(logits, routes) if with_logits else None), routes)
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)  # out of range: dropped
         last = state.last_token.at[slots].set(out.tokens, mode="drop")
-        return State(kv, last, kept), replace(out, logits=_whole_lanes(logits, routes) if with_logits else None)
+        return State(kv, last, kept, carried), out
 
     in_specs = (params_specs, state_specs, batch_specs)
     return jax.shard_map(local_step, mesh=mesh, in_specs=in_specs, out_specs=(state_specs, out_specs), check_vma=False)
 
 
 def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:
-    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batch)`, and donates the state.
+    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batches)`, and donates the state.
 
     Where weights are gathered ahead, a TPU's compiler is asked to run gathers beside products: by itself it runs one thing at a time.
     """
@@ -149,10 +163,16 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
     def packed_step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
         return step(params, state, unpack(packed, bucket))
 
-    packed = jax.ShapeDtypeStruct(pack(empty_batch(bucket)).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
+    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     beside = Routes(plan, bucket).phase.ahead and mesh.devices.flat[0].platform == "tpu"
     return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(_GATHERS_BESIDE_PRODUCTS if beside else None)
+
+
+def _fed(batch: Batch, state: State) -> jax.Array:
+    """The tokens [D] that decode lanes feed. A slot's last one stays until its own next one is chosen, so every stage finds the same."""
+    fed = jnp.asarray(batch.decode.token)
+    return jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
 
 
 def choose_tokens(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch: Batch, routes: Routes) -> Out:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +16,10 @@ from partinf.checkpoint.hf import load_hf
 from partinf.cli import main
 from partinf.engine import Engine, FirstComeFirstServed, SamplingParams
 from partinf.engine.jax_runner import JaxRunner
+from partinf.engine.metrics import Metrics
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
+from partinf.engine.report import Bounds, Machine, report
 from partinf.engine.step_price import Estimates
 from partinf.hardware import parse_slice
 from partinf.layout import make_layout
@@ -59,10 +64,53 @@ def test_tokens_survive_preemption_and_swapping(slice_name: str, unrolled: bool,
     assert runner.num_compiled == compiled
 
 
-def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["bench", "--model", "demo", "--slice", "cpu:1", "--arrivals", "backlog", "--requests", "12", "--scheduler", "orca"]
-    assert main([*flags, "--lengths", "fixed:6:5", "--format", "json"]) == 0
+def check_lanes(events: list[dict[str, Any]], num_steps: int) -> None:
+    """No bar of a lane begins before the one before it has ended, and there are as many steps as iterations."""
+    bars = sorted((each["pid"], each["tid"], each["ts"], each["dur"]) for each in events if each["ph"] == "X")
+    assert sum(bar[0] == 0 for bar in bars) == num_steps
+    for before, after in pairwise(bars):
+        assert before[:2] != after[:2] or before[2] + before[3] <= after[2] + 1e-2, "in microseconds"
+
+
+def keys(value: Any) -> Any:
+    return {key: keys(each) for key, each in value.items()} if isinstance(value, dict) else None
+
+
+def test_bench_and_simulate_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--model",
+        "demo",
+        "--slice",
+        "cpu:1",
+        "--arrivals",
+        "gamma:200:2",
+        "--lengths",
+        "fixed:6:5",
+        "--requests",
+        "8",
+        "--tpot",
+        "900",
+    ]
+    labels = []
+    for command in ("bench", "simulate"):
+        assert main([command, *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        labels.append([line.split("  ")[0] for line in lines if "  " in line.strip()])
+    assert labels[0] == labels[1]
+    assert {"time to first token", "goodput, TPOT ≤ 900 ms", "queue, mean and longest", "MFU"} <= set(labels[0])
+    wanted = keys(report(Metrics(1), 1.0, 0, Bounds(), Machine(1, 1, 1.0)))
+    assert main(["simulate", *flags, "--format", "json"]) == 0
     figures = json.loads(capsys.readouterr().out)
+    assert {key: keys(figures[key]) for key in wanted} == wanted
+
+
+def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["bench", "--model", "demo", "--slice", "cpu:1", "--arrivals", "backlog", "--requests", "12", "--scheduler", "orca"]
+    assert main([*flags, "--lengths", "fixed:6:5", "--format", "json", "--trace", str(tmp_path / "trace.json")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    check_lanes(json.loads((tmp_path / "trace.json").read_text())["traceEvents"], figures["counters"]["iterations"])
+    wanted = keys(report(Metrics(1), 1.0, 0, Bounds(), Machine(1, 1, 1.0)))
+    assert {key: keys(figures[key]) for key in wanted} == wanted
     assert figures["requests"] == {"finished": 12, "refused": 0}
     assert figures["counters"]["generated_tokens"] == 60
     assert figures["compiled_while_serving"] == 0

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partinf.engine import Engine, FakeRunner, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
-from partinf.engine.batch import BatchBuilder
+from partinf.engine import Engine, FakeRunner, FirstComeFirstServed, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
+from partinf.engine.batch import Batch, BatchBuilder
 from partinf.engine.cost_runner import CostRunner
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.priority import by_priority
@@ -18,7 +18,7 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.registry import POLICIES, PolicyOptions, make_policy
 from partinf.engine.policies.srpt import shortest_remaining_first
 from partinf.engine.request import Sequence, Status
-from partinf.engine.step import Step
+from partinf.engine.step import Step, StepOutput
 from partinf.engine.step_price import Estimates, Price
 from partinf.errors import InvalidInput
 from tests.engine.support import ROOMY, VOCAB, alone, make_engine, run_all
@@ -95,6 +95,30 @@ def test_orca_keeps_two_disjoint_batches_in_two_stages() -> None:
     assert slots == [{0, 1}, {2, 3}] * 3
 
 
+@pytest.mark.parametrize("policy", [FirstComeFirstServed(), by_priority(8)], ids=["fcfs", "priority"])
+def test_few_sequences_are_dealt_over_the_stages(policy: Policy) -> None:
+    """Three stages and six sequences: two in every step, and a step for every stage, although one step could take all."""
+    runner = FakeRunner(replace(ROOMY, num_stages=3))
+    engine = Engine(runner, policy=policy, check_invariants=True)
+    engine.generate([[number] for number in range(6)], SamplingParams(max_tokens=4))
+    assert [step.num_rows for step in runner.steps] == [2] * 12
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_long_prompt_passes_through_the_stages_chunk_after_chunk(lag: int) -> None:
+    """Its tokens are known, so no chunk waits for the one before to come out; the first token that is fed waits for all stages."""
+    runner = FakeRunner(replace(ROOMY, num_stages=4, max_prefill_tokens=8))
+    engine = Engine(runner, lag=lag, check_invariants=True)
+    asked = {"long": ([1] * 29, SamplingParams(max_tokens=3)), "short": ([2] * 3, SamplingParams(max_tokens=2))}
+    for name, (prompt, params) in asked.items():
+        engine.add_request(prompt, params, name)
+    for _ in range(5):
+        engine.step(wait=False)
+    assert [step.num_prefill_tokens for step in runner.steps] == [8, 8, 8, 5, 3]
+    outputs = run_all(engine)
+    assert all(outputs[name].tokens == alone(ROOMY, *one, name).tokens for name, one in asked.items())
+
+
 def test_priorities() -> None:
     engine = Engine(FakeRunner(ROOMY), policy=by_priority(1), check_invariants=True)
     for name, priority in (("low", 5), ("high", -1), ("middle", 0)):
@@ -102,10 +126,11 @@ def test_priorities() -> None:
     assert list(run_all(engine)) == ["high", "middle", "low"]
 
 
-def test_joining_sinking_and_rising() -> None:
-    """Quanta are 0.5, 1, 2, … s. A prompt of 8 tokens takes 2 s, so it joins the third queue; one of 2 tokens takes 0.5 s: the first."""
+def levels_of_two(promotion_period: int) -> tuple[MultiLevelFeedbackQueue, list[tuple[int, ...]]]:
+    """The queues of two requests over 16 iterations. Quanta are 0.5, 1, 2, … s. A prompt of 8 tokens takes 2 s, so it joins the third
+    queue; one of 2 tokens takes 0.5 s: the first."""
     runner = CostRunner(ROOMY, lambda step: Price(step.num_prefill_tokens / 4 + (0.5 if step.decode else 0.0), step.num_tokens))
-    policy = MultiLevelFeedbackQueue(Estimates(lambda tokens: tokens / 4, 0.5), 1, alpha=3.0)
+    policy = MultiLevelFeedbackQueue(Estimates(lambda tokens: tokens / 4, 0.5), 1, alpha=3.0, promotion_period=promotion_period)
     engine = Engine(runner, policy=policy, clock=runner.clock)
     for length in (8, 2):
         engine.add_request([1] * length, SamplingParams(max_tokens=40))
@@ -113,24 +138,39 @@ def test_joining_sinking_and_rising() -> None:
     for _ in range(16):
         engine.step()
         levels.append(tuple(entry.level for entry in policy._entries.values()))
+    return policy, levels
+
+
+def test_joining_sinking_and_rising() -> None:
+    policy, levels = levels_of_two(promotion_period=1)
     # The short one has 0.5 s in the first queue and 1 s in the second, and is then in the third, behind the long one. That has its 2 s
     # there in one iteration. The short one has the same, in four, and sinks below it. Then it waits until 3 s are over, and rises.
     assert levels == [(2, 0), (2, 1), (2, 1), (2, 2)] + [(3, 2)] * 4 + [(3, 3)] * 7 + [(3, 0)]
     assert (policy.demotions, policy.promotions) == (4, 1)
+    policy, found = levels_of_two(promotion_period=10)
+    assert (found[:15], found[15]) == (levels[:15], (3, 3)), "it would rise in the twentieth iteration"
+    assert policy.promotions == 0
 
 
 def test_a_long_request_is_not_starved_by_short_ones() -> None:
-    """Short requests keep coming faster than they are served; the long one still gets an iteration about every α."""
+    """Short requests keep coming as fast as they are served; the long one gets an iteration α after the one before, and after the few
+    that then stand in the first queue."""
+    ran = []
+
+    def on_step(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+        if any(sequence.request.id == "long" for sequence in (*batch.decode, *batch.prefill)):
+            ran.append(committed)
+
     runner = CostRunner(replace(ROOMY, num_slots=64, pages_per_shard=1000), price)
-    engine = Engine(runner, policy=MultiLevelFeedbackQueue(ESTIMATES, 1, alpha=3.0), clock=runner.clock)
-    ended = {}
+    engine = Engine(runner, policy=MultiLevelFeedbackQueue(ESTIMATES, 1, alpha=3.0), clock=runner.clock, on_step=on_step)
     engine.add_request([1] * 20, SamplingParams(max_tokens=10), "long")
-    for number in range(2000):
+    number = 0
+    while len(ran) < 10:
         engine.add_request([1], SamplingParams(max_tokens=1), f"short-{number}")
-        ended |= {output.id: output.times for output in engine.step()}
-        if "long" in ended:
-            break
-    assert ended["long"].completion_time < 60 * 3.0
+        engine.step()
+        number += 1
+        assert runner.clock.now < (ran[-1] if ran else 2.0) + 3.0 + 1.5
+    assert number > 200
 
 
 @pytest.mark.parametrize("eviction", list(Eviction))
@@ -166,17 +206,22 @@ def test_a_better_one_gets_the_slot_of_a_worse_one(eviction: Eviction) -> None:
     assert engine.metrics.swap_outs + engine.metrics.preemptions == 1
 
 
-def test_what_is_cheaper_is_done() -> None:
-    """Copies that take longer than computing again are not made."""
-    slow = replace(ESTIMATES, page_out=10.0, page_in=10.0)
-    limits = replace(ROOMY, pages_per_shard=6, num_host_pages=20)
-    policy = MultiLevelFeedbackQueue(ESTIMATES, 2, pages=Pages(Eviction.REACTIVE, slow), alpha=1e9)
-    engine = Engine(FakeRunner(limits), policy=policy, check_invariants=True)
-    for prompt in ([1] * 6, [2] * 6, [3] * 6):
-        engine.add_request(prompt, SamplingParams(max_tokens=9))
+@pytest.mark.parametrize(
+    ("page_out", "page_in", "swaps"),
+    [(0.01, 0.01, "all"), (10.0, 0.01, "none"), (0.01, 10.0, "none"), (0.1, 0.2, "long"), (0.2, 0.1, "long")],
+)
+@pytest.mark.parametrize("eviction", [Eviction.REACTIVE, Eviction.PROACTIVE])
+def test_what_is_cheaper_is_done(page_out: float, page_in: float, swaps: str, eviction: Eviction) -> None:
+    """A page holds 4 tokens. There and back takes 0.02, 10.01 or 0.3 s; to compute 4 tokens again 0.4 s, and a single one 0.1 s."""
+    estimates = replace(ESTIMATES, page_out=page_out, page_in=page_in, pages_for=ROOMY.pages_for)
+    limits = replace(ROOMY, num_slots=1, num_host_pages=20)
+    engine = make_engine(limits=limits, policy=by_priority(1, Pages(eviction, estimates)))
+    for name, prompt_len, priority in (("short", 1, 9), ("long", 4, 5), ("first", 4, 1)):  # each takes the slot of the one before
+        engine.add_request([1] * prompt_len, SamplingParams(max_tokens=9, priority=priority), name)
         engine.step()
-    run_all(engine)
-    assert (engine.metrics.swap_outs, engine.metrics.preemptions > 0) == (0, True)
+    outputs = run_all(engine)
+    assert {name: output.tokens for name, output in outputs.items()} == dict.fromkeys(("short", "long", "first"), tuple(range(2, 11)))
+    assert (engine.metrics.swap_outs, engine.metrics.preemptions) == {"all": (2, 0), "none": (0, 2), "long": (1, 1)}[swaps]
 
 
 class Restless:
@@ -256,7 +301,7 @@ def test_orcas_invariant_over_stages(seed: int, num_stages: int, max_batch: int)
         engine.add_request([1] * rng.randint(1, 12), SamplingParams(max_tokens=rng.randint(1, 9)), str(number))
         for _ in range(rng.choice([0, 0, 1, 2])):
             engine.step()
-            live = [live.sequence.num_iterations for live in engine._live.values()]
+            live = [live.sequence.num_iterations for live in engine._samples]
             assert live == sorted(live, reverse=True)
     assert len(run_all(engine)) > 0
 

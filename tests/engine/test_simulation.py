@@ -34,8 +34,9 @@ from tests.engine.support import ROOMY, run_all
 GREEDY = RowSampling()
 
 
-def one_second(step: Step) -> Price:
-    return Price(1.0 if step.num_tokens else 0.0, step.num_tokens)
+def one_second(*steps: Step) -> Price:
+    tokens = max(step.num_tokens for step in steps)
+    return Price(1.0 if tokens else 0.0, tokens)
 
 
 def row(slot: int, *pages: int) -> DecodeRow:
@@ -81,13 +82,30 @@ def test_a_bucket_is_priced_whole() -> None:
         price(Step(prefill=(replace(chunk, start=4, pages=(0, 1, 2)),)))
 
 
-def test_stages_overlap_batches() -> None:
-    runner = CostRunner(replace(ROOMY, num_stages=2), one_second, transfer_seconds=lambda tokens: 0.1, overhead_seconds=0.05)
+def rows_in_seconds(*steps: Step) -> Price:
+    rows = max(step.num_rows for step in steps)
+    return Price(float(rows), rows)
+
+
+def test_stages_work_at_once_and_wait_for_the_longest() -> None:
+    runner = CostRunner(replace(ROOMY, num_stages=2), rows_in_seconds, overhead_seconds=0.5)
+    runner.submit(Step((row(0, 0), row(1, 1))))
+    runner.submit(Step((row(2, 2),)))
+    first, second = runner.collect(), runner.collect()
+    assert first.stages == ((0.0, 2.0), (2.5, 4.5))
+    assert second.stages == ((2.5, 3.5), (5.0, 6.0))  # its first tick is as long as the other step's second
+    assert (first.seconds, second.seconds, runner.clock.now) == (5.0, 4.0, 6.5)
+    assert runner.bubbles == pytest.approx(1 - 6 / 13)
+
+
+def test_a_step_enters_between_two_ticks() -> None:
+    runner = CostRunner(replace(ROOMY, num_stages=3), rows_in_seconds)
     runner.submit(Step((row(0, 0),)))
+    assert runner.next_finish == 3.0
+    runner.clock.advance_to(1.5)  # the second tick has begun, and nothing enters it
     runner.submit(Step((row(1, 1),)))
-    assert (runner.collect().seconds, runner.clock.now) == (pytest.approx(1.15), pytest.approx(1.15))
-    runner.collect()
-    assert runner.clock.now == pytest.approx(1.7)  # 0.55 behind: the first stage, which has the host's overhead, is the slowest
+    assert runner.collect().stages[-1] == (2.0, 3.0)
+    assert runner.collect().stages[0] == (2.0, 3.0)
 
 
 def test_copies_run_beside_the_compute() -> None:
@@ -130,7 +148,7 @@ def test_an_arrival_fills_the_pipeline_while_a_step_is_in_flight() -> None:
     runner = CostRunner(replace(ROOMY, num_stages=2), one_second)
     engine = Engine(runner, policy=Orca(1), clock=runner.clock, check_invariants=True)
     play(engine, [Arrival(0.0, 4, 1), Arrival(0.6, 4, 1)], runner.clock, next_finish=lambda: runner.next_finish)
-    assert [times.finished for times in engine.metrics.times] == pytest.approx([1.0, 1.6])
+    assert [times.finished for times in engine.metrics.times] == pytest.approx([2.0, 3.0])  # the second enters when the first moves on
 
 
 def test_memory_decides_how_many_tokens_are_kept() -> None:

@@ -1,5 +1,7 @@
 """Drives one compiled step through prefill, chunks over earlier context, mixed steps and decode, and compares with the reference.
 
+In a pipeline every tick takes the next step on the first stage, so that as many of them as stages are in flight.
+
 One program per layout: a bucket with decode lanes, prompt tokens and earlier pages, of which a step leaves empty what it does not need.
 Sequences have ragged lengths, pages come in random order, and every sampled row's logits are compared.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -141,12 +144,14 @@ def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: C
     state, limits = empty_state(plan, mesh, unrolled), runner_limits(plan)
     progress = _start(plan, rng)
     want, worst, compared = expected_logits(model), 0.0, 0
+    pipeline = deque([Step()] * plan.num_stages, maxlen=plan.num_stages)  # the newest step first, on the first stage
     for _ in range(40):
-        todo = _next_step(progress, plan, rng)
-        if not todo:
+        pipeline.appendleft(_next_step(progress, plan, rng))
+        if not any(pipeline):
             break
-        placed = place_step(todo, _BUCKET, plan, limits)
-        state, out = step(params, state, pack(placed.batch))
+        placed = [place_step(each, _BUCKET, plan, limits) for each in pipeline]
+        state, out = step(params, state, pack([each.batch for each in placed]))
+        todo, placed = pipeline[-1], placed[-1]
         logits, tokens = np.asarray(out.logits)[:, : model.vocab_size], np.asarray(out.tokens)
         rows = [(placed.decode_rows[i], row.slot, row.position) for i, row in enumerate(todo.decode)]
         rows += [(placed.prefill_rows[i], chunk.slot, chunk.end - 1) for i, chunk in enumerate(todo.prefill)]

@@ -55,6 +55,23 @@ def test_steps_with_many_tokens_run_the_prefill_phase() -> None:
     assert largest_error(make_plan("2x2x2", MIXED, prefill_from_tokens=1)) < TOLERANCE["f32"]
 
 
+STAGED = {
+    "two stages, tensor axes": ("2x2x2", {"x": "stage", "y": "embed", "z": "ffn"}, {"x": "none", "y": "batch", "z": "heads"}, ""),
+    "two stages, gathering": ("2x2x2", {"x": "embed", "y": "replica", "z": "stage"}, {"x": "batch", "y": "none", "z": "none"}, "x"),
+    "four stages, copies": ("4x2", {"x": "stage", "y": "replica"}, {"x": "none", "y": "batch"}, ""),
+    "four stages over two axes": ("2x2x2", {"x": "stage", "y": "ffn", "z": "stage"}, {"x": "none", "y": "heads", "z": "none"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages(name: str) -> None:
+    """As many steps in flight as stages, each one stage behind the one before."""
+    mesh, storage, attention, gather = STAGED[name]
+    model = dataclasses.replace(MODEL, name="four layers", num_layers=4)
+    plan = make_plan(mesh, make_layout(storage, attention, decode_gather=gather, prefill_gather=gather), model)
+    assert largest_error(plan) < TOLERANCE["f32"]
+
+
 def test_untied_embeddings_and_unrolled_layers() -> None:
     model = dataclasses.replace(MODEL, name="untied", tied_embeddings=False)
     assert (

@@ -80,7 +80,7 @@ def test_a_loaded_step_still_updates_its_state_in_place(tmp_path: Path) -> None:
     before = [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
     chunk = PrefillChunk(0, 0, (1, 2, 3), 0, (0,), True, RowSampling())
     placed = place_step(Step(prefill=(chunk,)), bucket, plan, runner.limits)
-    new, _ = runner._steps[bucket](runner.params, state, jax.device_put(pack(placed.batch), runner._batch_sharding))
+    new, _ = runner._steps[bucket](runner.params, state, jax.device_put(pack([placed.batch]), runner._batch_sharding))
     after = [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new.kv) for shard in leaf.addressable_shards]
     assert after == before
     assert all(leaf.is_deleted() for leaf in leaves)

@@ -80,7 +80,7 @@ def test_the_partitioned_step_gives_their_logits(name: str) -> None:
             tokens = tuple(int(token) for token in row[start:end])
             chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, pages, True, RowSampling(), shard))
         placed = place_step(Step((), tuple(chunks)), bucket, plan, limits)
-        state, out = step(params, state, pack(placed.batch))
+        state, out = step(params, state, pack([placed.batch]))
         for sequence, row in enumerate(placed.prefill_rows):
             got = np.asarray(out.logits)[row, : plan.model.vocab_size]
             np.testing.assert_allclose(got, expected["logits"][sequence, end - 1], atol=TOLERANCE, rtol=0)

@@ -39,6 +39,7 @@ LAYOUTS = {
         {"x": "replica", "y": "embed", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "heads"}, dict.fromkeys("xyz", "heads")
     ),
     "cpu:1": make_layout({"x": "replica"}, {"x": "none"}),
+    "cpu:3x2": make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "heads"}),
 }
 TOLERANCE = 1e-4  # of float32 logits, as in the harness
 PROMPTS = [[3, 5, 7, 5, 9, 11, 13, 7, 2, 3 + n] for n in range(3)] + [[4, 4]]
@@ -160,7 +161,20 @@ ARRIVALS = st.builds(Arrival, st.integers(0, 5), st.integers(0, 3), st.integers(
 )
 def test_everyone_is_answered_as_if_alone(arrivals: list[Arrival], policy: str, lag: int, caching: bool) -> None:
     """Prompts that begin alike, whole pages or not, come and go; pages are cached, shared, swapped and taken away."""
-    engine = Engine(make_runner("cpu:1"), policy=POLICIES[policy](), lag=lag, prefix_caching=caching, check_invariants=True)
+    _check_that_everyone_is_answered("cpu:1", arrivals, policy, lag, caching)
+
+
+@settings(max_examples=15)
+@given(
+    arrivals=st.lists(ARRIVALS, min_size=2, max_size=7), policy=st.sampled_from([*POLICIES]), lag=st.integers(0, 2), caching=st.booleans()
+)
+def test_everyone_is_answered_by_three_stages(arrivals: list[Arrival], policy: str, lag: int, caching: bool) -> None:
+    """The same in a pipeline, where every stage keeps, swaps and shares its own part of the pages, one step behind the one before."""
+    _check_that_everyone_is_answered("cpu:3x2", arrivals, policy, lag, caching)
+
+
+def _check_that_everyone_is_answered(slice_name: str, arrivals: list[Arrival], policy: str, lag: int, caching: bool) -> None:
+    engine = Engine(make_runner(slice_name), policy=POLICIES[policy](), lag=lag, prefix_caching=caching, check_invariants=True)
     outputs: dict[str, dict[int, RequestOutput]] = {str(number): {} for number in range(len(arrivals))}
     iteration = 0
     while iteration < 20 or engine.has_work:

@@ -88,6 +88,34 @@ def test_int8_weights(assignment: Assignment) -> None:
     check(plan, BUCKETS["decode"])
 
 
+STAGED = {
+    "two stages": ("2x4", make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "batch"}, {"x": "none", "y": "heads"})),
+    "three stages": ("3x2", make_layout({"x": "stage", "y": "embed"}, {"x": "none", "y": "heads"})),
+    "gathering": (
+        "2x2x2",
+        make_layout(
+            {"x": "embed", "y": "replica", "z": "stage"},
+            {"x": "batch", "y": "none", "z": "none"},
+            decode_gather="x",
+            prefill_gather="x",
+        ),
+    ),
+    "four stages over two axes": (
+        "2x2x2",
+        make_layout({"x": "stage", "y": "ffn", "z": "stage"}, {"x": "none", "y": "batch", "z": "none"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BUCKETS)
+@pytest.mark.parametrize("name", STAGED)
+def test_stages(name: str, kind: str) -> None:
+    """A tick: a stage's layers once, one permute of the activations, one all-reduce of what the last stage chose."""
+    mesh, layout = STAGED[name]
+    model = dataclasses.replace(MODEL, num_layers=12)
+    check(make_plan(mesh, layout, model=model, slice_name="cpu:6" if mesh == "3x2" else "cpu:8"), BUCKETS[kind])
+
+
 TWO_D = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads"))
 
 

@@ -36,8 +36,11 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def make_engine(group: hosts.Group | None) -> Any:
-    """The demo model under 2D weight-stationary with batch-sharded attention, few pages, and proactive swapping."""
+SLICES = {"ws-2d": "cpu:2x2x2", "stages": "cpu:3x2"}
+
+
+def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
+    """The demo model with few pages and proactive swapping: 2D weight-stationary with batch-sharded attention, or three pipeline stages."""
     import partinf
     from partinf.buckets import Capacity
     from partinf.cli.arguments import named_layout
@@ -46,12 +49,15 @@ def make_engine(group: hosts.Group | None) -> Any:
     from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
     from partinf.engine.policies.ranked import Eviction, Pages
     from partinf.engine.step_price import Estimates
+    from partinf.layout import make_layout
     from partinf.transformer.executables import open_cache
     from partinf.workload import DType, Workload
 
     workload = Workload(batch=ROWS, input_len=24, output_len=24, weights=DType.F32, kv=DType.F32)
     capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, random=True, page_size=8)
-    plan = partinf.plan("demo", "cpu:2x2x2", workload, layout=named_layout("ws-2d"), capacity=capacity)
+    staged = make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "heads"})
+    bound = staged if layout == "stages" else named_layout(layout)
+    plan = partinf.plan("demo", SLICES[layout], workload, layout=bound, capacity=capacity)
     model = partinf.load("demo", plan, compile_steps=False, group=group)
     runner: Any = JaxRunner(plan, model.params, model.mesh, num_host_pages=24, executables=open_cache())
     runner.warm_up()
@@ -113,7 +119,7 @@ def main() -> None:
     what, options = sys.argv[1], json.loads(sys.argv[2])
     group = hosts.join(bounds=hosts.Bounds(**options.get("bounds", {})))
     note_bytes_read(group.index)
-    engine = make_engine(group)
+    engine = make_engine(group, options.get("layout", "ws-2d"))
     if options.get("wrong") == group.index:
         engine._scheduler.pool._free_pages[0].reverse()  # the same requests, other pages
     (RESULTS / f"ready-{group.index}").write_text(str(os.getpid()))

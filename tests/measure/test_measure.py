@@ -86,6 +86,7 @@ def test_a_collective_of_that_kind_is_in_the_program(op: Op, monkeypatch: pytest
     monkeypatch.setattr(jax, "shard_map", spied)
     collective_call(mesh, op, ("x", "z"), 1000, jnp.dtype(jnp.float32), 3)()
     kinds = {Op.ALL_GATHER: "all_gather", Op.REDUCE_SCATTER: "reduce_scatter", Op.ALL_REDUCE: "psum", Op.ALL_TO_ALL: "all_to_all"}
+    kinds[Op.PERMUTE] = "ppermute"
     assert len(found) == 3
     assert {size for _, size in found} == {1008}  # whole elements for each of 4 devices
     assert all(name.startswith(kinds[op]) for name, _ in found)

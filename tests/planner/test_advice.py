@@ -10,7 +10,8 @@ from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.model_config import load_model_config
 from partinf.planner import search
-from partinf.planner.advice import batch_advice, preflight
+from partinf.planner.advice import head_splits, preflight
+from partinf.planner.batch import batch_advice
 from partinf.planner.files import plan_from_toml
 from partinf.workload import DType, Workload
 
@@ -60,3 +61,34 @@ def test_a_plan_file_names_its_model() -> None:
     with pytest.raises(InvalidInput) as caught:
         plan_from_toml(text, "mine.toml")
     assert len(caught.value.offences) == 2
+
+
+def test_arrivals_fill_no_larger_batch() -> None:
+    """By Little's law: rate times the time that a request decodes, in which prefills take their share."""
+    slice_ = parse_slice("v5e:4x8")
+    served = Workload(batch=64, input_len=512, output_len=256, prefill_batch=1)
+    advice = batch_advice(search(LLAMA, slice_, replace(served, arrival_rate=2.0)))
+    assert advice.limit == "arrivals"
+    assert 1 < advice.batch == advice.by_arrivals < advice.by_memory
+    twice = batch_advice(search(LLAMA, slice_, replace(served, arrival_rate=4.0)))
+    assert twice.batch >= 2 * advice.batch  # steps are longer, prefills take more of the time
+    flooded = batch_advice(search(LLAMA, slice_, replace(served, arrival_rate=500.0)))
+    assert flooded.by_arrivals is None
+    assert flooded.most_requests is not None
+    assert flooded.most_requests < 500
+    assert "too high" in str(flooded)
+
+
+def test_lanes_come_in_multiples() -> None:
+    advice = batch_advice(search(load_model_config("palm-540b"), parse_slice("v4:4x4x4"), Workload(512, context_len=2048, phase="decode")))
+    assert advice.multiple == 64
+    assert advice.lanes % 64 == 0
+    assert 0 <= advice.lanes - advice.batch < 64
+
+
+def test_heads_that_do_not_split_evenly() -> None:
+    palm = load_model_config("palm-540b")
+    said = head_splits(search(palm, parse_slice("v4:4x4x4"), Workload(1, context_len=128, phase="decode")))
+    assert "1, 2, 3, 4, 6, 8, 12, 16, 24, 48 parts" in said
+    assert "padded to 64: 17.8 B parameters more" in said  # as the paper says
+    assert head_splits(search(palm, parse_slice("v4:4x4x1"), Workload(1, context_len=128, phase="decode"))) == ""

@@ -14,6 +14,7 @@ from partinf.cli import main
 from partinf.hardware import parse_slice
 from partinf.model_config import load_model_config
 from partinf.planner import search
+from partinf.planner.curves import front
 from partinf.planner.files import plan_from_toml
 from partinf.planner.work import by_work
 from partinf.workload import Workload
@@ -116,7 +117,7 @@ def test_table_and_saved_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_explain_in_the_papers_notation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *DECODE, "--layout", "ws-2d"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for words in ("all-gather(yz)", "B L E_x", "B L F_yz {x unreduced}", "B_xyz L H Q", "reduce-scatter(x)", "all-to-all(yz)"):
+    for words in ("all-gather(y)", "B L E_x", "B L F_yz {x unreduced}", "B_xyz L H Q", "reduce-scatter(x)", "all-to-all(xyz)"):
         assert words in out, words
 
 
@@ -168,11 +169,30 @@ def test_plot_of_the_ledgers(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     file = tmp_path / "ledgers.svg"
     assert main(["plan", *PALM, "--input", "1984", "--output", "64", "--top", "3", "--plot", str(file)]) == 0
     drawn = file.read_text()
-    for words in ("activation collectives", "prefill step", "decode step", "wg-xyz"):
+    for words in ("activation collectives", "prefill step", "decode step", "wg-xy"):
         assert words in drawn, words
     report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x4"), Workload(8, context_len=1024, phase="decode"))
     for result in report.best.phases:
         assert sum(by_work(result.ledger).values()) == pytest.approx(result.step_seconds)
+
+
+def test_plots_of_the_front_and_the_volumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "front.svg"
+    small = ["plan", "--model", "llama-3-8b", "--slice", "v5e:2x2", "--phase", "decode", "--context", "512"]
+    assert main([*small, "--plot", str(file), "--plot-kind", "front"]) == 0
+    assert "latency against cost" in file.read_text()
+    report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), Workload(1, context_len=512, phase="decode"))
+    points = front(report)
+    best = [point for point in points if point.on_front]
+    assert points[0] in best
+    for point in points:
+        assert any(b.seconds <= point.seconds and b.chip_ms_per_token <= point.chip_ms_per_token for b in best)
+    file = tmp_path / "volume.svg"
+    assert main(["plan", *DECODE, "--plot", str(file), "--plot-kind", "volume"]) == 0
+    assert "wg-xyz" in file.read_text()
+    assert main([*small, "--plot", str(file), "--plot-kind", "volumes"]) == 2
+    assert "did you mean 'volume'" in capsys.readouterr().err
 
 
 def test_page_that_needs_nothing_else(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes
 from partinf.model_config import ModelConfig, load_model_config
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
+from partinf.planner.search import _Search, order
 from partinf.plans import Plan, layout_offences
 from partinf.workload import DType, Workload
 
 SMALL = ModelConfig("small", 4, 1024, 4096, 16, 4, 64, 4096)
-STORED = (Role.EMBED, Role.FFN, Role.REPLICA)
+STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
 ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
 
 
@@ -27,10 +28,11 @@ def every_layout(axes: tuple[str, ...]) -> list[Layout]:
     """Each storage, gather and attention role of each axis, both phases alike; no axis equal to another."""
     layouts = []
     for storage in itertools.product(STORED, repeat=len(axes)):
-        stored = [axis for axis, role in zip(axes, storage, strict=True) if role is not Role.REPLICA]
+        stored = [axis for axis, role in zip(axes, storage, strict=True) if role in (Role.EMBED, Role.FFN)]
+        attended = [(AttentionRole.NONE,) if role is Role.STAGE else ATTENDED for role in storage]
         for count in range(len(stored) + 1):
             for gather in itertools.combinations(stored, count):
-                for attention in itertools.product(ATTENDED, repeat=len(axes)):
+                for attention in itertools.product(*attended):
                     phase = Phase(gather, tuple(zip(axes, attention, strict=True)))
                     layouts.append(Layout(tuple(zip(axes, storage, strict=True)), phase, phase))
     return layouts
@@ -40,7 +42,7 @@ def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None
     padded = heads_for(evaluator.model, layout, evaluator.sizes)
     if padded is None or layout_offences(evaluator.model, evaluator.pricing.slice, layout, padded):
         return None
-    return step_ledger(evaluator.split(layout, label, padded)).seconds
+    return step_ledger(evaluator.split(layout, label, padded)).seconds * evaluator.stages(layout)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,20 @@ def test_whole_workload_equals_trying_every_pair() -> None:
     assert report.best.score == pytest.approx(best)
 
 
+def test_between_slices_stages_beat_tensors_and_copies_where_these_do_not_fit() -> None:
+    workload = Workload(batch=32, input_len=272, output_len=64)
+    slice_ = parse_slice("a100-40:8*2")
+    report = search(load_model_config("gpt3-175b"), slice_, workload)
+    assert dict(report.best.layout.storage)["dcn"] is Role.STAGE
+    note = plan(report.model, slice_, workload).note
+    assert "Axis dcn splits the layers into stages: tensors there would cost +" in note
+    assert "(collectives +" in note
+    assert "copies of the weights there do not fit (" in note
+    staged, tensors = (next(c for c in report.candidates if dict(c.layout.storage)["dcn"] is role) for role in (Role.STAGE, Role.FFN))
+    assert tensors.memory.kv == staged.memory.kv
+    assert staged.memory.weights > tensors.memory.weights  # each stage has the embedding table
+
+
 def test_order_and_ties() -> None:
     workload = Workload(batch=64, context_len=2048, phase="decode", weights=DType.INT8)
     report = search(load_model_config("palm-540b"), parse_slice("v4:4x4x4"), workload)
@@ -104,19 +120,24 @@ def test_large_prefill_gathers_weights_and_decode_keeps_them() -> None:
     assert chosen.note
 
 
-def test_crossover_is_where_the_linear_layers_are_level() -> None:
+def test_switch_is_where_steps_of_prompts_are_level() -> None:
+    """Their attention is in it: its way to and from the linear layers depends on the FFN's roles."""
     workload = Workload(batch=512, input_len=2048, output_len=64)
     slice_ = parse_slice("v4:4x4x4")
     chosen = plan(load_model_config("palm-540b"), slice_, workload)
     from partinf.cost.calibration import calibration_for
-    from partinf.cost.ledger import total_seconds
+    from partinf.cost.overlap import hide_gathers
     from partinf.cost.split import StepShape
+    from partinf.cost.step import attention_part, linear_part
 
     evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip)), workload)
+    dealt = chosen.prefill_slot_multiple()
 
     def seconds(label: str, tokens: int) -> float:
-        shape = StepShape(prefill_tokens=tokens, prefill_slots=1)
-        return total_seconds(evaluator.linear(evaluator.split(chosen.layout, label, chosen.padded_heads, shape)).entries)
+        slots = -(-tokens // 2048 // dealt) * dealt or dealt
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=slots)
+        split = evaluator.split(chosen.layout, label, chosen.padded_heads, shape)
+        return hide_gathers(linear_part(split) + attention_part(split)).seconds
 
     switch = chosen.prefill_from_tokens
     assert seconds("prefill", switch) < seconds("decode", switch)
@@ -145,3 +166,17 @@ def test_latency_bound_orders_before_time() -> None:
     met = [candidate.meets_bound for candidate in report.candidates if candidate.fits]
     assert any(met)
     assert met == sorted(met, reverse=True)
+
+
+def test_what_is_left_out_is_slower() -> None:
+    """With so many assignments that slow ones are passed over, the first ones are those of full enumeration."""
+    model = ModelConfig("small", 4, 1024, 4096, 16, 8, 64, 4096)
+    slice_ = parse_slice("v4:4x2x2")
+    for workload in (Workload(batch=16, context_len=512, phase="decode"), Workload(batch=16, input_len=256, output_len=64)):
+        pricing = Pricing(slice_)
+        every, pruned = (_Search(model, slice_, workload, pricing) for _ in range(2))
+        pruned.limit.cut = 1.5
+        lists = [order(s.single() if workload.phase else s.whole()) for s in (every, pruned)]
+        near = [c.score for c in lists[0] if c.fits and c.score <= 1.5 * lists[0][0].score]
+        assert [c.score for c in lists[1]][: len(near)] == near
+        assert len(lists[1]) < len(lists[0])

@@ -33,7 +33,7 @@ def test_prefill_at_one_decode_at_many() -> None:
     assert best.score == pytest.approx(prefill.step_seconds + 64 * decode.step_seconds)
     alone = searched(replace(SERVING, batch=1, phase="prefill")).best
     assert prefill.step_seconds >= alone.score
-    lanes = 64 // 16  # requests are dealt over two axes of four
+    lanes = 64 // 64  # requests are dealt over all axes
     assert best.memory.kv == lanes * 118 * 2 * 2048 * 256 * 2
 
 
@@ -65,7 +65,9 @@ def test_the_switch_and_the_prompts_in_json(capsys: pytest.CaptureFixture[str]) 
     flags = ["--model", "palm-540b", "--slice", "v4:4x4x4", "--batch", "512", "--input", "1984", "--output", "64", "--format", "json"]
     assert main(["plan", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["ffn"] for row in report["ffn_by_tokens"]] == ["ws-2d", "wg-xyz"]
+    few, many = (row["ffn"] for row in report["ffn_by_tokens"])
+    assert few == "ws-2d"
+    assert many in ("wg-xy", "wg-xyz")  # level to a part in a thousand: what XY exchanges runs behind its products
     assert report["ffn_by_tokens"][1]["from_tokens"] > 512
     assert report["workload"]["prefill_batch"] == 512
 

@@ -27,7 +27,8 @@ class FirstComeFirstServed:
     def schedule(self, batch: BatchBuilder) -> None:
         room, preempted = True, False
         running = sorted(batch.running, key=_arrival)
-        most = self.max_batch_size or batch.limits.num_slots
+        most = batch.most_rows(self.max_batch_size)
+        residents = (self.max_batch_size or batch.limits.num_slots) * batch.limits.num_stages
         for index, sequence in enumerate(running):
             if batch.num_rows == most:
                 return
@@ -40,7 +41,7 @@ class FirstComeFirstServed:
                 batch.run(sequence, chunked=self.chunk_prefills)
             else:
                 preempted = True
-        while room and not preempted and batch.num_rows < most and batch.num_resident < most * batch.limits.num_stages:
+        while room and not preempted and batch.num_rows < most and batch.num_resident < residents:
             oldest = batch.oldest_waiting
             room = oldest is not None and batch.start(oldest, chunked=self.chunk_prefills)
 

@@ -44,6 +44,7 @@ class MultiLevelFeedbackQueue:
     skip_join: False is the naive queue.
     alpha: seconds without an iteration after which a request is promoted.
     pages: what becomes of the pages of those that have to make room.
+    promotion_period: iterations from one search for those who have waited too long to the next.
     """
 
     estimates: Estimates
@@ -51,10 +52,12 @@ class MultiLevelFeedbackQueue:
     skip_join: bool = True
     alpha: float = 0.3
     pages: Pages = field(default_factory=Pages)
+    promotion_period: int = 1
     demotions: int = 0
     promotions: int = 0
     _entries: dict[int, _Entry] = field(default_factory=dict, repr=False)
     _places: itertools.count[int] = field(default_factory=itertools.count, repr=False)
+    _iterations: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         self._swap_ahead = AheadSwapper(self.pages)
@@ -86,6 +89,8 @@ class MultiLevelFeedbackQueue:
 
     def _move(self, now: float) -> None:
         """Forget who is done, demote who has used a quantum, promote who has waited too long."""
+        self._iterations += 1
+        promotes = self._iterations % self.promotion_period == 0
         for number, entry in list(self._entries.items()):
             sequence = entry.sequence
             if sequence.status in (Status.FINISHED, Status.HELD):
@@ -97,7 +102,7 @@ class MultiLevelFeedbackQueue:
                 lower = max(entry.level + 1, self._level_for(self.estimates.decode))
                 self._join(entry, min(lower, _DEEPEST))
                 self.demotions += 1
-            elif now - entry.last_ran > self.alpha and entry.level:
+            elif promotes and entry.level and now - entry.last_ran > self.alpha:
                 self._join(entry, 0)
                 entry.last_ran = now
                 self.promotions += 1

@@ -61,7 +61,7 @@ def fill(batch: BatchBuilder, ranked: Sequence[Request], max_batch_size: int | N
     When one does not fit although everybody below has made room, those below still run if they need no room themselves. Where pages are
     swapped ahead, only residents and those that find free pages run, unless nobody is resident.
     """
-    most = max_batch_size or batch.limits.num_slots
+    most = batch.most_rows(max_batch_size)
     victims = [one for one in ranked if _evictable(one)] if not pages.reserves_at_start else []
     blocked, ahead = False, pages.eviction is Eviction.PROACTIVE
     kept = 0  # slots for those in host memory who come before the others outside

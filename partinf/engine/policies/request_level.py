@@ -30,7 +30,8 @@ class RequestLevel:
     def schedule(self, batch: BatchBuilder) -> None:
         if batch.num_resident == 0:
             self._form(batch)
-        running = batch.running
+        # One batch, one iteration at a time: even known tokens wait until what is in a pipeline has come out.
+        running = [sequence for sequence in batch.running if batch.limits.num_stages == 1 or not sequence.in_flight]
         if not running:
             return
         prefilling = [sequence for sequence in running if not sequence.num_scheduled]

@@ -1,0 +1,51 @@
+"""Entries of a tick that pass between pipeline stages: activations to the next one, and the tokens that the last one chose to all.
+
+A tick is one call: every stage runs its layers for a batch of its own. What lies before the first layer and after the last is computed
+by every stage at once, so a tick takes its time once, as a step of one stage does.
+"""
+
+from __future__ import annotations
+
+from partinf.cost.ledger import Entry, Op, Part
+from partinf.cost.movement import Split
+from partinf.cost.split import StepSplit
+from partinf.workload import TOP_LOGPROBS
+
+_WORD = 4
+
+
+def stage_entries(split: StepSplit) -> list[Entry]:
+    """[T.t, E.w] → [T.r, E.ef] of every stage, which the next one begins its next tick with; and the chosen tokens."""
+    if not split.stages:
+        return []
+    shape, entries = split.shape, []
+    used, stored = Split(split.t, split.w), Split(split.replica, split.w_stored)
+    for tokens, label in ((shape.decode_rows, "decode"), (shape.prefill_tokens, "prefill")):
+        for op, axes, count in split.moves(tokens * split.model.embed_dim, used, stored) if tokens else ():
+            entries.append(_collective(split, f"{label} tokens that leave the stage", op, axes, count * split.act_bytes))
+    chosen = split.pricing.collective(
+        "chosen tokens to all stages", Part.STAGES, 1, Op.ALL_REDUCE, split.stages, _WORD * _chosen_words(split), "int32"
+    )
+    return [*entries, _collective(split, "to the next stage", Op.PERMUTE, split.stages, carried_bytes(split)), chosen]
+
+
+def carried_bytes(split: StepSplit) -> int:
+    """Activations on one device on their way from stage to stage; 0 for one stage."""
+    if not split.stages:
+        return 0
+    return split.shape.num_tokens // split.ways(split.replica) * (split.model.embed_dim // split.ways(split.w_stored)) * split.act_bytes
+
+
+def _collective(split: StepSplit, name: str, op: Op, axes: tuple[str, ...], num_bytes: int) -> Entry:
+    return split.pricing.collective(name, Part.STAGES, 1, op, axes, num_bytes, split.act_dtype.value, split.shape.useful)
+
+
+def _chosen_words(split: StepSplit) -> int:
+    """Tokens and log-probabilities of all rows; alternatives and scores of prompts, where the program has them."""
+    shape = split.shape
+    rows = shape.decode_rows + shape.prefill_slots
+    if not shape.rich:
+        return 2 * rows
+    vocab = split.model.padded_vocab_size // split.ways(split.w_stored)
+    alternatives = min(TOP_LOGPROBS, min(TOP_LOGPROBS, vocab) * split.ways(split.w_stored))
+    return 2 * rows * (1 + alternatives) + shape.prefill_tokens

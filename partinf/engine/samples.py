@@ -1,0 +1,213 @@
+"""The samples of all requests in flight: registered, given their tokens, ended, and what is to be told of each of them."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from partinf.engine.batch import Batch
+from partinf.engine.intake import Intake, WaitingBound
+from partinf.engine.live import Live, OnToken
+from partinf.engine.metrics import Metrics
+from partinf.engine.request import FinishReason, Request, Sequence, Status, TokenEvent
+from partinf.engine.scheduler import Scheduler
+from partinf.engine.step import SampledToken, StepOutput
+
+_COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+
+
+class Samples:
+    """Registers samples with the scheduler and the bound on waiting, and takes them out of both when they end.
+
+    The engine calls it with its lock held, but for `events`. Under a policy that returns whole batches, a sample that has all its tokens is
+    held until nobody of its batch runs.
+    """
+
+    def __init__(self, scheduler: Scheduler, intake: Intake, bound: WaitingBound, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._intake = intake
+        self._bound = bound
+        self._metrics = metrics
+        self._clock = clock
+        self._returns_whole_batches = bool(getattr(scheduler.policy, "returns_whole_batches", False))
+        self._live: dict[int, Live] = {}  # by number
+        self._requests: dict[str, list[Live]] = {}  # all samples of a request, while any of them is in flight
+        self._deadlines: list[tuple[float, int]] = []  # a heap, with the number of a sample
+        self._held: list[Live] = []
+        self._events: deque[tuple[Live, TokenEvent]] = deque()  # not delivered yet
+        self._ended: list[Sequence] = []  # not returned yet
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Live]:
+        return iter(self._live.values())
+
+    @property
+    def names(self) -> Collection[str]:
+        """Ids of the requests in flight."""
+        return self._requests.keys()
+
+    @property
+    def any_events(self) -> bool:
+        return bool(self._events)
+
+    @property
+    def any_ended(self) -> bool:
+        return bool(self._ended)
+
+    def get(self, number: int) -> Live | None:
+        """A sample in flight, by `Request.number`."""
+        return self._live.get(number)
+
+    def of_request(self, request_id: str) -> list[Live]:
+        """All samples of a request, those that have ended included, while any of them is in flight; else none."""
+        return self._requests.get(request_id, [])
+
+    def add(self, request: Request, on_token: OnToken | None, reported: bool) -> list[Sequence]:
+        """Register the samples of a request. What is `reported` comes out of `take_ended`."""
+        lives = self._intake.samples(request, on_token, reported)
+        self._requests[request.id] = lives
+        self._bound.enter(request.id, len(request.prompt))
+        for live in lives:
+            number = live.sequence.request.number
+            self._live[number] = live
+            self._scheduler.add(live.sequence)
+            if request.params.timeout is not None:
+                heapq.heappush(self._deadlines, (request.arrival + request.params.timeout, number))
+        return [live.sequence for live in lives]
+
+    def start(self, sequences: Iterable[Sequence], now: float) -> None:
+        """These run in the iteration that was scheduled now; those that never did so before wait no longer."""
+        for sequence in sequences:
+            if sequence.started is None:
+                sequence.started = now
+                self._bound.leave(sequence.request.id, now)
+
+    def commit(self, batch: Batch, output: StepOutput, now: float) -> None:
+        """Give a batch its output."""
+        for sequence, token, new in zip(batch.decode, output.decode, batch.samples, strict=True):
+            sequence.in_flight -= 1
+            if new:
+                self._accept(sequence, token, now)
+        for sequence, last in zip(batch.prefill, output.prefill, strict=True):
+            sequence.in_flight -= 1
+            if last is not None:
+                self._accept(sequence, last, now)
+        for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
+            sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(scores)] = scores
+        self._return_held()
+
+    def end(self, lives: Iterable[Live], reason: FinishReason, error: BaseException | None = None) -> None:
+        """End those that have not ended, nor end because of each other."""
+        for live in list(lives):
+            if live.sequence.status is not Status.FINISHED:
+                self._end(live, reason, error=error)
+
+    def end_late(self, now: float) -> None:
+        """End the samples whose time is over, with what they have; a complete one that is held is just returned."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            live = self._live.get(heapq.heappop(self._deadlines)[1])
+            if live is not None:
+                complete = live.sequence.finish_reason
+                self._end(live, complete or FinishReason.TIMEOUT, text="" if complete else live.rest())
+
+    def end_all(self, error: BaseException) -> None:
+        """End everybody as FAILED, those that are held too."""
+        self._held.clear()
+        self.end(self, FinishReason.FAILED, error)
+
+    def silence(self, live: Live, error: Exception) -> list[Live]:
+        """Tell the request of this sample nothing more, since its callback raised; returns its samples that are still in flight."""
+        live.on_token = None
+        sequence = live.sequence
+        if sequence.status is Status.FINISHED:
+            sequence.error = sequence.error or error
+        numbers = [other.request.number for other in sequence.family] or [sequence.request.number]
+        lives = [self._live[number] for number in numbers if number in self._live]
+        for other in lives:
+            other.on_token = None
+        return lives
+
+    def events(self) -> Iterator[tuple[OnToken, TokenEvent, Live]]:
+        """Callbacks that are due, in order; each is gone once it was given out. Needs no lock."""
+        while self._events:
+            live, event = self._events.popleft()
+            if live.on_token is not None:
+                yield live.on_token, event, live
+
+    def take_ended(self) -> list[Sequence]:
+        """Those that were to be reported and have ended since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _accept(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
+        """Give a sampled token to its sequence, and end that if it was the last. One that has ended meanwhile drops it."""
+        if sequence.status in (Status.FINISHED, Status.HELD):
+            self._metrics.dropped_tokens += 1
+            return
+        live = self._live[sequence.request.number]
+        self._metrics.generated_tokens += 1
+        sequence.append(sampled, now)
+        try:
+            text, reason = live.read(sampled.token)
+        except Exception as error:
+            self._end(live, FinishReason.FAILED, error=error, token=sampled)
+            return
+        if reason is not None:
+            self._end(live, reason, text=text, token=sampled)
+        elif text or live.on_token is not None:
+            self._tell(live, sampled, text)
+
+    def _end(
+        self,
+        live: Live,
+        reason: FinishReason,
+        *,
+        text: str = "",
+        token: SampledToken | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        sequence = live.sequence
+        if self._returns_whole_batches and reason in _COMPLETE and sequence.status is not Status.HELD:
+            self._scheduler.finish(sequence, Status.HELD)
+            sequence.finish_reason = reason
+            self._tell(live, token, text)
+            self._held.append(live)
+            return
+        self._scheduler.finish(sequence)
+        del self._live[sequence.request.number]
+        if all(other.sequence.status is Status.FINISHED for other in self._requests[sequence.request.id]):
+            del self._requests[sequence.request.id]
+            self._bound.leave(sequence.request.id, None)
+        sequence.finish_reason, sequence.error = reason, error
+        sequence.finished = self._clock()
+        self._metrics.record_finished(sequence)
+        self._tell(live, token, text, reason, error)
+        if live.reported:
+            self._ended.append(sequence)
+        self._return_held()
+
+    def _return_held(self) -> None:
+        """When the last of a batch has ended, return all of it."""
+        if not self._held or self._scheduler.running:
+            return
+        held, self._held = self._held, []
+        for live in held:
+            if live.sequence.status is Status.HELD and live.sequence.finish_reason is not None:
+                self._end(live, live.sequence.finish_reason)
+
+    def _tell(
+        self,
+        live: Live,
+        sampled: SampledToken | None,
+        text: str,
+        reason: FinishReason | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        sequence = live.sequence
+        if text:
+            sequence.pieces.append(text)
+        if live.on_token is not None:
+            self._events.append((live, sequence.event(sampled, text, reason, error)))

@@ -1,0 +1,141 @@
+"""How large a decode batch is worth having under a report's best candidate, and what stops it from growing.
+
+Five things can: the critical batch of the chip, from which reading the weights hides behind their products; the memory that weights leave
+to the cache; a latency bound; the requests that arrive, of which no more are ever in flight than rate times stay (Little's law); and
+padding, because lanes are dealt in equal blocks over the axes that split them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from partinf.cost.memory import MemoryBudget
+from partinf.cost.movement import ways
+from partinf.cost.pricing import Pricing
+from partinf.cost.roofline import critical_batch
+from partinf.layout import AttentionRole, Role
+from partinf.planner.evaluate import Evaluator
+from partinf.planner.report import PlanReport
+
+_MOST_BATCH = 1 << 14
+
+
+@dataclass(frozen=True)
+class BatchAdvice:
+    """How large a decode batch is worth having, and what limits it.
+
+    Attributes:
+        critical: tokens per step at which reading the weights is hidden behind their products.
+        by_memory: largest batch whose weights, cache and activations fit. memory: the budget of that batch.
+        by_latency: largest batch whose step keeps the latency bound; None without a bound.
+        by_arrivals: sequences in flight at the rate that was given; None without one, or where the slice cannot carry the rate.
+        most_requests: requests per second that the slice can carry at the largest batch that fits; None without a rate.
+        multiple: lanes come in multiples of this; others are padded.
+        limit: `memory`, `latency`, `arrivals` or `compute`: what stops the batch from growing (with profit) beyond `batch`.
+    """
+
+    critical: float
+    by_memory: int
+    memory: MemoryBudget
+    by_latency: int | None
+    by_arrivals: int | None
+    most_requests: float | None
+    multiple: int
+    batch: int
+    limit: str
+
+    @property
+    def lanes(self) -> int:
+        """The batch with its padding."""
+        return -(-self.batch // self.multiple) * self.multiple
+
+    def __str__(self) -> str:
+        reasons = {
+            "memory": f"a larger one does not fit beside the weights (critical batch {self.critical:.0f})",
+            "latency": f"a larger one misses the latency bound (memory would hold {self.by_memory})",
+            "compute": f"from there on reading the weights is hidden behind their products (memory would hold {self.by_memory})",
+            "arrivals": f"at this rate no more are in flight (memory would hold {self.by_memory}, critical batch {self.critical:.0f})",
+        }
+        text = f"batch {self.batch}: {reasons[self.limit]}"
+        if self.lanes > self.batch:
+            text += f"; it runs as {self.lanes} lanes, in multiples of {self.multiple}"
+        if self.most_requests is not None and self.by_arrivals is None:
+            text += f"; the rate is too high: this slice carries {self.most_requests:.3g} requests per second"
+        return text
+
+
+def batch_advice(report: PlanReport) -> BatchAdvice:
+    """The largest batch worth decoding together under the best candidate's roles.
+
+    The critical batch is that of the chip; the latency bound is that of a decode step when one phase was asked for.
+    """
+    workload, steps = report.workload, _Steps(report)
+    critical = critical_batch(report.slice.chip, workload.weights)
+    by_memory = _largest(lambda batch: steps.memory(batch).fits)
+    bound = workload.max_latency if workload.phase == "decode" else None
+    by_latency = None if bound is None else _largest(lambda batch: steps.seconds(batch) <= bound)
+    most = None if workload.arrival_rate is None else steps.requests_per_second(max(by_memory, 1))
+    by_arrivals = steps.in_flight(workload.arrival_rate, by_memory) if workload.arrival_rate else None
+    limits = {"memory": by_memory, "compute": int(critical), "latency": by_latency, "arrivals": by_arrivals}
+    known = {name: size for name, size in limits.items() if size is not None}
+    limit = min(known, key=lambda name: known[name])
+    memory = steps.memory(max(by_memory, 1))
+    return BatchAdvice(critical, by_memory, memory, by_latency, by_arrivals, most, steps.multiple, known[limit], limit)
+
+
+class _Steps:
+    """Steps of the best candidate at other batches."""
+
+    def __init__(self, report: PlanReport) -> None:
+        self.report, self.best = report, report.best
+        self.pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
+        layout = self.best.layout
+        split = {*layout.decode.attention_axes(AttentionRole.BATCH), *layout.token_axes(layout.decode)}
+        self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), report.slice.axis_sizes)
+
+    def _at(self, batch: int) -> Evaluator:
+        workload = self.report.workload
+        together = None if workload.prefill_batch is None else min(workload.prefill_batch, batch)
+        return Evaluator(self.report.model, self.pricing, replace(workload, batch=batch, prefill_batch=together))
+
+    def memory(self, batch: int) -> MemoryBudget:
+        evaluator, best = self._at(batch), self.best
+        priced = [evaluator.price(best.layout, result.name, best.padded_heads) for result in best.phases]
+        return evaluator.memory(best.layout, priced, best.padded_heads)
+
+    def seconds(self, batch: int) -> float:
+        """One decode step."""
+        return self._at(batch).price(self.best.layout, "decode", self.best.padded_heads).seconds
+
+    def _prefill_seconds(self, batch: int) -> float:
+        """What the prefill of one request takes of the slice's time."""
+        evaluator = self._at(batch)
+        return evaluator.price(self.best.layout, "prefill", self.best.padded_heads).seconds / evaluator.workload.prompts_per_step
+
+    def requests_per_second(self, batch: int) -> float:
+        """Requests that the slice carries when `batch` of them are always decoding."""
+        return 1 / (self._prefill_seconds(batch) + self.report.workload.output_len * self.seconds(batch) / batch)
+
+    def in_flight(self, rate: float, most: int) -> int | None:
+        """Sequences that decode at a time: rate · output · step, held up by prefills in between; None if more than fit."""
+        output = self.report.workload.output_len
+
+        def holds(batch: int) -> bool:
+            left = 1 - rate * self._prefill_seconds(batch)  # share of the time that is left for decoding
+            return left > 0 and rate * output * self.seconds(batch) / left <= batch
+
+        if most < 1 or not holds(most):
+            return None
+        return _largest(lambda batch: batch < most and not holds(batch)) + 1
+
+
+def _largest(holds: Callable[[int], bool]) -> int:
+    """The largest batch for which a property holds that larger ones lose; 0 if none has it."""
+    low, high = 0, 1
+    while high <= _MOST_BATCH and holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
