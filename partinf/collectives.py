@@ -11,8 +11,7 @@ weights of another phase have them.
 Per axis there are four states (unreduced, rows, columns, whole) and one way from each to each:
 
     whole     -> rows/columns   slice, free
-    unreduced -> rows/columns   reduce-scatter, axis by axis, first axis first (the TPU compiler keeps those; fused ones it turns
-                                into all-reduces)
+    unreduced -> rows/columns   reduce-scatter, axis by axis (the TPU compiler keeps those; fused ones it turns into all-reduces)
     unreduced -> whole          one all-reduce over all such axes
     rows     <-> columns        one all-to-all over all such axes, each way
     rows/columns -> whole       one all-gather over all such axes, each dimension, that over fewer axes first
@@ -52,6 +51,7 @@ class Frame:
         rows, cols: axes that may split the dimension, in digit order.
         sizes: size of every mesh axis.
         row_dim, col_dim: positions of the two dimensions.
+        order: of the axes in reduce-scatters; as a split names them if not given.
     """
 
     rows: Axes
@@ -59,6 +59,7 @@ class Frame:
     sizes: Mapping[str, int]
     row_dim: int = 0
     col_dim: int = 1
+    order: Axes = ()
 
     def same(self, one: Split, other: Split) -> bool:
         """Whether both splits leave every device with the same part."""
@@ -84,7 +85,7 @@ def move(x: jax.Array, frame: Frame, source: Split, target: Split) -> jax.Array:
             if axis not in held:
                 x = dim.slice(x, axes, axis)
                 axes.append(axis)
-    for axis in pending:
+    for axis in sorted(pending, key=frame.order.index) if frame.order else pending:
         for dim, axes, wanted in ((rows, row_axes, want.rows), (cols, col_axes, want.cols)):
             if axis in wanted:
                 x = dim.reduce_scatter(x, axes, axis)

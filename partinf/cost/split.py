@@ -144,7 +144,7 @@ class StepSplit:
         known, key = self.pricing.known_moves, (elements, source, target)
         found = known.get(key)
         if found is None:
-            found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped))
+            found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped, self.pricing.slice.scatter_order))
         return found
 
     @property

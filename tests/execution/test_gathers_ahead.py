@@ -12,7 +12,7 @@ from partinf.layout import Layout, layout_from_toml, layout_to_toml, make_layout
 from partinf.plans import Bucket
 from partinf.sharding import abstract_mesh
 from partinf.transformer.account import trace_account
-from partinf.transformer.batch import empty_batch
+from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step
 from partinf.workload import DType
@@ -49,7 +49,7 @@ def test_the_carry_brings_the_next_layers_first_weights() -> None:
     plan, bucket = make_plan("2x2x2", layout("xyz")), Bucket(16, 8)
     mesh = abstract_mesh(plan)
     step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
-    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), empty_batch(bucket))
+    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), stacked(bucket, 1))
     (inner,) = (equation.params["jaxpr"] for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
     (scan,) = (equation for equation in inner.eqns if equation.primitive.name == "scan")
     carried = {tuple(variable.aval.shape) for variable in scan.outvars}
