@@ -64,7 +64,7 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
         offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
     raise_offences(offences)
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
-    residents, pages = rows * plan.num_stages, -(-max_len // capacity.page_size)
+    residents, pages = rows * plan.num_stages, _up(-(-max_len // capacity.page_size), plan.num_parts)
     cache = CacheConfig(capacity.page_size, residents // plan.num_shards * pages, residents)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
 
@@ -96,10 +96,10 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     size = plan.cache.page_size
     rows = rows_per_stage(plan, workload.batch)
     residents = rows * plan.num_stages
-    pages = -(-max(workload.max_context, workload.decode_context, 1) // size)
+    pages = _up(-(-max(workload.max_context, workload.decode_context, 1) // size), plan.num_parts)
     buckets = []
     if workload.phase != "prefill":
-        buckets.append(Bucket(rows, -(-max(workload.decode_context, 1) // size)))
+        buckets.append(Bucket(rows, _up(-(-max(workload.decode_context, 1) // size), plan.num_parts)))
     if workload.phase != "decode":
         prompts = -(-min(workload.prefill_batch or workload.batch, workload.batch) // plan.num_stages)
         tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
@@ -124,11 +124,12 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
     for context in contexts:
-        decode = Bucket(rows, context, random=capacity.random or capacity.rich, rich=capacity.rich)
+        lanes_read, slots_read = _up(context, plan.num_parts), _up(context, plan.prefill_page_multiple())
+        decode = Bucket(rows, lanes_read, random=capacity.random or capacity.rich, rich=capacity.rich)
         full = replace(decode, prefill_tokens=tokens, prefill_slots=slots)
         buckets += [decode, *_smaller(plan, full), full]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
-            buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context))
+            buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=slots_read))
     return tuple(buckets)
 
 

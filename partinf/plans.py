@@ -66,7 +66,7 @@ class CacheConfig:
 
     Attributes:
         page_size: tokens per page.
-        pages_per_shard: pages owned by each shard of decode's batch axes.
+        pages_per_shard: pages owned by each shard of decode's batch axes, in equal parts over the sequence axes within it.
         num_slots: sequences that may be resident (each has a slot for its last sampled token).
     """
 
@@ -154,9 +154,24 @@ class Plan:
         return self.layout.decode.attention_axes(AttentionRole.BATCH)
 
     @property
+    def sequence_axes(self) -> tuple[str, ...]:
+        """The axes over which the pages of one sequence are dealt, in mesh order."""
+        return self.layout.decode.attention_axes(AttentionRole.SEQUENCE)
+
+    @property
+    def page_axes(self) -> tuple[str, ...]:
+        """The axes that split the pages of the cache: those that deal whole sequences, then those that deal the pages of one."""
+        return self.batch_axes + self.sequence_axes
+
+    @property
     def num_shards(self) -> int:
-        """Owners of pages: the number of shards of the batch axes."""
+        """Owners of sequences: the number of shards of the batch axes."""
         return self.ways(self.batch_axes)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a shard over which the pages of its sequences are dealt: page i of a sequence lies in part i modulo this."""
+        return self.ways(self.sequence_axes)
 
     def ffn_phase(self, num_tokens: int) -> Phase:
         """The FFN roles of a step with this many (padded) tokens."""
@@ -172,7 +187,13 @@ class Plan:
 
     def prefill_token_multiple(self) -> int:
         """Prefill tokens of a bucket must be a multiple of this."""
-        return self._multiple(self.layout.prefill.attention_axes(AttentionRole.BATCH))
+        prefill = self.layout.prefill
+        return self._multiple(prefill.attention_axes(AttentionRole.BATCH) + prefill.attention_axes(AttentionRole.SEQUENCE))
+
+    def prefill_page_multiple(self) -> int:
+        """Pages of earlier context of a bucket must be a multiple of this: every axis that splits the context in either phase; pages
+        that decode lanes read, and the pages of a shard, of `num_parts`."""
+        return self.ways(tuple({*self.sequence_axes, *self.layout.prefill.attention_axes(AttentionRole.SEQUENCE)}))
 
     def _bucket_offences(self) -> list[str]:
         """A batch keeps its rows from stage to stage, whatever bucket each tick runs in."""
@@ -190,9 +211,9 @@ class Plan:
             if len(sizes - {0}) > 1
         ]
 
-    def _multiple(self, batch_axes: tuple[str, ...]) -> int:
+    def _multiple(self, attention_axes: tuple[str, ...]) -> int:
         split = {axis for label in PHASES for axis in self.layout.token_axes(self.layout.phase(label))}
-        return self.ways(tuple(split | set(batch_axes)))
+        return self.ways(tuple(split | set(attention_axes)))
 
 
 def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_heads: int = 0) -> list[str]:

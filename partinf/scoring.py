@@ -93,7 +93,9 @@ class Scorer:
         self._check(texts)
         state = empty_state(self.plan, self._mesh, self._unrolled)
         waiting = deque(enumerate(texts))
-        free = [list(range(self._limits.pages_per_shard)) for _ in range(self._limits.num_shards)]
+        each, parts = self._limits.pages_per_shard // self._limits.num_parts, range(self._limits.num_parts)
+        first = [[(shard * len(parts) + part) * each for part in parts] for shard in range(self._limits.num_shards)]
+        free = [[list(range(low, low + each)) for low in lows] for lows in first]
         running: list[_Text] = []
         done: dict[int, _Text] = {}
         steps, started = 0, time.perf_counter()
@@ -104,7 +106,8 @@ class Scorer:
             for text in [text for text in running if text.fed == text.num_fed]:
                 running.remove(text)
                 done[text.index] = text
-                free[text.shard] += [page - text.shard * self._limits.pages_per_shard for page in text.pages]
+                for index, page in enumerate(text.pages):
+                    free[text.shard][index % len(parts)].append(page)
         seconds = time.perf_counter() - started
         return self._scores([done[index].scores for index in range(len(texts))], steps, seconds)
 
@@ -119,18 +122,19 @@ class Scorer:
             offences.append("no texts; at least one is needed")
         raise_offences(offences)
 
-    def _admit(self, waiting: deque[tuple[int, Sequence[int]]], running: list[_Text], free: list[list[int]]) -> None:
-        """Give pages to texts in order, each on the shard with most of them free, as long as there is room."""
+    def _admit(self, waiting: deque[tuple[int, Sequence[int]]], running: list[_Text], free: list[list[list[int]]]) -> None:
+        """Give pages to texts in order, each on the shard with most of them free, in turn from its parts, as long as there is room."""
         while waiting and len(running) < self.bucket.prefill_slots:
             index, tokens = waiting[0]
             count = self._limits.pages_for(len(tokens) - 1)
-            shard = max(range(len(free)), key=lambda one: len(free[one]))
-            if len(free[shard]) < count:
+            shard = max(range(len(free)), key=lambda one: sum(map(len, free[one])))
+            parts = free[shard]
+            if any(len(parts[part]) < -(-(count - part) // len(parts)) for part in range(len(parts))):
                 if not running:
                     raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {self._limits.pages_per_shard}")
                 return
             waiting.popleft()
-            pages = tuple(shard * self._limits.pages_per_shard + free[shard].pop() for _ in range(count))
+            pages = tuple(parts[page % len(parts)].pop() for page in range(count))
             running.append(_Text(index, tokens, shard, pages))
 
     def _run(self, state: object, running: list[_Text]) -> object:

@@ -107,7 +107,7 @@ def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
         "H": ffn,
         "K": tuple(axis for axis in kv_heads if axis in ffn),
         "C": tuple(axis for axis in kv_heads if axis in cached),
-        "P": plan.batch_axes,
+        "P": plan.page_axes,
         "N": plan.stage_axes,
         "R": layout.storage_axes(Role.REPLICA),
     }

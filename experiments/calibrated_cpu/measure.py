@@ -130,7 +130,8 @@ def _buckets(plan: Any) -> tuple[Any, Any]:
     up = lambda size, multiple: -(-size // multiple) * multiple  # noqa: E731
     slots = up(1, plan.prefill_slot_multiple())
     prefill = Bucket(prefill_tokens=up(slots * INPUT, plan.prefill_token_multiple()), prefill_slots=slots)
-    return prefill, Bucket(up(BATCH, plan.decode_row_multiple()), -(-(INPUT + OUTPUT // 2) // plan.cache.page_size))
+    pages = up(-(-(INPUT + OUTPUT // 2) // plan.cache.page_size), plan.num_parts)
+    return prefill, Bucket(up(BATCH, plan.decode_row_multiple()), pages)
 
 
 def _price(plan: Any, bucket: Any) -> float:

@@ -58,7 +58,7 @@ def attention(rows: int) -> dict[str, float]:
         def run(q: jax.Array, caches: list[KeysValues]) -> jax.Array:
             for cache in caches:
                 read = lambda ids, cache=cache: jax.tree.map(lambda x: x.at[ids].get(mode="clip"), cache)  # noqa: E731
-                q = kernels.decode(q, read, table, position, tiles)
+                q = kernels.decode(q, read, table, position, tiles).out
             return q
 
         return run

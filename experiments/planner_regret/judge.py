@@ -37,13 +37,13 @@ def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
     plan = Plan(report.model, report.slice, layout, workload.weights, workload.kv, padded_heads=candidate.padded_heads)
     if workload.phase == "decode":
         rows = _up(workload.batch, plan.decode_row_multiple())
-        pages = -(-workload.decode_context // PAGE)
+        pages = _up(-(-workload.decode_context // PAGE), plan.num_parts)
         bucket, cached = Bucket(rows, pages), pages * rows // plan.num_shards
     else:
         slots = _up(workload.batch, plan.prefill_slot_multiple())
         tokens = _up(slots * workload.input_len, plan.prefill_token_multiple())
         rows = _up(slots, plan.decode_row_multiple())
-        bucket, cached = Bucket(prefill_tokens=tokens, prefill_slots=slots), -(-slots * workload.input_len // PAGE)
+        bucket, cached = Bucket(prefill_tokens=tokens, prefill_slots=slots), _up(-(-slots * workload.input_len // PAGE), plan.num_parts)
     cache = CacheConfig(PAGE, max(cached, 1), rows)
     return Plan(report.model, report.slice, layout, workload.weights, workload.kv, cache=cache, padded_heads=candidate.padded_heads), bucket
 

@@ -20,6 +20,7 @@ from partinf.planner.files import plan_to_toml
 from partinf.workload import DType, Workload
 
 LAYOUTS = Path(__file__).resolve().parents[2] / "layouts"
+TABLES = "as in tables 2 and 3 of Pope et al. (2023)"
 SOURCE = "Pope et al. (2023), section 3.2 and figure 2"
 STORED_2D = {"x": "embed", "y": "ffn", "z": "ffn"}
 GATHERS = {"wg-x": ("x", "x"), "wg-xy": ("xy", "x and y"), "wg-xyz": ("xyz", "all axes")}
@@ -27,7 +28,7 @@ GATHERS = {"wg-x": ("x", "x"), "wg-xy": ("xy", "x and y"), "wg-xyz": ("xyz", "al
 
 @dataclass(frozen=True)
 class Chosen:
-    """A configuration of the paper's tables 2 and 3, for which the planner chooses."""
+    """A configuration for which the planner chooses."""
 
     title: str
     model: str
@@ -40,21 +41,29 @@ def _serving(batch: int, prefill_batch: int, weights: DType) -> Workload:
 
 
 CHOSEN = {
-    "palm-540b-low-latency": Chosen("PaLM 540B, low latency", "palm-540b", "v4:4x4x4", _serving(64, 1, DType.INT8)),
-    "palm-540b-high-throughput": Chosen("PaLM 540B, high throughput", "palm-540b", "v4:4x4x4", _serving(512, 512, DType.BF16)),
-    "palm-62b-low-latency": Chosen("PaLM 62B, low latency", "palm-62b", "v4:2x2x4", _serving(32, 1, DType.INT8)),
+    "palm-540b-low-latency": Chosen(f"PaLM 540B, low latency {TABLES}", "palm-540b", "v4:4x4x4", _serving(64, 1, DType.INT8)),
+    "palm-540b-high-throughput": Chosen(f"PaLM 540B, high throughput {TABLES}", "palm-540b", "v4:4x4x4", _serving(512, 512, DType.BF16)),
+    "palm-62b-low-latency": Chosen(f"PaLM 62B, low latency {TABLES}", "palm-62b", "v4:2x2x4", _serving(32, 1, DType.INT8)),
     "palm-62b-high-throughput-prefill": Chosen(
-        "PaLM 62B, high-throughput prefill", "palm-62b", "v4:2x4x4", Workload(512, 2048, phase="prefill")
+        f"PaLM 62B, high-throughput prefill {TABLES}", "palm-62b", "v4:2x4x4", Workload(512, 2048, phase="prefill")
     ),
     "palm-62b-high-throughput-decode": Chosen(
-        "PaLM 62B, high-throughput decode", "palm-62b", "v4:2x2x2", Workload(512, context_len=2048, phase="decode")
+        f"PaLM 62B, high-throughput decode {TABLES}", "palm-62b", "v4:2x2x2", Workload(512, context_len=2048, phase="decode")
+    ),
+    "llama-3-70b-long-context": Chosen(
+        "Llama 3 70B, decode of one request after 128 thousand tokens",
+        "llama-3-70b",
+        "v5e:4x4",
+        Workload(1, context_len=131072, phase="decode", weights=DType.INT8),
     ),
 }
 
 
 def texts() -> dict[str, str]:
     """File name without suffix → text."""
-    return {name: _named(name) for name in ("ws-1d", "ws-2d", *GATHERS)} | {name: _chosen(chosen) for name, chosen in CHOSEN.items()}
+    return {name: _named(name) for name in ("ws-1d", "ws-2d", *GATHERS, "long-context")} | {
+        name: _chosen(chosen) for name, chosen in CHOSEN.items()
+    }
 
 
 def _named(name: str) -> str:
@@ -66,18 +75,22 @@ def _named(name: str) -> str:
     elif name == "ws-2d":
         described = f"2D weight-stationary: x splits d_model, y and z split d_ff; {stationary}"
         layout = make_layout(STORED_2D, batch, heads)
+    elif name == "long-context":
+        described = "1D weight-stationary; decode attends over heads on x and deals the context of each request over y and z"
+        layout = make_layout(dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "sequence", "z": "sequence"}, heads)
     else:
         axes, words = GATHERS[name]
         kept = "decode keeps them stationary; attention over batch"
         described = f"stored as 2D weight-stationary; prefill gathers weights over {words}, {kept}"
         layout = make_layout(STORED_2D, batch, batch, prefill_gather=axes)
-    return layout_to_toml(layout, f"description = {json.dumps(described)}\nsource = {json.dumps(SOURCE)}")
+    source = "" if name == "long-context" else f"\nsource = {json.dumps(SOURCE)}"
+    return layout_to_toml(layout, f"description = {json.dumps(described)}{source}")
 
 
 def _chosen(chosen: Chosen) -> str:
     report = search(load_model_config(chosen.model), parse_slice(chosen.slice), chosen.workload)
     plan = plan_of(report, report.best)
-    described = f"{chosen.title} as in tables 2 and 3 of Pope et al. (2023), the planner's choice. {plan.note}"
+    described = f"{chosen.title}, the planner's choice. {plan.note}"
     return plan_to_toml(plan, chosen.workload, described)
 
 

@@ -2,14 +2,15 @@
 
 Queries are [T.t, H.f, Q] {e unreduced} after their projection; keys and values [T.t, 2, K.kv, Q] {e unreduced}. The decode group attends
 from pages on the owner's shard of the batch axes; prompt tokens attend to their own chunk and to earlier context, and their new keys and
-values go on to the owners of the pages.
+values go on to the owners of the pages. Over sequence axes every device attends to its part of the keys; what it found is weighted by its
+part of the mass and summed on the way back.
 """
 
 from __future__ import annotations
 
-from partinf.cost.ledger import Entry, Kind, Part
+from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
-from partinf.cost.movement import Split
+from partinf.cost.movement import Axes, Split
 from partinf.cost.split import Group, StepSplit
 from partinf.model_config import Block
 
@@ -74,14 +75,14 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     rows = -(-shape.decode_rows // split.ways(group.batch))
     heads = model.num_heads // split.ways(group.heads)
     kv_heads = model.num_kv_heads // split.ways(group.kv)
-    keys = shape.decode_context
-    seen = keys if shape.real_context is None else shape.real_context
+    keys = -(-shape.decode_context // split.ways(group.sequence))
+    seen = shape.decode_context if shape.real_context is None else shape.real_context
     flops = 4.0 * rows * heads * model.head_dim * keys
     kv_bytes = 2.0 * rows * keys * kv_heads * model.head_dim * split.kv_bytes
     passed = 2 * rows * heads * model.head_dim * split.act_bytes
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
-    share = useful * split.shares.heads * (seen / keys if keys else 1.0)
+    share = useful * split.shares.heads * (seen / shape.decode_context if keys else 1.0)
     core = (rows, rows, heads, kv_heads, keys)
     entries.append(split.pricing.product(DECODE_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core))
     return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
@@ -109,14 +110,27 @@ def cache_entries(split: StepSplit) -> list[Entry]:
     here = Split(group.batch, group.kv)
     entries = movement(split, _PART, "new K, V to the cache", shape.prefill_tokens * width, here, Split(shared, owners.kv))
     if shape.prefill_context:
-        alone = tuple(axis for axis in owners.batch if axis not in shared)
-        elements = shape.prefill_slots * shape.prefill_context * width
-        source = Split(shared, owners.kv, alone)
-        entries += movement(split, _PART, "earlier K, V", elements, source, here)
+        entries += _earlier(split, shape.prefill_slots * shape.prefill_context * width, shared)
     kv_heads = model.num_kv_heads // split.ways(owners.kv)
-    written = shape.prefill_tokens // split.ways(shared) * 2 * kv_heads * model.head_dim * split.kv_bytes
+    written = shape.prefill_tokens // split.ways(shared + owners.sequence) * 2 * kv_heads * model.head_dim * split.kv_bytes
     entries.append(split.pricing.traffic("write K, V", _PART, model.num_layers, written))
     return entries
+
+
+def _earlier(split: StepSplit, elements: int, shared: Axes) -> list[Entry]:
+    """Earlier context to where prompt tokens attend to it: from its owners over the batch axes that only decode has, then the pages that
+    other devices along decode's sequence axes have, which make the payload grow."""
+    group, owners = split.prefill, split.decode
+    alone = tuple(axis for axis in owners.batch if axis not in shared)
+    away = tuple(axis for axis in owners.sequence if axis not in group.sequence)
+    near = Split(*(tuple(axis for axis in axes if axis not in away) for axes in (group.batch, group.kv)))
+    dealt = tuple(axis for axis in owners.sequence if axis not in away or axis not in group.batch)
+    rest = tuple(axis for axis in dealt if axis not in away)
+    entries = movement(split, _PART, "earlier K, V", elements // split.ways(owners.sequence), Split(shared, owners.kv, alone), near)
+    beside = elements // split.ways(near.cols)
+    entries += movement(split, _PART, "earlier K, V", beside, Split(near.rows, owners.sequence), Split(group.batch, dealt))
+    beside = elements // split.ways(group.batch)
+    return entries + movement(split, _PART, "earlier K, V", beside, Split(dealt, near.cols), Split(rest, group.kv))
 
 
 def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
@@ -126,9 +140,10 @@ def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
     heads = model.num_heads // split.ways(group.heads)
     kv_heads = model.num_kv_heads // split.ways(group.kv)
     own = tokens / max(slots, 1)
-    keys_all = slots * shape.prefill_context + tokens
-    keys = shape.prefill_context + own if program.per_prompt_attention else keys_all
-    seen = shape.prefill_context + (own + 1) / 2  # a causal prompt sees half of itself
+    parts = split.ways(group.sequence)
+    keys_all = (slots * shape.prefill_context + tokens) // parts
+    keys = (shape.prefill_context + own) / parts if program.per_prompt_attention else keys_all
+    seen = (shape.prefill_context + (own + 1) / 2) / parts  # a causal prompt sees half of itself
     pairs = tokens * keys
     passed = 2 * tokens * heads * model.head_dim * split.act_bytes
     if not program.blocked_attention:
@@ -136,7 +151,7 @@ def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
     kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * split.shares.heads * seen / keys) if keys else 1.0
-    core = (slots, tokens, heads, kv_heads, shape.prefill_context)
+    core = (slots, tokens, heads, kv_heads, shape.prefill_context // parts)
     return split.pricing.product(
         PREFILL_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True
     )
@@ -153,6 +168,12 @@ def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, label:
 
 
 def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:
-    elements = tokens * split.model.num_heads * split.model.head_dim
-    source = Split(group.batch, group.heads)
-    return movement(split, _PART, f"{label}: output back", elements, source, split.heads_wanted, useful * split.shares.heads)
+    model, share = split.model, useful * split.shares.heads
+    entries = []
+    if group.sequence:
+        rows, heads = -(-tokens // split.ways(group.batch)), model.num_heads // split.ways(group.heads)
+        size, op = split.ways(group.sequence) * rows * heads * 4, Op.ALL_GATHER
+        name, axes = f"{label}: mass of each part", group.sequence
+        entries.append(split.pricing.collective(name, _PART, model.num_layers, op, axes, size, "f32", share))
+    source, elements = Split(group.batch, group.heads, group.sequence), tokens * model.num_heads * model.head_dim
+    return entries + movement(split, _PART, f"{label}: output back", elements, source, split.heads_wanted, share)

@@ -66,7 +66,8 @@ def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, conte
     decode_heads = layout.decode.attention_axes(AttentionRole.HEADS)
     split_heads = tuple(axis for axis in kv_head_axes(layout, sizes, model.num_kv_heads) if axis in decode_heads)
     lanes = -(-rows // ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
-    tokens = -(-context // page_size) * page_size
+    parts = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
+    tokens = -(-context // (page_size * parts)) * page_size
     per_token = 2 * model.num_kv_heads // ways(split_heads, sizes) * model.head_dim * kv.num_bytes
     return model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes) * lanes * tokens * per_token
 
@@ -124,15 +125,15 @@ def _core_bytes(split: StepSplit) -> int:
     ):
         if not tokens:
             continue
-        dealt = split.ways(group.batch)
+        dealt, parts = split.ways(group.batch), split.ways(group.sequence)
         heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
         local = -(-tokens // dealt)
         total += local * (3 * heads + 2 * kv_heads) * model.head_dim * act
-        seen = keys or -(-tokens // max(slots, 1)) + shape.prefill_context
+        seen = -(-(keys or -(-tokens // max(slots, 1)) + shape.prefill_context) // parts)
         if split.pricing.program.blocked_attention:
             total += local * heads * min(seen, _SCORE_BLOCK) * _F32
         else:
-            total += local * heads * (keys or local + -(-slots // dealt) * shape.prefill_context) * (_F32 + act)
+            total += local * heads * (keys or local + -(-slots // dealt) * shape.prefill_context) // parts * (_F32 + act)
     return total
 
 

@@ -64,11 +64,13 @@ class Group:
 
     Attributes:
         batch: axes over which whole requests are dealt. heads: axes that split query heads. kv: those that split kv heads too.
+        sequence: axes over which the keys of each request are dealt.
     """
 
     batch: Axes
     heads: Axes
     kv: Axes
+    sequence: Axes
 
 
 @dataclass(frozen=True)
@@ -197,5 +199,6 @@ class StepSplit:
         return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
     def _group(self, phase: Phase) -> Group:
-        heads = self._kept(phase.attention_axes(AttentionRole.HEADS))
-        return Group(self._kept(phase.attention_axes(AttentionRole.BATCH)), heads, tuple(a for a in self.kv_digits if a in heads))
+        roles = (AttentionRole.BATCH, AttentionRole.HEADS, AttentionRole.SEQUENCE)
+        batch, heads, sequence = (self._kept(phase.attention_axes(role)) for role in roles)
+        return Group(batch, heads, tuple(a for a in self.kv_digits if a in heads), sequence)

@@ -116,8 +116,7 @@ class BatchBuilder:
 
     def missing_pages(self, sequence: Sequence) -> int:
         """Pages that a resident's next token needs beyond those that it has and those that are free on its shard."""
-        have = len(sequence.pages) + self._scheduler.pool.free_pages(sequence.shard)
-        return max(0, self.limits.pages_for(sequence.num_scheduled + 1) - have)
+        return self._scheduler.pool.missing_pages(sequence, self.limits.pages_for(sequence.num_scheduled + 1))
 
     def can_prefill(self, sequence: Sequence) -> bool:
         """Whether this step has room for the prompt of a waiting sequence, pages and slots aside."""

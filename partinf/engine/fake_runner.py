@@ -171,13 +171,14 @@ class FakeRunner:
         problems = [
             f"pages {copy.pages} are not all of shard {copy.shard}"
             for copy in (*step.swap_out, *step.swap_in)
-            if any(page // limits.pages_per_shard != copy.shard for page in copy.pages)
+            if any(limits.place_of(page) != (copy.shard, index % limits.num_parts) for index, page in enumerate(copy.pages))
         ]
         writers: dict[int, int] = {}
         rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
         for row in rows:
             start, end = (row.position, row.position + 1) if isinstance(row, DecodeRow) else (row.start, row.end)
-            if not 0 <= row.shard < limits.num_shards or any(page // limits.pages_per_shard != row.shard for page in row.pages):
+            places = [(row.shard, index % limits.num_parts) for index in range(len(row.pages))]
+            if not 0 <= row.shard < limits.num_shards or list(map(limits.place_of, row.pages)) != places:
                 problems.append(f"slot {row.slot}: pages {row.pages} are not all of shard {row.shard}")
             if not 0 <= start < end <= limits.max_len or len(row.pages) != limits.pages_for(end):
                 problems.append(f"slot {row.slot}: {len(row.pages)} pages for positions up to {end}")

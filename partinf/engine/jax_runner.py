@@ -289,6 +289,7 @@ def runner_limits(plan: Plan) -> RunnerLimits:
         page_size=plan.cache.page_size,
         pages_per_shard=plan.cache.pages_per_shard,
         num_shards=plan.num_shards,
+        num_parts=plan.num_parts,
         num_slots=plan.cache.num_slots,
         max_len=plan.max_len,
         vocab_size=plan.model.vocab_size,

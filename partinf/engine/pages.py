@@ -1,8 +1,9 @@
 """The page pool: who owns which page of the KV cache. It counts pages; what they hold is the runner's.
 
-Pages belong to the shards of the decode batch axes, `pages_per_shard` each, and all pages of a sequence lie on one shard. Slots, the
-lanes in which the runner keeps each resident sequence's last token, are one range for all shards. Pages that hold the same tokens after
-the same tokens are shared by the samples of a request, and by all where prefix caching is on: a page has as many references as holders.
+Pages belong to the shards of the decode batch axes, `pages_per_shard` each, and all pages of a sequence lie on one shard, dealt in turn
+over its parts: a sequence's next page is wanted in a certain part. Slots, the lanes in which the runner keeps each resident sequence's
+last token, are one range for all shards. Pages that hold the same tokens after the same tokens are shared by the samples of a request,
+and by all where prefix caching is on: a page has as many references as holders.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable
+from operator import add, le
 
 from partinf.engine.prefix_cache import PrefixCache
 from partinf.engine.request import Sequence
@@ -18,7 +20,7 @@ from partinf.engine.step import PageCopy
 
 
 class PagePool:
-    """Free pages per shard, free pages of host memory, and free slots.
+    """Free pages per part of every shard, free pages of host memory, and free slots.
 
     A shard takes at most `max_decode_rows_per_shard` sequences, so that all residents can always decode in the same step, unless the
     policy wants more residents than rows.
@@ -26,18 +28,21 @@ class PagePool:
 
     def __init__(self, limits: RunnerLimits, prefix_caching: bool = False) -> None:
         self._limits = limits
-        first = range(0, limits.num_shards * limits.pages_per_shard, limits.pages_per_shard)
-        self._free_pages = [list(range(low + limits.pages_per_shard - 1, low - 1, -1)) for low in first]
+        each = limits.pages_per_shard // limits.num_parts
+        places = [[shard * limits.num_parts + part for part in range(limits.num_parts)] for shard in range(limits.num_shards)]
+        self._free_pages = [[list(range((place + 1) * each - 1, place * each - 1, -1)) for place in parts] for parts in places]
         self._free_slots = list(range(limits.num_slots))
         self._free_host_pages = list(range(limits.num_host_pages - 1, -1, -1))
         self._leaving_host_pages: list[int] = []  # read by the step that is being put together, free for the next
         self._num_sequences = [0] * limits.num_shards
         self._refs = [0] * (limits.num_shards * limits.pages_per_shard)
-        self.prefixes = [PrefixCache(limits.page_size) for _ in range(limits.num_shards)] if prefix_caching and limits.chunks else []
+        shards = range(limits.num_shards if prefix_caching and limits.chunks else 0)
+        self.prefixes = [PrefixCache(limits.page_size, lambda page: limits.place_of(page)[1], limits.num_parts) for _ in shards]
 
     @property
     def num_free_pages(self) -> int:
-        return sum(self.free_pages(shard) for shard in range(self._limits.num_shards))
+        """Pages that nobody holds; those that the prefix cache remembers can be taken too."""
+        return sum(sum(self._free_in(shard)) for shard in range(self._limits.num_shards))
 
     @property
     def num_free_slots(self) -> int:
@@ -48,8 +53,13 @@ class PagePool:
         return len(self._free_host_pages)
 
     def free_pages(self, shard: int) -> int:
-        """Pages of a shard that nobody holds; those that the prefix cache remembers can be taken too."""
-        return len(self._free_pages[shard]) + (self.prefixes[shard].num_idle if self.prefixes else 0)
+        """Pages of a shard that any one sequence can have: as many from every part as the fullest part has."""
+        return min(self._free_in(shard)) * self._limits.num_parts
+
+    def missing_pages(self, sequence: Sequence, num_pages: int) -> int:
+        """Pages beyond those that are free, where they are wanted, that a resident sequence needs to have so many."""
+        wanted = self._wanted(len(sequence.pages), num_pages)
+        return sum(max(0, count - free) for count, free in zip(wanted, self._free_in(sequence.shard), strict=True))
 
     def choose_shard(self, num_pages: int, shards: Iterable[int], sequence: Sequence | None = None, crowd: bool = False) -> int | None:
         """The shard that takes another sequence of so many pages; None when none of `shards` has room.
@@ -83,16 +93,15 @@ class PagePool:
                 self.prefixes[shard].hold(page)
         sequence.shard = shard
         sequence.slot = heapq.heappop(self._free_slots)
-        sequence.set_pages(cached + [self._take(shard) for _ in range(num_pages - len(cached))])
+        sequence.set_pages(cached + [self._take(shard, index) for index in range(len(cached), num_pages)])
         self._num_sequences[shard] += 1
         return len(cached)
 
     def grow(self, sequence: Sequence, num_pages: int) -> bool:
         """Bring a resident sequence to so many pages; False, and nothing changed, when its shard has not enough."""
-        missing = num_pages - len(sequence.pages)
-        if missing > self.free_pages(sequence.shard):
+        if self.missing_pages(sequence, num_pages):
             return False
-        sequence.pages.extend(self._take(sequence.shard) for _ in range(missing))
+        sequence.pages.extend(self._take(sequence.shard, index) for index in range(len(sequence.pages), num_pages))
         return True
 
     def free(self, sequence: Sequence) -> None:
@@ -141,15 +150,16 @@ class PagePool:
     def forget_prefixes(self) -> None:
         """The pages were lost."""
         for shard, cache in enumerate(self.prefixes):
-            self._free_pages[shard] += cache.clear()
+            for page in cache.clear():
+                self._free_pages[shard][self._limits.place_of(page)[1]].append(page)
 
     def check(self, residents: Iterable[Sequence], swapped: Iterable[Sequence] = ()) -> None:
         """Assert conservation: every page is free or held as often as it has references, every slot free or held by one resident, and
-        pages are on their shard."""
+        pages are on their shard and in their part."""
         residents = list(residents)
         held = Counter(page for sequence in residents for page in sequence.pages)
-        idle = [page for cache in self.prefixes for page in cache.idle]
-        free = [page for free in self._free_pages for page in free] + idle
+        idle = [page for cache in self.prefixes for part in cache.idle for page in part]
+        free = [page for parts in self._free_pages for part in parts for page in part] + idle
         per_shard = self._limits.pages_per_shard
         assert sorted([*free, *held]) == list(range(self._limits.num_shards * per_shard)), "pages are lost or held twice"
         assert all(self._refs[page] == held[page] for page in range(len(self._refs))), "references and holders differ"
@@ -158,11 +168,12 @@ class PagePool:
         assert sorted(slots) == list(range(self._limits.num_slots)), "slots are lost or held twice"
         host = self._free_host_pages + self._leaving_host_pages + [page for sequence in swapped for page in sequence.host_pages]
         assert sorted(host) == list(range(self._limits.num_host_pages)), "pages of host memory are lost or held twice"
-        for shard, pages in enumerate(self._free_pages):
+        for shard, parts in enumerate(self._free_pages):
             here = [sequence for sequence in residents if sequence.shard == shard]
             assert self._num_sequences[shard] == len(here), f"shard {shard} counts {self._num_sequences[shard]} sequences, {len(here)} live"
-            on_shard = pages + [page for sequence in here for page in sequence.pages]
-            assert all(page // per_shard == shard for page in on_shard), f"shard {shard} holds pages of another shard"
+            placed = [(page, part) for part, pages in enumerate(parts) for page in pages]
+            placed += [(page, index % len(parts)) for sequence in here for index, page in enumerate(sequence.pages)]
+            assert all(self._limits.place_of(page) == (shard, part) for page, part in placed), f"shard {shard} has pages of another place"
 
     def _find(self, sequence: Sequence, shard: int) -> list[int]:
         """Pages of the sequence's beginning that are there already: cached ones, or those of another sample of its request.
@@ -191,16 +202,30 @@ class PagePool:
 
     def _fresh(self, shard: int, num_pages: int, cached: list[int]) -> bool:
         """Whether the shard has pages for what is not cached; cached ones that nobody holds count as free until they are taken."""
-        idle = sum(self._refs[page] == 0 for page in cached)
-        return self.free_pages(shard) - idle >= num_pages - len(cached)
+        free, wanted = self._free_in(shard), self._wanted(len(cached), num_pages)
+        for index, page in enumerate(cached):
+            free[index % len(free)] -= self._refs[page] == 0
+        return all(map(le, wanted, free))
 
-    def _take(self, shard: int) -> int:
-        free = self._free_pages[shard]
-        page = free.pop() if free else self.prefixes[shard].evict()
+    def _free_in(self, shard: int) -> list[int]:
+        """Pages that nobody holds, per part of a shard."""
+        free = list(map(len, self._free_pages[shard]))
+        return list(map(add, free, map(len, self.prefixes[shard].idle))) if self.prefixes else free
+
+    def _wanted(self, first: int, end: int) -> list[int]:
+        """How many of the pages from `first` to before `end` of a sequence lie in each part."""
+        parts = self._limits.num_parts
+        return [max(0, -(-(end - part) // parts)) - max(0, -(-(first - part) // parts)) if end > first else 0 for part in range(parts)]
+
+    def _take(self, shard: int, index: int) -> int:
+        """A free page for this place in a sequence."""
+        part = index % self._limits.num_parts
+        free = self._free_pages[shard][part]
+        page = free.pop() if free else self.prefixes[shard].evict(part)
         self._refs[page] = 1
         return page
 
     def _release(self, page: int, shard: int) -> None:
         self._refs[page] -= 1
         if not self._refs[page] and not (self.prefixes and self.prefixes[shard].idles(page)):
-            self._free_pages[shard].append(page)
+            self._free_pages[shard][self._limits.place_of(page)[1]].append(page)

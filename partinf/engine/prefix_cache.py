@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Callable
 
 from partinf.engine.request import Sequence
 
 
 class PrefixCache:
-    """Names of pages, both ways, and the idle ones in the order in which they were let go."""
+    """Names of pages, both ways, and the idle ones in the order in which they were let go.
 
-    def __init__(self, page_size: int) -> None:
+    Attributes:
+        idle: pages that nobody holds, per part of the shard.
+    """
+
+    def __init__(self, page_size: int, part_of: Callable[[int], int] = lambda page: 0, num_parts: int = 1) -> None:
+        """
+        Args:
+            part_of: the part in which a page lies; a page is needed in a certain one.
+        """
         self._page_size = page_size
+        self._part_of = part_of
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self.idle: dict[int, None] = {}
-
-    @property
-    def num_idle(self) -> int:
-        return len(self.idle)
+        self.idle: list[dict[int, None]] = [{} for _ in range(num_parts)]
 
     def find(self, sequence: Sequence, most: int) -> list[int]:
         """The cached pages of the sequence's first tokens, in order, at most so many."""
@@ -48,25 +54,26 @@ class PrefixCache:
 
     def hold(self, page: int) -> None:
         """Somebody holds this page."""
-        self.idle.pop(page, None)
+        self.idle[self._part_of(page)].pop(page, None)
 
     def idles(self, page: int) -> bool:
         """Nobody holds this page any more; whether it stays here."""
         if page in self._digest_of:
-            self.idle[page] = None
+            self.idle[self._part_of(page)][page] = None
         return page in self._digest_of
 
-    def evict(self) -> int:
-        """Forget the page that has been idle longest, and return it."""
-        page = next(iter(self.idle))
-        del self.idle[page]
+    def evict(self, part: int) -> int:
+        """Forget the page of a part that has been idle longest, and return it."""
+        page = next(iter(self.idle[part]))
+        del self.idle[part][page]
         del self._by_digest[self._digest_of.pop(page)]
         return page
 
     def clear(self) -> list[int]:
         """Forget everything, and return the pages that were idle."""
-        idle = list(self.idle)
-        self.idle.clear()
+        idle = [page for part in self.idle for page in part]
+        for part in self.idle:
+            part.clear()
         self._by_digest.clear()
         self._digest_of.clear()
         return idle

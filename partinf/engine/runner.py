@@ -18,6 +18,7 @@ class RunnerLimits:
         max_prefill_tokens: prefill tokens of a step, in equal blocks over the prefill shards.
         max_prefill_slots_per_shard: prefill chunks of one *prefill* shard.
         page_size: tokens per KV page. pages_per_shard: pages owned by each of the `num_shards` shards of the decode batch axes.
+        num_parts: parts of a shard, of as many pages each; page i of a sequence lies in part i modulo this (the decode sequence axes).
         num_slots: sequences that may be resident. max_len: longest context in tokens, prompt and output together.
         vocab_size: token ids are 0..vocab_size - 1.
         num_prefill_shards: shards of the prefill batch axes; a chunk is computed on one of them.
@@ -39,6 +40,7 @@ class RunnerLimits:
     num_slots: int
     max_len: int
     vocab_size: int
+    num_parts: int = 1
     num_prefill_shards: int = 1
     prefill_shards: tuple[tuple[int, ...], ...] = ()
     chunks: bool = True
@@ -53,6 +55,8 @@ class RunnerLimits:
         offences = [f"{name} = {value}; it must be at least {least[name]}" for name, value in numbers.items() if value < least[name]]
         if not offences and self.max_prefill_tokens % self.num_prefill_shards:
             offences.append(f"max_prefill_tokens = {self.max_prefill_tokens} does not divide over {self.num_prefill_shards} prefill shards")
+        if not offences and self.pages_per_shard % self.num_parts:
+            offences.append(f"pages_per_shard = {self.pages_per_shard} does not divide over {self.num_parts} parts")
         if self.prefill_shards and len(self.prefill_shards) != self.num_shards:
             offences.append(f"prefill_shards has {len(self.prefill_shards)} entries for {self.num_shards} shards")
         for shard, allowed in enumerate(self.prefill_shards):
@@ -74,6 +78,10 @@ class RunnerLimits:
     def max_prompt_len(self) -> int:
         """Longest prompt that can be served: it leaves a token to generate, and fits one step where prompts are not cut."""
         return min(self.max_context - 1, self.max_context if self.chunks else self.max_prefill_tokens_per_shard)
+
+    def place_of(self, page: int) -> tuple[int, int]:
+        """Shard and part in which a page lies."""
+        return divmod(page // (self.pages_per_shard // self.num_parts), self.num_parts)
 
     def prefill_shards_of(self, shard: int) -> tuple[int, ...]:
         """The prefill shards that may compute chunks of sequences owned by this decode shard."""

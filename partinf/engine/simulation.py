@@ -49,10 +49,11 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing, buckets: tuple[Buc
     Raises:
         InvalidInput: the weights leave no room for one sequence of the longest context.
     """
-    plan = replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, 1, max(sizing.max_rows, sizing.max_residents)))
+    slots = max(sizing.max_rows, sizing.max_residents)
+    plan = replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, plan.num_parts, slots))
     price = StepPrice(plan, pricing, buckets=buckets)
     stages, chip, page_bytes = plan.num_stages, plan.slice.chip, price.page_bytes
-    pages = sizing.kv_pages or int(_free_bytes(plan, pricing, price, sizing) // page_bytes)
+    pages = sizing.kv_pages or int(_free_bytes(plan, pricing, price, sizing) // page_bytes) * plan.num_parts
     if pages * sizing.page_size < sizing.max_len:
         raise InvalidInput(
             f"model {plan.model.name} on {plan.slice.name}: beside the weights there is room for {max(pages, 0) * sizing.page_size} tokens "
@@ -67,14 +68,15 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing, buckets: tuple[Buc
         page_size=sizing.page_size,
         pages_per_shard=pages,
         num_shards=plan.num_shards,
+        num_parts=plan.num_parts,
         num_slots=max(rows * stages, sizing.max_residents),
         max_len=sizing.max_len,
         vocab_size=plan.model.vocab_size,
         num_prefill_shards=prefill_shards,
         num_stages=stages,
-        num_host_pages=int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards,
+        num_host_pages=int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards * plan.num_parts,
     )
-    page_seconds = page_bytes * chip.devices_per_chip / chip.host_bandwidth
+    page_seconds = price.page_seconds
     runner = CostRunner(
         limits,
         price,

@@ -2,7 +2,8 @@
 
 A step mixes decode rows (one token of a sequence that is past its prompt) and prefill chunks (consecutive prompt tokens). A row names
 its sequence by `slot`, the number of its lane among the resident sequences, and `shard`, the shard of the decode batch axes that owns
-its KV pages. Page ids are global: page p of shard s is s * pages_per_shard + p. Positions count from 0.
+its KV pages. Page ids are global: page p of shard s is s * pages_per_shard + p. Where shards have parts,
+page i of a sequence lies in part i modulo their number. Positions count from 0.
 """
 
 from __future__ import annotations

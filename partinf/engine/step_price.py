@@ -68,7 +68,8 @@ class StepPrice:
     """Prices the steps of one plan, each on one of its stages.
 
     Attributes:
-        page_bytes: of one KV page on one device, all its layers. shares: useful part of padded dimensions.
+        page_bytes: of one KV page on one device that has it, all its layers. page_seconds: of one page of many to host memory or back.
+        shares: useful part of padded dimensions.
     """
 
     def __init__(self, plan: Plan, pricing: Pricing, *, buckets: tuple[Bucket, ...] = (), sampling: bool = True) -> None:
@@ -87,6 +88,8 @@ class StepPrice:
         self._prompt: dict[Hashable, _Sum] = {}
         self._page_size = plan.cache.page_size
         self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
+        chip = plan.slice.chip
+        self.page_seconds = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
 
     def __call__(self, *steps: Step) -> Price:
         """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""
@@ -124,8 +127,7 @@ class StepPrice:
 
     def estimates(self, limits: RunnerLimits) -> Estimates:
         """What a policy needs to know: an iteration is a way through all stages."""
-        chip, stages = self.plan.slice.chip, self.plan.num_stages
-        page = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth
+        stages, page = self.plan.num_stages, self.page_seconds
         decode = stages * self.decode_seconds(1, limits.page_size)
         return Estimates(lambda tokens: stages * self.prefill_seconds(tokens), decode, page, page, limits.pages_for)
 

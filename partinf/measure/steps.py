@@ -22,11 +22,11 @@ def for_buckets(plan: Plan, buckets: tuple[Bucket, ...]) -> Plan:
         buckets: among them one with decode lanes and one with prompts, as a runner wants it.
     """
     size, shards, prompts = plan.cache.page_size, plan.num_shards, plan.prefill_slot_multiple()
-    pages = rows = 1
+    pages, rows = plan.num_parts, 1
     for bucket in buckets:
         own = -(-bucket.prefill_tokens // max(bucket.prefill_slots, 1) // size) + 1 + bucket.prefill_pages
         slots = -(-bucket.prefill_slots // min(shards, prompts))
-        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * own)
+        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * -(-own // plan.num_parts) * plan.num_parts)
         rows = max(rows, bucket.decode_rows + bucket.prefill_slots)
     longest = max(max(bucket.decode_pages, bucket.prefill_pages + bucket.prefill_tokens) * size for bucket in buckets)
     return replace(plan, buckets=buckets, cache=CacheConfig(size, pages, rows), max_len=max(longest, plan.max_len))
@@ -91,5 +91,6 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
 
 def _pages(plan: Plan, shard: int, place: int, count: int) -> tuple[int, ...]:
     """`count` pages of a shard for its `place`-th sequence, from the start again where there are no more."""
-    held = plan.cache.pages_per_shard
-    return tuple(shard * held + (place * count + number) % held for number in range(count))
+    held, parts = plan.cache.pages_per_shard // plan.num_parts, plan.num_parts
+    first = place * -(-count // parts)
+    return tuple((shard * parts + number % parts) * held + (first + number // parts) % held for number in range(count))

@@ -22,7 +22,7 @@ AxisClass = tuple[object, ...]
 
 _STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
 _BETWEEN_SLICES = (Role.REPLICA, Role.STAGE, Role.FFN)
-_ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
+_ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.SEQUENCE, AttentionRole.NONE)
 
 
 class PhaseOption(NamedTuple):

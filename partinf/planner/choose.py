@@ -63,9 +63,10 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
     workload = report.workload
     context = max(workload.max_context, 1)
     page = CacheConfig().page_size
-    shards = ways(candidate.layout.decode.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
+    roles = (AttentionRole.BATCH, AttentionRole.SEQUENCE)
+    shards, parts = (ways(candidate.layout.decode.attention_axes(role), report.slice.axis_sizes) for role in roles)
     lanes = -(-workload.batch // shards)
-    cache = CacheConfig(page, lanes * -(-context // page), lanes * shards)
+    cache = CacheConfig(page, lanes * parts * -(-context // (page * parts)), lanes * shards)
     predicted = tuple((result.name, result.ledger) for result in candidate.phases)
     return Plan(
         report.model,

@@ -105,14 +105,15 @@ class Evaluator:
         batch = -(-self.workload.batch // stages)
         owners = phase.attention_axes(AttentionRole.BATCH)
         dealt = ways(owners, self.sizes)
-        multiple = ways(tuple(set(owners) | set(layout.token_axes(phase))), self.sizes)
+        spread = set(owners) | set(layout.token_axes(phase))
         if label == "decode":
-            rows = _round_up(batch, multiple)
+            rows = _round_up(batch, ways(tuple(spread), self.sizes))
             context = max(self.workload.decode_context, 1)
             return StepShape(decode_rows=rows, decode_context=context, real_rows=batch)
         batch, length = -(-self.workload.prompts_per_step // stages), self.workload.input_len or self.workload.context_len or 1
         slots = _round_up(batch, dealt)
-        tokens = _round_up(slots * length, multiple)
+        spread |= set(phase.attention_axes(AttentionRole.SEQUENCE))
+        tokens = _round_up(slots * length, ways(tuple(spread), self.sizes))
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
 
     def stages(self, layout: Layout) -> int:
@@ -169,7 +170,7 @@ class Evaluator:
     def coupling(self, layout: Layout, padded_heads: int) -> Ledger:
         """What prefill pays for the cache's layout, which is decode's."""
         split = self.split(layout, "prefill", padded_heads)
-        key = (split.prefill, split.decode.batch, split.decode.kv, split.shape, split.stages, padded_heads)
+        key = (split.prefill, split.decode.batch, split.decode.kv, split.decode.sequence, split.shape, split.stages, padded_heads)
         found = self._coupling.get(key)
         if found is None:
             found = self._coupling[key] = Ledger(cache_part(split)).times(split.num_stages)

@@ -100,14 +100,15 @@ def _tensors(split: StepSplit) -> dict[str, _Tensor]:
         "to the next stage": of((*tokens, "E"), "E", Split(split.replica, stored)),
     }
     for label, group in (("decode", split.decode), ("prefill", split.prefill)):
-        spread = Split(group.batch, group.heads)
+        spread, parts = Split(group.batch, group.heads), Split(group.batch, group.heads, group.sequence)
         table |= {
             f"embedded {label} tokens": of((*tokens, "E"), "E", Split(split.replica, stored), used),
             f"{label} tokens that leave the stage": of((*tokens, "E"), "E", used, Split(split.replica, stored)),
             f"{label}: Q to its attention split": of((*tokens, "H", "Q"), "H", split.q_projected, spread),
             f"{label}: new K, V to their split": of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
-            f"{label} core": of((*tokens, "H", "Q"), "H", spread),
-            f"{label}: output back": of((*tokens, "H", "Q"), "H", spread, split.heads_wanted),
+            f"{label} core": of((*tokens, "H", "Q"), "H", parts),
+            f"{label}: mass of each part": of((*tokens, "H"), "H", spread),
+            f"{label}: output back": of((*tokens, "H", "Q"), "H", parts, split.heads_wanted),
         }
     shared = tuple(axis for axis in split.decode.batch if axis in split.prefill.batch)
     here, cached = Split(split.prefill.batch, split.prefill.kv), Split(shared, split.decode.kv)

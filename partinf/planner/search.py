@@ -126,7 +126,7 @@ def _axis_offences(slice_: Slice) -> list[str]:
     if len(free) <= _MOST_AXES:
         return []
     return [
-        f"mesh '{slice_.mesh}': {len(free)} axes have 16**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
+        f"mesh '{slice_.mesh}': {len(free)} axes have 21**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
     ]
 
 

@@ -1,6 +1,7 @@
 """The attention sublayer between its projections: the core of each token group under the roles of its phase.
 
-Axes as in `Routes`: t splits tokens and e, f split weights in the linear layers; b, h, k are a group's batch, head and kv-head axes.
+Axes as in `Routes`: t splits tokens and e, f split weights in the linear layers; b, h, s, k are a group's batch, head, sequence and
+kv-head axes. Over s every device has the queries of its requests and attends to its part of their keys (`partinf.transformer.dealt`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from partinf.model_config import Position
 from partinf.transformer import cache, kernels
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
 from partinf.transformer.cache import KeysValues
+from partinf.transformer.dealt import deal, in_order, num_seen, weighted
 from partinf.transformer.linear import head_norm
 from partinf.transformer.params import Params
 from partinf.transformer.rope import rotate
@@ -53,14 +55,16 @@ def _decode(
     group, size = routes.decode, routes.plan.cache.page_size
     position, pages = _rows(batch.position, group, routes), _rows(batch.pages, group, routes)  # [B.b], [B.b, pages]
     q, new = _to_group(weights, q, new, position, group, routes, freqs)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
-    pages, owned = cache.local_pages(pages, group.batch, routes.plan.cache.pages_per_shard)
+    pages, owned = cache.local_pages(pages, routes.plan)
     row = jnp.arange(position.shape[0])
     current = jnp.maximum(position, 0) // size
     mine = owned[row, current] & (position >= 0)
     kv = cache.write(kv, layer, pages[row, current], position % size, mine, KeysValues(new[:, 0], new[:, 1]))
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
-    out = kernels.decode(q, read, pages, position, _tiles(routes))  # [B.b, H.h, Q]
-    return _from_group(out, group, routes), kv
+    dealt = lambda x: deal(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
+    seen = num_seen(position + 1, dealt(jnp.arange(pages.shape[1])), size)  # of the pages of each lane that lie here
+    found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes))  # [B.b, H.h, Q]
+    return _from_group(found, group, routes), kv
 
 
 def _prefill(
@@ -76,13 +80,15 @@ def _prefill(
     for_cache = move(new, frame, Split(group.batch, group.kv), Split(shared, owners.kv))
     page = take_split(jnp.asarray(batch.page), 0, group.order, shared, routes.sizes)
     offset = take_split(jnp.asarray(batch.position), 0, group.order, shared, routes.sizes) % plan.cache.page_size
-    local, owned = cache.local_pages(page, owners.batch, plan.cache.pages_per_shard)
+    local, owned = cache.local_pages(page, plan)
     kv = cache.write(kv, layer, local, offset, owned, KeysValues(for_cache[:, 0], for_cache[:, 1]))
 
     context = _earlier(kv, layer, batch, routes, q.dtype) if routes.bucket.prefill_pages else None
-    own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.b, Q]
-    out = kernels.prefill(q, owner, position, _choose(own, group, routes), context, _tiles(routes))  # [T.b, H.h, Q]
-    return _from_group(out, group, routes), kv
+    new, *where = (deal(x, 0, group.sequence, group.sequence, routes.sizes) for x in (new, owner, position))  # [T.bs, 2, K.k, Q]
+    own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.bs, Q]
+    fresh = kernels.Fresh(_choose(own, group, routes), *where)
+    found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes))  # [T.b, H.h, Q]
+    return _from_group(found, group, routes), kv
 
 
 def _earlier(
@@ -90,26 +96,43 @@ def _earlier(
 ) -> tuple[kernels.Read, jax.Array, jax.Array, jax.Array]:
     """What earlier steps stored of each slot's sequence, where its tokens attend: see `kernels.prefill`.
 
-    Pages that lie there already are read in place; otherwise all of them are brought, [S.b, 2, pages, K.k, size, Q].
+    Pages that lie there already are read in place; otherwise all of them are brought. Of those that are there a device attends to its
+    part over the sequence axes that do not deal them in the cache.
     """
-    group, owners, shared = routes.prefill, routes.decode, routes.shared_batch
-    only_owners = tuple(axis for axis in owners.batch if axis not in shared)
-    order = group.batch
-    slots = take_split(jnp.arange(routes.bucket.prefill_slots), 0, order, group.batch, routes.sizes)
-    starts = take_split(jnp.asarray(batch.start), 0, order, group.batch, routes.sizes)
-    pages = take_split(jnp.asarray(batch.pages), 0, order, shared, routes.sizes)
-    local, owned = cache.local_pages(pages, owners.batch, routes.plan.cache.pages_per_shard)
-    frame = routes.frame(order, routes.kv_digits, 0, 3)
-    source, target = Split(shared, owners.kv, only_owners), Split(group.batch, group.kv)
-    if frame.same(source, target):
-        return lambda ids: _choose(cache.read(kv, layer, ids), group, routes), local, slots, starts
+    group, owners, sizes = routes.prefill, routes.decode, routes.sizes
+    here, away = routes.sequence_here, routes.sequence_away
+    more = tuple(axis for axis in group.sequence if axis not in here)
+    again = lambda x, dim: deal(x, dim, more, more, sizes)  # noqa: E731
+    slots = take_split(jnp.arange(routes.bucket.prefill_slots), 0, group.batch, group.batch, sizes)
+    starts = take_split(jnp.asarray(batch.start), 0, group.batch, group.batch, sizes)
+    indices = again(deal(jnp.arange(routes.bucket.prefill_pages), 0, owners.sequence, here, sizes), 0)
+    stored = num_seen(starts, indices, routes.plan.cache.page_size)
+    pages = take_split(jnp.asarray(batch.pages), 0, group.batch, routes.shared_batch, sizes)
+    local, owned = (deal(x, 1, owners.sequence, owners.sequence, sizes) for x in cache.local_pages(pages, routes.plan))
+    if not away and routes.frame(group.batch, routes.kv_digits).same(routes.kv_cached, Split(group.batch, group.kv)):
+        return lambda ids: _choose(cache.read(kv, layer, ids), group, routes), again(local, 1), slots, stored
     found = kernels.dequantized(cache.read_pages(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone
     both = jnp.stack([found.keys, found.values], axis=1)
-    both = move(jnp.where(owned[:, None, :, None, None, None], both, 0), frame, source, target)
+    both = again(_brought(jnp.where(owned[:, None, :, None, None, None], both, 0), routes), 2)  # [S.b, 2, pages, K.k, size, Q]
     count, _, length = both.shape[:3]
     brought = KeysValues(*(both[:, part].reshape(count * length, *both.shape[3:]) for part in (0, 1)))
     read = lambda ids: _choose(cache.read((brought,), 0, ids), group, routes)  # noqa: E731
-    return read, jnp.arange(count * length).reshape(count, length), slots, starts
+    return read, jnp.arange(count * length).reshape(count, length), slots, stored
+
+
+def _brought(both: jax.Array, routes: Routes) -> jax.Array:
+    """Pages [slots, 2, pages, K, size, Q] from where the cache has them, zeros beside, to where prompt tokens attend to them.
+
+    What is away over a sequence axis comes last, because it makes the payload grow: exchanged for slots or heads where the axis splits
+    those, gathered elsewhere.
+    """
+    group, dealt, away = routes.prefill, routes.decode.sequence, routes.sequence_away
+    batch, kv = (tuple(axis for axis in axes if axis not in away) for axes in (group.batch, group.kv))
+    both = move(both, routes.frame(group.batch, routes.kv_digits, 0, 3), routes.kv_cached, Split(batch, kv))
+    left = tuple(axis for axis in dealt if axis not in away or axis not in group.batch)
+    both = move(both, routes.frame(group.batch, dealt, 0, 2), Split(batch, dealt), Split(group.batch, left))
+    both = move(both, routes.frame(dealt, routes.kv_digits, 2, 3), Split(left, kv), Split(routes.sequence_here, group.kv))
+    return in_order(both, 2, routes.ways(away))
 
 
 def _to_group(
@@ -130,9 +153,10 @@ def _to_group(
     return q, jnp.stack([keys, values], axis=1)
 
 
-def _from_group(out: jax.Array, group: Group, routes: Routes) -> jax.Array:
+def _from_group(found: kernels.Attended, group: Group, routes: Routes) -> jax.Array:
     frame = routes.frame(group.order, routes.head_digits)
-    return move(out, frame, Split(group.batch, group.heads), Split(routes.tokens, routes.ffn))  # [T.t, H.f, Q]
+    out = weighted(found.out, found.mass, group.sequence, routes.sizes)  # [T.b, H.h, Q] {s unreduced}
+    return move(out, frame, Split(group.batch, group.heads, group.sequence), Split(routes.tokens, routes.ffn))  # [T.t, H.f, Q]
 
 
 def _tiles(routes: Routes) -> kernels.Tiles | None:

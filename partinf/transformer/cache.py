@@ -1,9 +1,10 @@
 """The paged KV cache on the devices: its declaration, and reading and writing pages.
 
-One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, key-value heads
-are split over the leading head axes as far as they divide. Keys and values lie apart, each [P.b, K.k, S, Q] per layer, so that the
-keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a leading layer dimension (behind `write`
-and `read`). Page ids are global: shard · pages_per_shard + local id; -1 is no page.
+One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, where the sequence
+axes deal them, and key-value heads are split over the leading head axes as far as they divide. Keys and values lie apart, each
+[P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a
+leading layer dimension (behind `write` and `read`). Page ids are global, shard · pages_per_shard + part · pages of a part + local id,
+and page i of a sequence lies in part i modulo their number; -1 is no page.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.collectives import Axes
 from partinf.plans import Plan
 from partinf.quantize import Quantized, quantize
 from partinf.sharding import letter_axes, sharding
@@ -68,14 +68,15 @@ def cache_bytes_per_device(plan: Plan) -> int:
     model, axes = plan.padded_model, letter_axes(plan)["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
-    return model.num_layers // plan.num_stages * plan.cache.pages_per_shard * plan.cache.page_size * 2 * heads * per_head
+    layers, pages = model.num_layers // plan.num_stages, plan.cache.pages_per_shard // plan.num_parts
+    return layers * pages * plan.cache.page_size * 2 * heads * per_head
 
 
-def local_pages(pages: jax.Array, batch_axes: Axes, pages_per_shard: int) -> tuple[jax.Array, jax.Array]:
-    """Global page ids as ids on this shard, and which of them this shard owns."""
-    shard = lax.axis_index(batch_axes) if batch_axes else 0
-    local = pages - shard * pages_per_shard
-    return local, (pages >= 0) & (local >= 0) & (local < pages_per_shard)
+def local_pages(pages: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Global page ids as ids on this device, and which of them it has."""
+    held, place = plan.cache.pages_per_shard // plan.num_parts, lax.axis_index(plan.page_axes) if plan.page_axes else 0
+    local = pages - place * held
+    return local, (pages >= 0) & (local >= 0) & (local < held)
 
 
 def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: KeysValues) -> Any:

@@ -27,7 +27,26 @@ Read = Callable[[jax.Array], KeysValues]
 """Page ids [B, n] → the context that lies there, [B, K, n·S, Q]."""
 
 Context = tuple[Read, jax.Array, jax.Array, jax.Array]
-"""What earlier steps stored: how to read pages, their ids [slots, n] for it, the slots' own ids, and how many positions each has."""
+"""What earlier steps stored: how to read pages, their ids [slots, n] for it, the slots' own ids, and how many positions each has there."""
+
+
+class Attended(NamedTuple):
+    """Attention over some keys, and what it takes to add that over others.
+
+    Attributes:
+        out: [rows, H, Q]. mass: [rows, H] float32, logarithm of the sum of exp(score); very negative for rows that saw no key.
+    """
+
+    out: jax.Array
+    mass: jax.Array
+
+
+class Fresh(NamedTuple):
+    """Keys and values [K, M, Q] of prompt tokens of this step, the slot of each [M], -1 for padding, and its place in its sequence [M]."""
+
+    new: KeysValues
+    owner: jax.Array
+    position: jax.Array
 
 
 @dataclass(frozen=True)
@@ -85,20 +104,17 @@ class _Running(NamedTuple):
     out: jax.Array  # [B, K, G, L, Q], not yet divided by the mass
 
 
-def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tiles: Tiles | None) -> jax.Array:
+def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tiles: Tiles | None) -> Attended:
     """One query per lane over the lane's own pages.
 
     Args:
-        q: [B, H, Q]. table: [B, n] ids for `read`, in the order of positions. position: [B], the last position that is visible; -1 for
-            an empty lane, whose output means nothing but is finite.
-
-    Returns:
-        [B, H, Q].
+        q: [B, H, Q]. table: [B, n] ids for `read`, in the order of positions. position: [B], the last position in these pages that is
+            visible; -1 for none, which gives an output that means nothing but is finite.
     """
     if tiles is None:
         context = dequantized(read(table), q.dtype)
         visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
-        return attend(q[:, None], context, visible[:, None])[:, 0]
+        return _first(attend(q[:, None], context, visible[:, None]))
     columns, size = _columns(table, read, tiles.keys)
     grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[1])
     last = jnp.max(position)
@@ -114,42 +130,39 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
 
     starts = jnp.arange(columns.shape[0]) * size
     running, _ = lax.scan(tile, _nothing(grouped), (columns, starts))
-    return _finish(running, q.dtype)[:, 0]
+    return _first(_finish(running, q.dtype))
 
 
 def prefill(
     q: jax.Array,
     owner: jax.Array,
     position: jax.Array,
-    new: KeysValues,
+    fresh: Fresh,
     context: Context | None,
     tiles: Tiles | None,
-) -> jax.Array:
+) -> Attended:
     """Flat prompt tokens: each sees its own prompt's tokens up to itself, those of this step and those stored before.
 
     Args:
         q: [T, H, Q]. owner: [T], the slot of each token, -1 for padding. position: [T], its place in its sequence.
-        new: keys and values of the same tokens [K, T, Q].
+        fresh: keys and values of the same tokens, or of those among them that are to be attended to here.
         context: what earlier steps stored of the slots' sequences, if any.
-
-    Returns:
-        [T, H, Q].
     """
     if tiles is None:
-        return _prefill_plain(q, owner, position, new, context)
-    total, groups = q.shape[0], new.keys.shape[0]
+        return _prefill_plain(q, owner, position, fresh, context)
+    new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
-        length = min(length, total)
-        return _pad(x, -(-total // length) * length, fill).reshape(-1, length, *x.shape[1:])
+        length = min(length, x.shape[0])
+        return _pad(x, -(-x.shape[0] // length) * length, fill).reshape(-1, length, *x.shape[1:])
 
     length = tiles.queries(q.shape[1])
     halves = (
         cut(jnp.swapaxes(x, 0, 1), tiles.prompt_keys, 0).swapaxes(1, 2)[:, None] for x in (new.keys, new.values)
     )  # [tiles, 1, K, M, Q]
-    fresh = (*halves, cut(owner, tiles.prompt_keys, -1), cut(position, tiles.prompt_keys, 0))
+    parts = (*halves, cut(fresh.owner, tiles.prompt_keys, -1), cut(fresh.position, tiles.prompt_keys, 0))
 
-    def queries(_: None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def queries(_: None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, Attended]:
         q, owner, position = inputs
         grouped = _group(q[None], groups)
 
@@ -159,13 +172,14 @@ def prefill(
             seen = lambda: _absorb(running, grouped, KeysValues(keys, values), visible[None])  # noqa: E731
             return _maybe(jnp.any(visible), seen, running, tiles), None
 
-        running, _ = lax.scan(tile, _nothing(grouped), fresh)
+        running, _ = lax.scan(tile, _nothing(grouped), parts)
         if context is not None:
             running = _earlier(running, grouped, owner, context, tiles)
-        return None, _finish(running, q.dtype)[0]
+        found = _finish(running, q.dtype)
+        return None, Attended(found.out[0], found.mass[0])
 
-    _, out = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0)))
-    return out.reshape(-1, *q.shape[1:])[:total]
+    _, found = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0)))
+    return Attended(*(x.reshape(-1, *x.shape[2:])[:total] for x in found))
 
 
 def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles) -> _Running:
@@ -190,8 +204,8 @@ def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: C
     return lax.scan(slot, running, (jnp.swapaxes(columns, 0, 1), slots, starts))[0]
 
 
-def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, new: KeysValues, context: Context | None) -> jax.Array:
-    keys, values, key_owner, key_position = new.keys, new.values, owner, position
+def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, context: Context | None) -> Attended:
+    (keys, values), key_owner, key_position = (fresh.new.keys, fresh.new.values), fresh.owner, fresh.position
     if context is not None:
         read, table, slots, starts = context
         found = dequantized(read(table), q.dtype)  # [slots, K, M, Q]
@@ -199,21 +213,24 @@ def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, new: Key
         flat = lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, count * length, size)  # noqa: E731
         keys, values = (jnp.concatenate([flat(x), y], axis=1) for x, y in ((found.keys, keys), (found.values, values)))
         inside = jnp.arange(length)[None, :] < starts[:, None]
-        key_owner = jnp.concatenate([jnp.where(inside, slots[:, None], -2).reshape(-1), owner])
-        key_position = jnp.concatenate([jnp.tile(jnp.arange(length), count), position])
+        key_owner = jnp.concatenate([jnp.where(inside, slots[:, None], -2).reshape(-1), key_owner])
+        # All that a slot stored comes before any of its tokens here: -1 stands for that.
+        key_position = jnp.concatenate([jnp.full(count * length, -1), key_position])
     visible = (owner[:, None] == key_owner[None, :]) & (key_position[None, :] <= position[:, None])
-    return attend(q[None], KeysValues(keys[None], values[None]), visible[None])[0]
+    found = attend(q[None], KeysValues(keys[None], values[None]), visible[None])
+    return Attended(found.out[0], found.mass[0])
 
 
-def attend(q: jax.Array, context: KeysValues, visible: jax.Array) -> jax.Array:
+def attend(q: jax.Array, context: KeysValues, visible: jax.Array) -> Attended:
     """Softmax attention of q [B, L, H, Q] over context [B, K, M, Q] where visible [B, L, M]; query head i reads kv head i // G.
 
     The plain form: scores in float32, everything materialised.
     """
     grouped = _group(q, context.keys.shape[1])
     scores = jnp.einsum("bkglq,bkmq->bkglm", grouped, context.keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    probs = jax.nn.softmax(jnp.where(visible[:, None, None], scores, _MASKED), axis=-1).astype(q.dtype)
-    return _ungroup(dot("bkglm,bkmq->bkglq", probs, context.values))
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
+    probs, mass = jax.nn.softmax(scores, axis=-1).astype(q.dtype), jax.nn.logsumexp(scores, axis=-1)
+    return Attended(_ungroup(dot("bkglm,bkmq->bkglq", probs, context.values)), _ungroup(mass[..., None])[..., 0])
 
 
 def _absorb(running: _Running, q: jax.Array, tile: KeysValues, visible: jax.Array) -> _Running:
@@ -240,9 +257,16 @@ def _nothing(grouped: jax.Array) -> _Running:
     return _Running(zero + _MASKED, zero, jnp.zeros(grouped.shape, jnp.float32))
 
 
-def _finish(running: _Running, dtype: Any) -> jax.Array:
-    """[B, L, H, Q]; rows that saw nothing are 0."""
-    return _ungroup(running.out / jnp.maximum(running.mass, jnp.finfo(jnp.float32).tiny)[..., None]).astype(dtype)
+def _finish(running: _Running, dtype: Any) -> Attended:
+    """[B, L, H, Q] and [B, L, H]; rows that saw nothing are 0."""
+    mass = jnp.maximum(running.mass, jnp.finfo(jnp.float32).tiny)
+    out, log_mass = running.out / mass[..., None], running.top + jnp.log(mass)
+    return Attended(_ungroup(out).astype(dtype), _ungroup(log_mass[..., None])[..., 0])
+
+
+def _first(found: Attended) -> Attended:
+    """The only query of every row: [B, 1, H, Q] → [B, H, Q]."""
+    return Attended(found.out[:, 0], found.mass[:, 0])
 
 
 def _maybe(wanted: jax.Array, work: Callable[[], _Running], otherwise: _Running, tiles: Tiles) -> _Running:

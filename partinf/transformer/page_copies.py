@@ -1,9 +1,10 @@
 """KV pages between the devices and host memory: two compiled programs, and what is kept.
 
-Pages leave from the shard of the batch axes that owns them and come back to it: nothing crosses the mesh, and every process keeps what its
-own devices own, once. All processes run the same two programs; the devices of other shards read nothing (their ids are out of range) and
-what they hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach (`pinned_host`)
-nobody waits for them.
+Pages leave from the place in the mesh that has them and come back to it: nothing crosses the mesh, and every process keeps what its own
+devices have, once. A place is a shard of the batch axes, or one of its parts where sequence axes deal the pages of a sequence. All
+processes run the same two programs; places that have no page of a group read nothing (their ids are out of range), and what the devices
+of other shards hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach
+(`pinned_host`) nobody waits for them.
 
 In a pipeline every stage has its own part of a page, its layers', and moves that when the step that asks for it arrives there: a stage may
 still write what an earlier one has already handed out.
@@ -22,12 +23,12 @@ from partinf.plans import Plan
 from partinf.sharding import dimensions, put
 from partinf.transformer.step import abstract_state
 
-PAGES = 16  # of a shard that one program moves
+PAGES = 16  # of a place that one program moves
 _NOWHERE = np.iinfo(np.int32).max  # a page that there is not: read as 0 and not written
 
 
 def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [stages, shards, PAGES]) → these pages of every shard and layer; ids are local to the shard."""
+    """(cache, ids [stages, places, PAGES]) → these pages of every place and layer; ids are local to the place."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def take(kv: Any, ids: jax.Array) -> Any:
@@ -39,7 +40,7 @@ def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [stages, shards, PAGES], pages) → the cache with these pages at their places; the old one is given up."""
+    """(cache, ids [stages, places, PAGES], pages) → the cache with these pages there; the old one is given up."""
     shapes = _Shapes(plan, mesh, unrolled)
 
     def put_back(kv: Any, ids: jax.Array, new: Any) -> Any:
@@ -62,7 +63,7 @@ class HostPages:
         self._take, self._put = take, put_back
         self._held: dict[tuple[int, int], list[list[_Part]]] = {}
         self._shapes = _Shapes(plan, mesh, unrolled)
-        self._per_shard = plan.cache.pages_per_shard
+        self._parts, self._held_by_each = plan.num_parts, plan.cache.pages_per_shard // plan.num_parts
         self._layers_per_stage = plan.model.num_layers // plan.num_stages
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
@@ -84,14 +85,14 @@ class HostPages:
         """Keep these pages of a stage, all of one shard; their ids are global."""
         for page in host_pages:
             self._held.pop((stage, page), None)  # of a request that was cancelled while it was there
-        shard, groups = pages[0] // self._per_shard, []
+        shard, groups = pages[0] // self._held_by_each // self._parts, []
         for ids in self._groups(pages, stage):
             taken = jax.tree.leaves(self._take(kv, ids))
             groups.append([_Part(array, self._of(array, stage, shard), self._pinned) for array in taken])
         self._held[stage, host_pages[0]] = groups
 
     def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int], stage: int = 0) -> Any:
-        """The cache with these pages of a stage at their new places, on the same shard as before."""
+        """The cache with these pages of a stage under their new ids, each at the place in the mesh where it was before."""
         for ids, group in zip(self._groups(pages, stage), self._held.pop((stage, host_pages[0])), strict=True):
             parts = zip(group, self._leaves, self._blanks, strict=True)
             new = [part.restored(leaf.shape, leaf.sharding, blanks) for part, leaf, blanks in parts]
@@ -103,19 +104,30 @@ class HostPages:
         self._held.clear()
 
     def _groups(self, pages: Sequence[int], stage: int) -> list[jax.Array]:
-        """The pages in groups of what one program moves, as ids of their shard; other shards and stages have none."""
-        shard, groups = pages[0] // self._per_shard, []
-        for first in range(0, len(pages), PAGES):
+        """The pages in groups of what one program moves, as ids of their places; places of other shards and stages have none."""
+        at_place: dict[int, list[int]] = {}
+        for page in pages:
+            place, local = divmod(page, self._held_by_each)
+            at_place.setdefault(place, []).append(local)
+        groups = []
+        for first in range(0, max(map(len, at_place.values())), PAGES):
             ids = np.full((*self._shapes.ids.shape[:-1], PAGES), _NOWHERE, np.int32)
-            chosen = np.asarray(pages[first : first + PAGES]) - shard * self._per_shard
-            ids[stage, shard, : len(chosen)] = chosen
+            for place, held in at_place.items():
+                chosen = held[first : first + PAGES]
+                ids[stage, place, : len(chosen)] = chosen
             groups.append(put(ids, self._shapes.ids.sharding))
         return groups
 
     def _of(self, array: jax.Array, stage: int, shard: int) -> list[Any]:
         """The shards of an array that hold pages of this stage and of this shard of the batch axes."""
-        begin = (stage * self._layers_per_stage,) * len(self._shapes.where) + (shard * PAGES,)
-        return [each for each in array.addressable_shards if tuple(part.start or 0 for part in each.index[: len(begin)]) == begin]
+        layers = (stage * self._layers_per_stage,) * len(self._shapes.where)
+        places = range(shard * self._parts * PAGES, (shard + 1) * self._parts * PAGES)
+
+        def ours(index: tuple[slice, ...]) -> bool:
+            *before, page = (part.start or 0 for part in index[: len(layers) + 1])
+            return tuple(before) == layers and page in places
+
+        return [each for each in array.addressable_shards if ours(each.index)]
 
 
 class _Part:
@@ -150,11 +162,11 @@ class _Shapes:
         axis = 0 if unrolled else 1
         self.where = (slice(None),) * axis
         self.kv = abstract_state(plan, mesh, unrolled).kv
-        split = dimensions(mesh, plan.stage_axes, plan.batch_axes, ())
-        self.ids = jax.ShapeDtypeStruct((plan.num_stages, plan.num_shards, PAGES), np.int32, sharding=split)
+        places, split = plan.num_shards * plan.num_parts, dimensions(mesh, plan.stage_axes, plan.page_axes, ())
+        self.ids = jax.ShapeDtypeStruct((plan.num_stages, places, PAGES), np.int32, sharding=split)
 
         def some_pages(leaf: Any) -> Any:
-            shape = (*leaf.shape[:axis], plan.num_shards * PAGES, *leaf.shape[axis + 1 :])
+            shape = (*leaf.shape[:axis], places * PAGES, *leaf.shape[axis + 1 :])
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
         self.pages = jax.tree.map(some_pages, self.kv)

@@ -22,7 +22,8 @@ class Group:
     """The attention state of one token group.
 
     Attributes:
-        batch: axes over which whole requests are dealt. heads: axes that split the query heads.
+        batch: axes over which whole requests are dealt. heads: axes that split the query heads. sequence: axes over which the keys of
+            each request are dealt.
         kv: axes among `heads` that split the key-value heads too.
         order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers, those that
             hold copies of the weights first, so that these split the same rows whatever a phase gathers.
@@ -30,6 +31,7 @@ class Group:
 
     batch: Axes
     heads: Axes
+    sequence: Axes
     kv: Axes
     order: Axes
 
@@ -128,15 +130,32 @@ class Routes:
         return self._group(self.plan.layout.prefill)
 
     def _group(self, phase: Phase) -> Group:
-        batch, heads = phase.attention_axes(AttentionRole.BATCH), phase.attention_axes(AttentionRole.HEADS)
+        batch, heads, sequence = map(phase.attention_axes, (AttentionRole.BATCH, AttentionRole.HEADS, AttentionRole.SEQUENCE))
         gathered = tuple(axis for axis in self.tokens if axis not in self.replica)
         others = tuple(axis for axis in self.replica + gathered if axis not in batch)
-        return Group(batch, heads, tuple(axis for axis in self.kv_digits if axis in heads), batch + others)
+        return Group(batch, heads, sequence, tuple(axis for axis in self.kv_digits if axis in heads), batch + others)
 
     @cached_property
     def shared_batch(self) -> Axes:
         """Batch axes of both groups: a prompt's tokens lie on the shard of these axes that owns its pages."""
         return tuple(axis for axis in self.decode.batch if axis in self.prefill.batch)
+
+    @cached_property
+    def sequence_here(self) -> Axes:
+        """Axes that deal the pages of a sequence in the cache, over which prompt tokens attend to them where they lie."""
+        return tuple(axis for axis in self.decode.sequence if axis in self.prefill.sequence)
+
+    @cached_property
+    def sequence_away(self) -> Axes:
+        """The other axes that deal the pages of a sequence: prompt tokens need the pages of all devices along them."""
+        return tuple(axis for axis in self.decode.sequence if axis not in self.prefill.sequence and self.sizes[axis] > 1)
+
+    @cached_property
+    def kv_cached(self) -> Split:
+        """Keys and values of prefill's slots in the cache, beside the axes that deal pages: right on the owner over the batch axes that
+        only decode has, zero elsewhere."""
+        only_owners = tuple(axis for axis in self.decode.batch if axis not in self.shared_batch)
+        return Split(self.shared_batch, self.decode.kv, only_owners)
 
     @cached_property
     def q_projected(self) -> Split:

@@ -99,10 +99,15 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         ("decode rows", bucket.decode_rows, plan.decode_row_multiple()),
         ("prefill tokens", bucket.prefill_tokens, plan.prefill_token_multiple()),
         ("prefill slots", bucket.prefill_slots, plan.prefill_slot_multiple()),
+        ("decode pages", bucket.decode_pages, plan.num_parts),
+        ("prefill pages", bucket.prefill_pages, plan.prefill_page_multiple()),
     )
     for label, size, multiple in multiples:
         if size % multiple:
             offences.append(f"bucket {bucket}: {size} {label} on this plan; a multiple of {multiple} is needed")
+    if plan.cache.pages_per_shard % plan.num_parts:
+        held = f"cache: {plan.cache.pages_per_shard} pages per shard"
+        offences.append(f"{held}, which sequence axes deal over {plan.num_parts} parts; a multiple of {plan.num_parts} is needed")
     if bucket.num_tokens == 0:
         offences.append(f"bucket {bucket}: no tokens")
     if bool(bucket.prefill_tokens) != bool(bucket.prefill_slots):

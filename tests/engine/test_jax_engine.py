@@ -34,8 +34,10 @@ PROMPTS = [[3 + n, 5, 7, 9 + n] for n in range(8)]
 
 
 def make_runner(slice_name: str, num_host_pages: int, unrolled: bool) -> JaxRunner:
+    """Decode over batch, heads and sequence on the first, second and third axis; prefill over heads."""
     axes = list(parse_slice(slice_name).axis_sizes)
-    layout = make_layout(dict.fromkeys(axes, "ffn"), dict.fromkeys(axes, "heads") | {axes[0]: "batch"}, dict.fromkeys(axes, "heads"))
+    decode = dict(zip(axes, ("batch", "heads", "sequence"), strict=False))
+    layout = make_layout(dict.fromkeys(axes, "ffn"), decode, dict.fromkeys(axes, "heads") | dict.fromkeys(axes[2:], "none"))
     plan = Plan(load_model_config("demo"), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32)
     plan = with_capacity(plan, Capacity(max_rows=8, max_len=32, prefill_tokens=32, page_size=4, max_prompt_len=16, random=False))
     plan = replace(plan, cache=replace(plan.cache, pages_per_shard=12))
@@ -44,7 +46,7 @@ def make_runner(slice_name: str, num_host_pages: int, unrolled: bool) -> JaxRunn
     return JaxRunner(plan, params, mesh, num_host_pages)
 
 
-@pytest.mark.parametrize("slice_name, unrolled, lag", [("cpu:1", True, 0), ("cpu:2x2", False, 1)])
+@pytest.mark.parametrize("slice_name, unrolled, lag", [("cpu:1", True, 0), ("cpu:2x2", False, 1), ("cpu:2x1x4", True, 1)])
 def test_tokens_survive_preemption_and_swapping(slice_name: str, unrolled: bool, lag: int) -> None:
     runner = make_runner(slice_name, 40, unrolled)
     runner.warm_up()

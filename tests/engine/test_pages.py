@@ -14,8 +14,9 @@ from tests.engine.test_scheduler import sequence
 LIMITS = replace(ROOMY, num_shards=3, pages_per_shard=5, num_slots=7, max_decode_rows_per_shard=3)
 
 
-def test_random_allocations_are_conserved() -> None:
-    rng, pool, residents = random.Random(0), PagePool(LIMITS), []
+@pytest.mark.parametrize("num_parts", [1, 5])
+def test_random_allocations_are_conserved(num_parts: int) -> None:
+    rng, pool, residents = random.Random(0), PagePool(replace(LIMITS, num_parts=num_parts)), []
     for number in range(2000):
         num_pages = rng.randint(1, 4)
         shard = pool.choose_shard(num_pages, range(3))
@@ -51,6 +52,25 @@ def test_choice_of_shard() -> None:
     assert residents[0].slot == -1
 
 
+def test_pages_are_dealt_over_the_parts_of_a_shard() -> None:
+    pool = PagePool(replace(LIMITS, num_shards=2, pages_per_shard=6, num_parts=3))
+    one, two, three = (sequence(number, 1, 1) for number in range(3))
+    pool.allocate(one, 4, 1)
+    assert [pool._limits.place_of(page) for page in one.pages] == [(1, 0), (1, 1), (1, 2), (1, 0)]
+    assert pool.num_free_pages == 8
+    assert pool.free_pages(1) == 0  # another sequence would begin in the first part, which has no page left
+    assert pool.choose_shard(1, [1]) is None
+    assert pool.missing_pages(one, 6) == 0
+    assert pool.missing_pages(one, 8) == 2
+    assert not pool.grow(one, 7)
+    assert pool.grow(one, 6)
+    pool.allocate(two, 6, 0)
+    pool.check([one, two])
+    pool.free(one)
+    pool.allocate(three, 2, 1)
+    pool.check([two, three])
+
+
 def test_a_shard_takes_no_more_sequences_than_it_can_decode() -> None:
     pool = PagePool(replace(LIMITS, num_shards=1))
     for number in range(3):
@@ -58,9 +78,9 @@ def test_a_shard_takes_no_more_sequences_than_it_can_decode() -> None:
     assert pool.choose_shard(1, [0]) is None
 
 
-@pytest.mark.parametrize("fault", ["lost", "twice", "slot", "shard", "count"])
+@pytest.mark.parametrize("fault", ["lost", "twice", "slot", "shard", "part", "count"])
 def test_check_notices(fault: str) -> None:
-    pool, one, two = PagePool(LIMITS), sequence(0, 1, 1), sequence(1, 1, 1)
+    pool, one, two = PagePool(replace(LIMITS, num_parts=5)), sequence(0, 1, 1), sequence(1, 1, 1)
     pool.allocate(one, 2, 0)
     pool.allocate(two, 2, 1)
     pool.check([one, two])
@@ -72,6 +92,8 @@ def test_check_notices(fault: str) -> None:
         one.slot = two.slot
     elif fault == "shard":
         one.pages, two.pages = two.pages, one.pages
+    elif fault == "part":
+        one.pages.reverse()
     else:
         one.shard = 1
     with pytest.raises(AssertionError):

@@ -41,7 +41,7 @@ class Arrival:
 
 @st.composite
 def some_limits(draw: st.DrawFn) -> RunnerLimits:
-    num_shards, num_prefill_shards = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    num_shards, num_prefill_shards, num_parts = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
     allowed = st.lists(st.integers(0, num_prefill_shards - 1), min_size=1, unique=True).map(tuple)
     mapped = st.tuples(*[allowed] * num_shards)
     return RunnerLimits(
@@ -49,8 +49,9 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
         max_prefill_tokens=draw(st.integers(1, 9)) * num_prefill_shards,
         max_prefill_slots_per_shard=draw(st.integers(1, 3)),
         page_size=draw(st.integers(1, 4)),
-        pages_per_shard=draw(st.integers(2, 8)),
+        pages_per_shard=num_parts * draw(st.integers(-(-2 // num_parts), 8 // num_parts)),
         num_shards=num_shards,
+        num_parts=num_parts,
         num_slots=draw(st.integers(1, 6)),
         max_len=draw(st.integers(8, 24)),
         vocab_size=VOCAB,
@@ -207,7 +208,7 @@ def test_everyone_is_answered_once_as_if_alone(
 @settings(max_examples=50, deadline=None)
 @given(limits=some_limits(), lag=st.integers(0, 2), order=st.permutations(range(6)), seed=st.integers(0, 5))
 def test_tokens_do_not_depend_on_the_order_of_arrival(limits: RunnerLimits, lag: int, order: list[int], seed: int) -> None:
-    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10, chunks=True)
+    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10, num_parts=1, chunks=True)
     params = SamplingParams(max_tokens=4, temperature=1.0, seed=seed)
     prompts = [[number, number + 1, 7] for number in range(6)]
     engine = Engine(FakeRunner(limits), lag=lag, check_invariants=True)

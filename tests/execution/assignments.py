@@ -10,9 +10,11 @@ from typing import Any
 from partinf.layout import Layout, make_layout
 from partinf.model_config import Activation, Block, Norm, Position
 
-MESHES = {"8": (8,), "4x2": (4, 2), "2x2x2": (2, 2, 2)}
+MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase
-_ATTENTION = ("heads", "batch", "none")
+_ATTENTION = ("heads", "batch", "sequence", "none")
+_KV_HEADS = (8, 2, 1)
+_RINGS = (None, None, "one-way", "halves", "both-ways")
 
 
 # What distinguishes the model families from Llama, as fields of ModelConfig.
@@ -41,52 +43,83 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """FFN roles with gathers, and decode's and prefill's attention roles, for the axes of a mesh."""
+    """FFN roles with gathers, and decode's and prefill's attention roles, for the axes of a mesh.
+
+    Attributes:
+        kv_heads: of the model's eight heads. ring: how collectives are looped around an axis that splits d_ff, where there is one; None
+            for plain collectives.
+    """
 
     mesh: str
     storage: tuple[tuple[str, bool], ...]
     decode: tuple[str, ...]
     prefill: tuple[str, ...]
+    kv_heads: int = 2
+    ring: str | None = None
 
-    def layout(self) -> Layout:
+    def layout(self, plain: bool = False) -> Layout:
+        """`plain`: without the loop."""
         axes = "xyz"[: len(self.storage)]
         gather = [axis for axis, (_, gathered) in zip(axes, self.storage, strict=True) if gathered]
+        around = next((axis for axis, kept in zip(axes, self.storage, strict=True) if kept == ("ffn", False)), None)
+        loop = {"axis": around, "ring": self.ring} if self.ring and around and not plain else None
         return make_layout(
             {axis: role for axis, (role, _) in zip(axes, self.storage, strict=True)},
             dict(zip(axes, self.decode, strict=True)),
             dict(zip(axes, self.prefill, strict=True)),
             decode_gather=gather,
             prefill_gather=gather,
+            decode_loop=loop,
         )
+
+    @property
+    def deals_context(self) -> bool:
+        return "sequence" in self.decode + self.prefill
 
     def __str__(self) -> str:
         def axis(index: int) -> str:
             role, gathered = self.storage[index]
             return f"{role}{'*' if gathered else ''}:{self.decode[index]}/{self.prefill[index]}"
 
-        return f"{self.mesh} " + ",".join(axis(index) for index in range(len(self.storage)))
+        how = f" kv{self.kv_heads}" + (f" {self.ring}" if self.ring else "")
+        return f"{self.mesh} " + ",".join(axis(index) for index in range(len(self.storage))) + how
 
 
 def all_assignments() -> list[Assignment]:
-    """Every FFN role, gather and decode attention role of every axis, equal axes once; prefill's attention roles are drawn (seeded).
+    """Every FFN role, gather and decode attention role of every axis, equal axes once; the rest is drawn for each (seeded): prefill's
+    attention roles, how many key-value heads there are (MHA, GQA, MQA), and whether collectives are looped.
 
-    On one axis prefill's roles are enumerated too. There is no order among axes of one size: exchanging them exchanges the devices.
+    On one axis prefill's roles are enumerated too. There is no order among axes of one size: exchanging them exchanges the devices. On
+    three axes, which have 860 assignments that deal the context in decode, every fourth of these is taken: what the role does beside one
+    other axis of any role is there on two axes, in either order and size.
     """
     rng = random.Random(0)
     found = []
     for mesh, sizes in MESHES.items():
         per_axis = list(itertools.product(_STORAGE, _ATTENTION))
+        dealt = 0
         for combination in itertools.product(per_axis, repeat=len(sizes)):
             if len(set(sizes)) == 1 and list(combination) != sorted(combination):
                 continue
             storage, decode = zip(*combination, strict=True)
+            if len(sizes) == 3 and "sequence" in decode:
+                dealt += 1
+                if dealt % 4:
+                    continue
             choices = itertools.product(_ATTENTION, repeat=len(sizes)) if len(sizes) == 1 else [rng.choices(_ATTENTION, k=len(sizes))]
-            found += [Assignment(mesh, storage, decode, tuple(prefill)) for prefill in choices]
+            for prefill in choices:
+                kv_heads, ring = rng.choice(_KV_HEADS), rng.choice(_RINGS)
+                found.append(Assignment(mesh, storage, decode, tuple(prefill), kv_heads, ring))
     return found
 
 
 def sampled_assignments(count: int, seed: int) -> list[Assignment]:
-    """Some of `all_assignments`, the same ones for the same seed, about equally many per mesh."""
+    """Some of `all_assignments`, the same ones for the same seed, about equally many per mesh, every second one dealing the context."""
     rng, everything = random.Random(seed), all_assignments()
     meshes = list(MESHES)
-    return [rng.choice([one for one in everything if one.mesh == meshes[index % len(meshes)]]) for index in range(count)]
+
+    def one(index: int) -> Assignment:
+        mesh, deals = meshes[index % len(meshes)], index // len(meshes) % 2 == 0
+        return rng.choice([each for each in everything if each.mesh == mesh and each.deals_context == deals])
+
+    return [one(index) for index in range(count)]

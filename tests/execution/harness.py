@@ -8,6 +8,7 @@ Sequences have ragged lengths, pages come in random order, and every sampled row
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from collections import deque
@@ -37,9 +38,9 @@ from partinf.workload import DType
 TOLERANCE = {"f32": 1e-4, "bf16": 1e-1, "int8": 3e-1}
 
 MODEL = ModelConfig("tiny", 2, 64, 64, 8, 2, 8, 250, tied_embeddings=True, max_len=64)
-_LANES, _TOKENS, _SLOTS, _PAGE = 8, 16, 8, 4
-_BUCKET = Bucket(_LANES, 4, _TOKENS, _SLOTS, 3)
+_LANES, _TOKENS, _SLOTS, _PAGE = 8, 16, 8, 2
 _MAX_LEN = 12
+_PAGES = _MAX_LEN // _PAGE
 
 
 def make_plan(
@@ -52,18 +53,19 @@ def make_plan(
     padded_heads: int = 0,
 ) -> Plan:
     """A plan of the harness's sizes over 8 virtual devices."""
-    return Plan(
+    plan = Plan(
         model,
         parse_slice("cpu:8", mesh),
         layout,
         weights=dtype,
         kv=dtype if kv is None else kv,
         max_len=_MAX_LEN,
-        cache=CacheConfig(_PAGE, 32, _LANES),
-        buckets=(_BUCKET,),
+        cache=CacheConfig(_PAGE, 64, _LANES),
         prefill_from_tokens=prefill_from_tokens,
         padded_heads=padded_heads,
     )
+    lanes_read, slots_read = (-(-_PAGES // multiple) * multiple for multiple in (plan.num_parts, plan.prefill_page_multiple()))
+    return dataclasses.replace(plan, buckets=(Bucket(_LANES, lanes_read, _TOKENS, _SLOTS, slots_read),))
 
 
 @functools.cache
@@ -140,7 +142,8 @@ def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: C
     mesh, rng = device_mesh(plan), random.Random(seed)
     model = plan.model
     params = place_params(plan, mesh, host_params(model), unrolled)
-    step = compiler(plan, mesh, _BUCKET, unrolled, with_logits=True)
+    (bucket,) = plan.buckets
+    step = compiler(plan, mesh, bucket, unrolled, with_logits=True)
     state, limits = empty_state(plan, mesh, unrolled), runner_limits(plan)
     progress = _start(plan, rng)
     want, worst, compared = expected_logits(model), 0.0, 0
@@ -149,7 +152,7 @@ def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: C
         pipeline.appendleft(_next_step(progress, plan, rng))
         if not any(pipeline):
             break
-        placed = [place_step(each, _BUCKET, plan, limits) for each in pipeline]
+        placed = [place_step(each, bucket, plan, limits) for each in pipeline]
         state, out = step(params, state, pack([each.batch for each in placed]))
         todo, placed = pipeline[-1], placed[-1]
         logits, tokens = np.asarray(out.logits)[:, : model.vocab_size], np.asarray(out.tokens)
@@ -165,13 +168,12 @@ def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: C
 
 
 def _start(plan: Plan, rng: random.Random) -> list[_Progress]:
-    per_shard = _LANES // plan.num_shards
+    per_shard, held = _LANES // plan.num_shards, plan.cache.pages_per_shard // plan.num_parts
+    free = [rng.sample(range(first, first + held), held) for first in range(0, plan.num_shards * plan.cache.pages_per_shard, held)]
     started = []
     for index, tokens in enumerate(sequences(plan.model.vocab_size)):
-        shard, place = divmod(index, per_shard)
-        first = shard * plan.cache.pages_per_shard + place * 3
-        pages = list(range(first, first + 3))
-        rng.shuffle(pages)
+        shard = index // per_shard
+        pages = [free[shard * plan.num_parts + page % plan.num_parts].pop() for page in range(_PAGES)]
         started.append(_Progress(tokens, shard, tuple(pages), len(tokens) - rng.randint(1, 3)))
     return started
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from partinf.errors import InvalidInput
 from partinf.layout import make_layout
+from partinf.plans import Bucket
+from partinf.transformer.step import check_bucket
 from partinf.workload import DType
 from tests.execution.assignments import FAMILIES, Assignment, all_assignments, sampled_assignments
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
@@ -14,13 +18,18 @@ from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
 @pytest.mark.parametrize("assignment", sampled_assignments(24, seed=2), ids=str)
 def test_sampled_assignments_equal_the_reference(assignment: Assignment) -> None:
-    assert largest_error(make_plan(assignment.mesh, assignment.layout())) < TOLERANCE["f32"]
+    check(assignment)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("assignment", all_assignments(), ids=str)
 def test_every_assignment_equals_the_reference(assignment: Assignment) -> None:
-    assert largest_error(make_plan(assignment.mesh, assignment.layout())) < TOLERANCE["f32"]
+    check(assignment)
+
+
+def check(assignment: Assignment) -> None:
+    model = dataclasses.replace(MODEL, name=f"kv{assignment.kv_heads}", num_kv_heads=assignment.kv_heads)
+    assert largest_error(make_plan(assignment.mesh, assignment.layout(), model)) < TOLERANCE["f32"]
 
 
 MIXED = make_layout(
@@ -96,3 +105,46 @@ def test_padded_heads_change_nothing(kv_heads: int) -> None:
     model = dataclasses.replace(MODEL, name=f"six{kv_heads}", num_heads=6, num_kv_heads=kv_heads)
     layout = make_layout(dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "heads", "z": "batch"})
     assert largest_error(make_plan("2x2x2", layout, model, padded_heads=8)) < TOLERANCE["f32"]
+
+
+DEALT = make_layout(
+    {"x": "embed", "y": "ffn", "z": "ffn"},
+    {"x": "sequence", "y": "sequence", "z": "heads"},
+    {"x": "batch", "y": "sequence", "z": "heads"},
+    decode_gather=["y"],
+    prefill_loop={"axis": "z", "ring": "halves"},
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "tolerance"),
+    [
+        ({}, {"kv": DType.INT8}, "int8"),
+        ({}, {"dtype": DType.BF16}, "bf16"),
+        ({}, {"dtype": DType.INT8, "prefill_from_tokens": 1}, "int8"),
+        ({"num_heads": 6, "num_kv_heads": 6}, {"padded_heads": 8}, "f32"),
+        (FAMILIES["palm"], {"prefill_from_tokens": 1}, "f32"),
+        (FAMILIES["gpt"], {}, "f32"),
+        (FAMILIES["qwen3"], {"prefill_from_tokens": 1}, "f32"),
+    ],
+    ids=["int8 KV", "bf16", "int8 weights", "padded heads", "palm", "gpt", "qwen3"],
+)
+def test_a_context_dealt_over_axes(changed: dict[str, Any], options: dict[str, Any], tolerance: str) -> None:
+    """The pages of a sequence over x and y, heads over z; prompts gather what x deals and read in place what y deals."""
+    model = dataclasses.replace(MODEL, name=f"dealt {changed}", **changed)
+    options = {"dtype": DType.F32} | options
+    plan = make_plan("2x2x2", DEALT, model, **{"kv": options["dtype"]} | options)
+    assert largest_error(plan) < TOLERANCE[tolerance]
+
+
+def test_pages_that_sequence_axes_do_not_divide_are_refused_all_at_once() -> None:
+    layout = make_layout({"x": "ffn", "y": "replica"}, {"x": "sequence", "y": "batch"}, {"x": "heads", "y": "sequence"})
+    plan = make_plan("4x2", layout)
+    plan = dataclasses.replace(plan, cache=dataclasses.replace(plan.cache, pages_per_shard=63))
+    with pytest.raises(InvalidInput) as caught:
+        check_bucket(plan, Bucket(8, 6, 16, 8, 4))
+    assert [offence.rpartition("; ")[2] for offence in caught.value.offences] == [
+        "a multiple of 4 is needed",
+        "a multiple of 8 is needed",
+        "a multiple of 4 is needed",
+    ]

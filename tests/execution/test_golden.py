@@ -26,7 +26,7 @@ from partinf.transformer.step import abstract_state
 from partinf.workload import DType
 
 GOLDEN = Path(__file__).parent / "golden"
-LAYOUTS = ("ws-1d", "ws-2d", "wg-x", "wg-xy", "wg-xyz")
+LAYOUTS = ("ws-1d", "ws-2d", "wg-x", "wg-xy", "wg-xyz", "long-context")
 MODELS = {  # model: slice, weights and KV, padded heads
     "palm-540b": ("v4:4x4x4", DType.INT8, DType.BF16, 64),
     "llama-3-70b": ("v5p:4x4x4", DType.BF16, DType.INT8, 0),

@@ -10,6 +10,7 @@ import pytest
 from partinf.quantize import dequantize, quantize
 from partinf.transformer import cache, kernels
 from partinf.transformer.cache import KeysValues
+from partinf.transformer.dealt import num_seen
 from partinf.transformer.kernels import Tiles
 
 HEADS, GROUPS, SIZE, PAGE, POOL = 6, 2, 8, 4, 24
@@ -52,7 +53,7 @@ def test_decode_reads_the_lanes_own_pages(tiles: Tiles | None, int8: bool) -> No
     for lane, last in enumerate(position):
         table[lane, last // PAGE + 1 :] = -1
     q = rng.standard_normal((len(position), HEADS, SIZE)).astype(np.float32)
-    out = jax.jit(lambda q, t, p: kernels.decode(q, reader(pages), t, p, tiles))(q, table, position)
+    out = jax.jit(lambda q, t, p: kernels.decode(q, reader(pages), t, p, tiles).out)(q, table, position)
     for lane, last in enumerate(position[:-1]):
         keys, values = whole(pages, table[lane])
         np.testing.assert_allclose(out[lane], softmax_attention(q[lane], keys[: last + 1], values[: last + 1]), atol=2e-6)
@@ -75,7 +76,8 @@ def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None
 
     def run(q: jax.Array, table: jax.Array, starts: jax.Array) -> jax.Array:
         context = (reader(pages), table, jnp.arange(len(starts)), starts) if earlier else None
-        return kernels.prefill(q, jnp.asarray(owner), jnp.asarray(position), new, context, tiles)
+        fresh = kernels.Fresh(new, jnp.asarray(owner), jnp.asarray(position))
+        return kernels.prefill(q, fresh.owner, fresh.position, fresh, context, tiles).out
 
     out = jax.jit(run)(q, table, starts)
     fresh_keys, fresh_values = (np.asarray(half).swapaxes(0, 1) for half in (new.keys, new.values))
@@ -88,14 +90,34 @@ def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None
     assert np.isfinite(out[-1]).all()
 
 
+@pytest.mark.parametrize("tiles", [None, Tiles(8, 1, 1)])
+def test_parts_of_the_keys_come_together_by_their_mass(tiles: Tiles | None) -> None:
+    """Pages dealt in turn over three readers, one of which has nothing that the shortest lanes may see."""
+    rng = np.random.default_rng(4)
+    pages = pool(rng)
+    position = np.array([2, 6, 11, 23])
+    table = np.stack([rng.permutation(POOL)[:6] for _ in position])
+    q = jnp.asarray(rng.standard_normal((len(position), HEADS, SIZE)), jnp.float32)
+    found = []
+    for part in range(3):
+        seen = num_seen(jnp.asarray(position) + 1, jnp.arange(6)[part::3], PAGE)
+        found.append(kernels.decode(q, reader(pages), jnp.asarray(table[:, part::3]), seen - 1, tiles))
+    assert found[2].mass[0].max() < -1e28  # saw no key
+    shares = jax.nn.softmax(jnp.stack([one.mass for one in found]), axis=0)
+    together = sum(share[..., None] * one.out for share, one in zip(shares, found, strict=True))
+    whole_table = kernels.decode(q, reader(pages), jnp.asarray(table), jnp.asarray(position), tiles)
+    np.testing.assert_allclose(together, whole_table.out, atol=2e-6)
+    np.testing.assert_allclose(jax.nn.logsumexp(jnp.stack([one.mass for one in found]), axis=0), whole_table.mass, atol=2e-6)
+
+
 def test_a_tile_that_nobody_sees_is_left_out() -> None:
     """What lies in pages beyond every lane's position is never read: not even a NaN there reaches the output."""
     pages = pool(np.random.default_rng(3))
     poisoned = jax.tree.map(lambda x: x.at[1].set(jnp.nan), pages)
     q = jnp.ones((1, HEADS, SIZE))
     table, position = jnp.array([[0, 1]]), jnp.array([PAGE - 1])
-    out = kernels.decode(q, reader(poisoned), table, position, Tiles(PAGE, 1, 1))
-    np.testing.assert_array_equal(out, kernels.decode(q, reader(pages), table[:, :1], position, Tiles(PAGE, 1, 1)))
+    out = kernels.decode(q, reader(poisoned), table, position, Tiles(PAGE, 1, 1)).out
+    np.testing.assert_array_equal(out, kernels.decode(q, reader(pages), table[:, :1], position, Tiles(PAGE, 1, 1)).out)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,34 @@ MODEL = ModelConfig("tiny", 2, 16, 16, 4, 2, 4, 32, max_len=256)
 PER_SHARD = 24
 
 
+def test_pages_dealt_over_parts_come_back_to_theirs() -> None:
+    """Two shards of requests, the pages of each sequence dealt over four places, more than one program moves."""
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "sequence", "y": "batch", "z": "sequence"})
+    per_part, count, first = 24, 4 * PAGES + 7, 4 * 24  # of the second shard
+    plan = Plan(MODEL, parse_slice("cpu:2x2x2"), layout, kv=DType.F32, cache=CacheConfig(4, 4 * per_part, 4))
+    mesh = device_mesh(plan)
+    rng = np.random.default_rng(1)
+    kv = jax.tree.map(
+        lambda leaf: jax.device_put(rng.integers(-100, 100, leaf.shape).astype(leaf.dtype), leaf.sharding),
+        abstract_state(plan, mesh, True).kv,
+    )
+    before = jax.device_get(kv)
+    copies = HostPages(plan, mesh, True, compile_take(plan, mesh, True), compile_put(plan, mesh, True))
+
+    def dealt() -> list[int]:
+        free = [(first + part * per_part + rng.permutation(per_part)).tolist() for part in range(4)]
+        return [free[index % 4].pop() for index in range(count)]
+
+    pages, there = dealt(), dealt()
+    copies.out(kv, pages, range(count))
+    assert copies.num_bytes == sum(leaf.nbytes // 2 for leaf in jax.tree.leaves(kv)) * 2 * PAGES // per_part  # nothing twice, nothing else
+    after = jax.device_get(copies.back(kv, there, range(count)))
+    rest = sorted(set(range(2 * 4 * per_part)) - set(there))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(new[there], old[pages])
+        np.testing.assert_array_equal(new[rest], old[rest])
+
+
 @pytest.mark.parametrize("kv_dtype", [DType.F32, DType.INT8])
 @pytest.mark.parametrize("unrolled", [True, False])
 def test_pages_come_back_to_their_shard(kv_dtype: DType, unrolled: bool) -> None:

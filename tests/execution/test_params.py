@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from partinf.layout import make_layout
+from partinf.layout import Layout, make_layout
 from partinf.plans import Bucket
 from partinf.sharding import device_mesh
 from partinf.transformer.account import trace_account
@@ -17,7 +17,10 @@ from partinf.workload import DType
 from tests.execution.harness import MODEL, make_plan
 
 MESHES = (("8", {"x": "ffn"}), ("4x2", {"x": "replica", "y": "embed"}))
-LAYOUT = make_layout({"x": "embed", "y": "ffn", "z": "replica"}, {"x": "heads", "y": "heads", "z": "batch"})
+LAYOUTS = [
+    make_layout({"x": "embed", "y": "ffn", "z": "replica"}, {"x": "heads", "y": "heads", "z": "batch"}),
+    make_layout({"x": "replica", "y": "ffn", "z": "ffn"}, {"x": "sequence", "y": "heads", "z": "sequence"}),
+]
 
 
 def bytes_on(device: jax.Device, tree: object) -> int:
@@ -26,8 +29,9 @@ def bytes_on(device: jax.Device, tree: object) -> int:
 
 @pytest.mark.parametrize("dtype", list(DType))
 @pytest.mark.parametrize("unrolled", [True, False])
-def test_declared_bytes_are_those_on_every_device(unrolled: bool, dtype: DType) -> None:
-    plan = make_plan("2x2x2", LAYOUT, dtype=dtype)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["batch", "sequence"])
+def test_declared_bytes_are_those_on_every_device(layout: Layout, unrolled: bool, dtype: DType) -> None:
+    plan = make_plan("2x2x2", layout, dtype=dtype)
     mesh = device_mesh(plan)
     params, state = random_params(plan, mesh, unrolled), empty_state(plan, mesh, unrolled)
     assert {bytes_on(device, params) for device in mesh.devices.flat} == {params_bytes_per_device(plan)}
@@ -44,7 +48,7 @@ def test_the_account_counts_loops_as_often_as_they_run() -> None:
     """2D weight-stationary, decode of 8 lanes: collectives per layer and their bytes, worked out by hand."""
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "batch", "z": "batch"})
     plan = make_plan("2x2x2", layout)
-    account = trace_account(plan, Bucket(8, 4))
+    account = trace_account(plan, Bucket(8, 8))
     layers, embed, ffn = MODEL.num_layers, MODEL.embed_dim, MODEL.ffn_dim
     found = {(c.op, c.axes, c.num_bytes): n for c, n in account.collectives.items() if c.dtype == "float32"}
     assert found["all-gather", ("y", "z"), 8 * embed // 2 * 4] == 2 * layers  # before attention and before the FFN

@@ -36,7 +36,7 @@ from partinf.workload import DType
 
 LAYOUTS = {
     "cpu:2x2x2": make_layout(
-        {"x": "replica", "y": "embed", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "heads"}, dict.fromkeys("xyz", "heads")
+        {"x": "replica", "y": "embed", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"}, dict.fromkeys("xyz", "heads")
     ),
     "cpu:1": make_layout({"x": "replica"}, {"x": "none"}),
     "cpu:3x2": make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "heads"}),

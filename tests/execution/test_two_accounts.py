@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from partinf import resources
 from partinf.buckets import split_of
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
@@ -27,10 +28,10 @@ DTYPES = {DType.BF16: "bfloat16", DType.F32: "float32"}
 BUCKETS = {
     "decode": Bucket(16, 8),
     "prefill": Bucket(0, 0, 32, 8, 0),
-    "chunks": Bucket(0, 0, 32, 8, 4),
-    "mixed": Bucket(8, 4, 64, 16, 2),
-    "sampling": Bucket(8, 4, random=True),
-    "rich": Bucket(8, 4, 64, 16, 2, random=True, rich=True),
+    "chunks": Bucket(0, 0, 32, 8, 8),
+    "mixed": Bucket(8, 16, 64, 16, 8),
+    "sampling": Bucket(8, 8, random=True),
+    "rich": Bucket(8, 8, 64, 16, 8, random=True, rich=True),
 }
 
 
@@ -54,6 +55,11 @@ def make_plan(mesh: str, layout: Layout, dtype: DType = DType.BF16, model: Model
     return Plan(model, parse_slice(slice_name, mesh), layout, weights=dtype, kv=dtype, cache=CacheConfig(4, 64, 16))
 
 
+def plan_of(assignment: Assignment, dtype: DType = DType.BF16) -> Plan:
+    model = dataclasses.replace(MODEL, num_kv_heads=assignment.kv_heads)
+    return make_plan(assignment.mesh, assignment.layout(plain=True), dtype, model)
+
+
 def check(plan: Plan, bucket: Bucket) -> None:
     plan = dataclasses.replace(plan, buckets=(bucket,))
     account = trace_account(plan, bucket)
@@ -69,21 +75,21 @@ def check(plan: Plan, bucket: Bucket) -> None:
 @pytest.mark.parametrize("kind", BUCKETS)
 @pytest.mark.parametrize("assignment", sampled_assignments(12, seed=9), ids=str)
 def test_sampled_assignments(assignment: Assignment, kind: str) -> None:
-    dtype = DType.F32 if kind == "mixed" else DType.BF16
-    check(make_plan(assignment.mesh, assignment.layout(), dtype), BUCKETS[kind])
+    check(plan_of(assignment, DType.F32 if kind == "mixed" else DType.BF16), BUCKETS[kind])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("assignment", all_assignments(), ids=str)
 def test_every_assignment(assignment: Assignment) -> None:
-    for bucket in BUCKETS.values():
-        check(make_plan(assignment.mesh, assignment.layout()), bucket)
+    """In the buckets that hold all that the others do."""
+    for kind in ("prefill", "mixed", "rich"):
+        check(plan_of(assignment), BUCKETS[kind])
 
 
 @pytest.mark.parametrize("assignment", sampled_assignments(8, seed=4), ids=str)
 def test_int8_weights(assignment: Assignment) -> None:
     """Weights are gathered as int8, their scales beside them; activations are bf16."""
-    plan = dataclasses.replace(make_plan(assignment.mesh, assignment.layout()), weights=DType.INT8)
+    plan = dataclasses.replace(plan_of(assignment), weights=DType.INT8)
     check(plan, BUCKETS["mixed"])
     check(plan, BUCKETS["decode"])
 
@@ -135,19 +141,39 @@ def test_every_family(family: str, kind: str) -> None:
         check(make_plan("2x2x2", layout, model=model), BUCKETS[kind])
 
 
-@pytest.mark.parametrize("roles", ["batch", "heads"])
+@pytest.mark.parametrize("weights", [DType.BF16, DType.INT8])
+@pytest.mark.parametrize("name", [name for name in resources.names("models") if name != "demo"])
+def test_every_shipped_model(name: str, weights: DType) -> None:
+    """Decode over batch, context and heads; prefill that gathers, in one bucket with earlier context."""
+    layout = make_layout(
+        {"x": "ffn", "y": "embed", "z": "ffn"},
+        {"x": "heads", "y": "batch", "z": "sequence"},
+        {"x": "heads", "y": "batch", "z": "heads"},
+        prefill_gather="xz",
+    )
+    plan = make_plan("2x2x2", layout, model=load_model_config(name), slice_name="v4:2x2x2")
+    plan = dataclasses.replace(plan, weights=weights, prefill_from_tokens=1000)
+    check(plan, Bucket(64, 128))
+    check(plan, Bucket(0, 0, 1024, 2, 64))
+
+
+FEW_HEADS = {"x": "none", "y": "heads", "z": "heads"}
+
+
+@pytest.mark.parametrize("roles", ["batch", "heads", "sequence"])
 def test_palm_540b_on_64_chips(roles: str) -> None:
     """Its 48 heads split over y and z alone, 16 ways; over all 64 chips they would have to be padded."""
     layout = make_layout(
         {"x": "embed", "y": "ffn", "z": "ffn"},
-        dict.fromkeys("xyz", "batch") if roles == "batch" else {"x": "none", "y": "heads", "z": "heads"},
-        {"x": "none", "y": "heads", "z": "heads"},
+        {"batch": dict.fromkeys("xyz", "batch"), "heads": FEW_HEADS, "sequence": {"x": "sequence", "y": "heads", "z": "sequence"}}[roles],
+        FEW_HEADS,
         prefill_gather="xyz",
     )
     plan = make_plan("4x4x4", layout, model=load_model_config("palm-540b"), slice_name="v4:4x4x4")
     check(plan, Bucket(64, 128))
     check(plan, Bucket(64, 128, random=True, rich=True))
     check(plan, Bucket(0, 0, 2048, 1, 0))
+    check(plan, Bucket(0, 0, 2048, 1, 128))
     check(dataclasses.replace(plan, prefill_from_tokens=1), Bucket(0, 0, 4096, 2, 0))
 
 
@@ -196,6 +222,17 @@ def _wrong_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = ffn.activate
     monkeypatch.setattr(ffn, "activate", lambda hidden, model: original(hidden, model).astype(jnp.float32))
+
+
+def _drop_the_mass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "weighted", lambda out, mass, axes, sizes: out)
+
+
+def test_parts_that_are_not_weighted_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan("2x2x2", make_layout(dict(TWO_D.storage), {"x": "sequence", "y": "heads", "z": "sequence"}))
+    check(plan, BUCKETS["decode"])
+    _drop_the_mass(monkeypatch)
+    assert traced(trace_account(plan, BUCKETS["decode"])) != ledger_of(plan, BUCKETS["decode"])[0]
 
 
 @pytest.mark.parametrize("mutate", [_drop_a_sum, _double_a_gather, _wrong_axis, _wrong_dtype])

@@ -128,6 +128,12 @@ def test_four_processes_give_the_answers_of_one(start: Callable[..., LocalJob], 
 
 
 @pytest.mark.slow
+def test_the_pages_of_a_request_may_lie_in_several_processes(start: Callable[..., LocalJob]) -> None:
+    alone = worker.answer(worker.make_engine(None, "long-context"), COUNT)
+    check_answers(start(4, "answer", requests=COUNT, layout="long-context"), alone)
+
+
+@pytest.mark.slow
 def test_three_processes_with_a_pipeline_stage_each(start: Callable[..., LocalJob]) -> None:
     """Each holds the layers of its stage, their part of the pages, and the embeddings."""
     model = load_model_config("demo")

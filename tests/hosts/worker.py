@@ -36,11 +36,12 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-SLICES = {"ws-2d": "cpu:2x2x2", "stages": "cpu:3x2"}
+SLICES = {"ws-2d": "cpu:2x2x2", "long-context": "cpu:2x2x2", "stages": "cpu:3x2"}
 
 
 def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
-    """The demo model with few pages and proactive swapping: 2D weight-stationary with batch-sharded attention, or three pipeline stages."""
+    """The demo model with few pages and proactive swapping: 2D weight-stationary with batch-sharded attention, another layout that has a
+    name, or three pipeline stages."""
     import partinf
     from partinf.buckets import Capacity
     from partinf.cli.arguments import named_layout
@@ -121,7 +122,7 @@ def main() -> None:
     note_bytes_read(group.index)
     engine = make_engine(group, options.get("layout", "ws-2d"))
     if options.get("wrong") == group.index:
-        engine._scheduler.pool._free_pages[0].reverse()  # the same requests, other pages
+        engine._scheduler.pool._free_pages[0][0].reverse()  # the same requests, other pages
     (RESULTS / f"ready-{group.index}").write_text(str(os.getpid()))
     if not group.leads:
         group.follow(engine)

@@ -21,7 +21,7 @@ from partinf.workload import DType, Workload
 
 SMALL = ModelConfig("small", 4, 1024, 4096, 16, 4, 64, 4096)
 STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
-ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.NONE)
+ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.SEQUENCE, AttentionRole.NONE)
 
 
 def every_layout(axes: tuple[str, ...]) -> list[Layout]:
@@ -107,7 +107,7 @@ def test_order_and_ties() -> None:
     assert all(c.tie_with_best == (c.score <= 1.05 * report.best.score) for c in fitting)
     wanted = next(c for c in report.candidates if c.asked.ffn == "ws-2d" and c.asked.attention == "batch")
     assert wanted.tie_with_best
-    assert len(report.candidates) == 680
+    assert len(report.candidates) == 1540
 
 
 def test_large_prefill_gathers_weights_and_decode_keeps_them() -> None:
@@ -180,3 +180,18 @@ def test_what_is_left_out_is_slower() -> None:
         near = [c.score for c in lists[0] if c.fits and c.score <= 1.5 * lists[0][0].score]
         assert [c.score for c in lists[1]][: len(near)] == near
         assert len(lists[1]) < len(lists[0])
+
+
+def test_a_long_context_is_dealt_where_requests_are_few() -> None:
+    """Eight key-value heads over 16 chips: heads and context for one long request, heads and requests where there are four."""
+    best = {}
+    for batch in (1, 4):
+        workload = Workload(batch=batch, context_len=131072, phase="decode", weights=DType.INT8)
+        report = search(load_model_config("llama-3-70b"), parse_slice("v5e:4x4"), workload)
+        best[batch] = report.best.layout.decode
+        if batch == 1:
+            undealt = next(c for c in report.candidates if not c.layout.decode.attention_axes(AttentionRole.SEQUENCE))
+            assert report.best.memory.kv * 4 == undealt.memory.kv
+            assert report.best.score < 0.8 * undealt.score
+    assert [role.value for _, role in best[1].attention] == ["heads", "sequence"]
+    assert [role.value for _, role in best[4].attention] == ["heads", "batch"]
