@@ -98,8 +98,16 @@ def plan(
     if capacity is None:
         needed = max(workload.max_context, 1)
         longest = min(needed, config.max_len or needed)
-        capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=min(max(workload.input_len, 1), _CHUNK))
+        capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=_prompt_tokens(workload, bound.num_stages))
     return with_capacity(bound, capacity)
+
+
+def _prompt_tokens(workload: Workload, num_stages: int) -> int:
+    """Prompt tokens per step. With stages a tick is as long as its longest step, so every step takes what a steady batch sees of them."""
+    if num_stages == 1 or not workload.output_len:
+        return min(max(workload.input_len, 1), _CHUNK)
+    share = -(-workload.batch * workload.input_len // (workload.output_len * num_stages))
+    return min(max(share, 1), _CHUNK)
 
 
 def load(

@@ -71,7 +71,7 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
 
 def rows_per_stage(plan: Plan, sequences: int) -> int:
     """Decode rows of a step when so many sequences are decoded together: those of one stage's batch, padded to what the axes divide."""
-    return _up(-(-sequences // plan.num_stages), plan.decode_row_multiple())
+    return plan.decode_rows(-(-sequences // plan.num_stages))
 
 
 def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
@@ -126,10 +126,10 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     for context in contexts:
         lanes_read, slots_read = _up(context, plan.num_parts), _up(context, plan.prefill_page_multiple())
         decode = Bucket(rows, lanes_read, random=capacity.random or capacity.rich, rich=capacity.rich)
-        full = replace(decode, prefill_tokens=tokens, prefill_slots=slots)
+        full = replace(decode, decode_rows=_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
         buckets += [decode, *_smaller(plan, full), full]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
-            buckets.append(replace(decode, prefill_tokens=tokens, prefill_slots=slots, prefill_pages=slots_read))
+            buckets.append(replace(full, prefill_pages=slots_read))
     return tuple(buckets)
 
 

@@ -177,9 +177,20 @@ class Plan:
         """The FFN roles of a step with this many (padded) tokens."""
         return self.layout.prefill if num_tokens >= self.prefill_from_tokens else self.layout.decode
 
-    def decode_row_multiple(self) -> int:
-        """Decode rows of a bucket must be a multiple of this: every axis that splits tokens or lanes."""
-        return self._multiple(self.batch_axes)
+    def decode_row_multiple(self, *phases: Phase) -> int:
+        """Decode rows of a bucket must be a multiple of this: every axis that splits lanes, or tokens in these FFN phases (in both, if
+        none is given)."""
+        return self._multiple(self.batch_axes, phases)
+
+    def decode_rows(self, num_sequences: int) -> int:
+        """Rows of a step that decodes so many sequences and does nothing else, with padding: axes that only prefill gathers do not split
+        its tokens. In a pipeline every step has the rows of the others."""
+        multiple = self.decode_row_multiple(self.layout.decode)
+        rows = -(-num_sequences // multiple) * multiple
+        if self.num_stages == 1 and rows < self.prefill_from_tokens:
+            return rows
+        multiple = self.decode_row_multiple()
+        return -(-num_sequences // multiple) * multiple
 
     def prefill_slot_multiple(self) -> int:
         """Prefill slots of a bucket must be a multiple of this: the batch axes of prefill attention."""
@@ -211,8 +222,8 @@ class Plan:
             if len(sizes - {0}) > 1
         ]
 
-    def _multiple(self, attention_axes: tuple[str, ...]) -> int:
-        split = {axis for label in PHASES for axis in self.layout.token_axes(self.layout.phase(label))}
+    def _multiple(self, attention_axes: tuple[str, ...], phases: tuple[Phase, ...] = ()) -> int:
+        split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in self.layout.token_axes(phase)}
         return self.ways(tuple(split | set(attention_axes)))
 
 

@@ -26,7 +26,7 @@ MARKS = {"decode": "o", "prefill": "s"}
 def main() -> None:
     results = json.loads((HERE / "results.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
-    rows = results["one_device"]["steps"]
+    rows = results["f32"]["steps"] + results["bf16"]["steps"]
     for (model, dtype), colour in COLOURS.items():
         for phase, mark in MARKS.items():
             mine = [row for row in rows if (row["model"], row["dtype"], row["phase"]) == (model, dtype, phase)]

@@ -1,11 +1,12 @@
 """Does the planner predict this machine once it is calibrated? Writes results.json.
 
-    python -m experiments.calibrated_cpu.measure             # a quarter of an hour on two cores
+    python -m experiments.calibrated_cpu.measure             # about ten minutes on two cores
+    python -m experiments.calibrated_cpu.measure --part bf16 # one of its three parts alone, beside what results.json has of the others
 
-Two processes, one after the other. With one CPU device: steps of two models that calibration does not use (decode at batch 1 to 64, prefill
-of one and several prompts, float32 and bfloat16). With eight virtual devices: calibrate, let the planner rank all layouts of a model, and
-time ten of them. Each process calibrates twice: before, and once more in turn with the steps, round by round. The second gives `predicted`,
-which shares the machine's drift with what was measured; the first, what a user does, gives `predicted_before`.
+Three processes, one after the other. With one CPU device, one process in float32 and one in bfloat16: steps of two models that calibration
+does not use (decode at batch 1 to 64, prefill of one and several prompts). With eight virtual devices: calibrate, let the planner rank all
+layouts of a model, and time ten of them. Each process calibrates twice: before, and once more in turn with the steps, round by round. The
+second gives `predicted`, which shares the machine's drift with what was measured; the first, what a user does, gives `predicted_before`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results.json"
+PARTS = {"f32": "1", "bf16": "1", "eight_devices": "8"}  # and how many devices each has
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
 PROMPTS = ((64, 1), (512, 1), (512, 4))  # tokens in all, prompts
 LAYOUTS, BATCH, INPUT, OUTPUT = 10, 16, 256, 64
-BUDGET, CALIBRATION = 120.0, 30.0  # seconds of timing in turn, and of the calibration before
+BUDGET, CALIBRATION = 60.0, 30.0  # seconds of timing in turn, and of the calibration before
 
 
 def models() -> list[Any]:
@@ -38,52 +40,77 @@ def models() -> list[Any]:
     return [load_model_config("llama-125m"), small]
 
 
-def one_device() -> dict[str, Any]:
-    """Predicted and measured steps of whole models on one device."""
+def plans_of(dtype: Any) -> dict[str, tuple[Any, Any]]:
+    """The steps of the models on one device, by name: plan and bucket."""
     from partinf.layout import make_layout
-    from partinf.measure.steps import Steps, for_buckets
+    from partinf.measure.steps import for_buckets
     from partinf.plans import Bucket, Plan
     from partinf.sharding import local_slice
-    from partinf.workload import DType
 
-    types = (DType.F32, DType.BF16)
-    before, first, _ = _calibrated(types, CALIBRATION, {})
-    slice_ = local_slice(chip=before)
     layout = make_layout({"x": "replica"}, {"x": "batch"})
     buckets = tuple(Bucket(rows, CONTEXT // 16) for rows in BATCHES)
     buckets += tuple(Bucket(prefill_tokens=tokens, prefill_slots=prompts) for tokens, prompts in PROMPTS)
-    plans, calls = {}, {}
-    for dtype in types:
-        for model in models():
-            _say(f"compiling {model.name} in {dtype}")
-            steps = Steps(for_buckets(Plan(model, slice_, layout, weights=dtype, kv=dtype), buckets))
-            for bucket in buckets:
-                name = f"{model.name}, {dtype}, {bucket}"
-                plans[name], calls[name] = (steps.plan, bucket), steps.call(bucket)
-    during, second, timings = _calibrated(types, BUDGET, calls)
+    plans = [for_buckets(Plan(model, local_slice(), layout, weights=dtype, kv=dtype), buckets) for model in models()]
+    return {f"{plan.model.name}, {bucket}": (plan, bucket) for plan in plans for bucket in buckets}
+
+
+def one_device(dtype: Any) -> dict[str, Any]:
+    """Times of a calibration, and of another in turn with steps of whole models on one device."""
+    from partinf.measure.calibrate import Measured
+    from partinf.measure.steps import Steps
+
+    calls = Measured((dtype,)).calls(_say)
+    _say("calibrating before")
+    before = _timed(calls, CALIBRATION)
+    steps: dict[str, Any] = {}
+    for name, (plan, bucket) in plans_of(dtype).items():
+        if plan.model.name not in steps:
+            _say(f"compiling {plan.model.name} in {dtype}")
+            steps[plan.model.name] = Steps(plan)
+        calls[name] = steps[plan.model.name].call(bucket)
+    _say("calibrating in turn")
+    return {"timings_before": before, "timings": _timed(calls, BUDGET)}
+
+
+def predict(part: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What the times of `one_device` say: rates, and the steps as they are predicted and measured."""
+    from partinf.measure.calibrate import Measured
+    from partinf.measure.timing import Timing
+    from partinf.sharding import local_slice
+    from partinf.workload import DType
+
+    dtype, chips = DType(part), []
+    for key in ("timings_before", "timings"):
+        chips.append(Measured((dtype,)).chip({name: Timing(*timing) for name, timing in found[key].items()})[0])
     rows = []
-    for name, (plan, bucket) in plans.items():
-        predicted, in_turn = (_price(replace(plan, slice=replace(slice_, chip=chip)), bucket) for chip in (before, during))
-        row = {"model": plan.model.name, "dtype": plan.weights.value, "step": str(bucket), "phase": _phase(bucket)}
-        row |= {"tokens": bucket.num_tokens} | _measured(timings[name])
-        rows.append(row | {"predicted": in_turn, "predicted_before": predicted})
-    return {"steps": rows, "calibrations": [first, second]}
+    for name, (plan, bucket) in plans_of(dtype).items():
+        seconds, spread, repeats = found["timings"][name]
+        before, in_turn = (_price(replace(plan, slice=local_slice(chip=chip)), bucket) for chip in chips)
+        row = {"model": plan.model.name, "dtype": part, "step": str(bucket), "phase": _phase(bucket), "tokens": bucket.num_tokens}
+        row |= {"measured": seconds, "spread": spread, "repeats": repeats, "predicted": in_turn, "predicted_before": before}
+        rows.append(row)
+    return found | {"steps": rows, "calibrations": [_rates(chip) for chip in chips]}
 
 
 def eight_devices() -> dict[str, Any]:
     """Ten layouts of a small model over eight virtual devices: the planner's order and the measured one."""
     from partinf.cost.pricing import TILED
+    from partinf.measure.calibrate import Measured
     from partinf.measure.steps import Steps, for_buckets
+    from partinf.measure.timing import alternate
     from partinf.planner.choose import plan_of
     from partinf.planner.search import search
     from partinf.sharding import local_slice
     from partinf.workload import DType, Workload
 
-    before, first, _ = _calibrated((DType.F32,), CALIBRATION, {})
+    measured = Measured((DType.F32,))
+    calls = measured.calls(_say)
+    _say("calibrating before")
+    before, _ = measured.chip(alternate(calls, CALIBRATION))
     slice_, model = local_slice(chip=before), models()[1]
     workload = Workload(BATCH, INPUT, OUTPUT, weights=DType.F32, kv=DType.F32, prefill_batch=1)
     report = search(model, slice_, workload, program=TILED)
-    calls, plans = {}, []
+    plans = []
     for rank in _spread(report):
         plan = replace(plan_of(report, report.candidates[rank]), predicted=())
         buckets = _buckets(plan)
@@ -91,7 +118,9 @@ def eight_devices() -> dict[str, Any]:
         steps = Steps(for_buckets(plan, buckets))
         plans.append((rank, steps.plan, buckets))
         calls |= {f"{rank} {phase}": steps.call(bucket) for phase, bucket in zip(("prefill", "decode"), buckets, strict=True)}
-    during, second, timings = _calibrated((DType.F32,), BUDGET, calls)
+    _say("calibrating in turn")
+    timings = alternate(calls, BUDGET)
+    during, _ = measured.chip(timings)
     rows = []
     for rank, plan, buckets in plans:
         row: dict[str, Any] = {"rank": rank + 1, "layout": report.candidates[rank].name, "ffn": report.candidates[rank].asked.ffn}
@@ -104,7 +133,18 @@ def eight_devices() -> dict[str, Any]:
             row[name] = row["prefill"][name] + OUTPUT * row["decode"][name]
         rows.append(row)
     found = {"model": model.name, "candidates": len(report.candidates), "layouts": rows}
-    return found | {"workload": {"batch": BATCH, "input": INPUT, "output": OUTPUT}, "calibrations": [first, second]}
+    return found | {"workload": {"batch": BATCH, "input": INPUT, "output": OUTPUT}, "calibrations": [_rates(before), _rates(during)]}
+
+
+def _timed(calls: dict[str, Any], budget: float) -> dict[str, list[float]]:
+    from partinf.measure.timing import alternate
+
+    return {name: [timing.seconds, timing.spread, timing.repeats] for name, timing in alternate(calls, budget).items()}
+
+
+def _rates(chip: Any) -> dict[str, Any]:
+    found = asdict(chip.rates)
+    return found | {"spread": statistics.median(value for _, value in found["spread"])}
 
 
 def _measured(timing: Any) -> dict[str, Any]:
@@ -147,18 +187,6 @@ def _phase(bucket: Any) -> str:
     return "prefill" if bucket.prefill_tokens else "decode"
 
 
-def _calibrated(types: tuple[Any, ...], budget: float, beside: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The chip as calibration finds it now; its rates, with the time that this took and the load of the machine then; and the timings of
-    what was timed in the same rounds."""
-    from partinf.measure.calibrate import calibrate
-
-    started = time.perf_counter()
-    chip, _, timings = calibrate(types, budget, _say, beside)
-    spread = statistics.median(value for _, value in chip.rates.spread)
-    found = {"seconds": time.perf_counter() - started, "load_average": os.getloadavg()[0], "median_spread": spread}
-    return chip, found | {key: value for key, value in asdict(chip.rates).items() if key != "spread"}, timings
-
-
 def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -167,8 +195,8 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     """The figures that the question asks for."""
     found: dict[str, Any] = {}
     for name in ("predicted", "predicted_before"):
-        wrong = {}
-        for row in results["one_device"]["steps"]:
+        wrong: dict[str, list[float]] = {}
+        for row in [row for part in ("f32", "bf16") for row in results[part]["steps"]]:
             for key in ("all", row["dtype"], row["phase"], row["model"]):
                 wrong.setdefault(key, []).append(abs(row[name] / row["measured"] - 1))
         found[f"median_error_{name}"] = {key: statistics.median(errors) for key, errors in wrong.items()}
@@ -183,23 +211,44 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _measure(part: str) -> dict[str, Any]:
+    """One part, in this process."""
+    from partinf.workload import DType
+
+    loads = [os.getloadavg()[0]]
+    found = eight_devices() if part == "eight_devices" else predict(part, one_device(DType(part)))
+    return {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "load_average": [*loads, os.getloadavg()[0]]} | found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("one_device", "eight_devices"), help="one process's part, printed as JSON")
+    parser.add_argument("--part", choices=tuple(PARTS), help="measure this part alone")
+    parser.add_argument("--again", action="store_true", help="predict again from the times in results.json; eight_devices stays as it is")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part:
-        print(json.dumps(one_device() if args.part == "one_device" else eight_devices()))
+    if args.here:
+        print(json.dumps(_measure(args.part)))
         return
-    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "load_average_at_start": os.getloadavg()}
-    for part, devices in (("one_device", "1"), ("eight_devices", "8")):
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
-        command = [sys.executable, "-m", "experiments.calibrated_cpu.measure", "--part", part]
+    if args.again:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        results = json.loads(RESULTS.read_text())
+        results |= {part: predict(part, results[part]) for part in ("f32", "bf16")}
+        _write(results)
+        return
+    results = json.loads(RESULTS.read_text()) if args.part else {}
+    for part in (args.part,) if args.part else PARTS:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": PARTS[part]}
+        command = [sys.executable, "-m", "experiments.calibrated_cpu.measure", "--here", "--part", part]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results[part] = json.loads(done.stdout)
-    results["load_average_at_end"] = os.getloadavg()
-    results["summary"] = summary(results)
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results["summary"], indent=1))
+        _write(results)
+
+
+def _write(results: dict[str, Any]) -> None:
+    if set(PARTS) <= set(results):
+        results["summary"] = summary(results)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results.get("summary", {}), indent=1))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def layouts(rows: list[Row]) -> str:
 
 def main() -> None:
     found = json.loads(RESULTS.read_text())
-    print(steps(found["one_device"]["steps"]), layouts(found["eight_devices"]["layouts"]), sep="\n\n")
+    print(steps(found["f32"]["steps"] + found["bf16"]["steps"]), layouts(found["eight_devices"]["layouts"]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw results.json: `python -m experiments.fastserve_opt_on_a100.draw` writes fastserve.png."""
+"""Draw results.json and print its tables: `python -m experiments.fastserve_opt_on_a100.draw` writes fastserve.png."""
 
 from __future__ import annotations
 
@@ -12,34 +12,75 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-COLORS = {"orca": "tab:gray", "fcfs": "tab:red", "mlfq": "tab:blue", "mlfq-naive": "tab:cyan", "srpt": "tab:green"}
+COLOURS = {
+    "fcfs": "tab:red",
+    "orca": "tab:gray",
+    "mlfq, α 0.3 s": "tab:cyan",
+    "mlfq, α 3 s": "tab:blue",
+    "mlfq, α 30 s": "navy",
+    "mlfq, as published": "black",
+    "mlfq-naive, α 0.3 s": "tab:olive",
+    "srpt": "tab:green",
+}
 
 
-def label(point: dict[str, Any]) -> str:
-    alpha = f", α {point['alpha']:g} s" if point["scheduler"].startswith("mlfq") else ""
-    how = "" if point["eviction"] == "proactive" else f", {point['eviction']}"
-    return point["scheduler"] + alpha + how
+def load_text(curve: dict[str, Any]) -> str:
+    """The load at the target, or what the heaviest load gave where that is not enough."""
+    last = curve["points"][-1]
+    if curve["load_at_0.3"] is not None:
+        return f"{curve['load_at_0.3']:.2f}/s"
+    heaviest = "all at once" if last["rate"] is None else f"at {last['rate']:.2f}/s"
+    return f"{heaviest} {last['per_token'][0]:.2f} s"
 
 
-def main() -> int:
-    curves = json.loads((HERE / "results.json").read_text())["curves"]
-    models = list(dict.fromkeys(curve[0]["model"] for curve in curves))
+def print_loads(curves: list[dict[str, Any]]) -> None:
+    """The load that each carries, and over that of `fcfs` on the same model with as many requests."""
+    base = {(curve["model"], curve["requests"]): curve["load_at_0.3"] for curve in curves if curve["label"] == "fcfs"}
+    for curve in curves:
+        load, fcfs = curve["load_at_0.3"], base.get((curve["model"], curve["requests"]))
+        ratio = f"{load / fcfs:.2f}×" if load and fcfs else ""
+        print(f"{curve['model']:9} {curve['label']:22} {curve['eviction']:10} {curve['requests']:5}  {load_text(curve):>22}  {ratio}")
+
+
+def print_points(curves: list[dict[str, Any]]) -> None:
+    """Per load: throughput, mean and P95 per token in ms, mean and P95 of completion and mean time to first token in s, swaps."""
+    for curve in curves:
+        print(f"\n{curve['model']}, {curve['label']}, {curve['eviction']}, {curve['requests']} requests")
+        for point in curve["points"]:
+            token, done, first = point["per_token"], point["completion"], point["ttft"]
+            rate = "all at once" if point["rate"] is None else f"{point['rate']:.2f}/s"
+            figures = f"{1e3 * token[0]:5.0f} {1e3 * token[1]:5.0f} ms  {done[0]:5.1f} {done[1]:5.1f} s  {first[0]:5.1f} s"
+            print(f"  {rate:>11}  {point['throughput']:.2f}/s  {figures}  {point['swap_outs']} swaps")
+
+
+def draw(curves: list[dict[str, Any]]) -> None:
+    models = list(dict.fromkeys(curve["model"] for curve in curves))
     figure, axes = plt.subplots(2, len(models), figsize=(4.2 * len(models), 7), layout="constrained", squeeze=False)
     for column, model in enumerate(models):
-        for curve in (c for c in curves if c[0]["model"] == model):
-            first = curve[0]
-            line = {"proactive": "-", "reactive": "--", "recompute": ":"}[first["eviction"]]
-            style = {"color": COLORS[first["scheduler"]], "linestyle": line, "marker": "o" if first["alpha"] < 1 else "s", "markersize": 3}
-            rates = [point["rate"] for point in curve]
-            axes[0][column].plot(rates, [point["per_token"][0] for point in curve], label=label(first), **style)
-            axes[1][column].plot(rates, [point["completion"][0] for point in curve], **style)
+        for curve in (curve for curve in curves if curve["model"] == model):
+            points = [point for point in curve["points"] if point["rate"] is not None]
+            line = {"proactive": "-", "reactive": "--", "recompute": ":"}[curve["eviction"]]
+            label = curve["label"] + ("" if curve["eviction"] == "proactive" else f", {curve['eviction']}")
+            style = {"color": COLOURS[curve["label"]], "linestyle": line, "marker": "o", "markersize": 3}
+            rates = [point["rate"] for point in points]
+            axes[0][column].plot(rates, [point["per_token"][0] for point in points], label=label, **style)
+            axes[1][column].plot(rates, [point["completion"][0] for point in points], **style)
         axes[0][column].axhline(0.3, color="black", linewidth=0.7)
-        axes[0][column].set(title=model, ylim=(0, 0.6))
-        axes[1][column].set(xlabel="requests per second", ylim=(0, 250))
+        axes[0][column].set(title=model, ylim=(0, 0.4), xscale="log")
+        axes[1][column].set(xlabel="requests per second", ylim=(0, 200), xscale="log")
         axes[0][column].legend(fontsize=6)
     axes[0][0].set_ylabel("mean latency per generated token, s")
     axes[1][0].set_ylabel("mean completion time, s")
     figure.savefig(HERE / "fastserve.png", dpi=110)
+
+
+def main() -> int:
+    results = json.loads((HERE / "results.json").read_text())
+    models = [curve for part in results if part.startswith("opt-") for curve in results[part].values()]
+    draw(models + list(results.get("evictions", {}).values()))
+    for part, curves in results.items():
+        print(f"\n== {part}")
+        (print_points if part == "sustained" else print_loads)(list(curves.values()))
     return 0
 
 

@@ -34,11 +34,12 @@ def main() -> int:
         left.plot([place + 0.32] * len(real), real, "k.", label="engine" if place == 0 else None)
     left.set_xticks(range(len(results["steps"])), list(results["steps"]))
     left.set(ylabel="seconds for all requests", xlim=(-0.6, 1.6))
-    left.legend(fontsize=8)
+    left.set_ylim(0, 1.5 * left.get_ylim()[1])
+    left.legend(fontsize=8, loc="upper center")
     for name, style in (("real", "ko"), ("ideal", "b_"), ("free", "g_")):
         label = {"real": "engine", "ideal": "ideal: the same steps by themselves", "free": "steps that cost what their tokens cost"}[name]
         right.plot(range(1, len(rounds) + 1), [each[name] for each in rounds], style, markersize=7 if name == "real" else 18, label=label)
-    right.set(xlabel="round", ylabel="iteration-level over request-level throughput", ylim=(0.9, None), xticks=range(1, len(rounds) + 1))
+    right.set(xlabel="round", ylabel="iteration- over request-level throughput", ylim=(0.9, None), xticks=range(1, len(rounds) + 1))
     right.legend(fontsize=8)
     figure.suptitle(
         f"{results['model']}, {results['rows']} sequences per iteration, Orca's lengths / {results['lengths']['scale']}", fontsize=10

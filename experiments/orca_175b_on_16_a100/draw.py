@@ -17,9 +17,14 @@ MARKER = {1: "o", 8: "s", 16: "^", 32: "D"}
 
 def main() -> int:
     results = json.loads((HERE / "results.json").read_text())
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    panels = (("prompts U(32, 512), answers U(1, 128)", results["curves"]), ("all 272 in, 64 out", results["homogeneous"]["curves"]))
-    for axis, (title, curves) in zip(axes, panels, strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), sharey=True, layout="constrained")
+    panels = {
+        "175b": "GPT-3 175B, 2 stages: prompts U(32, 512), answers U(1, 128)",
+        "same": "GPT-3 175B, 2 stages: all 272 in, 64 out",
+        "341b": "GPT-3 341B, 4 stages: prompts U(32, 512), answers U(1, 128)",
+    }
+    for axis, (kind, title) in zip(axes, panels.items(), strict=True):
+        curves = {key: value for part, found in results["parts"].items() if part.startswith(kind) for key, value in found.items()}
         for name, points in curves.items():
             scheduler, size = name.rsplit(" ", 1)
             color, line = STYLE[scheduler]
@@ -30,7 +35,7 @@ def main() -> int:
         axis.set(title=title, xlabel="requests per second", xscale="log", ylim=(0, 600))
     axes[0].set_ylabel("median latency per generated token, ms")
     axes[0].legend(fontsize=7)
-    figure.suptitle("GPT-3 175B on 2 stages of 8 A100-40GB, simulated; the line is 190 ms per token")
+    figure.suptitle("Pipeline stages of 8 A100-40GB, simulated; the line is 190 ms per token")
     figure.savefig(HERE / "orca.png", dpi=110)
     return 0
 

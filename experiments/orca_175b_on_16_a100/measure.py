@@ -1,8 +1,8 @@
 """Orca's evaluation in the simulator: GPT-3 175B on 2 stages of 8 A100-40GB, and 341B on 4 of 8, throughput against median normalised
 latency, and how much of the stages' time is bubbles.
 
-    python -m experiments.orca_175b_on_16_a100.measure            # ten minutes, writes results.json
-    python -m experiments.orca_175b_on_16_a100.measure bubbles    # that part alone; bubbles FILE writes a schedule trace too
+    python -m experiments.orca_175b_on_16_a100.measure            # a quarter of an hour, writes results.json
+    python -m experiments.orca_175b_on_16_a100.measure bubbles    # that part anew
 
 Iteration-level scheduling (`orca`) at four batch sizes against request-level scheduling as FasterTransformer does it and with padded
 prompts, at batch sizes 1, 8 and 16; prompts U(32, 512), answers U(1, 128), Poisson arrivals, no early end. The controls: homogeneous
@@ -16,6 +16,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ REQUESTS = 400  # and a hundred seconds more of arrivals
 MIXED, SAME = "uniform:32-512:1-128", "fixed:272:64"
 TARGET = 0.190  # s per token, where the paper compares
 PAPER = {"fastertransformer": 0.185, "orca": 6.81}
+SCHEDULERS = ("orca", "fastertransformer", "request-level")
 CURVES = [("orca", size) for size in (1, 8, 16, 32)]
 CURVES += [(name, size) for name in ("fastertransformer", "request-level") for size in (1, 8, 16)]
 RATES = [0.02 * 1.35**n for n in range(24)]
@@ -43,6 +46,12 @@ FULL = 40.0  # requests per second: more than any setup carries
 # Prompt tokens of a step. A request brings 272 and is decoded 64 times, so a batch of 32 sees 136 of them per iteration: with 128, every
 # step has as many of both as it can take.
 WHOLE_PROMPTS, EVEN_SHARE = 0, 128
+
+
+LOW = 0.05
+
+Curves = dict[str, list[dict[str, float]]]
+"""Points by scheduler and batch size."""
 
 
 def simulate(
@@ -82,13 +91,13 @@ def simulate(
     }
 
 
-def bubbles(scheduler: str, prefill_tokens: int, model: str, file: Path | None = None, requests: int = 1200) -> dict[str, float]:
+def bubbles(scheduler: str, prefill_tokens: int, model: str, requests: int = 1200) -> dict[str, float]:
     """The share of the stages' time, in the middle half of a run with more requests than it can take, in which they did not work on a
     step of their own: empty, or in a tick that is as long as another stage's step. Read from the schedule trace."""
     trace = ScheduleTrace()
     point = simulate(scheduler, 32, FULL, requests=requests, model=model, prefill_tokens=prefill_tokens, trace=trace)
     with tempfile.TemporaryDirectory() as directory:
-        path = file or Path(directory) / "trace.json"
+        path = Path(directory) / "trace.json"
         trace.write(path)
         events = json.loads(path.read_text())["traceEvents"]
     (lanes,) = (event["pid"] for event in events if event["ph"] == "M" and event["args"]["name"] == "stages")
@@ -100,16 +109,10 @@ def bubbles(scheduler: str, prefill_tokens: int, model: str, file: Path | None =
     return {"bubbles": 1 - busy / (stages * (high - low)), "stages": stages, "throughput": point["throughput"], "batch": point["batch"]}
 
 
-def all_bubbles(file: Path | None = None) -> dict[str, dict[str, dict[str, float]]]:
+def all_bubbles() -> dict[str, dict[str, dict[str, float]]]:
     """Of both models: Orca's whole prompts, prompts cut to an even share for every step, and request-level scheduling's one batch."""
     ways = {"orca": WHOLE_PROMPTS, "fcfs-chunked": EVEN_SHARE, "request-level": WHOLE_PROMPTS}
-    return {
-        model: {
-            name: bubbles(name, tokens, model, file if name == "fcfs-chunked" and model == "gpt3-341b" else None)
-            for name, tokens in ways.items()
-        }
-        for model in SLICES
-    }
+    return {model: {name: bubbles(name, tokens, model) for name, tokens in ways.items()} for model in SLICES}
 
 
 def curve(scheduler: str, size: int, lengths: str, limit: float, model: str = "gpt3-175b") -> list[dict[str, float]]:
@@ -134,17 +137,15 @@ def load_at(points: list[dict[str, float]], latency: float) -> float | None:
     return points[-1]["throughput"]
 
 
-def best(curves: dict[str, list[dict[str, float]]], scheduler: str, latency: float) -> tuple[float, str] | None:
+def best(found: Curves, scheduler: str, latency: float) -> tuple[float, str] | None:
     """The highest load at a latency over the batch sizes of a scheduler."""
-    found = [
-        (load, name) for name, points in curves.items() if name.startswith(scheduler) and (load := load_at(points, latency)) is not None
-    ]
-    return max(found, default=None)
+    mine = [(load_at(points, latency), name) for name, points in found.items() if name.startswith(scheduler)]
+    return max(((load, name) for load, name in mine if load is not None), default=None)
 
 
-def compare(curves: dict[str, list[dict[str, float]]], latency: float) -> dict[str, Any]:
+def compare(found: Curves, latency: float) -> dict[str, Any]:
     """Best loads at a latency, and how often the baselines' fits into Orca's."""
-    loads = {name: best(curves, name, latency) for name in ("orca", "fastertransformer", "request-level")}
+    loads = {name: best(found, name, latency) for name in SCHEDULERS}
     orca = loads["orca"]
     result: dict[str, Any] = {"latency": latency, "loads": loads}
     for name in ("fastertransformer", "request-level"):
@@ -153,35 +154,41 @@ def compare(curves: dict[str, list[dict[str, float]]], latency: float) -> dict[s
     return result
 
 
+def curves(scheduler: str, lengths: str, limit: float, sizes: tuple[int, ...], model: str = "gpt3-175b") -> Curves:
+    """The curves of a scheduler, by scheduler and batch size."""
+    return {f"{name} {size}": curve(name, size, lengths, limit, model) for name, size in CURVES if name == scheduler and size in sizes}
+
+
+def low_load() -> dict[str, dict[str, float]]:
+    """Median latencies at a load at which nobody waits."""
+    return {lengths: {name: simulate(name, 8, LOW, lengths)["latency"] for name in SCHEDULERS} for lengths in (MIXED, SAME)}
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    **{f"175b {name}": partial(curves, name, MIXED, 3.0, (1, 8, 16, 32)) for name in SCHEDULERS},
+    **{f"same {name}": partial(curves, name, SAME, 0.5, (8, 16, 32)) for name in SCHEDULERS},
+    **{f"341b {name}": partial(curves, name, MIXED, 1.0, (1, 8, 32), "gpt3-341b") for name in SCHEDULERS},
+    "low load": low_load,
+    "bubbles": all_bubbles,
+}
+
+
 def main(arguments: list[str]) -> int:
-    started = time.perf_counter()
+    """Measure the parts that are named, or all, and compare what the file has."""
     path = Path(__file__).with_name("results.json")
-    if arguments[:1] == ["bubbles"]:
-        found = all_bubbles(Path(arguments[1]) if len(arguments) > 1 else None)
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"bubbles": found}, indent=1) + "\n")
-        print(json.dumps(found, indent=1))
-        return 0
-    curves = {f"{name} {size}": curve(name, size, MIXED, 3.0) for name, size in CURVES}
-    lowest = min(points[0]["latency"] for points in curves.values())
-    same = {f"{name} {size}": curve(name, size, SAME, 0.5) for name, size in CURVES if size in (8, 16, 32)}
-    results = {
-        "requests": REQUESTS,
-        "paper": PAPER,
-        "curves": curves,
-        "at_190_ms": compare(curves, TARGET),
-        "at_twice_low_load": compare(curves, 2 * lowest),
-        "homogeneous": {"lengths": SAME, "curves": same, "at_190_ms": compare(same, TARGET)},
-        "low_load": {
-            lengths: {name: simulate(name, 8, 0.05, lengths)["latency"] for name in ("orca", "fastertransformer", "request-level")}
-            for lengths in (MIXED, SAME)
-        },
-        "low_load_rate": 0.05,
-        "gpt3-341b": {f"{name} {size}": curve(name, size, MIXED, 1.0, "gpt3-341b") for name, size in CURVES if size in (1, 8, 32)},
-        "bubbles": all_bubbles(),
-    }
+    parts = json.loads(path.read_text())["parts"] if arguments else {}
+    for name in arguments or PARTS:
+        started = time.perf_counter()
+        parts[name] = PARTS[name]()
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    results: dict[str, Any] = {"requests": REQUESTS, "paper": PAPER, "parts": parts}
+    for title in ("175b", "same", "341b"):
+        found: Curves = {key: value for name in SCHEDULERS for key, value in parts.get(f"{title} {name}", {}).items()}
+        lowest = min((points[0]["latency"] for points in found.values()), default=0.0)
+        if all(f"{title} {name}" in parts for name in SCHEDULERS):
+            results |= {f"{title} at 190 ms": compare(found, TARGET), f"{title} at twice low load": compare(found, 2 * lowest)}
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps({key: results[key] for key in ("at_190_ms", "at_twice_low_load", "low_load")}, indent=1))
-    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
+    print(json.dumps({key: value for key, value in results.items() if key != "parts"} | {"bubbles": parts.get("bubbles")}, indent=1))
     return 0
 
 

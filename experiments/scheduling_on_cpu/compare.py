@@ -2,9 +2,10 @@
 
     python -m experiments.scheduling_on_cpu.compare [--clock cpu]        # some minutes
 
-Two kinds of requests: prompts and answers uniform, with Orca's lengths over eight, and lengths of conversations over sixteen, as FastServe
-draws them. Loads are shares of the rate at which `orca` has worked off a backlog just before. All policies of a load run in turns on the
-same arrivals; figures are medians of the rounds. Residents may be four batches, as in the simulations, and pages are swapped ahead.
+Two kinds of requests, each a task whose prompt says how long the answer is: prompts and answers uniform, with Orca's lengths over
+eight, and lengths of conversations as FastServe draws them, prompts over sixteen and answers over fifty. Loads are shares of the rate
+at which `orca` has worked off a backlog just before. All policies of a load run in turns on the same arrivals; figures are medians of
+the rounds. Residents may be four batches, as in the simulations, and pages are swapped ahead.
 With `--clock cpu` seconds are those of CPU that the process uses, for a machine that others use too.
 """
 
@@ -44,13 +45,13 @@ class Traffic:
 
 
 def scaled_chat(rng: random.Random) -> tuple[int, int]:
-    """Lengths of conversations over sixteen: prompts to 64 tokens, answers to 64."""
+    """Lengths of conversations: prompts over sixteen, to 64 tokens, answers over fifty, to 20 and the end."""
     prompt, answer = chat_lengths(rng)
-    return max(1, prompt // 16), max(1, answer // 16)
+    return max(5, prompt // 16), max(2, answer // 50 + 1)
 
 
 TRAFFIC = (
-    Traffic("orca", uniform_lengths((4, 64), (1, 16)), ("request-level", "fastertransformer", "orca", "fcfs")),
+    Traffic("orca", uniform_lengths((5, 64), (2, 17)), ("request-level", "fastertransformer", "orca", "fcfs")),
     Traffic("fastserve", scaled_chat, ("fcfs", "orca", "mlfq", "mlfq 30", "mlfq-naive", "srpt")),
 )
 

@@ -27,7 +27,7 @@ from partinf.engine.step_price import Estimates
 
 REPEATS, REQUESTS, LOAD = 5, 150, 0.6
 JUDGED = ("throughput", "mean_completion", "p95_completion")
-LENGTHS = "uniform:4-24:2-36"
+LENGTHS = "uniform:5-24:2-21"
 SCHEDULERS = ("orca", "mlfq")
 WAYS = ("measured", "calibrated")
 

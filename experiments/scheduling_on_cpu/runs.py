@@ -1,4 +1,8 @@
-"""One run of requests on the demo model: with the real engine, or simulated at given step times."""
+"""One run of requests on the demo model: with the real engine, or simulated at given step times.
+
+Every request asks for `repeat: n k =`, which the model answers with n times the letter and end-of-sequence, so the prompt controls the
+length of the answer; solved tasks before it make it as long as it is to be. All answers are checked.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from partinf import api
 from partinf.buckets import Capacity
-from partinf.engine import Engine, Policy
+from partinf.demo_tasks import MAX_NUMBER, Task, after_solved, make_task
+from partinf.engine import Engine, Policy, RequestOutput
 from partinf.engine.arrivals import Arrival
 from partinf.engine.batch import Batch
 from partinf.engine.cost_runner import CostRunner
@@ -28,6 +33,7 @@ from partinf.plans import Bucket
 from partinf.workload import DType, Workload
 
 ROWS = 16
+_SOLVED_LEN = 5  # tokens of a solved task without its answer: repeat, number, letter, = and ;
 
 
 class CpuClock:
@@ -99,13 +105,54 @@ def figures(engine: Engine, seconds: float) -> dict[str, float]:
     }
 
 
+class Repeats:
+    """Makes the prompts of arrivals, and knows their answers.
+
+    Attributes:
+        answers: by the id of the request, with the token that ends it.
+    """
+
+    def __init__(self, model: api.Model, arrivals: Sequence[Arrival]) -> None:
+        self._rng = random.Random(0)
+        self._tokenizer = model.tokenizer
+        self._arrivals = arrivals
+        self.answers: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, number: int, length: int) -> list[int]:
+        """A prompt of at most so many tokens, if that is enough for a task, and no more than five fewer."""
+        task = make_task("repeat", self._rng, self._arrivals[number].output_len - 1)
+        solved: list[Task] = []
+        room = length - len(self._tokenizer.encode(task.prompt))
+        while room >= _SOLVED_LEN + 1:
+            size = min(MAX_NUMBER, room - _SOLVED_LEN)
+            solved.append(make_task("repeat", self._rng, size))
+            room -= _SOLVED_LEN + size
+        _, *answer = self._tokenizer.encode(task.answer)
+        self.answers[f"arrival-{number}"] = (*answer, *self._tokenizer.eos_ids)
+        return list(self._tokenizer.encode(after_solved(solved, task).prompt))
+
+
+class CheckedEngine(Engine):
+    """Asserts that every answer is right as it is returned."""
+
+    expected: dict[str, tuple[int, ...]]
+
+    def step(self, *, wait: bool = True) -> list[RequestOutput]:
+        ended = super().step(wait=wait)
+        for output in ended:
+            assert output.tokens == self.expected.pop(output.id), f"{output.id}: {output.tokens}"
+        return ended
+
+
 def real(model: api.Model, policy: Policy, arrivals: list[Arrival], clock: Clock, times: StepTimes | None = None) -> dict[str, float]:
     """What came of the arrivals, on a new clock."""
-    rng = random.Random(0)
+    prompts = Repeats(model, sorted(arrivals, key=lambda arrival: arrival.time))
     if times is not None:
         times.restart()
-    engine = Engine(model.runner, policy=policy, clock=clock, on_step=times.on_step if times else None)
-    play(engine, arrivals, clock, prompt=lambda _, length: rng.choices(range(model.plan.model.vocab_size), k=length))
+    engine = CheckedEngine(model.runner, policy=policy, clock=clock, on_step=times.on_step if times else None)
+    engine.expected = prompts.answers
+    refused = play(engine, arrivals, clock, prompt=prompts)
+    assert (refused, prompts.answers) == (0, {}), "everybody is answered"
     return figures(engine, clock() - arrivals[0].time)
 
 

@@ -22,6 +22,7 @@ from partinf.workload import DType, Workload
 LAYOUTS = Path(__file__).resolve().parents[2] / "layouts"
 TABLES = "as in tables 2 and 3 of Pope et al. (2023)"
 SOURCE = "Pope et al. (2023), section 3.2 and figure 2"
+STAGES_SOURCE = "Yu et al. (2022), section 4.1: inter-layer and intra-layer parallelism together"
 STORED_2D = {"x": "embed", "y": "ffn", "z": "ffn"}
 GATHERS = {"wg-x": ("x", "x"), "wg-xy": ("xy", "x and y"), "wg-xyz": ("xyz", "all axes")}
 
@@ -61,7 +62,7 @@ CHOSEN = {
 
 def texts() -> dict[str, str]:
     """File name without suffix → text."""
-    return {name: _named(name) for name in ("ws-1d", "ws-2d", *GATHERS, "long-context")} | {
+    return {name: _named(name) for name in ("ws-1d", "ws-2d", *GATHERS, "long-context", "stages")} | {
         name: _chosen(chosen) for name, chosen in CHOSEN.items()
     }
 
@@ -72,6 +73,10 @@ def _named(name: str) -> str:
     if name == "ws-1d":
         described = f"1D weight-stationary: all axes split d_ff and heads of the stored weights; {stationary}"
         layout = make_layout(dict.fromkeys("xyz", "ffn"), batch, heads)
+    elif name == "stages":
+        described = f"pipeline stages over x, each 1D weight-stationary over y and z; {stationary}"
+        alone = {"x": "none"}
+        layout = make_layout(dict.fromkeys("xyz", "ffn") | {"x": "stage"}, batch | alone, heads | alone)
     elif name == "ws-2d":
         described = f"2D weight-stationary: x splits d_model, y and z split d_ff; {stationary}"
         layout = make_layout(STORED_2D, batch, heads)
@@ -83,8 +88,10 @@ def _named(name: str) -> str:
         kept = "decode keeps them stationary; attention over batch"
         described = f"stored as 2D weight-stationary; prefill gathers weights over {words}, {kept}"
         layout = make_layout(STORED_2D, batch, batch, prefill_gather=axes)
-    source = "" if name == "long-context" else f"\nsource = {json.dumps(SOURCE)}"
-    return layout_to_toml(layout, f"description = {json.dumps(described)}{source}")
+    sources = {"stages": STAGES_SOURCE, "long-context": None}
+    source = sources.get(name, SOURCE)
+    head = f"description = {json.dumps(described)}" + (f"\nsource = {json.dumps(source)}" if source else "")
+    return layout_to_toml(layout, head)
 
 
 def _chosen(chosen: Chosen) -> str:

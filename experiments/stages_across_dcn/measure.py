@@ -33,7 +33,7 @@ CONTEXT = 2048
 ROLES = {Role.STAGE: "stages", Role.FFN: "tensors", Role.REPLICA: "copies"}
 
 
-def between(report: PlanReport, candidate: Candidate) -> float:
+def between(candidate: Candidate) -> float:
     """Seconds that collectives over the network between slices take."""
     return sum(e.exposed_seconds for e in candidate.asked.ledger.entries if e.op is not None and DCN_AXIS in e.axes)
 
@@ -52,7 +52,7 @@ def under(report: PlanReport, role: Role) -> dict[str, Any] | None:
         "fits": best.fits,
         "ms": 1e3 * best.asked.step_seconds,
         "products_ms": 1e3 * weights,
-        "between_slices_ms": 1e3 * between(report, best),
+        "between_slices_ms": 1e3 * between(best),
         "to_the_next_stage_ms": 1e3 * permutes,
         "collectives_between_slices": sum(e.count for e in entries if e.op is not None and DCN_AXIS in e.axes),
         "gb_per_device": best.memory.total / 1e9,

@@ -6,8 +6,10 @@ no others, so a host needs memory for its own shards of one leaf at a time, not 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from partinf.errors import raise_offences
 from partinf.hf_config import config_to_hf
 from partinf.model_config import ModelConfig
 from partinf.quantize import Quantized, quantize
+
+_AT_ONCE = 64 << 20  # bytes of a weight that is quantised while it is loaded
 
 Params = Any  # the plain nested dict of arrays that `transformer.params` declares
 
@@ -66,7 +70,7 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
         whole = tuple(slice(None) if dim in leaf.contracted_dims else part for dim, part in enumerate(index))
         key = tuple(part.indices(size) for part, size in zip(whole, leaf.shape, strict=True))
         if key not in blocks:
-            blocks[key] = quantize(read_leaf(reader, source, whole, np.dtype(np.float32)), leaf.contracted)
+            blocks[key] = _read_quantized(reader, source, whole, leaf)
         return blocks[key]
 
     def values(index: tuple[slice, ...]) -> np.ndarray:
@@ -78,6 +82,30 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
 
     make = jax.make_array_from_callback
     return Quantized(make(leaf.shape, leaf.values.sharding, values), make(leaf.scale.shape, leaf.scale.sharding, scale), leaf.contracted)
+
+
+def _read_quantized(reader: TensorReader, source: LeafSource, index: tuple[slice, ...], leaf: Quantized) -> Quantized:
+    """Part of a leaf, whole along its contraction, quantised piece by piece: little of it exists in float32 at a time."""
+    ranges = [range(*part.indices(size)) for part, size in zip(index, leaf.shape, strict=True)]
+    shape = [len(one) for one in ranges]
+    lead = min(leaf.contracted_dims)
+    values = np.empty(shape, np.int8)
+    scale = np.empty([size for dim, size in enumerate(shape) if dim not in leaf.contracted_dims], np.float32)
+    for piece in _pieces(shape, lead):
+        there = tuple(slice(one.start + cut.start, one.start + cut.stop) for one, cut in zip(ranges, piece, strict=False))
+        found = quantize(read_leaf(reader, source, there + index[lead:], np.dtype(np.float32)), leaf.contracted)
+        values[piece], scale[piece] = found.values, found.scale
+    return Quantized(values, scale, leaf.contracted)
+
+
+def _pieces(shape: list[int], lead: int) -> Iterator[tuple[slice, ...]]:
+    """The leading dimensions of a shape cut into pieces of at most `_AT_ONCE` bytes in float32, or one row of the others."""
+    steps, size = [1] * lead, 4 * math.prod(shape[lead:])
+    for dim in reversed(range(lead)):
+        steps[dim] = min(max(_AT_ONCE // size, 1), shape[dim])
+        size *= steps[dim]
+    for starts in itertools.product(*(range(0, shape[dim], steps[dim]) for dim in range(lead))):
+        yield tuple(slice(start, min(start + step, most)) for start, step, most in zip(starts, steps, shape, strict=False))
 
 
 def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-pages", default="0", metavar="N", help="KV pages of host memory, for reactive and proactive eviction (default: 0)"
     )
-    parser.add_argument("--lag", default="1", metavar="N", help="steps in flight before the oldest is awaited (default: 1)")
+    parser.add_argument(
+        "--lag", default="1", metavar="N", help="steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)"
+    )
     parser.epilog = "Example: partinf bench --model demo --scheduler mlfq --arrivals poisson:50 --requests 200"
 
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     say = lambda stage: print(stage, file=sys.stderr)  # noqa: E731
-    chip, probes, _ = calibrate(tuple(dict.fromkeys(DType(name) for name in names)), seconds, say)
+    chip, probes = calibrate(tuple(dict.fromkeys(DType(name) for name in names)), seconds, say)
     rates = chip.rates
     assert rates is not None
     path = Path(args.output) if args.output else default_path(rates.device_kind, rates.devices)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from partinf.layout import Layout
+from partinf.cost.movement import ways
+from partinf.layout import Layout, Role
 
 if TYPE_CHECKING:
     from partinf.planner.report import Candidate, PlanReport
@@ -59,7 +60,8 @@ def reordered(report: PlanReport, proofs: Proofs) -> tuple[Candidate, ...]:
 
 def proven_seconds(report: PlanReport, candidate: Candidate, proof: Proof) -> float:
     """The candidate's score with the compiler's estimate in the place of each predicted step."""
-    seconds = [step.estimate.seconds if step.estimate else 0.0 for step in proof.steps]
+    ticks = ways(candidate.layout.storage_axes(Role.STAGE), report.slice.axis_sizes)  # the compiler sees one
+    seconds = [ticks * step.estimate.seconds if step.estimate else 0.0 for step in proof.steps]
     if report.workload.phase is not None:
         return seconds[0]
     decode, prefill = seconds

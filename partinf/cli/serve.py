@@ -48,7 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="share KV pages of equal prompt beginnings"
     )
     batch.add_argument("--seed", type=int, default=0, metavar="N", help="what requests without a seed derive theirs from (default: 0)")
-    batch.add_argument("--lag", type=int, default=1, metavar="N", help="steps in flight before the oldest is awaited (default: 1)")
+    batch.add_argument(
+        "--lag",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)",
+    )
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument("--max-waiting", type=int, default=512, metavar="N", help="requests that may wait, then 429 (default: 512)")
     bounds.add_argument("--max-waiting-tokens", type=int, metavar="N", help="prompt tokens that may wait (default: no bound)")

@@ -91,7 +91,7 @@ class Engine:
         self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock)
         self._telling = Telling(replicas)
         self._in_flight: deque[tuple[Batch, float]] = deque()  # with the time when it was scheduled
-        self._committed = 0.0  # time of the last commit
+        self._committed = deque([0.0], maxlen=runner.limits.num_stages)  # times of the last commits, as many as there are stages
         self._uncharged: list[tuple[Batch, float]] = []  # committed, and the seconds not counted yet as attained by its sequences
         self._turn = threading.RLock()  # held for an iteration
         self._lock = threading.RLock()  # held to change the state, never while the runner or a callback runs
@@ -258,8 +258,8 @@ class Engine:
 
     def _commit(self, batch: Batch, scheduled: float, output: StepOutput) -> None:
         now = self._clock()
-        seconds = output.seconds or now - max(scheduled, self._committed)
-        self._committed = now
+        seconds = output.seconds or now - max(scheduled, self._committed[0])
+        self._committed.append(now)
         with self._lock:
             self.metrics.record_step(batch.step, output, len(self._scheduler.waiting), seconds)
             self._uncharged.append((batch, seconds))

@@ -98,6 +98,7 @@ class JaxRunner:
         """
         if not plan.buckets:
             raise InvalidInput(f"the plan for {plan.model.name} has no buckets; give it some with partinf.buckets.with_capacity")
+        _check_ticks(plan)
         self.plan = plan
         self.mesh = mesh if mesh is not None else device_mesh(plan)
         self.num_compiled = 0
@@ -258,6 +259,16 @@ class JaxRunner:
         )
 
 
+def _check_ticks(plan: Plan) -> None:
+    """Raise `InvalidInput` where stages may hold steps of two buckets and no bucket holds both."""
+    sizes = ("decode_rows", "decode_pages", "prefill_tokens", "prefill_slots", "prefill_pages", "random", "rich")
+    most = {size: max(getattr(bucket, size) for bucket in plan.buckets) for size in sizes}
+    if plan.num_stages > 1 and not any(all(getattr(bucket, size) == most[size] for size in sizes) for bucket in plan.buckets):
+        raise InvalidInput(
+            f"no bucket of the plan holds what all others hold, as a tick of {plan.num_stages} stages may need: {Bucket(**most)}"
+        )
+
+
 def _fits_prefill(step: Step, bucket: Bucket, limits: RunnerLimits) -> bool:
     tokens, slots = [0] * limits.num_prefill_shards, [0] * limits.num_prefill_shards
     for chunk in step.prefill:
@@ -270,6 +281,7 @@ def _fits_prefill(step: Step, bucket: Bucket, limits: RunnerLimits) -> bool:
 def runner_limits(plan: Plan) -> RunnerLimits:
     """What steps of this plan may hold, over all its buckets."""
     biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))
+    alone = [bucket for bucket in plan.buckets if bucket.decode_rows and not bucket.prefill_tokens]
     ours, theirs = plan.batch_axes, plan.layout.prefill.attention_axes(AttentionRole.BATCH)
     sizes = plan.axis_sizes
     num_prefill = plan.ways(theirs)
@@ -283,7 +295,7 @@ def runner_limits(plan: Plan) -> RunnerLimits:
 
     allowed = tuple(tuple(p for p in range(num_prefill) if agrees(shard, p)) for shard in range(plan.num_shards))
     return RunnerLimits(
-        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in plan.buckets) // plan.num_shards,
+        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in alone or plan.buckets) // plan.num_shards,
         max_prefill_tokens=biggest.prefill_tokens,
         max_prefill_slots_per_shard=biggest.prefill_slots // num_prefill,
         page_size=plan.cache.page_size,

@@ -122,7 +122,7 @@ class StepPrice:
 
     def decode_seconds(self, rows: int, context: int) -> float:
         """Time of a step on one stage that decodes so many rows after so many tokens each."""
-        rows = _up(rows, self.plan.decode_row_multiple())
+        rows = self.plan.decode_rows(rows)
         return self.seconds(StepShape(decode_rows=rows, decode_context=_rounded(context), sampling=self._sampling))
 
     def estimates(self, limits: RunnerLimits) -> Estimates:
@@ -161,12 +161,12 @@ class StepPrice:
             rows, context = self._decode_shape(step)
         tokens = self._prompt_tokens(step) + step.idle_tokens
         if not tokens:
-            return StepShape(decode_rows=rows, decode_context=context, sampling=self._sampling)
+            return StepShape(decode_rows=self.plan.decode_rows(rows), decode_context=context, sampling=self._sampling)
         lens = [len(chunk.tokens) for chunk in step.prefill]
         alike = round(step.num_prefill_tokens**2 / max(1, sum(length * length for length in lens)))
         earlier = sum(chunk.start for chunk in step.prefill) // max(1, len(lens))
         return StepShape(
-            decode_rows=rows,
+            decode_rows=_up(rows, self.plan.decode_row_multiple()),
             decode_context=context,
             prefill_tokens=self._tokens(tokens),
             prefill_slots=self._slots(max(1, alike)),
@@ -184,7 +184,7 @@ class StepPrice:
                 per_shard[row.shard] += 1
             count = max(count, max(per_shard) * shards)
         context = sum([row.position for row in rows]) // len(rows) + 1
-        return _up(count, self.plan.decode_row_multiple()), _rounded(context)
+        return count, _rounded(context)
 
     def _prompt_tokens(self, step: Step) -> int:
         """Prompt tokens with the padding to the fullest prefill shard."""

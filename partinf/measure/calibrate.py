@@ -20,7 +20,7 @@ from partinf.cost.ledger import Op
 from partinf.errors import InvalidInput
 from partinf.hardware import Chip, Slice, chip_of_kind
 from partinf.measure.collectives import collective_call
-from partinf.measure.probes import Probe, fit, prepare
+from partinf.measure.probes import Probe, declared, fit, prepare
 from partinf.measure.products import memory_call, products_call, weight_matrices
 from partinf.measure.timing import Call, Timing, alternate
 from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
@@ -39,12 +39,7 @@ _LARGE = {True: 1 << 20, False: 64 << 20}
 OnStage = Callable[[str], None]
 
 
-def calibrate(
-    types: Sequence[DType] = tuple(DType),
-    budget: float = 30.0,
-    on_stage: OnStage = lambda _: None,
-    beside: Mapping[str, Call] | None = None,
-) -> tuple[Chip, list[Probe], dict[str, Timing]]:
+def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_stage: OnStage = lambda _: None) -> tuple[Chip, list[Probe]]:
     """Measure all devices that are here.
 
     Everything is compiled first and timed together, in turn: other work on the machine then slows all of it alike, not one kind of
@@ -54,54 +49,74 @@ def calibrate(
         types: of weights; int8 is measured with bf16 activations, so bf16 has to be among them too.
         budget: seconds of timing in all, three rounds at least; compiling comes beside it.
         on_stage: told what is done next.
-        beside: other calls to be timed in the same rounds, which no rate is made of.
 
     Returns:
-        The chip, for `partinf.hardware_file.write_hardware`, the steps that its rates were fitted to, and the timings of what was beside.
+        The chip, for `partinf.hardware_file.write_hardware`, and the steps that its rates were fitted to.
 
     Raises:
         InvalidInput: int8 without bf16.
     """
-    if DType.INT8 in types and DType.BF16 not in types:
-        raise InvalidInput("--types int8: its activations are bf16; measure bf16 too")
-    devices = devices_here()
-    slice_ = local_slice(chip=_table_chip(devices))
-    mesh, on_cpu = _mesh(slice_, devices), devices[0].platform == "cpu"
-    activations = [dtype for dtype in types if dtype is not DType.INT8]
-    on_stage("compiling single products and collectives")
-    products = _products(mesh, types, on_cpu)
-    collectives = _collectives(slice_, mesh, on_cpu) if len(devices) > 1 else {}
-    on_stage("compiling steps of small models")
-    steps = [probe for dtype in activations for probe in prepare(slice_, dtype)]
+    measured = Measured(types)
+    calls = measured.calls(on_stage)
     on_stage("timing all of them in turn")
-    calls = {name: product.call for name, product in products.items()} | collectives | {step.name: step.call for step in steps}
-    timings = alternate(calls | dict(beside or {}), budget)
-    others = {name: timings.pop(name) for name in beside or {}}
-    if collectives:
-        bandwidth, found = _collective_rates(slice_, on_cpu, timings)
-        slice_ = replace(slice_, chip=replace(slice_.chip, switch_bandwidth=bandwidth))
-    else:
-        found = ()
-    rates = Rates(
-        products=tuple((dtype.value, _curve(products, dtype, timings)) for dtype in types),
-        memory=max(product.num_bytes / timings[name].seconds for name, product in products.items()),
-        types=(),
-        collectives=found,
-        devices=len(devices),
-        device_kind=devices[0].device_kind,
-        date=datetime.date.today().isoformat(),
-        jax=jax.__version__,
-        error=0.0,
-        spread=tuple((name, timing.spread) for name, timing in timings.items()),
-    )
-    timed = [Probe(step.name, step.plan, step.bucket, timings[step.name]) for step in steps]
-    fitted: list[tuple[str, TypeRates]] = []
-    errors: list[float] = []
-    for dtype in activations:
-        of_type, wrong = fit([probe for probe in timed if probe.plan.weights is dtype], slice_, rates)
-        fitted.append((dtype.value, of_type))
-        errors += [abs(error) for error in wrong]
-    return _as_measured(slice_.chip, replace(rates, types=tuple(fitted), error=statistics.median(errors))), timed, others
+    return measured.chip(alternate(calls, budget))
+
+
+class Measured:
+    """What is timed on the devices that are here, by name, and what the times say. The calls are made apart from both."""
+
+    def __init__(self, types: Sequence[DType]) -> None:
+        if DType.INT8 in types and DType.BF16 not in types:
+            raise InvalidInput("--types int8: its activations are bf16; measure bf16 too")
+        self._devices = devices_here()
+        self._types = tuple(types)
+        self._on_cpu = self._devices[0].platform == "cpu"
+        self._slice = local_slice(chip=_table_chip(self._devices))
+        self._products = _products(self._types, self._on_cpu, len(self._devices))
+        self._activations = [dtype for dtype in types if dtype is not DType.INT8]
+
+    def calls(self, on_stage: OnStage = lambda _: None) -> dict[str, Call]:
+        """Everything, compiled."""
+        mesh = _mesh(self._slice, self._devices)
+        on_stage("compiling single products and collectives")
+        calls = _product_calls(mesh, self._products, self._on_cpu)
+        if mesh.size > 1:
+            calls |= _collectives(self._slice, mesh, self._on_cpu)
+        on_stage("compiling steps of small models")
+        for dtype in self._activations:
+            calls |= prepare(self._slice, dtype)
+        return calls
+
+    def chip(self, timings: Mapping[str, Timing]) -> tuple[Chip, list[Probe]]:
+        """The chip with rates from the times of these calls, and the steps among them."""
+        slice_, devices = self._slice, self._devices
+        if len(devices) > 1:
+            bandwidth, collectives = _collective_rates(slice_, self._on_cpu, timings)
+            slice_ = replace(slice_, chip=replace(slice_.chip, switch_bandwidth=bandwidth))
+        else:
+            collectives = ()
+        rates = Rates(
+            products=tuple((dtype.value, _curve(self._products, dtype, timings)) for dtype in self._types),
+            memory=max(product.num_bytes / timings[name].seconds for name, product in self._products.items()),
+            types=(),
+            collectives=collectives,
+            devices=len(devices),
+            device_kind=devices[0].device_kind,
+            date=datetime.date.today().isoformat(),
+            jax=jax.__version__,
+            error=0.0,
+            spread=tuple((name, timing.spread) for name, timing in timings.items()),
+        )
+        timed: list[Probe] = []
+        fitted: list[tuple[str, TypeRates]] = []
+        errors: list[float] = []
+        for dtype in self._activations:
+            mine = [Probe(name, plan, bucket, timings[name]) for name, plan, bucket in declared(slice_, dtype)]
+            of_type, wrong = fit(mine, slice_, rates)
+            fitted.append((dtype.value, of_type))
+            errors += [abs(error) for error in wrong]
+            timed += mine
+        return _as_measured(slice_.chip, replace(rates, types=tuple(fitted), error=statistics.median(errors))), timed
 
 
 def _table_chip(devices: Sequence[jax.Device]) -> Chip:
@@ -138,28 +153,39 @@ def _mesh(slice_: Slice, devices: Sequence[jax.Device]) -> Mesh:
 
 @dataclass(frozen=True)
 class _Product:
-    """Products to be timed: their rows, and what one device computes and reads in a call."""
+    """Products to be timed: their rows, how many matrices they meet, and what one device computes and reads in a call."""
 
     weights: DType
     rows: int
+    matrices: int
     flops: float
     num_bytes: float
-    call: Call
 
 
-def _products(mesh: Mesh, types: Sequence[DType], on_cpu: bool) -> dict[str, _Product]:
+def _products(types: Sequence[DType], on_cpu: bool, devices: int) -> dict[str, _Product]:
     outputs, inputs = _SIDES[on_cpu]
-    found = {"reading memory": _Product(types[0], 0, 0.0, float(_STREAM[on_cpu]), memory_call(mesh, _STREAM[on_cpu]))}
+    found = {"reading memory": _Product(types[0], 0, 0, 0.0, float(_STREAM[on_cpu]))}
     for dtype in types:
         # Devices of a CPU share its caches.
-        share = _STREAM[on_cpu] // (mesh.size if on_cpu else 1)
-        matrices = weight_matrices(mesh, inputs, outputs, dtype, max(2, min(16, share // (inputs * outputs * dtype.num_bytes))))
+        share = _STREAM[on_cpu] // (devices if on_cpu else 1)
+        most = max(2, min(16, share // (inputs * outputs * dtype.num_bytes)))
         for rows in ROWS:
-            some = matrices if rows <= _FEW_ROWS else matrices[:2]
-            size = len(some) * inputs * outputs
-            call = products_call(mesh, rows, inputs, some, dtype)
-            found[f"product of {rows} rows, {dtype}"] = _Product(dtype, rows, 2.0 * rows * size, float(size * dtype.num_bytes), call)
+            count = most if rows <= _FEW_ROWS else 2
+            size = count * inputs * outputs
+            found[f"product of {rows} rows, {dtype}"] = _Product(dtype, rows, count, 2.0 * rows * size, float(size * dtype.num_bytes))
     return found
+
+
+def _product_calls(mesh: Mesh, products: Mapping[str, _Product], on_cpu: bool) -> dict[str, Call]:
+    outputs, inputs = _SIDES[on_cpu]
+    most = {product.weights: max(p.matrices for p in products.values() if p.weights is product.weights) for product in products.values()}
+    matrices = {dtype: weight_matrices(mesh, inputs, outputs, dtype, count) for dtype, count in most.items()}
+    return {
+        name: products_call(mesh, product.rows, inputs, matrices[product.weights][: product.matrices], product.weights)
+        if product.rows
+        else memory_call(mesh, int(product.num_bytes))
+        for name, product in products.items()
+    }
 
 
 def _curve(products: Mapping[str, _Product], dtype: DType, timings: Mapping[str, Timing]) -> Curve:

@@ -81,29 +81,26 @@ class Probe:
     timing: Timing
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """One step, compiled and ready to be timed."""
-
-    plan: Plan
-    bucket: Bucket
-    call: Call
-
-    @property
-    def name(self) -> str:
-        return f"{self.plan.model.name}, {self.bucket}, {self.plan.weights}"
-
-
-def prepare(slice_: Slice, dtype: DType) -> list[Prepared]:
-    """All probes with weights, activations and cache of one type, every device running each of them."""
+def declared(slice_: Slice, dtype: DType) -> list[tuple[str, Plan, Bucket]]:
+    """All probes with weights, activations and cache of one type, every device running each of them: their names, plans and buckets."""
     size = Size(parts=slice_.num_devices) if slice_.chip.family == "cpu" else Size(wide=4)
-    prepared = []
+    found = []
     for model, buckets in probes(size):
-        plan = _unsplit(model, slice_, dtype)
         here = tuple(_for_all(bucket, slice_.num_devices) for bucket in buckets)
-        steps = Steps(for_buckets(plan, here))
-        prepared += [Prepared(steps.plan, bucket, steps.call(bucket)) for bucket in here]
-    return prepared
+        plan = for_buckets(_unsplit(model, slice_, dtype), here)
+        found += [(f"{model.name}, {bucket}, {dtype}", plan, bucket) for bucket in here]
+    return found
+
+
+def prepare(slice_: Slice, dtype: DType) -> dict[str, Call]:
+    """The calls of `declared`, compiled."""
+    steps: dict[str, Steps] = {}
+    calls = {}
+    for name, plan, bucket in declared(slice_, dtype):
+        if plan.model.name not in steps:
+            steps[plan.model.name] = Steps(plan)
+        calls[name] = steps[plan.model.name].call(bucket)
+    return calls
 
 
 def fit(timed: list[Probe], slice_: Slice, rates: Rates) -> tuple[TypeRates, list[float]]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from partinf.buckets import split_of
 from partinf.cost import memory
+from partinf.cost.attention import DECODE_CORE
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Ledger, Op
@@ -31,6 +32,7 @@ from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
 _ERROR = 0.25
+_KERNELS = {"paged_decode": DECODE_CORE}  # kernels of ours, and the entry of the ledger that is their work
 _LISTED = 16  # instructions in a report
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -49,12 +51,16 @@ def prove(
         by_compiler: prove the twin in which the compiler chooses the collectives (`partinf.transformer.compiler_partitioned`) instead.
 
     Raises:
-        InvalidInput: no buckets, a plan that cannot run, no compiler that matches jax, or GPUs that are not here.
+        InvalidInput: no buckets, a plan that cannot run, stages for `by_compiler`, no compiler that matches jax, or GPUs that are not here.
         partinf.proof.process.CompilerFailed: the compiler crashed or exceeded a limit.
     """
     chosen = tuple(plan.buckets if buckets is None else buckets)
     if not chosen:
         raise InvalidInput("the plan has no buckets; give some, or `partinf.with_capacity`")
+    if plan.num_stages > 1 and by_compiler:
+        raise InvalidInput(
+            f"{plan.num_stages} pipeline stages: a tick is written by hand, and the compiler has no partitioning of its own for it"
+        )
     if plan.num_stages > 1:
         plan = replace(plan, buckets=chosen)  # what passes from stage to stage is that of these
     compiler, steps = "", []
@@ -133,9 +139,11 @@ def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
     if plan.slice.chip.name not in CLOCKS:
         compute = max(compute, sum(e.exposed_seconds for e in ledger.entries if e.op is None))
         notes.append(f"the clock of {plan.slice.chip.name} is not known: compute is that of the plan's roofline")
-    if schedule.unestimated:
-        kernels = ", ".join(sorted(set(schedule.unestimated)))
-        notes.append(f"kernels without an estimate: {kernels}")
+    for name in sorted(set(schedule.unestimated)):
+        seconds = sum(e.exposed_seconds for e in ledger.entries if e.name == _KERNELS.get(name))
+        compute += seconds
+        priced = f"priced from the ledger, {1e3 * seconds:.3g} ms in all" if seconds else "without an estimate"
+        notes.append(f"kernel {name}: {priced}")
     return Estimate(compute, exposed, hidden, floor, _ERROR, "; ".join(notes))
 
 

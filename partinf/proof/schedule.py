@@ -17,7 +17,7 @@ from partinf.cost.ledger import Op
 from partinf.hardware import DCN_AXIS, Chip, Slice
 from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Module, Shape, groups
 from partinf.proof.report import Collective, Work
-from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, stage_of
+from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, is_kernel, stage_of
 
 # Cycles in the compiled text are of this clock (Hz).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -36,7 +36,7 @@ class Schedule:
 
     Attributes:
         compute_seconds: per block the longer of cycles and bytes, times how often it runs. work: what takes it, the dearest first.
-        unestimated: kernels for which the compiler gives no cycles.
+        unestimated: names of kernels for which the compiler gives no cycles.
     """
 
     compute_seconds: float
@@ -78,12 +78,8 @@ class Reader:
                     collectives += self._collectives(block, instruction, times, hidden.get(instruction.name, 0.0))
                 elif instruction.cycles:
                     work.append(self._work(block, instruction, times))
-                elif (
-                    instruction.opcode == "custom-call"
-                    and not instruction.cycles
-                    and 'custom_call_target="tpu_custom_call"' in instruction.rest
-                ):
-                    unestimated.append(instruction.name)
+                elif is_kernel(instruction):
+                    unestimated.append(instruction.name.partition(".")[0])
         dearest = sorted(work, key=lambda one: -one.seconds * one.count)
         return Schedule(seconds, moved, _summed(collectives), tuple(dearest), tuple(unestimated))
 

@@ -59,9 +59,19 @@ def stage_of(module: Module, instruction: Instruction) -> tuple[str, str] | None
     return ("step", channel[1] if channel else "") if called.name.startswith("async_collective_fusion") else None
 
 
+def is_kernel(instruction: Instruction) -> bool:
+    """A program of its own within the program, of which the compiler knows neither cycles nor what it reads of its operands."""
+    return instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest and not instruction.cycles
+
+
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that one execution moves between HBM and the chip; collectives are priced elsewhere."""
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or collective_of(module, computation, instruction):
+    """Bytes that one execution moves between HBM and the chip; collectives and kernels are priced elsewhere."""
+    if (
+        is_kernel(instruction)
+        or instruction.opcode in _FREE
+        or instruction.opcode.endswith("-done")
+        or collective_of(module, computation, instruction)
+    ):
         return 0
     stage = stage_of(module, instruction)
     if stage is not None and stage[0] == "done":

@@ -6,11 +6,10 @@ kv-head axes. Over s every device has the queries of its requests and attends to
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from partinf.collectives import Split, move, take_split
@@ -21,12 +20,37 @@ from partinf.transformer.cache import KeysValues
 from partinf.transformer.dealt import deal, in_order, num_seen, weighted
 from partinf.transformer.linear import head_norm
 from partinf.transformer.params import Params
-from partinf.transformer.rope import rotate
+from partinf.transformer.rope import Rotation, frequencies, rotate, rotation
 from partinf.transformer.routes import Group, Routes
 
 
+class Rotations(NamedTuple):
+    """How queries and keys of each token group are rotated, if they are: the same in all layers."""
+
+    decode: Rotation | None = None
+    prefill: Rotation | None = None
+
+
+def rotations_of(batch: Batch, routes: Routes) -> Rotations:
+    """The rotations of a step's positions.
+
+    They are made whole, once: XLA would put the cosines of a token into the loop over its heads, in every layer.
+    """
+    model = routes.plan.model
+    if model.position is not Position.ROPE:
+        return Rotations()
+
+    def of(positions: Any, group: Group) -> Rotation:
+        return Rotation(*lax.optimization_barrier(tuple(rotation(_rows(positions, group, routes), frequencies(model)))))
+
+    return Rotations(
+        of(batch.decode.position, routes.decode) if routes.bucket.decode_rows else None,
+        of(batch.prefill.position, routes.prefill) if routes.bucket.prefill_tokens else None,
+    )
+
+
 def attention(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, freqs: np.ndarray
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, rotations: Rotations
 ) -> tuple[jax.Array, Any]:
     """Attention for all tokens of the step, between its products.
 
@@ -40,21 +64,21 @@ def attention(
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     outputs = []
     if routes.bucket.decode_rows:
-        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, freqs)
+        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, rotations.decode)
         outputs.append(out)
     if routes.bucket.prefill_tokens:
-        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, freqs)
+        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, rotations.prefill)
         outputs.append(out)
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
     return out.reshape(out.shape[0], -1), kv
 
 
 def _decode(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, freqs: np.ndarray
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, by: Rotation | None
 ) -> tuple[jax.Array, Any]:
     group, size = routes.decode, routes.plan.cache.page_size
     position, pages = _rows(batch.position, group, routes), _rows(batch.pages, group, routes)  # [B.b], [B.b, pages]
-    q, new = _to_group(weights, q, new, position, group, routes, freqs)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
+    q, new = _to_group(weights, q, new, by, group, routes)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
     pages, owned = cache.local_pages(pages, routes.plan)
     row = jnp.arange(position.shape[0])
     current = jnp.maximum(position, 0) // size
@@ -63,16 +87,17 @@ def _decode(
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
     dealt = lambda x: deal(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
     seen = num_seen(position + 1, dealt(jnp.arange(pages.shape[1])), size)  # of the pages of each lane that lie here
-    found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes))  # [B.b, H.h, Q]
+    lying = cache.stored(kv, layer, dealt(pages)) if routes.kv_choice(group) is None else None
+    found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes), lying)  # [B.b, H.h, Q]
     return _from_group(found, group, routes), kv
 
 
 def _prefill(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, freqs: np.ndarray
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, by: Rotation | None
 ) -> tuple[jax.Array, Any]:
     group, plan = routes.prefill, routes.plan
     owner, position = _rows(batch.owner, group, routes), _rows(batch.position, group, routes)  # [T.b]
-    q, new = _to_group(weights, q, new, position, group, routes, freqs)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
+    q, new = _to_group(weights, q, new, by, group, routes)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
 
     # To the owners of the pages: batch axes that only prefill has are gathered, the others hold all that their requests need.
     shared, owners = routes.shared_batch, routes.decode
@@ -136,7 +161,7 @@ def _brought(both: jax.Array, routes: Routes) -> jax.Array:
 
 
 def _to_group(
-    weights: Params, q: jax.Array, new: jax.Array, position: jax.Array, group: Group, routes: Routes, freqs: np.ndarray
+    weights: Params, q: jax.Array, new: jax.Array, by: Rotation | None, group: Group, routes: Routes
 ) -> tuple[jax.Array, jax.Array]:
     """Projected queries, keys and values as the group attends to them: moved, with bias, normalised and rotated as the model has it."""
     model = routes.plan.model
@@ -148,8 +173,8 @@ def _to_group(
     keys, values = new[:, 0], new[:, 1]
     if model.qk_norm:
         q, keys = head_norm(q, weights["q_norm"], model), head_norm(keys, weights["k_norm"], model)
-    if model.position is Position.ROPE:
-        q, keys = rotate(q, position, freqs), rotate(keys, position, freqs)
+    if by is not None:
+        q, keys = rotate(q, by), rotate(keys, by)
     return q, jnp.stack([keys, values], axis=1)
 
 

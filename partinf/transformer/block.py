@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from partinf.collectives import Split
 from partinf.looped import Cut, gather_multiply, multiply_scatter
 from partinf.model_config import Block
 from partinf.quantize import Quantized
-from partinf.transformer.attention import attention
+from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.ffn import ffn
 from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, norm
@@ -29,7 +28,7 @@ from partinf.transformer.routes import Routes
 _ENTER = {"wq": "te,hqe->thq", "wkv": "te,ckqe->tckq", "w_in": "te,cfe->tcf"}
 
 
-def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, freqs: np.ndarray) -> tuple[jax.Array, Any]:
+def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, rotations: Rotations) -> tuple[jax.Array, Any]:
     """One layer: x [T.t, E.w] → x and the updated cache.
 
     Serial: x + Attention(norm x), then + FFN(norm of that). Parallel: both of the same norm x, their partial sums added before they are
@@ -42,10 +41,10 @@ def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, rout
     weights = {**weights, **gather_weights(weights, LEAVING, routes)}
     if routes.plan.model.block is Block.PARALLEL:
         q, new, hidden = _enter(x, weights, "attention_norm", ("wq", "wkv", "w_in"), routes)
-        attended, kv = attention(weights, q, new, kv, layer, batch, routes, freqs)
+        attended, kv = attention(weights, q, new, kv, layer, batch, routes, rotations)
         return _leave(x, weights, {"wo": attended, "w_out": ffn(weights, hidden, routes)}, ("bo", "b_out"), routes), kv
     q, new = _enter(x, weights, "attention_norm", ("wq", "wkv"), routes)
-    attended, kv = attention(weights, q, new, kv, layer, batch, routes, freqs)
+    attended, kv = attention(weights, q, new, kv, layer, batch, routes, rotations)
     x = _leave(x, weights, {"wo": attended}, ("bo",), routes)
     (hidden,) = _enter(x, weights, "ffn_norm", ("w_in",), routes)
     return _leave(x, weights, {"w_out": ffn(weights, hidden, routes)}, ("b_out",), routes), kv

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,25 @@ def read(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
 def read_pages(kv: Any, layer: Any, pages: jax.Array) -> KeysValues:
     """Pages [..] of a layer one by one, as stored: [.., K, S, Q]; see `read`."""
     return _read(kv, layer, pages, lambda x: x)
+
+
+class Stored(NamedTuple):
+    """Pages where they lie, for who reads them in place.
+
+    Attributes:
+        pages: all that a device holds, as [R, S, Q]: the heads of a page one after the other. rows: where each page asked for begins.
+    """
+
+    pages: KeysValues
+    rows: jax.Array
+
+
+def stored(kv: Any, layer: Any, pages: jax.Array) -> Stored:
+    """Pages [..] of a layer, nothing read. Ids must be local; those out of range are some page."""
+    held, number, lead = _held(kv, layer)
+    count, heads = jax.tree.leaves(held)[0].shape[lead : lead + 2]
+    rows = (number * count + jnp.clip(pages, 0, count - 1)) * heads
+    return Stored(jax.tree.map(lambda array: array.reshape(-1, *array.shape[lead + 2 :]), held), rows)
 
 
 def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], jax.Array]) -> KeysValues:

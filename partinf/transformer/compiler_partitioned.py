@@ -21,12 +21,12 @@ from partinf.hardware import make_slice
 from partinf.layout import make_layout
 from partinf.plans import Bucket, Plan
 from partinf.sharding import dimensions
+from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block
 from partinf.transformer.cache import KeysValues, PagesOfHeads
 from partinf.transformer.forward import embedded, sampled_logits
 from partinf.transformer.params import Params, abstract_params
-from partinf.transformer.rope import frequencies
 from partinf.transformer.routes import Routes
 from partinf.transformer.step import Out, State, abstract_state, choose_tokens
 
@@ -49,22 +49,22 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
     real = Routes(plan, bucket)
     between = dimensions(mesh, real.tokens, real.weight)
     constrain = lambda x: lax.with_sharding_constraint(x, between)  # noqa: E731
-    freqs = frequencies(plan.model)
 
     def step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
         batch: Batch = at_stage(unpack(packed, bucket), 0)
         fed = jnp.asarray(batch.decode.token)
         fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
+        rotations = rotations_of(batch, routes)
         x, kv = constrain(embedded(params, batch, fed, routes)), state.kv
         if isinstance(params["layers"], tuple):
             for index, weights in enumerate(params["layers"]):
-                x, kv = block(weights, x, kv, index, batch, routes, freqs)
+                x, kv = block(weights, x, kv, index, batch, routes, rotations)
                 x = constrain(x)
         else:
             kv = PagesOfHeads(kv.keys, kv.values)
 
             def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
-                x, kv = block(inputs[1], *carry, inputs[0], batch, routes, freqs)
+                x, kv = block(inputs[1], *carry, inputs[0], batch, routes, rotations)
                 return (constrain(x), kv), None
 
             (x, kv), _ = lax.scan(body, (x, kv), (jnp.arange(plan.model.num_layers), params["layers"]))

@@ -32,11 +32,11 @@ from jax import lax
 from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
 from partinf.transformer import stages
+from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm
 from partinf.transformer.params import OneOf, Params
-from partinf.transformer.rope import frequencies
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
 
@@ -92,11 +92,11 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     Where weights are gathered ahead, the first products' weights of a layer come with the carry: gathered once before the scan, in every
     layer for the next one, and not in the last, which follows the scan. Each is gathered once per layer, as without.
     """
-    freqs = frequencies(routes.plan.model)
+    rotations = rotations_of(batch, routes)
     last = routes.plan.model.num_layers // routes.ways(routes.stages) - 1
 
     def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any) -> tuple[jax.Array, Any]:
-        return block({**weights, **entering}, x, kv, index, batch, routes, freqs)
+        return block({**weights, **entering}, x, kv, index, batch, routes, rotations)
 
     def entering(weights: Params) -> Params:
         return gather_weights(weights, ENTERING, routes)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.quantize import Quantized, dequantize
-from partinf.transformer.cache import KeysValues
+from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.linear import dot
 
 _MASKED = -1e30  # finite, so that a row without any key stays finite
+_LEAST = -1e29  # below every score and so far above a masked one that exp of the difference is 0
 
 Read = Callable[[jax.Array], KeysValues]
 """Page ids [B, n] → the context that lies there, [B, K, n·S, Q]."""
@@ -57,12 +58,15 @@ class Tiles:
         keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
+        paged: decode by the TPU's kernel (`partinf.transformer.paged_decode`) where that takes the pages. interpret: without a TPU.
     """
 
     keys: int
     prompt_keys: int
     scores: int
     skip: bool = True
+    paged: bool = False
+    interpret: bool = False
 
     def queries(self, heads: int) -> int:
         """Prompt tokens of one tile when a device has this many heads: a power of two, which prompts' buckets tend to be multiples of."""
@@ -70,8 +74,8 @@ class Tiles:
 
 
 _TILES = {
-    "cpu": Tiles(keys=64, prompt_keys=256, scores=1 << 19),  # a tile stays in the cache of a core
-    "tpu": Tiles(keys=1024, prompt_keys=1024, scores=1 << 22),  # every tile costs microseconds, whatever its size
+    "cpu": Tiles(keys=64, prompt_keys=128, scores=1 << 18),  # a tile stays in the cache of a core
+    "tpu": Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
     "gpu": Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
 }
 
@@ -104,19 +108,26 @@ class _Running(NamedTuple):
     out: jax.Array  # [B, K, G, L, Q], not yet divided by the mass
 
 
-def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tiles: Tiles | None) -> Attended:
+def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tiles: Tiles | None, stored: Stored | None = None) -> Attended:
     """One query per lane over the lane's own pages.
 
     Args:
         q: [B, H, Q]. table: [B, n] ids for `read`, in the order of positions. position: [B], the last position in these pages that is
-            visible; -1 for none, which gives an output that means nothing but is finite.
+            visible; -1 for none, which gives an output that means nothing but is finite. stored: where the same pages lie, if all their
+            heads are read.
     """
     if tiles is None:
         context = dequantized(read(table), q.dtype)
         visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
         return _first(attend(q[:, None], context, visible[:, None]))
-    columns, size = _columns(table, read, tiles.keys)
     grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[1])
+    if tiles.paged and stored is not None:
+        from partinf.transformer.paged_decode import fits, paged_decode  # it takes a quarter of a second, which a CPU never needs
+
+        if fits(stored.pages):
+            out, mass = paged_decode(grouped[:, :, :, 0], stored.pages, stored.rows, position, tiles.interpret)
+            return Attended(out.reshape(q.shape), mass.reshape(q.shape[:2]))
+    columns, size = _columns(table, read, tiles.keys)
     last = jnp.max(position)
 
     def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
@@ -237,13 +248,12 @@ def _absorb(running: _Running, q: jax.Array, tile: KeysValues, visible: jax.Arra
     """The running softmax with one more tile [B, K, M, Q]; q [B, K, G, L, Q], visible [B, L, M]. int8 is scaled after its product."""
     keys, key_scale = _parts(tile.keys, q.dtype)
     values, value_scale = _parts(tile.values, q.dtype)
-    shown = visible[:, None, None]
     scores = jnp.einsum("bkglq,bkmq->bkglm", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if key_scale is not None:
         scores = scores * key_scale[:, :, None, None, :]
-    scores = jnp.where(shown, scores, _MASKED)
+    scores = jnp.where(visible[:, None, None], scores, _MASKED)
     top = jnp.maximum(running.top, jnp.max(scores, axis=-1))
-    weights = jnp.where(shown, jnp.exp(scores - top[..., None]), 0.0)
+    weights = jnp.exp(scores - top[..., None])  # 0 where masked: `top` is at least _LEAST
     fade = jnp.exp(running.top - top)
     mass = running.mass * fade + jnp.sum(weights, axis=-1)
     if value_scale is not None:
@@ -254,7 +264,7 @@ def _absorb(running: _Running, q: jax.Array, tile: KeysValues, visible: jax.Arra
 
 def _nothing(grouped: jax.Array) -> _Running:
     zero = jnp.zeros(grouped.shape[:-1], jnp.float32)
-    return _Running(zero + _MASKED, zero, jnp.zeros(grouped.shape, jnp.float32))
+    return _Running(zero + _LEAST, zero, jnp.zeros(grouped.shape, jnp.float32))
 
 
 def _finish(running: _Running, dtype: Any) -> Attended:

@@ -22,7 +22,8 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
 
     Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
-    matrices on CPU, and a loop several times slower for anything else.
+    matrices on CPU, and a loop several times slower for anything else. Many rows come out row by row, and what else is wanted is a
+    transposition of that: left to itself the einsum makes W · xᵀ, which whatever comes next would read against the grain.
     """
     dtype = x.dtype if dtype is None else dtype
     scale = None
@@ -31,9 +32,18 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
         weights = weights.values.astype(x.dtype)
-    merged, x_shape, weights_shape, out_shape = _merged(spec, x.shape, weights.shape)
+    wanted = spec[spec.index(">") + 1 :]
+    made = _row_by_row(spec) if x.shape[0] > _FEW_ROWS[1] else wanted
+    merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
     out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape)).reshape(out_shape)
+    out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
+
+
+def _row_by_row(spec: str) -> str:
+    """The letters of an einsum's result in the order of its arguments: those of x first."""
+    first, second, result = spec.replace("->", ",").split(",")
+    return "".join(letter for letter in first + second if letter in result)
 
 
 def _product(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from partinf.model_config import Activation, Block, ModelConfig, Norm, Position
 from partinf.transformer.params import Params
-from partinf.transformer.rope import frequencies, rotate
+from partinf.transformer.rope import frequencies, rotate, rotation
 
 
 def forward(params: Params, model: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -52,7 +52,8 @@ def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     if model.qk_norm:
         q, k = _rms(q, model) * layer["q_norm"][None, None, None], _rms(k, model) * layer["k_norm"][None, None, None]
     if model.position is Position.ROPE:
-        q, k = rotate(q, positions, frequencies(model)), rotate(k, positions, frequencies(model))
+        by = rotation(positions, frequencies(model))
+        q, k = rotate(q, by), rotate(k, by)
     q = q.reshape(*q.shape[:2], model.num_kv_heads, model.queries_per_kv_head, model.head_dim)  # [B, L, K, G, Q]
     scores = jnp.einsum("blkgq,bmkq->bkglm", q, k, preferred_element_type=jnp.float32) * model.head_dim**-0.5
     causal = (positions[:, :, None] >= positions[:, None, :])[:, None, None]  # [1, 1, 1, L, M]

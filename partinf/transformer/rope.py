@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,20 @@ def frequencies(model: ModelConfig) -> np.ndarray:
     return (keep * plain + (1 - keep) * plain / scaling.factor).astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray) -> jax.Array:
-    """Rotate the pairs (i, i + Q/2) of the last dimension of x [..., T, heads, Q] by positions [..., T] times frequency."""
-    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(freqs).reshape((1,) * (x.ndim - 1) + (-1,))
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+class Rotation(NamedTuple):
+    """Cosine and sine of the angles of every position [..., T, 1, Q/2], float32."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions: jax.Array, freqs: np.ndarray) -> Rotation:
+    """The angles at positions [..., T], each times the frequency of its pair."""
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(freqs).reshape((1,) * (positions.ndim + 1) + (-1,))
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotate the pairs (i, i + Q/2) of the last dimension of x [..., T, heads, Q]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1).astype(x.dtype)

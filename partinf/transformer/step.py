@@ -96,7 +96,7 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
     """Raise `InvalidInput` with every reason why this plan cannot run this bucket."""
     offences = []
     multiples = (
-        ("decode rows", bucket.decode_rows, plan.decode_row_multiple()),
+        ("decode rows", bucket.decode_rows, plan.decode_row_multiple(plan.ffn_phase(bucket.num_tokens))),
         ("prefill tokens", bucket.prefill_tokens, plan.prefill_token_multiple()),
         ("prefill slots", bucket.prefill_slots, plan.prefill_slot_multiple()),
         ("decode pages", bucket.decode_pages, plan.num_parts),

@@ -41,6 +41,34 @@ def test_json_says_how_it_ran(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert report["programs"] == 3
 
 
+STAGED = """
+[axes]
+x = "stage"
+y = "ffn"
+
+[decode]
+gather = []
+attention = { x = "none", y = "heads" }
+"""
+
+
+@pytest.mark.slow
+def test_three_pipeline_stages(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    layout = tmp_path / "staged.toml"
+    layout.write_text(STAGED)
+    arguments = ("--model", "demo", "--slice", "cpu:3x2", "--layout", str(layout), "--max-len", "64")
+    code, out, _ = run(capsys, *arguments, "--max-tokens", "16", "--prompt", "sort: d b a c =", "--prompt", "repeat: 5 k =")
+    assert code == 0
+    assert out == "sort: d b a c = a b c d\nrepeat: 5 k = k k k k k\n"
+    traffic = ["--arrivals", "backlog", "--requests", "12", "--lengths", "fixed:6:5", "--scheduler", "fcfs-chunked", "--format", "json"]
+    assert main(["bench", *arguments[:-2], *traffic]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["requests"] == {"finished": 12, "refused": 0}
+    assert figures["compiled_while_serving"] == 0
+    assert main(["score", *arguments, "--text", "sort: d b a c ="]) == 2
+    assert "not scored in 3 pipeline stages" in capsys.readouterr().err
+
+
 BAD = [
     (["--model", "dmo", "--prompt", "x", "--top-p", "2", "--slice", "v4:3x3x3", "--layout", "ws-9d"], 4, "did you mean 'demo'"),
     (["--model", "llama-3-8b", "--prompt", "x"], 1, "comes without weights"),

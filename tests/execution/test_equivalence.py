@@ -81,6 +81,19 @@ def test_stages(name: str) -> None:
     assert largest_error(plan) < TOLERANCE["f32"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [DType.F32, DType.INT8])
+@pytest.mark.parametrize("assignment", [one for one in sampled_assignments(48, seed=6) if one.mesh == "2x2x2"], ids=str)
+def test_stages_beside_any_roles(assignment: Assignment, dtype: DType) -> None:
+    """One axis of three makes two stages; the others keep whatever roles they have."""
+    roles = assignment.layout()
+    gather = [[axis for axis in roles.phase(label).gather if axis != "x"] for label in ("decode", "prefill")]
+    attention = [dict(roles.phase(label).attention) | {"x": "none"} for label in ("decode", "prefill")]
+    layout = make_layout(dict(roles.storage) | {"x": "stage"}, *attention, *gather)
+    model = dataclasses.replace(MODEL, name="four layers", num_layers=4)
+    assert largest_error(make_plan("2x2x2", layout, model, dtype=dtype)) < TOLERANCE[dtype.value]
+
+
 def test_untied_embeddings_and_unrolled_layers() -> None:
     model = dataclasses.replace(MODEL, name="untied", tied_embeddings=False)
     assert (

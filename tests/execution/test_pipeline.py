@@ -87,6 +87,7 @@ def test_every_stage_keeps_its_own_part_of_the_pages() -> None:
     runner.warm_up()
     pages = runner._host_pages
     assert pages is not None
+    runner.reset()
     pages.out(runner._state.kv, [0, 1], [4, 5], stage=0)
     alone = pages.num_bytes
     for stage in (1, 2, 3):
@@ -106,5 +107,8 @@ def test_what_stages_cannot_do_is_said_before_a_device_is_touched() -> None:
     plan = Plan(MODEL, parse_slice("cpu:8", "2x4"), LAYOUTS["2x4"])
     with pytest.raises(InvalidInput, match="8, 16 decode rows"):
         replace(plan, buckets=(Bucket(8, 2), Bucket(16, 2)))
+    apart = replace(plan, buckets=(Bucket(8, 2), Bucket(0, 0, 16, 8)))
+    with pytest.raises(InvalidInput, match="no bucket of the plan holds what all others hold"):
+        JaxRunner(apart, {})
     with pytest.raises(InvalidInput, match="unrolled=False"):
         abstract_params(plan, device_mesh(plan), unrolled=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 
 from partinf import resources
 from partinf.buckets import Capacity, with_capacity
+from partinf.checkpoint import hf
 from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.demo_tasks import check, mixed_tasks
@@ -17,11 +22,11 @@ from partinf.engine.jax_runner import JaxRunner
 from partinf.engine.request import SamplingParams
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import load_model_config
+from partinf.model_config import ModelConfig, load_model_config
 from partinf.plans import Plan
 from partinf.quantize import Quantized, dequantize, quantize
 from partinf.sharding import device_mesh
-from partinf.transformer.params import abstract_params
+from partinf.transformer.params import abstract_params, params_bytes_per_device, random_params
 from partinf.workload import DType
 
 DEMO = resources.find("models", "demo")
@@ -52,6 +57,25 @@ def test_the_quantised_model_is_the_same_on_every_mesh() -> None:
     one, eight = (load(make_plan(name, layout, DType.INT8, DType.BF16)) for name, layout in layouts.items())
     assert any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(eight, is_leaf=lambda x: isinstance(x, Quantized)))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, eight)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_loading_holds_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unrolled: bool) -> None:
+    """Of a checkpoint in float32, a host never holds much more than what comes out of it in int8."""
+    monkeypatch.setattr(hf, "_AT_ONCE", 1 << 16)
+    model = ModelConfig("wide", 8, 128, 1024, 4, 2, 32, 250, tied_embeddings=True, max_len=64)
+    whole = Plan(model, parse_slice("cpu:1"), make_layout({"x": "ffn"}, {"x": "heads"}), weights=DType.F32, kv=DType.F32)
+    hf.save_hf(random_params(whole, device_mesh(whole), unrolled=True), model, tmp_path)
+    plan = replace(whole, weights=DType.INT8)
+    abstract, held = abstract_params(plan, device_mesh(plan), unrolled), params_bytes_per_device(plan)
+    tracemalloc.start()
+    try:
+        params = hf.load_hf(tmp_path, model, abstract)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(params)) == held
+    assert peak < 1.25 * held < 0.4 * params_bytes_per_device(whole)
 
 
 @pytest.mark.parametrize(("weights", "kv"), [(DType.INT8, DType.BF16), (DType.INT8, DType.INT8)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,16 +18,22 @@ from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model_config import load_model_config
-from partinf.plans import Plan
+from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.scoring import Scorer
 from partinf.sharding import device_mesh
 from partinf.transformer.params import abstract_params
+from partinf.transformer.score import compile_score_step
 from partinf.workload import DType
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "llama_gqa"
 LAYOUTS = {
     "heads": make_layout({"x": "embed", "y": "ffn", "z": "replica"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads")),
     "batch": make_layout({"x": "ffn", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"}, prefill_gather=["x", "y"]),
+    "sequence": make_layout(
+        {"x": "embed", "y": "ffn", "z": "replica"},
+        {"x": "sequence", "y": "sequence", "z": "batch"},
+        {"x": "sequence", "y": "heads", "z": "batch"},
+    ),
 }
 
 
@@ -35,7 +44,7 @@ def make_scorer(layout: Layout, **capacity: int) -> Scorer:
     return Scorer(plan, load_hf(FIXTURE, plan.model, abstract_params(plan, mesh, unrolled=False)), mesh)
 
 
-@pytest.mark.parametrize(("name", "prefill_tokens"), [("heads", 16), ("heads", 128), ("batch", 32)])
+@pytest.mark.parametrize(("name", "prefill_tokens"), [("heads", 16), ("heads", 128), ("batch", 32), ("sequence", 16)])
 def test_scores_are_the_references(name: str, prefill_tokens: int) -> None:
     expected = np.load(FIXTURE / "expected.npz")
     tokens, logits = expected["tokens"], expected["logits"]
@@ -48,6 +57,18 @@ def test_scores_are_the_references(name: str, prefill_tokens: int) -> None:
     assert scores.num_tokens == sum(len(text) - 1 for text in texts)
     assert scores.padded_tokens >= scores.num_tokens
     assert scores.mfu > 0
+
+
+def test_nothing_of_tokens_times_vocabulary_exists() -> None:
+    """In the compiled step: the largest array is a chunk of logits, smaller than any device's tokens times its part of the vocabulary."""
+    model = replace(load_model_config(FIXTURE), vocab_size=4000)
+    plan = Plan(model, parse_slice("cpu:2x2x2"), LAYOUTS["heads"], weights=DType.F32, kv=DType.F32, prefill_from_tokens=1)
+    bucket = Bucket(prefill_tokens=2048, prefill_slots=8)
+    plan = replace(plan, cache=CacheConfig(16, 160, 8), buckets=(bucket,), max_len=512)
+    program = compile_score_step(plan, device_mesh(plan), bucket, unrolled=False).as_text()
+    largest = max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", program))
+    # Tokens are split over z, the vocabulary over x and y.
+    assert largest == 128 * model.padded_vocab_size < (2048 // 2) * (model.padded_vocab_size // 4)
 
 
 def test_bad_texts_are_all_named() -> None:

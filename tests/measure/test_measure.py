@@ -151,10 +151,7 @@ def test_int8_needs_bf16() -> None:
 
 @pytest.mark.slow
 def test_calibrating_these_devices() -> None:
-    beside: list[int] = []
-    chip, timed, others = calibrate((DType.F32,), budget=1.0, beside={"mine": lambda: beside.append(1)})
-    assert len(beside) == others["mine"].repeats + 1
-    assert "mine" not in dict(chip.rates.spread)
+    chip, timed = calibrate((DType.F32,), budget=1.0)
     rates = chip.rates
     assert rates is not None
     assert rates.devices == 8

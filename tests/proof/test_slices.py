@@ -48,6 +48,7 @@ def test_a_small_plan_is_proven(slice_name: str) -> None:
     assert 0 < step.memory.needed < step.memory.usable
     assert step.estimate is not None
     assert step.estimate.seconds >= step.estimate.floor > 0
+    assert "kernel paged_decode: priced from the ledger" in step.estimate.note
     # What is planned runs: every byte is accounted for by a collective of the plan or by a listed difference.
     kinds = {difference.kind for difference in step.differences}
     assert not kinds - {"extra copy", "merged collectives", "eliminated", "reduce-scatter turned all-reduce"}

@@ -1,0 +1,49 @@
+"""Where dealing the context pays: Llama 3 70B in int8 on 16 TPU v5e, one decode step, with and without sequence axes, by the planner.
+
+python -m experiments.long_context.measure     writes results.json beside this file
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from partinf.hardware import parse_slice
+from partinf.layout import AttentionRole
+from partinf.model_config import load_model_config
+from partinf.planner import search
+from partinf.planner.report import Candidate
+from partinf.planner.work import roles_of
+from partinf.workload import DType, Workload
+
+MODELS = ("llama-3-70b", "palm-62b")
+SLICE = "v5e:4x4"
+BATCHES, CONTEXTS = (1, 2, 4, 8), (8192, 32768, 131072)
+
+
+def _figures(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "storage": candidate.name.split(",")[0],
+        "roles": roles_of(candidate.asked),
+        "step_ms": round(candidate.asked.step_seconds * 1e3, 2),
+        "kv_gb_per_device": round(candidate.memory.kv / 1e9, 2),
+        "fits": candidate.fits,
+    }
+
+
+def main() -> None:
+    cases = []
+    for name in MODELS:
+        for batch in BATCHES:
+            for context in CONTEXTS:
+                workload = Workload(batch, context_len=context, phase="decode", weights=DType.INT8)
+                found = search(load_model_config(name), parse_slice(SLICE), workload).candidates
+                undealt = next(c for c in found if not c.layout.decode.attention_axes(AttentionRole.SEQUENCE))
+                cases.append({"model": name, "batch": batch, "context": context, "best": _figures(found[0]), "undealt": _figures(undealt)})
+    results = {"slice": SLICE, "weights": "int8", "kv": "bf16", "cases": cases}
+    (Path(__file__).parent / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Does the TPU's kernel for decode pay against attention tile by tile? What the TPU compiler says of a step with each; writes results.json.
+
+    python -m experiments.paged_decode_on_tpu.measure       # about three minutes; libtpu, no TPU
+
+Eight layers of Llama 3 8B on four chips, 64 lanes whose context of 2048 tokens is full, and the same step where the lanes are as long as
+`RAGGED` says, of which only the bytes of keys and values are counted: the kernel fetches each lane's own pages, tiles go to the longest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+from partinf.buckets import split_of
+from partinf.cost.attention import DECODE_CORE
+from partinf.cost.calibration import ROOFLINE
+from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.step import step_ledger
+from partinf.hardware import parse_slice
+from partinf.layout import make_layout
+from partinf.model_config import load_model_config
+from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.proof.hlo import Module
+from partinf.proof.schedule import Reader
+from partinf.proof.topology import mesh_of
+from partinf.transformer import kernels
+from partinf.transformer.step import compile_step
+
+LAYERS, ROWS, CONTEXT, PAGE = 8, 64, 2048, 16
+CASES = [("v5e:2x2", "batch"), ("v5e:2x2", "heads"), ("v6e:2x2", "batch"), ("v5p:2x2x1", "batch"), ("v4:2x2x1", "batch")]
+RAGGED = [CONTEXT * (lane + 1) // ROWS for lane in range(ROWS)]  # evenly from short to full
+
+
+def make_plan(slice_name: str, role: str) -> Plan:
+    slice_ = parse_slice(slice_name)
+    axes = [axis.name for axis in slice_.axes]
+    model = replace(load_model_config("llama-3-8b"), num_layers=LAYERS)
+    layout = make_layout(dict.fromkeys(axes, "ffn"), dict.fromkeys(axes, role))
+    shards = slice_.num_devices if role == "batch" else 1
+    return Plan(model, slice_, layout, cache=CacheConfig(PAGE, ROWS * CONTEXT // PAGE // shards, ROWS), max_len=CONTEXT)
+
+
+def compiled(plan: Plan, bucket: Bucket, tiles: kernels.Tiles) -> dict[str, Any]:
+    """What the compiler says of everything but collectives; kernels priced from the ledger."""
+    kernels._TILES["tpu"] = tiles
+    program = compile_step(plan, mesh_of(plan), bucket, unrolled=False)
+    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, plan.slice.chip.hop_seconds)
+    schedule = Reader(Module(program.as_text()), plan.slice, network).read()
+    ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
+    core = sum(entry.exposed_seconds for entry in ledger.entries if entry.name == DECODE_CORE)
+    names = sorted(set(schedule.unestimated))
+    assert names == (["paged_decode"] if tiles.paged else [])
+    seconds = schedule.compute_seconds + (core if names else 0.0)
+    return {"seconds": seconds, "of_kernels": core if names else 0.0, "temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+
+
+def read_tokens(tiles: kernels.Tiles) -> float:
+    """Tokens of keys that ragged lanes make one device read, over those that they hold."""
+    tile = PAGE if tiles.paged else tiles.keys
+    up = lambda length: -(-length // tile) * tile  # noqa: E731
+    read = sum(map(up, RAGGED)) if tiles.paged else ROWS * up(max(RAGGED))
+    return read / sum(RAGGED)
+
+
+def main() -> None:
+    ways = {"kernel": kernels.tiles_for("tpu"), "tiles": replace(kernels.tiles_for("tpu"), paged=False)}
+    found: dict[str, Any] = {"ragged_read": {name: read_tokens(tiles) for name, tiles in ways.items()}, "steps": []}
+    for slice_name, role in CASES:
+        plan = make_plan(slice_name, role)
+        row = {"slice": slice_name, "attention": role}
+        row |= {name: compiled(plan, Bucket(ROWS, CONTEXT // PAGE), tiles) for name, tiles in ways.items()}
+        found["steps"].append(row)
+        print(json.dumps(row), flush=True)
+    Path(__file__).with_name("results.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""One query per lane over the lane's pages, as a kernel for TPUs: pages travel from HBM as they lie, while those before are multiplied.
+
+XLA has no such form: it gathers the pages of a tile into an array of its own, writes that, and reads it again. Here blocks of pages are
+fetched page by page into one of two buffers while the other is worked on; the first block of a lane is fetched behind the last one of the
+lane before. Pages after a lane's position are not touched.
+
+Letters: B lanes, K key-value heads, G query heads of each, Q d_head, S tokens of a page, n pages of a table.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from partinf.transformer.cache import KeysValues
+
+_MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels`
+_BUFFERS = 4 << 20  # bytes of on-chip memory for pages
+_MOST_KEYS = 512  # of one block
+_SUBLANES = 32  # bytes of a tile's column: what a page has to fill so that pages stand side by side without gaps
+
+
+def fits(pages: KeysValues) -> bool:
+    """Whether the kernel takes these pages [.., S, Q]: plain arrays, pages that fill their tiles."""
+    keys = pages.keys
+    return isinstance(keys, jax.Array) and keys.shape[-2] * keys.dtype.itemsize % _SUBLANES == 0
+
+
+def paged_decode(
+    q: jax.Array, pages: KeysValues, rows: jax.Array, position: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of one query per lane.
+
+    Args:
+        q: [B, K, G, Q]. pages: [R, S, Q], the K heads of a page one after the other. rows: [B, n], where each page of a lane begins in
+            `pages`; any row for those that the lane does not have. position: [B], the last that is visible, -1 for none.
+        interpret: run without a TPU.
+
+    Returns:
+        [B, K, G, Q], and the logarithm of the sum of exp(score) [B, K, G], float32.
+    """
+    lanes, kv_heads, group, size = q.shape
+    held, length = rows.shape[1], pages.keys.shape[1]
+    per_key = 2 * 2 * kv_heads * max(size, 128) * pages.keys.dtype.itemsize
+    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // per_key) // length))
+    buffers = [pltpu.VMEM((2, each, kv_heads, length, size), pages.keys.dtype) for _ in range(2)]
+    context = float(lanes * held * length)
+    lane = lambda lane, *_: (lane, 0, 0, 0)  # noqa: E731
+    out, mass = pl.pallas_call(
+        functools.partial(_kernel, lanes=lanes, held=held, each=each),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((lanes, kv_heads, group, 1), jnp.float32)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(lanes,),
+            in_specs=[
+                pl.BlockSpec((1, kv_heads, group, size), lane),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=(pl.BlockSpec((1, kv_heads, group, size), lane), pl.BlockSpec((1, kv_heads, group, 1), lane)),
+            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((1,), jnp.int32)],
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=int(4 * context * kv_heads * group * size),
+            bytes_accessed=int(2 * context * kv_heads * size * pages.keys.dtype.itemsize),
+            transcendentals=int(context * kv_heads * group),
+        ),
+        interpret=interpret,
+        name="paged_decode",
+    )(rows.reshape(-1), position, q, pages.keys, pages.values)
+    return out, mass[..., 0]
+
+
+def _kernel(
+    rows: Any, position: Any, q: Any, keys: Any, values: Any, out: Any, mass: Any, *scratch: Any, lanes: int, held: int, each: int
+) -> None:
+    """One lane. `scratch`: a pair of buffers for keys and one for values, their semaphores, and which buffer is next."""
+    key_buffers, value_buffers, arrived, turn = scratch
+    lane = pl.program_id(0)
+    _, kv_heads, group, size = q.shape
+    length = keys.shape[1]
+
+    def blocks(lane: Any) -> Any:
+        return jnp.maximum((position[lane] + each * length) // (each * length), 1)
+
+    def copies(lane: Any, block: Any, buffer: Any) -> list[Any]:
+        found = []
+        for page in range(each):
+            row = rows[lane * held + jnp.minimum(block * each + page, held - 1)]
+            for source, target in ((keys, key_buffers), (values, value_buffers)):
+                found.append(pltpu.make_async_copy(source.at[pl.ds(row, kv_heads)], target.at[buffer, page], arrived.at[buffer]))
+        return found
+
+    def fetch(lane: Any, block: Any, buffer: Any) -> None:
+        for copy in copies(lane, block, buffer):
+            copy.start()
+
+    @pl.when(lane == 0)
+    def _first() -> None:
+        turn[0] = 0
+        fetch(0, 0, 0)
+
+    last, count, start = position[lane], blocks(lane), turn[0]
+
+    def block_of(block: Any, running: Any) -> Any:
+        buffer = lax.rem(start + block, 2)
+
+        @pl.when(block + 1 < count)
+        def _more() -> None:
+            fetch(lane, block + 1, 1 - buffer)
+
+        @pl.when((block + 1 == count) & (lane + 1 < lanes))
+        def _ahead() -> None:
+            fetch(lane + 1, 0, 1 - buffer)
+
+        for copy in copies(lane, block, buffer):
+            copy.wait()
+        place = block * each * length + lax.broadcasted_iota(jnp.int32, (1, each * length), 1)
+        updated = []
+        for head, (top, total, added) in enumerate(running):
+            k, v = (buffers[buffer, :, head].reshape(each * length, size) for buffers in (key_buffers, value_buffers))
+            scores = lax.dot_general(q[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * size**-0.5
+            scores = jnp.where(place <= last, scores, _MASKED)
+            highest = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+            weights, fade = jnp.exp(scores - highest), jnp.exp(top - highest)
+            sums = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
+            product = lax.dot_general(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            updated.append((highest, sums, added * fade + product))
+        return tuple(updated)
+
+    column = jnp.zeros((group, 1), jnp.float32)
+    nothing = (column + _LEAST, column, jnp.zeros((group, size), jnp.float32))
+    running = lax.fori_loop(0, count, block_of, (nothing,) * kv_heads)
+    turn[0] = lax.rem(start + count, 2)
+    for head, (top, total, added) in enumerate(running):
+        kept = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        out[0, head] = (added / kept).astype(out.dtype)
+        mass[0, head] = top + jnp.log(kept)

@@ -1,0 +1,59 @@
+"""The TPU's kernel for decode, interpreted, against the plain twin; that a TPU's compiler takes it is shown in tests/proof."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.layout import make_layout
+from partinf.quantize import quantize
+from partinf.transformer import cache, kernels, paged_decode
+from partinf.transformer.cache import KeysValues
+from partinf.transformer.kernels import Tiles
+from tests.execution.harness import TOLERANCE, largest_error, make_plan
+
+INTERPRETED = Tiles(8, 1, 1, paged=True, interpret=True)
+LAYERS, POOL, PAGE, SIZE = 2, 9, 16, 8
+
+
+@pytest.mark.parametrize(("dtype", "kv_heads", "group", "held"), [("f32", 2, 3, 5), ("bf16", 1, 8, 4), ("f32", 4, 1, 1)])
+def test_the_kernel_equals_the_plain_twin(monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, held: int) -> None:
+    """Ragged lanes, random pages, an empty lane; blocks of two pages, of which the last is not full; NaN in every page not held."""
+    monkeypatch.setattr(paged_decode, "_MOST_KEYS", 2 * PAGE)
+    kind, rng, layer = {"f32": jnp.float32, "bf16": jnp.bfloat16}[dtype], np.random.default_rng(4), 1
+    position = np.minimum([0, PAGE - 1, PAGE, 3 * PAGE + 5, 5 * PAGE - 1, -1], held * PAGE - 1)
+    table = np.stack([rng.permutation(POOL)[:held] for _ in position])
+    for lane, last in enumerate(position):
+        table[lane, last // PAGE + 1 :] = -1
+    kv = KeysValues(*(jnp.asarray(rng.standard_normal((LAYERS, POOL, kv_heads, PAGE, SIZE)), kind) for _ in range(2)))
+    q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, SIZE)), kind)
+
+    def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
+        lying = cache.stored(kv, layer, jnp.asarray(table))
+        read = lambda ids: cache.read(kv, layer, ids)  # noqa: E731
+        found = kernels.decode(q, read, jnp.asarray(table), jnp.asarray(position), tiles, lying)
+        return np.asarray(found.out, np.float32), np.asarray(found.mass)
+
+    assert paged_decode.fits(cache.stored(kv, layer, jnp.asarray(table)).pages)
+    for got, want in zip(run(INTERPRETED), run(None), strict=True):
+        np.testing.assert_allclose(got[:-1], want[:-1], atol=TOLERANCE[dtype] / 10)
+        assert np.isfinite(got).all()
+
+
+def test_only_pages_that_fill_their_tiles_are_taken() -> None:
+    plain = jnp.zeros((4, 16, 8), jnp.bfloat16)
+    assert paged_decode.fits(KeysValues(plain, plain))
+    assert not paged_decode.fits(KeysValues(plain[:, :8], plain[:, :8]))
+    int8 = quantize(jnp.zeros((4, 32, 8)), (-1,))
+    assert not paged_decode.fits(KeysValues(int8, int8))
+
+
+def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step itself: requests split over two axes, heads over the third; and pages of a request dealt over one."""
+    monkeypatch.setattr(paged_decode, "_SUBLANES", 1)
+    monkeypatch.setitem(kernels._TILES, "cpu", INTERPRETED)
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
+    assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
+    dealt = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
+    assert largest_error(make_plan("2x2x2", dealt)) < TOLERANCE["f32"]
