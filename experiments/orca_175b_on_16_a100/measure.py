@@ -91,7 +91,7 @@ def simulate(
     }
 
 
-def bubbles(scheduler: str, prefill_tokens: int, model: str, requests: int = 1200) -> dict[str, float]:
+def bubbles(scheduler: str, prefill_tokens: int, model: str, requests: int = 600) -> dict[str, float]:
     """The share of the stages' time, in the middle half of a run with more requests than it can take, in which they did not work on a
     step of their own: empty, or in a tick that is as long as another stage's step. Read from the schedule trace."""
     trace = ScheduleTrace()
@@ -164,7 +164,21 @@ def low_load() -> dict[str, dict[str, float]]:
     return {lengths: {name: simulate(name, 8, LOW, lengths)["latency"] for name in SCHEDULERS} for lengths in (MIXED, SAME)}
 
 
+def near_target() -> dict[str, dict[str, Any]]:
+    """Both models around 190 ms per token: a few loads of the best batch sizes, without the whole curves, and the load at the target."""
+    asked = {
+        "gpt3-175b": {("orca", 32): (9.0, 11.0, 13.0), ("fastertransformer", 1): (0.25, 0.3, 0.35), ("request-level", 16): (1.5, 1.9, 2.3)},
+        "gpt3-341b": {("orca", 32): (7.0, 9.0, 11.0), ("fastertransformer", 1): (0.1, 0.15, 0.2), ("request-level", 16): (0.6, 0.9, 1.2)},
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for model, ways in asked.items():
+        points = {f"{name} {size}": [simulate(name, size, rate, model=model) for rate in rates] for (name, size), rates in ways.items()}
+        found[model] = {"points": points, "compared": compare(points, TARGET)}
+    return found
+
+
 PARTS: dict[str, Callable[[], Any]] = {
+    "near 190 ms": near_target,
     **{f"175b {name}": partial(curves, name, MIXED, 3.0, (1, 8, 16, 32)) for name in SCHEDULERS},
     **{f"same {name}": partial(curves, name, SAME, 0.5, (8, 16, 32)) for name in SCHEDULERS},
     **{f"341b {name}": partial(curves, name, MIXED, 1.0, (1, 8, 32), "gpt3-341b") for name in SCHEDULERS},

@@ -33,13 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page: choice, memory, candidates, steps line by line")
     parser.add_argument("--top", default="12", metavar="N", help="candidates in the table (default: 12)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
-    parser.description = f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms."
+    parser.description = (
+        f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms, --mesh auto the best factorisation."
+    )
     parser.epilog = "Example: partinf plan --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8"
 
 
 def run(args: argparse.Namespace) -> int:
-    asked = read(args, args.objective, args.max_latency_ms, _offences(args))
-    trials = _trials(asked)
+    offences, all_meshes = _offences(args), args.mesh == "auto"
+    if all_meshes:
+        args.mesh = None
+    asked = read(args, args.objective, args.max_latency_ms, offences)
+    trials = _trials(asked, all_meshes)
     report, proofs = _proven(trials[0].report, args)
     price = float(args.price_per_chip_hour) if args.price_per_chip_hour else None
     if args.save:
@@ -91,16 +96,18 @@ def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]
     return {index: proof_json(proofs[key(c)]) for index, c in enumerate(report.candidates) if key(c) in proofs}
 
 
-def _trials(asked: Asked) -> list[Trial]:
-    """The slice that was asked for, or with `auto` all that were tried, the cheapest first."""
+def _trials(asked: Asked, all_meshes: bool) -> list[Trial]:
+    """The slice that was asked for; with `auto` all slices or meshes that were tried, the cheapest or fastest first."""
     from partinf.planner.search import search
-    from partinf.planner.slices import Trial, cheapest
+    from partinf.planner.slices import Trial, cheapest, every_mesh
 
     model, workload, program = asked.model, asked.workload, asked.program
     calibration, bandwidth_model = asked.calibration, asked.bandwidth_model
     if asked.auto:
         chip = asked.slice.chip
         return cheapest(model, chip, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+    if all_meshes:
+        return every_mesh(model, asked.slice, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
     return [Trial(search(model, asked.slice, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program))]
 
 
@@ -124,6 +131,8 @@ def _offences(args: argparse.Namespace) -> list[str]:
         from partinf.planner.plot import plot_offences
 
         offences += plot_offences(Path(args.plot), args.plot_kind)
+    if args.slice.startswith("auto") and args.mesh == "auto":
+        offences.append(f"--mesh auto: a mesh belongs to one slice, and --slice {args.slice} tries many")
     if args.slice.startswith("auto") and args.max_latency_ms is None:
         offences.append(f"--slice {args.slice} needs --max-latency-ms: the cheapest slice is that which keeps a bound")
     if args.price_per_chip_hour and not _positive(args.price_per_chip_hour):

@@ -47,13 +47,17 @@ def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
     """Print the slices that were tried, and the price of the chosen one; nothing for one slice without a price."""
     console = wide_console()
     if len(trials) > 1:
-        table = Table(box=None, pad_edge=False, header_style="bold", title="Slices, the cheapest first", title_justify="left")
-        table.add_column("slice")
+        meshes = len({trial.report.slice.name for trial in trials}) == 1
+        title = "Meshes, the fastest first" if meshes else "Slices, the cheapest first"
+        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+        table.add_column("mesh" if meshes else "slice")
         for title in ("chips", "ms", "chip-seconds", ""):
             table.add_column(title, justify="right")
         for trial in trials:
             where, late = trial.report.slice, "" if trial.accepted else "late"
-            table.add_row(where.name, str(where.num_chips), f"{1e3 * trial.seconds:.4g}", f"{trial.chip_seconds:.4g}", late)
+            table.add_row(
+                where.mesh if meshes else where.name, str(where.num_chips), f"{1e3 * trial.seconds:.4g}", f"{trial.chip_seconds:.4g}", late
+            )
         console.print(table)
         console.print()
     if per_chip_hour is not None:

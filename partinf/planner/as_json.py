@@ -103,7 +103,7 @@ def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[st
     found: dict[str, Any] = {}
     if len(trials) > 1:
         found["slices"] = [
-            {"slice": t.report.slice.name, "chips": t.report.slice.num_chips, "seconds": t.seconds}
+            {"slice": t.report.slice.name, "mesh": t.report.slice.mesh, "chips": t.report.slice.num_chips, "seconds": t.seconds}
             | {"meets_bound": t.accepted, "chip_seconds": t.chip_seconds}
             for t in trials
         ]

@@ -43,7 +43,7 @@ from partinf.planner.report import Candidate, PhaseResult, PlanReport, Refused
 from partinf.workload import Workload
 
 TIE = 1.05
-_MOST_AXES = 4
+MOST_AXES = 4
 _MANY = 10_000  # assignments beyond which slow ones are left out
 _CUT = 1.5
 _SLOW = f"more than {_CUT:g} times as slow as the best"
@@ -123,10 +123,10 @@ def order(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 def _axis_offences(slice_: Slice) -> list[str]:
     free = [axis.name for axis in slice_.axes if axis.size > 1 and axis.link is not Link.DCN]
-    if len(free) <= _MOST_AXES:
+    if len(free) <= MOST_AXES:
         return []
     return [
-        f"mesh '{slice_.mesh}': {len(free)} axes have 21**{len(free)} assignments; at most {_MOST_AXES} axes can be searched, merge some"
+        f"mesh '{slice_.mesh}': {len(free)} axes have 21**{len(free)} assignments; at most {MOST_AXES} axes can be searched, merge some"
     ]
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from partinf.cli import main
-from partinf.hardware import chips
-from partinf.planner.slices import slices_of
+from partinf.hardware import chips, parse_slice
+from partinf.planner.slices import meshes_of, slices_of
 
 ASKED = ["plan", "--model", "llama-3-8b", "--phase", "decode", "--batch", "32", "--context", "1024"]
 AUTO = [*ASKED, "--slice", "auto:v5e"]
@@ -35,6 +35,23 @@ def test_a_tighter_bound_never_costs_less(capsys: pytest.CaptureFixture[str]) ->
     assert costs == sorted(costs)
 
 
+def test_all_shapes_of_the_cheapest_number(capsys: pytest.CaptureFixture[str]) -> None:
+    tried = planned(capsys, "--max-latency-ms", "8")["slices"]
+    same = [trial["slice"] for trial in tried if trial["chips"] == tried[0]["chips"]]
+    assert len(same) > 1
+    assert tried[0]["chip_seconds"] == min(trial["chip_seconds"] for trial in tried if trial["meets_bound"])
+
+
+def test_every_mesh_of_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [slice_.mesh for slice_ in meshes_of(parse_slice("v4:4x4x4"))] == ["x:4,y:4,z:4", "x0:2,x1:2,y:4,z:4"]
+    assert [slice_.mesh for slice_ in meshes_of(parse_slice("h200:8"))] == ["x:8", "x0:2,x1:4", "x0:4,x1:2"]
+    assert main([*ASKED, "--slice", "v5e:4x4", "--mesh", "auto", "--format", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len({trial["mesh"] for trial in report["slices"]}) == 2
+    assert report["mesh"] == report["slices"][0]["mesh"]
+    assert report["best"]["step_seconds"] == min(trial["seconds"] for trial in report["slices"])
+
+
 def test_shapes_that_are_tried() -> None:
     assert [slice_.name for slice_ in slices_of(chips()["v5e"])] == [
         f"v5e:{shape}" for shape in ("1x1", "2x1", "2x2", "4x2", "4x4", "8x4", "8x8", "16x8", "16x16")
@@ -48,6 +65,7 @@ def test_shapes_that_are_tried() -> None:
         (AUTO, "needs --max-latency-ms"),
         ([*AUTO, "--max-latency-ms", "0.01"], "no slice of v5e keeps 0.01 ms; the fastest, v5e:"),
         ([*AUTO, "--max-latency-ms", "9", "--mesh", "x:4"], "a mesh belongs to one slice"),
+        ([*AUTO, "--max-latency-ms", "9", "--mesh", "auto"], "a mesh belongs to one slice"),
         ([*AUTO, "--max-latency-ms", "9", "--price-per-chip-hour", "-1"], "a positive number is needed"),
         ([*ASKED, "--slice", "auto:v5", "--max-latency-ms", "9"], "expected auto:CHIP; did you mean 'v5"),
         ([*ASKED, "--slice", "auto", "--max-latency-ms", "9"], "expected auto:CHIP; known: "),
