@@ -11,8 +11,7 @@ weights of another phase have them.
 Per axis there are four states (unreduced, rows, columns, whole) and one way from each to each:
 
     whole     -> rows/columns   slice, free
-    unreduced -> rows/columns   reduce-scatter, axis by axis, last axis first (the TPU compiler keeps those; fused ones it turns
-                                into all-reduces)
+    unreduced -> rows/columns   reduce-scatter, axis by axis (the TPU compiler keeps those; fused ones it turns into all-reduces)
     unreduced -> whole          one all-reduce over all such axes
     rows     <-> columns        one all-to-all over all such axes, each way
     rows/columns -> whole       one all-gather over all such axes, each dimension, that over fewer axes first
@@ -32,6 +31,8 @@ from jax import lax
 
 Axes = tuple[str, ...]
 
+_TILE_WIDTH = 256  # of the last dimension in bfloat16; logits in float32 became an all-reduce at multiples of 128 too
+
 
 @dataclass(frozen=True)
 class Split:
@@ -50,6 +51,7 @@ class Frame:
         rows, cols: axes that may split the dimension, in digit order.
         sizes: size of every mesh axis.
         row_dim, col_dim: positions of the two dimensions.
+        order: of the axes in reduce-scatters; as a split names them if not given.
     """
 
     rows: Axes
@@ -57,6 +59,7 @@ class Frame:
     sizes: Mapping[str, int]
     row_dim: int = 0
     col_dim: int = 1
+    order: Axes = ()
 
     def same(self, one: Split, other: Split) -> bool:
         """Whether both splits leave every device with the same part."""
@@ -82,7 +85,7 @@ def move(x: jax.Array, frame: Frame, source: Split, target: Split) -> jax.Array:
             if axis not in held:
                 x = dim.slice(x, axes, axis)
                 axes.append(axis)
-    for axis in reversed(pending):
+    for axis in sorted(pending, key=frame.order.index) if frame.order else pending:
         for dim, axes, wanted in ((rows, row_axes, want.rows), (cols, col_axes, want.cols)):
             if axis in wanted:
                 x = dim.reduce_scatter(x, axes, axis)
@@ -113,6 +116,18 @@ def digit(x: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: ja
     return _Dim(dim, order, Frame(order, (), sizes, dim, dim)).at(x, split, axis, index)
 
 
+def digit_of_layer(
+    stacked: jax.Array, layer: jax.Array, dim: int, order: Axes, split: Axes, axis: str, index: jax.Array, sizes: Mapping[str, int]
+) -> jax.Array:
+    """`digit` of one layer of stacked arrays, in a single slice: a TPU reads that part alone, where of a slice of a slice it would first
+    lay out the whole layer anew."""
+    opened, shape = _Dim(dim + 1, order, Frame(order, (), sizes, dim, dim)).open(stacked, split, axis)
+    start, size = [0] * opened.ndim, list(opened.shape)
+    for place, at in ((0, layer), (dim + 2, index)):
+        start[place], size[place] = at, 1
+    return lax.dynamic_slice(opened, start, size).reshape(shape[1:])
+
+
 @dataclass(frozen=True)
 class _Dim:
     """One dimension of an array seen as digits; methods take the list of axes that split it so far."""
@@ -124,7 +139,7 @@ class _Dim:
     def local_digits(self, split: Sequence[str]) -> list[str]:
         return [axis for axis in self.order if axis not in split and self.frame.sizes[axis] > 1]
 
-    def _open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
+    def open(self, x: jax.Array, split: Sequence[str], axis: str) -> tuple[jax.Array, tuple[int, ...]]:
         """Reshape this dimension to [before, axis, after] and return the shape without the axis."""
         before = math.prod(self.frame.sizes[a] for a in self.local_digits(split)[: self.local_digits(split).index(axis)])
         size, length = self.frame.sizes[axis], x.shape[self.index]
@@ -138,16 +153,22 @@ class _Dim:
         return self.at(x, split, axis, lax.axis_index(axis))
 
     def at(self, x: jax.Array, split: Sequence[str], axis: str, index: jax.Array | int) -> jax.Array:
-        opened, shape = self._open(x, split, axis)
+        opened, shape = self.open(x, split, axis)
         if opened.shape[self.index] == 1:  # a run of entries; a reshape would make a TPU lay the array out anew
             return lax.dynamic_slice_in_dim(x, index * shape[self.index], shape[self.index], self.index)
         return lax.dynamic_index_in_dim(opened, index, self.index + 1, keepdims=False).reshape(shape)
 
     def reduce_scatter(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
-        opened, shape = self._open(x, split, axis)
-        if opened.shape[self.index] == 1:
+        """A TPU's compiler keeps it where what each device gets of the last dimension fills whole tiles of a narrow type; elsewhere the
+        parts get a dimension of their own, which costs a copy within the chip where an all-reduce would cost twice the bytes between
+        chips."""
+        opened, shape = self.open(x, split, axis)
+        whole_tiles = self.index < x.ndim - 1 or (x.dtype.itemsize < 4 and shape[self.index] % _TILE_WIDTH == 0)
+        if opened.shape[self.index] > 1:
+            return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)
+        if whole_tiles:
             return lax.psum_scatter(x, axis, scatter_dimension=self.index, tiled=True)
-        return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)
+        return lax.psum_scatter(jnp.squeeze(opened, self.index), axis, scatter_dimension=self.index).reshape(shape)
 
     def gather(self, x: jax.Array, split: list[str], axes: Axes) -> jax.Array:
         """All-gather over `axes` at once, which leave `split`."""

@@ -136,6 +136,13 @@ class Slice:
     def num_devices(self) -> int:
         return self.num_chips * self.chip.devices_per_chip
 
+    @functools.cached_property
+    def scatter_order(self) -> tuple[str, ...]:
+        """The mesh axes in the order in which a reduce-scatter over several takes them: inner networks first, since the first one moves
+        most; axes of a torus, all alike, from the first, whose part of a dimension lies in one piece."""
+        reach = {Link.CORE: 0, Link.TORUS: 1, Link.SWITCH: 2, Link.DCN: 3}
+        return tuple(axis.name for axis in sorted(self.axes, key=lambda a: (reach[a.link], a.stride if a.link is Link.SWITCH else 0)))
+
     @property
     def axis_sizes(self) -> dict[str, int]:
         """Axis name → size, in mesh order."""

@@ -58,10 +58,16 @@ class Ring(StrEnum):
 
 @dataclass(frozen=True)
 class Loop:
-    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the products beside them."""
+    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the products beside them.
+
+    Attributes:
+        gathers: False leaves the gathers alone: their parts add up in float32, which costs more memory traffic the more tokens there are,
+            where the parts of a scatter are written once.
+    """
 
     axis: str
     ring: Ring = Ring.BOTH
+    gathers: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,15 @@ class Phase:
         gather: axes whose weight shards are gathered before use; the tokens are split over them instead.
         attention: (axis, role) for every mesh axis, in mesh order.
         loop: where collectives run behind matmuls; None leaves every collective to itself.
+        ahead: whether weights are gathered before the products that precede theirs, so that the links work beside the multipliers: those
+            that a layer needs last at its beginning, those that the next layer needs first while this one ends. It takes the place of one
+            more layer's gathered weights.
     """
 
     gather: tuple[str, ...]
     attention: tuple[tuple[str, AttentionRole], ...]
     loop: Loop | None = None
+    ahead: bool = False
 
     def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
         """The axes with this attention role, in mesh order."""
@@ -144,6 +154,8 @@ class Layout:
             strange = [axis for axis in attended if axis not in names]
             offences += [f"{label}: attention role for '{axis}', which is no axis of this layout ({', '.join(names)})" for axis in strange]
             offences += [f"{label}: axis '{axis}' has no attention role" for axis in names if axis not in attended]
+            if phase.ahead and not phase.gather:
+                offences.append(f"{label}: gathers ahead, but gathers no weights; name the axes in `gather`")
             looped = [axis for axis in self.storage_axes(Role.FFN) if axis not in phase.gather]
             if phase.loop is not None and phase.loop.axis not in looped:
                 can = ", ".join(looped) or "none"
@@ -166,10 +178,12 @@ def make_layout(
     prefill_attention: Mapping[str, str] | None = None,
     decode_gather: Iterable[str] = (),
     prefill_gather: Iterable[str] = (),
-    decode_loop: Mapping[str, str] | None = None,
-    prefill_loop: Mapping[str, str] | None = None,
+    decode_loop: Mapping[str, Any] | None = None,
+    prefill_loop: Mapping[str, Any] | None = None,
+    decode_ahead: bool = False,
+    prefill_ahead: bool = False,
 ) -> Layout:
-    """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …}.
+    """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …, "gathers": …}.
 
     Raises:
         InvalidInput: unknown role names, axes without a role, and everything else that `Layout` refuses, all at once.
@@ -191,17 +205,24 @@ def make_layout(
     def in_order(axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(axes, key=lambda axis: order.index(axis) if axis in order else len(order)))
 
-    phases = (Phase(in_order(prefill_gather), prefill, loops["prefill"]), Phase(in_order(decode_gather), decode, loops["decode"]))
-    return Layout(roles, *phases)
+    return Layout(
+        roles,
+        Phase(in_order(prefill_gather), prefill, loops["prefill"], prefill_ahead),
+        Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead),
+    )
 
 
-def _loop(given: Mapping[str, str] | None, label: str, offences: list[str]) -> Loop | None:
+def _loop(given: Mapping[str, Any] | None, label: str, offences: list[str]) -> Loop | None:
     if given is None:
         return None
-    offences += [f"{label} loop: unknown key '{key}'{nearest(key, ('axis', 'ring'))}" for key in given if key not in ("axis", "ring")]
+    known = ("axis", "ring", "gathers")
+    offences += [f"{label} loop: unknown key '{key}'{nearest(key, known)}" for key in given if key not in known]
     if "axis" not in given:
         offences.append(f"{label} loop: `axis` is missing")
-    return Loop(given.get("axis", ""), _role(Ring, given.get("ring", Ring.BOTH), f"{label} loop", offences))
+    gathers = given.get("gathers", True)
+    if not isinstance(gathers, bool):
+        offences.append(f"{label} loop: `gathers` is true or false, not {gathers!r}")
+    return Loop(given.get("axis", ""), _role(Ring, given.get("ring", Ring.BOTH), f"{label} loop", offences), bool(gathers))
 
 
 def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
@@ -214,7 +235,7 @@ def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
 
 _TOP_KEYS = {"description", "source", "model", "slice", "mesh", "axes", "prefill", "decode", "chosen_for", "predicted", "weights", "kv"}
 _TOP_KEYS |= {"padded_heads", "prefill_from_tokens"}  # what `plan --save` adds
-_PHASE_KEYS = {"gather", "attention", "loop"}
+_PHASE_KEYS = {"gather", "attention", "loop", "ahead"}
 
 
 def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
@@ -234,10 +255,12 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
         offences += [f"{where}: [{label}] unknown key '{key}'{nearest(key, _PHASE_KEYS)}" for key in table if key not in _PHASE_KEYS]
         if table and "attention" not in table:
             offences.append(f"{where}: [{label}] needs `attention`, a role for every axis")
+        if not isinstance(table.get("ahead", False), bool):
+            offences.append(f"{where}: [{label}] `ahead` is true or false, not {table['ahead']!r}")
     raise_offences(offences)
     decode, prefill = data["decode"], data.get("prefill", data["decode"])
-    gathered, loops = (tuple(table.get(key, missing) for table in (decode, prefill)) for key, missing in (("gather", ()), ("loop", None)))
-    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *gathered, *loops)
+    others = [table.get(key, missing) for key, missing in (("gather", ()), ("loop", None), ("ahead", False)) for table in (decode, prefill)]
+    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *others)
     rest = {key: value for key, value in data.items() if key not in ("axes", "prefill", "decode")}
     return layout, rest
 
@@ -255,7 +278,10 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
         gather = ", ".join(f'"{axis}"' for axis in phase.gather)
         lines += ["", f"[{label}]", f"gather = [{gather}]", f"attention = {table(phase.attention)}"]
         if phase.loop is not None:
-            lines.append(f"loop = {table((('axis', phase.loop.axis), ('ring', phase.loop.ring)))}")
+            gathers = "" if phase.loop.gathers else ", gathers = false"
+            lines.append(f'loop = {{ axis = "{phase.loop.axis}", ring = "{phase.loop.ring}"{gathers} }}')
+        if phase.ahead:
+            lines.append("ahead = true")
     return "\n".join(lines) + "\n"
 
 

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Frame, Split, digit, move
+from partinf.collectives import Axes, Frame, Split, digit, digit_of_layer, move
 from partinf.layout import Loop, Ring
 
-Cut = Callable[[jax.Array, int], jax.Array]
-"""(array, dimension) → the part of it that belongs to the part at hand, of a dimension with the digits of the frame's columns."""
+Cut = Callable[[jax.Array, int, Any], jax.Array]
+"""(array, dimension, layer) → the part of it that belongs to the part at hand, of a dimension with the digits of the frame's columns; of
+that layer if the array holds all of them, which the dimension does not count, and else None."""
 
 
 def gather_multiply(
@@ -35,22 +36,21 @@ def gather_multiply(
     target: Split,
     loop: Loop | None,
     multiply: Callable[[jax.Array, Cut], tuple[jax.Array, ...]],
-    row_dims: tuple[int, ...],
 ) -> tuple[jax.Array, ...]:
     """Products that contract the columns of x, which are gathered from `source` to `target`.
 
     Args:
-        x: [rows, columns]. multiply: (a part of x, how to cut the weights' contracted dimension) → float32 products, which are summed
-            over the parts. row_dims: where the rows of x stand in each product.
+        x: [rows, columns]. multiply: (a part of x, how to cut the weights' contracted dimension) → float32 products, rows first, which are
+            summed over the parts.
     """
     axis = _looped(loop, frame, source.cols, target.cols)
-    if loop is None or axis is None:
-        return multiply(move(x, frame, source, target), lambda array, dim: array)
+    if loop is None or axis is None or not loop.gathers:
+        return multiply(move(x, frame, source, target), _whole)
     x = move(x, frame, source, Split(source.rows, (*target.cols, axis)))
     me, size = lax.axis_index(axis), frame.sizes[axis]
 
     def part(chunk: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
-        return multiply(chunk, lambda array, dim: digit(array, dim, frame.cols, target.cols, axis, index % size, frame.sizes))
+        return multiply(chunk, _part(frame, target.cols, axis, index % size))
 
     def around(chunk: jax.Array, direction: int, steps: int, total: Any) -> Any:
         for step in range(1, steps + 1):
@@ -61,7 +61,7 @@ def gather_multiply(
     if loop.ring is Ring.HALVES and x.shape[0] > 1:
         cut = x.shape[0] // 2
         halves = [around(half, way, size - 1, part(half, me)) for half, way in ((x[:cut], 1), (x[cut:], -1))]
-        return tuple(jnp.concatenate(both, axis=dim) for *both, dim in zip(*halves, row_dims, strict=True))
+        return tuple(jnp.concatenate(both) for both in zip(*halves, strict=True))
     ahead = size // 2 if loop.ring is Ring.BOTH else size - 1
     return around(x, -1, size - 1 - ahead, around(x, 1, ahead, part(x, me)))
 
@@ -78,11 +78,11 @@ def multiply_scatter(
     axis = _looped(loop, frame, target.cols, source.cols)
     every = slice(0, rows)
     if loop is None or axis is None:
-        return move(multiply(lambda array, dim: array, every).astype(dtype), frame, source, target)
+        return move(multiply(_whole, every).astype(dtype), frame, source, target)
     me, size = lax.axis_index(axis), frame.sizes[axis]
 
     def part(index: jax.Array, rows: slice) -> jax.Array:
-        return multiply(lambda array, dim: digit(array, dim, frame.cols, source.cols, axis, index % size, frame.sizes), rows)
+        return multiply(_part(frame, source.cols, axis, index % size), rows)
 
     def around(direction: int, steps: int, rows: slice) -> jax.Array:
         """What the `steps` devices behind this one add to its own part, on its way here."""
@@ -104,6 +104,19 @@ def multiply_scatter(
         out = whole(((1, ahead), (-1, size - 1 - ahead)), every)
     reduced = Split(source.rows, (*source.cols, axis), tuple(a for a in source.unreduced if a != axis))
     return move(out, frame, reduced, target)
+
+
+def _whole(array: jax.Array, dim: int, layer: Any) -> jax.Array:
+    return array if layer is None else lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+
+def _part(frame: Frame, split: Axes, axis: str, index: jax.Array) -> Cut:
+    def cut(array: jax.Array, dim: int, layer: Any) -> jax.Array:
+        if layer is None:
+            return digit(array, dim, frame.cols, split, axis, index, frame.sizes)
+        return digit_of_layer(array, layer, dim, frame.cols, split, axis, index, frame.sizes)
+
+    return cut
 
 
 def _looped(loop: Loop | None, frame: Frame, wide: tuple[str, ...], narrow: tuple[str, ...]) -> str | None:

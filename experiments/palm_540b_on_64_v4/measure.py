@@ -44,7 +44,9 @@ class Case:
     one_d: bool = False
     heads: bool = False
     length: int = _CONTEXT
+    ahead: bool = False  # weights are gathered ahead
     loop: str = ""  # axis of a looped collective, both ways around
+    loop_gathers: bool = True
     by_compiler: bool = False  # the twin whose collectives the compiler chooses
 
 
@@ -60,10 +62,25 @@ CASES = (
     Case("540B high-throughput prefill", "palm-540b", "v4:4x4x4", "prefill", 512, DType.BF16, 85.2, gather="xyz"),
     Case("62B high-throughput prefill", "palm-62b", "v4:2x4x4", "prefill", 512, DType.BF16, 20.2, gather="xyz"),
     Case("540B prefill, one prompt per chip", "palm-540b", "v4:4x4x4", "prefill", 64, DType.BF16, gather="xyz"),
+    Case("gathered ahead: one prompt per chip", "palm-540b", "v4:4x4x4", "prefill", 64, DType.BF16, gather="xyz", ahead=True),
+    Case("gathered ahead: 540B high-throughput prefill", "palm-540b", "v4:4x4x4", "prefill", 512, DType.BF16, 85.2, "xyz", ahead=True),
+    Case("gathered ahead: 62B high-throughput prefill", "palm-62b", "v4:2x4x4", "prefill", 512, DType.BF16, 20.2, "xyz", ahead=True),
     Case("rejected: decode over heads", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, heads=True),
     Case("rejected: 1D at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, one_d=True),
     Case("looped over y: decode at batch 64", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, 28.5e-3, loop="y"),
     Case("looped over y: decode at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, 6.0 / 64, loop="y"),
+    Case(
+        "scatters looped over y: 540B low-latency prefill",
+        "palm-540b",
+        "v4:4x4x4",
+        "prefill",
+        1,
+        DType.INT8,
+        0.29,
+        heads=True,
+        loop="y",
+        loop_gathers=False,
+    ),
     Case("compiler-partitioned: decode at batch 64", "palm-540b", "v4:4x4x4", "decode", 64, DType.INT8, 28.5e-3, by_compiler=True),
     Case("compiler-partitioned: decode at batch 512", "palm-540b", "v4:4x4x4", "decode", 512, DType.BF16, 6.0 / 64, by_compiler=True),
     Case(
@@ -93,8 +110,9 @@ def _layout(case: Case) -> Layout:
     decode = _HEADS if case.heads and case.phase == "decode" else _BATCH
     prefill = _HEADS if case.heads else _BATCH
     decode_gather = case.gather if case.phase == "decode" else ""
-    loop = {"axis": case.loop} if case.loop else None
-    return make_layout(storage, decode, prefill, decode_gather=decode_gather, prefill_gather=case.gather, decode_loop=loop)
+    loop = {"axis": case.loop, "gathers": case.loop_gathers} if case.loop else None
+    gathers = {"decode_gather": decode_gather, "prefill_gather": case.gather, "prefill_ahead": case.ahead}
+    return make_layout(storage, decode, prefill, **gathers, decode_loop=loop, prefill_loop=loop)
 
 
 def run(case: Case) -> dict[str, Any]:

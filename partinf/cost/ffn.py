@@ -41,7 +41,7 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     embed, ffn = model.embed_dim // split.ways(split.e), model.ffn_dim // split.ways(split.f)
     share = useful * split.shares.ffn * split.shares.embed
     elements = split.shape.num_tokens * model.ffn_dim
-    whole, scattered = Split(split.t, split.f), Split(split.t, split.f + split.e)
+    whole, scattered = Split(split.t, split.f), Split(split.t, split.f + split.e)  # scattering tokens instead moves the same
     partial = Split(split.t, split.f, split.e)
     entries.append(w_in.product(_PART, tokens, embed, inner * ffn, share))
     entries += movement(split, _PART, "F after W_in", inner * elements, partial, scattered, useful * split.shares.ffn)

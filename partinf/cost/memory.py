@@ -93,15 +93,16 @@ def linear_set(split: StepSplit) -> LinearSet:
     embed_spread, embed = model.embed_dim // split.ways(split.w), model.embed_dim // split.ways(split.e)
     hidden = tokens * model.ffn_dim // split.ways(split.f)
     w_in, w_out = ffn_weights(split)
-    query = projection_weights(split)[0]
+    query, key, out = projection_weights(split)
     fed, widened = tokens * embed * act, matrices_in(split) * hidden * act
     rows = shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
-    largest = max(
-        fed + widened + _gathered(w_in.used_bytes, w_in.stored_bytes),
-        fed + hidden * act + _gathered(w_out.used_bytes, w_out.stored_bytes),
-        rows * model.padded_vocab_size * _F32,
-    )
-    return LinearSet(tokens * embed_spread * act + carried_bytes(split), largest, fed + _gathered(query.used_bytes, query.stored_bytes))
+    if split.ahead:  # all that a layer gathers, and what the next one needs first
+        first, last = (sum(_gathered(w.used_bytes, w.stored_bytes) for w in group) for group in ((w_in, query, key), (w_out, out)))
+        before = after = queries = 2 * first + last
+    else:
+        before, after, queries = (_gathered(w.used_bytes, w.stored_bytes) for w in (w_in, w_out, query))
+    largest = max(fed + widened + before, fed + hidden * act + after, rows * model.padded_vocab_size * _F32)
+    return LinearSet(tokens * embed_spread * act + carried_bytes(split), largest, fed + queries)
 
 
 def activation_bytes(split: StepSplit, linear: LinearSet | None = None) -> int:

@@ -4,7 +4,7 @@ Per mesh axis a tensor is in one of four states: its rows (tokens) are split, it
 or it is whole. There is one way from each state to each, and the ways are taken in an order that shrinks the payload first:
 
     whole     -> rows/columns    slice, free
-    unreduced -> rows/columns    reduce-scatter, axis by axis, last axis first
+    unreduced -> rows/columns    reduce-scatter, axis by axis
     unreduced -> whole           one all-reduce over all such axes
     columns   -> rows            one all-to-all over all such axes; then rows -> columns likewise
     rows/columns -> whole        one all-gather over all such axes for each dimension, that over fewer axes first
@@ -47,12 +47,13 @@ def ways(axes: Axes, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int], stepwise: bool) -> list[Moved]:
+def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int], stepwise: bool, order: Axes) -> list[Moved]:
     """The collectives that bring a tensor of `elements` (over all devices) from `source` to `target`, in order.
 
     Args:
         target: reduced over every axis.
         stepwise: gathers go axis by axis, as reduce-scatters always do.
+        order: of reduce-scatters (`Slice.scatter_order`).
     """
     if source == target:
         return []
@@ -64,7 +65,7 @@ def moves(elements: int, source: Split, target: Split, sizes: Mapping[str, int],
         if axis not in held:
             local //= sizes[axis]
     scattered = tuple(axis for axis in source.unreduced if axis in rows or axis in cols)
-    for axis in sorted(scattered, key=lambda a: -sizes[a]) if stepwise else reversed(scattered):
+    for axis in sorted(scattered, key=lambda a: -sizes[a]) if stepwise else sorted(scattered, key=order.index):
         found.append(Moved(Op.REDUCE_SCATTER, (axis,), local))
         local //= sizes[axis]
     summed = tuple(axis for axis in source.unreduced if axis not in scattered)

@@ -88,7 +88,7 @@ class StepSplit:
     Attributes:
         e_stored, f_stored: axes that split E, and F and query heads, in the stored weights. kv_stored: those of f that split K.
         e, f, kv: what is left of them after gathering. w: e and f, which split E of the activations between sublayers.
-        t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t.
+        t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t. ahead: the phase gathers weights ahead.
         stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
     """
@@ -117,7 +117,7 @@ class StepSplit:
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
         self.replica = keep(layout.storage_axes(Role.REPLICA))
         self.t = keep(layout.token_axes(phase))
-        self.gathered = tuple(axis for axis in self.t if axis not in self.replica)
+        self.gathered, self.ahead = tuple(axis for axis in self.t if axis not in self.replica), phase.ahead
         self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
         self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
         self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
@@ -146,7 +146,7 @@ class StepSplit:
         known, key = self.pricing.known_moves, (elements, source, target)
         found = known.get(key)
         if found is None:
-            found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped))
+            found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped, self.pricing.slice.scatter_order))
         return found
 
     @property

@@ -1,7 +1,8 @@
 """What runs when: collectives of the compiled program with their axes and sources, what hides them, and the time of everything else.
 
 The text is in schedule order. A collective is hidden only where its start and its done enclose work of the same block, and only by as
-much time as that work takes; each piece of work hides one collective at most.
+much time as that work takes; each piece of work hides one collective at most. Where the compiler carries a collective forward inside other
+fusions, only those count.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from partinf.cost.ledger import Op
 from partinf.hardware import DCN_AXIS, Chip, Slice
 from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Module, Shape, groups
 from partinf.proof.report import Collective, Work
-from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, is_kernel
+from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, is_kernel, stage_of
 
 # Cycles in the compiled text are of this clock (Hz).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -88,11 +89,18 @@ class Reader:
         return max(cycles, hbm_bytes(self._module, block, instruction) / self._byte_rate)
 
     def _hidden(self, block: Computation) -> dict[str, float]:
-        """Time of the work that each open collective encloses."""
+        """Time of the work that each open collective encloses; of one that fusions carry forward, the time of those fusions."""
         open_: dict[str, float] = {}
         closed: dict[str, float] = {}
+        carried: dict[str, str] = {}  # channel → the fusion that started its collective
         for instruction in block.instructions:
-            if instruction.opcode.endswith("-start") and collective_of(self._module, block, instruction):
+            stage = stage_of(self._module, instruction)
+            if stage is not None and stage[0] == "start":
+                carried[stage[1]] = instruction.name
+                closed[instruction.name] = 0.0
+            elif stage is not None and stage[0] == "step":
+                closed[carried[stage[1]]] += self.time(block, instruction)
+            elif instruction.opcode.endswith("-start") and collective_of(self._module, block, instruction):
                 open_[instruction.name] = 0.0
             elif instruction.opcode.endswith("-done") and instruction.operands and instruction.operands[0] in open_:
                 closed[instruction.operands[0]] = open_.pop(instruction.operands[0])

@@ -29,14 +29,34 @@ def collective_op(instruction: Instruction) -> str | None:
 
 
 def collective_of(module: Module, block: Computation, instruction: Instruction) -> tuple[Computation, Instruction] | None:
-    """The collective that an instruction is, starts on another core of the chip, or holds fused; with the computation it stands in."""
+    """The collective that an instruction is, starts, or holds fused as a whole; with the computation it stands in."""
     if collective_op(instruction):
         return block, instruction
     if instruction.opcode not in ("call-start", "async-start", "fusion"):
         return None
+    stage = stage_of(module, instruction)
+    if stage is not None and stage[0] != "start":
+        return None
     called = module.computations.get(instruction.called("to_apply") or instruction.called("calls") or "")
     inner = next((inner for inner in called.instructions if collective_op(inner)), None) if called else None
     return (called, inner) if called and inner else None
+
+
+def stage_of(module: Module, instruction: Instruction) -> tuple[str, str] | None:
+    """What a fusion does for a collective that is spread over several of them: `start`, `step` or `done`, and the collective's channel.
+
+    A TPU's compiler cuts such a collective into a fusion that starts it, fusions of other work that carry it forward beside that work, and
+    one that ends it. All of them name it, and none but the first is another collective.
+    """
+    called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
+    inner = next((inner for inner in called.instructions if collective_op(inner)), None) if called else None
+    if called is None or inner is None:
+        return None
+    channel = re.search(r"channel_id=(\d+)", inner.rest)
+    for stage, mark in (("start", '"AsyncCollectiveStart"'), ("done", '"AsyncCollectiveDone"')):
+        if any(mark in one.rest for one in called.instructions if one.opcode == "custom-call"):
+            return stage, channel[1] if channel else ""
+    return ("step", channel[1] if channel else "") if called.name.startswith("async_collective_fusion") else None
 
 
 def is_kernel(instruction: Instruction) -> bool:
@@ -53,12 +73,15 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
         or collective_of(module, computation, instruction)
     ):
         return 0
+    stage = stage_of(module, instruction)
+    if stage is not None and stage[0] == "done":
+        return 0
     operands = [computation.by_name.get(name) for name in instruction.operands]
     sizes = [sum(shape.hbm_bytes for shape in operand.shapes) if operand else 0 for operand in operands]
     written = sum(shape.hbm_bytes for shape in instruction.shapes)
     called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
     if called is not None:
-        return _fusion_bytes(module, called, sizes, written)
+        return _fusion_bytes(module, called, sizes, written - _handed_on(called, instruction))
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if instruction.opcode in _UPDATES:
@@ -79,6 +102,16 @@ def _fusion_bytes(module: Module, called: Computation, sizes: list[int], written
     return total + written
 
 
+def _handed_on(called: Computation, fusion: Instruction) -> int:
+    """Bytes of results that a fusion only passes on, or that belong to a collective which it carries forward."""
+    root = called.instructions[-1]
+    if root.opcode != "tuple" or len(root.operands) != len(fusion.shapes):
+        return 0
+    made = [called.by_name.get(name) for name in root.operands]
+    passed = (shape for one, shape in zip(made, fusion.shapes, strict=True) if one and (one.opcode == "parameter" or collective_op(one)))
+    return sum(shape.hbm_bytes for shape in passed)
+
+
 def _parameters(called: Computation) -> dict[int, str]:
     """Parameter number → name."""
     found = [i for i in called.instructions if i.opcode == "parameter"]
@@ -89,8 +122,8 @@ def _touched(module: Module, called: Computation, name: str, depth: int = 0) -> 
     """Bytes of a parameter that a fusion reads, None for all of it; and, where it is updated in place, the bytes written to it."""
     read, updated = 0, 0
     for user in called.instructions:
-        if name not in user.operands:
-            continue
+        if name not in user.operands or collective_op(user) or (user.root and user.opcode == "tuple"):
+            continue  # a collective is priced elsewhere, and what is handed on is not read
         inner: tuple[int | None, int] = None, 0
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             inner = sum(shape.num_bytes for shape in user.shapes), 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from partinf.collectives import Split
 from partinf.looped import Cut, gather_multiply, multiply_scatter
@@ -19,12 +20,12 @@ from partinf.quantize import Quantized
 from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.ffn import ffn
-from partinf.transformer.linear import dot, embed_vector, gather_weights, norm
-from partinf.transformer.params import Params
+from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, norm
+from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Routes
 
-# Products of the gathered activations: einsum, and where the tokens stand in what comes out.
-_ENTER = {"wq": ("te,hqe->thq", 0), "wkv": ("te,ckqe->tckq", 0), "w_in": ("te,cfe->ctf", 1)}
+# Products of the gathered activations. Tokens come first in what comes out, so that a scatter over them needs no other order.
+_ENTER = {"wq": "te,hqe->thq", "wkv": "te,ckqe->tckq", "w_in": "te,cfe->tcf"}
 
 
 def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, rotations: Rotations) -> tuple[jax.Array, Any]:
@@ -32,8 +33,12 @@ def block(weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, rout
 
     Serial: x + Attention(norm x), then + FFN(norm of that). Parallel: both of the same norm x, their partial sums added before they are
     reduced together.
+
+    Args:
+        weights: those before the cores gathered already (`gather_weights`); those after them are gathered here, where nothing that they
+            wait for keeps them from running beside the first products.
     """
-    weights = gather_weights(weights, routes)
+    weights = {**weights, **gather_weights(weights, LEAVING, routes)}
     if routes.plan.model.block is Block.PARALLEL:
         q, new, hidden = _enter(x, weights, "attention_norm", ("wq", "wkv", "w_in"), routes)
         attended, kv = attention(weights, q, new, kv, layer, batch, routes, rotations)
@@ -50,10 +55,10 @@ def _enter(x: jax.Array, weights: Params, name: str, wanted: tuple[str, ...], ro
     normed = norm(x, weights, name, routes.weight, routes)
 
     def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
-        return tuple(dot(_ENTER[name][0], part, _cut(weights[name], cut, -1), jnp.float32) for name in wanted)
+        return tuple(dot(_ENTER[name], part, _cut(weights[name], cut, -1), jnp.float32) for name in wanted)
 
     frame, source, target = routes.frame((), routes.weight_stored), Split(cols=routes.weight), Split(cols=routes.embed)
-    products = gather_multiply(normed, frame, source, target, routes.phase.loop, multiply, tuple(_ENTER[name][1] for name in wanted))
+    products = gather_multiply(normed, frame, source, target, routes.phase.loop, multiply)
     return tuple(product.astype(x.dtype) for product in products)
 
 
@@ -73,10 +78,17 @@ def _leave(x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], biases
     return x
 
 
-def _cut(weights: jax.Array | Quantized, cut: Cut, dim: int) -> jax.Array | Quantized:
+def _cut(weights: jax.Array | Quantized | OneOf, cut: Cut, dim: int) -> jax.Array | Quantized:
     """A part of a weight's dimension E, with its scales where E is not contracted."""
+    layer = None
+    if isinstance(weights, OneOf):
+        weights, layer = weights.layers, weights.index
+    lead = 0 if layer is None else 1
     if not isinstance(weights, Quantized):
-        return cut(weights, dim % weights.ndim)
-    values = cut(weights.values, dim % len(weights.shape))
-    scale = weights.scale if dim in weights.contracted else cut(weights.scale, dim)
+        return cut(weights, dim % (weights.ndim - lead), layer)
+    values = cut(weights.values, dim % (len(weights.shape) - lead), layer)
+    if dim in weights.contracted:
+        scale = weights.scale if layer is None else lax.dynamic_index_in_dim(weights.scale, layer, keepdims=False)
+    else:
+        scale = cut(weights.scale, dim, layer)
     return Quantized(values, scale, weights.contracted)

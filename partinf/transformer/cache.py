@@ -35,6 +35,13 @@ class KeysValues:
     values: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagesOfHeads(KeysValues):
+    """A cache that is indexed page by page and head by head: a compiler that partitions the program itself sees that its shards are pages,
+    which it cannot see in the rows that `write` and `read` use otherwise. Single layers have no such view."""
+
+
 def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any:
     """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head."""
     model, lead = plan.padded_model, () if unrolled else (plan.model.num_layers,)
@@ -78,12 +85,15 @@ def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.
     stored = jax.tree.map(lambda x: quantize(x, (-1,)), new) if isinstance(held.keys, Quantized) else new
 
     def put(array: jax.Array, part: jax.Array) -> jax.Array:
+        if isinstance(held, PagesOfHeads):
+            slots = jnp.where(owned, pages, jnp.iinfo(jnp.int32).max)
+            return array.at[number, slots, :, offsets].set(_as_stored(part, array.dtype), mode="drop")
         rows = _heads_of(array, lead, number, pages) * array.shape[lead + 2] + offsets[:, None]  # [T, K]
         rows = jnp.where(owned[:, None], rows, jnp.iinfo(jnp.int32).max)  # out of range: dropped
         flat = array.reshape(-1, *array.shape[lead + 3 :])
         return flat.at[rows].set(_as_stored(part, array.dtype), mode="drop").reshape(array.shape)
 
-    updated = jax.tree.map(put, held, stored)
+    updated = jax.tree.map(put, held, type(held)(stored.keys, stored.values))
     return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
 
 
@@ -122,10 +132,12 @@ def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], ja
     held, number, lead = _held(kv, layer)
 
     def take(array: jax.Array) -> jax.Array:
+        if isinstance(held, PagesOfHeads):
+            return order(_as_read(array.at[number, pages].get(mode="clip")))
         heads = order(_heads_of(array, lead, number, pages))
         return _as_read(array.reshape(-1, *array.shape[lead + 2 :]).at[heads].get(mode="clip"))
 
-    return jax.tree.map(take, held)
+    return jax.tree.map(take, KeysValues(held.keys, held.values))
 
 
 def _held(kv: Any, layer: Any) -> tuple[KeysValues, Any, int]:

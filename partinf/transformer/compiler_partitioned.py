@@ -24,6 +24,7 @@ from partinf.sharding import dimensions
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block
+from partinf.transformer.cache import KeysValues, PagesOfHeads
 from partinf.transformer.forward import embedded, sampled_logits
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
@@ -60,12 +61,14 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
                 x, kv = block(weights, x, kv, index, batch, routes, rotations)
                 x = constrain(x)
         else:
+            kv = PagesOfHeads(kv.keys, kv.values)
 
             def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
                 x, kv = block(inputs[1], *carry, inputs[0], batch, routes, rotations)
                 return (constrain(x), kv), None
 
             (x, kv), _ = lax.scan(body, (x, kv), (jnp.arange(plan.model.num_layers), params["layers"]))
+            kv = KeysValues(kv.keys, kv.values)
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, None, slots, batch, routes)

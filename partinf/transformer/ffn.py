@@ -6,6 +6,10 @@ With e and f the axes that still split E and F after gathering, and t those that
     2D weight-stationary   e = x,    f = yz,  t = ()      reduce-scatter and all-gather over x in the middle
     weight-gathered XY     e = (),   f = z,   t = xy      as 1D, over z alone
     weight-gathered XYZ    e = (),   f = (),  t = xyz     none
+
+The scatter in the middle may split F or the tokens, since the nonlinearity works element by element; both move the same bytes. It splits
+the tokens where every device gets whole tiles of them: the leading dimension is one whose reduce-scatter every compiler keeps, whatever
+the model's widths are.
 """
 
 from __future__ import annotations
@@ -17,14 +21,17 @@ from partinf.transformer.linear import activate
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
+_TILE_ROWS = 8  # of a TPU's tiles
+
 
 def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
-    """The FFN between its two products: [2, T.t, F.f] {e unreduced} (1 without a gate) → [T.t, F.f]."""
-    frame = routes.frame((), routes.hidden_digits, 1, 2)
-    whole, split = Split(cols=routes.ffn), Split(cols=routes.ffn + routes.embed)
-    hidden = move(hidden, frame, Split(cols=routes.ffn, unreduced=routes.embed), split)  # [2, T.t, F.fe]
+    """The FFN between its two products: [T.t, 2, F.f] {e unreduced} (1 without a gate) → [T.t, F.f]."""
+    rows, cols = routes.tokens + routes.embed, routes.hidden_digits
+    tiles = hidden.shape[0] % (_TILE_ROWS * routes.ways(routes.embed)) == 0
+    split = Split(rows, routes.ffn) if tiles else Split(routes.tokens, routes.ffn + routes.embed)
+    whole = Split(routes.tokens, routes.ffn, routes.embed)
+    hidden = move(hidden, routes.frame(rows, cols, 0, 2), whole, split)  # [T.te, 2, F.f] or [T.t, 2, F.fe]
     if "b_in" in weights:
-        bias = take_split(weights["b_in"], 1, routes.hidden_digits, split.cols, routes.sizes)
-        hidden = hidden + bias[:, None, :]
-    hidden = activate(hidden, routes.plan.model)  # [T.t, F.fe]
-    return move(hidden, routes.frame((), routes.hidden_digits), split, whole)  # [T.t, F.f]
+        hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)[None]
+    hidden = activate(hidden, routes.plan.model)  # [T.te, F.f] or [T.t, F.fe]
+    return move(hidden, routes.frame(rows, cols), split, Split(routes.tokens, routes.ffn))  # [T.t, F.f]

@@ -13,12 +13,12 @@ prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes 
        prompt tokens: all-reduce(x)                                             kv [16, 2, K.y = 1, 8] for attention over heads;
        then all-gather(y) of the heads                                          kv [16, 2, K = 2, 8]: each owner keeps its own
     6. attention; back by all-to-all(yz) and all-gather(x)                      o [24, H.yz = 2, 8]
-    7. o · W_O [E.x 32, H.yz 2, 8], reduce-scatter(z), reduce-scatter(y)        x [24, E.xyz = 8]
-    8. norm, all-gather(yz), · W_in [2, F.yz 48, E.x 32]                        [2, 24, F.yz = 48] {x unreduced}
+    7. o · W_O [E.x 32, H.yz 2, 8], reduce-scatter(y), reduce-scatter(z)        x [24, E.xyz = 8]
+    8. norm, all-gather(yz), · W_in [2, F.yz 48, E.x 32]                        [24, 2, F.yz = 48] {x unreduced}
     9. reduce-scatter(x), silu · mul, all-gather(x), · W_out [E.x 32, F.yz 48]  [24, E.x = 32] {yz unreduced}
-    10. reduce-scatter(z), reduce-scatter(y)                                    x [24, E.xyz = 8]
+    10. reduce-scatter(y), reduce-scatter(z)                                    x [24, E.xyz = 8]
     11. rows to sample from: 8 lanes, last tokens of the prompts; logits        [rows, V = 256] {xyz unreduced}
-        reduce-scatter(z), (y), (x)                                             [rows, V.xyz = 32]
+        reduce-scatter(x), (y), (z)                                             [rows, V.xyz = 32]
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.linear import dot, norm
-from partinf.transformer.params import Params
+from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm
+from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
 
@@ -87,20 +87,41 @@ def _spread(x: jax.Array, routes: Routes) -> jax.Array:
 
 
 def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) -> tuple[jax.Array, Any]:
-    """All layers of a stage: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry."""
+    """All layers of a stage: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry.
+
+    Where weights are gathered ahead, the first products' weights of a layer come with the carry: gathered once before the scan, in every
+    layer for the next one, and not in the last, which follows the scan. Each is gathered once per layer, as without.
+    """
     rotations = rotations_of(batch, routes)
+    last = routes.plan.model.num_layers // routes.ways(routes.stages) - 1
+
+    def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any) -> tuple[jax.Array, Any]:
+        return block({**weights, **entering}, x, kv, index, batch, routes, rotations)
+
+    def entering(weights: Params) -> Params:
+        return gather_weights(weights, ENTERING, routes)
+
     if isinstance(layers, tuple):
         for index, weights in enumerate(layers):
-            x, kv = block(weights, x, kv, index, batch, routes, rotations)
+            x, kv = one(weights, entering(weights), x, kv, index)
         return x, kv
+    in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
 
-    def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
-        index, weights = inputs
-        return block(weights, *carry, index, batch, routes, rotations), None
+    def layer(index: Any) -> Params:
+        slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
+        return {name: OneOf(leaf, index) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in layers.items()}
 
-    indices = jnp.arange(routes.plan.model.num_layers // routes.ways(routes.stages))
-    (x, kv), _ = lax.scan(body, (x, kv), (indices, layers))
-    return x, kv
+    if not routes.phase.ahead:
+        body = lambda carry, index: (one(layer(index), entering(layer(index)), *carry, index), None)  # noqa: E731
+        return lax.scan(body, (x, kv), jnp.arange(last + 1))[0]
+
+    def before_next(carry: tuple[jax.Array, Any, Params], index: jax.Array) -> tuple[tuple[jax.Array, Any, Params], None]:
+        x, kv, ready = carry
+        following = entering(layer(index + 1))
+        return (*one(layer(index), ready, x, kv, index), following), None
+
+    (x, kv, ready), _ = lax.scan(before_next, (x, kv, entering(layer(0))), jnp.arange(last))
+    return one(layer(last), ready, x, kv, last)
 
 
 def sampled_logits(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:

@@ -109,21 +109,25 @@ def head_norm(x: jax.Array, scale: jax.Array, model: ModelConfig) -> jax.Array:
 
 
 def activate(hidden: jax.Array, model: ModelConfig) -> jax.Array:
-    """The FFN's nonlinearity on hidden [2, T, F] (gate, up) or [1, T, F] → [T, F]."""
+    """The FFN's nonlinearity on hidden [T, 2, F] (gate, up) or [T, 1, F] → [T, F]."""
     functions = {
         Activation.SILU: jax.nn.silu,
         Activation.GELU: lambda x: jax.nn.gelu(x, approximate=False),
         Activation.GELU_TANH: jax.nn.gelu,
         Activation.RELU: jax.nn.relu,
     }
-    first = functions[model.activation](hidden[0])
-    return first * hidden[1] if model.gated else first
+    first = functions[model.activation](hidden[:, 0])
+    return first * hidden[:, 1] if model.gated else first
 
 
-def gather_weights(layer: Params, routes: Routes) -> Params:
-    """The layer's weights with the shards of the phase's gathered axes brought together: F, H and K over f, E over e."""
+ENTERING, LEAVING = ("wq", "wkv", "w_in"), ("wo", "w_out")
+"""The matrices before the cores of a layer, and those after them."""
+
+
+def gather_weights(layer: Params, names: tuple[str, ...], routes: Routes) -> Params:
+    """These weights of a layer with the shards of the phase's gathered axes brought together: F, H and K over f, E over e."""
     if not routes.phase.gather:
-        return layer
+        return {name: layer[name] for name in names}
     heads, kv, hidden = routes.head_digits, routes.kv_digits, routes.hidden_digits
     stored_kv = tuple(axis for axis in kv if axis in routes.ffn_stored)
     used_kv = tuple(axis for axis in kv if axis in routes.ffn)
@@ -134,8 +138,9 @@ def gather_weights(layer: Params, routes: Routes) -> Params:
         "w_in": (hidden, 1, 2, routes.ffn_stored, routes.ffn),
         "w_out": (hidden, 1, 0, routes.ffn_stored, routes.ffn),
     }
-    gathered = dict(layer)
-    for name, (digits, row_dim, col_dim, stored, used) in where.items():
+    gathered = {}
+    for name in names:
+        digits, row_dim, col_dim, stored, used = where[name]
         source, target = Split(stored, routes.embed_stored), Split(used, routes.embed)
         frame = routes.frame(digits, routes.weight_stored, row_dim, col_dim)
         weights = layer[name]

@@ -27,6 +27,14 @@ Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """One layer of a stacked weight, not sliced yet: whoever needs only a part of it takes that part in the same slice."""
+
+    layers: Any
+    index: Any
+
+
+@dataclass(frozen=True)
 class Declared:
     """One weight: its shape, the letter of each dimension (`.` is never split), and its initial values: the constant `fill`, or normally
     distributed with deviation 1/√(size of the contraction).

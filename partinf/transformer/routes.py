@@ -117,7 +117,7 @@ class Routes:
         return self.ffn_stored + self.embed_stored
 
     def frame(self, rows: Axes, cols: Axes, row_dim: int = 0, col_dim: int = 1) -> Frame:
-        return Frame(rows, cols, self.sizes, row_dim, col_dim)
+        return Frame(rows, cols, self.sizes, row_dim, col_dim, self.plan.slice.scatter_order)
 
     # Token groups.
 

@@ -69,6 +69,12 @@ class Out:
     prompt_logprobs: jax.Array | None = None
 
 
+_GATHERS_BESIDE_PRODUCTS = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+
 Step = Callable[[Params, State, Batch], tuple[State, Out]]
 
 
@@ -153,7 +159,10 @@ def build_step(
 
 
 def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:
-    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batches)`, and donates the state."""
+    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batches)`, and donates the state.
+
+    Where weights are gathered ahead, a TPU's compiler is asked to run gathers beside products: by itself it runs one thing at a time.
+    """
     step = build_step(plan, mesh, bucket, unrolled, with_logits)
 
     def packed_step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
@@ -161,7 +170,8 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
 
     packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
-    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile()
+    beside = Routes(plan, bucket).phase.ahead and mesh.devices.flat[0].platform == "tpu"
+    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(_GATHERS_BESIDE_PRODUCTS if beside else None)
 
 
 def _fed(batch: Batch, state: State) -> jax.Array:

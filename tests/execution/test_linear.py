@@ -12,7 +12,7 @@ from partinf.transformer.linear import dot
 SHAPES = {  # weights of every spec that the model uses, by letter
     "te,hqe->thq": {"e": 12, "h": 3, "q": 4},
     "te,ckqe->tckq": {"e": 12, "c": 2, "k": 1, "q": 5},
-    "te,cfe->ctf": {"e": 12, "c": 2, "f": 7},
+    "te,cfe->tcf": {"e": 12, "c": 2, "f": 7},
     "tf,ef->te": {"f": 12, "e": 10},
     "re,ve->rv": {"e": 12, "v": 9},
 }

@@ -41,8 +41,8 @@ def test_both_forms_of_a_collective_matmul(mesh: str, axis: str, ring: Ring) -> 
 
     def run(loop: Loop | None) -> tuple[jax.Array, jax.Array]:
         def local(x: jax.Array, hidden: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-            (gathered,) = gather_multiply(x, frame, every, none, loop, lambda part, cut: (part @ cut(first, 1).T,), (0,))
-            product = lambda cut, rows: hidden[0, rows] @ cut(second[0], 0).T  # noqa: E731
+            (gathered,) = gather_multiply(x, frame, every, none, loop, lambda part, cut: (part @ cut(first, 1, None).T,))
+            product = lambda cut, rows: hidden[0, rows] @ cut(second[0], 0, None).T  # noqa: E731
             scattered = multiply_scatter(product, frame, ROWS, Split(unreduced=("x", "y")), every, loop, jnp.float32)
             return gathered, scattered
 
@@ -75,8 +75,11 @@ def test_a_loop_over_a_long_axis(ring: Ring) -> None:
     assert largest_error(make_plan("4x2", layout)) < TOLERANCE["f32"]
 
 
-def test_int8_weights_with_loops() -> None:
-    assert largest_error(make_plan("2x2x2", looped_layout("z", "both-ways"), dtype=DType.INT8)) < TOLERANCE["int8"]
+@pytest.mark.parametrize("gathers", [True, False])
+def test_int8_weights_with_loops(gathers: bool) -> None:
+    loop = {"axis": "y", "gathers": gathers}
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), decode_loop=loop)
+    assert largest_error(make_plan("2x2x2", layout, dtype=DType.INT8)) < TOLERANCE["int8"]
 
 
 @pytest.mark.parametrize("ring", Ring)
@@ -109,6 +112,8 @@ def test_a_loop_is_data() -> None:
     again, _ = layout_from_toml(layout_to_toml(layout), "here")
     assert again == layout
     assert again.decode.loop == Loop("z", Ring.HALVES)
+    scatters = make_layout({"x": "ffn"}, {"x": "batch"}, decode_loop={"axis": "x", "gathers": False})
+    assert layout_from_toml(layout_to_toml(scatters), "here")[0] == scatters
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,7 @@ def test_a_loop_is_data() -> None:
         ({"ring": "both-ways"}, "decode loop: `axis` is missing"),
         ({"axis": "z", "ring": "halfs"}, "decode loop: unknown role 'halfs'; did you mean 'halves'?"),
         ({"axis": "z", "way": "left"}, "decode loop: unknown key 'way'"),
+        ({"axis": "z", "gathers": "no"}, "decode loop: `gathers` is true or false, not 'no'"),
     ],
 )
 def test_wrong_loops_are_refused(loop: dict[str, str], words: str) -> None:

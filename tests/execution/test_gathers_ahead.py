@@ -1,0 +1,99 @@
+"""Weights gathered ahead give the same results with the same collectives, only earlier."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from partinf.buckets import split_of
+from partinf.cost.memory import activation_bytes
+from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.step import step_ledger
+from partinf.errors import InvalidInput
+from partinf.hardware import parse_slice
+from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
+from partinf.model_config import load_model_config
+from partinf.planner.choose import plan
+from partinf.plans import Bucket
+from partinf.sharding import abstract_mesh
+from partinf.transformer.account import trace_account
+from partinf.transformer.batch import stacked
+from partinf.transformer.params import abstract_params
+from partinf.transformer.step import abstract_state, build_step
+from partinf.workload import DType, Workload
+from tests.execution.assignments import FAMILIES
+from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
+
+
+def layout(gather: str, ahead: bool = True) -> Layout:
+    storage = {"x": "embed", "y": "ffn", "z": "ffn"}
+    attention = {"x": "batch", "y": "batch", "z": "heads"}
+    gathers = {"decode_gather": gather, "prefill_gather": gather, "decode_ahead": ahead, "prefill_ahead": ahead}
+    return make_layout(storage, attention, **gathers)
+
+
+@pytest.mark.parametrize(("gather", "family"), [("xyz", "palm"), ("x", "gpt"), ("xz", "llama")])
+def test_a_step_equals_the_reference(gather: str, family: str) -> None:
+    model = dataclasses.replace(MODEL, name=f"ahead-{family}", **FAMILIES.get(family, {}))
+    assert largest_error(make_plan("2x2x2", layout(gather), model)) < TOLERANCE["f32"]
+
+
+def test_int8_weights_and_layers_that_are_unrolled() -> None:
+    assert largest_error(make_plan("2x2x2", layout("xy"), dtype=DType.INT8)) < TOLERANCE["int8"]
+    assert largest_error(make_plan("2x2x2", layout("xy")), unrolled=True) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_every_weight_is_gathered_once_per_layer(layers: int) -> None:
+    model = dataclasses.replace(MODEL, num_layers=layers)
+    accounts = [trace_account(make_plan("2x2x2", layout("xyz", ahead), model), Bucket(16, 8)) for ahead in (True, False)]
+    assert accounts[0] == accounts[1]
+
+
+def test_the_carry_brings_the_next_layers_first_weights() -> None:
+    plan, bucket = make_plan("2x2x2", layout("xyz")), Bucket(16, 8)
+    mesh = abstract_mesh(plan)
+    step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
+    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), stacked(bucket, 1))
+    (inner,) = (equation.params["jaxpr"] for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
+    (scan,) = (equation for equation in inner.eqns if equation.primitive.name == "scan")
+    carried = {tuple(variable.aval.shape) for variable in scan.outvars}
+    assert {(MODEL.num_heads, MODEL.head_dim, MODEL.embed_dim), (2, MODEL.ffn_dim, MODEL.embed_dim)} <= carried
+    assert scan.params["length"] == MODEL.num_layers - 1
+
+
+def test_a_plan_gathers_ahead_where_memory_allows() -> None:
+    """540B holds one layer's gathered weights beside its prompts on 64 chips, and not one more; 62B on 32 has room."""
+
+    def prefill(name: str, slice_name: str, batch: int) -> Phase:
+        workload = Workload(batch=batch, input_len=2048, phase="prefill")
+        return plan(load_model_config(name), parse_slice(slice_name), workload).layout.prefill
+
+    small, large = prefill("palm-62b", "v4:2x4x4", 512), prefill("palm-540b", "v4:4x4x4", 512)
+    assert small.gather
+    assert small.ahead
+    assert large.gather
+    assert not large.ahead
+
+
+def test_what_is_gathered_ahead_is_priced_behind_the_layers_and_takes_memory() -> None:
+    chips = parse_slice("v4:2x2x2")
+    plain, ahead = (dataclasses.replace(make_plan("2x2x2", layout("xyz", given)), slice=chips) for given in (False, True))
+    splits = [split_of(one, Bucket(64, 8), Pricing(one.slice, program=TILED)) for one in (plain, ahead)]
+    hidden = [sum(entry.overlapped * entry.count for entry in step_ledger(split).entries) for split in splits]
+    assert hidden[0] == 0
+    assert hidden[1] > 0
+    assert activation_bytes(splits[0]) < activation_bytes(splits[1])
+
+
+def test_it_is_data_of_the_phase() -> None:
+    given = dataclasses.replace(layout("x"), decode=dataclasses.replace(layout("x").decode, ahead=False))
+    again, _ = layout_from_toml(layout_to_toml(given), "here")
+    assert again == given
+    assert (again.prefill.ahead, again.decode.ahead) == (True, False)
+    with pytest.raises(InvalidInput, match="decode: gathers ahead, but gathers no weights"):
+        layout("")
+    with pytest.raises(InvalidInput, match="`ahead` is true or false, not 'yes'"):
+        layout_from_toml(layout_to_toml(layout("x")).replace("ahead = true", 'ahead = "yes"'), "here")
