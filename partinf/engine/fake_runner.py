@@ -37,6 +37,7 @@ class FakeRunner:
         self._host: dict[tuple[int, int], tuple[int, int]] = {}  # the same in host memory
         self._last: dict[int, int] = {}  # slot → token sampled last
         self._sampled: dict[int, int] = {}  # slot → number of the step that sampled it
+        self._submitted = 0  # steps so far; `steps` is the reader's, who may shorten it
         self._counted: dict[int, tuple[SlotStart, list[int]]] = {}  # slot → how it started, and what it has counted since
         self._homes: dict[int, int] = {}  # of pages in host memory, the shard that they left
         self._done: deque[StepOutput] = deque()
@@ -54,6 +55,7 @@ class FakeRunner:
         """
         self._check(step)
         self.steps.append(step)
+        self._submitted += 1
         self._copy(step)
         fed = [self._last[row.slot] if row.token is None else row.token for row in step.decode]
         for start in step.starts:
@@ -109,7 +111,7 @@ class FakeRunner:
             shift += sampling.repetition * len({*start.prompt, *generated}) + sum(bias for _, bias in start.logit_bias)
             token += int(shift)
         token %= self._limits.vocab_size
-        self._last[slot], self._sampled[slot] = token, len(self.steps)
+        self._last[slot], self._sampled[slot] = token, self._submitted
         top = tuple(((token + other) % self._limits.vocab_size, -float(token + other)) for other in range(sampling.top_logprobs))
         return SampledToken(token, -float(token), top)
 
@@ -130,7 +132,7 @@ class FakeRunner:
         for row in step.decode:
             if row.token is None and row.slot not in self._last:
                 problems.append(f"slot {row.slot}: no token was sampled in it yet")
-            elif row.token is None and len(self.steps) + 1 - self._sampled[row.slot] < self._limits.num_stages:
+            elif row.token is None and self._submitted + 1 - self._sampled[row.slot] < self._limits.num_stages:
                 problems.append(f"slot {row.slot}: its last token has not come out of the pipeline yet")
         rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
         ready = self._counted.keys() | {start.slot for start in step.starts}
