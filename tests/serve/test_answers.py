@@ -124,13 +124,15 @@ def test_the_engines_thread_hands_over_once_per_iteration() -> None:
         running = asyncio.create_task(asyncio.to_thread(thread.run))
         params = SamplingParams(max_tokens=20, ignore_eos=True)
         inboxes = [thread.submit([[5, number]], params, stream=True) for number in range(8)]
-        outputs = await asyncio.gather(*(inbox.outputs() for inbox in inboxes))
-        assert all(one.finish_reason is FinishReason.LENGTH for ((one,),) in outputs)
-        for inbox in inboxes:
-            inbox.close()
-        await thread.idle()
-        thread.stop()
-        await running
+        try:
+            outputs = await asyncio.gather(*(inbox.outputs() for inbox in inboxes))
+            assert all(one.finish_reason is FinishReason.LENGTH for ((one,),) in outputs)
+            for inbox in inboxes:
+                inbox.close()
+            await thread.idle()
+        finally:  # a thread that goes on would keep a failure from being seen
+            thread.stop()
+            await running
         return calls, engine.metrics.iterations
 
     calls, iterations = asyncio.run(main())
