@@ -12,8 +12,7 @@ import pytest
 
 from partinf.engine.batch import Batch
 from partinf.engine.step import StepOutput
-
-from tests.serve.support import DEMO, Serving, events, serving, wait_until
+from tests.serve.support import Serving, events, serving, wait_until
 
 SPANS: list[tuple[float, float, set[int]]] = []
 """Of every step: when it was scheduled and committed, and the requests in it."""
