@@ -113,7 +113,7 @@ def simulate(
 def padded_ticks(plan: Plan, pricing: Pricing, own: StepPrice, sizing: Sizing, padding: Padding) -> Callable[..., Price]:
     """Prices ticks at the buckets that the JAX runner would compile for contexts of up to 640 tokens, and what a stage does for a step of
     its own, which is asked for alone, at the step's own shape."""
-    capacity = Capacity(sizing.max_rows * plan.num_stages, LONGEST, sizing.prefill_tokens, random=False)
+    capacity = Capacity(sizing.max_rows * plan.num_stages, LONGEST, sizing.prefill_tokens)
     buckets = StepPrice(plan, pricing, buckets=with_capacity(plan, capacity).buckets)
 
     def price(*steps: Step) -> Price:
