@@ -12,6 +12,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+_SHOWN = (("per_token", 1e3, 0), ("completion", 1.0, 1))
 COLOURS = {
     "fcfs": "tab:red",
     "orca": "tab:gray",
@@ -43,14 +44,13 @@ def print_loads(curves: list[dict[str, Any]]) -> None:
 
 
 def print_points(curves: list[dict[str, Any]]) -> None:
-    """Per load: throughput, mean and P95 per token in ms, mean and P95 of completion and mean time to first token in s, swaps."""
-    for curve in curves:
-        print(f"\n{curve['model']}, {curve['label']}, {curve['eviction']}, {curve['requests']} requests")
-        for point in curve["points"]:
-            token, done, first = point["per_token"], point["completion"], point["ttft"]
-            rate = "all at once" if point["rate"] is None else f"{point['rate']:.2f}/s"
-            figures = f"{1e3 * token[0]:5.0f} {1e3 * token[1]:5.0f} ms  {done[0]:5.1f} {done[1]:5.1f} s  {first[0]:5.1f} s"
-            print(f"  {rate:>11}  {point['throughput']:.2f}/s  {figures}  {point['swap_outs']} swaps")
+    """Per load and policy, as lines of the README's table: mean, P95 and P99 per token in ms, the same of completion in s, mean time to
+    first token in s, swaps."""
+    print("| load | policy | per token, ms | completion, s | first token, s | swaps |\n|---|---|---|---|---|---|")
+    for points in zip(*(curve["points"] for curve in curves), strict=True):
+        for curve, point in zip(curves, points, strict=True):
+            token, done = (", ".join(f"{scale * value:.{digits}f}" for value in point[key]) for key, scale, digits in _SHOWN)
+            print(f"| {point['rate']:.2f}/s | `{curve['label']}` | {token} | {done} | {point['ttft'][0]:.1f} | {point['swap_outs']} |")
 
 
 def draw(curves: list[dict[str, Any]]) -> None:
