@@ -12,6 +12,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+_TICKS = (1, 1.5, 2, 3, 4, 6, 10)
 _SHOWN = (("per_token", 1e3, 0), ("completion", 1.0, 1))
 COLOURS = {
     "fcfs": "tab:red",
@@ -60,7 +61,7 @@ def draw(curves: list[dict[str, Any]]) -> None:
         for curve in (curve for curve in curves if curve["model"] == model):
             points = [point for point in curve["points"] if point["rate"] is not None]
             line = {"proactive": "-", "reactive": "--", "recompute": ":"}[curve["eviction"]]
-            label = curve["label"] + ("" if curve["eviction"] == "proactive" else f", {curve['eviction']}")
+            label = curve["label"] if curve["eviction"] == "proactive" else None
             style = {"color": COLOURS[curve["label"]], "linestyle": line, "marker": "o", "markersize": 3}
             rates = [point["rate"] for point in points]
             axes[0][column].plot(rates, [point["per_token"][0] for point in points], label=label, **style)
@@ -68,7 +69,11 @@ def draw(curves: list[dict[str, Any]]) -> None:
         axes[0][column].axhline(0.3, color="black", linewidth=0.7)
         axes[0][column].set(title=model, ylim=(0, 0.4), xscale="log")
         axes[1][column].set(xlabel="requests per second", ylim=(0, 200), xscale="log")
-        axes[0][column].legend(fontsize=6)
+        for axis in axes[:, column]:
+            axis.set_xticks(_TICKS, map(str, _TICKS))
+            axis.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    figure.suptitle("400 requests; dashed: swapped when another needs room (reactive), dotted: recomputed", fontsize=10)
     axes[0][0].set_ylabel("mean latency per generated token, s")
     axes[1][0].set_ylabel("mean completion time, s")
     figure.savefig(HERE / "fastserve.png", dpi=110)
