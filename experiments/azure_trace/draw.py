@@ -31,9 +31,10 @@ def main() -> int:
         axes[0].bar(where, [mine[case]["goodput"]["share"] for case in cases], width, label=scheduler)
         axes[1].bar(where, [mine[case]["latency"]["ttft"]["p95"] for case in cases], width)
     axes[0].set_ylabel("share within 1 s TTFT\nand 50 ms per token")
+    axes[0].set_ylim(0, 1.2)
     axes[0].legend(ncols=5, fontsize=8)
     axes[1].set(ylabel="P95 time to first token, s", yscale="log")
-    axes[1].set_xticks([n + 0.3 for n in range(len(cases))], ["\n".join(case) for case in cases], fontsize=6)
+    axes[1].set_xticks([n + 0.3 for n in range(len(cases))], ["\n".join(case).replace(", ", "\n") for case in cases], fontsize=6)
     figure.savefig(HERE / "azure.png", dpi=110)
     print(f"| model | slice | batch | {' | '.join(schedulers)} | chip·ms per token |\n|---|---|---|{'---|' * (len(schedulers) + 1)}")
     for case in cases:
