@@ -1,7 +1,7 @@
 """Orca's evaluation in the simulator: GPT-3 175B on 2 stages of 8 A100-40GB, and 341B on 4 of 8, throughput against median normalised
 latency, and how much of the stages' time is bubbles.
 
-    python -m experiments.orca_175b_on_16_a100.measure            # half an hour on one core, writes results.json
+    python -m experiments.orca_175b_on_16_a100.measure            # a quarter of an hour on one idle core, writes results.json
     python -m experiments.orca_175b_on_16_a100.measure bubbles    # that part anew
 
 Iteration-level scheduling (`orca`) at four batch sizes against request-level scheduling as FasterTransformer does it and with padded
