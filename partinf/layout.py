@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from enum import StrEnum
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from partinf.axes import is_axis_name
@@ -31,6 +32,8 @@ class Role(StrEnum):
     REPLICA = "replica"
     STAGE = "stage"
 
+    __hash__ = str.__hash__  # a search asks for it some hundred thousand times
+
 
 class AttentionRole(StrEnum):
     """What a mesh axis splits in the attention core.
@@ -43,6 +46,8 @@ class AttentionRole(StrEnum):
     BATCH = "batch"
     SEQUENCE = "sequence"
     NONE = "none"
+
+    __hash__ = str.__hash__
 
 
 PHASES = ("prefill", "decode")
@@ -90,7 +95,11 @@ class Phase:
 
     def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
         """The axes with this attention role, in mesh order."""
-        return tuple(axis for axis, has in self.attention if has is role)
+        return self._by_role.get(role, ())
+
+    @cached_property
+    def _by_role(self) -> dict[AttentionRole, tuple[str, ...]]:
+        return {role: tuple(axis for axis, has in self.attention if has is role) for role in AttentionRole}
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Layout:
 
     def storage_axes(self, role: Role) -> tuple[str, ...]:
         """The axes with this storage role, in mesh order."""
-        return tuple(axis for axis, has in self.storage if has is role)
+        return _axes_with(self.storage, role)
 
     @property
     def weight_axes(self) -> tuple[str, ...]:
@@ -170,6 +179,11 @@ class Layout:
             for axis, role in self.phase(label).attention
             if axis in stages and role is not AttentionRole.NONE
         ]
+
+
+@lru_cache(maxsize=1 << 12)
+def _axes_with(storage: tuple[tuple[str, Role], ...], role: Role) -> tuple[str, ...]:
+    return tuple(axis for axis, has in storage if has is role)
 
 
 def make_layout(
@@ -288,12 +302,8 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
 def head_axes(layout: Layout) -> tuple[str, ...]:
     """Every axis that may split the query heads, major first: the stored ones, then those that attention adds in some phase."""
     stored = layout.storage_axes(Role.FFN)
-    added = [
-        axis
-        for axis in layout.axes
-        if axis not in stored and any(dict(layout.phase(label).attention)[axis] is AttentionRole.HEADS for label in PHASES)
-    ]
-    return stored + tuple(added)
+    attended = layout.prefill.attention_axes(AttentionRole.HEADS) + layout.decode.attention_axes(AttentionRole.HEADS)
+    return stored + tuple(axis for axis in layout.axes if axis in attended and axis not in stored)
 
 
 def kv_head_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) -> tuple[str, ...]:

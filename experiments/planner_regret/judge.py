@@ -5,29 +5,38 @@
 Every dot reads its operands and writes its result once; weights that are stored as int8 and widened for the product count as int8 (a
 compiler fuses the conversion), or, in the second of two judgements, as they are multiplied. A collective over K chips moves
 payload · (K-1)/K through each chip, an all-reduce twice that; on a torus it uses one link each way of every axis it runs over (one link
-alone where an axis does not wrap), on a switch a chip's port. Half of an all-to-all's bytes cross the middle of each axis. No constant is
-fitted.
+alone where an axis does not wrap), on a switch a chip's port. Half of an all-to-all's bytes cross the middle of each axis; a permute sends
+all of them over one link. No constant is fitted.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import NamedTuple
 
+from partinf.buckets import serving_steps
 from partinf.hardware import Slice
 from partinf.layout import Layout
 from partinf.planner.report import Candidate, PlanReport
-from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, Plan
 from partinf.transformer.account import Account, Collective, trace_account
 
 HOP_SECONDS = 1e-6
-PAGE = 16
 
 
-def judged_seconds(report: PlanReport, candidate: Candidate) -> tuple[float, float]:
-    """The step of a candidate under this account: operands as stored, and as multiplied."""
+class Judged(NamedTuple):
+    """Seconds of a candidate's step under this account: with operands as they are stored, and as they are multiplied."""
+
+    seconds: float
+    unfused: float
+
+
+def judged(report: PlanReport, candidate: Candidate) -> Judged:
+    """The step of a candidate under this account; with pipeline stages all the ticks in which the batch passes through."""
     plan, bucket = program_of(report, candidate)
     account = trace_account(plan, bucket)
-    return price(account, report.slice), price(account, report.slice, fused=False)
+    return Judged(*(plan.num_stages * price(account, report.slice, fused) for fused in (True, False)))
 
 
 def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
@@ -35,17 +44,8 @@ def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
     workload, phase = report.workload, candidate.asked.phase
     layout = Layout(candidate.layout.storage, phase, phase)
     plan = Plan(report.model, report.slice, layout, workload.weights, workload.kv, padded_heads=candidate.padded_heads)
-    if workload.phase == "decode":
-        rows = _up(workload.batch, plan.decode_row_multiple())
-        pages = _up(-(-workload.decode_context // PAGE), plan.num_parts)
-        bucket, cached = Bucket(rows, pages), pages * rows // plan.num_shards
-    else:
-        slots = _up(workload.batch, plan.prefill_slot_multiple())
-        tokens = _up(slots * workload.input_len, plan.prefill_token_multiple())
-        rows = _up(slots, plan.decode_row_multiple())
-        bucket, cached = Bucket(prefill_tokens=tokens, prefill_slots=slots), _up(-(-slots * workload.input_len // PAGE), plan.num_parts)
-    cache = CacheConfig(PAGE, max(cached, 1), rows)
-    return Plan(report.model, report.slice, layout, workload.weights, workload.kv, cache=cache, padded_heads=candidate.padded_heads), bucket
+    plan, (bucket,) = serving_steps(plan, workload)
+    return replace(plan, buckets=(bucket,)), bucket
 
 
 def price(account: Account, slice_: Slice, fused: bool = True) -> float:
@@ -61,6 +61,8 @@ def collective_seconds(collective: Collective, slice_: Slice) -> float:
     """One collective: bytes over links, and one hop at a time to the farthest chip."""
     chip, axes = slice_.chip, [axis for axis in slice_.axes if axis.name in collective.axes]
     ways = math.prod(axis.size for axis in axes)
+    if collective.op == "collective-permute":
+        return collective.num_bytes / (chip.link_bandwidth if chip.torus_dims else chip.switch_bandwidth) + HOP_SECONDS
     if chip.torus_dims == 0:
         passes = 2 if collective.op == "all-reduce" else 1
         return passes * (collective.num_bytes * (ways - 1) / ways / chip.switch_bandwidth + HOP_SECONDS)
@@ -71,7 +73,3 @@ def collective_seconds(collective: Collective, slice_: Slice) -> float:
         return crossing / chip.link_bandwidth + hops
     passes = 2 if collective.op == "all-reduce" else 1
     return passes * (collective.num_bytes * (ways - 1) / ways / (sum(links.values()) * chip.link_bandwidth) + hops)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -27,8 +27,6 @@ def run(args: argparse.Namespace) -> int:
     asked = read(args, extra=[f"--slice {args.slice}: a layout is explained on one slice; `partinf plan` finds it"] if auto else [])
     layout, padded_heads = named_or_chosen(asked, args.layout)
     from partinf.cli.plan_table import wide_console
-    from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import Pricing
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name
     from partinf.planner.evaluate import Evaluator
@@ -36,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     console = wide_console()
     name = readable_name(layout, asked.slice.axis_sizes)
     console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
-    pricing = Pricing(asked.slice, calibration_for(asked.slice.chip, asked.calibration), asked.bandwidth_model, asked.program)
-    evaluator = Evaluator(asked.model, pricing, asked.workload)
+    evaluator = Evaluator(asked.model, asked.question.pricing(asked.slice), asked.workload)
     for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
         print_step(console, label, split, step_ledger(split))
@@ -53,12 +50,12 @@ def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
     from partinf.cli.arguments import named_layout
     from partinf.errors import raise_offences
     from partinf.planner.evaluate import heads_for
-    from partinf.planner.search import search
+    from partinf.planner.search import answer
     from partinf.plans import layout_offences
 
     layout = named_layout(name)
     if layout is None:
-        report = search(asked.model, asked.slice, asked.workload, calibration=asked.calibration, bandwidth_model=asked.bandwidth_model)
+        report = answer(asked.question, asked.slice)
         return report.best.layout, report.best.padded_heads
     offences = layout_offences(asked.model, asked.slice, layout)
     padded = 0

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 from partinf.cli.arguments import add_hardware
 
 if TYPE_CHECKING:
-    from partinf.cost.collectives import BandwidthModel
-    from partinf.cost.pricing import Program
     from partinf.hardware import Chip, Slice
     from partinf.model_config import ModelConfig
+    from partinf.planner.question import Question
     from partinf.workload import Workload
 
 _T = TypeVar("_T")
@@ -27,13 +26,17 @@ class Asked:
         slice: the slice; with `auto`, one chip of the kind of which the slice is to be found.
     """
 
-    model: ModelConfig
+    question: Question
     slice: Slice
-    workload: Workload
-    calibration: str
-    bandwidth_model: BandwidthModel
-    program: Program
     auto: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.question.model
+
+    @property
+    def workload(self) -> Workload:
+        return self.question.workload
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -69,6 +72,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     from partinf.cost.pricing import PROGRAMS
     from partinf.errors import nearest, raise_offences
     from partinf.model_config import load_model_config
+    from partinf.planner.question import Question
     from partinf.workload import DType, Objective, Workload
 
     offences = list(extra)
@@ -113,8 +117,8 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     assert slice_ is not None
     assert workload is not None
     assert bandwidth_model is not None
-    auto = _is_auto(args.slice)
-    return Asked(model, slice_, workload, args.calibration, bandwidth_model, PROGRAMS[args.program], auto)
+    question = Question(model, workload, args.calibration, bandwidth_model, PROGRAMS[args.program])
+    return Asked(question, slice_, _is_auto(args.slice))
 
 
 def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice:

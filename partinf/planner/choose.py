@@ -15,8 +15,9 @@ from partinf.hardware import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
 from partinf.model_config import ModelConfig
 from partinf.planner.evaluate import Evaluator
+from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import search
+from partinf.planner.search import answer
 from partinf.planner.switch import prefill_from
 from partinf.plans import CacheConfig, Plan
 from partinf.workload import Workload
@@ -40,7 +41,7 @@ def plan(
     Raises:
         InvalidInput: nothing fits; by how much, and what would help.
     """
-    report = search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+    report = answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
     plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
     best = next((found for found in plans if not (only_runnable and found.runnable)), None)
     if best is None:

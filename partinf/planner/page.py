@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from partinf.cost.pricing import Pricing
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.explain import explain
@@ -90,8 +89,7 @@ def _candidates(candidates: Sequence[Candidate], label: str) -> str:
 
 def _lines(report: PlanReport, result: PhaseResult) -> str:
     best = report.best
-    pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
-    split = Evaluator(report.model, pricing, report.workload).split(best.layout, result.name, best.padded_heads)
+    split = Evaluator(report.model, report.pricing, report.workload).split(best.layout, result.name, best.padded_heads)
     rows = []
     for section in explain(split, result.ledger):
         times = f" (×{split.model.num_layers})" if section.per_layer else ""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from partinf.cost.movement import ways
-from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape
 from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.planner.evaluate import Evaluator
@@ -75,7 +74,7 @@ def _multiple(report: PlanReport, layout: Layout) -> int:
 def _step_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
     """A function of the tokens: seconds of a step of prompts under prefill's and under decode's FFN roles."""
     workload = report.workload
-    evaluator = Evaluator(report.model, Pricing(report.slice, report.calibration, report.bandwidth_model, report.program), workload)
+    evaluator = Evaluator(report.model, report.pricing, workload)
     dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:

@@ -15,6 +15,8 @@ from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes
 from partinf.model_config import ModelConfig, load_model_config
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
+from partinf.planner.options import BestSoFar
+from partinf.planner.question import Question
 from partinf.planner.search import _Search, order
 from partinf.plans import Plan, layout_offences
 from partinf.workload import DType, Workload
@@ -175,10 +177,8 @@ def test_what_is_left_out_is_slower() -> None:
     model = ModelConfig("small", 4, 1024, 4096, 16, 8, 64, 4096)
     slice_ = parse_slice("v4:4x2x2")
     for workload in (Workload(batch=16, context_len=512, phase="decode"), Workload(batch=16, input_len=256, output_len=64)):
-        pricing = Pricing(slice_)
-        every, pruned = (_Search(model, slice_, workload, pricing) for _ in range(2))
-        every.limit.cut, pruned.limit.cut = None, 1.5
-        lists = [order(s.single() if workload.phase else s.whole()) for s in (every, pruned)]
+        searches = [_Search(Question(model, workload, calibration="none"), slice_, BestSoFar(cut)) for cut in (None, 1.5)]
+        lists = [order(s.single() if workload.phase else s.whole()) for s in searches]
         near = [c.score for c in lists[0] if c.fits and c.score <= 1.5 * lists[0][0].score]
         assert [c.score for c in lists[1]][: len(near)] == near
         assert len(lists[1]) < len(lists[0])
