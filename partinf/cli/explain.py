@@ -71,6 +71,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     from rich.table import Table
 
     from partinf.planner.explain import explain
+    from partinf.planner.work import moved_bytes, readable_bytes
 
     number = 0
     step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
@@ -85,7 +86,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
             table.add_column(name, justify="right", no_wrap=True)
         for line in section.lines:
             number += 1
-            table.add_row(str(number), _what(line), line.shape, line.local, _bytes(line), _time(line))
+            table.add_row(str(number), _what(line), line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _time(line))
         start = f", from {section.start}" if section.start else ""
         times = f" (×{split.model.num_layers})" if section.per_layer else ""
         console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
@@ -95,15 +96,6 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
 def _what(line: Line) -> str:
     entry = line.entry
     return f"{entry.op}({''.join(entry.axes)}) {entry.name}" if entry.op else entry.name
-
-
-def _bytes(line: Line) -> str:
-    entry = line.entry
-    size = entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def _time(line: Line) -> str:

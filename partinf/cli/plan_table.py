@@ -15,6 +15,7 @@ from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import switch_table
+from partinf.planner.work import moved_bytes
 
 _BAR = 40
 _PIPE_WIDTH = 140
@@ -185,5 +186,4 @@ def _ledger(result: PhaseResult) -> Table:
 
 def _megabytes(entry: Entry) -> float:
     """Bytes of all occurrences: the payload of a collective, HBM traffic of the rest."""
-    each = entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
-    return each * entry.count / 1e6
+    return moved_bytes(entry) * entry.count / 1e6
