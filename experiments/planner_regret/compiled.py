@@ -65,5 +65,5 @@ def _worth_compiling(report: PlanReport) -> list[Candidate]:
     for candidate in able:
         kinds.setdefault((candidate.layout.storage, candidate.asked.ffn, candidate.asked.attention), candidate)
     chosen = list(kinds.values())[:KINDS]
-    counted = min(able[:_COUNTED], key=lambda c: judged(report, c).seconds)
+    counted = min(able[:_COUNTED], key=lambda c: judged(report, c).fitted)
     return chosen if counted in chosen else [*chosen, counted]

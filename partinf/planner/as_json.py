@@ -7,6 +7,7 @@ from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.planner.batch import batch_advice
+from partinf.planner.choose import running_layout
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import NEVER, prefill_from
@@ -91,7 +92,7 @@ def _ffn_by_tokens(report: PlanReport) -> list[dict[str, Any]]:
     results = {result.name: result for result in best.phases}
     if len(results) < 2:
         return []
-    switch = prefill_from(report, best.layout, best.padded_heads)
+    switch = prefill_from(report, running_layout(report, best), best.padded_heads)
     found = [{"from_tokens": 1, "phase": "decode", "ffn": results["decode"].ffn}]
     if switch < NEVER:
         found.append({"from_tokens": switch, "phase": "prefill", "ffn": results["prefill"].ffn})

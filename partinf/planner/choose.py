@@ -69,24 +69,25 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
     lanes = -(-workload.batch // shards)
     cache = CacheConfig(page, lanes * parts * -(-context // (page * parts)), lanes * shards)
     predicted = tuple((result.name, result.ledger) for result in candidate.phases)
+    layout = running_layout(report, candidate)
     return Plan(
         report.model,
         report.slice,
-        _gathering_ahead(report, candidate),
+        layout,
         workload.weights,
         workload.kv,
         context,
         cache,
-        prefill_from(report, candidate.layout, candidate.padded_heads),
+        prefill_from(report, layout, candidate.padded_heads),
         predicted,
         why(report, candidate),
         candidate.padded_heads,
     )
 
 
-def _gathering_ahead(report: PlanReport, candidate: Candidate) -> Layout:
-    """The candidate's layout, with weights gathered ahead in the phases that gather any, where gathers can run beside products and the
-    memory that it takes is there."""
+def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
+    """The candidate's layout as an engine runs it: with weights gathered ahead in the phases that gather any, where gathers can run beside
+    products and the memory that it takes is there."""
     layout, held = candidate.layout, candidate.memory
     if report.slice.chip.family != "tpu":
         return layout

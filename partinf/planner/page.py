@@ -32,7 +32,8 @@ tr.best td { background: #eef4fa; }
 sub { font-size: .75em; line-height: 0; }
 .bar { display: flex; height: 12px; background: #f1f1f1; margin-top: .3rem; min-width: 9rem; }
 .wide { width: 100%; max-width: 30rem; }
-.key span { display: inline-block; margin-right: 1.2rem; } .key i { display: inline-block; width: 10px; height: 10px; margin-right: .35rem; }
+.key span { display: inline-block; margin-right: 1.2rem; }
+.key i { display: inline-block; width: 10px; height: 10px; margin-right: .35rem; }
 """
 _MEMORY = {"weights": "#3b6ea5", "KV": "#e0a030", "activations": "#9a9a9a"}
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from partinf.cost.calibration import ROOFLINE
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
@@ -134,7 +134,7 @@ def test_switch_is_where_steps_of_prompts_are_level() -> None:
     from partinf.cost.split import StepShape
     from partinf.cost.step import attention_part, linear_part
 
-    evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip)), workload)
+    evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip), program=TILED), workload)
     dealt = chosen.prefill_slot_multiple()
 
     def seconds(label: str, tokens: int) -> float:
