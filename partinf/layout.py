@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from partinf.axes import is_axis_name
-from partinf.errors import nearest, raise_offences
+from partinf.errors import InvalidInput, nearest, raise_offences
 
 _R = TypeVar("_R", bound=StrEnum)
 
@@ -118,7 +118,7 @@ class Layout:
 
     def __post_init__(self, check: bool) -> None:
         if check:
-            raise_offences(self._offences())
+            raise_offences(self.offences())
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -143,7 +143,8 @@ class Layout:
         split = set(self.storage_axes(Role.REPLICA)) | set(phase.gather)
         return tuple(axis for axis in self.axes if axis in split)
 
-    def _offences(self) -> list[str]:
+    def offences(self) -> list[str]:
+        """Everything that keeps these roles from being a layout."""
         offences = []
         names = list(self.axes)
         offences += [f"axis '{name}' has a storage role twice" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -213,17 +214,19 @@ def make_layout(
     decode = attention(decode_attention, "decode")
     prefill = attention(decode_attention if prefill_attention is None else prefill_attention, "prefill")
     loops = {"prefill": _loop(prefill_loop, "prefill", offences), "decode": _loop(decode_loop, "decode", offences)}
-    raise_offences(offences)
     order = list(storage)
 
     def in_order(axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(axes, key=lambda axis: order.index(axis) if axis in order else len(order)))
 
-    return Layout(
+    layout = Layout(
         roles,
         Phase(in_order(prefill_gather), prefill, loops["prefill"], prefill_ahead),
         Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead),
+        check=False,
     )
+    raise_offences(offences + layout.offences())
+    return layout
 
 
 def _loop(given: Mapping[str, Any] | None, label: str, offences: list[str]) -> Loop | None:
@@ -244,7 +247,8 @@ def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
         return kind(text)
     except ValueError:
         offences.append(f"{where}: unknown role '{text}'{nearest(text, [role.value for role in kind])}")
-        return next(iter(kind))
+        # What splits d_ff may be gathered and looped, so that no offence follows from this one.
+        return kind("ffn") if kind is Role else next(iter(kind))
 
 
 _TOP_KEYS = {"description", "source", "model", "slice", "mesh", "axes", "prefill", "decode", "chosen_for", "predicted", "weights", "kv"}
@@ -271,10 +275,16 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
             offences.append(f"{where}: [{label}] needs `attention`, a role for every axis")
         if not isinstance(table.get("ahead", False), bool):
             offences.append(f"{where}: [{label}] `ahead` is true or false, not {table['ahead']!r}")
-    raise_offences(offences)
-    decode, prefill = data["decode"], data.get("prefill", data["decode"])
+    decode = data.get("decode", {})
+    prefill = data.get("prefill", decode)
+    if "axes" not in data or "attention" not in decode or "attention" not in prefill:
+        raise_offences(offences)
     others = [table.get(key, missing) for key, missing in (("gather", ()), ("loop", None), ("ahead", False)) for table in (decode, prefill)]
-    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *others)
+    try:
+        layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *others)
+    except InvalidInput as wrong:
+        offences += [f"{where}: {offence}" for offence in wrong.offences]
+    raise_offences(offences)
     rest = {key: value for key, value in data.items() if key not in ("axes", "prefill", "decode")}
     return layout, rest
 
