@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from partinf.hardware import Slice
+from partinf.hardware import Link, Slice
+from partinf.layout import Role
 from partinf.planner.candidates import (
     Attention,
     Gather,
@@ -51,21 +52,32 @@ class BestSoFar:
     def allows(self, least: float) -> bool:
         return self.cut is None or least <= self.cut * self.score
 
-    @property
-    def reason(self) -> str:
-        """Why what is not allowed is left out."""
-        return f"more than {self.cut:g} times as slow as the best"
-
 
 class Space:
-    """The roles that the axes of a slice may have, and what steps cost under them; counts what is refused."""
+    """The roles that the axes of a slice may have, and what steps cost under them; counts what is refused.
 
-    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar) -> None:
-        self.model, self.limit = question.model, limit
+    Attributes:
+        cut: how many times as slow as the best an option may be; None for no limit.
+    """
+
+    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
+        """
+        Args:
+            limit: the best that other meshes had, in place of one of its own.
+        """
+        self.model, self.cut = question.model, limit.cut if limit else None
+        self._shared, self._limits = limit, dict[tuple[Role, ...], BestSoFar]()
+        self._between = [index for index, axis in enumerate(slice_.axes) if axis.link is Link.DCN]
         self.table = axis_table(slice_)
         self.heads = HeadSplits(self.table, self.model.num_kv_heads)
         self.evaluator = Evaluator(self.model, question.pricing(slice_), question.workload)
         self.refused: Counter[str] = Counter()
+
+    def limit(self, storage: Storage) -> BestSoFar:
+        """The best that a storage is measured against: among those that use the network between slices alike, so that a report has all ways
+        to use it."""
+        key = tuple(storage[index] for index in self._between)
+        return self._shared or self._limits.setdefault(key, BestSoFar(self.cut))
 
     def padded(self, parts: int) -> int | None:
         """Query heads padded so that they split into `parts`; counts it if they do not."""
@@ -77,7 +89,7 @@ class Space:
     def least(self, storage: Storage, label: str) -> dict[Gather, Least]:
         """What a step of a phase takes at least, by its gathered axes; nothing is worked out where there is no limit."""
         every = gathers(self.table, storage)
-        if self.limit.cut is None:
+        if self.cut is None:
             return dict.fromkeys(every, NOTHING)
         *_, alone = self.table.attentions  # splits nothing
         padded = self.padded(self.heads.of(storage, alone.heads)[0])
@@ -110,6 +122,7 @@ class Options:
                 others. merged: options that differ only by swapping equal axes appear once.
         """
         self._space, self._storage, self._label, self._least = space, storage, label, least
+        self._limit = space.limit(storage)
         self._rest, self._times, self._merged = rest, times, merged
         self._attentions = space.table.attentions_of(storage)
         self._count = itertools.count()  # ties are taken in the order of enumeration
@@ -140,7 +153,7 @@ class Options:
 
     def _advance(self) -> bool:
         """Finds one more option; False where there is none worth it."""
-        while self._heap and self._space.limit.allows(self._rest + self._times * self._heap[0][0]):
+        while self._heap and self._limit.allows(self._rest + self._times * self._heap[0][0]):
             _, _, node = heapq.heappop(self._heap)
             if isinstance(node, Choice):
                 self._found.append(node)

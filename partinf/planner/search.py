@@ -4,9 +4,9 @@ For one phase all its options are priced. For a whole workload every storage and
 best beside it: prefill options are tried from the cheapest up until none that is left can win, which is exact because what the two
 phases pay for each other is never negative.
 
-Where there are more assignments than one would list (four axes have some hundred thousand), those that take more than 1.5 or 1.2
-times the best, by what their linear layers and attention core take at least, are left out and counted: what is listed is what full
-enumeration would list first.
+Where there are more assignments than one would list (four axes have some hundred thousand), those that take some quarter more than the
+best (of those that use the network between slices alike), by what their linear layers and attention core take at least, are left out and
+counted: what is listed is what full enumeration would list first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from partinf.workload import Workload
 TIE = 1.05
 MOST_AXES = 4
 # How many times as slow as the best what is listed may be, by the number of assignments of one phase, and of both together.
-_CUTS = {1: ((4_000, None), (40_000, 1.5), (1 << 62, 1.2)), 2: ((400_000, None), (10_000_000, 1.5), (1 << 62, 1.1))}
+_CUTS = {1: ((4_000, None), (40_000, 1.5), (1 << 62, 1.2)), 2: ((400_000, None), (10_000_000, 1.25), (1 << 62, 1.1))}
 
 
 class _Step(NamedTuple):
@@ -109,13 +109,13 @@ class _Search:
     def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
         self.model, self.slice, self.workload = question.model, slice_, question.workload
         self.sizes = slice_.axis_sizes
-        self.space = Space(question, slice_, limit or BestSoFar(None))
+        self.space = Space(question, slice_, limit)
         self.table, self.evaluator, self.refused = self.space.table, self.space.evaluator, self.space.refused
         self.storages = storages(self.table, self.model.num_kv_heads)
         if limit is None:
             together = 1 if self.workload.phase else 2
             many = sum(num_options(self.table, storage) ** together for storage in self.storages)
-            self.space.limit.cut = next(cut for most, cut in _CUTS[together] if many <= most)
+            self.space.cut = next(cut for most, cut in _CUTS[together] if many <= most)
 
     def single(self) -> list[Candidate]:
         """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
@@ -149,19 +149,19 @@ class _Search:
         bounded = [(storage, [self.space.least(storage, label) for label in labels]) for storage in able]
         least = [sum(n * _soonest(one) for n, one in zip(times, each, strict=True)) for _, each in bounded]
         for index in sorted(range(len(bounded)), key=lambda i: least[i]):
-            if self.space.limit.allows(least[index]):
+            if self.space.limit(bounded[index][0]).allows(least[index]):
                 yield bounded[index]
             else:
                 self._pass_over(num_options(self.table, bounded[index][0]))
 
     def _seen(self, candidate: Candidate) -> Candidate:
         if candidate.fits and candidate.meets_bound:
-            self.space.limit.see(candidate.score)
+            self.space.limit(tuple(role for _, role in candidate.layout.storage)).see(candidate.score)
         return candidate
 
     def _pass_over(self, count: int) -> None:
         if count:
-            self.refused[self.space.limit.reason] += count
+            self.refused[f"more than {self.space.cut:g} times as slow as the best"] += count
 
     def _holds(self, storage: Storage) -> bool:
         """Whether the model's dimensions split over this storage; counts the reason if not."""
