@@ -107,7 +107,7 @@ def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=250, help="candidates counted per case (default: 250)")
+    parser.add_argument("--most", type=int, default=150, help="candidates counted per case (default: 150)")
     parser.add_argument("--only", default="", metavar="TEXT", help="counted cases whose name has this text; nothing is compiled")
     parser.add_argument("--compile-only", action="store_true", help="keep the counted rows")
     args = parser.parse_args()

@@ -39,6 +39,9 @@ class Choice(NamedTuple):
     padded_heads: int
 
 
+_Node = Gather | PhaseOption | Choice
+
+
 @dataclass
 class BestSoFar:
     """The best score that a search has met, and how many times as slow others may be; without a `cut` there is no limit."""
@@ -126,7 +129,7 @@ class Options:
         self._rest, self._times, self._merged = rest, times, merged
         self._attentions = space.table.attentions_of(storage)
         self._count = itertools.count()  # ties are taken in the order of enumeration
-        self._heap: list[tuple[float, int, object]] = []
+        self._heap: list[tuple[float, int, _Node]] = []
         for gather, one in least.items():
             self._push(one.seconds, gather)
         self._found: list[Choice] = []
@@ -148,7 +151,7 @@ class Options:
         """Options that were not asked for, equal axes counted apart."""
         return sum(1 if isinstance(node, PhaseOption | Choice) else len(self._attentions) for _, _, node in self._heap)
 
-    def _push(self, least: float, node: object) -> None:
+    def _push(self, least: float, node: _Node) -> None:
         heapq.heappush(self._heap, (least, next(self._count), node))
 
     def _advance(self) -> bool:
@@ -161,7 +164,7 @@ class Options:
             if isinstance(node, PhaseOption):
                 self._price(node)
             else:
-                self._expand(node)  # type: ignore[arg-type]
+                self._expand(node)
         return False
 
     def _expand(self, gather: Gather) -> None:
