@@ -32,9 +32,8 @@ def main() -> None:
         print("|", " | ".join((*cells, *(f"{row[kind]:.1%}" for kind in _KINDS))), "|")
     for kind in _KINDS:
         found = sorted(row[kind] for row in results["rows"])
-        print(
-            f"{kind}: zero in {sum(value < 5e-4 for value in found)}, above 5 % in {sum(value > 0.05 for value in found)}, worst {found[-1]:.1%}"
-        )
+        zero, above = sum(value < 5e-4 for value in found), sum(value > 0.05 for value in found)
+        print(f"{kind}: zero in {zero}, above 5 % in {above}, worst {found[-1]:.1%}")
     print("\n| case | compiled, ms by the compiler (by the planner), in the planner's order | regret |", "|---" * 3 + "|", sep="\n")
     for row in results["compiled"]:
         times = [
