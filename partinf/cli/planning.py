@@ -58,7 +58,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument("--bandwidth-model", default="axis", metavar="MODEL", help="axis: links per torus axis; paper: all links together")
     parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
     parser.add_argument(
-        "--program", default="looped", metavar="KIND", help="looped: collectives unrolled into matmuls (the paper); plain: what runs today"
+        "--program",
+        metavar="KIND",
+        help="looped: collectives unrolled into matmuls (the paper; default for TPUs); tiled: what runs today (elsewhere); plain",
     )
 
 
@@ -90,7 +92,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     bandwidth_model = _enum("bandwidth-model", BandwidthModel, args.bandwidth_model, offences)
     if args.calibration not in ("fitted", "none"):
         offences.append(f"--calibration {args.calibration}: valid: fitted, none")
-    if args.program not in PROGRAMS:
+    if args.program is not None and args.program not in PROGRAMS:
         offences.append(f"--program {args.program}: unknown{nearest(args.program, PROGRAMS)}")
     if args.phase == "decode" and not numbers["context"] and not numbers["input"] and args.context is None:
         offences.append("--phase decode needs --context, the tokens in the cache (or --input and --output)")
@@ -117,7 +119,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     assert slice_ is not None
     assert workload is not None
     assert bandwidth_model is not None
-    question = Question(model, workload, args.calibration, bandwidth_model, PROGRAMS[args.program])
+    question = Question(model, workload, args.calibration, bandwidth_model, PROGRAMS.get(args.program))
     return Asked(question, slice_, _is_auto(args.slice))
 
 

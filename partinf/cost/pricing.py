@@ -15,7 +15,7 @@ from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.movement import Axes, Group, Moved, Split
-from partinf.hardware import Slice
+from partinf.hardware import Chip, Slice
 from partinf.rates import Curve, TypeRates
 from partinf.workload import DType
 
@@ -48,6 +48,12 @@ PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False, lo
 TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, looped=False)
 LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
 PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
+
+
+def usual_program(chip: Chip) -> Program:
+    """The program for which layouts are chosen unless somebody says otherwise: on TPUs the looped one, with which their constants were
+    measured; elsewhere the one that runs, where nothing hides a collective."""
+    return LOOPED if chip.family == "tpu" else TILED
 
 
 class Pricing:

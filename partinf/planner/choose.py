@@ -9,7 +9,7 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
-from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.cost.pricing import Pricing, Program
 from partinf.errors import InvalidInput
 from partinf.hardware import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
@@ -30,7 +30,7 @@ def plan(
     *,
     calibration: str = "fitted",
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program = LOOPED,
+    program: Program | None = None,
     only_runnable: bool = True,
 ) -> Plan:
     """The best layout for a workload, as a plan.

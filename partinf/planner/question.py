@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.cost.pricing import Pricing, Program, usual_program
 from partinf.hardware import Slice
 from partinf.model_config import ModelConfig
 from partinf.workload import Workload
@@ -18,14 +18,14 @@ class Question:
 
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).
-        program: what is credited, see `partinf.cost.pricing`.
+        program: what is credited, see `partinf.cost.pricing`; None for the chip's usual one.
     """
 
     model: ModelConfig
     workload: Workload
     calibration: str = "fitted"
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS
-    program: Program = LOOPED
+    program: Program | None = None
 
     def pricing(self, slice_: Slice) -> Pricing:
         """The prices of this slice under the question's terms.
@@ -33,4 +33,5 @@ class Question:
         Raises:
             InvalidInput: an unknown calibration.
         """
-        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, self.program)
+        program = self.program or usual_program(slice_.chip)
+        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, program)

@@ -141,7 +141,7 @@ class PlanReport:
 
     @property
     def program(self) -> Program:
-        return self.question.program
+        return self.pricing.program
 
     @cached_property
     def pricing(self) -> Pricing:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
-from partinf.cost.pricing import LOOPED, Program
+from partinf.cost.pricing import Program
 from partinf.errors import InvalidInput, raise_offences
 from partinf.hardware import Link, Slice
 from partinf.layout import PHASES, Layout, Role
@@ -54,13 +54,13 @@ def search(
     *,
     calibration: str = "fitted",
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program = LOOPED,
+    program: Program | None = None,
 ) -> PlanReport:
     """Price every role assignment of `slice_` for this workload.
 
     Args:
         calibration: `fitted` or `none` (the pure roofline).
-        program: what is credited, see `partinf.cost.pricing`.
+        program: what is credited, see `partinf.cost.pricing`; the chip's usual one if not given.
 
     Raises:
         InvalidInput: when no assignment can hold the model at all, with the reasons, or when the mesh has too many axes to try all.
