@@ -107,18 +107,27 @@ def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=150, help="candidates counted per case (default: 150)")
+    parser.add_argument("--most", type=int, default=120, help="candidates counted per case (default: 120)")
     parser.add_argument("--only", default="", metavar="TEXT", help="counted cases whose name has this text; nothing is compiled")
     parser.add_argument("--compile-only", action="store_true", help="keep the counted rows")
     args = parser.parse_args()
-    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    results = {"seed": SEED, "most_judged": args.most, "rows": known.get("rows", []), "compiled": known.get("compiled", [])}
     if not args.compile_only:
-        results["rows"] = counted_rows(args.most, args.only, results["rows"])
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        rows = counted_rows(args.most, args.only, _kept()["rows"])
+        _keep({"seed": SEED, "most_judged": args.most, "rows": rows})
     if not args.only:
-        results["compiled"] = compiled_rows(cases(2 * CASES))
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        compiled = []
+        for row in compiled_rows(cases(2 * CASES)):
+            compiled.append(row)
+            _keep({"compiled": compiled})
+
+
+def _kept() -> dict[str, Any]:
+    empty: dict[str, Any] = {"rows": [], "compiled": []}
+    return empty | (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {})
+
+
+def _keep(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(_kept() | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
