@@ -36,3 +36,12 @@ def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
     found = dot(spec, jnp.asarray(x), given, jnp.float32) if dtype == "int8" else dot(spec, jnp.asarray(x, dtype), given, jnp.float32)
     want = np.einsum(spec, x.astype(np.float64), weights.astype(np.float64))
     np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
+
+
+@pytest.mark.parametrize("rows", [64, 65])
+def test_products_row_by_row_of_a_batch(rows: int) -> None:
+    """Scores of the plain attention: one product per row, however many rows there are."""
+    rng = np.random.default_rng(rows)
+    queries, keys = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, 2, 3, 4), (rows, 5, 2, 4)))
+    found = dot("bkgq,bskq->bkgs", jnp.asarray(queries), jnp.asarray(keys))
+    np.testing.assert_allclose(found, np.einsum("bkgq,bskq->bkgs", queries, keys), atol=2e-5)
