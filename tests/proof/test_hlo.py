@@ -53,6 +53,9 @@ StackFrames
   %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
   %weights = bf16[3,64,128]{2,1,0} get-tuple-element(%arg), index=2
   %layer = bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%weights, %index), kind=kLoop, calls=%fused, @CYCLES@
+  %pair = (s32[], bf16[64,128]{1,0}, bf16[64,128]{1,0}) custom-call(%x), custom_call_target="whatever"
+  %second = bf16[64,128]{1,0} get-tuple-element(%pair), index=2
+  %copied = bf16[64,128]{1,0} copy(%second)
   %ar = bf16[64,128]{1,0} all-reduce(%x), replica_groups=@X@, to_apply=%add.1
   %start = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%ar), replica_groups=@YZ@, dimensions={0}, @AT@
   %work = bf16[64,128]{1,0:S(1)} fusion(%ar), kind=kLoop, calls=%nothing, backend_config={"estimated_cycles":"1050"}
@@ -97,7 +100,13 @@ def test_a_loop_runs_as_often_as_its_condition_says(module: Module) -> None:
 def test_a_slice_of_stacked_weights_reads_one_layer(module: Module) -> None:
     body = module.computations["body"]
     assert hbm_bytes(module, body, body.by_name["layer"]) == 64 * 128 * 2 + 4  # and the index; the result stays on the chip
+
+
+def test_what_an_instruction_reads_is_named_by_where_it_comes_from(module: Module) -> None:
+    body = module.computations["body"]
     assert module.argument(body, body.by_name["layer"]) == "params['layers']['wo']"
+    assert module.argument(body, body.by_name["copied"]) == ""  # second of another tuple than the loop's
+    assert module.argument(body, body.by_name["ar"]) == ""  # the batch is neither
 
 
 def test_collectives_have_kind_axes_bytes_and_count(schedule: Schedule) -> None:
