@@ -130,13 +130,19 @@ class Module:
             return
         yield computation, times
         for instruction in computation.instructions:
-            if instruction.opcode == "while":
-                yield from self._blocks(instruction.called("body") or "", times * self.trip_count(instruction), depth + 1, taken)
-            elif instruction.opcode == "call":
-                yield from self._blocks(instruction.called("to_apply") or "", times, depth + 1, taken)
-            elif instruction.opcode == "conditional":
-                for branch in re.findall(r"%([\w.\-]+)", _braced(instruction.rest, "branch_computations")):
-                    yield from self._blocks(branch, times * taken(instruction), depth + 1, taken)
+            yield from self.within(instruction, taken, times, depth + 1)
+
+    def within(
+        self, instruction: Instruction, taken: Callable[[Instruction], float], times: float = 1, depth: int = 0
+    ) -> Iterator[tuple[Computation, float]]:
+        """The computations that a loop, call or conditional schedules, as `blocks` gives them; none for other instructions."""
+        if instruction.opcode == "while":
+            yield from self._blocks(instruction.called("body") or "", times * self.trip_count(instruction), depth, taken)
+        elif instruction.opcode == "call":
+            yield from self._blocks(instruction.called("to_apply") or "", times, depth, taken)
+        elif instruction.opcode == "conditional":
+            for branch in re.findall(r"%([\w.\-]+)", _braced(instruction.rest, "branch_computations")):
+                yield from self._blocks(branch, times * taken(instruction), depth, taken)
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a counted loop runs: what the compiler notes, or the bound that its condition compares with."""

@@ -129,6 +129,17 @@ def test_work_between_start_and_done_hides_as_much_as_it_takes(schedule: Schedul
     assert reduce.overlapped_fraction == 0
 
 
+def test_a_loop_between_start_and_done_hides_what_it_runs() -> None:
+    text = PROGRAM.replace("@X@", X).replace("@CYCLES@", CYCLES).replace("@YZ@", YZ).replace("@AT@", AT)
+    begin = (
+        "  %begin = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%a), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}"
+    )
+    end = "  %end = bf16[256,128]{1,0} all-gather-done(%begin)"
+    text = text.replace("  %loop = ", f"{begin}\n  %loop = ").replace("  ROOT %r = ", f"{end}\n  ROOT %r = ")
+    (around,) = (c for c in Reader(Module(text), SLICE, Network(SLICE)).read().collectives if c.op == "all-gather" and c.axes == ("x",))
+    assert around.overlapped_fraction == pytest.approx(min(1.0, 3 * 3150 / 1.05e9 / around.seconds))
+
+
 def test_a_block_takes_the_longer_of_cycles_and_bytes(schedule: Schedule) -> None:
     assert schedule.compute_seconds == pytest.approx(3 * 3150 / 1.05e9)
     (copy,) = (work for work in schedule.work if work.moves)
