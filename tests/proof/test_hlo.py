@@ -8,7 +8,7 @@ from partinf.cost.collectives import Network
 from partinf.hardware import parse_slice
 from partinf.proof.hlo import Module, groups, shapes
 from partinf.proof.schedule import Reader, Schedule, axes_of
-from partinf.proof.traffic import hbm_bytes
+from partinf.proof.traffic import collective_op, hbm_bytes
 
 SLICE = parse_slice("v4:2x2x2")
 X, YZ = "{{0,4},{1,5},{2,6},{3,7}}", "{{0,1,2,3},{4,5,6,7}}"
@@ -166,6 +166,19 @@ def test_groups_in_all_notations() -> None:
     assert axes_of([(0, 1, 2, 3)], sizes) == ("y", "z")
     assert axes_of([(0, 5)], sizes) == ("x", "z")
     assert axes_of([], sizes) == ()
+
+
+def test_transfers_between_slices_are_collectives() -> None:
+    def op(kind: str) -> str | None:
+        line = (
+            f"  %s = (bf16[8]{{0}}, u32[], token[]) send(%a, %t), channel_id=2, frontend_attributes={{_xla_megascale_transfer_type={kind}}}"
+        )
+        return collective_op(Module(f"ENTRY %m (a: bf16[8]) -> token[] {{\n{line}\n}}").computations["m"].instructions[0])
+
+    assert [op(f'"{kind}"') for kind in ("ONE_TO_ONE", "ALL_REDUCE", "ALL_GATHER")] == ["collective-permute", "all-reduce", "all-gather"]
+    assert op("none") is None  # to the host, not to another slice
+    with pytest.raises(ValueError, match="SOMETHING between slices"):
+        op('"SOMETHING"')
 
 
 def test_shapes_know_their_memory() -> None:
