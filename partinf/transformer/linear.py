@@ -43,7 +43,7 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
 def _row_by_row(spec: str) -> str:
     """The letters of an einsum's result in the order of its arguments: those of x first."""
     first, second, result = spec.replace("->", ",").split(",")
-    return "".join(letter for letter in first + second if letter in result)
+    return "".join(letter for letter in dict.fromkeys(first + second) if letter in result)
 
 
 def _product(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -36,3 +36,12 @@ def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
     found = dot(spec, jnp.asarray(x), given, jnp.float32) if dtype == "int8" else dot(spec, jnp.asarray(x, dtype), given, jnp.float32)
     want = np.einsum(spec, x.astype(np.float64), weights.astype(np.float64))
     np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_a_product_for_each_row(rows: int) -> None:
+    """What the plain twin of attention asks for."""
+    rng = np.random.default_rng(rows)
+    probs, values = rng.standard_normal((rows, 2, 3, 1, 6)), rng.standard_normal((rows, 2, 6, 5))
+    found = dot("bkglm,bkmq->bkglq", jnp.asarray(probs, jnp.float32), jnp.asarray(values, jnp.float32))
+    np.testing.assert_allclose(found, np.einsum("bkglm,bkmq->bkglq", probs, values), atol=2e-5)
