@@ -6,7 +6,7 @@ latency, and how much of the stages' time is bubbles.
 
 Iteration-level scheduling (`orca`) at four batch sizes against request-level scheduling as FasterTransformer does it and with padded
 prompts, at batch sizes 1, 8 and 16; prompts U(32, 512), answers U(1, 128), Poisson arrivals, no early end. The controls: homogeneous
-lengths, and what an iteration costs the host.
+lengths, and low load.
 """
 
 from __future__ import annotations
