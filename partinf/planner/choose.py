@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
-from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
-from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.cost.pricing import LOOPED, Program
 from partinf.errors import InvalidInput
 from partinf.hardware import Link, Slice
-from partinf.layout import PHASES, AttentionRole, Layout, Role
+from partinf.layout import AttentionRole, Role
 from partinf.model_config import ModelConfig
-from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.planner.switch import prefill_from
@@ -71,7 +66,7 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
     return Plan(
         report.model,
         report.slice,
-        _gathering_ahead(report, candidate),
+        candidate.layout,
         workload.weights,
         workload.kv,
         context,
@@ -81,23 +76,6 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
         why(report, candidate),
         candidate.padded_heads,
     )
-
-
-def _gathering_ahead(report: PlanReport, candidate: Candidate) -> Layout:
-    """The candidate's layout, with weights gathered ahead in the phases that gather any, where gathers can run beside products and the
-    memory that it takes is there."""
-    layout, held = candidate.layout, candidate.memory
-    if report.slice.chip.family != "tpu":
-        return layout
-    evaluator = Evaluator(report.model, Pricing(report.slice, program=report.program), report.workload)
-    for label in PHASES:
-        phase = layout.phase(label)
-        changed: dict[str, Any] = {label: replace(phase, ahead=bool(phase.gather))}
-        ahead = replace(layout, **changed)
-        activations = activation_bytes(evaluator.split(ahead, label, candidate.padded_heads))
-        if held.weights + held.kv + activations <= held.usable:
-            layout = ahead
-    return layout
 
 
 def why(report: PlanReport, candidate: Candidate) -> str:

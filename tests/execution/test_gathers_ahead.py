@@ -13,16 +13,14 @@ from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
-from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
-from partinf.model_config import load_model_config
-from partinf.planner.choose import plan
+from partinf.layout import Layout, layout_from_toml, layout_to_toml, make_layout
 from partinf.plans import Bucket
 from partinf.sharding import abstract_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step
-from partinf.workload import DType, Workload
+from partinf.workload import DType
 from tests.execution.assignments import FAMILIES
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
@@ -62,20 +60,6 @@ def test_the_carry_brings_the_next_layers_first_weights() -> None:
     carried = {tuple(variable.aval.shape) for variable in scan.outvars}
     assert {(MODEL.num_heads, MODEL.head_dim, MODEL.embed_dim), (2, MODEL.ffn_dim, MODEL.embed_dim)} <= carried
     assert scan.params["length"] == MODEL.num_layers - 1
-
-
-def test_a_plan_gathers_ahead_where_memory_allows() -> None:
-    """540B holds one layer's gathered weights beside its prompts on 64 chips, and not one more; 62B on 32 has room."""
-
-    def prefill(name: str, slice_name: str, batch: int) -> Phase:
-        workload = Workload(batch=batch, input_len=2048, phase="prefill")
-        return plan(load_model_config(name), parse_slice(slice_name), workload).layout.prefill
-
-    small, large = prefill("palm-62b", "v4:2x4x4", 512), prefill("palm-540b", "v4:4x4x4", 512)
-    assert small.gather
-    assert small.ahead
-    assert large.gather
-    assert not large.ahead
 
 
 def test_what_is_gathered_ahead_is_priced_behind_the_layers_and_takes_memory() -> None:
