@@ -63,13 +63,17 @@ def test_the_carry_brings_the_next_layers_first_weights() -> None:
 
 
 def test_what_is_gathered_ahead_is_priced_behind_the_layers_and_takes_memory() -> None:
-    chips = parse_slice("v4:2x2x2")
-    plain, ahead = (dataclasses.replace(make_plan("2x2x2", layout("xyz", given)), slice=chips) for given in (False, True))
-    splits = [split_of(one, Bucket(64, 8), Pricing(one.slice, program=TILED)) for one in (plain, ahead)]
-    hidden = [sum(entry.overlapped * entry.count for entry in step_ledger(split).entries) for split in splits]
-    assert hidden[0] == 0
-    assert hidden[1] > 0
-    assert activation_bytes(splits[0]) < activation_bytes(splits[1])
+    """A TPU runs gathers behind the layers wherever they stand, without taking memory for more of them than there is."""
+
+    def priced(ahead: bool, slice_name: str) -> tuple[float, int]:
+        given = dataclasses.replace(make_plan("2x2x2", layout("xyz", ahead)), slice=parse_slice(slice_name, "x:2,y:2,z:2"))
+        split = split_of(given, Bucket(64, 8), Pricing(given.slice, program=TILED))
+        return sum(entry.overlapped * entry.count for entry in step_ledger(split).entries), activation_bytes(split)
+
+    (beside, least), (hidden, more) = priced(False, "v4:2x2x2"), priced(True, "v4:2x2x2")
+    assert hidden == beside > 0
+    assert more > least
+    assert priced(False, "h200:8")[0] == 0 < priced(True, "h200:8")[0]
 
 
 def test_it_is_data_of_the_phase() -> None:
