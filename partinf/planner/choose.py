@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
-from partinf.cost.pricing import LOOPED, Program
+from partinf.cost.pricing import LOOPED, Pricing, Program
 from partinf.errors import InvalidInput
 from partinf.hardware import Link, Slice
-from partinf.layout import AttentionRole, Role
-from partinf.model_config import ModelConfig
+from partinf.layout import PHASES, AttentionRole, Layout, Role
+from partinf.model_config import Block, ModelConfig
+from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.planner.switch import prefill_from
@@ -66,7 +71,7 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
     return Plan(
         report.model,
         report.slice,
-        candidate.layout,
+        _gathering_ahead(report, candidate),
         workload.weights,
         workload.kv,
         context,
@@ -76,6 +81,27 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
         why(report, candidate),
         candidate.padded_heads,
     )
+
+
+def _gathering_ahead(report: PlanReport, candidate: Candidate) -> Layout:
+    """The candidate's layout, with weights gathered ahead in the phases that gather any, where gathers can run beside products and the
+    memory that it takes is there.
+
+    A parallel block has no use for it: all its products wait for the same activations, and a TPU's compiler runs the gathers of those that
+    come later beside those that come first.
+    """
+    layout, held = candidate.layout, candidate.memory
+    if report.slice.chip.family != "tpu" or report.model.block is Block.PARALLEL:
+        return layout
+    evaluator = Evaluator(report.model, Pricing(report.slice, program=report.program), report.workload)
+    for label in PHASES:
+        phase = layout.phase(label)
+        changed: dict[str, Any] = {label: replace(phase, ahead=bool(phase.gather))}
+        ahead = replace(layout, **changed)
+        activations = activation_bytes(evaluator.split(ahead, label, candidate.padded_heads))
+        if held.weights + held.kv + activations <= held.usable:
+            layout = ahead
+    return layout
 
 
 def why(report: PlanReport, candidate: Candidate) -> str:

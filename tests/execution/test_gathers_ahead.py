@@ -13,14 +13,16 @@ from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
-from partinf.layout import Layout, layout_from_toml, layout_to_toml, make_layout
+from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
+from partinf.model_config import load_model_config
+from partinf.planner.choose import plan
 from partinf.plans import Bucket
 from partinf.sharding import abstract_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step
-from partinf.workload import DType
+from partinf.workload import DType, Workload
 from tests.execution.assignments import FAMILIES
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
@@ -60,6 +62,22 @@ def test_the_carry_brings_the_next_layers_first_weights() -> None:
     carried = {tuple(variable.aval.shape) for variable in scan.outvars}
     assert {(MODEL.num_heads, MODEL.head_dim, MODEL.embed_dim), (2, MODEL.ffn_dim, MODEL.embed_dim)} <= carried
     assert scan.params["length"] == MODEL.num_layers - 1
+
+
+def test_a_plan_gathers_ahead_where_that_helps_and_memory_allows() -> None:
+    """Llama's serial block on eight v5e has use and room for it, not with a longer prompt; PaLM's parallel block has no use."""
+
+    def prefill(name: str, slice_name: str, length: int, weights: DType) -> Phase:
+        workload = Workload(batch=1, input_len=length, phase="prefill", weights=weights)
+        return plan(load_model_config(name), parse_slice(slice_name), workload).layout.prefill
+
+    llama, longer, palm = (
+        prefill("llama-3-70b", "v5e:4x2", 4096, DType.INT8),
+        prefill("llama-3-70b", "v5e:4x2", 98304, DType.INT8),
+        prefill("palm-62b", "v4:2x4x4", 1 << 16, DType.BF16),
+    )
+    assert all(phase.gather for phase in (llama, longer, palm))
+    assert [phase.ahead for phase in (llama, longer, palm)] == [True, False, False]
 
 
 def test_what_is_gathered_ahead_is_priced_behind_the_layers_and_takes_memory() -> None:

@@ -154,6 +154,12 @@ def test_the_bound_on_time_holds_and_no_process_is_left(worker: Callable[[str], 
     assert not any(map(_runs, pids))
 
 
+@needs_compiler
+def test_the_bound_on_memory_holds() -> None:
+    with pytest.raises(CompilerFailed, match="it was allowed 0.0625 GiB of memory"):
+        prove(plan_for("v5e:2x2"), [BUCKET], Limits(memory_bytes=64 << 20))
+
+
 def _runs(pid: int) -> bool:
     """Whether a process runs; one that has ended may wait for whoever inherited it."""
     try:
