@@ -102,8 +102,9 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
         buckets.append(Bucket(rows, _up(-(-max(workload.decode_context, 1) // size), plan.num_parts)))
     if workload.phase != "decode":
         prompts = -(-min(workload.prefill_batch or workload.batch, workload.batch) // plan.num_stages)
-        tokens = _up(prompts * workload.input_len, plan.prefill_token_multiple())
-        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=_up(prompts, plan.prefill_slot_multiple())))
+        slots = _up(prompts, plan.prefill_slot_multiple())
+        tokens = _up(slots * workload.input_len, plan.prefill_token_multiple())  # every slot holds a whole prompt
+        buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=slots))
     cache = CacheConfig(size, residents // plan.num_shards * pages, residents)
     switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
     if workload.phase is None:

@@ -11,10 +11,11 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from enum import StrEnum
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from partinf.axes import is_axis_name
-from partinf.errors import nearest, raise_offences
+from partinf.errors import InvalidInput, nearest, raise_offences
 
 _R = TypeVar("_R", bound=StrEnum)
 
@@ -31,6 +32,8 @@ class Role(StrEnum):
     REPLICA = "replica"
     STAGE = "stage"
 
+    __hash__ = str.__hash__  # a search asks for it some hundred thousand times
+
 
 class AttentionRole(StrEnum):
     """What a mesh axis splits in the attention core.
@@ -43,6 +46,8 @@ class AttentionRole(StrEnum):
     BATCH = "batch"
     SEQUENCE = "sequence"
     NONE = "none"
+
+    __hash__ = str.__hash__
 
 
 PHASES = ("prefill", "decode")
@@ -90,7 +95,11 @@ class Phase:
 
     def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
         """The axes with this attention role, in mesh order."""
-        return tuple(axis for axis, has in self.attention if has is role)
+        return self._by_role.get(role, ())
+
+    @cached_property
+    def _by_role(self) -> dict[AttentionRole, tuple[str, ...]]:
+        return {role: tuple(axis for axis, has in self.attention if has is role) for role in AttentionRole}
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Layout:
 
     def __post_init__(self, check: bool) -> None:
         if check:
-            raise_offences(self._offences())
+            raise_offences(self.offences())
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -118,7 +127,7 @@ class Layout:
 
     def storage_axes(self, role: Role) -> tuple[str, ...]:
         """The axes with this storage role, in mesh order."""
-        return tuple(axis for axis, has in self.storage if has is role)
+        return _axes_with(self.storage, role)
 
     @property
     def weight_axes(self) -> tuple[str, ...]:
@@ -134,7 +143,8 @@ class Layout:
         split = set(self.storage_axes(Role.REPLICA)) | set(phase.gather)
         return tuple(axis for axis in self.axes if axis in split)
 
-    def _offences(self) -> list[str]:
+    def offences(self) -> list[str]:
+        """Everything that keeps these roles from being a layout."""
         offences = []
         names = list(self.axes)
         offences += [f"axis '{name}' has a storage role twice" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -172,6 +182,11 @@ class Layout:
         ]
 
 
+@lru_cache(maxsize=1 << 12)
+def _axes_with(storage: tuple[tuple[str, Role], ...], role: Role) -> tuple[str, ...]:
+    return tuple(axis for axis, has in storage if has is role)
+
+
 def make_layout(
     storage: Mapping[str, str],
     decode_attention: Mapping[str, str],
@@ -199,17 +214,19 @@ def make_layout(
     decode = attention(decode_attention, "decode")
     prefill = attention(decode_attention if prefill_attention is None else prefill_attention, "prefill")
     loops = {"prefill": _loop(prefill_loop, "prefill", offences), "decode": _loop(decode_loop, "decode", offences)}
-    raise_offences(offences)
     order = list(storage)
 
     def in_order(axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(axes, key=lambda axis: order.index(axis) if axis in order else len(order)))
 
-    return Layout(
+    layout = Layout(
         roles,
         Phase(in_order(prefill_gather), prefill, loops["prefill"], prefill_ahead),
         Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead),
+        check=False,
     )
+    raise_offences(offences + layout.offences())
+    return layout
 
 
 def _loop(given: Mapping[str, Any] | None, label: str, offences: list[str]) -> Loop | None:
@@ -230,7 +247,8 @@ def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
         return kind(text)
     except ValueError:
         offences.append(f"{where}: unknown role '{text}'{nearest(text, [role.value for role in kind])}")
-        return next(iter(kind))
+        # What splits d_ff may be gathered and looped, so that no offence follows from this one.
+        return kind("ffn") if kind is Role else next(iter(kind))
 
 
 _TOP_KEYS = {"description", "source", "model", "slice", "mesh", "axes", "prefill", "decode", "chosen_for", "predicted", "weights", "kv"}
@@ -257,10 +275,16 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
             offences.append(f"{where}: [{label}] needs `attention`, a role for every axis")
         if not isinstance(table.get("ahead", False), bool):
             offences.append(f"{where}: [{label}] `ahead` is true or false, not {table['ahead']!r}")
-    raise_offences(offences)
-    decode, prefill = data["decode"], data.get("prefill", data["decode"])
+    decode = data.get("decode", {})
+    prefill = data.get("prefill", decode)
+    if "axes" not in data or "attention" not in decode or "attention" not in prefill:
+        raise_offences(offences)
     others = [table.get(key, missing) for key, missing in (("gather", ()), ("loop", None), ("ahead", False)) for table in (decode, prefill)]
-    layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *others)
+    try:
+        layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *others)
+    except InvalidInput as wrong:
+        offences += [f"{where}: {offence}" for offence in wrong.offences]
+    raise_offences(offences)
     rest = {key: value for key, value in data.items() if key not in ("axes", "prefill", "decode")}
     return layout, rest
 
@@ -288,12 +312,8 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
 def head_axes(layout: Layout) -> tuple[str, ...]:
     """Every axis that may split the query heads, major first: the stored ones, then those that attention adds in some phase."""
     stored = layout.storage_axes(Role.FFN)
-    added = [
-        axis
-        for axis in layout.axes
-        if axis not in stored and any(dict(layout.phase(label).attention)[axis] is AttentionRole.HEADS for label in PHASES)
-    ]
-    return stored + tuple(added)
+    attended = layout.prefill.attention_axes(AttentionRole.HEADS) + layout.decode.attention_axes(AttentionRole.HEADS)
+    return stored + tuple(axis for axis in layout.axes if axis in attended and axis not in stored)
 
 
 def kv_head_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) -> tuple[str, ...]:

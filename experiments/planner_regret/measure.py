@@ -1,6 +1,6 @@
-"""The planner's choice against every other candidate that fits and runs, under an account that is not its own.
+"""The planner's choice against every other candidate that fits and runs, under two accounts that are not its own.
 
-python -m experiments.planner_regret.measure [--most N]             writes results.json beside this file
+python -m experiments.planner_regret.measure                       the counted programs, then the compiled ones; writes results.json
 python -m experiments.planner_regret.measure --only v4:2x2x4       judges some cases anew and replaces their rows
 """
 
@@ -9,91 +9,125 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from experiments.planner_regret.cases import SEED, Case, cases
-from experiments.planner_regret.judge import judged_seconds, program_of
+from experiments.planner_regret.compiled import compiled_rows
+from experiments.planner_regret.judge import Judged, judged, program_of
 from partinf.cost.pricing import PLAIN
 from partinf.hardware import parse_slice
+from partinf.layout import Role
 from partinf.model_config import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate, PlanReport
 
 CASES = 30
+RESULTS = Path(__file__).with_name("results.json")
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A candidate and its time under the second account, with int8 weights read as such and as they are multiplied."""
-
-    candidate: Candidate
-    seconds: float
-    unfused: float
+def able(report: PlanReport) -> list[Candidate]:
+    """Candidates that fit and that the library runs, in the planner's order."""
+    return [c for c in report.candidates if c.fits and program_of(report, c)[0].runnable is None]
 
 
-def rivals(report: PlanReport, most: int, draw: random.Random) -> list[Candidate]:
-    """Candidates that fit and that the library runs, the planner's order; beyond `most` the first half and a seeded sample of the rest."""
-    able = [c for c in report.candidates if c.fits and not program_of(report, c)[0].runnable]
-    if len(able) <= most:
-        return able
-    return able[: most // 2] + draw.sample(able[most // 2 :], most - most // 2)
+def rivals(found: list[Candidate], most: int, draw: random.Random) -> list[Candidate]:
+    """Of more than `most` the first half and a seeded sample of the rest."""
+    return found if len(found) <= most else found[: most // 2] + draw.sample(found[most // 2 :], most - most // 2)
 
 
-def judge(case: Case, most: int, draw: random.Random) -> dict[str, object] | None:
+def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
     """One row of the table; None when nothing fits."""
-    report = search(load_model_config(case.model), parse_slice(case.slice), case.workload, calibration="none", program=PLAIN)
-    chosen = rivals(report, most, draw)
-    if not chosen:
+    question = load_model_config(case.model), parse_slice(case.slice), case.workload
+    plain, default = search(*question, calibration="none", program=PLAIN), search(*question)
+    found = able(plain)
+    if not found:
         return None
-    judged = [Judged(candidate, *judged_seconds(report, candidate)) for candidate in chosen]
-    first, best = judged[0], min(judged, key=lambda j: j.seconds)
+    chosen, usual = found[0], able(default)[0]
+    times = {id(candidate): judged(plain, candidate) for candidate in rivals(found, most, draw)}
+    mine, asked = times[id(chosen)], judged(plain, usual)
+    all_times = [*times.values(), asked]
+    best = min(found, key=lambda c: times[id(c)].fitted if id(c) in times else float("inf"))
+
+    def regret(one: Judged, of: Callable[[Judged], float]) -> float:
+        return of(one) / min(map(of, all_times)) - 1
+
     return {
         "case": str(case),
-        "candidates": sum(c.fits for c in report.candidates),
-        "judged": len(judged),
-        "chosen": _line(first),
-        "best": _line(best),
-        "regret": first.seconds / best.seconds - 1,
-        "regret_unfused": first.unfused / min(j.unfused for j in judged) - 1,
-        "median_candidate": sorted(j.seconds for j in judged)[len(judged) // 2] / best.seconds - 1,
+        "candidates": len(found),
+        "judged": len(times),
+        "chosen": _line(usual, asked),
+        "chosen_for_plain": _line(chosen, mine),
+        "best": _line(best, times[id(best)]),
+        "regret": regret(asked, lambda j: j.fitted),
+        "regret_at_stated_rates": regret(asked, lambda j: j.stated),
+        "regret_for_plain": regret(mine, lambda j: j.stated),
+        "regret_for_plain_unfused": regret(mine, lambda j: j.unfused),
+        "median_candidate": sorted(j.fitted for j in times.values())[len(times) // 2] / times[id(best)].fitted - 1,
+        "judged_with_stages": sum(id(c) in times and bool(c.layout.storage_axes(Role.STAGE)) for c in found),
+        "judged_with_sequence": sum(id(c) in times and "sequence" in _attention(c).values() for c in found),
     }
 
 
-def _line(judged: Judged) -> dict[str, object]:
-    phase = judged.candidate.asked.phase
+def _attention(candidate: Candidate) -> dict[str, str]:
+    return {axis: role.value for axis, role in candidate.asked.phase.attention}
+
+
+def _line(candidate: Candidate, found: Judged) -> dict[str, Any]:
+    asked = candidate.asked
     return {
-        "layout": judged.candidate.name.split(", ")[0] + f", {judged.candidate.asked.ffn}",
-        "gather": "".join(phase.gather),
-        "attention": {axis: role.value for axis, role in phase.attention},
-        "planner_ms": 1e3 * judged.candidate.asked.step_seconds,
-        "judged_ms": 1e3 * judged.seconds,
+        "layout": candidate.name.rsplit(", ", 2)[0] + f", {asked.ffn}",
+        "gather": "".join(asked.phase.gather),
+        "attention": _attention(candidate),
+        "planner_ms": 1e3 * asked.step_seconds,
+        "judged_ms": 1e3 * found.fitted,
+        "stated_ms": 1e3 * found.stated,
     }
+
+
+def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each of the first cases in which something fits."""
+    rows: list[dict[str, Any]] = []
+    for case in cases(2 * CASES):
+        if len(rows) == CASES:
+            break
+        if only not in str(case):
+            row = next((row for row in kept if row["case"] == str(case)), None)
+        else:
+            row = judge(case, most, random.Random(f"{SEED} {case}"))
+            if row is not None:
+                counts = f"{row['judged']:3} of {row['candidates']:4}"
+                kinds = ("regret", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
+                print(f"{row['case']:60} {counts} {' '.join(f'{row[kind]:8.2%}' for kind in kinds)}", flush=True)
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=250, help="candidates judged per case (default: 250)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
+    parser.add_argument("--most", type=int, default=120, help="candidates counted per case (default: 120)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="counted cases whose name has this text; nothing is compiled")
+    parser.add_argument("--compile-only", action="store_true", help="keep the counted rows")
     args = parser.parse_args()
-    results_file = Path(__file__).with_name("results.json")
-    kept = json.loads(results_file.read_text())["rows"] if args.only else []
-    rows: list[dict[str, object]] = []
-    for case in cases(2 * CASES):
-        if len(rows) == CASES:
-            break
-        if args.only not in str(case):
-            row = next((row for row in kept if row["case"] == str(case)), None)
-        else:
-            row = judge(case, args.most, random.Random(f"{SEED} {case}"))
-            if row is not None:
-                print(
-                    f"{row['case']:60} {row['judged']:3} of {row['candidates']:4} {row['regret']:7.2%} {row['regret_unfused']:7.2%}",
-                    flush=True,
-                )
-        if row is not None:
-            rows.append(row)
-    results_file.write_text(json.dumps({"seed": SEED, "most_judged": args.most, "rows": rows}, indent=1) + "\n")
+    if not args.compile_only:
+        rows = counted_rows(args.most, args.only, _kept()["rows"])
+        _keep({"seed": SEED, "most_judged": args.most, "rows": rows})
+    if not args.only:
+        compiled = []
+        for row in compiled_rows(cases(2 * CASES)):
+            compiled.append(row)
+            _keep({"compiled": compiled})
+
+
+def _kept() -> dict[str, Any]:
+    empty: dict[str, Any] = {"rows": [], "compiled": []}
+    return empty | (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {})
+
+
+def _keep(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(_kept() | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,6 @@ def run(args: argparse.Namespace) -> int:
     asked = read(args, extra=[f"--slice {args.slice}: a layout is explained on one slice; `partinf plan` finds it"] if auto else [])
     layout, padded_heads = named_or_chosen(asked, args.layout)
     from partinf.cli.plan_table import wide_console
-    from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import Pricing
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name
     from partinf.planner.evaluate import Evaluator
@@ -36,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     console = wide_console()
     name = readable_name(layout, asked.slice.axis_sizes)
     console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
-    pricing = Pricing(asked.slice, calibration_for(asked.slice.chip, asked.calibration), asked.bandwidth_model, asked.program)
-    evaluator = Evaluator(asked.model, pricing, asked.workload)
+    evaluator = Evaluator(asked.model, asked.question.pricing(asked.slice), asked.workload)
     for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
         print_step(console, label, split, step_ledger(split))
@@ -53,12 +50,12 @@ def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
     from partinf.cli.arguments import named_layout
     from partinf.errors import raise_offences
     from partinf.planner.evaluate import heads_for
-    from partinf.planner.search import search
+    from partinf.planner.search import answer
     from partinf.plans import layout_offences
 
     layout = named_layout(name)
     if layout is None:
-        report = search(asked.model, asked.slice, asked.workload, calibration=asked.calibration, bandwidth_model=asked.bandwidth_model)
+        report = answer(asked.question, asked.slice)
         return report.best.layout, report.best.padded_heads
     offences = layout_offences(asked.model, asked.slice, layout)
     padded = 0
@@ -74,6 +71,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     from rich.table import Table
 
     from partinf.planner.explain import explain
+    from partinf.planner.work import moved_bytes, readable_bytes
 
     number = 0
     step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
@@ -88,7 +86,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
             table.add_column(name, justify="right", no_wrap=True)
         for line in section.lines:
             number += 1
-            table.add_row(str(number), _what(line), line.shape, line.local, _bytes(line), _time(line))
+            table.add_row(str(number), _what(line), line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _time(line))
         start = f", from {section.start}" if section.start else ""
         times = f" (×{split.model.num_layers})" if section.per_layer else ""
         console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
@@ -98,15 +96,6 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
 def _what(line: Line) -> str:
     entry = line.entry
     return f"{entry.op}({''.join(entry.axes)}) {entry.name}" if entry.op else entry.name
-
-
-def _bytes(line: Line) -> str:
-    entry = line.entry
-    size = entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def _time(line: Line) -> str:

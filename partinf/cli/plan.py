@@ -98,17 +98,14 @@ def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]
 
 def _trials(asked: Asked, all_meshes: bool) -> list[Trial]:
     """The slice that was asked for; with `auto` all slices or meshes that were tried, the cheapest or fastest first."""
-    from partinf.planner.search import search
+    from partinf.planner.search import answer
     from partinf.planner.slices import Trial, cheapest, every_mesh
 
-    model, workload, program = asked.model, asked.workload, asked.program
-    calibration, bandwidth_model = asked.calibration, asked.bandwidth_model
     if asked.auto:
-        chip = asked.slice.chip
-        return cheapest(model, chip, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+        return cheapest(asked.question, asked.slice.chip)
     if all_meshes:
-        return every_mesh(model, asked.slice, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
-    return [Trial(search(model, asked.slice, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program))]
+        return every_mesh(asked.question, asked.slice)
+    return [Trial(answer(asked.question, asked.slice))]
 
 
 def _offences(args: argparse.Namespace) -> list[str]:

@@ -15,6 +15,8 @@ from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import switch_table
+from partinf.planner.work import moved_bytes
+from partinf.plans import Plan
 
 _BAR = 40
 _PIPE_WIDTH = 140
@@ -133,7 +135,7 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     if plan.runnable:
         console.print(f"Can be planned but not run yet: {plan.runnable}.", highlight=False)
     if report.workload.phase is None:
-        _show_switch(console, report, best, plan.prefill_from_tokens)
+        _show_switch(console, report, plan)
     console.print(_memory_bar(best), highlight=False)
     if best.phase("decode"):
         console.print(f"Largest batch worth decoding together under these roles: {batch_advice(report)}.", highlight=False)
@@ -143,13 +145,13 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
         console.print(_ledger(result))
 
 
-def _show_switch(console: Console, report: PlanReport, best: Candidate, from_tokens: int) -> None:
-    rows = switch_table(report, best, from_tokens)
-    text = f"from {from_tokens} tokens per step on" if rows else "never by the token count"
+def _show_switch(console: Console, report: PlanReport, plan: Plan) -> None:
+    rows = switch_table(report, plan.layout, plan.padded_heads, plan.prefill_from_tokens)
+    text = f"from {plan.prefill_from_tokens} tokens per step on" if rows else "never by the token count"
     console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
     if not rows:
         return
-    names = {result.name: result.ffn for result in best.phases}
+    names = {result.name: result.ffn for result in report.best.phases}
     table = Table(box=None, pad_edge=False, header_style="bold", title="Steps of prompts, ms under either FFN", title_justify="left")
     for name in ("tokens", *(f"{label}: {ffn}" for label, ffn in names.items())):
         table.add_column(name, justify="right")
@@ -185,5 +187,4 @@ def _ledger(result: PhaseResult) -> Table:
 
 def _megabytes(entry: Entry) -> float:
     """Bytes of all occurrences: the payload of a collective, HBM traffic of the rest."""
-    each = entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
-    return each * entry.count / 1e6
+    return moved_bytes(entry) * entry.count / 1e6

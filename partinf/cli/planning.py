@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 from partinf.cli.arguments import add_hardware
 
 if TYPE_CHECKING:
-    from partinf.cost.collectives import BandwidthModel
-    from partinf.cost.pricing import Program
     from partinf.hardware import Chip, Slice
     from partinf.model_config import ModelConfig
+    from partinf.planner.question import Question
     from partinf.workload import Workload
 
 _T = TypeVar("_T")
@@ -27,13 +26,17 @@ class Asked:
         slice: the slice; with `auto`, one chip of the kind of which the slice is to be found.
     """
 
-    model: ModelConfig
+    question: Question
     slice: Slice
-    workload: Workload
-    calibration: str
-    bandwidth_model: BandwidthModel
-    program: Program
     auto: bool = False
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.question.model
+
+    @property
+    def workload(self) -> Workload:
+        return self.question.workload
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -55,7 +58,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument("--bandwidth-model", default="axis", metavar="MODEL", help="axis: links per torus axis; paper: all links together")
     parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
     parser.add_argument(
-        "--program", default="looped", metavar="KIND", help="looped: collectives unrolled into matmuls (the paper); plain: what runs today"
+        "--program",
+        metavar="KIND",
+        help="looped: collectives unrolled into matmuls (the paper; default for TPUs); tiled: what runs today (elsewhere); plain",
     )
 
 
@@ -69,6 +74,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     from partinf.cost.pricing import PROGRAMS
     from partinf.errors import nearest, raise_offences
     from partinf.model_config import load_model_config
+    from partinf.planner.question import Question
     from partinf.workload import DType, Objective, Workload
 
     offences = list(extra)
@@ -86,7 +92,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     bandwidth_model = _enum("bandwidth-model", BandwidthModel, args.bandwidth_model, offences)
     if args.calibration not in ("fitted", "none"):
         offences.append(f"--calibration {args.calibration}: valid: fitted, none")
-    if args.program not in PROGRAMS:
+    if args.program is not None and args.program not in PROGRAMS:
         offences.append(f"--program {args.program}: unknown{nearest(args.program, PROGRAMS)}")
     if args.phase == "decode" and not numbers["context"] and not numbers["input"] and args.context is None:
         offences.append("--phase decode needs --context, the tokens in the cache (or --input and --output)")
@@ -113,8 +119,8 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     assert slice_ is not None
     assert workload is not None
     assert bandwidth_model is not None
-    auto = _is_auto(args.slice)
-    return Asked(model, slice_, workload, args.calibration, bandwidth_model, PROGRAMS[args.program], auto)
+    question = Question(model, workload, args.calibration, bandwidth_model, PROGRAMS.get(args.program))
+    return Asked(question, slice_, _is_auto(args.slice))
 
 
 def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice:

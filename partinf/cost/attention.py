@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
-from partinf.cost.movement import Axes, Split
-from partinf.cost.split import Group, StepSplit
+from partinf.cost.movement import Axes, Group, Split
+from partinf.cost.split import StepSplit
 from partinf.model_config import Block
 
 DECODE_CORE, PREFILL_CORE = "decode core", "prefill core"
@@ -77,26 +77,35 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     kv_heads = model.num_kv_heads // split.ways(group.kv)
     keys = -(-shape.decode_context // split.ways(group.sequence))
     seen = shape.decode_context if shape.real_context is None else shape.real_context
+    share = useful * split.shares.heads * (seen / shape.decode_context if keys else 1.0)
+    entries.append(decode_core(split, rows, heads, kv_heads, keys, share))
+    return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
+
+
+def decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: int, share: float = 1.0) -> Entry:
+    """Products with so many keys and values of each row on one device, of which a share is useful."""
+    model, act = split.model, split.act_bytes
     flops = 4.0 * rows * heads * model.head_dim * keys
     kv_bytes = 2.0 * rows * keys * kv_heads * model.head_dim * split.kv_bytes
-    passed = 2 * rows * heads * model.head_dim * split.act_bytes
+    passed = 2 * rows * heads * model.head_dim * act
     if not split.pricing.program.blocked_attention:
-        passed += 2 * rows * heads * keys * (4 + split.act_bytes)  # scores in float32, probabilities: each written and read
-    share = useful * split.shares.heads * (seen / shape.decode_context if keys else 1.0)
+        passed += 2 * rows * heads * keys * (4 + act)  # scores in float32, probabilities: each written and read
     core = (rows, rows, heads, kv_heads, keys)
-    entries.append(split.pricing.product(DECODE_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core))
-    return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
+    return split.pricing.product(DECODE_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core)
 
 
 def prefill_entries(split: StepSplit) -> list[Entry]:
     """The prompt tokens: to their attention state, new keys and values on to the owners of the pages, the core, and back."""
-    shape, group = split.shape, split.prefill
+    shape, model, group = split.shape, split.model, split.prefill
     if not shape.prefill_tokens:
         return []
     real_tokens = shape.prefill_tokens if shape.real_tokens is None else shape.real_tokens
     useful = real_tokens / shape.prefill_tokens
     entries = _to_group(split, group, shape.prefill_tokens, useful, "prefill")
-    entries.append(_prefill_core(split, group, useful))
+    dealt = split.ways(group.batch)
+    slots, tokens = -(-shape.prefill_slots // dealt), -(-shape.prefill_tokens // dealt)
+    heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
+    entries.append(prefill_core(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads))
     return entries + _from_group(split, group, shape.prefill_tokens, useful, "prefill")
 
 
@@ -133,14 +142,10 @@ def _earlier(split: StepSplit, elements: int, shared: Axes) -> list[Entry]:
     return entries + movement(split, _PART, "earlier K, V", beside, Split(dealt, near.cols), Split(rest, group.kv))
 
 
-def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
+def prefill_core(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> Entry:
+    """So many tokens of so many prompts on one device, with one of `parts` parts of their keys; a share of tokens and heads is useful."""
     shape, model, program = split.shape, split.model, split.pricing.program
-    tokens = -(-shape.prefill_tokens // split.ways(group.batch))
-    slots = -(-shape.prefill_slots // split.ways(group.batch))
-    heads = model.num_heads // split.ways(group.heads)
-    kv_heads = model.num_kv_heads // split.ways(group.kv)
     own = tokens / max(slots, 1)
-    parts = split.ways(group.sequence)
     keys_all = (slots * shape.prefill_context + tokens) // parts
     keys = (shape.prefill_context + own) / parts if program.per_prompt_attention else keys_all
     seen = (shape.prefill_context + (own + 1) / 2) / parts  # a causal prompt sees half of itself
@@ -150,7 +155,7 @@ def _prefill_core(split: StepSplit, group: Group, useful: float) -> Entry:
         passed += int(2 * pairs * heads * (4 + split.act_bytes))
     kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
     flops = 4.0 * pairs * heads * model.head_dim
-    share = min(1.0, useful * split.shares.heads * seen / keys) if keys else 1.0
+    share = min(1.0, useful * seen / keys) if keys else 1.0
     core = (slots, tokens, heads, kv_heads, shape.prefill_context // parts)
     return split.pricing.product(
         PREFILL_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True

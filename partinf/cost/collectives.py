@@ -11,7 +11,8 @@ All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where
 latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
 chapter 3). A permute sends b to the next device along the axes, over one link one way, or through the slowest network that any of them
 crosses. Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added: a ring waits at
-every hop, an all-to-all sends at once and waits for the chip's own latency alone. On devices that were measured, each kind of collective
+every hop, an all-to-all on a torus sends at once and waits for the chip's own latency alone, and through a switch every collective is one
+step. On devices that were measured, each kind of collective
 has a time of its own by the number of devices, and a factor on that of its bytes.
 """
 
@@ -46,6 +47,7 @@ class _Level:
         ways: devices per group. bandwidth: bytes/s into one device. hop_seconds: latency of the level.
         exchange: bytes/s at which an all-to-all within the group empties a device's buffer.
         onward: bytes/s from every device to its next neighbour at once. onward_seconds: latency of that.
+        rings: collectives go from device to device, so that each hop takes a step of the program; else all reach all in one step.
     """
 
     ways: int
@@ -54,6 +56,7 @@ class _Level:
     exchange: float
     onward: float
     onward_seconds: float
+    rings: bool = False
 
 
 class Network:
@@ -102,7 +105,7 @@ class Network:
                 transfer = payload * (level.ways - 1) / level.ways / level.bandwidth * self.factor
                 payload /= level.ways
             if self._hop_scale:
-                spent += transfer + level.hop_seconds * (1.0 if op is Op.ALL_TO_ALL else self._hop_scale)
+                spent += transfer + level.hop_seconds * (1.0 if op is Op.ALL_TO_ALL and level.rings else self._hop_scale)
             else:
                 spent += max(transfer, level.hop_seconds)
         return 2 * spent if op is Op.ALL_REDUCE else spent
@@ -162,7 +165,8 @@ class Network:
             slowest = max(slowest, line.size / (4 * each))
         farthest = max(axis.stride for axis in axes)
         onward = self.chip.link_bandwidth / farthest / share
-        return _Level(_ways(axes), bandwidth, self.chip.hop_seconds * hops, 1 / slowest, onward, self.chip.hop_seconds * farthest)
+        hop = self.chip.hop_seconds
+        return _Level(_ways(axes), bandwidth, hop * hops, 1 / slowest, onward, hop * farthest, rings=True)
 
     def _switch_levels(self, axes: list[MeshAxis]) -> list[_Level]:
         """Devices of a node talk through its switch; groups that reach beyond a node do so through the network adapters."""

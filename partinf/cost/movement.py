@@ -31,6 +31,20 @@ class Split(NamedTuple):
     unreduced: Axes = ()
 
 
+class Group(NamedTuple):
+    """One token group in the attention core.
+
+    Attributes:
+        batch: axes over which whole requests are dealt. heads: axes that split query heads. kv: those that split kv heads too.
+        sequence: axes over which the keys of each request are dealt.
+    """
+
+    batch: Axes
+    heads: Axes
+    kv: Axes
+    sequence: Axes
+
+
 class Moved(NamedTuple):
     """One collective of a movement: its op, axes, and payload in elements (output of an all-gather, input of the others)."""
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Entry, Kind, Op, Part
-from partinf.cost.movement import Moved, Split
-from partinf.hardware import Slice
+from partinf.cost.movement import Axes, Group, Moved, Split
+from partinf.hardware import Chip, Slice
 from partinf.rates import Curve, TypeRates
 from partinf.workload import DType
 
@@ -50,6 +50,12 @@ LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, lo
 PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
 
 
+def usual_program(chip: Chip) -> Program:
+    """The program for which layouts are chosen unless somebody says otherwise: on TPUs the looped one, with which their constants were
+    measured; elsewhere the one that runs, where nothing hides a collective."""
+    return LOOPED if chip.family == "tpu" else TILED
+
+
 class Pricing:
     """Makes priced ledger entries for one slice."""
 
@@ -67,7 +73,9 @@ class Pricing:
         self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds, calibration.rates)
         self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
-        self.known_moves: dict[tuple[int, Split, Split], tuple[Moved, ...]] = {}  # a search asks for few of them many times
+        # A search asks for few of these many times.
+        self.known_moves: dict[tuple[int, Split, Split], tuple[Moved, ...]] = {}
+        self.known_groups: dict[tuple[object, Axes], Group] = {}
         self._measured: _Measured | None = None
         self._of_types: dict[tuple[DType, DType], Pricing] = {}
 

@@ -6,10 +6,9 @@ from `StepSplit` and contains no case for any layout. Axes of size 1 are dropped
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
-from partinf.cost.movement import Axes, Moved, Split, moves, ways
+from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import TILED, Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model_config import Block, ModelConfig
@@ -56,21 +55,6 @@ class StepShape:
     def useful(self) -> float:
         """Share of the tokens of the linear layers that are real."""
         return self.num_real_tokens / max(self.num_tokens, 1)
-
-
-@dataclass(frozen=True)
-class Group:
-    """One token group in the attention core.
-
-    Attributes:
-        batch: axes over which whole requests are dealt. heads: axes that split query heads. kv: those that split kv heads too.
-        sequence: axes over which the keys of each request are dealt.
-    """
-
-    batch: Axes
-    heads: Axes
-    kv: Axes
-    sequence: Axes
 
 
 @dataclass(frozen=True)
@@ -130,7 +114,8 @@ class StepSplit:
 
     def with_attention(self, layout: Layout) -> StepSplit:
         """The same under a layout that differs in attention roles alone."""
-        found = copy.copy(self)
+        found = object.__new__(StepSplit)
+        found.__dict__.update(self.__dict__)
         found._attend(layout)
         return found
 
@@ -206,6 +191,10 @@ class StepSplit:
         return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
     def _group(self, phase: Phase) -> Group:
-        roles = (AttentionRole.BATCH, AttentionRole.HEADS, AttentionRole.SEQUENCE)
-        batch, heads, sequence = (self._kept(phase.attention_axes(role)) for role in roles)
-        return Group(batch, heads, tuple(a for a in self.kv_digits if a in heads), sequence)
+        known, key = self.pricing.known_groups, (phase.attention, self.kv_digits)
+        found = known.get(key)
+        if found is None:
+            roles = (AttentionRole.BATCH, AttentionRole.HEADS, AttentionRole.SEQUENCE)
+            batch, heads, sequence = (self._kept(phase.attention_axes(role)) for role in roles)
+            found = known[key] = Group(batch, heads, tuple(a for a in self.kv_digits if a in heads), sequence)
+        return found

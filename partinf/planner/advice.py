@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
-from partinf.cost.pricing import Pricing
 from partinf.planner.evaluate import Evaluator, padded_heads
 from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import search
+from partinf.planner.search import answer
 from partinf.planner.slices import slices_of
 from partinf.workload import DType, Workload
 
@@ -64,8 +63,7 @@ def _changed(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _memory(report: PlanReport, candidate: Candidate, workload: Workload) -> MemoryBudget:
-    pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
-    evaluator = Evaluator(report.model, pricing, workload)
+    evaluator = Evaluator(report.model, report.pricing, workload)
     priced = [evaluator.price(candidate.layout, result.name, candidate.padded_heads) for result in candidate.phases]
     return evaluator.memory(candidate.layout, priced, candidate.padded_heads)
 
@@ -77,9 +75,7 @@ def _smallest_that_fits(report: PlanReport) -> PlanReport | None:
     for larger in slices_of(chip, _MOST_TIMES_LARGER * report.slice.num_chips):
         if larger.num_chips <= report.slice.num_chips or larger.num_devices * larger.chip.usable_hbm_per_device() < least:
             continue
-        found = search(
-            report.model, larger, report.workload, calibration=_mode(report), bandwidth_model=report.bandwidth_model, program=report.program
-        )
+        found = answer(report.question, larger)
         if found.best.fits:
             return found
     return None
@@ -101,7 +97,3 @@ def head_splits(report: PlanReport) -> str:
     each = added * report.workload.weights.num_bytes / devices
     cost = f"{added / 1e9:.3g} B parameters more, {each / 1e9:.2g} GB per device"
     return f"{text}; over {devices} devices they are padded to {padded}: {cost}"
-
-
-def _mode(report: PlanReport) -> str:
-    return "none" if report.calibration.name == "none" else "fitted"

@@ -7,6 +7,7 @@ from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.planner.batch import batch_advice
+from partinf.planner.choose import running_layout
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import NEVER, prefill_from
@@ -32,7 +33,8 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
         proofs: what the compiler says, by the place of the candidate; becomes its "proof".
     """
     workload = report.workload
-    candidates = [candidate_json(candidate) for candidate in report.candidates]
+    entries = _Entries()
+    candidates = [candidate_json(candidate, entries) for candidate in report.candidates]
     for place, proof in (proofs or {}).items():
         candidates[place]["proof"] = proof
     return {
@@ -91,7 +93,7 @@ def _ffn_by_tokens(report: PlanReport) -> list[dict[str, Any]]:
     results = {result.name: result for result in best.phases}
     if len(results) < 2:
         return []
-    switch = prefill_from(report, best.layout, best.padded_heads)
+    switch = prefill_from(report, running_layout(report, best), best.padded_heads)
     found = [{"from_tokens": 1, "phase": "decode", "ffn": results["decode"].ffn}]
     if switch < NEVER:
         found.append({"from_tokens": switch, "phase": "prefill", "ffn": results["prefill"].ffn})
@@ -112,7 +114,7 @@ def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[st
     return found
 
 
-def candidate_json(candidate: Candidate) -> dict[str, Any]:
+def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
     """One candidate; top-level times are those of the phase that was asked for."""
     memory, asked = candidate.memory, candidate.asked
     return {
@@ -137,11 +139,11 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "chip_ms_per_token": candidate.chip_ms_per_token,
         "ffn": asked.ffn,
         "attention": asked.attention,
-        "phases": {result.name: _phase_json(result) for result in candidate.phases},
+        "phases": {result.name: _phase_json(result, entries) for result in candidate.phases},
     }
 
 
-def _phase_json(result: PhaseResult) -> dict[str, Any]:
+def _phase_json(result: PhaseResult, entries: _Entries) -> dict[str, Any]:
     return {
         "gather": list(result.phase.gather),
         "attention_roles": {axis: role.value for axis, role in result.phase.attention},
@@ -150,7 +152,7 @@ def _phase_json(result: PhaseResult) -> dict[str, Any]:
         "step_seconds": result.step_seconds,
         "mfu": result.mfu,
         "collectives": collectives_json(result.ledger),
-        "ledger": [_entry_json(entry) for entry in result.ledger.entries],
+        "ledger": [entries.of(entry) for entry in result.ledger.entries],
     }
 
 
@@ -160,6 +162,19 @@ def collectives_json(ledger: Ledger) -> list[dict[str, Any]]:
         {"op": c.op.value, "axes": list(c.axes), "bytes": c.bytes, "count": c.count, "seconds": c.seconds, "dtype": c.dtype}
         for c in ledger.collectives
     ]
+
+
+class _Entries:
+    """Entries as plain data, each once: the candidates of a search share most of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Entry, dict[str, Any]]] = {}
+
+    def of(self, entry: Entry) -> dict[str, Any]:
+        found = self._known.get(id(entry))
+        if found is None:  # the entry is kept, so that nothing else gets its id
+            found = self._known[id(entry)] = entry, _entry_json(entry)
+        return found[1]
 
 
 def _entry_json(entry: Entry) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.movement import ways
-from partinf.cost.pricing import Pricing
 from partinf.cost.roofline import critical_batch
 from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
@@ -89,7 +88,7 @@ class _Steps:
 
     def __init__(self, report: PlanReport) -> None:
         self.report, self.best = report, report.best
-        self.pricing = Pricing(report.slice, report.calibration, report.bandwidth_model, report.program)
+        self.pricing = report.pricing
         layout = self.best.layout
         split = {*layout.decode.attention_axes(AttentionRole.BATCH), *layout.token_axes(layout.decode)}
         self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), report.slice.axis_sizes)

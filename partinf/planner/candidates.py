@@ -9,7 +9,7 @@ for each storage, so that both phases share it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,17 +25,26 @@ _BETWEEN_SLICES = (Role.REPLICA, Role.STAGE, Role.FFN)
 _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.SEQUENCE, AttentionRole.NONE)
 
 
-class PhaseOption(NamedTuple):
-    """Gathered axes and attention roles of one phase, aligned with the slice's axes.
+class Attention(NamedTuple):
+    """Attention roles of one phase, aligned with the slice's axes.
 
     Attributes:
-        heads: marks the axes that split heads. number: equal for equal attention roles, a short key for them.
+        number: equal for equal roles, a short key for them. heads: one bit for each axis that splits heads, the first axis lowest.
+        dealt, parts: into how many parts whole requests, and the keys of each request, are dealt.
     """
 
-    gather: tuple[bool, ...]
-    attention: tuple[AttentionRole, ...]
-    heads: tuple[bool, ...]
+    roles: tuple[AttentionRole, ...]
     number: int
+    heads: int
+    dealt: int
+    parts: int
+
+
+class PhaseOption(NamedTuple):
+    """Gathered axes and attention roles of one phase, aligned with the slice's axes."""
+
+    gather: Gather
+    attention: Attention
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class AxisTable:
 
     Attributes:
         names, sizes: in mesh order. class_ids: equal numbers for equal axes. storage: roles that each may have in storage.
-        gathered: whether weights may be gathered over an axis. phases: those that were asked for.
+        gathered: whether weights may be gathered over an axis. attentions: every choice of attention roles, stages apart.
     """
 
     names: tuple[str, ...]
@@ -52,17 +61,29 @@ class AxisTable:
     class_ids: tuple[int, ...]
     storage: tuple[tuple[Role, ...], ...]
     gathered: tuple[bool, ...]
-    phases: dict[PhaseOption, Phase] = field(default_factory=dict, compare=False, repr=False)
+    attentions: tuple[Attention, ...]
+    _phases: dict[tuple[Gather, int], Phase] = field(default_factory=dict, compare=False, repr=False)
+    _free: dict[tuple[int, ...], list[Attention]] = field(default_factory=dict, compare=False, repr=False)
 
     def phase(self, option: PhaseOption) -> Phase:
-        found = self.phases.get(option)
+        key = (option.gather, option.attention.number)
+        found = self._phases.get(key)
         if found is None:
             gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
-            found = self.phases[option] = Phase(gather, tuple(zip(self.names, option.attention, strict=True)))
+            found = self._phases[key] = Phase(gather, tuple(zip(self.names, option.attention.roles, strict=True)))
         return found
 
     def layout(self, storage: Storage, prefill: PhaseOption, decode: PhaseOption) -> Layout:
         return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode), check=False)
+
+    def attentions_of(self, storage: Storage) -> list[Attention]:
+        """Every choice of attention roles for a storage, equal axes not yet merged; stages split nothing within a layer."""
+        stages = tuple(index for index, role in enumerate(storage) if role is Role.STAGE)
+        found = self._free.get(stages)
+        if found is None:
+            left = (a for a in self.attentions if all(a.roles[index] is AttentionRole.NONE for index in stages))
+            found = self._free[stages] = list(left)
+        return found
 
 
 def axis_table(slice_: Slice) -> AxisTable:
@@ -72,7 +93,20 @@ def axis_table(slice_: Slice) -> AxisTable:
     gathered = tuple(axis.size > 1 and axis.link is not Link.DCN for axis in axes)
     classes = tuple(_axis_class(axis, slice_) for axis in axes)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(classes))}
-    return AxisTable(tuple(a.name for a in axes), tuple(a.size for a in axes), tuple(numbers[c] for c in classes), storage, gathered)
+    names, sizes = tuple(axis.name for axis in axes), tuple(axis.size for axis in axes)
+    return AxisTable(names, sizes, tuple(numbers[c] for c in classes), storage, gathered, _attentions(sizes))
+
+
+def _attentions(sizes: tuple[int, ...]) -> tuple[Attention, ...]:
+    found = []
+    for number, roles in enumerate(itertools.product(*((AttentionRole.NONE,) if size == 1 else _ATTENDED for size in sizes))):
+        dealt, parts = (
+            math.prod(size for size, has in zip(sizes, roles, strict=True) if has is role)
+            for role in (AttentionRole.BATCH, AttentionRole.SEQUENCE)
+        )
+        heads = sum(1 << index for index, role in enumerate(roles) if role is AttentionRole.HEADS)
+        found.append(Attention(roles, number, heads, dealt, parts))
+    return tuple(found)
 
 
 def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
@@ -97,31 +131,9 @@ def gathers(table: AxisTable, storage: Storage) -> list[Gather]:
     return list(itertools.product(*((False, True) if stores else (False,) for stores in stored)))
 
 
-def attentions_of(table: AxisTable, storage: Storage) -> int:
-    """Number of attention roles for a storage, equal axes counted apart."""
-    free = [size > 1 and role is not Role.STAGE for size, role in zip(table.sizes, storage, strict=True)]
-    return int(len(_ATTENDED) ** sum(free))
-
-
 def num_options(table: AxisTable, storage: Storage) -> int:
     """Options of a phase for a storage, equal axes counted apart."""
-    return len(gathers(table, storage)) * attentions_of(table, storage)
-
-
-def phase_options(table: AxisTable, storage: Storage, allowed: Collection[Gather]) -> Iterator[PhaseOption]:
-    """Every choice of these gathered axes and attention roles for a storage, equal axes not yet merged."""
-    attended = [(AttentionRole.NONE,) if size == 1 else _ATTENDED for size in table.sizes]
-    stages = [index for index, role in enumerate(storage) if role is Role.STAGE]  # they split nothing within a layer
-    roles = [
-        (a, tuple(role is AttentionRole.HEADS for role in a), number)
-        for number, a in enumerate(itertools.product(*attended))
-        if all(a[index] is AttentionRole.NONE for index in stages)
-    ]
-    for gather in gathers(table, storage):
-        if gather not in allowed:
-            continue
-        for attention, heads, number in roles:
-            yield PhaseOption(gather, attention, heads, number)
+    return len(gathers(table, storage)) * len(table.attentions_of(storage))
 
 
 class HeadSplits:
@@ -129,20 +141,23 @@ class HeadSplits:
 
     def __init__(self, table: AxisTable, num_kv_heads: int) -> None:
         self._table, self._num_kv_heads = table, num_kv_heads
-        self._known: dict[tuple[Storage, tuple[bool, ...]], tuple[int, tuple[bool, ...]]] = {}
+        self._known: dict[tuple[Storage, int], tuple[int, tuple[bool, ...]]] = {}
 
-    def of(self, storage: Storage, *options: PhaseOption) -> tuple[int, tuple[bool, ...]]:
-        """Parts into which query heads are split in these phases, and which axes split key-value heads too."""
-        asked = options[0].heads if len(options) == 1 else tuple(map(any, zip(*(o.heads for o in options), strict=True)))
-        key = (storage, asked)
+    def of(self, storage: Storage, heads: int) -> tuple[int, tuple[bool, ...]]:
+        """Parts into which query heads are split when attention splits them over these axes, and which axes split key-value heads too.
+
+        Args:
+            heads: as in `Attention`; of two phases, the bits of both.
+        """
+        key = (storage, heads)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._work_out(storage, asked)
+            found = self._known[key] = self._work_out(storage, heads)
         return found
 
-    def _work_out(self, storage: Storage, asked: tuple[bool, ...]) -> tuple[int, tuple[bool, ...]]:
+    def _work_out(self, storage: Storage, heads: int) -> tuple[int, tuple[bool, ...]]:
         stored = [i for i, role in enumerate(storage) if role is Role.FFN]
-        added = [i for i, role in enumerate(storage) if role is not Role.FFN and asked[i]]
+        added = [i for i, role in enumerate(storage) if role is not Role.FFN and heads >> i & 1]
         parts, kv, dividing = 1, [False] * len(storage), True
         for i in stored + added:
             parts *= self._table.sizes[i]
@@ -152,16 +167,12 @@ class HeadSplits:
 
 
 def option_signature(table: AxisTable, storage: Storage, option: PhaseOption, kv: tuple[bool, ...]) -> object:
-    """Equal for options that differ only by swapping equal axes.
+    """Equal for options of a storage that differ only by swapping equal axes.
 
     Args:
         kv: which axes split key-value heads; heads are dealt over leading axes as far as they divide, so order breaks that tie.
     """
-    return _signature(table, list(zip(storage, option.gather, option.attention, kv, strict=True)))
-
-
-def _signature(table: AxisTable, marks: list[tuple[object, ...]]) -> object:
-    return tuple(sorted(zip(table.class_ids, marks, strict=True)))
+    return tuple(sorted(zip(table.class_ids, storage, option.gather, option.attention.roles, kv, strict=True)))
 
 
 def _axis_class(axis: MeshAxis, slice_: Slice) -> AxisClass:

@@ -9,14 +9,15 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
-from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.cost.pricing import Pricing, Program
 from partinf.errors import InvalidInput
 from partinf.hardware import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
 from partinf.model_config import Block, ModelConfig
 from partinf.planner.evaluate import Evaluator
+from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import search
+from partinf.planner.search import answer
 from partinf.planner.switch import prefill_from
 from partinf.plans import CacheConfig, Plan
 from partinf.workload import Workload
@@ -29,7 +30,7 @@ def plan(
     *,
     calibration: str = "fitted",
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program = LOOPED,
+    program: Program | None = None,
     only_runnable: bool = True,
 ) -> Plan:
     """The best layout for a workload, as a plan.
@@ -40,7 +41,7 @@ def plan(
     Raises:
         InvalidInput: nothing fits; by how much, and what would help.
     """
-    report = search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
+    report = answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
     plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
     best = next((found for found in plans if not (only_runnable and found.runnable)), None)
     if best is None:
@@ -68,24 +69,25 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
     lanes = -(-workload.batch // shards)
     cache = CacheConfig(page, lanes * parts * -(-context // (page * parts)), lanes * shards)
     predicted = tuple((result.name, result.ledger) for result in candidate.phases)
+    layout = running_layout(report, candidate)
     return Plan(
         report.model,
         report.slice,
-        _gathering_ahead(report, candidate),
+        layout,
         workload.weights,
         workload.kv,
         context,
         cache,
-        prefill_from(report, candidate.layout, candidate.padded_heads),
+        prefill_from(report, layout, candidate.padded_heads),
         predicted,
         why(report, candidate),
         candidate.padded_heads,
     )
 
 
-def _gathering_ahead(report: PlanReport, candidate: Candidate) -> Layout:
-    """The candidate's layout, with weights gathered ahead in the phases that gather any, where gathers can run beside products and the
-    memory that it takes is there.
+def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
+    """The candidate's layout as an engine runs it: with weights gathered ahead in the phases that gather any, where gathers can run beside
+    products and the memory that it takes is there.
 
     A parallel block has no use for it: all its products wait for the same activations, and a TPU's compiler runs the gathers of those that
     come later beside those that come first.

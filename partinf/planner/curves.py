@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from partinf.cost.ledger import Entry, Op
-from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape
 from partinf.cost.step import attention_part, linear_part
 from partinf.errors import InvalidInput
 from partinf.layout import Layout, Role, ffn_name, make_layout
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
-from partinf.planner.search import search
+from partinf.planner.search import answer
 from partinf.planner.slices import slices_of
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -40,7 +39,6 @@ class Point:
 def front(report: PlanReport) -> list[Point]:
     """Steps of the report's phase (decode for a whole workload) for batches × slices of up to four times its chips, fastest first."""
     phase = report.workload.phase or "decode"
-    mode = "none" if report.calibration.name == "none" else "fitted"
     points = []
     for slice_ in slices_of(report.slice.chip, _TIMES_LARGER * report.slice.num_chips):
         for batch in BATCHES:
@@ -49,9 +47,7 @@ def front(report: PlanReport) -> list[Point]:
                 report.workload, batch=batch, phase=phase, context_len=context, prefill_batch=None, max_latency=None, arrival_rate=None
             )
             try:
-                found = search(
-                    report.model, slice_, workload, calibration=mode, bandwidth_model=report.bandwidth_model, program=report.program
-                )
+                found = answer(replace(report.question, workload=workload), slice_)
             except InvalidInput:  # its axes do not divide the model
                 break
             best = found.best
@@ -80,7 +76,7 @@ def volumes(report: PlanReport) -> dict[str, list[float]]:
     order = [a for role in (Role.EMBED, Role.FFN) for a in best.layout.storage_axes(role) if sizes[a] > 1]
     batch = dict.fromkeys(stored, "batch")
     prompt = report.workload.input_len or report.workload.decode_context or 1
-    evaluator = Evaluator(report.model, Pricing(slice_, report.calibration, report.bandwidth_model, report.program), report.workload)
+    evaluator = Evaluator(report.model, report.pricing, report.workload)
     found = {}
     for count in range(len(order) + 1):
         layout = make_layout(stored, batch, batch, order[:count], order[:count])

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from partinf.cost.attention import decode_core, prefill_core
 from partinf.cost.ledger import Entry, Ledger, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
@@ -19,6 +20,7 @@ from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model_config import ModelConfig
+from partinf.planner.candidates import Attention
 from partinf.workload import Workload
 
 # Padding heads beyond this factor is refused: another layout is always better.
@@ -54,12 +56,36 @@ class _Part(NamedTuple):
         ahead = sum(entry.ahead * entry.count for entry in entries)
         return cls(entries, total_seconds(entries) - ahead, ahead, compute_left(entries))
 
+    def beside(self, seconds: float, left: float) -> float:
+        """Seconds together with other work, which gathers nothing ahead and leaves some compute for those that do."""
+        return self.seconds + seconds + self.ahead - min(self.ahead, max(0.0, self.left + left))
+
 
 class _Linear(NamedTuple):
     """Entries and working sets of everything but attention."""
 
     part: _Part
     working_set: LinearSet
+
+
+class Least(NamedTuple):
+    """What a phase's linear layers take whatever its attention roles are, their split, and what an attention core takes at least."""
+
+    part: _Part
+    split: StepSplit | None
+    core: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What a step takes at least."""
+        return self.with_core(self.core)
+
+    def with_core(self, core: float) -> float:
+        """The same with a core of so many seconds, whose compute may hide gathers too."""
+        return self.part.beside(core, core)
+
+
+NOTHING = Least(_Part((), 0.0, 0.0, 0.0), None)
 
 
 class _Key(NamedTuple):
@@ -79,7 +105,10 @@ class Evaluator:
         self._linear: dict[_Key, _Linear] = {}
         self._attention: dict[object, _Part] = {}
         self._splits: dict[object, StepSplit] = {}
+        self._prompt_len = workload.input_len or workload.context_len or 1
         self._coupling: dict[object, Ledger] = {}
+        self._cores: dict[object, float] = {}
+        self._shapes: dict[tuple[str, int, int, int], StepShape] = {}
         self._weight_bytes: dict[object, int] = {}
 
     def padded_heads(self, parts: int) -> int | None:
@@ -102,18 +131,24 @@ class Evaluator:
     def shape(self, layout: Layout, phase: Phase, label: str) -> StepShape:
         """The workload's step of a phase, padded to what the roles divide."""
         stages = self.stages(layout)
-        batch = -(-self.workload.batch // stages)
         owners = phase.attention_axes(AttentionRole.BATCH)
-        dealt = ways(owners, self.sizes)
-        spread = set(owners) | set(layout.token_axes(phase))
+        spread = {*owners, *layout.token_axes(phase)}
+        if label == "prefill":
+            spread.update(phase.attention_axes(AttentionRole.SEQUENCE))
+        key = (label, stages, ways(owners, self.sizes), ways(tuple(spread), self.sizes))
+        found = self._shapes.get(key)
+        if found is None:
+            found = self._shapes[key] = self._shape(*key)
+        return found
+
+    def _shape(self, label: str, stages: int, dealt: int, spread: int) -> StepShape:
+        """Of a batch in so many stages, dealt over so many owners, whose tokens are spread over so many devices."""
         if label == "decode":
-            rows = _round_up(batch, ways(tuple(spread), self.sizes))
-            context = max(self.workload.decode_context, 1)
-            return StepShape(decode_rows=rows, decode_context=context, real_rows=batch)
-        batch, length = -(-self.workload.prompts_per_step // stages), self.workload.input_len or self.workload.context_len or 1
+            batch, context = -(-self.workload.batch // stages), max(self.workload.decode_context, 1)
+            return StepShape(decode_rows=_round_up(batch, spread), decode_context=context, real_rows=batch)
+        batch, length = -(-self.workload.prompts_per_step // stages), self._prompt_len
         slots = _round_up(batch, dealt)
-        spread |= set(phase.attention_axes(AttentionRole.SEQUENCE))
-        tokens = _round_up(slots * length, ways(tuple(spread), self.sizes))
+        tokens = _round_up(slots * length, spread)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
 
     def stages(self, layout: Layout) -> int:
@@ -132,13 +167,34 @@ class Evaluator:
         """One step of a phase without the coupling of prefill to decode's cache."""
         return self._priced(self.split(layout, label, padded_heads), label)
 
-    def bound(self, layout: Layout, label: str, padded_heads: int) -> float:
-        """Seconds that a phase's linear layers take whatever its attention roles are; those of `layout` must be none.
+    def least(self, layout: Layout, label: str, padded_heads: int) -> Least:
+        """A bound from below for all attention roles, without their cores; those of `layout` must be none."""
+        split = self.split(layout, label, padded_heads)
+        return Least(self.linear(split).part, split)
 
-        Attention's own compute may hide gathers, but takes as long itself.
+    def least_core(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> float:
+        """Seconds that the attention core of a phase's step takes at least: real heads, requests and keys, spread as evenly as roles allow.
+
+        Args:
+            split: of the storage. kv: marks the axes that split key-value heads.
         """
-        part = self.linear(self.split(layout, label, padded_heads)).part
-        return part.seconds + max(0.0, part.ahead - max(0.0, part.left))
+        key = (label, split.num_stages, attention.number, kv)
+        found = self._cores.get(key)
+        if found is None:
+            found = self._cores[key] = self.model.num_layers * self._core(split, label, attention, kv)
+        return found
+
+    def _core(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> float:
+        split_heads = [attention.heads >> index & 1 for index in range(len(kv))]
+        marked = list(zip(self.sizes.values(), split_heads, kv, strict=True))
+        heads = -(-self.model.num_heads // math.prod(size for size, splits, _ in marked if splits))
+        kv_heads = -(-self.model.num_kv_heads // math.prod(size for size, splits, both in marked if splits and both))
+        if label == "decode":
+            rows = -(-self.workload.batch // (split.num_stages * attention.dealt))
+            keys = -(-max(self.workload.decode_context, 1) // attention.parts)
+            return decode_core(split, rows, heads, kv_heads, keys).seconds
+        slots = -(-self.workload.prompts_per_step // (split.num_stages * attention.dealt))
+        return prefill_core(split, slots, slots * self._prompt_len, heads, kv_heads, attention.parts).seconds
 
     def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
         """A step of prompts of this shape under the FFN roles of a phase; their attention is always prefill's."""
@@ -146,8 +202,7 @@ class Evaluator:
 
     def _priced(self, split: StepSplit, label: str) -> Priced:
         linear, attention = self.linear(split), self._attend(split, label)
-        exposed = linear.part.ahead - min(linear.part.ahead, max(0.0, linear.part.left + attention.left))
-        seconds = linear.part.seconds + attention.seconds + exposed
+        seconds = linear.part.beside(attention.seconds, attention.left)
         return Priced(split.shape, seconds, activation_bytes(split, linear.working_set), (linear.part.entries, attention.entries))
 
     def _attend(self, split: StepSplit, label: str) -> _Part:

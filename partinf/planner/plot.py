@@ -49,18 +49,26 @@ def draw(report: PlanReport, path: Path, top: int, kind: str = "ledger") -> None
 def _front(report: PlanReport, path: Path, top: int) -> None:
     """Chip-milliseconds per token against the latency of a step; points on the front say batch and slice."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     points = front(report)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    panel.scatter([p.seconds for p in points], [p.chip_ms_per_token for p in points], s=8, color="#9a9a9a")
+    panel.scatter([1e3 * p.seconds for p in points], [p.chip_ms_per_token for p in points], s=8, color="#9a9a9a")
     best = [p for p in points if p.on_front]
-    panel.plot([p.seconds for p in best], [p.chip_ms_per_token for p in best], ".-", color="#3b6ea5")
+    panel.plot([1e3 * p.seconds for p in best], [p.chip_ms_per_token for p in best], ".-", color="#3b6ea5")
     for point in best:
-        panel.annotate(f" {point.batch} on {point.slice.split(':')[1]}, {point.ffn}", (point.seconds, point.chip_ms_per_token), fontsize=6)
+        label = f"batch {point.batch} on {point.slice.split(':')[1]}, {point.ffn}"
+        where = 1e3 * point.seconds, point.chip_ms_per_token
+        panel.annotate(label, where, (4, 2), textcoords="offset points", fontsize=6)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    panel.set_xlabel(f"seconds per {report.workload.phase or 'decode'} step (predicted)", fontsize=8)
+    panel.set_xlim(right=2e3 * max(p.seconds for p in points))  # room for the last label
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+    panel.tick_params(which="both", labelsize=7)
+    panel.set_xlabel(f"milliseconds per {report.workload.phase or 'decode'} step (predicted)", fontsize=8)
     panel.set_ylabel("chip-milliseconds per token", fontsize=8)
     panel.grid(True, which="both", alpha=0.15)
     figure.suptitle(f"{report.model.name} on {report.slice.chip.name}: latency against cost", fontsize=10)

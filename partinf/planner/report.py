@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +12,11 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.overlap import hide_gathers
-from partinf.cost.pricing import Program
+from partinf.cost.pricing import Pricing, Program
 from partinf.hardware import Slice
-from partinf.layout import Layout, Phase
+from partinf.layout import Layout, Phase, attention_name, ffn_name, readable_name
 from partinf.model_config import ModelConfig
+from partinf.planner.question import Question
 from partinf.workload import Workload
 
 
@@ -23,19 +25,32 @@ class PhaseResult:
     """One step of one phase under a candidate.
 
     Attributes:
-        ffn, attention: the paper's names for its roles. tokens: real tokens of the step. tokens_per_sequence: of one sequence.
+        sizes: of the mesh axes. tokens: real tokens of the step. tokens_per_sequence: of one sequence.
         parts: entries of which its ledger is made when somebody asks for it; few of a search's candidates are looked at.
     """
 
     name: str
-    phase: Phase
-    ffn: str
-    attention: str
+    layout: Layout
+    sizes: Mapping[str, int]
     parts: tuple[tuple[Entry, ...], ...]
     step_seconds: float
     mfu: float
     tokens: int
     tokens_per_sequence: int
+
+    @property
+    def phase(self) -> Phase:
+        return self.layout.phase(self.name)
+
+    @cached_property
+    def ffn(self) -> str:
+        """The paper's name for its FFN roles."""
+        return ffn_name(self.layout, self.phase, self.sizes)
+
+    @cached_property
+    def attention(self) -> str:
+        """What its attention is split over, in one word."""
+        return attention_name(self.phase, self.sizes)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -55,7 +70,6 @@ class Candidate:
     """
 
     layout: Layout
-    name: str
     phases: tuple[PhaseResult, ...]
     memory: MemoryBudget
     score: float
@@ -64,6 +78,11 @@ class Candidate:
     padded_heads: int = 0
     meets_bound: bool = True
     tie_with_best: bool = False
+
+    @cached_property
+    def name(self) -> str:
+        """One line for tables."""
+        return readable_name(self.layout, self.asked.sizes)
 
     @property
     def fits(self) -> bool:
@@ -97,17 +116,38 @@ class Refused:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """All candidates, the best first and those that do not fit last."""
+    """The answer of one slice: all candidates, the best first and those that do not fit last."""
 
-    model: ModelConfig
+    question: Question
     slice: Slice
-    workload: Workload
-    calibration: Calibration
-    bandwidth_model: BandwidthModel
-    program: Program
     candidates: tuple[Candidate, ...]
     refused: tuple[Refused, ...] = ()
 
     @property
     def best(self) -> Candidate:
         return self.candidates[0]
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.question.model
+
+    @property
+    def workload(self) -> Workload:
+        return self.question.workload
+
+    @property
+    def bandwidth_model(self) -> BandwidthModel:
+        return self.question.bandwidth_model
+
+    @property
+    def program(self) -> Program:
+        return self.pricing.program
+
+    @cached_property
+    def pricing(self) -> Pricing:
+        """What its steps were priced with."""
+        return self.question.pricing(self.slice)
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.pricing.calibration

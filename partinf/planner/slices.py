@@ -2,24 +2,24 @@
 
 One shape per number of chips is tried first, the most cubic with sides that are powers of two: those are what models' dimensions divide,
 and a longer shape of as many chips has fewer links across its middle. Of the cheapest number all shapes are tried. Cost is chip-seconds of
-the step or the workload that was asked for. A mesh may split a torus axis in two, whose factors then have roles of their own.
+the step or the workload that was asked for. A mesh may split every torus axis (or the devices of a switch) into factors, which then have
+roles of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from partinf.cost.collectives import BandwidthModel
-from partinf.cost.pricing import LOOPED, Program
 from partinf.cost.roofline import shapes
 from partinf.errors import InvalidInput
-from partinf.hardware import Chip, Link, Slice, make_slice
-from partinf.model_config import ModelConfig
+from partinf.hardware import TORUS_NAMES, Chip, Link, Slice, make_slice
+from partinf.planner.options import BestSoFar
+from partinf.planner.question import Question
 from partinf.planner.report import PlanReport
-from partinf.planner.search import MOST_AXES, search
-from partinf.workload import Workload
+from partinf.planner.search import MOST_AXES, TIE, answer
 
 MOST_CHIPS = 512
 _SECONDS_PER_HOUR = 3600
@@ -54,27 +54,16 @@ class Trial:
         return count * prefill.step_seconds + workload.output_len * decode.step_seconds
 
 
-def cheapest(
-    model: ModelConfig,
-    chip: Chip,
-    workload: Workload,
-    *,
-    calibration: str = "fitted",
-    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program = LOOPED,
-) -> list[Trial]:
+def cheapest(question: Question, chip: Chip) -> list[Trial]:
     """Slices that were tried, those that keep the bound first and the cheapest of them foremost.
 
     Raises:
         InvalidInput: no slice holds the model or none keeps the bound; the one that comes nearest.
     """
+    model, workload = question.model, question.workload
     least = model.num_params() * workload.weights.num_bytes
     large = [slice_ for slice_ in slices_of(chip) if slice_.num_devices * chip.usable_hbm_per_device() >= least]
-
-    def ask(slice_: Slice) -> PlanReport:
-        return search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
-
-    trials = _trials(ask, large)
+    trials = _fitting(question, large)
     if not trials:
         raise InvalidInput(f"model {model.name} fits no slice of {chip.name} of up to {MOST_CHIPS} chips")
     if not any(trial.accepted for trial in trials):
@@ -82,67 +71,26 @@ def cheapest(
         bound, took = (workload.max_latency or 0.0) * 1e3, near.seconds * 1e3
         raise InvalidInput(f"no slice of {chip.name} keeps {bound:g} ms; the fastest, {near.report.slice.name}, takes {took:.4g} ms")
     first = min(trials, key=_by_cost).report.slice
-    trials += _trials(ask, (slice_ for slice_ in _shapes_of(chip, first.num_chips) if slice_.shape != first.shape))
+    trials += _fitting(question, (slice_ for slice_ in _shapes_of(chip, first.num_chips) if slice_.shape != first.shape))
     return sorted(trials, key=_by_cost)
-
-
-def every_mesh(
-    model: ModelConfig,
-    slice_: Slice,
-    workload: Workload,
-    *,
-    calibration: str = "fitted",
-    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program = LOOPED,
-) -> list[Trial]:
-    """The best layout of every mesh of a slice, the fastest first.
-
-    Raises:
-        InvalidInput: no mesh holds the model.
-    """
-
-    def ask(slice_: Slice) -> PlanReport:
-        return search(model, slice_, workload, calibration=calibration, bandwidth_model=bandwidth_model, program=program)
-
-    trials = _trials(ask, meshes_of(slice_), fitting=False) or [Trial(ask(slice_))]  # the latter says why there is none
-    return sorted(trials, key=lambda trial: (not trial.report.best.fits, not trial.accepted, trial.report.best.score))
-
-
-def meshes_of(slice_: Slice) -> list[Slice]:
-    """The slice as it is, and with one axis split in two; equal axes are split once, and no mesh has more axes than are searched."""
-    free = [axis for axis in slice_.axes if axis.size > 1 and axis.link in (Link.TORUS, Link.SWITCH)]
-    found = [slice_]
-    if sum(axis.size > 1 for axis in slice_.axes) >= MOST_AXES:
-        return found
-    seen = set()
-    for axis in free:
-        kind = (axis.size, axis.wraps, axis.link)
-        if kind in seen or (axis.size != axis.torus_size and axis.link is Link.TORUS):
-            continue
-        seen.add(kind)
-        for outer in range(2, axis.size // 2 + 1):
-            if axis.size % outer == 0:
-                parts = [f"{a.name}:{a.size}" if a is not axis else f"{a.name}0:{outer},{a.name}1:{axis.size // outer}" for a in free]
-                ones = [f"{a.name}:1" for a in slice_.axes if a.size == 1 and a.link in (Link.TORUS, Link.SWITCH)]
-                found.append(slice_.with_mesh(",".join(parts + ones)))
-    return found
 
 
 def _by_cost(trial: Trial) -> tuple[bool, float]:
     return not trial.accepted, trial.chip_seconds
 
 
-def _trials(ask: Callable[[Slice], PlanReport], slices: Iterable[Slice], fitting: bool = True) -> list[Trial]:
-    """A search on every slice; those whose axes do not divide the model are passed over, and with `fitting` those that do not hold it."""
-    trials = []
-    for slice_ in slices:
-        try:
-            found = ask(slice_)
-        except InvalidInput:
-            continue
-        if found.best.fits or not fitting:
-            trials.append(Trial(found))
-    return trials
+def _fitting(question: Question, slices: Iterable[Slice]) -> list[Trial]:
+    """Those of the slices that hold the model."""
+    trials = [trial for slice_ in slices if (trial := _trial(question, slice_))]
+    return [trial for trial in trials if trial.report.best.fits]
+
+
+def _trial(question: Question, slice_: Slice, limit: BestSoFar | None = None) -> Trial | None:
+    """None where the slice's axes do not divide the model, or where nothing comes near the limit."""
+    try:
+        return Trial(answer(question, slice_, limit))
+    except InvalidInput:
+        return None
 
 
 def _shapes_of(chip: Chip, num_chips: int) -> list[Slice]:
@@ -158,6 +106,68 @@ def slices_of(chip: Chip, most_chips: int = MOST_CHIPS) -> list[Slice]:
         if all(side & (side - 1) == 0 for side in shape):
             found.setdefault(math.prod(shape), shape)
     return [make_slice(chip, shape) for shape in found.values()]
+
+
+def every_mesh(question: Question, slice_: Slice) -> list[Trial]:
+    """The best layout of the best mesh of a slice, and of those that come near it, the fastest first.
+
+    A mesh is left as soon as nothing on it can be a tie with what another had; those of few axes are searched first.
+
+    Raises:
+        InvalidInput: no mesh holds the model.
+    """
+    limit, trials = BestSoFar(TIE), []
+    for mesh in sorted(meshes_of(slice_, question.model.num_kv_heads), key=lambda mesh: len(mesh.axes)):
+        trial = _trial(question, mesh, limit)
+        trials += [trial] if trial else []
+    first, *others = sorted(trials, key=_by_time) or [Trial(answer(question, slice_))]  # the latter says why there is none
+    return [Trial(answer(question, first.report.slice)), *others]
+
+
+def _by_time(trial: Trial) -> tuple[bool, bool, float]:
+    return not trial.report.best.fits, not trial.accepted, trial.report.best.score
+
+
+def meshes_of(slice_: Slice, num_kv_heads: int = 1) -> list[Slice]:
+    """The slice as it is, then under every other factorisation of its axes into no more than are searched.
+
+    Equal torus axes are split once where there is one key-value head; several are dealt over the axes in mesh order, so that it matters
+    which of two equal axes comes in parts.
+    """
+    others = sum(axis.size > 1 for axis in slice_.axes if axis.link not in (Link.TORUS, Link.SWITCH))
+    sides = _sides(slice_)
+    found, seen = {tuple(slice_.axis_sizes.values()): slice_}, set()
+    for backwards in itertools.product(*(_factorings(size) for _, size, _ in reversed(sides))):
+        parts = backwards[::-1]  # the first axis is split first
+        marked = [(size, wraps, factors) for (_, size, wraps), factors in zip(sides, parts, strict=True)]
+        signature = tuple(sorted(marked) if num_kv_heads == 1 else marked)
+        if signature in seen or others + sum(size > 1 for factors in parts for size in factors) > MOST_AXES:
+            continue
+        seen.add(signature)
+        mesh = slice_.with_mesh(",".join(_named(name, factors) for (name, _, _), factors in zip(sides, parts, strict=True)))
+        found.setdefault(tuple(mesh.axis_sizes.values()), mesh)
+    return list(found.values())
+
+
+def _sides(slice_: Slice) -> list[tuple[str, int, bool]]:
+    """Name, size and wraparound of what can be factorised: each torus axis, or all devices of a switch."""
+    free = [axis for axis in slice_.axes if axis.link in (Link.TORUS, Link.SWITCH)]
+    if slice_.chip.torus_dims == 0:
+        return [(TORUS_NAMES[0], math.prod(axis.size for axis in free), True)]
+    return [(axis.torus, axis.torus_size, axis.wraps) for axis in {axis.torus: axis for axis in free}.values()]
+
+
+def _factorings(size: int) -> Iterator[tuple[int, ...]]:
+    """The ways to write a size as an ordered product of factors above 1, the size itself first."""
+    yield (size,)
+    for first in range(2, size // 2 + 1):
+        if size % first == 0:
+            yield from ((first, *rest) for rest in _factorings(size // first))
+
+
+def _named(name: str, factors: tuple[int, ...]) -> str:
+    """`x:4`, or `x0:2,x1:2` for several factors."""
+    return f"{name}:{factors[0]}" if len(factors) == 1 else ",".join(f"{name}{i}:{size}" for i, size in enumerate(factors))
 
 
 def price_per_million_tokens(trial: Trial, per_chip_hour: float) -> float:

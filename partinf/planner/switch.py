@@ -1,20 +1,21 @@
 """From how many tokens a step runs prefill's FFN roles instead of decode's: the one number that the engine looks up, and its table.
 
 Both phases run over one storage, so they are compared on one shape: a step of prompts, with their attention, whose way to and from the
-linear layers is another under either phase's roles.
+linear layers is another under either phase's roles. The program is the engine's, whatever program the layout was chosen for: gathers of
+weights hide behind products only where the layout has them go ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partinf.cost.movement import ways
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import TILED
 from partinf.cost.split import StepShape
 from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.planner.evaluate import Evaluator
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
 
 NEVER = 1 << 30
 _MOST_TOKENS = 1 << 24
@@ -53,12 +54,11 @@ def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> i
     return high * step
 
 
-def switch_table(report: PlanReport, candidate: Candidate, from_tokens: int) -> list[SwitchRow]:
+def switch_table(report: PlanReport, layout: Layout, padded_heads: int, from_tokens: int) -> list[SwitchRow]:
     """Steps below, at and above the switch, four times as many tokens from row to row; empty when there is no switch."""
     if from_tokens >= NEVER:
         return []
-    layout = candidate.layout
-    step, seconds = _multiple(report, layout), _step_seconds(report, layout, candidate.padded_heads)
+    step, seconds = _multiple(report, layout), _step_seconds(report, layout, padded_heads)
     sizes = {from_tokens * _APART**power for power in range(3)}
     size = from_tokens // _APART // step * step
     while size >= step:
@@ -75,7 +75,7 @@ def _multiple(report: PlanReport, layout: Layout) -> int:
 def _step_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
     """A function of the tokens: seconds of a step of prompts under prefill's and under decode's FFN roles."""
     workload = report.workload
-    evaluator = Evaluator(report.model, Pricing(report.slice, report.calibration, report.bandwidth_model, report.program), workload)
+    evaluator = Evaluator(report.model, replace(report.question, program=TILED).pricing(report.slice), workload)
     dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:

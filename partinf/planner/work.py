@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.ledger import Entry, Kind, Ledger
 from partinf.layout import AttentionRole
 from partinf.planner.report import PhaseResult
 
@@ -29,3 +29,24 @@ def roles_of(step: PhaseResult) -> str:
     """`ws-2d, batch xy, heads z`."""
     split = {role: "".join(step.phase.attention_axes(role)) for role in AttentionRole if role is not AttentionRole.NONE}
     return ", ".join([step.ffn, *(f"{role} {axes}" for role, axes in split.items() if axes)])
+
+
+def moved_bytes(entry: Entry) -> float:
+    """The payload of a collective, HBM traffic of the rest, of one occurrence."""
+    return entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
+
+
+def readable_bytes(size: float) -> str:
+    """`18.3 MB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def readable_seconds(seconds: float) -> str:
+    """`28.3 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.4g} {unit}"
+    return f"{seconds * 1e6:.1f} µs"

@@ -36,6 +36,8 @@ _KINDS = {
     "ppermute": "collective-permute",
 }
 
+_VIEWS = ("reshape", "transpose", "squeeze")
+
 
 @dataclass(frozen=True, order=True)
 class Collective:
@@ -59,7 +61,8 @@ class Dot:
 
     Attributes:
         num_bytes: of its two operands and its result, as they are multiplied.
-        stored_bytes: the same, but an operand that was widened just before counts as it was stored, because compilers fuse that.
+        stored_bytes: the same, but an operand that was widened before, and at most reshaped since, counts as it was stored, because
+            compilers fuse that.
     """
 
     flops: int
@@ -120,6 +123,8 @@ def _count(jaxpr: Any, times: int, sizes: Mapping[str, int], account: Account) -
         name = equation.primitive.name
         if name == "convert_element_type":
             narrow[equation.outvars[0]] = equation.invars[0].aval.dtype.itemsize
+        elif name in _VIEWS and equation.invars[0] in narrow:
+            narrow[equation.outvars[0]] = narrow[equation.invars[0]]
         if name in _KINDS:
             _count_collective(_KINDS[name], equation, times, sizes, account)
         elif name == "dot_general":

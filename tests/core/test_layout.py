@@ -89,6 +89,20 @@ def test_unknown_keys_name_the_nearest() -> None:
         layout_from_toml(text, "a file")
 
 
+def test_all_offences_of_a_file_at_once() -> None:
+    text = (
+        layout_to_toml(make_layout(TWO_D, BATCH))
+        .replace("gather", "gathr", 1)
+        .replace('"embed"', '"embd"')
+        .replace('z = "batch"', 'w = "batc"')
+    )
+    with pytest.raises(InvalidInput) as caught:
+        layout_from_toml(text, "a file")
+    said = "\n".join(caught.value.offences)
+    for words in ("unknown key 'gathr'", "unknown role 'embd'", "unknown role 'batc'", "axis 'z' has no attention role", "role for 'w'"):
+        assert words in said, words
+
+
 @given(
     st.tuples(*[st.sampled_from([role.value for role in (Role.EMBED, Role.FFN, Role.REPLICA)])] * 3),
     st.tuples(*[st.sampled_from([role.value for role in AttentionRole])] * 3),

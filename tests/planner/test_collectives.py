@@ -43,6 +43,15 @@ def test_hops_bound_small_collectives() -> None:
     assert Network(parse_slice("v4:4x4x4"), hop_seconds=3e-6).seconds(Op.ALL_GATHER, ("x",), 0) == pytest.approx(6e-6)
 
 
+def test_an_all_to_all_waits_once_whatever_joins_the_devices() -> None:
+    """On a torus it passes on no data and waits for the chip's own latency; through a switch it is one step like any other collective."""
+    torus = Network(parse_slice("v4:4x4x4"), hop_seconds=5e-6)
+    assert torus.seconds(Op.ALL_TO_ALL, ("x",), 0) == pytest.approx(2e-6)
+    assert torus.seconds(Op.ALL_GATHER, ("x",), 0) == pytest.approx(10e-6)
+    switch = Network(parse_slice("h200:8"), hop_seconds=1e-5)
+    assert switch.seconds(Op.ALL_TO_ALL, ("x",), 0) == switch.seconds(Op.ALL_GATHER, ("x",), 0) == pytest.approx(1e-5)
+
+
 def test_paper_model_adds_all_links() -> None:
     network = Network(parse_slice("v4:4x4x4"), BandwidthModel.PAPER)
     for axes in (("x",), ("x", "y")):

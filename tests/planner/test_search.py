@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 
-from partinf.cost.calibration import ROOFLINE
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import LOOPED, TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
@@ -15,6 +14,8 @@ from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes
 from partinf.model_config import ModelConfig, load_model_config
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
+from partinf.planner.options import BestSoFar
+from partinf.planner.question import Question
 from partinf.planner.search import _Search, order
 from partinf.plans import Plan, layout_offences
 from partinf.workload import DType, Workload
@@ -59,7 +60,7 @@ def test_equal_axes_once_loses_nothing(name: str, phase: str, kv_heads: int) -> 
     model = ModelConfig("small", 4, 4096, 16384, 64, kv_heads, 64, 4096)
     slice_, workload = parse_slice(name), Workload(batch=16, input_len=128, phase=phase)
     report = search(model, slice_, workload, calibration="none")
-    evaluator = Evaluator(model, Pricing(slice_, ROOFLINE), workload)
+    evaluator = Evaluator(model, report.pricing, workload)
     brute = {round(s, 12) for layout in every_layout(tuple(slice_.axis_sizes)) if (s := seconds_of(evaluator, layout, phase)) is not None}
     found = {round(candidate.score, 12) for candidate in report.candidates}
     assert {score for score in brute if score <= 1.5 * min(brute)} <= found <= brute
@@ -70,7 +71,7 @@ def test_equal_axes_once_loses_nothing(name: str, phase: str, kv_heads: int) -> 
 def test_whole_workload_equals_trying_every_pair() -> None:
     slice_, workload = parse_slice("cpu:4x2"), Workload(batch=8, input_len=64, output_len=16, weights=DType.BF16)
     report = search(SMALL, slice_, workload)
-    pricing = Pricing(slice_, report.calibration)
+    pricing = report.pricing
     evaluator = Evaluator(SMALL, pricing, workload)
     best, decodes = float("inf"), dict[object, float | None]()
     for prefill, decode in itertools.product(every_layout(("x", "y")), repeat=2):
@@ -132,7 +133,7 @@ def test_switch_is_where_steps_of_prompts_are_level() -> None:
     from partinf.cost.split import StepShape
     from partinf.cost.step import attention_part, linear_part
 
-    evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip)), workload)
+    evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip), program=TILED), workload)
     dealt = chosen.prefill_slot_multiple()
 
     def seconds(label: str, tokens: int) -> float:
@@ -175,10 +176,8 @@ def test_what_is_left_out_is_slower() -> None:
     model = ModelConfig("small", 4, 1024, 4096, 16, 8, 64, 4096)
     slice_ = parse_slice("v4:4x2x2")
     for workload in (Workload(batch=16, context_len=512, phase="decode"), Workload(batch=16, input_len=256, output_len=64)):
-        pricing = Pricing(slice_)
-        every, pruned = (_Search(model, slice_, workload, pricing) for _ in range(2))
-        every.limit.cut, pruned.limit.cut = None, 1.5
-        lists = [order(s.single() if workload.phase else s.whole()) for s in (every, pruned)]
+        searches = [_Search(Question(model, workload, calibration="none"), slice_, BestSoFar(cut)) for cut in (None, 1.5)]
+        lists = [order(s.single() if workload.phase else s.whole()) for s in searches]
         near = [c.score for c in lists[0] if c.fits and c.score <= 1.5 * lists[0][0].score]
         assert [c.score for c in lists[1]][: len(near)] == near
         assert len(lists[1]) < len(lists[0])
@@ -197,3 +196,14 @@ def test_a_long_context_is_dealt_where_requests_are_few() -> None:
             assert report.best.score < 0.8 * undealt.score
     assert [role.value for _, role in best[1].attention] == ["heads", "sequence"]
     assert [role.value for _, role in best[4].attention] == ["heads", "batch"]
+
+
+def test_where_nothing_hides_gathers_they_are_not_credited() -> None:
+    """On GPUs the program that runs is priced: weights are not gathered for a prefill that copies serve better."""
+    workload = Workload(4, input_len=2048, phase="prefill", weights=DType.INT8)
+    slice_ = parse_slice("h200:4x2")
+    report = search(load_model_config("qwen-3-8b"), slice_, workload)
+    assert report.program is TILED
+    assert not report.best.asked.phase.gather
+    assert search(load_model_config("qwen-3-8b"), slice_, workload, program=LOOPED).best.asked.phase.gather
+    assert search(load_model_config("qwen-3-8b"), parse_slice("v5e:4x2"), workload).program is LOOPED

@@ -1,0 +1,63 @@
+"""Where the fitted constants and the compiled program part: decode of PaLM 540B on 64 v4 chips as this library runs it, entry by entry.
+
+    python -m experiments.calibrate_v4.against_proof        # reads experiments/palm_540b_on_64_v4/results.json, writes against_proof.json
+
+The cost model prices the library's program (`tiled`) twice: at the fitted time of a ring's step, and at the 1 µs with which a proof prices
+the hops of the collectives that it finds in the compiled text.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from experiments.palm_540b_on_64_v4.measure import CASES, RESULTS, Case, plan_of
+from partinf.buckets import split_of
+from partinf.cost.calibration import Calibration, calibration_for
+from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.step import step_ledger
+
+NAMES = ("540B low-latency decode", "540B high-throughput decode")
+
+
+def ledger(case: Case, constants: Calibration) -> Ledger:
+    """The step of a case as the library runs it."""
+    plan, bucket = plan_of(case)
+    return step_ledger(split_of(plan, bucket, Pricing(plan.slice, constants, program=TILED)))
+
+
+def row(case: Case, proof: dict[str, object]) -> dict[str, float]:
+    """Milliseconds of both accounts."""
+    fitted = calibration_for(plan_of(case)[0].slice.chip)
+    ours = ledger(case, fitted)
+    hops = ledger(case, replace(fitted, hop_seconds=1e-6)).of(kind=Kind.COLLECTIVE).seconds
+    estimate = proof["estimate"]
+    assert isinstance(estimate, dict)
+    work = [(one["what"], one["count"] * one["seconds"]) for one in proof["work"]]  # type: ignore[attr-defined]
+    products = sum(seconds for what, seconds in work if "params['layers']" in what)
+    seconds = {
+        "cost model": ours.seconds,
+        "compiled": max(estimate["floor"], estimate["compute"] + estimate["collectives"]),
+        "collectives, fitted steps": ours.of(kind=Kind.COLLECTIVE).seconds,
+        "collectives, 1 µs hops": hops,
+        "collectives, compiled": estimate["collectives"],
+        "layers' products": sum(e.exposed_seconds for e in ours.of(kind=Kind.MATMUL).entries if e.count > 1),
+        "layers' products, compiled": products,
+        "rest": ours.seconds - ours.of(kind=Kind.COLLECTIVE).seconds - ours.of(kind=Kind.MATMUL).seconds,
+        "rest, compiled": estimate["compute"] - products,
+    }
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def main() -> None:
+    proofs = json.loads(RESULTS.read_text())
+    found = {case.name: row(case, proofs[case.name]) for case in CASES if case.name in NAMES}
+    Path(__file__).with_name("against_proof.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, values in found.items():
+        print(name, *(f"  {what:28}{value:7.1f} ms" for what, value in values.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The tables of the README, from results.json.
+
+python -m experiments.planner_regret.table
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.planner_regret.measure import RESULTS
+
+_KINDS = ("regret", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
+
+
+def roles(line: Mapping[str, Any]) -> str:
+    """`E F_xy, ws-1d; heads xy`."""
+    axes: dict[str, str] = {}
+    for axis, role in line["attention"].items():
+        axes[role] = axes.get(role, "") + axis
+    gathers = f", gathers {line['gather']}" if line["gather"] else ""
+    return f"{line['layout']}{gathers}; " + " ".join(f"{role} {over}" for role, over in axes.items())
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text())
+    print("| case | judged | choice | its ms | best ms | regret | at stated rates | for plain | unfused |", "|---" * 9 + "|", sep="\n")
+    for row in results["rows"]:
+        counts = f"{row['judged']} of {row['candidates']}"
+        cells = (row["case"], counts, roles(row["chosen"]), *(f"{row[who]['judged_ms']:.3g}" for who in ("chosen", "best")))
+        print("|", " | ".join((*cells, *(f"{row[kind]:.1%}" for kind in _KINDS))), "|")
+    for kind in _KINDS:
+        found = sorted(row[kind] for row in results["rows"])
+        zero, above = sum(value < 5e-4 for value in found), sum(value > 0.05 for value in found)
+        print(f"{kind}: zero in {zero}, above 5 % in {above}, worst {found[-1]:.1%}")
+    print("\n| case | compiled, ms by the compiler (by the planner), in the planner's order | regret |", "|---" * 3 + "|", sep="\n")
+    for row in results["compiled"]:
+        times = [
+            f"{c['layout']}: {c['compiled_ms']:.4g} ({c['planner_ms']:.4g})" if c["compiled_ms"] else f"{c['layout']}: refused"
+            for c in row["candidates"]
+        ]
+        print(f"| {row['case']} | {'<br>'.join(times)} | {'' if row['regret'] is None else format(row['regret'], '.1%')} |")
+
+
+if __name__ == "__main__":
+    main()

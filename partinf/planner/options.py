@@ -1,0 +1,189 @@
+"""The options of one phase over one storage, cheapest first and priced no earlier than they are asked for.
+
+What the linear layers take depends on the gathered axes alone, and an attention core takes at least what its work takes when it is spread
+evenly: both bound an option from below before it is priced. A heap holds sets of gathered axes, options and priced options, each at what
+it takes at least; what is taken from it is expanded or priced and goes back, until a priced option comes out first.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from partinf.hardware import Link, Slice
+from partinf.layout import Role
+from partinf.planner.candidates import (
+    Attention,
+    Gather,
+    HeadSplits,
+    PhaseOption,
+    Storage,
+    axis_table,
+    gathers,
+    option_signature,
+)
+from partinf.planner.evaluate import NOTHING, Evaluator, Least, Priced
+from partinf.planner.question import Question
+
+
+class Choice(NamedTuple):
+    """A priced option of one phase, for a storage; `kv` marks the axes that split key-value heads."""
+
+    option: PhaseOption
+    kv: tuple[bool, ...]
+    priced: Priced
+    padded_heads: int
+
+
+_Node = Gather | PhaseOption | Choice
+
+
+@dataclass
+class BestSoFar:
+    """The best score that a search has met, and how many times as slow others may be; without a `cut` there is no limit."""
+
+    cut: float | None
+    score: float = float("inf")
+
+    def see(self, score: float) -> None:
+        self.score = min(self.score, score)
+
+    def allows(self, least: float) -> bool:
+        return self.cut is None or least <= self.cut * self.score
+
+
+class Space:
+    """The roles that the axes of a slice may have, and what steps cost under them; counts what is refused.
+
+    Attributes:
+        cut: how many times as slow as the best an option may be; None for no limit.
+    """
+
+    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
+        """
+        Args:
+            limit: the best that other meshes had, in place of one of its own.
+        """
+        self.model, self.cut = question.model, limit.cut if limit else None
+        self._shared, self._limits = limit, dict[tuple[Role, ...], BestSoFar]()
+        self._between = [index for index, axis in enumerate(slice_.axes) if axis.link is Link.DCN]
+        self.table = axis_table(slice_)
+        self.heads = HeadSplits(self.table, self.model.num_kv_heads)
+        self.evaluator = Evaluator(self.model, question.pricing(slice_), question.workload)
+        self.refused: Counter[str] = Counter()
+
+    def limit(self, storage: Storage) -> BestSoFar:
+        """The best that a storage is measured against: among those that use the network between slices alike, so that a report has all ways
+        to use it."""
+        key = tuple(storage[index] for index in self._between)
+        return self._shared or self._limits.setdefault(key, BestSoFar(self.cut))
+
+    def padded(self, parts: int) -> int | None:
+        """Query heads padded so that they split into `parts`; counts it if they do not."""
+        padded = self.evaluator.padded_heads(parts)
+        if padded is None:
+            self.refused[f"{self.model.num_heads} query heads do not split into {parts} parts"] += 1
+        return padded
+
+    def least(self, storage: Storage, label: str) -> dict[Gather, Least]:
+        """What a step of a phase takes at least, by its gathered axes; nothing is worked out where there is no limit."""
+        every = gathers(self.table, storage)
+        if self.cut is None:
+            return dict.fromkeys(every, NOTHING)
+        *_, alone = self.table.attentions  # splits nothing
+        padded = self.padded(self.heads.of(storage, alone.heads)[0])
+        if padded is None:
+            return {}
+        options = [PhaseOption(gather, alone) for gather in every]
+        found = [self.evaluator.least(self.table.layout(storage, option, option), label, padded) for option in options]
+        core = min(self.core(found[0], storage, label, attention) for attention in self.table.attentions_of(storage))
+        return {gather: least._replace(core=core) for gather, least in zip(every, found, strict=True)}
+
+    def core(self, least: Least, storage: Storage, label: str, attention: Attention) -> float:
+        """Seconds that the core takes at least under these attention roles."""
+        if least.split is None:
+            return 0.0
+        return self.evaluator.least_core(least.split, label, attention, self.heads.of(storage, attention.heads)[1])
+
+
+class Options:
+    """The options of one phase over a storage; iterating over it prices them, once however often it is done.
+
+    It ends where nothing that is left can come near the best so far.
+    """
+
+    def __init__(
+        self, space: Space, storage: Storage, label: str, least: dict[Gather, Least], rest: float = 0.0, times: int = 1, merged: bool = True
+    ) -> None:
+        """
+        Args:
+            least: what a step takes at least, by its gathered axes. rest, times: there are `times` steps of this phase, and seconds of
+                others. merged: options that differ only by swapping equal axes appear once.
+        """
+        self._space, self._storage, self._label, self._least = space, storage, label, least
+        self._limit = space.limit(storage)
+        self._rest, self._times, self._merged = rest, times, merged
+        self._attentions = space.table.attentions_of(storage)
+        self._count = itertools.count()  # ties are taken in the order of enumeration
+        self._heap: list[tuple[float, int, _Node]] = []
+        for gather, one in least.items():
+            self._push(one.seconds, gather)
+        self._found: list[Choice] = []
+        self._seen: dict[object, Choice | None] = {}
+
+    def __iter__(self) -> Iterator[Choice]:
+        index = 0
+        while index < len(self._found) or self._advance():
+            yield self._found[index]
+            index += 1
+
+    @property
+    def soonest(self) -> float:
+        """Seconds of the cheapest; infinite where there is none."""
+        return next((choice.priced.seconds for choice in self), float("inf"))
+
+    @property
+    def num_left(self) -> int:
+        """Options that were not asked for, equal axes counted apart."""
+        return sum(1 if isinstance(node, PhaseOption | Choice) else len(self._attentions) for _, _, node in self._heap)
+
+    def _push(self, least: float, node: _Node) -> None:
+        heapq.heappush(self._heap, (least, next(self._count), node))
+
+    def _advance(self) -> bool:
+        """Finds one more option; False where there is none worth it."""
+        while self._heap and self._limit.allows(self._rest + self._times * self._heap[0][0]):
+            _, _, node = heapq.heappop(self._heap)
+            if isinstance(node, Choice):
+                self._found.append(node)
+                return True
+            if isinstance(node, PhaseOption):
+                self._price(node)
+            else:
+                self._expand(node)
+        return False
+
+    def _expand(self, gather: Gather) -> None:
+        space, least = self._space, self._least[gather]
+        for attention in self._attentions:
+            self._push(least.with_core(space.core(least, self._storage, self._label, attention)), PhaseOption(gather, attention))
+
+    def _price(self, option: PhaseOption) -> None:
+        space = self._space
+        parts, kv = space.heads.of(self._storage, option.attention.heads)
+        signature = option_signature(space.table, self._storage, option, kv)
+        if signature in self._seen:
+            known = self._seen[signature]
+            if known is not None and not self._merged:
+                self._push(known.priced.seconds, known._replace(option=option, kv=kv))
+            return
+        self._seen[signature] = None
+        padded = space.padded(parts)
+        if padded is not None:
+            priced = space.evaluator.price(space.table.layout(self._storage, option, option), self._label, padded)
+            choice = self._seen[signature] = Choice(option, kv, priced, padded)
+            self._push(priced.seconds, choice)

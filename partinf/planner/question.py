@@ -1,0 +1,37 @@
+"""What is asked of a slice: how to split a model for a workload, and how steps are to be priced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partinf.cost.calibration import calibration_for
+from partinf.cost.collectives import BandwidthModel
+from partinf.cost.pricing import Pricing, Program, usual_program
+from partinf.hardware import Slice
+from partinf.model_config import ModelConfig
+from partinf.workload import Workload
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, to be asked of any slice.
+
+    Attributes:
+        calibration: `fitted` or `none` (the pure roofline).
+        program: what is credited, see `partinf.cost.pricing`; None for the chip's usual one.
+    """
+
+    model: ModelConfig
+    workload: Workload
+    calibration: str = "fitted"
+    bandwidth_model: BandwidthModel = BandwidthModel.AXIS
+    program: Program | None = None
+
+    def pricing(self, slice_: Slice) -> Pricing:
+        """The prices of this slice under the question's terms.
+
+        Raises:
+            InvalidInput: an unknown calibration.
+        """
+        program = self.program or usual_program(slice_.chip)
+        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, program)
