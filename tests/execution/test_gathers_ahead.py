@@ -14,7 +14,7 @@ from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
-from partinf.model_config import load_model_config
+from partinf.model_config import Block, load_model_config
 from partinf.planner.choose import plan
 from partinf.plans import Bucket
 from partinf.sharding import abstract_mesh
@@ -81,17 +81,19 @@ def test_a_plan_gathers_ahead_where_that_helps_and_memory_allows() -> None:
 
 
 def test_what_is_gathered_ahead_is_priced_behind_the_layers_and_takes_memory() -> None:
-    """A TPU runs gathers behind the layers wherever they stand, without taking memory for more of them than there is."""
+    """A TPU runs a parallel block's gathers behind its products wherever they stand, without memory for more of them than there is."""
 
-    def priced(ahead: bool, slice_name: str) -> tuple[float, int]:
-        given = dataclasses.replace(make_plan("2x2x2", layout("xyz", ahead)), slice=parse_slice(slice_name, "x:2,y:2,z:2"))
+    def priced(ahead: bool, slice_name: str, block: Block) -> tuple[float, int]:
+        given = make_plan("2x2x2", layout("xyz", ahead), dataclasses.replace(MODEL, block=block))
+        given = dataclasses.replace(given, slice=parse_slice(slice_name, "x:2,y:2,z:2"))
         split = split_of(given, Bucket(64, 8), Pricing(given.slice, program=TILED))
         return sum(entry.overlapped * entry.count for entry in step_ledger(split).entries), activation_bytes(split)
 
-    (beside, least), (hidden, more) = priced(False, "v4:2x2x2"), priced(True, "v4:2x2x2")
-    assert hidden == beside > 0
+    (alone, least), (hidden, more) = (priced(ahead, "v4:2x2x2", Block.SERIAL) for ahead in (False, True))
+    assert hidden > alone == 0
     assert more > least
-    assert priced(False, "h200:8")[0] == 0 < priced(True, "h200:8")[0]
+    assert priced(False, "v4:2x2x2", Block.PARALLEL)[0] == priced(True, "v4:2x2x2", Block.PARALLEL)[0] > 0
+    assert priced(False, "h200:8", Block.PARALLEL)[0] == 0
 
 
 def test_it_is_data_of_the_phase() -> None:
