@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.planner_regret.cases import Case, cases
 from experiments.planner_regret.judge import collective_seconds
 from partinf.hardware import parse_slice
-from partinf.transformer.account import Collective
+from partinf.transformer.account import Collective, count
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "planner_regret" / "results.json"
 
@@ -39,3 +41,11 @@ def test_cases_are_seeded() -> None:
 )
 def test_the_judges_collectives_by_hand(slice_name: str, op: str, seconds: float) -> None:
     assert collective_seconds(Collective(op, ("x",), "bfloat16", 96_000_000), parse_slice(slice_name)) == pytest.approx(seconds)
+
+
+def test_widened_operands_count_as_they_are_stored() -> None:
+    """int8 weights that are widened, reshaped and multiplied: a compiler reads them as they lie."""
+    rows, weights = jnp.ones((2, 8), jnp.bfloat16), jnp.ones((2, 2, 8), jnp.int8)
+    traced = jax.make_jaxpr(lambda x, w: x @ w.astype(jnp.bfloat16).reshape(4, 8).T)(rows, weights)
+    (dot,) = count(traced.jaxpr, {}).dots
+    assert (dot.num_bytes, dot.stored_bytes) == (32 + 64 + 16, 32 + 32 + 16)
