@@ -16,7 +16,7 @@ from typing import Any
 from experiments.planner_regret.cases import SEED, Case, cases
 from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
-from partinf.cost.pricing import PLAIN
+from partinf.cost.pricing import PLAIN, TILED
 from partinf.hardware import parse_slice
 from partinf.layout import Role
 from partinf.model_config import load_model_config
@@ -44,10 +44,10 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
     found = able(plain)
     if not found:
         return None
-    chosen, usual = found[0], able(default)[0]
+    chosen, usual, tiled = found[0], able(default)[0], able(search(*question, program=TILED))[0]
     times = {id(candidate): judged(plain, candidate) for candidate in rivals(found, most, draw)}
-    mine, asked = times[id(chosen)], judged(plain, usual)
-    all_times = [*times.values(), asked]
+    mine, asked, runs = times[id(chosen)], judged(plain, usual), judged(plain, tiled)
+    all_times = [*times.values(), asked, runs]
     best = min(found, key=lambda c: times[id(c)].fitted if id(c) in times else float("inf"))
 
     def regret(one: Judged, of: Callable[[Judged], float]) -> float:
@@ -58,10 +58,12 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
         "candidates": len(found),
         "judged": len(times),
         "chosen": _line(usual, asked),
+        "chosen_for_tiled": _line(tiled, runs),
         "chosen_for_plain": _line(chosen, mine),
         "best": _line(best, times[id(best)]),
         "regret": regret(asked, lambda j: j.fitted),
         "regret_at_stated_rates": regret(asked, lambda j: j.stated),
+        "regret_for_tiled": regret(runs, lambda j: j.fitted),
         "regret_for_plain": regret(mine, lambda j: j.stated),
         "regret_for_plain_unfused": regret(mine, lambda j: j.unfused),
         "median_candidate": sorted(j.fitted for j in times.values())[len(times) // 2] / times[id(best)].fitted - 1,
@@ -98,7 +100,7 @@ def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[
             row = judge(case, most, random.Random(f"{SEED} {case}"))
             if row is not None:
                 counts = f"{row['judged']:3} of {row['candidates']:4}"
-                kinds = ("regret", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
+                kinds = ("regret", "regret_for_tiled", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
                 print(f"{row['case']:60} {counts} {' '.join(f'{row[kind]:8.2%}' for kind in kinds)}", flush=True)
         if row is not None:
             rows.append(row)
