@@ -33,7 +33,7 @@ def able(report: PlanReport) -> list[Candidate]:
 
 
 def rivals(found: list[Candidate], most: int, draw: random.Random) -> list[Candidate]:
-    """Of more than `most` the first half and a seeded sample of the rest."""
+    """Of more than `most`, as many: the first half of them, and a seeded sample of the rest."""
     return found if len(found) <= most else found[: most // 2] + draw.sample(found[most // 2 :], most - most // 2)
 
 
@@ -44,14 +44,15 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
     found = able(plain)
     if not found:
         return None
-    chosen, usual, tiled = found[0], able(default)[0], able(search(*question, program=TILED))[0]
-    times = {id(candidate): judged(plain, candidate) for candidate in rivals(found, most, draw)}
-    mine, asked, runs = times[id(chosen)], judged(plain, usual), judged(plain, tiled)
-    all_times = [*times.values(), asked, runs]
-    best = min(found, key=lambda c: times[id(c)].fitted if id(c) in times else float("inf"))
+    first = {"default": able(default)[: most // 2], "tiled": able(search(*question, program=TILED))[: most // 2]}
+    rival = {_key(candidate): candidate for candidate in (*rivals(found, most, draw), *first["default"], *first["tiled"])}
+    times = {key: judged(plain, candidate) for key, candidate in rival.items()}
+    chosen, usual, tiled = found[0], first["default"][0], first["tiled"][0]
+    mine, asked, runs = (times[_key(candidate)] for candidate in (chosen, usual, tiled))
+    best = min(times, key=lambda key: times[key].fitted)
 
     def regret(one: Judged, of: Callable[[Judged], float]) -> float:
-        return of(one) / min(map(of, all_times)) - 1
+        return of(one) / min(map(of, times.values())) - 1
 
     return {
         "case": str(case),
@@ -60,16 +61,21 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
         "chosen": _line(usual, asked),
         "chosen_for_tiled": _line(tiled, runs),
         "chosen_for_plain": _line(chosen, mine),
-        "best": _line(best, times[id(best)]),
+        "best": _line(rival[best], times[best]),
         "regret": regret(asked, lambda j: j.fitted),
         "regret_at_stated_rates": regret(asked, lambda j: j.stated),
         "regret_for_tiled": regret(runs, lambda j: j.fitted),
         "regret_for_plain": regret(mine, lambda j: j.stated),
         "regret_for_plain_unfused": regret(mine, lambda j: j.unfused),
-        "median_candidate": sorted(j.fitted for j in times.values())[len(times) // 2] / times[id(best)].fitted - 1,
-        "judged_with_stages": sum(id(c) in times and bool(c.layout.storage_axes(Role.STAGE)) for c in found),
-        "judged_with_sequence": sum(id(c) in times and "sequence" in _attention(c).values() for c in found),
+        "median_candidate": sorted(j.fitted for j in times.values())[len(times) // 2] / times[best].fitted - 1,
+        "judged_with_stages": sum(bool(c.layout.storage_axes(Role.STAGE)) for c in rival.values()),
+        "judged_with_sequence": sum("sequence" in _attention(c).values() for c in rival.values()),
     }
+
+
+def _key(candidate: Candidate) -> tuple[object, ...]:
+    """What tells two steps apart, whichever search found them."""
+    return candidate.layout.storage, candidate.asked.phase, candidate.padded_heads
 
 
 def _attention(candidate: Candidate) -> dict[str, str]:

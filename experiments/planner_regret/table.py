@@ -31,8 +31,9 @@ def main() -> None:
         sep="\n",
     )
     for row in results["rows"]:
-        counts = f"{row['judged']} of {row['candidates']}"
-        cells = (row["case"], counts, roles(row["chosen"]), *(f"{row[who]['judged_ms']:.3g}" for who in ("chosen", "best")))
+        counts = str(row["judged"])
+        mine = row["chosen"]["judged_ms"]
+        cells = (row["case"], counts, roles(row["chosen"]), f"{mine:.3g}", f"{mine / (1 + row['regret']):.3g}")
         print("|", " | ".join((*cells, *(f"{row[kind]:.1%}" for kind in _KINDS))), "|")
     for kind in _KINDS:
         found = sorted(row[kind] for row in results["rows"])
