@@ -39,13 +39,7 @@ def main() -> None:
     xs, ys = [row["measured"] for row in layouts], [row["predicted"] for row in layouts]
     right.scatter(xs, ys, color="#3b6ea5", s=30)
     for row in layouts:
-        right.annotate(
-            f"{row['rank']}: {row['ffn']}, {row['attention']}",
-            (row["measured"], row["predicted"]),
-            fontsize=7,
-            xytext=(4, 3),
-            textcoords="offset points",
-        )
+        right.annotate(row["rank"], (row["measured"], row["predicted"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
     _diagonal(right, xs + ys, 0.15)
     right.set_title("Eight virtual devices: ten layouts by the planner's rank", fontsize=10)
     for panel, unit in ((left, "ms per step"), (right, "s per prefill and 64 decode steps")):

@@ -152,8 +152,14 @@ def _measured(timing: Any) -> dict[str, Any]:
 
 
 def _spread(report: Any) -> list[int]:
-    """Ranks of ten candidates that run: the first, and the others evenly over the logarithm of the predicted time."""
-    ranks = [rank for rank, candidate in enumerate(report.candidates) if candidate.fits and not candidate.padded_heads]
+    """Ranks of ten candidates that run: the first, and the others evenly over the logarithm of the predicted time.
+
+    Without stages, whose decode step is as many ticks of smaller batches as there are stages.
+    """
+    from partinf.layout import Role
+
+    runs = lambda candidate: candidate.fits and not candidate.padded_heads and not candidate.layout.storage_axes(Role.STAGE)  # noqa: E731
+    ranks = [rank for rank, candidate in enumerate(report.candidates) if runs(candidate)]
     scores = {rank: math.log(report.candidates[rank].score) for rank in ranks}
     low, high = scores[ranks[0]], scores[ranks[-1]]
     chosen = [ranks[0]]

@@ -103,7 +103,7 @@ SCHEDULERS = (
 )
 SMALL = SETUPS["opt-13b"]
 FEW = (0.6, 0.9, 1.1, 1.5, 2.0, math.inf)  # for the oracle, whose means stay low
-BELOW, AROUND = (0.7, 0.8, 0.9, 0.95), (1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5)
+BELOW, AROUND = (0.7, 0.8, 0.9, 0.95), (1.0, 1.1, 1.2, 1.4, 1.6, 2.0, 2.5)
 PARTS: dict[str, list[Curve]] = {
     model: [Curve(setup, name, alpha, shares=FEW if name == "srpt" else SHARES) for name, alpha in SCHEDULERS]
     for model, setup in SETUPS.items()

@@ -1,7 +1,7 @@
 """Orca's evaluation in the simulator: GPT-3 175B on 2 stages of 8 A100-40GB, and 341B on 4 of 8, throughput against median normalised
 latency, and how much of the stages' time is bubbles.
 
-    python -m experiments.orca_175b_on_16_a100.measure            # a quarter of an hour, writes results.json
+    python -m experiments.orca_175b_on_16_a100.measure            # half an hour on one core, writes results.json
     python -m experiments.orca_175b_on_16_a100.measure bubbles    # that part anew
 
 Iteration-level scheduling (`orca`) at four batch sizes against request-level scheduling as FasterTransformer does it and with padded
@@ -181,28 +181,44 @@ PARTS: dict[str, Callable[[], Any]] = {
     "near 190 ms": near_target,
     **{f"175b {name}": partial(curves, name, MIXED, 3.0, (1, 8, 16, 32)) for name in SCHEDULERS},
     **{f"same {name}": partial(curves, name, SAME, 0.5, (8, 16, 32)) for name in SCHEDULERS},
-    **{f"341b {name}": partial(curves, name, MIXED, 1.0, (1, 8, 32), "gpt3-341b") for name in SCHEDULERS},
+    **{f"341b {name}": partial(curves, name, MIXED, 1.0, (1, 8, 16, 32), "gpt3-341b") for name in SCHEDULERS},
     "low load": low_load,
     "bubbles": all_bubbles,
 }
 
 
+def whole_curves(parts: dict[str, Any], title: str) -> Curves:
+    """The curves of a title, with the points that were measured near the target."""
+    found: Curves = {key: list(points) for name in SCHEDULERS for key, points in parts.get(f"{title} {name}", {}).items()}
+    near = parts.get("near 190 ms", {}).get(f"gpt3-{title}", {"points": {}})["points"]
+    for key, points in near.items():
+        if key in found:
+            found[key] = sorted(found[key] + points, key=lambda point: point["rate"])
+    return found
+
+
+def compared(parts: dict[str, Any]) -> dict[str, Any]:
+    """All that the parts say together, as far as they have been measured."""
+    results: dict[str, Any] = {"requests": REQUESTS, "paper": PAPER, "parts": parts}
+    for title in ("175b", "same", "341b"):
+        if all(f"{title} {name}" in parts for name in SCHEDULERS):
+            found = whole_curves(parts, title)
+            lowest = min(points[0]["latency"] for points in found.values())
+            results |= {f"{title} at 190 ms": compare(found, TARGET), f"{title} at twice low load": compare(found, 2 * lowest)}
+    return results
+
+
 def main(arguments: list[str]) -> int:
     """Measure the parts that are named, or all, and compare what the file has."""
     path = Path(__file__).with_name("results.json")
-    parts = json.loads(path.read_text())["parts"] if arguments else {}
     for name in arguments or PARTS:
         started = time.perf_counter()
-        parts[name] = PARTS[name]()
+        found = PARTS[name]()
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    results: dict[str, Any] = {"requests": REQUESTS, "paper": PAPER, "parts": parts}
-    for title in ("175b", "same", "341b"):
-        found: Curves = {key: value for name in SCHEDULERS for key, value in parts.get(f"{title} {name}", {}).items()}
-        lowest = min((points[0]["latency"] for points in found.values()), default=0.0)
-        if all(f"{title} {name}" in parts for name in SCHEDULERS):
-            results |= {f"{title} at 190 ms": compare(found, TARGET), f"{title} at twice low load": compare(found, 2 * lowest)}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in results.items() if key != "parts"} | {"bubbles": parts.get("bubbles")}, indent=1))
+        parts = json.loads(path.read_text())["parts"] if path.exists() else {}
+        path.write_text(json.dumps(compared(parts | {name: found}), indent=1) + "\n")
+    results = json.loads(path.read_text())
+    print(json.dumps({key: value for key, value in results.items() if key != "parts"}, indent=1))
     return 0
 
 

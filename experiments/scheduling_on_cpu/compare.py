@@ -1,6 +1,6 @@
 """Orca's and FastServe's comparisons on the real engine: the demo model on one CPU device, policies over load. Writes policies.json.
 
-    python -m experiments.scheduling_on_cpu.compare [--clock cpu]        # some minutes
+    python -m experiments.scheduling_on_cpu.compare [orca|fastserve] [--clock cpu]      # two or three minutes each
 
 Two kinds of requests, each a task whose prompt says how long the answer is: prompts and answers uniform, with Orca's lengths over
 eight, and lengths of conversations as FastServe draws them, prompts over sixteen and answers over fifty. Loads are shares of the rate
@@ -11,16 +11,18 @@ With `--clock cpu` seconds are those of CPU that the process uses, for a machine
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.scheduling_on_cpu.runs import ROWS, clock_named_on_the_command_line, load_demo, medians, real
+from experiments.scheduling_on_cpu.runs import CLOCKS, ROWS, add_clock, load_demo, medians, real
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.cli.bench import measured_estimates
@@ -50,10 +52,12 @@ def scaled_chat(rng: random.Random) -> tuple[int, int]:
     return max(5, prompt // 16), max(2, answer // 50 + 1)
 
 
-TRAFFIC = (
+_BOTH = (
     Traffic("orca", uniform_lengths((5, 64), (2, 17)), ("request-level", "fastertransformer", "orca", "fcfs")),
     Traffic("fastserve", scaled_chat, ("fcfs", "orca", "mlfq", "mlfq 30", "mlfq-naive", "srpt")),
 )
+TRAFFIC = {traffic.name: traffic for traffic in _BOTH}
+RESULTS = Path(__file__).with_name("policies.json")
 
 
 def run(model: api.Model, policy: str, arrivals: list[Any], estimates: Estimates, clock: Clock) -> dict[str, float]:
@@ -62,37 +66,50 @@ def run(model: api.Model, policy: str, arrivals: list[Any], estimates: Estimates
     return real(model, make_policy(name, options, estimates), arrivals, clock)
 
 
-def main() -> int:
-    clock = clock_named_on_the_command_line()
-    capacity = Capacity(max_rows=ROWS, max_len=128, prefill_tokens=64, random=False, max_prompt_len=64)
-    model = load_demo(capacity, residents=4 * ROWS, num_host_pages=512)
+def compare(model: api.Model, traffic: Traffic, make_clock: Callable[[], Clock]) -> dict[str, Any]:
+    """The policies of a paper on its traffic, over load."""
     estimates = measured_estimates(model)
-    results: dict[str, Any] = {
-        "clock": clock.__name__,
+    backlog = parse_arrivals("backlog", traffic.lengths, REQUESTS)
+    capacities: list[float] = []
+    curves: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}
+    for load in LOADS:
+        runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}
+        for _ in range(ROUNDS):
+            capacities.append(run(model, "orca", backlog, estimates, make_clock())["requests_per_second"])
+            arrivals = parse_arrivals(f"poisson:{load * capacities[-1]}", traffic.lengths, REQUESTS)
+            for policy, found in runs.items():
+                found.append(run(model, policy, arrivals, estimates, make_clock()))
+        for policy, found in runs.items():
+            curves[policy].append({"load": load} | medians(found))
+            shown = {key: round(1e3 * curves[policy][-1][key], 1) for key in ("p50_per_token", "mean_per_token", "mean_completion")}
+            print(traffic.name, load, policy, shown, file=sys.stderr)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": os.getloadavg()[0],
+        "clock": make_clock.__name__,
         "rows": ROWS,
         "requests": REQUESTS,
         "rounds": ROUNDS,
         "alpha": ALPHA_STEPS * estimates.decode,
+        "decode_seconds": estimates.decode,
+        "prefill_seconds": estimates.first_iteration(1),
+        "page_seconds": estimates.page_out,
+        "capacities": capacities,
+        "curves": curves,
     }
-    results |= {"decode_seconds": estimates.decode, "prefill_seconds": estimates.first_iteration(1), "page_seconds": estimates.page_out}
-    for traffic in TRAFFIC:
-        backlog = parse_arrivals("backlog", traffic.lengths, REQUESTS)
-        capacities: list[float] = []
-        curves: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}
-        for load in LOADS:
-            runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}
-            for _ in range(ROUNDS):
-                capacities.append(run(model, "orca", backlog, estimates, clock())["requests_per_second"])
-                arrivals = parse_arrivals(f"poisson:{load * capacities[-1]}", traffic.lengths, REQUESTS)
-                for policy, found in runs.items():
-                    found.append(run(model, policy, arrivals, estimates, clock()))
-            for policy, found in runs.items():
-                curves[policy].append({"load": load} | medians(found))
-                shown = {key: round(1e3 * curves[policy][-1][key], 1) for key in ("p50_per_token", "mean_per_token", "mean_completion")}
-                print(traffic.name, load, policy, shown, file=sys.stderr)
-        results[traffic.name] = {"capacities": capacities, "curves": curves}
-    results |= {"date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0]}
-    Path(__file__).with_name("policies.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("traffic", nargs="*", choices=[*TRAFFIC, []], metavar="TRAFFIC", help="orca, fastserve; both if not given")
+    add_clock(parser)
+    args = parser.parse_args()
+    capacity = Capacity(max_rows=ROWS, max_len=128, prefill_tokens=64, random=False, max_prompt_len=64)
+    model = load_demo(capacity, residents=4 * ROWS, num_host_pages=512)
+    for name in args.traffic or TRAFFIC:
+        found = compare(model, TRAFFIC[name], CLOCKS[args.clock])
+        results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
     return 0
 
 

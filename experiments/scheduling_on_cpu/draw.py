@@ -1,4 +1,4 @@
-"""Draw policies.json and results.json: `python -m experiments.scheduling_on_cpu.draw` writes scheduling.png."""
+"""Draw policies.json and results.json: `python -m experiments.scheduling_on_cpu.draw` writes scheduling.png and prints the tables."""
 
 from __future__ import annotations
 
@@ -28,18 +28,29 @@ def main() -> int:
     policies = json.loads((HERE / "policies.json").read_text())
     simulator = json.loads((HERE / "results.json").read_text())["simulator"]
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    _curves(axes[0], policies["orca"]["curves"], "p50_per_token", "Orca's lengths / 8: median latency per token, ms", policies)
-    _curves(axes[1], policies["fastserve"]["curves"], "mean_per_token", "conversations / 16: mean latency per token, ms", policies)
-    _curves(axes[2], policies["fastserve"]["curves"], "mean_completion", "conversations / 16: mean completion time, ms", policies)
+    _curves(axes[0], policies["orca"], "p50_per_token", "Orca's lengths / 8: median latency per token, ms")
+    _curves(axes[1], policies["fastserve"], "mean_per_token", "conversations / 16: mean latency per token, ms")
+    _curves(axes[2], policies["fastserve"], "mean_completion", "conversations / 16: mean completion time, ms")
     _errors(axes[3], simulator)
     figure.suptitle("Policies over load on the real engine (demo model, one CPU device), and the simulator's error", fontsize=11)
     figure.savefig(HERE / "scheduling.png", dpi=110)
+    print_table(policies["orca"], "p50_per_token")
+    for key in ("mean_per_token", "mean_completion", "mean_ttft"):
+        print_table(policies["fastserve"], key)
     return 0
 
 
-def _curves(axis: plt.Axes, curves: dict[str, list[dict[str, float]]], key: str, title: str, policies: dict[str, Any]) -> None:
-    for policy, points in curves.items():
-        label = f"mlfq, α {1e3 * policies['alpha']:.0f} ms" if policy == "mlfq" else policy.replace("mlfq 30", "mlfq, α 30 s")
+def print_table(found: dict[str, Any], key: str) -> None:
+    """A figure in ms by load and policy, as lines of the README's tables."""
+    curves = found["curves"]
+    print(f"\n{key}, {found['date']}, α {1e3 * found['alpha']:.0f} ms\n\n| load | {' | '.join(curves)} |\n|---{'|---' * len(curves)}|")
+    for number, point in enumerate(next(iter(curves.values()))):
+        print(f"| {point['load']} | {' | '.join(f'{1e3 * points[number][key]:.1f}' for points in curves.values())} |")
+
+
+def _curves(axis: plt.Axes, found: dict[str, Any], key: str, title: str) -> None:
+    for policy, points in found["curves"].items():
+        label = f"mlfq, α {1e3 * found['alpha']:.0f} ms" if policy == "mlfq" else policy.replace("mlfq 30", "mlfq, α 30 s")
         axis.plot([p["load"] for p in points], [1e3 * p[key] for p in points], marker="o", markersize=4, color=COLOURS[policy], label=label)
     axis.set_title(title, fontsize=9)
     axis.set(xlabel="arrivals over what orca works off", yscale="log")

@@ -52,9 +52,14 @@ class CpuClock:
 CLOCKS: dict[str, Callable[[], Clock]] = {"cpu": CpuClock, "wall": WallClock}
 
 
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """The flag that names one of `CLOCKS`."""
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others use the machine")
+
+
 def clock_named_on_the_command_line() -> Callable[[], Clock]:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of this process, where others use the machine")
+    add_clock(parser)
     return CLOCKS[parser.parse_args().clock]
 
 

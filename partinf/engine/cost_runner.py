@@ -177,8 +177,9 @@ class CostRunner:
         self._page_ready = {page: time for page, time in self._page_ready.items() if time > now}
         if not self._page_ready:
             return now
-        touched = self._page_ready.keys() & {page for pages in _page_tables(step) for page in pages}
-        return max((self._page_ready[page] for page in touched), default=now)
+        moving = self._page_ready.keys()
+        touched = (pages for pages in _page_tables(step) if not moving.isdisjoint(pages))
+        return max((self._page_ready[page] for pages in touched for page in pages if page in moving), default=now)
 
 
 def _page_tables(step: Step) -> Iterator[tuple[int, ...]]:

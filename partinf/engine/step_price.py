@@ -7,8 +7,10 @@ rounded shape, so that an hour of traffic asks the cost model for a few thousand
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from partinf.cost.ledger import Entry, total_seconds
@@ -87,13 +89,18 @@ class StepPrice:
         self._decode: dict[Hashable, _Sum] = {}
         self._prompt: dict[Hashable, _Sum] = {}
         self._page_size = plan.cache.page_size
+        # Asked for in every iteration.
+        self._row_multiple, self._token_multiple = plan.decode_row_multiple(), plan.prefill_token_multiple()
+        self._slot_multiple, self._num_shards = plan.prefill_slot_multiple(), plan.num_shards
+        self._decode_rows: dict[int, int] = {}
+        self._shapes: deque[tuple[Step, StepShape]] = deque(maxlen=2 * plan.num_stages)  # of the last steps: each is priced on every stage
         self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
         chip = plan.slice.chip
         self.page_seconds = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
 
     def __call__(self, *steps: Step) -> Price:
         """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""
-        shape = self._padded(*steps) if self._buckets else _common([self._real(step) for step in steps])
+        shape = self._padded(*steps) if self._buckets else _common([self._shape(step) for step in steps])
         if not shape.num_tokens:
             return Price(0.0, 0)
         return Price(self.seconds(shape), shape.num_tokens)
@@ -129,7 +136,8 @@ class StepPrice:
         """What a policy needs to know: an iteration is a way through all stages."""
         stages, page = self.plan.num_stages, self.page_seconds
         decode = stages * self.decode_seconds(1, limits.page_size)
-        return Estimates(lambda tokens: stages * self.prefill_seconds(tokens), decode, page, page, limits.pages_for)
+        first_iteration = cache(lambda tokens: stages * self.prefill_seconds(tokens))
+        return Estimates(first_iteration, decode, page, page, limits.pages_for)
 
     def weight_bytes(self) -> int:
         """Weights on one device."""
@@ -154,6 +162,15 @@ class StepPrice:
         phase = plan.ffn_phase((whole or shape).num_tokens)
         return StepSplit(plan.padded_model, plan.layout, phase, shape, self._pricing, plan.weights, plan.kv, self.shares)
 
+    def _shape(self, step: Step) -> StepShape:
+        """`_real`, remembered for a while."""
+        for known, shape in self._shapes:
+            if known is step:
+                return shape
+        shape = self._real(step)
+        self._shapes.appendleft((step, shape))
+        return shape
+
     def _real(self, step: Step) -> StepShape:
         """The step's own shape, rounded to what the plan's axes divide and to a few leading bits."""
         rows, context = 0, 0
@@ -161,12 +178,15 @@ class StepPrice:
             rows, context = self._decode_shape(step)
         tokens = self._prompt_tokens(step) + step.idle_tokens
         if not tokens:
-            return StepShape(decode_rows=self.plan.decode_rows(rows), decode_context=context, sampling=self._sampling)
+            padded = self._decode_rows.get(rows)
+            if padded is None:
+                padded = self._decode_rows[rows] = self.plan.decode_rows(rows)
+            return StepShape(decode_rows=padded, decode_context=context, sampling=self._sampling)
         lens = [len(chunk.tokens) for chunk in step.prefill]
         alike = round(step.num_prefill_tokens**2 / max(1, sum(length * length for length in lens)))
         earlier = sum(chunk.start for chunk in step.prefill) // max(1, len(lens))
         return StepShape(
-            decode_rows=_up(rows, self.plan.decode_row_multiple()),
+            decode_rows=_up(rows, self._row_multiple),
             decode_context=context,
             prefill_tokens=self._tokens(tokens),
             prefill_slots=self._slots(max(1, alike)),
@@ -177,7 +197,7 @@ class StepPrice:
     def _decode_shape(self, step: Step) -> tuple[int, int]:
         rows = step.decode
         count = len(rows) + step.idle_rows
-        shards = self.plan.num_shards
+        shards = self._num_shards
         if shards > 1:
             per_shard = [0] * shards
             for row in rows:
@@ -188,7 +208,7 @@ class StepPrice:
 
     def _prompt_tokens(self, step: Step) -> int:
         """Prompt tokens with the padding to the fullest prefill shard."""
-        shards = self.plan.prefill_slot_multiple()
+        shards = self._slot_multiple
         if shards == 1:
             return step.num_prefill_tokens
         per_shard = [0] * shards
@@ -197,10 +217,10 @@ class StepPrice:
         return max(per_shard) * shards
 
     def _tokens(self, count: int) -> int:
-        return _up(_rounded(count), self.plan.prefill_token_multiple())
+        return _up(_rounded(count), self._token_multiple)
 
     def _slots(self, count: int) -> int:
-        return _up(count, self.plan.prefill_slot_multiple())
+        return _up(count, self._slot_multiple)
 
     def _padded(self, *steps: Step) -> StepShape:
         """The smallest bucket that holds each of the steps, as the JAX runner chooses it."""
@@ -228,11 +248,16 @@ class StepPrice:
 
 def _common(shapes: list[StepShape]) -> StepShape:
     """The smallest shape that holds each of these."""
-    first, *others = shapes
-    if not others:
-        return first
-    sizes = ("decode_rows", "decode_context", "prefill_tokens", "prefill_slots", "prefill_context")
-    return replace(first, **{name: max(getattr(shape, name) for shape in shapes) for name in sizes})
+    if len(shapes) == 1:
+        return shapes[0]
+    return StepShape(
+        decode_rows=max([shape.decode_rows for shape in shapes]),
+        decode_context=max([shape.decode_context for shape in shapes]),
+        prefill_tokens=max([shape.prefill_tokens for shape in shapes]),
+        prefill_slots=max([shape.prefill_slots for shape in shapes]),
+        prefill_context=max([shape.prefill_context for shape in shapes]),
+        sampling=shapes[0].sampling,
+    )
 
 
 def _rounded(size: int) -> int:

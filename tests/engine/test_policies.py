@@ -173,6 +173,37 @@ def test_a_long_request_is_not_starved_by_short_ones() -> None:
     assert number > 200
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**32), alpha=st.sampled_from([2.0, 5.0]), skip_join=st.booleans(), size=st.integers(1, 3))
+def test_nobody_waits_much_longer_than_alpha(seed: int, alpha: float, skip_join: bool, size: int) -> None:
+    """Requests of any lengths keep coming. Whoever has waited for α is promoted, and from then on waits for those who stand in the first
+    queue before it: each uses its quantum there, which no iteration can exceed by more than its own length."""
+    rng, waited = random.Random(seed), 0.0
+    last: dict[int, float] = {}  # when each ran last, or came
+    runner = CostRunner(replace(ROOMY, num_slots=100, pages_per_shard=2000), price)
+    policy = MultiLevelFeedbackQueue(ESTIMATES, size, skip_join, alpha)
+    longest, most = size * 0.6 + 0.4, 0
+
+    def on_step(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+        nonlocal waited
+        for sequence in (*batch.decode, *batch.prefill):
+            number = sequence.request.number
+            waited = max(waited, scheduled - last.get(number, sequence.request.arrival))
+            last[number] = committed
+
+    engine = Engine(runner, policy=policy, clock=runner.clock, on_step=on_step)
+    for _ in range(150):
+        # Small ones take all that there is, so that what has sunk would never come up again by itself.
+        while len(engine._samples) < 4 * size or (rng.random() < 0.3 and len(engine._samples) < 6 * size):
+            length, tokens = rng.choice([(1, 1), (1, 2), (1, 2), (6, 30)])
+            engine.add_request([1] * length, SamplingParams(max_tokens=tokens))
+        most = max(most, len(engine._samples))
+        engine.step()
+    alive = [live.sequence.request for live in engine._samples]
+    waited = max([waited, *(runner.clock.now - last.get(request.number, request.arrival) for request in alive)])
+    assert waited <= alpha + (ESTIMATES.decode + longest) * (most / size + 1)
+
+
 @pytest.mark.parametrize("eviction", list(Eviction))
 def test_who_makes_room_goes_on_where_it_was(eviction: Eviction) -> None:
     limits = replace(ROOMY, pages_per_shard=6, num_host_pages=0 if eviction is Eviction.RECOMPUTE else 20)

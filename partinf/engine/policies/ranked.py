@@ -165,17 +165,18 @@ class AheadSwapper:
         self._earn(batch.now)
         reserve = int(self._pages.reserve * batch.limits.pages_per_shard * batch.limits.num_shards)
         coming = [one for one in by_next_time if one.status is Status.SWAPPED and not one.in_flight]
-        resident = [one for one in by_next_time if _evictable(one) and not batch.taken(one) and not one.in_flight]
-        places = {id(one): place for place, one in enumerate(by_next_time)}
-        first = coming[0] if coming and resident and places[id(resident[-1])] > places[id(coming[0])] else None
-        for victim in reversed(resident):
-            leaves = batch.free_pages() < reserve
-            if not leaves and first is not None and places[id(first)] < places[id(victim)]:
-                needed = len(first.host_pages) + 1
-                leaves = batch.free_pages() < reserve + needed
-                leaves = leaves or (victim.shard == first.home and batch.free_pages(first.home) < needed)
-            if not leaves:
+        first, needed = (coming[0], len(coming[0].host_pages) + 1) if coming else (None, 0)
+        for victim in reversed(by_next_time):
+            if victim is first:  # whoever is left comes before it, and leaves for the reserve alone
+                first = None
+            if not _evictable(victim) or batch.taken(victim) or victim.in_flight:
                 continue
+            if batch.free_pages() >= reserve:
+                if first is None:
+                    break
+                short = batch.free_pages() < reserve + needed
+                if not short and (victim.shard != first.home or batch.free_pages(first.home) >= needed):
+                    continue
             if self._credit <= 0 or not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
                 break  # computing again is for those who need room now
             self._credit -= len(victim.host_pages)
