@@ -31,6 +31,7 @@ from jax import lax
 
 Axes = tuple[str, ...]
 
+_TILE_ROWS = 8
 _TILE_WIDTH = 256  # of the last dimension in bfloat16; logits in float32 became an all-reduce at multiples of 128 too
 
 
@@ -166,6 +167,8 @@ class _Dim:
         whole_tiles = self.index < x.ndim - 1 or (x.dtype.itemsize < 4 and shape[self.index] % _TILE_WIDTH == 0)
         if opened.shape[self.index] > 1:
             return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)
+        if self.index == 0 and x.ndim > 2 and x.shape[-2] == 1 and shape[0] % _TILE_ROWS == 0:  # tiles that would hold one row each
+            return lax.psum_scatter(x.reshape(x.shape[0], -1), axis, scatter_dimension=0, tiled=True).reshape(shape)
         if whole_tiles:
             return lax.psum_scatter(x, axis, scatter_dimension=self.index, tiled=True)
         return lax.psum_scatter(jnp.squeeze(opened, self.index), axis, scatter_dimension=self.index).reshape(shape)

@@ -1,9 +1,10 @@
-"""Draw results.json: `python -m experiments.orca_175b_on_16_a100.draw` writes orca.png."""
+"""Draw results.json: `python -m experiments.orca_175b_on_16_a100.draw` writes orca.png and prints the tables."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,9 +16,24 @@ STYLE = {"orca": ("tab:blue", "-"), "fastertransformer": ("tab:red", "--"), "req
 MARKER = {1: "o", 8: "s", 16: "^", 32: "D"}
 
 
+def print_loads(results: dict[str, Any]) -> None:
+    """Requests per second of every setting at both latencies, as lines of the README's table; factors of the best ones."""
+    names = [(title, where) for title in ("175b", "same", "341b") for where in ("190 ms", "twice low load")]
+    columns = [results[f"{title} at {where}"] for title, where in names]
+    print("| | " + " | ".join(f"{title}, {1e3 * found['latency']:.0f} ms" for (title, _), found in zip(names, columns, strict=True)) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name in dict.fromkeys(name for column in columns for name in column["each"]):
+        loads = [column["each"].get(name, "") for column in columns]
+        print(f"| {name} | " + " | ".join("none" if load is None else load if load == "" else f"{load:.3g}" for load in loads) + " |")
+    for baseline in ("fastertransformer", "request-level"):
+        factors = [column[f"factor over {baseline}"] for column in columns]
+        print(f"| over {baseline} | " + " | ".join("" if factor is None else f"{factor:.1f}×" for factor in factors) + " |")
+
+
 def main() -> int:
     results = json.loads((HERE / "results.json").read_text())
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), sharey=True, layout="constrained")
+    print_loads(results)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     panels = {
         "175b": "GPT-3 175B, 2 stages: prompts U(32, 512), answers U(1, 128)",
         "same": "GPT-3 175B, 2 stages: all 272 in, 64 out",

@@ -17,24 +17,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from partinf.buckets import Capacity, with_capacity
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.engine import Engine
 from partinf.engine.arrivals import parse_arrivals, parse_lengths
+from partinf.engine.cost_runner import CostRunner
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.schedule_trace import ScheduleTrace
 from partinf.engine.simulation import Sizing, cost_runner, play
+from partinf.engine.step import Step
+from partinf.engine.step_price import Price, StepPrice
 from partinf.hardware import parse_slice
 from partinf.layout import make_layout
 from partinf.model_config import load_model_config
 from partinf.plans import Plan
 
 REQUESTS = 400  # and a hundred seconds more of arrivals
-MIXED, SAME = "uniform:32-512:1-128", "fixed:272:64"
+MIXED, SAME, LONGEST = "uniform:32-512:1-128", "fixed:272:64", 640
 TARGET = 0.190  # s per token, where the paper compares
 PAPER = {"fastertransformer": 0.185, "orca": 6.81}
 SCHEDULERS = ("orca", "fastertransformer", "request-level")
@@ -50,6 +56,16 @@ WHOLE_PROMPTS, EVEN_SHARE = 0, 128
 
 LOW = 0.05
 
+
+class Padding(StrEnum):
+    """What a tick pads beyond the longest of its steps: nothing; decode rows and prompt tokens to those of a bucket, where lanes read
+    their own pages (the TPU's kernel); pages too, where every lane reads all pages of the bucket (attention tile by tile at its worst)."""
+
+    NONE = "none"
+    ROWS = "rows and tokens"
+    PAGES = "rows, tokens and pages"
+
+
 Curves = dict[str, list[dict[str, float]]]
 """Points by scheduler and batch size."""
 
@@ -63,6 +79,7 @@ def simulate(
     model: str = "gpt3-175b",
     prefill_tokens: int = WHOLE_PROMPTS,
     trace: ScheduleTrace | None = None,
+    padding: Padding = Padding.NONE,
 ) -> dict[str, float]:
     """One point of a curve."""
     slice_ = parse_slice(SLICES[model])
@@ -71,6 +88,8 @@ def simulate(
     pricing = Pricing(slice_, calibration_for(slice_.chip))
     sizing = Sizing(max_rows=size, max_len=2048, prefill_tokens=prefill_tokens or 512 * size)
     runner, price = cost_runner(plan, pricing, sizing)
+    if padding is not Padding.NONE:
+        runner = CostRunner(runner.limits, padded_ticks(plan, pricing, price, sizing, padding))
     policy = make_policy(scheduler, PolicyOptions(size), price.estimates(runner.limits))
     engine = Engine(runner, policy=policy, clock=runner.clock, on_step=None if trace is None else trace.on_step)
     arrivals = parse_arrivals(f"poisson:{rate}", parse_lengths(lengths), requests or REQUESTS + int(100 * rate), seed=0)
@@ -91,11 +110,31 @@ def simulate(
     }
 
 
-def bubbles(scheduler: str, prefill_tokens: int, model: str, requests: int = 600) -> dict[str, float]:
+def padded_ticks(plan: Plan, pricing: Pricing, own: StepPrice, sizing: Sizing, padding: Padding) -> Callable[..., Price]:
+    """Prices ticks at the buckets that the JAX runner would compile for contexts of up to 640 tokens, and what a stage does for a step of
+    its own, which is asked for alone, at the step's own shape."""
+    capacity = Capacity(sizing.max_rows * plan.num_stages, LONGEST, sizing.prefill_tokens, random=False)
+    buckets = StepPrice(plan, pricing, buckets=with_capacity(plan, capacity).buckets)
+
+    def price(*steps: Step) -> Price:
+        shape = own.shape(*steps)
+        if len(steps) == 1 or not shape.num_tokens:
+            return own(*steps)
+        padded = buckets.shape(*steps)
+        if padding is Padding.ROWS and shape.decode_rows:
+            context = shape.decode_rows * shape.decode_context // padded.decode_rows
+            padded = replace(padded, decode_context=context, prefill_slots=shape.prefill_slots, prefill_context=shape.prefill_context)
+        return Price(own.seconds(padded), padded.num_tokens)
+
+    return price
+
+
+def bubbles(scheduler: str, prefill_tokens: int, model: str, padding: Padding = Padding.NONE, requests: int = 600) -> dict[str, float]:
     """The share of the stages' time, in the middle half of a run with more requests than it can take, in which they did not work on a
-    step of their own: empty, or in a tick that is as long as another stage's step. Read from the schedule trace."""
+    step of their own: empty, in a tick that is as long as another stage's step, or on padding. Read from the schedule trace."""
     trace = ScheduleTrace()
-    point = simulate(scheduler, 32, FULL, requests=requests, model=model, prefill_tokens=prefill_tokens, trace=trace)
+    how: dict[str, Any] = {"model": model, "prefill_tokens": prefill_tokens, "trace": trace, "padding": padding}
+    point = simulate(scheduler, 32, FULL, requests=requests, **how)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
         trace.write(path)
@@ -110,9 +149,13 @@ def bubbles(scheduler: str, prefill_tokens: int, model: str, requests: int = 600
 
 
 def all_bubbles() -> dict[str, dict[str, dict[str, float]]]:
-    """Of both models: Orca's whole prompts, prompts cut to an even share for every step, and request-level scheduling's one batch."""
+    """Of both models: Orca's whole prompts, prompts cut to an even share for every step, also with the padding of buckets, and
+    request-level scheduling's one batch."""
     ways = {"orca": WHOLE_PROMPTS, "fcfs-chunked": EVEN_SHARE, "request-level": WHOLE_PROMPTS}
-    return {model: {name: bubbles(name, tokens, model) for name, tokens in ways.items()} for model in SLICES}
+    found = {model: {name: bubbles(name, tokens, model) for name, tokens in ways.items()} for model in SLICES}
+    for model, more in found.items():
+        more |= {f"fcfs-chunked, {how}": bubbles("fcfs-chunked", EVEN_SHARE, model, how) for how in (Padding.ROWS, Padding.PAGES)}
+    return found
 
 
 def curve(scheduler: str, size: int, lengths: str, limit: float, model: str = "gpt3-175b") -> list[dict[str, float]]:
@@ -144,10 +187,11 @@ def best(found: Curves, scheduler: str, latency: float) -> tuple[float, str] | N
 
 
 def compare(found: Curves, latency: float) -> dict[str, Any]:
-    """Best loads at a latency, and how often the baselines' fits into Orca's."""
+    """Loads at a latency, the best of each scheduler, and how often the baselines' fits into Orca's."""
     loads = {name: best(found, name, latency) for name in SCHEDULERS}
     orca = loads["orca"]
-    result: dict[str, Any] = {"latency": latency, "loads": loads}
+    each = {name: load_at(points, latency) for name, points in found.items()}
+    result: dict[str, Any] = {"latency": latency, "loads": loads, "each": each}
     for name in ("fastertransformer", "request-level"):
         other = loads[name]
         result[f"factor over {name}"] = orca[0] / other[0] if orca and other else None
@@ -218,7 +262,8 @@ def main(arguments: list[str]) -> int:
         parts = json.loads(path.read_text())["parts"] if path.exists() else {}
         path.write_text(json.dumps(compared(parts | {name: found}), indent=1) + "\n")
     results = json.loads(path.read_text())
-    print(json.dumps({key: value for key, value in results.items() if key != "parts"}, indent=1))
+    bubbled = {"bubbles": results["parts"].get("bubbles")}
+    print(json.dumps({key: value for key, value in results.items() if key != "parts"} | bubbled, indent=1))
     return 0
 
 

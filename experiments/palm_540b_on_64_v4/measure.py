@@ -127,14 +127,20 @@ def run(case: Case) -> dict[str, Any]:
     return {"measured_seconds": case.measured, "wall_seconds": time.monotonic() - start, **said}
 
 
+def results() -> dict[str, Any]:
+    """What was found so far."""
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return found
+
+
 def main(names: list[str]) -> None:
     """Run what was asked for, or what has no result yet, and keep the results after every case."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    known = results()
     for case in CASES:
-        if case.name in names or (not names and case.name not in results):
-            results[case.name] = run(case)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            found = results[case.name]
+        if case.name in names or (not names and case.name not in known):
+            found = run(case)
+            kept = results() | {case.name: found}
+            RESULTS.write_text(json.dumps({case.name: kept[case.name] for case in CASES if case.name in kept}, indent=1) + "\n")
             print(case.name, found.get("fits"), found.get("step_seconds_estimate"), found.get("failed", ""), flush=True)
 
 

@@ -100,10 +100,14 @@ class StepPrice:
 
     def __call__(self, *steps: Step) -> Price:
         """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""
-        shape = self._padded(*steps) if self._buckets else _common([self._shape(step) for step in steps])
+        shape = self.shape(*steps)
         if not shape.num_tokens:
             return Price(0.0, 0)
         return Price(self.seconds(shape), shape.num_tokens)
+
+    def shape(self, *steps: Step) -> StepShape:
+        """At which a tick is priced in which the stages hold these steps."""
+        return self._padded(*steps) if self._buckets else _common([self._own(step) for step in steps])
 
     def seconds(self, shape: StepShape) -> float:
         """Time of a step of this shape on one stage."""
@@ -162,7 +166,7 @@ class StepPrice:
         phase = plan.ffn_phase((whole or shape).num_tokens)
         return StepSplit(plan.padded_model, plan.layout, phase, shape, self._pricing, plan.weights, plan.kv, self.shares)
 
-    def _shape(self, step: Step) -> StepShape:
+    def _own(self, step: Step) -> StepShape:
         """`_real`, remembered for a while."""
         for known, shape in self._shapes:
             if known is step:

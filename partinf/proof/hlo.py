@@ -113,6 +113,8 @@ class Module:
             elif name:
                 lines.append(line)
         self._frames = _frames(text)
+        every = ((block, instruction) for block in self.computations.values() for instruction in block.instructions)
+        self._loops = {loop.called("body") or "": (block, loop) for block, loop in every if loop.opcode == "while"}
 
     def blocks(self, taken: Callable[[Instruction], float] = lambda _: 1.0) -> Iterator[tuple[Computation, float]]:
         """The computations that are scheduled, and how often each runs: the entry, loop bodies, branches and calls.
@@ -128,13 +130,19 @@ class Module:
             return
         yield computation, times
         for instruction in computation.instructions:
-            if instruction.opcode == "while":
-                yield from self._blocks(instruction.called("body") or "", times * self.trip_count(instruction), depth + 1, taken)
-            elif instruction.opcode == "call":
-                yield from self._blocks(instruction.called("to_apply") or "", times, depth + 1, taken)
-            elif instruction.opcode == "conditional":
-                for branch in re.findall(r"%([\w.\-]+)", _braced(instruction.rest, "branch_computations")):
-                    yield from self._blocks(branch, times * taken(instruction), depth + 1, taken)
+            yield from self.within(instruction, taken, times, depth + 1)
+
+    def within(
+        self, instruction: Instruction, taken: Callable[[Instruction], float], times: float = 1, depth: int = 0
+    ) -> Iterator[tuple[Computation, float]]:
+        """The computations that a loop, call or conditional schedules, as `blocks` gives them; none for other instructions."""
+        if instruction.opcode == "while":
+            yield from self._blocks(instruction.called("body") or "", times * self.trip_count(instruction), depth, taken)
+        elif instruction.opcode == "call":
+            yield from self._blocks(instruction.called("to_apply") or "", times, depth, taken)
+        elif instruction.opcode == "conditional":
+            for branch in re.findall(r"%([\w.\-]+)", _braced(instruction.rest, "branch_computations")):
+                yield from self._blocks(branch, times * taken(instruction), depth, taken)
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a counted loop runs: what the compiler notes, or the bound that its condition compares with."""
@@ -149,20 +157,24 @@ class Module:
         return max(bounds)
 
     def argument(self, block: Computation, instruction: Instruction) -> str:
-        """The weight or state that an instruction reads, directly or through the loop that it stands in; empty if it reads none."""
-        entry = self.computations[self.entry]
-        loop = next((i for i in entry.instructions if i.opcode == "while" and i.called("body") == block.name), None)
-        for name in instruction.operands:
-            operand = block.by_name.get(name)
-            index = re.search(r"\bindex=(\d+)", operand.rest) if operand and operand.opcode == "get-tuple-element" else None
-            if index and loop:
-                given = entry.by_name.get(loop.operands[0])
-                operand = entry.by_name.get(given.operands[int(index[1])]) if given and given.opcode == "tuple" else None
-            while operand and operand.opcode == "bitcast":
-                operand = entry.by_name.get(operand.operands[0])
-            if operand and operand.opcode == "parameter" and operand.op_name.startswith(("params", "state")):
-                return operand.op_name.replace("\\'", "'")
-        return ""
+        """The weight or state that an instruction reads, directly or through the loops that it stands in; empty if it reads none."""
+        return next(filter(None, (self._argument(block, name) for name in instruction.operands)), "")
+
+    def _argument(self, block: Computation, name: str) -> str:
+        """The weight or state that a value is, through views of it and the loops that carry it."""
+        value = block.by_name.get(name)
+        while value is not None and value.opcode in ("bitcast", "get-tuple-element"):
+            whole, index = block.by_name.get(value.operands[0]), re.search(r"\bindex=(\d+)", value.rest)
+            if index is None:  # a bitcast
+                value = whole
+                continue
+            if whole is not None and whole.opcode == "parameter" and block.name in self._loops:
+                block, loop = self._loops[block.name]
+                whole = block.by_name.get(loop.operands[0])  # what the loop began with
+            value = block.by_name.get(whole.operands[int(index[1])]) if whole is not None and whole.opcode == "tuple" else None
+        if value is None or value.opcode != "parameter" or block.name != self.entry:
+            return ""
+        return value.op_name.replace("\\'", "'") if value.op_name.startswith(("params", "state")) else ""
 
     def source(self, instruction: Instruction) -> tuple[Frame, ...]:
         """The stack of source lines that an instruction comes from, innermost first; empty where the compiler made it up."""

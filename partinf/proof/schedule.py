@@ -24,6 +24,7 @@ CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 # Source files that move or multiply for others: the line that asked for it says more.
 _CARRIERS = ("partinf/collectives.py", "partinf/looped.py", "partinf/transformer/linear.py", "partinf/quantize.py")
 
+_RUN = ("while", "call", "conditional")  # what runs computations of its own
 _FED_BY = 3  # how many instructions back the source of a nameless one is looked for
 # jax's names of collectives → ours.
 _ASKED = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_to_all": "all-to-all", "ppermute": "collective-permute"}
@@ -68,9 +69,8 @@ class Reader:
         work: list[Work] = []
         unestimated: list[str] = []
         for block, times in self._module.blocks(self._taken):
-            cycles = sum(instruction.cycles for instruction in block.instructions)
-            num_bytes = sum(hbm_bytes(self._module, block, instruction) for instruction in block.instructions)
-            seconds += times * max(cycles / self._clock if self._clock else 0.0, num_bytes / self._byte_rate)
+            spent, num_bytes = self._block(block)
+            seconds += times * spent
             moved += times * num_bytes
             hidden = self._hidden(block)
             for instruction in block.instructions:
@@ -83,8 +83,17 @@ class Reader:
         dearest = sorted(work, key=lambda one: -one.seconds * one.count)
         return Schedule(seconds, moved, _summed(collectives), tuple(dearest), tuple(unestimated))
 
+    def _block(self, block: Computation) -> tuple[float, int]:
+        """Seconds of one run of a block without its collectives, the longer of cycles and bytes; and the bytes."""
+        cycles = sum(instruction.cycles for instruction in block.instructions)
+        num_bytes = sum(hbm_bytes(self._module, block, instruction) for instruction in block.instructions)
+        return max(cycles / self._clock if self._clock else 0.0, num_bytes / self._byte_rate), num_bytes
+
     def time(self, block: Computation, instruction: Instruction) -> float:
-        """Seconds of one instruction that is no collective."""
+        """Seconds of one instruction that is no collective; of a loop, those of all that it runs and that hides nothing within it."""
+        inside = list(self._module.within(instruction, self._taken))
+        if inside:
+            return sum(times * max(0.0, self._block(part)[0] - sum(self._hidden(part).values())) for part, times in inside)
         cycles = instruction.cycles / self._clock if self._clock else 0.0
         return max(cycles, hbm_bytes(self._module, block, instruction) / self._byte_rate)
 
@@ -104,7 +113,7 @@ class Reader:
                 open_[instruction.name] = 0.0
             elif instruction.opcode.endswith("-done") and instruction.operands and instruction.operands[0] in open_:
                 closed[instruction.operands[0]] = open_.pop(instruction.operands[0])
-            elif open_ and instruction.cycles:
+            elif open_ and (instruction.cycles or instruction.opcode in _RUN):
                 first = next(iter(open_))  # work hides the collective that has been open longest
                 open_[first] += self.time(block, instruction)
         return closed
@@ -131,8 +140,6 @@ class Reader:
         ]  # fmt: skip
 
     def _seconds(self, op: str, axes: tuple[str, ...], num_bytes: int) -> float:
-        if op == "collective-permute":  # one neighbour, one link
-            return self._network.seconds(Op.ALL_GATHER, axes, 2 * num_bytes) if axes else 0.0
         return self._network.seconds(Op(op), axes, num_bytes) if axes else 0.0
 
     def _asked(self, instruction: Instruction) -> str:

@@ -13,6 +13,7 @@ from partinf.proof.hlo import Computation, Instruction, Module
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "opt-barrier"}
 _FREE |= {"partition-id", "replica-id", "iota", "reshape", "call-start", "async-start", "send", "recv"}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BETWEEN_SLICES = {"ONE_TO_ONE": "collective-permute"}  # the others have the names of collectives
 _VIEWS = {"bitcast", "reshape", "transpose", "copy"}
 # Which operand of an update in place holds the new values.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
@@ -20,11 +21,17 @@ _DEEPEST = 6  # views and fusions within fusions that are followed
 
 
 def collective_op(instruction: Instruction) -> str | None:
-    """The kind of a collective, of the instruction that starts it where it is split in two; None for others."""
+    """The kind of a collective, of the instruction that starts it where it is split in two; None for others.
+
+    Raises:
+        ValueError: a transfer between slices of a kind that is not known here; a collective must not be overlooked.
+    """
     op = instruction.opcode.removesuffix("-start")
     if instruction.opcode == "send":  # between slices: the hosts do it
         found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
-        op = found[1].lower().replace("_", "-") if found else ""
+        op = _BETWEEN_SLICES.get(found[1], found[1].lower().replace("_", "-")) if found else ""
+        if found and op not in COLLECTIVES:
+            raise ValueError(f"send {instruction.name}: {found[1]} between slices is no collective that is known here")
     return op if op in COLLECTIVES else None
 
 

@@ -28,7 +28,7 @@ from partinf.transformer.cache import KeysValues, PagesOfHeads
 from partinf.transformer.forward import embedded, sampled_logits
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
-from partinf.transformer.step import Out, State, abstract_state, choose_tokens
+from partinf.transformer.step import Out, State, abstract_state, choose_tokens, compiler_options
 
 
 def on_one_device(plan: Plan) -> Plan:
@@ -79,4 +79,5 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
     packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)]).shape, np.int32, sharding=dimensions(mesh, ()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     held = jax.tree.map(lambda leaf: leaf.sharding, arguments[1])
-    return jax.jit(step, donate_argnums=1, out_shardings=(held, None)).lower(*arguments).compile()
+    lowered = jax.jit(step, donate_argnums=1, out_shardings=(held, None)).lower(*arguments)
+    return lowered.compile(compiler_options(plan, mesh, bucket))

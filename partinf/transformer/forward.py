@@ -41,6 +41,8 @@ from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
 
 _SCORED_ROWS = 128  # rows of logits of given tokens that exist at once
+_LANES = 128  # of a TPU's tiles
+_MULTIPLIED_TOKENS = 512  # as many cost half of what laying a table of 258,048 rows out anew does, by the TPU compiler's estimate
 
 
 def hidden(
@@ -69,10 +71,23 @@ def embedded(params: Params, batch: Batch, decode_tokens: jax.Array, routes: Rou
 
 def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group, routes: Routes) -> jax.Array:
     tokens = take_split(tokens, 0, group.order, routes.replica, routes.sizes)  # [T.r]
-    x = params["embed"][tokens]  # [T.r, E.ef]
+    x = _looked_up(params["embed"], tokens, routes)  # [T.r, E.ef]
     if routes.plan.model.position is Position.LEARNED:
         x = x + params["positions"].at[take_split(positions, 0, group.order, routes.replica, routes.sizes)].get(mode="clip")
     return x
+
+
+def _looked_up(table: jax.Array, tokens: jax.Array, routes: Routes) -> jax.Array:
+    """Rows [T, E] of the table [V, E].
+
+    Where a device's columns fill no whole lanes, a TPU keeps the table column by column and lays all of it out anew for a look-up. A
+    product with rows of the identity reads it once, as the logits do, and is as exact.
+    """
+    by_columns = routes.plan.slice.chip.family == "tpu" and table.dtype == jnp.bfloat16 and table.shape[1] % _LANES
+    if routes.plain or not by_columns or tokens.shape[0] > _MULTIPLIED_TOKENS:
+        return table[tokens]
+    rows = (tokens[:, None] == jnp.arange(table.shape[0])[None, :]).astype(table.dtype)
+    return dot("tv,ve->te", rows, table)
 
 
 def _spread(x: jax.Array, routes: Routes) -> jax.Array:

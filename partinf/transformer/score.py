@@ -15,7 +15,7 @@ from partinf.transformer.batch import Batch, empty_batch
 from partinf.transformer.forward import hidden, token_logprobs
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
-from partinf.transformer.step import State, abstract_state, check_bucket
+from partinf.transformer.step import State, abstract_state, check_bucket, compiler_options
 
 ScoreStep = Callable[[Params, State, Batch, jax.Array], tuple[State, jax.Array]]
 
@@ -40,4 +40,5 @@ def compile_score_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool) -
     whole = NamedSharding(mesh, P())
     arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), batch)
     targets = jax.ShapeDtypeStruct((bucket.prefill_tokens,), jnp.int32, sharding=whole)
-    return jax.jit(mapped, donate_argnums=1).lower(parameters, state, arrays, targets).compile()
+    lowered = jax.jit(mapped, donate_argnums=1).lower(parameters, state, arrays, targets)
+    return lowered.compile(compiler_options(plan, mesh, bucket))

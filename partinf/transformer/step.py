@@ -69,11 +69,9 @@ class Out:
     prompt_logprobs: jax.Array | None = None
 
 
-_GATHERS_BESIDE_PRODUCTS = {
-    "xla_enable_async_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_overlap_compute_collective_tc": "true",
-}
+# A TPU's compiler runs one thing at a time unless it is asked to start a collective and do what does not wait for it until it is done.
+_BESIDE_OTHER_WORK = {"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"}
+_INSIDE_PRODUCTS = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true", "xla_tpu_overlap_compute_collective_tc": "true"}
 
 Step = Callable[[Params, State, Batch], tuple[State, Out]]
 
@@ -159,10 +157,7 @@ def build_step(
 
 
 def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:
-    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batches)`, and donates the state.
-
-    Where weights are gathered ahead, a TPU's compiler is asked to run gathers beside products: by itself it runs one thing at a time.
-    """
+    """The step of one bucket, lowered and compiled for the mesh; it takes `pack(batches)`, and donates the state."""
     step = build_step(plan, mesh, bucket, unrolled, with_logits)
 
     def packed_step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
@@ -170,8 +165,17 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
 
     packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
-    beside = Routes(plan, bucket).phase.ahead and mesh.devices.flat[0].platform == "tpu"
-    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(_GATHERS_BESIDE_PRODUCTS if beside else None)
+    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(compiler_options(plan, mesh, bucket))
+
+
+def compiler_options(plan: Plan, mesh: Mesh, bucket: Bucket) -> dict[str, str] | None:
+    """What the devices' compiler is asked for beyond its defaults, for everything that runs a step of this bucket.
+
+    Gathers of weights that are issued ahead are so long that they have to be carried through the products themselves.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return _BESIDE_OTHER_WORK | (_INSIDE_PRODUCTS if Routes(plan, bucket).phase.ahead else {})
 
 
 def _fed(batch: Batch, state: State) -> jax.Array:

@@ -8,7 +8,7 @@ from partinf.cost.collectives import Network
 from partinf.hardware import parse_slice
 from partinf.proof.hlo import Module, groups, shapes
 from partinf.proof.schedule import Reader, Schedule, axes_of
-from partinf.proof.traffic import hbm_bytes
+from partinf.proof.traffic import collective_op, hbm_bytes
 
 SLICE = parse_slice("v4:2x2x2")
 X, YZ = "{{0,4},{1,5},{2,6},{3,7}}", "{{0,1,2,3},{4,5,6,7}}"
@@ -53,6 +53,9 @@ StackFrames
   %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=1
   %weights = bf16[3,64,128]{2,1,0} get-tuple-element(%arg), index=2
   %layer = bf16[1,64,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%weights, %index), kind=kLoop, calls=%fused, @CYCLES@
+  %pair = (s32[], bf16[64,128]{1,0}, bf16[64,128]{1,0}) custom-call(%x), custom_call_target="whatever"
+  %second = bf16[64,128]{1,0} get-tuple-element(%pair), index=2
+  %copied = bf16[64,128]{1,0} copy(%second)
   %ar = bf16[64,128]{1,0} all-reduce(%x), replica_groups=@X@, to_apply=%add.1
   %start = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%ar), replica_groups=@YZ@, dimensions={0}, @AT@
   %work = bf16[64,128]{1,0:S(1)} fusion(%ar), kind=kLoop, calls=%nothing, backend_config={"estimated_cycles":"1050"}
@@ -97,7 +100,13 @@ def test_a_loop_runs_as_often_as_its_condition_says(module: Module) -> None:
 def test_a_slice_of_stacked_weights_reads_one_layer(module: Module) -> None:
     body = module.computations["body"]
     assert hbm_bytes(module, body, body.by_name["layer"]) == 64 * 128 * 2 + 4  # and the index; the result stays on the chip
+
+
+def test_what_an_instruction_reads_is_named_by_where_it_comes_from(module: Module) -> None:
+    body = module.computations["body"]
     assert module.argument(body, body.by_name["layer"]) == "params['layers']['wo']"
+    assert module.argument(body, body.by_name["copied"]) == ""  # second of another tuple than the loop's
+    assert module.argument(body, body.by_name["ar"]) == ""  # the batch is neither
 
 
 def test_collectives_have_kind_axes_bytes_and_count(schedule: Schedule) -> None:
@@ -118,6 +127,17 @@ def test_work_between_start_and_done_hides_as_much_as_it_takes(schedule: Schedul
     assert gather.overlapped_fraction == pytest.approx(min(1.0, 1e-6 / gather.seconds))  # 1050 cycles of 1.05 GHz
     assert 0 < gather.overlapped_fraction < 1
     assert reduce.overlapped_fraction == 0
+
+
+def test_a_loop_between_start_and_done_hides_what_it_runs() -> None:
+    text = PROGRAM.replace("@X@", X).replace("@CYCLES@", CYCLES).replace("@YZ@", YZ).replace("@AT@", AT)
+    begin = (
+        "  %begin = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) all-gather-start(%a), replica_groups={{0,4},{1,5},{2,6},{3,7}}, dimensions={0}"
+    )
+    end = "  %end = bf16[256,128]{1,0} all-gather-done(%begin)"
+    text = text.replace("  %loop = ", f"{begin}\n  %loop = ").replace("  ROOT %r = ", f"{end}\n  ROOT %r = ")
+    (around,) = (c for c in Reader(Module(text), SLICE, Network(SLICE)).read().collectives if c.op == "all-gather" and c.axes == ("x",))
+    assert around.overlapped_fraction == pytest.approx(min(1.0, 3 * 3150 / 1.05e9 / around.seconds))
 
 
 def test_a_block_takes_the_longer_of_cycles_and_bytes(schedule: Schedule) -> None:
@@ -146,6 +166,19 @@ def test_groups_in_all_notations() -> None:
     assert axes_of([(0, 1, 2, 3)], sizes) == ("y", "z")
     assert axes_of([(0, 5)], sizes) == ("x", "z")
     assert axes_of([], sizes) == ()
+
+
+def test_transfers_between_slices_are_collectives() -> None:
+    def op(kind: str) -> str | None:
+        line = (
+            f"  %s = (bf16[8]{{0}}, u32[], token[]) send(%a, %t), channel_id=2, frontend_attributes={{_xla_megascale_transfer_type={kind}}}"
+        )
+        return collective_op(Module(f"ENTRY %m (a: bf16[8]) -> token[] {{\n{line}\n}}").computations["m"].instructions[0])
+
+    assert [op(f'"{kind}"') for kind in ("ONE_TO_ONE", "ALL_REDUCE", "ALL_GATHER")] == ["collective-permute", "all-reduce", "all-gather"]
+    assert op("none") is None  # to the host, not to another slice
+    with pytest.raises(ValueError, match="SOMETHING between slices"):
+        op('"SOMETHING"')
 
 
 def test_shapes_know_their_memory() -> None:
