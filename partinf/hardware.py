@@ -149,12 +149,16 @@ class Slice:
         return {axis.name: axis.size for axis in self.axes}
 
     def with_mesh(self, text: str) -> Slice:
-        """The same slice under another factorisation of its axes: `x0:4,x1:4,y:16`, or `4x2` for switched chips.
+        """The same slice under another factorisation of its axes: `x0:4,x1:4,y:16`, or `4x2` for switched chips. What is no factor, `dcn`
+        and `core`, may be named as it is, as `mesh` names it.
 
         Raises:
             InvalidInput: naming every factor that does not fit, and the sizes that would.
         """
-        return replace(self, axes=_outer_axes(self) + _factored(self, text) + _inner_axes(self.chip))
+        outer, inner = _outer_axes(self), _inner_axes(self.chip)
+        fixed = {f"{axis.name}:{axis.size}" for axis in outer + inner}
+        factors = ",".join(word for word in text.split(",") if word.strip() not in fixed)
+        return replace(self, axes=outer + _factored(self, factors) + inner)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
-"""Draw results.json: `python -m experiments.azure_trace.draw` writes azure.png."""
+"""Draw results.json: `python -m experiments.azure_trace.draw` writes azure.png and prints the table."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,22 +14,37 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 
 
+def _case(run: dict[str, Any]) -> tuple[str, ...]:
+    stages = {None: "", 1: ", one stage"}[run["stages"]]
+    return run["model"], f"{run['replicas']} × {run['slice']}{stages}", f"batch {run['max_batch']}"
+
+
 def main() -> int:
     runs = json.loads((HERE / "results.json").read_text())["runs"]
-    cases = list(dict.fromkeys((run["model"], run["slice"], run["max_batch"], run["replicas"]) for run in runs))
+    cases = list(dict.fromkeys(_case(run) for run in runs))
     schedulers = list(dict.fromkeys(run["scheduler"] for run in runs))
     figure, axes = plt.subplots(2, 1, figsize=(10, 6), sharex=True, layout="constrained")
     width = 0.8 / len(schedulers)
     for place, scheduler in enumerate(schedulers):
-        mine = {(run["model"], run["slice"], run["max_batch"], run["replicas"]): run for run in runs if run["scheduler"] == scheduler}
+        mine = {_case(run): run for run in runs if run["scheduler"] == scheduler}
         where = [number + place * width for number in range(len(cases))]
         axes[0].bar(where, [mine[case]["goodput"]["share"] for case in cases], width, label=scheduler)
         axes[1].bar(where, [mine[case]["latency"]["ttft"]["p95"] for case in cases], width)
     axes[0].set_ylabel("share within 1 s TTFT\nand 50 ms per token")
-    axes[0].legend(ncols=4, fontsize=8)
+    axes[0].set_ylim(0, 1.2)
+    axes[0].legend(ncols=5, fontsize=8)
     axes[1].set(ylabel="P95 time to first token, s", yscale="log")
-    axes[1].set_xticks([n + 0.3 for n in range(len(cases))], [f"{m}\n{n} × {s}\nbatch {b}" for m, s, b, n in cases], fontsize=6)
+    axes[1].set_xticks([n + 0.3 for n in range(len(cases))], ["\n".join(case).replace(", ", "\n") for case in cases], fontsize=6)
     figure.savefig(HERE / "azure.png", dpi=110)
+    print(f"| model | slice | batch | {' | '.join(schedulers)} | chip·ms per token |\n|---|---|---|{'---|' * (len(schedulers) + 1)}")
+    for case in cases:
+        mine = {run["scheduler"]: run for run in runs if _case(run) == case}
+        shares = " | ".join(f"{100 * mine[name]['goodput']['share']:.1f} %" for name in schedulers)
+        print(f"| {' | '.join(case)} | {shares} | {mine['fcfs']['chip_ms_per_token']:.1f} |")
+    for run in runs:
+        latency = run["latency"]
+        figures = ", ".join(f"{name} {latency[name]['p50']:.3f}, {latency[name]['p95']:.3f} s" for name in ("ttft", "time_per_token"))
+        print(f"{', '.join(_case(run))}, {run['scheduler']}: {run['layout']}; P50 and P95: {figures}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """A recorded hour of conversations on two models: which scheduler, batch and slice meets a bound. Writes results.json.
 
-    python -m experiments.azure_trace.measure TRACE.csv [--requests N]
+    python -m experiments.azure_trace.measure TRACE.csv [--requests N] [--missing]
 
 TRACE.csv is AzureLLMInferenceTrace_conv.csv (Patel et al., Splitwise, ISCA 2024; Azure public data set, CC-BY-4.0). Only figures are kept.
 """
@@ -12,6 +12,7 @@ import concurrent.futures
 import json
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,39 @@ from partinf.engine.simulation import Sizing, cost_runner, play
 from partinf.hardware import parse_slice
 from partinf.layout import readable_name
 from partinf.model_config import load_model_config
+from partinf.plans import Plan
 
 BOUNDS = Bounds(ttft=1.0, time_per_token=0.05)
-# Model, slice, batch, and of how many equal replicas this is one: it gets every n-th request.
-CASES = [("palm-62b", slice_, size, 1) for slice_ in ("v4:2x2x2", "v4:4x2x2") for size in (32, 128)]
-CASES += [("llama-3-70b", slice_, size, 4) for slice_ in ("v5e:4x4", "v5e:4x8") for size in (32, 128)]
-CASES += [("llama-3-70b", "v5e:8x8", 128, replicas) for replicas in (1, 4)]
-SCHEDULERS = ("request-level", "orca", "fcfs", "mlfq")
+# Model, slice, batch, of how many equal replicas this is one (it gets every n-th request), and pipeline stages (None: as many as the
+# planner likes).
+CASES: list[tuple[str, str, int, int, int | None]] = [
+    ("palm-62b", slice_, size, 1, None) for slice_ in ("v4:2x2x2", "v4:4x2x2") for size in (32, 128)
+]
+CASES += [("palm-62b", "v4:4x4x2", 128, 1, None)]
+CASES += [("llama-3-70b", slice_, size, 4, None) for slice_ in ("v5e:4x4", "v5e:4x8") for size in (32, 128)]
+CASES += [("llama-3-70b", "v5e:8x8", 128, replicas, stages) for replicas in (1, 4) for stages in (1, None)]
+SCHEDULERS = ("request-level", "orca", "fcfs", "fcfs-chunked", "mlfq")
+CHUNK = 1024  # prompt tokens per iteration where prompts are cut
 
 
-def simulate(job: tuple[str, str, int, int, str, list[Arrival]]) -> dict[str, Any]:
+@cache
+def plan_for(model_name: str, slice_name: str, traffic: Traffic, stages: int | None) -> Plan:
+    """One search for all schedulers."""
+    return serving_plan(load_model_config(model_name), parse_slice(slice_name), traffic, num_stages=stages)
+
+
+def simulate(job: tuple[str, str, int, int, int | None, str, list[Arrival]]) -> dict[str, Any]:
     """One scheduler on one slice; None as figures where the model leaves no room for the longest request."""
-    model_name, slice_name, size, replicas, scheduler, everything = job
+    model_name, slice_name, size, replicas, stages, scheduler, everything = job
     arrivals = everything[::replicas]
-    model, slice_ = load_model_config(model_name), parse_slice(slice_name)
     longest = max(arrival.input_len + arrival.output_len for arrival in arrivals)
     started = time.perf_counter()
-    plan = serving_plan(model, slice_, Traffic.of(arrivals, size))
+    plan = plan_for(model_name, slice_name, Traffic.of(arrivals, size), stages)
+    model, slice_ = plan.model, plan.slice
     pricing = Pricing(slice_, calibration_for(slice_.chip))
     residents = 4 * size if scheduler == "mlfq" else 0
-    runner, price = cost_runner(plan, pricing, Sizing(size, residents, longest, longest, page_size=64, host_bytes=64e9))
+    prompt = CHUNK if scheduler == "fcfs-chunked" else longest
+    runner, price = cost_runner(plan, pricing, Sizing(size, residents, longest, prompt, page_size=64, host_bytes=64e9))
     options = PolicyOptions(size, 0.3, Eviction.PROACTIVE)
     engine = Engine(runner, policy=make_policy(scheduler, options, price.estimates(runner.limits)), clock=runner.clock)
     refused = play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)
@@ -55,22 +69,30 @@ def simulate(job: tuple[str, str, int, int, str, list[Arrival]]) -> dict[str, An
     figures = report(engine.metrics, seconds, refused, BOUNDS, machine)
     wall = time.perf_counter() - started
     print(f"{model_name} {slice_name} {size} 1/{replicas} {scheduler}: {figures['goodput']['share']:.1%} in {wall:.0f} s", file=sys.stderr)
-    names = {"model": model_name, "slice": slice_name, "max_batch": size, "replicas": replicas, "scheduler": scheduler}
-    return names | {"layout": readable_name(plan.layout, plan.axis_sizes), "wall_seconds": wall} | figures
+    names = {"model": model_name, "slice": slice_name, "max_batch": size, "replicas": replicas, "stages": stages}
+    return names | {"scheduler": scheduler, "layout": readable_name(plan.layout, plan.axis_sizes), "wall_seconds": wall} | figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--requests", type=int, help="only the first so many")
+    parser.add_argument("--missing", action="store_true", help="run only what results.json lacks")
     args = parser.parse_args()
-    arrivals = read_trace(args.trace, args.requests)
-    jobs = [(*case, scheduler, arrivals) for case in CASES for scheduler in SCHEDULERS]
+    arrivals, path = read_trace(args.trace, args.requests), Path(__file__).with_name("results.json")
+    kept = json.loads(path.read_text())["runs"] if args.missing else []
+    known = {_place(run) for run in kept}
+    jobs = [(*case, name, arrivals) for x, case in enumerate(CASES) for y, name in enumerate(SCHEDULERS) if (x, y) not in known]
     with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
-        runs = list(pool.map(simulate, jobs))
+        runs = sorted([*kept, *pool.map(simulate, jobs)], key=_place)
     results = {"trace": args.trace.name, "requests": len(arrivals), "seconds": arrivals[-1].time, "runs": runs}
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def _place(run: dict[str, Any]) -> tuple[int, int]:
+    case = run["model"], run["slice"], run["max_batch"], run["replicas"], run["stages"]
+    return CASES.index(case), SCHEDULERS.index(run["scheduler"])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+_TICKS = (1, 1.5, 2, 3, 4, 6, 10)
+_SHOWN = (("per_token", 1e3, 0), ("completion", 1.0, 1))
 COLOURS = {
     "fcfs": "tab:red",
     "orca": "tab:gray",
@@ -43,14 +45,13 @@ def print_loads(curves: list[dict[str, Any]]) -> None:
 
 
 def print_points(curves: list[dict[str, Any]]) -> None:
-    """Per load: throughput, mean and P95 per token in ms, mean and P95 of completion and mean time to first token in s, swaps."""
-    for curve in curves:
-        print(f"\n{curve['model']}, {curve['label']}, {curve['eviction']}, {curve['requests']} requests")
-        for point in curve["points"]:
-            token, done, first = point["per_token"], point["completion"], point["ttft"]
-            rate = "all at once" if point["rate"] is None else f"{point['rate']:.2f}/s"
-            figures = f"{1e3 * token[0]:5.0f} {1e3 * token[1]:5.0f} ms  {done[0]:5.1f} {done[1]:5.1f} s  {first[0]:5.1f} s"
-            print(f"  {rate:>11}  {point['throughput']:.2f}/s  {figures}  {point['swap_outs']} swaps")
+    """Per load and policy, as lines of the README's table: mean, P95 and P99 per token in ms, the same of completion in s, mean time to
+    first token in s, swaps."""
+    print("| load | policy | per token, ms | completion, s | first token, s | swaps |\n|---|---|---|---|---|---|")
+    for points in zip(*(curve["points"] for curve in curves), strict=True):
+        for curve, point in zip(curves, points, strict=True):
+            token, done = (", ".join(f"{scale * value:.{digits}f}" for value in point[key]) for key, scale, digits in _SHOWN)
+            print(f"| {point['rate']:.2f}/s | `{curve['label']}` | {token} | {done} | {point['ttft'][0]:.1f} | {point['swap_outs']} |")
 
 
 def draw(curves: list[dict[str, Any]]) -> None:
@@ -60,7 +61,7 @@ def draw(curves: list[dict[str, Any]]) -> None:
         for curve in (curve for curve in curves if curve["model"] == model):
             points = [point for point in curve["points"] if point["rate"] is not None]
             line = {"proactive": "-", "reactive": "--", "recompute": ":"}[curve["eviction"]]
-            label = curve["label"] + ("" if curve["eviction"] == "proactive" else f", {curve['eviction']}")
+            label = curve["label"] if curve["eviction"] == "proactive" else None
             style = {"color": COLOURS[curve["label"]], "linestyle": line, "marker": "o", "markersize": 3}
             rates = [point["rate"] for point in points]
             axes[0][column].plot(rates, [point["per_token"][0] for point in points], label=label, **style)
@@ -68,7 +69,11 @@ def draw(curves: list[dict[str, Any]]) -> None:
         axes[0][column].axhline(0.3, color="black", linewidth=0.7)
         axes[0][column].set(title=model, ylim=(0, 0.4), xscale="log")
         axes[1][column].set(xlabel="requests per second", ylim=(0, 200), xscale="log")
-        axes[0][column].legend(fontsize=6)
+        for axis in axes[:, column]:
+            axis.set_xticks(_TICKS, map(str, _TICKS))
+            axis.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8)
+    figure.suptitle("400 requests; dashed: swapped when another needs room (reactive), dotted: recomputed", fontsize=10)
     axes[0][0].set_ylabel("mean latency per generated token, s")
     axes[1][0].set_ylabel("mean completion time, s")
     figure.savefig(HERE / "fastserve.png", dpi=110)

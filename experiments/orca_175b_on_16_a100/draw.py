@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from experiments.orca_175b_on_16_a100.measure import whole_curves
+
 HERE = Path(__file__).parent
 STYLE = {"orca": ("tab:blue", "-"), "fastertransformer": ("tab:red", "--"), "request-level": ("tab:gray", ":")}
 MARKER = {1: "o", 8: "s", 16: "^", 32: "D"}
@@ -35,23 +37,21 @@ def main() -> int:
     print_loads(results)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     panels = {
-        "175b": "GPT-3 175B, 2 stages: prompts U(32, 512), answers U(1, 128)",
-        "same": "GPT-3 175B, 2 stages: all 272 in, 64 out",
-        "341b": "GPT-3 341B, 4 stages: prompts U(32, 512), answers U(1, 128)",
+        "175b": "175B, 2 stages: U(32, 512) in, U(1, 128) out",
+        "same": "175B, 2 stages: all 272 in, 64 out",
+        "341b": "341B, 4 stages: U(32, 512) in, U(1, 128) out",
     }
     for axis, (kind, title) in zip(axes, panels.items(), strict=True):
-        curves = {key: value for part, found in results["parts"].items() if part.startswith(kind) for key, value in found.items()}
-        for name, points in curves.items():
+        for name, points in whole_curves(results["parts"], kind).items():
             scheduler, size = name.rsplit(" ", 1)
             color, line = STYLE[scheduler]
-            shown = [point for point in points if point["latency"] < 1.0]
-            x, y = [point["throughput"] for point in shown], [1e3 * point["latency"] for point in shown]
+            x, y = [point["throughput"] for point in points], [1e3 * point["latency"] for point in points]
             axis.plot(x, y, line, color=color, marker=MARKER[int(size)], markersize=4, label=f"{scheduler}, batch {size}")
         axis.axhline(190, color="black", linewidth=0.7)
         axis.set(title=title, xlabel="requests per second", xscale="log", ylim=(0, 600))
     axes[0].set_ylabel("median latency per generated token, ms")
     axes[0].legend(fontsize=7)
-    figure.suptitle("Pipeline stages of 8 A100-40GB, simulated; the line is 190 ms per token")
+    figure.suptitle("GPT-3 on pipeline stages of 8 A100-40GB, simulated; the line is 190 ms per token")
     figure.savefig(HERE / "orca.png", dpi=110)
     return 0
 

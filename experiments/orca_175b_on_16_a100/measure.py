@@ -1,12 +1,12 @@
 """Orca's evaluation in the simulator: GPT-3 175B on 2 stages of 8 A100-40GB, and 341B on 4 of 8, throughput against median normalised
 latency, and how much of the stages' time is bubbles.
 
-    python -m experiments.orca_175b_on_16_a100.measure            # half an hour on one core, writes results.json
+    python -m experiments.orca_175b_on_16_a100.measure            # a quarter of an hour on one idle core, writes results.json
     python -m experiments.orca_175b_on_16_a100.measure bubbles    # that part anew
 
 Iteration-level scheduling (`orca`) at four batch sizes against request-level scheduling as FasterTransformer does it and with padded
 prompts, at batch sizes 1, 8 and 16; prompts U(32, 512), answers U(1, 128), Poisson arrivals, no early end. The controls: homogeneous
-lengths, and what an iteration costs the host.
+lengths, and low load.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def simulate(
 def padded_ticks(plan: Plan, pricing: Pricing, own: StepPrice, sizing: Sizing, padding: Padding) -> Callable[..., Price]:
     """Prices ticks at the buckets that the JAX runner would compile for contexts of up to 640 tokens, and what a stage does for a step of
     its own, which is asked for alone, at the step's own shape."""
-    capacity = Capacity(sizing.max_rows * plan.num_stages, LONGEST, sizing.prefill_tokens, random=False)
+    capacity = Capacity(sizing.max_rows * plan.num_stages, LONGEST, sizing.prefill_tokens)
     buckets = StepPrice(plan, pricing, buckets=with_capacity(plan, capacity).buckets)
 
     def price(*steps: Step) -> Price:

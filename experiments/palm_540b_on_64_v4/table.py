@@ -10,7 +10,10 @@ from typing import Any
 
 from experiments.palm_540b_on_64_v4.measure import CASES, RESULTS
 
-_HEAD = "| program | GiB per chip | estimate ms | paper ms | | compute | collectives | copies | all-reduces | cost model, same program |"
+_HEAD = "| program | GiB per chip | estimate ms | paper ms | | compute | collectives | hidden | copies | all-reduces | cost model |"
+_HIDDEN = "| program | hidden ms | of | collective | axes | bytes | times | from |"
+_TWINS = ("rejected", "compiler-partitioned")  # what they hide is not listed
+_LEAST = 0.1  # of a program's hidden time, to be listed
 _CHANGES = "| program | GiB per chip | estimate ms | copies ms | collectives ms |"
 
 
@@ -28,12 +31,34 @@ def line(name: str, found: dict[str, Any]) -> str:
     held, paper = found["memory"], found["measured_seconds"]
     gib, said = f"{held['needed'] / 2**30:.2f}", milliseconds(paper) if paper else ""
     if not found["fits"]:
-        return f"| {name} | {gib} | refused ({held['usable'] / 2**30:.2f} usable) | {said} | | | | | | |"
+        return f"| {name} | {gib} | refused ({held['usable'] / 2**30:.2f} usable) | {said} | | | | | | | |"
     seconds, parts = found["step_seconds_estimate"], found["estimate"]
     off = f"{seconds / paper - 1:+.0%}" if paper else ""
-    times = (parts["compute"], parts["collectives"], added(found, "extra copy"), added(found, "reduce-scatter turned all-reduce"))
+    times = (parts["compute"], parts["collectives"], parts["overlapped"])
+    times += (added(found, "extra copy"), added(found, "reduce-scatter turned all-reduce"))
     cells = " | ".join(map(milliseconds, (*times, found["planned_seconds"])))
     return f"| {name} | {gib} | {milliseconds(seconds)} | {said} | {off} | {cells} |"
+
+
+def hidden(name: str, found: dict[str, Any]) -> list[str]:
+    """What runs beside other work in one program, the dearest first."""
+    every = [(c["seconds"] * c["count"], c) for c in found.get("collectives", ())]
+    beside = sorted(((c["overlapped_fraction"] * whole, whole, c) for whole, c in every), key=lambda one: -one[0])
+    least = _LEAST * sum(seconds for seconds, _, _ in beside)
+    cells = "| {} | {} | {} | {} | {} | {:,} | {} | {} |"
+    return [
+        cells.format(name, *map(milliseconds, (seconds, whole)), c["op"], "".join(c["axes"]), c["bytes"], c["count"], c["source_op"])
+        for seconds, whole, c in beside
+        if seconds > least
+    ]
+
+
+def error(found: dict[str, dict[str, Any]]) -> str:
+    """How far the estimates of the programs that a plan would run are from what the paper measured."""
+    names = [case.name for case in CASES if case.measured and case.name[0].isdigit() and found.get(case.name, {}).get("fits")]
+    off = [found[name]["step_seconds_estimate"] / found[name]["measured_seconds"] - 1 for name in names]
+    mean, size = sum(off) / len(off), sum(map(abs, off)) / len(off)
+    return f"{len(off)} programs: {min(off):+.0%} to {max(off):+.0%}, mean {mean:+.0%}, mean size {size:.0%}"
 
 
 def change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -52,6 +77,13 @@ def change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     results, earlier = (json.loads(file.read_text()) for file in (RESULTS, RESULTS.with_stem("results_before")))
-    print(_HEAD, "|---" * 10 + "|", *(line(case.name, results[case.name]) for case in CASES if case.name in results), sep="\n", end="\n\n")
-    print(_CHANGES, "|---" * 5 + "|", sep="\n")
-    print(*(change(case.name, earlier[case.name], results[case.name]) for case in CASES if case.name in earlier), sep="\n")
+    mine = [case.name for case in CASES if case.name in results]
+    print(_HEAD, "|---" * 11 + "|", *(line(name, results[name]) for name in mine), error(results), sep="\n", end="\n\n")
+    print(
+        _HIDDEN,
+        "|---" * 8 + "|",
+        *(row for name in mine if not name.startswith(_TWINS) for row in hidden(name, results[name])),
+        sep="\n",
+        end="\n\n",
+    )
+    print(_CHANGES, "|---" * 5 + "|", *(change(name, earlier[name], results[name]) for name in mine if name in earlier), sep="\n")

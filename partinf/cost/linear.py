@@ -82,7 +82,7 @@ class Weight:
         self.used_bytes = self.elements // split.ways(used + split.e) * split.weight_bytes
 
     def gathers(self, part: Part) -> list[Entry]:
-        """All-gathers of this weight, once per layer; a looped program issues them a layer ahead, and so does a phase that says so."""
+        """All-gathers of this weight, once per layer."""
         split = self.split
         found = []
         for op, axes, count in split.moves(self.elements, self.source, self.target):
@@ -92,7 +92,7 @@ class Weight:
             for op, axes, count in split.moves(self.channels, self.scale_source, self.scale_target):
                 size = count * _F32
                 found.append(split.pricing.collective(f"scales of {self.name}", part, split.model.num_layers, op, axes, size, "f32"))
-        return [entry._replace(ahead=entry.seconds) for entry in found] if split.looped or split.ahead else found
+        return [entry._replace(ahead=entry.seconds) for entry in found] if split.gathers_behind else found
 
     def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float) -> Entry:
         """The product with this weight, once per layer; gathered weights are written to HBM once more and read again.

@@ -2,8 +2,9 @@
 
 `Program` says what is credited. The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of
 a shard attend to each other under a mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs:
-the same with attention tile by tile, in which a prompt sees itself alone. The looped program is the one that the paper measured, as its
-released code and its appendix describe it; `Program.looped` lists what sets it apart.
+the same with attention tile by tile, in which a prompt sees itself alone, and on TPUs with a parallel block's gathers of weights behind its
+products. The looped program is the one that the paper measured, as its released code and its appendix describe it; `Program.looped` lists
+what sets it apart.
 """
 
 from __future__ import annotations

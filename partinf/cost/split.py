@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import TILED, Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model_config import Block, ModelConfig
 from partinf.workload import DType
@@ -142,6 +142,13 @@ class StepSplit:
     def looped(self) -> bool:
         """Whether the program is the paper's; see `Program`."""
         return self.pricing.program.looped
+
+    @property
+    def gathers_behind(self) -> bool:
+        """Whether gathers of weights run behind products: those that are issued ahead, and all of a parallel block's in the program that
+        TPUs run, whose compiler gathers for later products beside earlier ones (`experiments/palm_540b_on_64_v4`)."""
+        runs_beside = self.parallel and self.pricing.program == TILED and self.pricing.slice.chip.family == "tpu"
+        return self.looped or self.ahead or runs_beside
 
     @property
     def parallel(self) -> bool:

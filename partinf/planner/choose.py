@@ -13,7 +13,7 @@ from partinf.cost.pricing import Pricing, Program
 from partinf.errors import InvalidInput
 from partinf.hardware import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
-from partinf.model_config import ModelConfig
+from partinf.model_config import Block, ModelConfig
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport
@@ -87,9 +87,13 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
 
 def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
     """The candidate's layout as an engine runs it: with weights gathered ahead in the phases that gather any, where gathers can run beside
-    products and the memory that it takes is there."""
+    products and the memory that it takes is there.
+
+    A parallel block has no use for it: all its products wait for the same activations, and a TPU's compiler runs the gathers of those that
+    come later beside those that come first.
+    """
     layout, held = candidate.layout, candidate.memory
-    if report.slice.chip.family != "tpu":
+    if report.slice.chip.family != "tpu" or report.model.block is Block.PARALLEL:
         return layout
     evaluator = Evaluator(report.model, Pricing(report.slice, program=report.program), report.workload)
     for label in PHASES:

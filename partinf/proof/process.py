@@ -96,7 +96,7 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool
         (directory / "job").write_bytes(pickle.dumps(Job(plan, bucket, limits.memory_bytes, by_compiler)))
         code, errors = _run(directory, limits.seconds, _environment(plan.slice))
         if not (directory / "result.json").is_file():
-            raise CompilerFailed(_ending(code, errors))
+            raise CompilerFailed(f"{_ending(code, errors)}; it was allowed {limits.memory_bytes / 2**30:.3g} GiB of memory")
         result = json.loads((directory / "result.json").read_text())
         program = directory / "program"
         text = program.read_text() if program.is_file() else ""

@@ -204,4 +204,4 @@ def _larger(plan: Plan, held: Memory) -> str:
         shape[side] *= 2
         if shape[side] > slice_.chip.max_axis:
             return ""
-    return f"{slice_.chip.name}:{'x'.join(map(str, shape))}, over whose devices these bytes fit" if held.needed else ""
+    return f"{replace(slice_, shape=tuple(shape)).name}, over whose devices these bytes fit" if held.needed else ""

@@ -80,4 +80,4 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     held = jax.tree.map(lambda leaf: leaf.sharding, arguments[1])
     lowered = jax.jit(step, donate_argnums=1, out_shardings=(held, None)).lower(*arguments)
-    return lowered.compile(compiler_options(plan, mesh, bucket))
+    return lowered.compile(compiler_options(mesh))

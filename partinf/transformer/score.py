@@ -41,4 +41,4 @@ def compile_score_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool) -
     arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), batch)
     targets = jax.ShapeDtypeStruct((bucket.prefill_tokens,), jnp.int32, sharding=whole)
     lowered = jax.jit(mapped, donate_argnums=1).lower(parameters, state, arrays, targets)
-    return lowered.compile(compiler_options(plan, mesh, bucket))
+    return lowered.compile(compiler_options(mesh))

@@ -69,9 +69,7 @@ class Out:
     prompt_logprobs: jax.Array | None = None
 
 
-# A TPU's compiler runs one thing at a time unless it is asked to start a collective and do what does not wait for it until it is done.
 _BESIDE_OTHER_WORK = {"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"}
-_INSIDE_PRODUCTS = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true", "xla_tpu_overlap_compute_collective_tc": "true"}
 
 Step = Callable[[Params, State, Batch], tuple[State, Out]]
 
@@ -165,17 +163,15 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
 
     packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
-    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(compiler_options(plan, mesh, bucket))
+    return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(compiler_options(mesh))
 
 
-def compiler_options(plan: Plan, mesh: Mesh, bucket: Bucket) -> dict[str, str] | None:
-    """What the devices' compiler is asked for beyond its defaults, for everything that runs a step of this bucket.
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the devices' compiler is asked for beyond its defaults, by everything that runs a step.
 
-    Gathers of weights that are issued ahead are so long that they have to be carried through the products themselves.
+    A TPU's runs one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
     """
-    if mesh.devices.flat[0].platform != "tpu":
-        return None
-    return _BESIDE_OTHER_WORK | (_INSIDE_PRODUCTS if Routes(plan, bucket).phase.ahead else {})
+    return _BESIDE_OTHER_WORK if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def _fed(batch: Batch, state: State) -> jax.Array:

@@ -107,3 +107,11 @@ def test_devices_are_recognised_by_jaxs_name(kind: str, chip: str) -> None:
 def test_an_unknown_device_is_named() -> None:
     with pytest.raises(InvalidInput, match="'Quantum 9000'"):
         chip_of_kind("Quantum 9000")
+
+
+@pytest.mark.parametrize("name", ["v5e:4x2*2", "tpu7x:2x2x2", "v4:2x2x2", "h200:8*2"])
+def test_a_mesh_is_read_as_it_is_printed(name: str) -> None:
+    slice_ = parse_slice(name)
+    assert parse_slice(name, slice_.mesh) == slice_
+    with pytest.raises(InvalidInput, match="'dcn' cannot name a factor"):
+        parse_slice(name, f"dcn:8,{slice_.mesh}")

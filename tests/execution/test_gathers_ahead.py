@@ -14,7 +14,7 @@ from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware import parse_slice
 from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
-from partinf.model_config import load_model_config
+from partinf.model_config import Block, load_model_config
 from partinf.planner.choose import plan
 from partinf.plans import Bucket
 from partinf.sharding import abstract_mesh
@@ -64,28 +64,36 @@ def test_the_carry_brings_the_next_layers_first_weights() -> None:
     assert scan.params["length"] == MODEL.num_layers - 1
 
 
-def test_a_plan_gathers_ahead_where_memory_allows() -> None:
-    """540B holds one layer's gathered weights beside its prompts on 64 chips, and not one more; 62B on 32 has room."""
+def test_a_plan_gathers_ahead_where_that_helps_and_memory_allows() -> None:
+    """Llama's serial block on eight v5e has use and room for it, not with a longer prompt; PaLM's parallel block has no use."""
 
-    def prefill(name: str, slice_name: str, batch: int) -> Phase:
-        workload = Workload(batch=batch, input_len=2048, phase="prefill")
+    def prefill(name: str, slice_name: str, length: int, weights: DType) -> Phase:
+        workload = Workload(batch=1, input_len=length, phase="prefill", weights=weights)
         return plan(load_model_config(name), parse_slice(slice_name), workload).layout.prefill
 
-    small, large = prefill("palm-62b", "v4:2x4x4", 512), prefill("palm-540b", "v4:4x4x4", 512)
-    assert small.gather
-    assert small.ahead
-    assert large.gather
-    assert not large.ahead
+    llama, longer, palm = (
+        prefill("llama-3-70b", "v5e:4x2", 4096, DType.INT8),
+        prefill("llama-3-70b", "v5e:4x2", 98304, DType.INT8),
+        prefill("palm-62b", "v4:2x4x4", 1 << 16, DType.BF16),
+    )
+    assert all(phase.gather for phase in (llama, longer, palm))
+    assert [phase.ahead for phase in (llama, longer, palm)] == [True, False, False]
 
 
 def test_what_is_gathered_ahead_is_priced_behind_the_layers_and_takes_memory() -> None:
-    chips = parse_slice("v4:2x2x2")
-    plain, ahead = (dataclasses.replace(make_plan("2x2x2", layout("xyz", given)), slice=chips) for given in (False, True))
-    splits = [split_of(one, Bucket(64, 8), Pricing(one.slice, program=TILED)) for one in (plain, ahead)]
-    hidden = [sum(entry.overlapped * entry.count for entry in step_ledger(split).entries) for split in splits]
-    assert hidden[0] == 0
-    assert hidden[1] > 0
-    assert activation_bytes(splits[0]) < activation_bytes(splits[1])
+    """A TPU runs a parallel block's gathers behind its products wherever they stand, without memory for more of them than there is."""
+
+    def priced(ahead: bool, slice_name: str, block: Block) -> tuple[float, int]:
+        given = make_plan("2x2x2", layout("xyz", ahead), dataclasses.replace(MODEL, block=block))
+        given = dataclasses.replace(given, slice=parse_slice(slice_name, "x:2,y:2,z:2"))
+        split = split_of(given, Bucket(64, 8), Pricing(given.slice, program=TILED))
+        return sum(entry.overlapped * entry.count for entry in step_ledger(split).entries), activation_bytes(split)
+
+    (alone, least), (hidden, more) = (priced(ahead, "v4:2x2x2", Block.SERIAL) for ahead in (False, True))
+    assert hidden > alone == 0
+    assert more > least
+    assert priced(False, "v4:2x2x2", Block.PARALLEL)[0] == priced(True, "v4:2x2x2", Block.PARALLEL)[0] > 0
+    assert priced(False, "h200:8", Block.PARALLEL)[0] == 0
 
 
 def test_it_is_data_of_the_phase() -> None:

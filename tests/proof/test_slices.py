@@ -49,6 +49,7 @@ def test_a_small_plan_is_proven(slice_name: str) -> None:
     assert step.estimate is not None
     assert step.estimate.seconds >= step.estimate.floor > 0
     assert "kernel paged_decode: priced from the ledger" in step.estimate.note
+    assert any(c.overlapped_fraction for c in step.collectives if c.op == "all-to-all")  # beside other work, as is asked for
     # What is planned runs: every byte is accounted for by a collective of the plan or by a listed difference.
     kinds = {difference.kind for difference in step.differences}
     assert not kinds - {"extra copy", "merged collectives", "eliminated", "reduce-scatter turned all-reduce"}
@@ -56,6 +57,21 @@ def test_a_small_plan_is_proven(slice_name: str) -> None:
     assert asked == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
     assert all(c.source_op.startswith("partinf/transformer/") for c in step.collectives)
     assert {c.count for c in step.collectives if "ffn" in c.source_op} == {2}  # once per layer
+
+
+@needs_compiler
+def test_stages_over_the_network_between_slices_are_proven() -> None:
+    """What a stage sends on is the only large thing that leaves a slice."""
+    slice_ = parse_slice("v5e:2x2*2")
+    layout = make_layout({"dcn": "stage", "x": "ffn", "y": "ffn"}, {"dcn": "none", "x": "heads", "y": "heads"})
+    plan = Plan(MODEL, slice_, layout, cache=CacheConfig(16, 2 * BUCKET.decode_rows * BUCKET.decode_pages, 2 * BUCKET.decode_rows))
+    (step,) = prove(plan, [BUCKET]).steps
+    assert step.fits
+    between = {(c.op, c.bytes, c.count) for c in step.collectives if c.axes == ("dcn",)}
+    sent = BUCKET.decode_rows * MODEL.embed_dim // 4 * 2  # [rows, E.xy] in bfloat16
+    assert ("collective-permute", sent, 1) in between
+    assert {op for op, _, _ in between} == {"collective-permute", "all-reduce"}  # and what the last stage chose
+    assert not {"other collective", "eliminated"} & {d.kind for d in step.differences if "dcn" in d.what}
 
 
 @needs_compiler
@@ -136,6 +152,12 @@ def test_the_bound_on_time_holds_and_no_process_is_left(worker: Callable[[str], 
     while any(map(_runs, pids)) and time.monotonic() < until:
         time.sleep(0.01)
     assert not any(map(_runs, pids))
+
+
+@needs_compiler
+def test_the_bound_on_memory_holds() -> None:
+    with pytest.raises(CompilerFailed, match="it was allowed 0.0625 GiB of memory"):
+        prove(plan_for("v5e:2x2"), [BUCKET], Limits(memory_bytes=64 << 20))
 
 
 def _runs(pid: int) -> bool:
