@@ -64,8 +64,8 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
         offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
     raise_offences(offences)
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
-    residents, pages = rows * plan.num_stages, _up(-(-max_len // capacity.page_size), plan.num_parts)
-    cache = CacheConfig(capacity.page_size, residents // plan.num_shards * pages, residents)
+    held, pages = rows_per_stage(plan, capacity.max_rows) * plan.num_stages, _up(-(-max_len // capacity.page_size), plan.num_parts)
+    cache = CacheConfig(capacity.page_size, held // plan.num_shards * pages, rows * plan.num_stages)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
 
 
@@ -94,8 +94,7 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     """The plan with a cache for the workload, and the steps that serve it: decode of the whole batch, then prefill of as many prompts as
     one step takes; one of them where the workload is one phase."""
     size = plan.cache.page_size
-    rows = rows_per_stage(plan, workload.batch)
-    residents = rows * plan.num_stages
+    rows, held = (rows_per_stage(plan, batch) for batch in (max(workload.batch, least_rows(plan)), workload.batch))
     pages = _up(-(-max(workload.max_context, workload.decode_context, 1) // size), plan.num_parts)
     buckets = []
     if workload.phase != "prefill":
@@ -105,7 +104,7 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
         slots = _up(prompts, plan.prefill_slot_multiple())
         tokens = _up(slots * workload.input_len, plan.prefill_token_multiple())  # every slot holds a whole prompt
         buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=slots))
-    cache = CacheConfig(size, residents // plan.num_shards * pages, residents)
+    cache = CacheConfig(size, held * plan.num_stages // plan.num_shards * pages, rows * plan.num_stages)
     switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
     if workload.phase is None:
         switch = min(switch, max(rows + 1, 2))
@@ -113,8 +112,10 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
 
 
 def least_rows(plan: Plan) -> int:
-    """Decode lanes below which a step gains nothing: XLA on CPU multiplies one row of bfloat16 several times slower than two."""
-    return 2 if plan.slice.chip.family == "cpu" and plan.weights is not DType.F32 else 1
+    """Decode lanes below which a step gains nothing: XLA makes the product of a matrix and one row a sum over its columns, which takes
+    several times as long as two rows on CPU in bfloat16, twice as long on TPUs, and four times as long there in int8."""
+    narrow = plan.slice.chip.family == "cpu" and plan.weights is not DType.F32
+    return 2 if narrow or plan.slice.chip.family == "tpu" else 1
 
 
 def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[Bucket, ...]:

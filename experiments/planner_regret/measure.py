@@ -16,7 +16,7 @@ from typing import Any
 from experiments.planner_regret.cases import SEED, Case, cases
 from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
-from partinf.cost.pricing import PLAIN
+from partinf.cost.pricing import PLAIN, TILED
 from partinf.hardware import parse_slice
 from partinf.layout import Role
 from partinf.model_config import load_model_config
@@ -33,7 +33,7 @@ def able(report: PlanReport) -> list[Candidate]:
 
 
 def rivals(found: list[Candidate], most: int, draw: random.Random) -> list[Candidate]:
-    """Of more than `most` the first half and a seeded sample of the rest."""
+    """Of more than `most`, as many: the first half of them, and a seeded sample of the rest."""
     return found if len(found) <= most else found[: most // 2] + draw.sample(found[most // 2 :], most - most // 2)
 
 
@@ -44,30 +44,38 @@ def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
     found = able(plain)
     if not found:
         return None
-    chosen, usual = found[0], able(default)[0]
-    times = {id(candidate): judged(plain, candidate) for candidate in rivals(found, most, draw)}
-    mine, asked = times[id(chosen)], judged(plain, usual)
-    all_times = [*times.values(), asked]
-    best = min(found, key=lambda c: times[id(c)].fitted if id(c) in times else float("inf"))
+    first = {"default": able(default)[: most // 2], "tiled": able(search(*question, program=TILED))[: most // 2]}
+    rival = {_key(candidate): candidate for candidate in (*rivals(found, most, draw), *first["default"], *first["tiled"])}
+    times = {key: judged(plain, candidate) for key, candidate in rival.items()}
+    chosen, usual, tiled = found[0], first["default"][0], first["tiled"][0]
+    mine, asked, runs = (times[_key(candidate)] for candidate in (chosen, usual, tiled))
+    best = min(times, key=lambda key: times[key].fitted)
 
     def regret(one: Judged, of: Callable[[Judged], float]) -> float:
-        return of(one) / min(map(of, all_times)) - 1
+        return of(one) / min(map(of, times.values())) - 1
 
     return {
         "case": str(case),
         "candidates": len(found),
         "judged": len(times),
         "chosen": _line(usual, asked),
+        "chosen_for_tiled": _line(tiled, runs),
         "chosen_for_plain": _line(chosen, mine),
-        "best": _line(best, times[id(best)]),
+        "best": _line(rival[best], times[best]),
         "regret": regret(asked, lambda j: j.fitted),
         "regret_at_stated_rates": regret(asked, lambda j: j.stated),
+        "regret_for_tiled": regret(runs, lambda j: j.fitted),
         "regret_for_plain": regret(mine, lambda j: j.stated),
         "regret_for_plain_unfused": regret(mine, lambda j: j.unfused),
-        "median_candidate": sorted(j.fitted for j in times.values())[len(times) // 2] / times[id(best)].fitted - 1,
-        "judged_with_stages": sum(id(c) in times and bool(c.layout.storage_axes(Role.STAGE)) for c in found),
-        "judged_with_sequence": sum(id(c) in times and "sequence" in _attention(c).values() for c in found),
+        "median_candidate": sorted(j.fitted for j in times.values())[len(times) // 2] / times[best].fitted - 1,
+        "judged_with_stages": sum(bool(c.layout.storage_axes(Role.STAGE)) for c in rival.values()),
+        "judged_with_sequence": sum("sequence" in _attention(c).values() for c in rival.values()),
     }
+
+
+def _key(candidate: Candidate) -> tuple[object, ...]:
+    """What tells two steps apart, whichever search found them."""
+    return candidate.layout.storage, candidate.asked.phase, candidate.padded_heads
 
 
 def _attention(candidate: Candidate) -> dict[str, str]:
@@ -98,7 +106,7 @@ def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[
             row = judge(case, most, random.Random(f"{SEED} {case}"))
             if row is not None:
                 counts = f"{row['judged']:3} of {row['candidates']:4}"
-                kinds = ("regret", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
+                kinds = ("regret", "regret_for_tiled", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
                 print(f"{row['case']:60} {counts} {' '.join(f'{row[kind]:8.2%}' for kind in kinds)}", flush=True)
         if row is not None:
             rows.append(row)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from partinf.buckets import Capacity, with_capacity
+from partinf.buckets import Capacity, serving_steps, with_capacity
 from partinf.hardware import parse_slice
 from partinf.layout import make_layout
 from partinf.model_config import load_model_config
 from partinf.plans import Plan
-from partinf.workload import DType
+from partinf.workload import DType, Workload
 
 
 def prefill_tokens(model: str, slice_: str, weights: DType, capacity: Capacity) -> list[int]:
@@ -35,3 +37,25 @@ def test_a_smaller_prefill_where_it_saves_time(model: str, slice_: str, weights:
 
 def test_chunks_of_long_prompts_fill_their_step() -> None:
     assert prefill_tokens("llama-125m", "cpu:1", DType.F32, Capacity(max_len=256, prefill_tokens=64)) == [0, 32, 64, 64]
+
+
+def test_a_single_lane_runs_beside_an_empty_one() -> None:
+    """On TPUs, where one row takes longer than two; the empty lane has no pages."""
+    plan = Plan(
+        load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"})
+    )
+    wide = with_capacity(plan, Capacity(max_rows=1, max_len=1024))
+    assert {bucket.decode_rows for bucket in wide.buckets} == {2}
+    assert wide.cache.pages_per_shard == 1024 // 16
+    served, (bucket,) = serving_steps(plan, Workload(1, context_len=1024, phase="decode"))
+    assert bucket.decode_rows == 2
+    assert served.cache.pages_per_shard == 1024 // 16
+    gpu = replace(plan, slice=parse_slice("h200:2x2"))
+    assert serving_steps(gpu, Workload(1, context_len=1024, phase="decode"))[1][0].decode_rows == 1
+
+
+def test_every_slot_of_a_prefill_holds_a_whole_prompt() -> None:
+    layout = make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "batch"})
+    plan = Plan(load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), layout)
+    _, (bucket,) = serving_steps(plan, Workload(1, input_len=512, phase="prefill"))
+    assert (bucket.prefill_slots, bucket.prefill_tokens) == (2, 1024)
