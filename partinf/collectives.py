@@ -31,7 +31,8 @@ from jax import lax
 
 Axes = tuple[str, ...]
 
-_TILE_ROWS, _FEW_ROWS_AS = 8, 16
+_TILE_ROWS = 8
+_FEW_ROWS_AS = 16  # rows of a tile in bfloat16; eight of float32 are too few
 _TILE_WIDTH = 256  # of the last dimension in bfloat16; logits in float32 became an all-reduce at multiples of 128 too
 
 
@@ -162,16 +163,17 @@ class _Dim:
     def reduce_scatter(self, x: jax.Array, split: Sequence[str], axis: str) -> jax.Array:
         """A TPU's compiler keeps it where what each device gets of the last dimension fills whole tiles of a narrow type; elsewhere the
         parts get a dimension of their own, which costs a copy within the chip where an all-reduce would cost twice the bytes between
-        chips."""
+        chips. Parts of few rows are cut into sixteen each: of fewer rows it makes an all-reduce, however wide they are."""
         opened, shape = self.open(x, split, axis)
         whole_tiles = self.index < x.ndim - 1 or (x.dtype.itemsize < 4 and shape[self.index] % _TILE_WIDTH == 0)
         if opened.shape[self.index] > 1:
             return lax.psum_scatter(opened, axis, scatter_dimension=self.index + 1).reshape(shape)
         if self.index == 0 and x.ndim > 2 and x.shape[-2] == 1 and shape[0] % _TILE_ROWS == 0:  # tiles that would hold one row each
             return lax.psum_scatter(x.reshape(x.shape[0], -1), axis, scatter_dimension=0, tiled=True).reshape(shape)
-        if self.index == 0 and shape[0] < _TILE_ROWS and math.prod(shape) % _FEW_ROWS_AS == 0:  # parts that would not fill a tile
-            rows = x.reshape(self.frame.sizes[axis] * _FEW_ROWS_AS, -1)
-            return lax.psum_scatter(rows, axis, scatter_dimension=0, tiled=True).reshape(shape)
+        num_rows = shape[0] if self.index == 0 else math.prod(shape[:-1]) if self.index == x.ndim - 1 else _TILE_ROWS
+        if num_rows < _TILE_ROWS and math.prod(shape) % _FEW_ROWS_AS == 0:
+            parts = jnp.moveaxis(opened, self.index + 1, 0).reshape(self.frame.sizes[axis] * _FEW_ROWS_AS, -1)
+            return lax.psum_scatter(parts, axis, scatter_dimension=0, tiled=True).reshape(shape)
         if whole_tiles:
             return lax.psum_scatter(x, axis, scatter_dimension=self.index, tiled=True)
         return lax.psum_scatter(jnp.squeeze(opened, self.index), axis, scatter_dimension=self.index).reshape(shape)

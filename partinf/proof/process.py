@@ -125,7 +125,7 @@ def _run(directory: Path, seconds: float, environment: dict[str, str]) -> tuple[
             [sys.executable, *_WORKER, str(directory)],
             env=environment,
             cwd=directory,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written; the worker ends when it closes
             stdout=errors,
             stderr=errors,
             start_new_session=True,
@@ -138,6 +138,8 @@ def _run(directory: Path, seconds: float, environment: dict[str, str]) -> tuple[
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            if process.stdin:
+                process.stdin.close()
         errors.seek(0)
         return code, errors.read()[-4000:]
 

@@ -6,20 +6,20 @@ Run as `python -m partinf.proof.worker DIRECTORY`; the job lies in DIRECTORY/job
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from partinf.plans import Bucket, Plan
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Job:
 def main(directory: Path) -> None:
     """Compile the job of a directory; whatever the compiler refuses is a result, not a failure."""
     job: Job = pickle.loads((directory / "job").read_bytes())
-    _end_with_parent()
+    _end_with_parent(directory)
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_bytes, job.memory_bytes))
     try:
         result = _compile(job, directory)
@@ -75,10 +75,17 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
     }
 
 
-def _end_with_parent() -> None:
-    """Let Linux end this process when the one that waits for it ends in whatever way."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _end_with_parent(directory: Path) -> None:
+    """When the process that waits for this one ends in whatever way, its end of our standard input closes: nothing is left behind then."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not by sys.stdin, whose lock would be held when the interpreter ends
+            pass
+        while directory.exists():  # the compiler may be writing
+            shutil.rmtree(directory, ignore_errors=True)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _libtpu_version() -> str:
