@@ -32,19 +32,20 @@ def able(report: PlanReport) -> list[Candidate]:
     return [c for c in report.candidates if c.fits and program_of(report, c)[0].runnable is None]
 
 
-def rivals(found: list[Candidate], most: int, draw: random.Random) -> list[Candidate]:
-    """Of more than `most`, as many: the first half of them, and a seeded sample of the rest."""
-    return found if len(found) <= most else found[: most // 2] + draw.sample(found[most // 2 :], most - most // 2)
+def rivals(found: list[Candidate], most: int | None, draw: random.Random) -> list[Candidate]:
+    """Of more than `most`, as many: the first half of them, and a seeded sample of the rest; None for all."""
+    return found if most is None or len(found) <= most else found[: most // 2] + draw.sample(found[most // 2 :], most - most // 2)
 
 
-def judge(case: Case, most: int, draw: random.Random) -> dict[str, Any] | None:
+def judge(case: Case, most: int | None, draw: random.Random) -> dict[str, Any] | None:
     """One row of the table; None when nothing fits."""
     question = load_model_config(case.model), parse_slice(case.slice), case.workload
     plain, default = search(*question, calibration="none", program=PLAIN), search(*question)
     found = able(plain)
     if not found:
         return None
-    first = {"default": able(default)[: most // 2], "tiled": able(search(*question, program=TILED))[: most // 2]}
+    half = most // 2 if most else None
+    first = {"default": able(default)[:half], "tiled": able(search(*question, program=TILED))[:half]}
     rival = {_key(candidate): candidate for candidate in (*rivals(found, most, draw), *first["default"], *first["tiled"])}
     times = {key: judged(plain, candidate) for key, candidate in rival.items()}
     chosen, usual, tiled = found[0], first["default"][0], first["tiled"][0]
@@ -94,7 +95,7 @@ def _line(candidate: Candidate, found: Judged) -> dict[str, Any]:
     }
 
 
-def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def counted_rows(most: int | None, only: str, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each of the first cases in which something fits."""
     rows: list[dict[str, Any]] = []
     for case in cases(2 * CASES):
@@ -115,7 +116,7 @@ def counted_rows(most: int, only: str, kept: list[dict[str, Any]]) -> list[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=120, help="candidates counted per case (default: 120)")
+    parser.add_argument("--most", type=int, help="candidates counted per case (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="counted cases whose name has this text; nothing is compiled")
     parser.add_argument("--compile-only", action="store_true", help="keep the counted rows")
     args = parser.parse_args()

@@ -21,6 +21,7 @@ def test_thirty_cases_with_small_regrets() -> None:
     rows = json.loads(RESULTS.read_text())["rows"]
     assert len(rows) == 30
     assert {row["case"] for row in rows} <= {str(case) for case in cases(60)}
+    assert all(row["judged"] >= row["candidates"] for row in rows)  # every candidate
     assert max(row["regret_for_plain"] for row in rows) < 0.05  # the same terms on both sides
     for kind, least_zeros, most in (("regret_for_tiled", 25, 0.15), ("regret", 20, 0.20)):
         assert sum(row[kind] < 5e-4 for row in rows) >= least_zeros, kind
