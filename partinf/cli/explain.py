@@ -86,16 +86,11 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
             table.add_column(name, justify="right", no_wrap=True)
         for line in section.lines:
             number += 1
-            table.add_row(str(number), _what(line), line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _time(line))
+            table.add_row(str(number), line.what, line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _time(line))
         start = f", from {section.start}" if section.start else ""
         times = f" (×{split.model.num_layers})" if section.per_layer else ""
         console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
         console.print(table, markup=False)
-
-
-def _what(line: Line) -> str:
-    entry = line.entry
-    return f"{entry.op}({''.join(entry.axes)}) {entry.name}" if entry.op else entry.name
 
 
 def _time(line: Line) -> str:

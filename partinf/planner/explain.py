@@ -33,6 +33,11 @@ class Line:
     shape: str = ""
     local: str = ""
 
+    @property
+    def what(self) -> str:
+        """`all-gather(yz) F`, or the entry's name."""
+        return f"{self.entry.op}({''.join(self.entry.axes)}) {self.entry.name}" if self.entry.op else self.entry.name
+
 
 @dataclass(frozen=True)
 class Section:

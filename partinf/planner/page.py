@@ -129,7 +129,7 @@ def _lines(report: PlanReport, result: PhaseResult) -> str:
             rows.append(
                 (
                     str(number),
-                    _notation(_what(line)),
+                    _notation(line.what),
                     _notation(line.shape),
                     line.local,
                     readable_bytes(moved_bytes(line.entry)),
@@ -137,11 +137,6 @@ def _lines(report: PlanReport, result: PhaseResult) -> str:
                 )
             )
     return _table(("", "", "then", "on one device", "bytes", "time"), rows, numbers=(0, 4, 5), raw=(1, 2))
-
-
-def _what(line: Line) -> str:
-    entry = line.entry
-    return f"{entry.op}({''.join(entry.axes)}) {entry.name}" if entry.op else entry.name
 
 
 def _time(line: Line) -> str:

@@ -114,6 +114,17 @@ def test_table_and_saved_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "decode step" in capsys.readouterr().out
 
 
+def test_explain_chooses_for_the_program_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "palm-8b", "--slice", "v5p:2x2x1", "--phase", "decode", "--batch", "128", "--context", "128", "--weights", "int8"]
+    chosen = []
+    for program in ("looped", "tiled"):
+        assert main(["plan", *asked, "--program", program, "--format", "json"]) == 0
+        chosen.append(json.loads(capsys.readouterr().out)["best"]["layout"])
+        assert main(["explain", *asked, "--program", program, "--layout", "auto"]) == 0
+        assert capsys.readouterr().out.splitlines()[0].endswith(f": {chosen[-1]}")
+    assert chosen[0] != chosen[1]
+
+
 def test_explain_in_the_papers_notation(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *DECODE, "--layout", "ws-2d"]) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -1,8 +1,9 @@
-"""The choice under the second account: what is written down, and one case anew."""
+"""The choice under the second account: what is written down, and some cases anew."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from experiments.planner_regret.cases import Case, cases
 from experiments.planner_regret.judge import collective_seconds
+from experiments.planner_regret.measure import judge
 from partinf.hardware import parse_slice
 from partinf.transformer.account import Collective, count
 
@@ -27,6 +29,27 @@ def test_thirty_cases_with_small_regrets() -> None:
         assert sum(row[kind] < 5e-4 for row in rows) >= least_zeros, kind
         assert max(row[kind] for row in rows) < most, kind
     assert all(row[kind] >= 0 for row in rows for kind in row if kind.startswith("regret"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "palm-8b on v5e:2x2, decode 256 × 2048, bf16",
+        "opt-13b on v4:2x2x4, prefill 1 × 2048, int8",
+        "gpt3-13b on a100-80:4x2, decode 1 × 128, bf16",
+    ],
+)
+def test_a_case_anew(name: str) -> None:
+    """The choices are those that were written down, and take as long; among a few rivals the regret cannot be larger."""
+    (written,) = (row for row in json.loads(RESULTS.read_text())["rows"] if row["case"] == name)
+    (case,) = (case for case in cases(60) if str(case) == name)
+    found = judge(case, 8, random.Random(0))
+    assert found is not None
+    for kind in ("chosen", "chosen_for_tiled", "chosen_for_plain"):
+        layout = {key: found[kind][key] for key in ("layout", "gather", "attention")}
+        assert layout == {key: written[kind][key] for key in layout}
+        assert found[kind]["judged_ms"] == pytest.approx(written[kind]["judged_ms"])
+    assert all(0 <= found[kind] <= written[kind] + 1e-9 for kind in written if kind.startswith("regret"))
 
 
 def test_all_roles_were_judged() -> None:
