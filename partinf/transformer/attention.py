@@ -116,9 +116,7 @@ def _prefill(
     return _from_group(found, group, routes), kv
 
 
-def _earlier(
-    kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jnp.dtype
-) -> tuple[kernels.Read, jax.Array, jax.Array, jax.Array]:
+def _earlier(kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jnp.dtype) -> kernels.Context:
     """What earlier steps stored of each slot's sequence, where its tokens attend: see `kernels.prefill`.
 
     Pages that lie there already are read in place; otherwise all of them are brought. Of those that are there a device attends to its
@@ -135,14 +133,18 @@ def _earlier(
     pages = take_split(jnp.asarray(batch.pages), 0, group.batch, routes.shared_batch, sizes)
     local, owned = (deal(x, 1, owners.sequence, owners.sequence, sizes) for x in cache.local_pages(pages, routes.plan))
     if not away and routes.frame(group.batch, routes.kv_digits).same(routes.kv_cached, Split(group.batch, group.kv)):
-        return lambda ids: _choose(cache.read(kv, layer, ids), group, routes), again(local, 1), slots, stored
+        return _context(kv, layer, again(local, 1), slots, stored, group, routes)
     found = kernels.dequantized(cache.read_pages(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone
     both = jnp.stack([found.keys, found.values], axis=1)
     both = again(_brought(jnp.where(owned[:, None, :, None, None, None], both, 0), routes), 2)  # [S.b, 2, pages, K.k, size, Q]
     count, _, length = both.shape[:3]
     brought = KeysValues(*(both[:, part].reshape(count * length, *both.shape[3:]) for part in (0, 1)))
-    read = lambda ids: _choose(cache.read((brought,), 0, ids), group, routes)  # noqa: E731
-    return read, jnp.arange(count * length).reshape(count, length), slots, stored
+    return _context((brought,), 0, jnp.arange(count * length).reshape(count, length), slots, stored, group, routes)
+
+
+def _context(kv: Any, layer: Any, pages: jax.Array, slots: jax.Array, starts: jax.Array, group: Group, routes: Routes) -> kernels.Context:
+    read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
+    return kernels.Context(read, pages, slots, starts, cache.stored(kv, layer, pages) if routes.kv_choice(group) is None else None)
 
 
 def _brought(both: jax.Array, routes: Routes) -> jax.Array:

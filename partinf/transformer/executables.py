@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +24,10 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from partinf.errors import InvalidInput
 from partinf.plans import Plan
+from partinf.transformer import cpu_attention
+from partinf.transformer.machine import DIRECTORY_VARIABLE, OFF, host, kept, own
 
-DIRECTORY_VARIABLE = "PARTINF_CACHE_DIR"
-OFF = "off"
 _MAGIC = b"partinf executable 1\n"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 _MAX_BYTES = 16 << 30
@@ -60,15 +58,8 @@ class ExecutableCache:
         Raises:
             InvalidInput: a directory that cannot be made, or that somebody else may write to.
         """
-        self.directory = directory
+        self.directory = own(directory)
         self._max_bytes = max_bytes
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = directory.stat()
-        except OSError as error:
-            raise InvalidInput(f"executable cache {directory}: {error.strerror}; name another directory, or '{OFF}'") from error
-        if found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise InvalidInput(f"executable cache {directory}: others may write to it, and what it holds is run; make it yours, mode 700")
 
     def load(self, key: str, devices: Sequence[jax.Device]) -> Any | None:
         """The program of this key on these devices; None where there is none, or none that can be loaded."""
@@ -141,8 +132,7 @@ def open_cache(directory: str | Path | None = None) -> ExecutableCache | None:
     chosen = directory or os.environ.get(DIRECTORY_VARIABLE) or ""
     if str(chosen) == OFF:
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return ExecutableCache(Path(chosen) if chosen else home / "partinf" / "executables")
+    return ExecutableCache(Path(chosen) if chosen else kept("executables"))
 
 
 def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
@@ -158,7 +148,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         [os.environ.get(flag, "") for flag in _FLAGS],
         [(device.id, device.device_kind) for device in devices],
         (mesh.axis_names, mesh.devices.shape, jax.process_index(), jax.process_count()),
-        _host() if devices[0].platform == "cpu" else "",
+        (host(), cpu_attention.available()) if devices[0].platform == "cpu" else "",  # which also lets XLA find it in what is loaded
         replace(plan, predicted=(), note="", buckets=()),
         (plan.rich, plan.carried_rows, *program),
     )
@@ -170,16 +160,6 @@ def _source() -> str:
     """A digest of this package's source."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.cc"))):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-@cache
-def _host() -> str:
-    """What code for this machine's CPU depends on."""
-    text = ""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        text = "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-    return f"{platform.machine()} {platform.processor()}\n{text}"

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.quantize import Quantized, dequantize
+from partinf.transformer import cpu_attention
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.linear import dot
 
@@ -27,8 +28,20 @@ _LEAST = -1e29  # below every score and so far above a masked one that exp of th
 Read = Callable[[jax.Array], KeysValues]
 """Page ids [B, n] → the context that lies there, [B, K, n·S, Q]."""
 
-Context = tuple[Read, jax.Array, jax.Array, jax.Array]
-"""What earlier steps stored: how to read pages, their ids [slots, n] for it, the slots' own ids, and how many positions each has there."""
+
+class Context(NamedTuple):
+    """What earlier steps stored.
+
+    Attributes:
+        read: how to read pages. table: their ids [slots, n] for it. slots: the slots' own ids. starts: how many positions each has there.
+        stored: where the same pages lie, if all their heads are read.
+    """
+
+    read: Read
+    table: jax.Array
+    slots: jax.Array
+    starts: jax.Array
+    stored: Stored | None = None
 
 
 class Attended(NamedTuple):
@@ -59,6 +72,7 @@ class Tiles:
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
         paged: decode by the TPU's kernel (`partinf.transformer.paged_decode`) where that takes the pages. interpret: without a TPU.
+        native: by the CPU's kernels (`partinf.transformer.cpu_attention`), prompts too, where those take the pages.
     """
 
     keys: int
@@ -67,6 +81,7 @@ class Tiles:
     skip: bool = True
     paged: bool = False
     interpret: bool = False
+    native: bool = False
 
     def queries(self, heads: int) -> int:
         """Prompt tokens of one tile when a device has this many heads: a power of two, which prompts' buckets tend to be multiples of."""
@@ -74,7 +89,7 @@ class Tiles:
 
 
 _TILES = {
-    "cpu": Tiles(keys=64, prompt_keys=128, scores=1 << 18),  # a tile stays in the cache of a core
+    "cpu": Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
     "tpu": Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
     "gpu": Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
 }
@@ -121,12 +136,9 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
         visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
         return _first(attend(q[:, None], context, visible[:, None]))
     grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[1])
-    if tiles.paged and stored is not None:
-        from partinf.transformer.paged_decode import fits, paged_decode  # it takes a quarter of a second, which a CPU never needs
-
-        if fits(stored.pages):
-            out, mass = paged_decode(grouped[:, :, :, 0], stored.pages, stored.rows, position, tiles.interpret)
-            return Attended(out.reshape(q.shape), mass.reshape(q.shape[:2]))
+    found = None if stored is None else _in_place(grouped[:, :, :, 0], stored, position, tiles)
+    if found is not None:
+        return Attended(found[0].reshape(q.shape), found[1].reshape(q.shape[:2]))
     columns, size = _columns(table, read, tiles.keys)
     last = jnp.max(position)
 
@@ -142,6 +154,18 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
     starts = jnp.arange(columns.shape[0]) * size
     running, _ = lax.scan(tile, _nothing(grouped), (columns, starts))
     return _first(_finish(running, q.dtype))
+
+
+def _in_place(q: jax.Array, stored: Stored, position: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array] | None:
+    """`decode` of q [B, K, G, Q] by a kernel that reads pages where they lie; None where there is none for these."""
+    if tiles.native and cpu_attention.fits(stored.pages):
+        return cpu_attention.decode(q, stored, position)
+    if tiles.paged:
+        from partinf.transformer import paged_decode  # it takes a quarter of a second, which a CPU never needs
+
+        if paged_decode.fits(stored.pages):
+            return paged_decode.paged_decode(q, stored.pages, stored.rows, position, tiles.interpret)
+    return None
 
 
 def prefill(
@@ -161,6 +185,10 @@ def prefill(
     """
     if tiles is None:
         return _prefill_plain(q, owner, position, fresh, context)
+    lying = None if context is None else context.stored
+    if tiles.native and (context is None or lying is not None) and cpu_attention.fits(fresh.new if lying is None else lying.pages):
+        earlier = None if context is None or lying is None else (lying, context.slots, context.starts)
+        return Attended(*cpu_attention.prefill(q, owner, position, *fresh, earlier))
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
@@ -195,7 +223,7 @@ def prefill(
 
 def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles) -> _Running:
     """Add to a tile of queries what its slots stored before this step."""
-    read, table, slots, starts = context
+    read, table, slots, starts, _ = context
     columns, size = _columns(table, read, tiles.prompt_keys)
     first = jnp.arange(columns.shape[0]) * size
 
@@ -218,7 +246,7 @@ def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: C
 def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, context: Context | None) -> Attended:
     (keys, values), key_owner, key_position = (fresh.new.keys, fresh.new.values), fresh.owner, fresh.position
     if context is not None:
-        read, table, slots, starts = context
+        read, table, slots, starts, _ = context
         found = dequantized(read(table), q.dtype)  # [slots, K, M, Q]
         count, groups, length, size = found.keys.shape
         flat = lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, count * length, size)  # noqa: E731

@@ -75,7 +75,7 @@ def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None
     new = KeysValues(*(jnp.asarray(rng.standard_normal((GROUPS, len(owner), SIZE)), jnp.float32) for _ in range(2)))
 
     def run(q: jax.Array, table: jax.Array, starts: jax.Array) -> jax.Array:
-        context = (reader(pages), table, jnp.arange(len(starts)), starts) if earlier else None
+        context = kernels.Context(reader(pages), table, jnp.arange(len(starts)), starts) if earlier else None
         fresh = kernels.Fresh(new, jnp.asarray(owner), jnp.asarray(position))
         return kernels.prefill(q, fresh.owner, fresh.position, fresh, context, tiles).out
 

@@ -1,0 +1,524 @@
+// The core of attention on a CPU: softmax over keys that lie in pages, each page read once, where it lies.
+//
+// XLA has no such form: it gathers the pages of a tile into an array of its own and multiplies that in products of a few rows, which it
+// makes one by one. Here the keys of a page meet the queries of all heads that share them while they are in a core's cache, and nothing
+// but the running softmax is kept: `partinf/transformer/kernels.py` has the same computation for every platform.
+//
+// Everything is written with vectors of sixteen floats, which the compiler cuts to what the machine has. Pages hold float32, the bits of
+// bfloat16 (as uint16), or int8 with a scale per token and head; arithmetic is float32.
+//
+// Letters: B lanes, T prompt tokens, H query heads in groups of G per key-value head K, Q d_head (a multiple of 16), S tokens of a page,
+// R heads of pages, n pages of a lane or slot, M keys.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kWidth = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+
+constexpr float kMasked = -1e30f;  // finite, so that a row without any key stays finite
+constexpr float kLeast = -1e29f;   // below every score, and so far above a masked one that exp of the difference is 0
+
+inline Vec Load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec Load(const uint16_t* from) {  // the bits of bfloat16 are the upper half of those of float32
+  typedef uint16_t Bits __attribute__((vector_size(32)));
+  typedef uint32_t Wide __attribute__((vector_size(64)));
+  Bits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Wide) << 16);
+}
+
+inline Vec Load(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+}
+
+inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vec Splat(float x) { return x - Vec{}; }
+
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0 to about two units in the last place; 0 where a float32 would be denormal.
+inline Vec Exp(Vec x) {
+  const Vec clamped = Max(x, Splat(-87.f));
+  const Vec shifted = clamped * 1.44269504f + 12582912.f;  // rounds to a whole number in the lowest bits
+  const Vec whole = shifted - 12582912.f;
+  const Vec rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec value = Splat(1.9875691500e-4f);
+  for (float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    value = value * rest + term;
+  }
+  value = value * rest * rest + rest + 1.f;
+  const IntVec power = (__builtin_convertvector(whole, IntVec) + 127) << 23;
+  return x < -87.f ? Vec{} : value * reinterpret_cast<Vec>(power);
+}
+
+inline Quarter Fold(Vec v) {
+  const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
+// The sums of four vectors.
+inline Quarter Sums(Vec a, Vec b, Vec c, Vec d) {
+  const Quarter p = Fold(a), q = Fold(b), r = Fold(c), s = Fold(d);
+  const Quarter pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+  const Quarter rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+
+inline float Sum(Vec v) {
+  const Quarter q = Fold(v);
+  return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+inline float Largest(Vec v) {
+  float found = v[0];
+  for (int i = 1; i < kWidth; ++i) found = std::max(found, v[i]);
+  return found;
+}
+
+// Floats of a thread's own that start on a line of its cache; they stay for its next unit of work.
+float* Scratch(size_t count) {
+  static thread_local std::vector<float> held;
+  if (held.size() < count + kWidth) held.resize(count + kWidth);
+  const auto address = reinterpret_cast<uintptr_t>(held.data());
+  return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
+}
+
+// Calls work(0) to work(count - 1), on the caller's thread and those of the pool that have time.
+//
+// The caller waits only for units that others have begun: where all threads of the pool are held up, by collectives that wait for this
+// very device, it does everything itself.
+template <typename Work>
+void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, count, &work] {  // `work` is not touched once all units are taken
+    for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
+      work(i);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); ++helper) pool.Schedule(std::function<void()>(take));
+  take();
+  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+// All pages of a device, [R, S, Q]; scales [R, S] where T is int8.
+template <typename T>
+struct Pages {
+  const T *keys, *values;
+  const float *key_scales, *value_scales;
+  int64_t length, size;
+};
+
+// Scores of one query [Q] with sixteen keys, of which `count` exist.
+inline void Scores(const float* q, const float* keys, int64_t count, int64_t size, float* scores) {
+  for (int64_t first = 0; first < std::min<int64_t>(count, kWidth); first += 8) {
+    const float* from[8];
+    for (int i = 0; i < 8; ++i) from[i] = keys + std::min(first + i, count - 1) * size;
+    Vec sums[8] = {};
+    for (int64_t c = 0; c < size; c += kWidth) {
+      const Vec part = Load(q + c);
+      for (int i = 0; i < 8; ++i) sums[i] += part * Load(from[i] + c);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      const Quarter four = Sums(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+      std::memcpy(scores + first + i, &four, sizeof four);
+    }
+  }
+}
+
+// out [heads, kChunks · 16] = out · fade + weights · values, for the `count` keys of a page.
+template <int kHeads, int kChunks, typename T>
+inline void AddValues(float* out, int64_t size, const float* weights, int64_t stride, const float* fades, const T* values, int64_t count) {
+  Vec sums[kHeads][kChunks];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int c = 0; c < kChunks; ++c) sums[h][c] = Load(out + h * size + c * kWidth) * fades[h];
+  }
+  for (int64_t key = 0; key < count; ++key) {
+    Vec value[kChunks];
+    for (int c = 0; c < kChunks; ++c) value[c] = Load(values + key * size + c * kWidth);
+    for (int h = 0; h < kHeads; ++h) {
+      for (int c = 0; c < kChunks; ++c) sums[h][c] += value[c] * weights[h * stride + key];
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    for (int c = 0; c < kChunks; ++c) Store(out + h * size + c * kWidth, sums[h][c]);
+  }
+}
+
+template <int kHeads, typename T>
+void AddValuesOf(float* out, int64_t size, const float* weights, int64_t stride, const float* fades, const T* values, int64_t count) {
+  int64_t c = 0;
+  for (; c + 4 * kWidth <= size; c += 4 * kWidth) AddValues<kHeads, 4>(out + c, size, weights, stride, fades, values + c, count);
+  for (; c < size; c += kWidth) AddValues<kHeads, 1>(out + c, size, weights, stride, fades, values + c, count);
+}
+
+// One lane and one key-value head: q and out [G, Q], mass [G], rows [n] of the head's pages; sees keys up to `position`.
+template <typename T>
+void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int64_t held, int64_t head, int64_t position, int64_t group,
+                float* out, float* mass) {
+  const int64_t size = pages.size, length = pages.length, padded = (length + kWidth - 1) / kWidth * kWidth;
+  float* scaled = Scratch(group * (size + padded + 2) + kWidth * size);
+  float *wide = scaled + group * size, *weights = wide + kWidth * size, *fades = weights + group * padded, *tops = fades + group;
+  const float scale = 1.f / std::sqrt(static_cast<float>(size));
+  for (int64_t i = 0; i < group * size; ++i) scaled[i] = q[i] * scale, out[i] = 0.f;
+  for (int64_t g = 0; g < group; ++g) tops[g] = kLeast, mass[g] = 0.f;
+  for (int64_t page = 0; page < held && page * length <= position; ++page) {
+    const int64_t row = rows[page] + head, seen = std::min(length, position + 1 - page * length);
+    const T* keys = pages.keys + row * length * size;
+    for (int64_t first = 0; first < seen; first += kWidth) {
+      const int64_t count = std::min<int64_t>(seen - first, kWidth);
+      const float* sixteen;
+      if constexpr (std::is_same_v<T, float>) {
+        sixteen = keys + first * size;
+      } else {
+        for (int64_t i = 0; i < count * size; i += kWidth) Store(wide + i, Load(keys + first * size + i));
+        sixteen = wide;
+      }
+      for (int64_t g = 0; g < group; ++g) {
+        float* scores = weights + g * padded + first;
+        Scores(scaled + g * size, sixteen, count, size, scores);
+        if constexpr (std::is_same_v<T, int8_t>) {
+          for (int64_t i = 0; i < count; ++i) scores[i] *= pages.key_scales[row * length + first + i];
+        }
+        for (int64_t i = count; i < kWidth; ++i) scores[i] = kMasked;
+      }
+    }
+    for (int64_t g = 0; g < group; ++g) {
+      float* line = weights + g * padded;
+      Vec most = Splat(tops[g]);
+      for (int64_t i = 0; i < seen; i += kWidth) most = Max(most, Load(line + i));
+      const float top = Largest(most);
+      Vec total = {};
+      for (int64_t i = 0; i < seen; i += kWidth) {
+        const Vec weight = Exp(Load(line + i) - top);
+        Store(line + i, weight);
+        total += weight;
+      }
+      fades[g] = Exp(Splat(tops[g] - top))[0];
+      mass[g] = mass[g] * fades[g] + Sum(total);
+      tops[g] = top;
+      if constexpr (std::is_same_v<T, int8_t>) {
+        for (int64_t i = 0; i < seen; ++i) line[i] *= pages.value_scales[row * length + i];
+      }
+    }
+    const T* values = pages.values + row * length * size;
+    int64_t g = 0;
+    const auto add = [&](auto heads) {
+      AddValuesOf<heads>(out + g * size, size, weights + g * padded, padded, fades + g, values, seen);
+      g += heads;
+    };
+    while (group - g >= 4) add(std::integral_constant<int, 4>{});
+    if (group - g == 3) add(std::integral_constant<int, 3>{});
+    if (group - g == 2) add(std::integral_constant<int, 2>{});
+    if (group - g == 1) add(std::integral_constant<int, 1>{});
+  }
+  for (int64_t g = 0; g < group; ++g) {
+    const float kept = std::max(mass[g], std::numeric_limits<float>::min());
+    for (int64_t i = 0; i < size; ++i) out[g * size + i] /= kept;
+    mass[g] = tops[g] + std::log(kept);
+  }
+}
+
+// ---- prompt tokens
+
+constexpr int64_t kRows = 96;  // queries of a tile: with 64 floats each, they and the output fill half of a core's second cache
+constexpr int64_t kKeys = 64;  // keys of a tile
+#ifdef __AVX512F__
+constexpr int kVectors = 6;  // of queries that meet four keys, or four dimensions of values, in registers
+#else
+constexpr int kVectors = 1;
+#endif
+
+struct Tile {  // a running softmax; a query is a column, so that no sum goes across a vector
+  float *queries, *out;  // [Q, kRows]
+  float* scores;         // [kKeys, kRows]
+  float *top, *mass, *fade;
+  int32_t *owner, *position;  // [kRows]; padding has owner -2, which no key has
+  int64_t vectors, size;
+};
+
+// to [four, kRows] = to · fade + Σ over i < count of left[i · step + four · across] · right [i, kRows], for kCount vectors.
+template <int kCount>
+inline void Multiply(float* to, const float* fade, const float* left, const int64_t (&across)[4], int64_t step, const float* right,
+                     int64_t count) {
+  Vec sums[4][kCount];
+  for (int i = 0; i < 4; ++i) {
+    for (int v = 0; v < kCount; ++v) {
+      sums[i][v] = fade == nullptr ? Vec{} : Load(to + i * kRows + v * kWidth) * Load(fade + v * kWidth);
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Vec row[kCount];
+    for (int v = 0; v < kCount; ++v) row[v] = Load(right + k * kRows + v * kWidth);
+    for (int i = 0; i < 4; ++i) {
+      const float factor = left[k * step + across[i]];
+      for (int v = 0; v < kCount; ++v) sums[i][v] += row[v] * factor;
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int v = 0; v < kCount; ++v) Store(to + i * kRows + v * kWidth, sums[i][v]);
+  }
+}
+
+// The same for all vectors of a tile.
+inline void MultiplyAll(const Tile& tile, float* to, const float* fade, const float* left, const int64_t (&across)[4], int64_t step,
+                        const float* right, int64_t count) {
+  int64_t first = 0;
+  const auto multiply = [&](auto vectors) {
+    const int64_t at = first * kWidth;
+    Multiply<vectors>(to + at, fade == nullptr ? nullptr : fade + at, left, across, step, right + at, count);
+    first += vectors;
+  };
+  while (tile.vectors - first >= kVectors) multiply(std::integral_constant<int, kVectors>{});
+  if constexpr (kVectors > 1) {
+    while (tile.vectors - first >= 2) multiply(std::integral_constant<int, 2>{});
+    if (tile.vectors > first) multiply(std::integral_constant<int, 1>{});
+  }
+}
+
+// Adds `count` keys and values [count, Q] to a tile. They are seen by queries of their owner from their position on; owner and position of
+// key i are `owners[i · moves]` and `positions[i · moves]`. `all`: by every query.
+void Absorb(const Tile& tile, const float* keys, const float* values, int64_t count, const int32_t* owners, const int32_t* positions,
+            int64_t moves, bool all) {
+  const int64_t size = tile.size;
+  for (int64_t key = 0; key < count; key += 4) {
+    int64_t across[4];
+    for (int i = 0; i < 4; ++i) across[i] = std::min(key + i, count - 1) * size;
+    MultiplyAll(tile, tile.scores + key * kRows, nullptr, keys, across, 1, tile.queries, size);
+  }
+  for (int64_t v = 0; v < tile.vectors * kWidth; v += kWidth) {
+    float* column = tile.scores + v;
+    const Vec before = Load(tile.top + v);
+    Vec top = before;
+    if (!all) {
+      IntVec owner, position;
+      std::memcpy(&owner, tile.owner + v, sizeof owner);
+      std::memcpy(&position, tile.position + v, sizeof position);
+      for (int64_t key = 0; key < count; ++key) {
+        const IntVec seen = (owner == owners[key * moves]) & (position >= positions[key * moves]);
+        Store(column + key * kRows, seen ? Load(column + key * kRows) : Splat(kMasked));
+      }
+    }
+    for (int64_t key = 0; key < count; ++key) top = Max(top, Load(column + key * kRows));
+    Vec total = {};
+    for (int64_t key = 0; key < count; ++key) {
+      const Vec weight = Exp(Load(column + key * kRows) - top);
+      Store(column + key * kRows, weight);
+      total += weight;
+    }
+    const Vec fade = Exp(before - top);
+    Store(tile.fade + v, fade);
+    Store(tile.mass + v, Load(tile.mass + v) * fade + total);
+    Store(tile.top + v, top);
+  }
+  const int64_t across[4] = {0, 1, 2, 3};
+  for (int64_t dim = 0; dim < size; dim += 4) {
+    MultiplyAll(tile, tile.out + dim * kRows, tile.fade, values + dim, across, size, tile.scores, count);
+  }
+}
+
+struct Bounds {  // of the owners and positions of some tokens that are no padding
+  int32_t first_owner = std::numeric_limits<int32_t>::max(), last_owner = -1;
+  int32_t first = std::numeric_limits<int32_t>::max(), last = -1;
+  bool padding = false;
+
+  void Add(int32_t owner, int32_t position) {
+    if (owner < 0) {
+      padding = true;
+      return;
+    }
+    first_owner = std::min(first_owner, owner), last_owner = std::max(last_owner, owner);
+    first = std::min(first, position), last = std::max(last, position);
+  }
+};
+
+template <typename T>
+struct Prompt {
+  const float *q, *keys, *values;  // [T, H, Q], [K, M, Q]
+  const int32_t *owner, *position, *key_owner, *key_position;
+  int64_t tokens, heads, kv_heads, num_keys;
+  std::vector<Bounds> key_tiles;
+  Pages<T> pages;
+  const int32_t *rows, *slots, *starts;  // [slots, n]
+  int64_t num_slots, held;
+  float *out, *mass;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t tiles() const { return (tokens * group() + kRows - 1) / kRows; }
+
+  // One key-value head and one tile of queries: rows are tokens and, of each, the query heads of the group.
+  void Unit(int64_t head, int64_t number) const {
+    const int64_t size = pages.size, begin = number * kRows, count = std::min(kRows, tokens * group() - begin);
+    float* at = Scratch(kRows * (2 * size + kKeys + 5) + 2 * kKeys * size);
+    const auto part = [&](int64_t length) { return std::exchange(at, at + length); };
+    Tile tile;
+    tile.queries = part(kRows * size), tile.out = part(kRows * size), tile.scores = part(kRows * kKeys);
+    tile.top = part(kRows), tile.mass = part(kRows), tile.fade = part(kRows);
+    tile.owner = reinterpret_cast<int32_t*>(part(kRows)), tile.position = reinterpret_cast<int32_t*>(part(kRows));
+    float *wide_keys = part(kKeys * size), *wide_values = part(kKeys * size);
+    tile.vectors = (count + kWidth - 1) / kWidth, tile.size = size;
+
+    const float scale = 1.f / std::sqrt(static_cast<float>(size));
+    Bounds bounds;
+    for (int64_t row = 0; row < tile.vectors * kWidth; ++row) {
+      const int64_t place = begin + std::min(row, count - 1), token = place / group();
+      const float* from = q + (token * heads + head * group() + place % group()) * size;
+      for (int64_t i = 0; i < size; ++i) tile.queries[i * kRows + row] = from[i] * scale, tile.out[i * kRows + row] = 0.f;
+      bounds.Add(owner[token], position[token]);
+      tile.owner[row] = owner[token] < 0 ? -2 : owner[token], tile.position[row] = position[token];
+      tile.top[row] = kLeast, tile.mass[row] = 0.f;
+    }
+    for (int64_t t = 0; t < static_cast<int64_t>(key_tiles.size()); ++t) {
+      const Bounds& found = key_tiles[t];
+      if (found.last_owner < bounds.first_owner || found.first_owner > bounds.last_owner || found.first > bounds.last) continue;
+      const bool one = found.first_owner == found.last_owner && bounds.first_owner == bounds.last_owner;
+      const bool all = one && !found.padding && !bounds.padding && found.last <= bounds.first;
+      const int64_t first = t * kKeys, offset = (head * num_keys + first) * size;
+      Absorb(tile, keys + offset, values + offset, std::min(kKeys, num_keys - first), key_owner + first, key_position + first, 1, all);
+    }
+    for (int64_t slot = 0; slot < num_slots; ++slot) {
+      if (slots[slot] < bounds.first_owner || slots[slot] > bounds.last_owner) continue;
+      const bool all = bounds.first_owner == bounds.last_owner && !bounds.padding;
+      const int32_t always = std::numeric_limits<int32_t>::min();
+      for (int64_t first = 0; first < std::min<int64_t>(starts[slot], held * pages.length);) {
+        const int64_t row = rows[slot * held + first / pages.length] + head, inside = first % pages.length;
+        const int64_t seen = std::min({kKeys, pages.length - inside, starts[slot] - first});
+        const int64_t from = row * pages.length + inside;
+        const float* both[2] = {Wide(pages.keys, pages.key_scales, from, seen, wide_keys),
+                                Wide(pages.values, pages.value_scales, from, seen, wide_values)};
+        Absorb(tile, both[0], both[1], seen, slots + slot, &always, 0, all);
+        first += seen;
+      }
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t place = begin + row, index = place / group() * heads + head * group() + place % group();
+      const float kept = std::max(tile.mass[row], std::numeric_limits<float>::min());
+      for (int64_t i = 0; i < size; ++i) out[index * size + i] = tile.out[i * kRows + row] / kept;
+      mass[index] = tile.top[row] + std::log(kept);
+    }
+  }
+
+ private:
+  // `count` stored keys or values from token `from` on as float32: where they are, or in `to`.
+  const float* Wide(const T* stored, const float* scales, int64_t from, int64_t count, float* to) const {
+    const int64_t size = pages.size;
+    if constexpr (std::is_same_v<T, float>) return stored + from * size;
+    for (int64_t i = 0; i < count; ++i) {
+      const float scale = std::is_same_v<T, int8_t> ? scales[from + i] : 1.f;
+      for (int64_t c = 0; c < size; c += kWidth) Store(to + i * size + c, Load(stored + (from + i) * size + c) * scale);
+    }
+    return to;
+  }
+};
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+template <typename T>
+Pages<T> PagesOf(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values, const Floats& key_scales, const Floats& value_scales) {
+  const auto shape = keys.dimensions();
+  return {static_cast<const T*>(keys.untyped_data()), static_cast<const T*>(values.untyped_data()), key_scales.typed_data(),
+          value_scales.typed_data(), shape[1], shape[2]};
+}
+
+// Calls run with an element of the type that pages are stored in.
+template <typename Run>
+ffi::Error ByType(ffi::DataType type, const Run& run) {
+  switch (type) {
+    case ffi::F32: run(float{}); return ffi::Error::Success();
+    case ffi::U16: run(uint16_t{}); return ffi::Error::Success();
+    case ffi::S8: run(int8_t{}); return ffi::Error::Success();
+    default: return ffi::Error::InvalidArgument("pages are float32, bits of bfloat16 as uint16, or int8");
+  }
+}
+
+// q [B, K, G, Q], pages [R, S, Q], scales [R, S] or empty, rows [B, n], position [B] → out [B, K, G, Q], mass [B, K, G].
+ffi::Error Decode(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Floats key_scales, Floats value_scales,
+                  Ints rows, Ints position, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> mass) {
+  const auto shape = q.dimensions();
+  const int64_t kv_heads = shape[1], group = shape[2], size = shape[3], held = rows.dimensions()[1];
+  return ByType(keys.element_type(), [&](auto element) {
+    const auto pages = PagesOf<decltype(element)>(keys, values, key_scales, value_scales);
+    Spread(pool, shape[0] * kv_heads, [&](int64_t unit) {
+      const int64_t lane = unit / kv_heads, offset = unit * group;
+      DecodeUnit(q.typed_data() + offset * size, pages, rows.typed_data() + lane * held, held, unit % kv_heads, position.typed_data()[lane],
+                 group, out->typed_data() + offset * size, mass->typed_data() + offset);
+    });
+  });
+}
+
+// q [T, H, Q], owner and position [T], keys and values [K, M, Q], their owner and position [M], pages [R, S, Q], scales [R, S] or empty,
+// rows [slots, n], slots and starts [slots] → out [T, H, Q], mass [T, H].
+ffi::Error Prefill(ffi::ThreadPool pool, Floats q, Ints owner, Ints position, Floats keys, Floats values, Ints key_owner,
+                   Ints key_position, ffi::AnyBuffer page_keys, ffi::AnyBuffer page_values, Floats key_scales, Floats value_scales,
+                   Ints rows, Ints slots, Ints starts, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> mass) {
+  const auto shape = q.dimensions(), stored = keys.dimensions();
+  std::vector<Bounds> key_tiles((stored[1] + kKeys - 1) / kKeys);
+  for (int64_t key = 0; key < stored[1]; ++key) key_tiles[key / kKeys].Add(key_owner.typed_data()[key], key_position.typed_data()[key]);
+  return ByType(page_keys.element_type(), [&](auto element) {
+    using T = decltype(element);
+    const Prompt<T> prompt = {q.typed_data(),         keys.typed_data(),
+                              values.typed_data(),    owner.typed_data(),
+                              position.typed_data(),  key_owner.typed_data(),
+                              key_position.typed_data(), shape[0],
+                              shape[1],               stored[0],
+                              stored[1],              key_tiles,
+                              PagesOf<T>(page_keys, page_values, key_scales, value_scales),
+                              rows.typed_data(),      slots.typed_data(),
+                              starts.typed_data(),    slots.dimensions()[0],
+                              rows.dimensions()[1],   out->typed_data(),
+                              mass->typed_data()};
+    const int64_t tiles = prompt.tiles();
+    // The last tiles of a prompt see most keys: first, so that the threads end together.
+    Spread(pool, prompt.kv_heads * tiles, [&](int64_t unit) {
+      prompt.Unit(unit % prompt.kv_heads, tiles - 1 - unit / prompt.kv_heads);
+    });
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_decode, Decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
+                                  .Arg<Ints>().Arg<Ints>()
+                                  .Ret<Floats>().Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_prefill, Prefill,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Ints>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
+                                  .Arg<Ints>().Arg<Ints>().Arg<Ints>()
+                                  .Ret<Floats>().Ret<Floats>());

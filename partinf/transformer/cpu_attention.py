@@ -1,0 +1,149 @@
+"""The core of attention on CPUs, in C++ (`cpu_attention.cc`): pages are read where they lie, once, by all cores.
+
+The machine's own C++ compiler makes it when it is first wanted, for the very CPU that is there, in about five seconds; the library is
+kept beside the compiled programs (`partinf.transformer.executables`). Without a compiler XLA's form is used, which gives the same and
+takes longer; a warning says so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from absl import logging
+
+from partinf.errors import InvalidInput
+from partinf.quantize import Quantized
+from partinf.transformer.cache import KeysValues, Stored
+from partinf.transformer.machine import OFF, host, kept, own
+
+COMPILER_VARIABLE = "CXX"
+_SOURCE = Path(__file__).with_suffix(".cc")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+_WIDTH = 16  # d_head is a multiple of this
+_SECONDS = 300
+
+
+def fits(pages: KeysValues) -> bool:
+    """Whether the kernels take these pages [.., S, Q], and this machine has the kernels."""
+    if isinstance(pages.keys, Quantized):
+        return pages.keys.shape[-1] % _WIDTH == 0 and available()
+    kinds = (jnp.float32, jnp.bfloat16, jnp.uint16)
+    return pages.keys.dtype in kinds and pages.keys.shape[-1] % _WIDTH == 0 and available()
+
+
+def decode(q: jax.Array, stored: Stored, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention of one query per lane over the lane's own pages.
+
+    Args:
+        q: [B, K, G, Q]. position: [B], the last that is visible in the lane's pages, -1 for none.
+
+    Returns:
+        [B, K, G, Q], 0 for lanes that saw nothing, and the logarithm of the sum of exp(score) [B, K, G], float32.
+    """
+    shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
+    call = jax.ffi.ffi_call(f"partinf_decode_{_digest()}", shapes)
+    out, mass = call(q.astype(jnp.float32), *_plain(stored.pages), _ints(stored.rows), _ints(position))
+    return out.astype(q.dtype), mass
+
+
+def prefill(
+    q: jax.Array,
+    owner: jax.Array,
+    position: jax.Array,
+    new: KeysValues,
+    key_owner: jax.Array,
+    key_position: jax.Array,
+    context: tuple[Stored, jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of prompt tokens over those of the same owner up to their position, and over what is stored of it.
+
+    Args:
+        q: [T, H, Q]. owner, position: [T]; owner -1 is padding. new: [K, M, Q] of the keys with `key_owner` and `key_position` [M].
+        context: the pages [slots, n] of some owners; who they are, and how many positions each has there, [slots].
+
+    Returns:
+        [T, H, Q], 0 for tokens that saw nothing, and the logarithm of the sum of exp(score) [T, H], float32.
+    """
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, new.keys, new.values))
+    if context is None:
+        none = jnp.zeros((0,), jnp.int32)
+        empty = jnp.zeros((0, 1, q.shape[-1]), jnp.float32)
+        context = Stored(KeysValues(empty, empty), none.reshape(0, 1)), none, none
+    stored, slots, starts = context
+    shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
+    call = jax.ffi.ffi_call(f"partinf_prefill_{_digest()}", shapes)
+    tokens = tuple(_ints(x) for x in (owner, position)), tuple(_ints(x) for x in (key_owner, key_position))
+    where = tuple(_ints(x) for x in (stored.rows, slots, starts))
+    out, mass = call(wide[0], *tokens[0], *wide[1:], *tokens[1], *_plain(stored.pages), *where)
+    return out.astype(q.dtype), mass
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine has the kernels: made now, if they are not there yet, and made known to XLA."""
+    if os.environ.get(COMPILER_VARIABLE) == OFF:
+        return False
+    try:
+        library = ctypes.CDLL(str(_library()))
+    except (InvalidInput, OSError, subprocess.SubprocessError) as error:
+        logging.warning("attention on CPU runs by XLA, which takes longer: its kernels cannot be made (%s)", _reason(error))
+        return False
+    for name in ("decode", "prefill"):
+        handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
+        jax.ffi.register_ffi_target(f"partinf_{name}_{_digest()}", handler, platform="cpu")
+    return True
+
+
+def _library() -> Path:
+    """The library of this source for this machine, made if it is not there."""
+    path = own(kept("native")) / f"cpu_attention-{_digest()}.so"
+    if path.exists():
+        return path
+    compiler = next(filter(None, map(shutil.which, (os.environ.get(COMPILER_VARIABLE, "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        raise InvalidInput(f"no C++ compiler; install one, or name it in ${COMPILER_VARIABLE}")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix="making-")
+    os.close(handle)
+    try:
+        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", name]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        os.replace(name, path)  # whole or not at all, whoever else makes it at this moment
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return path
+
+
+@functools.cache
+def _digest() -> str:
+    """What the library depends on."""
+    parts = (_SOURCE.read_bytes(), _FLAGS, jaxlib.__version__, host())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _reason(error: Exception) -> str:
+    said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    return next((line for line in said if "error" in line), said[0] if said else repr(error))
+
+
+def _plain(pages: KeysValues) -> tuple[Any, ...]:
+    """Keys, values and their scales as the kernels take them; scales are empty where there are none."""
+    if isinstance(pages.keys, Quantized):
+        return pages.keys.values, pages.values.values, pages.keys.scale, pages.values.scale
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x  # noqa: E731
+    none = jnp.zeros((0, 0), jnp.float32)
+    return bits(pages.keys), bits(pages.values), none, none
+
+
+def _ints(x: jax.Array) -> jax.Array:
+    return jnp.asarray(x).astype(jnp.int32)

@@ -1,0 +1,132 @@
+"""The CPU's kernels against the plain twin: every way pages are stored, ragged lanes, random pages.
+
+The kernels get a cache with NaN wherever nobody may look; the twin, which multiplies that by zero, gets one without.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.quantize import Quantized, quantize
+from partinf.transformer import cache, cpu_attention, kernels
+from partinf.transformer.cache import KeysValues
+from partinf.transformer.kernels import Tiles
+from tests.execution.harness import TOLERANCE
+
+NATIVE = Tiles(64, 128, 1 << 18, native=True)
+POOL = 11
+
+
+def caches(kind: str, rng: np.random.Generator, kv_heads: int, page: int, size: int) -> dict[Tiles | None, KeysValues]:
+    """A stacked cache of two layers for the twin, and the same with NaN (int8: as scales) in its first layer and its last two pages."""
+    arrays = [rng.standard_normal((2, POOL, kv_heads, page, size)).astype(np.float32) for _ in range(2)]
+
+    def half(array: np.ndarray, spoilt: bool) -> jax.Array | Quantized:
+        hidden = np.zeros(array.shape[:2], bool)
+        hidden[0], hidden[:, -2:] = spoilt, spoilt
+        if kind == "int8":
+            found = quantize(array, (-1,))
+            scale = np.where(hidden[:, :, None, None], np.nan, found.scale)
+            return Quantized(jnp.asarray(found.values), jnp.asarray(scale), found.contracted)
+        wide = jnp.asarray(np.where(hidden[:, :, None, None, None], np.nan, array))
+        return wide if kind == "f32" else jax.lax.bitcast_convert_type(wide.astype(jnp.bfloat16), jnp.uint16)
+
+    return {tiles: KeysValues(*(half(array, tiles is NATIVE) for array in arrays)) for tiles in (NATIVE, None)}
+
+
+def compare(run: Callable[[Tiles | None], kernels.Attended], kind: str, lanes: np.ndarray) -> None:
+    for got, want in zip(run(NATIVE), run(None), strict=True):
+        assert np.isfinite(np.asarray(got, np.float32)).all()
+        got, want = (np.asarray(x, np.float32)[lanes] for x in (got, want))
+        np.testing.assert_allclose(got, want, rtol=2**-7 if kind == "bf16" else 0, atol=TOLERANCE["bf16" if kind == "bf16" else "f32"] / 10)
+
+
+def test_this_machine_has_the_kernels() -> None:
+    assert cpu_attention.available()
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 9, 5, 16), (4, 1, 64, 128), (1, 2, 24, 80), (2, 4, 40, 96)]
+)
+def test_decode_equals_the_plain_twin(kind: str, kv_heads: int, group: int, page: int, size: int) -> None:
+    rng, held = np.random.default_rng(5), 4
+    position = np.minimum([0, page - 1, page, 2 * page + page // 2, 4 * page - 1, -1], held * page - 1)
+    table = np.stack([rng.permutation(POOL - 2)[:held] for _ in position])
+    for lane, last in enumerate(position):
+        table[lane, last // page + 1 :] = -1
+    held_by = caches(kind, rng, kv_heads, page, size)
+    q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, size)), jnp.bfloat16 if kind == "bf16" else jnp.float32)
+
+    def run(tiles: Tiles | None) -> kernels.Attended:
+        kv = held_by[tiles]
+
+        def step(q: jax.Array, table: jax.Array, position: jax.Array) -> kernels.Attended:
+            return kernels.decode(q, lambda ids: cache.read(kv, 1, ids), table, position, tiles, cache.stored(kv, 1, table))
+
+        return jax.jit(step)(q, table, position)
+
+    assert cpu_attention.fits(cache.stored(held_by[NATIVE], 1, jnp.asarray(table)).pages)
+    compare(run, kind, position >= 0)
+    assert float(run(NATIVE).mass[-1].max()) < -1e28  # saw no key
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 7, 5, 16), (3, 1, 80, 128), (1, 100, 24, 16)])
+def test_prefill_equals_the_plain_twin(kind: str, earlier: bool, kv_heads: int, group: int, page: int, size: int) -> None:
+    """Prompts of many lengths side by side, one of them over several tiles, padding between and after, slots in no order."""
+    rng = np.random.default_rng(6)
+    slots, lengths = [3, 0, 5, 2], [5, 1, 150, 33]
+    stored = np.array([0, 3 * page, 0, page + 1, 0, 2 * page - 3]) if earlier else np.zeros(6, int)
+    owner = np.concatenate([[slot] * length + [-1] * (slot == 0) for slot, length in zip(slots, lengths, strict=True)] + [[-1] * 3])
+    place = [np.r_[stored[slot] + np.arange(length), [0] * (slot == 0)] for slot, length in zip(slots, lengths, strict=True)]
+    position = np.concatenate([*place, np.zeros(3)]).astype(int)
+    dtype = jnp.bfloat16 if kind == "bf16" else jnp.float32
+    q = jnp.asarray(rng.standard_normal((len(owner), kv_heads * group, size)), dtype)
+    new = KeysValues(*(jnp.asarray(rng.standard_normal((kv_heads, len(owner), size)), dtype) for _ in range(2)))
+    held_by = caches(kind, rng, kv_heads, page, size)
+    table = np.stack([rng.permutation(POOL - 2)[:3] for _ in stored])
+
+    def run(tiles: Tiles | None) -> kernels.Attended:
+        kv = held_by[tiles]
+
+        def step(q: jax.Array, new: KeysValues, owner: jax.Array, position: jax.Array, starts: jax.Array) -> kernels.Attended:
+            read, ids = lambda ids: cache.read(kv, 1, ids), jnp.asarray(table)
+            context = kernels.Context(read, ids, jnp.arange(len(stored)), starts, cache.stored(kv, 1, ids)) if earlier else None
+            return kernels.prefill(q, owner, position, kernels.Fresh(new, owner, position), context, tiles)
+
+        return jax.jit(step)(q, new, owner, position, stored)
+
+    compare(run, kind, owner >= 0)
+
+
+def test_what_does_not_fit_is_left_to_the_tiles() -> None:
+    plain = jnp.zeros((4, 8, 32))
+    assert cpu_attention.fits(KeysValues(plain, plain))
+    assert not cpu_attention.fits(KeysValues(plain[..., :24], plain[..., :24]))
+
+
+@pytest.mark.parametrize("compiler", ["off", "/nowhere/c++"])
+def test_without_a_compiler_xla_does_it(compiler: str, tmp_path: Path) -> None:
+    """A machine without kernels says so once, and nothing else changes."""
+    program = (
+        "from partinf.transformer import cpu_attention\n"
+        "import jax.numpy as jnp\n"
+        "from partinf.transformer.cache import KeysValues\n"
+        "x = jnp.zeros((1, 16, 16))\n"
+        "print([cpu_attention.fits(KeysValues(x, x)) for _ in range(2)])\n"
+    )
+    environment = os.environ | {"CXX": compiler, "PATH": str(tmp_path), "PARTINF_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split("\n")[-2] == "[False, False]"
+    assert found.stderr.count("attention on CPU runs by XLA") == (compiler != "off")
