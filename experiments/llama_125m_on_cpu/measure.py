@@ -6,6 +6,9 @@ The paged engine step (`partinf.transformer.step`) and `transformers` each live 
 cores, and take turns: one round measures every case once on each side, so that what else the machine does meets both. Figures are medians
 over the rounds, ratios medians of the rounds' ratios. Both see random weights of the same architecture: decode feeds one token to every
 sequence after a context of 256, prefill is one prompt of 512. PYTHON needs torch and transformers; without it they are looked for here.
+
+Once a round all cores read as much memory as the weights of a float32 step fill. The floor of a decode step is what its weights and its
+context take at that rate, each read once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -134,6 +138,20 @@ def theirs(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]
     return {(kind, size): (decode if kind == "decode" else prefill)(size) for kind, size in CASES}
 
 
+def reading_seconds(num_bytes: int) -> float:
+    """Median seconds in which all cores read that many bytes of memory, each a part of them."""
+    import numpy as np
+
+    parts = np.array_split(np.ones(num_bytes // 4, np.float32), os.cpu_count() or 1)
+    seconds = []
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(2 * CALLS + 1):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
 def worker(side: str, dtype: str, spread: str) -> None:
     """Answer every case that is asked for on standard input with the median seconds of a few calls."""
     calls = (ours if side == "ours" else theirs)(dtype, spread)
@@ -193,11 +211,15 @@ def main() -> None:
 
     config = load_model_config("llama-125m")
     spread = json.dumps({key: value for key, value in asdict(config).items() if isinstance(value, int)})
+    matrices = config.num_params() - config.vocab_size * config.embed_dim  # the table is looked up
+    of_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # keys and values
+    rates = []
     found: dict[str, Any] = {"date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.machine()}", "dtypes": {}}
     for dtype in DTYPES:
         sides = [Side(sys.executable, "ours", dtype, spread), Side(args.torch_python, "theirs", dtype, spread)]
         rounds: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in CASES}
         for number in range(ROUNDS):
+            rates.append(4 * matrices / reading_seconds(4 * matrices))
             order = sides if number % 2 else sides[::-1]
             for case in CASES:
                 times = {side: side.seconds(*case) for side in order}
@@ -213,10 +235,16 @@ def main() -> None:
             }
             for (kind, size), pairs in rounds.items()
         }
+        for rows in (size for kind, size in CASES if kind == "decode"):
+            num_bytes = (4 if dtype == "float32" else 2) * (matrices + rows * CONTEXT * of_token)
+            found["dtypes"][dtype][f"decode {rows}"]["floor_ms"] = 1e3 * num_bytes / statistics.median(rates)
         for case, said in found["dtypes"][dtype].items():
             print(
-                f"{dtype:9} {case:12} {said['partinf_ms']:8.1f} ms {said['transformers_ms']:8.1f} ms  ratio {said['ratio']:.2f}", flush=True
+                f"{dtype:9} {case:12} {said['partinf_ms']:8.1f} ms {said['transformers_ms']:8.1f} ms  ratio {said['ratio']:.2f}"
+                + (f"  floor {said['floor_ms']:.1f} ms" if "floor_ms" in said else ""),
+                flush=True,
             )
+    found["reading_gb_s"] = statistics.median(rates) / 1e9
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partinf.transformer import kernels
+from partinf.transformer import cache, kernels
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.linear import dot
 
@@ -56,14 +57,36 @@ def attention(rows: int) -> dict[str, float]:
 
     def cores(tiles: kernels.Tiles | None) -> Callable[..., jax.Array]:
         def run(q: jax.Array, caches: list[KeysValues]) -> jax.Array:
-            for cache in caches:
-                read = lambda ids, cache=cache: jax.tree.map(lambda x: x.at[ids].get(mode="clip"), cache)  # noqa: E731
-                q = kernels.decode(q, read, table, position, tiles).out
+            for kv in caches:
+                read = lambda ids, kv=kv: cache.read((kv,), 0, ids)  # noqa: E731
+                q = kernels.decode(q, read, table, position, tiles, cache.stored((kv,), 0, table)).out
             return q
 
         return run
 
-    return turns({"gathered": cores(None), "tiled": cores(kernels.tiles_for("cpu"))}, array(jnp.float32, rows, HEADS, SIZE), caches)
+    return turns(ways(cores), array(jnp.float32, rows, HEADS, SIZE), caches)
+
+
+def ways(cores: Callable[[kernels.Tiles | None], Callable[..., jax.Array]]) -> dict[str, Callable[..., jax.Array]]:
+    """The three forms of attention: everything gathered, tile by tile in XLA, and the CPU's own kernels."""
+    native = kernels.tiles_for("cpu")
+    return {"gathered": cores(None), "tiled": cores(replace(native, native=False)), "native": cores(native)}
+
+
+def prompt_attention(tokens: int) -> dict[str, float]:
+    """Cores of all layers for one prompt."""
+    fresh = [KeysValues(*(array(jnp.float32, GROUPS, tokens, SIZE) for _ in range(2))) for _ in range(LAYERS)]
+    owner, position = jnp.zeros(tokens, jnp.int32), jnp.arange(tokens)
+
+    def cores(tiles: kernels.Tiles | None) -> Callable[..., jax.Array]:
+        def run(q: jax.Array, fresh: list[KeysValues]) -> jax.Array:
+            for new in fresh:
+                q = kernels.prefill(q, owner, position, kernels.Fresh(new, owner, position), None, tiles).out
+            return q
+
+        return run
+
+    return turns(ways(cores), array(jnp.float32, tokens, HEADS, SIZE), fresh)
 
 
 def products(rows: int, dtype: Any) -> dict[str, float]:
@@ -105,6 +128,7 @@ def main() -> None:
     found = {
         "attention of 12 layers, batch 8": attention(8),
         "attention of 12 layers, batch 32": attention(32),
+        "attention of 12 layers, prompt of 512": prompt_attention(512),
         "products with W_Q [12, 64, 768], float32, 8 rows": heads(8),
         "products with [4096, 768], float32, 2 rows": products(2, jnp.float32),
         "products with [4096, 768], float32, 8 rows": products(8, jnp.float32),

@@ -41,7 +41,7 @@ def own(directory: Path) -> Path:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.stat()
     except OSError as error:
-        raise InvalidInput(f"cache {directory}: {error.strerror}; name another directory in ${DIRECTORY_VARIABLE}, or '{OFF}'") from error
+        raise InvalidInput(f"cache {directory}: {error.strerror}; name another directory, or '{OFF}'") from error
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InvalidInput(f"cache {directory}: others may write to it, and what it holds is run; make it yours, mode 700")
     return directory

@@ -47,7 +47,7 @@ class Assignment:
 
     Attributes:
         kv_heads: of the model's eight heads. ring: how collectives are looped around an axis that splits d_ff, where there is one; None
-            for plain collectives.
+            for plain collectives. head_dim: 16 fits the kernels that CPUs have for attention, 8 goes tile by tile as on other chips.
     """
 
     mesh: str
@@ -56,6 +56,7 @@ class Assignment:
     prefill: tuple[str, ...]
     kv_heads: int = 2
     ring: str | None = None
+    head_dim: int = 8
 
     def layout(self, plain: bool = False) -> Layout:
         """`plain`: without the loop."""
@@ -81,13 +82,14 @@ class Assignment:
             role, gathered = self.storage[index]
             return f"{role}{'*' if gathered else ''}:{self.decode[index]}/{self.prefill[index]}"
 
-        how = f" kv{self.kv_heads}" + (f" {self.ring}" if self.ring else "")
+        how = f" kv{self.kv_heads} d{self.head_dim}" + (f" {self.ring}" if self.ring else "")
         return f"{self.mesh} " + ",".join(axis(index) for index in range(len(self.storage))) + how
 
 
 def all_assignments() -> list[Assignment]:
     """Every FFN role, gather and decode attention role of every axis, equal axes once; the rest is drawn for each (seeded): prefill's
-    attention roles, how many key-value heads there are (MHA, GQA, MQA), and whether collectives are looped.
+    attention roles, how many key-value heads there are (MHA, GQA, MQA), and whether collectives are looped. Every second one attends by
+    the kernels of CPUs.
 
     On one axis prefill's roles are enumerated too. There is no order among axes of one size: exchanging them exchanges the devices. On
     three axes, which have 860 assignments that deal the context in decode, every fourth of these is taken: what the role does beside one
@@ -109,7 +111,7 @@ def all_assignments() -> list[Assignment]:
             choices = itertools.product(_ATTENTION, repeat=len(sizes)) if len(sizes) == 1 else [rng.choices(_ATTENTION, k=len(sizes))]
             for prefill in choices:
                 kv_heads, ring = rng.choice(_KV_HEADS), rng.choice(_RINGS)
-                found.append(Assignment(mesh, storage, decode, tuple(prefill), kv_heads, ring))
+                found.append(Assignment(mesh, storage, decode, tuple(prefill), kv_heads, ring, (8, 16)[len(found) % 2]))
     return found
 
 

@@ -28,7 +28,8 @@ def test_every_assignment_equals_the_reference(assignment: Assignment) -> None:
 
 
 def check(assignment: Assignment) -> None:
-    model = dataclasses.replace(MODEL, name=f"kv{assignment.kv_heads}", num_kv_heads=assignment.kv_heads)
+    name = f"kv{assignment.kv_heads} d{assignment.head_dim}"
+    model = dataclasses.replace(MODEL, name=name, num_kv_heads=assignment.kv_heads, head_dim=assignment.head_dim)
     assert largest_error(make_plan(assignment.mesh, assignment.layout(), model)) < TOLERANCE["f32"]
 
 
@@ -101,14 +102,17 @@ def test_untied_embeddings_and_unrolled_layers() -> None:
     )
 
 
-def test_bfloat16_stays_close() -> None:
-    assert largest_error(make_plan("2x2x2", MIXED, dtype=DType.BF16)) < TOLERANCE["bf16"]
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_bfloat16_stays_close(head_dim: int) -> None:
+    model = dataclasses.replace(MODEL, name=f"d{head_dim}", head_dim=head_dim)
+    assert largest_error(make_plan("2x2x2", MIXED, model, dtype=DType.BF16)) < TOLERANCE["bf16"]
 
 
 @pytest.mark.parametrize(("dtype", "kv"), [(DType.INT8, DType.BF16), (DType.BF16, DType.INT8), (DType.INT8, DType.INT8)])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_int8_stays_close(dtype: DType, kv: DType, gathered: bool) -> None:
-    plan = make_plan("2x2x2", MIXED, dtype=dtype, kv=kv, prefill_from_tokens=1 if gathered else 1 << 30)
+@pytest.mark.parametrize(("gathered", "head_dim"), [(False, 8), (True, 8), (True, 16)])
+def test_int8_stays_close(dtype: DType, kv: DType, gathered: bool, head_dim: int) -> None:
+    model = dataclasses.replace(MODEL, name=f"d{head_dim}", head_dim=head_dim)
+    plan = make_plan("2x2x2", MIXED, model, dtype=dtype, kv=kv, prefill_from_tokens=1 if gathered else 1 << 30)
     assert largest_error(plan) < TOLERANCE["int8"]
 
 
@@ -134,13 +138,15 @@ DEALT = make_layout(
     [
         ({}, {"kv": DType.INT8}, "int8"),
         ({}, {"dtype": DType.BF16}, "bf16"),
+        ({"head_dim": 16}, {"kv": DType.INT8}, "int8"),
+        ({"head_dim": 16}, {"dtype": DType.BF16}, "bf16"),
         ({}, {"dtype": DType.INT8, "prefill_from_tokens": 1}, "int8"),
         ({"num_heads": 6, "num_kv_heads": 6}, {"padded_heads": 8}, "f32"),
         (FAMILIES["palm"], {"prefill_from_tokens": 1}, "f32"),
         (FAMILIES["gpt"], {}, "f32"),
         (FAMILIES["qwen3"], {"prefill_from_tokens": 1}, "f32"),
     ],
-    ids=["int8 KV", "bf16", "int8 weights", "padded heads", "palm", "gpt", "qwen3"],
+    ids=["int8 KV", "bf16", "int8 KV by kernels", "bf16 by kernels", "int8 weights", "padded heads", "palm", "gpt", "qwen3"],
 )
 def test_a_context_dealt_over_axes(changed: dict[str, Any], options: dict[str, Any], tolerance: str) -> None:
     """The pages of a sequence over x and y, heads over z; prompts gather what x deals and read in place what y deals."""
