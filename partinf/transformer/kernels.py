@@ -1,8 +1,9 @@
-"""The core of attention: softmax over keys that lie in pages, written twice.
+"""The core of attention: softmax over keys that lie in pages, written twice in XLA's terms.
 
 `Tiles` says how: tile by tile with a running softmax, so that neither scores nor gathered context exist as a whole and tiles that nobody
 may see are skipped; or, without tiles, the plain twin, which gathers everything and masks. Both give the same up to rounding. Trip
-counts are static in both. What is best on which platform is decided in `tiles_for` and nowhere else.
+counts are static in both. Where a platform has a kernel that reads pages where they lie (`paged_decode` for TPUs, `cpu_attention` for
+CPUs), that does what it fits. What is best on which platform is decided in `tiles_for` and nowhere else.
 
 Letters: B rows, L queries of a row, H query heads in groups of G per key-value head K, Q d_head, S tokens of a page, M keys.
 """

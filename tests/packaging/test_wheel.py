@@ -1,4 +1,4 @@
-"""A wheel, a wheel built from the source distribution and an editable install carry the models and layouts of the checkout."""
+"""A wheel, one built from the source distribution and an editable install carry the models, layouts and C++ of the checkout."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ for kind in ("models", "layouts"):
     for name in resources.names(kind):
         path = resources.find(kind, name)
         found[f"{kind}/{name}"] = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.name
+package = Path(resources.__file__).parent
+found["C++"] = sorted(str(p.relative_to(package)) for p in package.rglob("*.cc"))
 print(json.dumps(found))
 """
 
