@@ -18,7 +18,7 @@ from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
 _FEW_ROWS = (2, 64)  # rows of float32 whose products are made in halves
-_WIDE_ROWS = 32  # rows of bfloat16 from which widening the weights costs less than it gains, where it does
+_WIDE_ROWS = 32  # rows from which widening bfloat16 weights costs less than it gains, where it does; int8 has to be widened for any number
 _BFLOAT16_UNITS = {"amx_bf16", "bf16"}  # flags of x86 and Arm CPUs that multiply bfloat16 faster than float32; avx512_bf16 does not
 
 
@@ -41,7 +41,7 @@ def wide(routes: Routes) -> bool:
 def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None, widened: bool = False) -> jax.Array:
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
 
-    Many rows of bfloat16 may be multiplied as float32, `widened`.
+    What is not float32 may be multiplied as that, `widened`: int8 weights, and many rows of bfloat16.
 
     Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
     matrices on CPU, and a loop several times slower for anything else. Many rows come out row by row, and what else is wanted is a
@@ -54,7 +54,7 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
         weights = weights.values.astype(x.dtype)
-    if widened and x.dtype == jnp.bfloat16 and x.shape[0] >= _WIDE_ROWS:
+    if widened and x.dtype == jnp.bfloat16 and (x.shape[0] >= _WIDE_ROWS or scale is not None):
         x = x.astype(jnp.float32)
         weights = _widened(weights, x)
     wanted = spec[spec.index(">") + 1 :]
@@ -70,8 +70,8 @@ def _widened(weights: jax.Array, x: jax.Array) -> jax.Array:
     widen the weights of all layers first: into memory instead of a cache, and twice their size of it. So the bits of a number of x, shifted
     until none is left, go among those that widening adds."""
     nothing = lax.bitcast_convert_type(x[(0,) * x.ndim], jnp.uint32) >> 16 >> 16
-    wide = lax.bitcast_convert_type(weights, jnp.uint16).astype(jnp.uint32) << 16
-    return lax.bitcast_convert_type(wide | nothing, jnp.float32)
+    high = lax.bitcast_convert_type(weights, jnp.uint16).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(high | nothing, jnp.float32)
 
 
 def _row_by_row(spec: str) -> str:
