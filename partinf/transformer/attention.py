@@ -34,14 +34,16 @@ class Rotations(NamedTuple):
 def rotations_of(batch: Batch, routes: Routes) -> Rotations:
     """The rotations of a step's positions.
 
-    They are made whole, once: XLA would put the cosines of a token into the loop over its heads, in every layer.
+    They are made whole, once: XLA would put the cosines of a token into the loop over its heads, in every layer. On CPU it does so behind a
+    barrier too, but not with what they were stacked into.
     """
     model = routes.plan.model
     if model.position is not Position.ROPE:
         return Rotations()
 
     def of(positions: Any, group: Group) -> Rotation:
-        return Rotation(*lax.optimization_barrier(tuple(rotation(_rows(positions, group, routes), frequencies(model)))))
+        made: Any = rotation(_rows(positions, group, routes), frequencies(model))
+        return Rotation(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.family == "cpu" else made))
 
     return Rotations(
         of(batch.decode.position, routes.decode) if routes.bucket.decode_rows else None,

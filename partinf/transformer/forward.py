@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.buckets import least_rows
 from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
 from partinf.transformer import stages
@@ -172,7 +173,10 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     axes, model = routes.weight_stored, routes.plan.model
     rows = norm(rows, params, "final_norm", axes, routes)
     table = params.get("unembed", params["embed"])  # [V, E.ef]
-    found = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
+    if rows.shape[0] < least_rows(routes.plan) and routes.plan.slice.chip.family == "cpu" and not routes.plain:
+        found = dot("re,ve->rv", jnp.pad(rows, ((0, 1), (0, 0))), table, jnp.float32)[:1]  # one row would have the whole table widened
+    else:
+        found = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
     return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, found, -jnp.inf)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from contextlib import suppress
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,30 @@ from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
 _FEW_ROWS = (2, 64)  # rows of float32 whose products are made in halves
+_WIDE_ROWS = 32  # rows from which widening bfloat16 weights costs less than it gains, where it does; int8 has to be widened for any number
+_BFLOAT16_UNITS = {"amx_bf16", "bf16"}  # flags of x86 and Arm CPUs that multiply bfloat16 faster than float32; avx512_bf16 does not
 
 
-def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None) -> jax.Array:
+@functools.cache
+def widens(family: str) -> bool:
+    """Whether chips of a family (`partinf.hardware.Chip.family`) multiply many rows of bfloat16 as float32, which is as exact: this
+    machine's CPU, unless it has a unit for matrices of bfloat16."""
+    flags: set[str] = set(_BFLOAT16_UNITS)  # of a CPU that says nothing nothing is assumed
+    if family == "cpu":
+        with suppress(OSError):
+            flags = set(Path("/proc/cpuinfo").read_text().split("\n\n")[0].split())
+    return not flags & _BFLOAT16_UNITS
+
+
+def wide(routes: Routes) -> bool:
+    """Whether this step widens bfloat16; the plain twin, which is there to be read, does not."""
+    return not routes.plain and widens(routes.plan.slice.chip.family)
+
+
+def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None, widened: bool = False) -> jax.Array:
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
+
+    What is not float32 may be multiplied as that, `widened`: int8 weights, and many rows of bfloat16.
 
     Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
     matrices on CPU, and a loop several times slower for anything else. Many rows come out row by row, and what else is wanted is a
@@ -32,12 +54,24 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
         weights = weights.values.astype(x.dtype)
+    if widened and x.dtype == jnp.bfloat16 and (x.shape[0] >= _WIDE_ROWS or scale is not None):
+        x = x.astype(jnp.float32)
+        weights = _widened(weights, x)
     wanted = spec[spec.index(">") + 1 :]
     made = _row_by_row(spec) if x.shape[0] > _FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
     out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape)).reshape(out_shape)
     out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
+
+
+def _widened(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """bfloat16 weights as float32, made when x (float32) is there. With nothing to wait for, and it waits for no barrier, XLA on CPU would
+    widen the weights of all layers first: into memory instead of a cache, and twice their size of it. So the bits of a number of x, shifted
+    until none is left, go among those that widening adds."""
+    nothing = lax.bitcast_convert_type(x[(0,) * x.ndim], jnp.uint32) >> 16 >> 16
+    high = lax.bitcast_convert_type(weights, jnp.uint16).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(high | nothing, jnp.float32)
 
 
 def _row_by_row(spec: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from partinf.quantize import dequantize, quantize
-from partinf.transformer.linear import dot
+from partinf.transformer.linear import dot, widens
 
 SHAPES = {  # weights of every spec that the model uses, by letter
     "te,hqe->thq": {"e": 12, "h": 3, "q": 4},
@@ -36,6 +36,23 @@ def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
     found = dot(spec, jnp.asarray(x), given, jnp.float32) if dtype == "int8" else dot(spec, jnp.asarray(x, dtype), given, jnp.float32)
     want = np.einsum(spec, x.astype(np.float64), weights.astype(np.float64))
     np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
+
+
+@pytest.mark.parametrize("rows", [31, 32, 65])
+@pytest.mark.parametrize("int8", [False, True])
+def test_widening_changes_no_number(rows: int, int8: bool) -> None:
+    """Every bfloat16 and every product of two is a float32, whatever x holds."""
+    rng = np.random.default_rng(rows)
+    x, weights = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((rows, 12), (6, 12)))
+    weights = quantize(weights.astype(jnp.float32), (-1,)) if int8 else weights
+    narrow, wide = (np.asarray(dot("te,oe->to", x, weights, jnp.float32, widened)) for widened in (False, True))
+    np.testing.assert_allclose(narrow, wide, atol=1e-6)
+    spoilt = np.asarray(dot("te,oe->to", x.at[0].set(jnp.nan), weights, jnp.float32, True))
+    np.testing.assert_array_equal(spoilt[1:], wide[1:])
+
+
+def test_only_cpus_widen() -> None:
+    assert not any(map(widens, ("tpu", "gpu")))
 
 
 @pytest.mark.parametrize("rows", [3, 65])
