@@ -178,6 +178,8 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     else:
         found = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
+    if model.padded_vocab_size == model.vocab_size:
+        return found
     return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, found, -jnp.inf)
 
 
