@@ -4,62 +4,27 @@
 // makes one by one. Here the keys of a page meet the queries of all heads that share them while they are in a core's cache, and nothing
 // but the running softmax is kept: `partinf/transformer/kernels.py` has the same computation for every platform.
 //
-// Everything is written with vectors of sixteen floats, which the compiler cuts to what the machine has. Pages hold float32, the bits of
+// Pages hold float32, the bits of
 // bfloat16 (as uint16), or int8 with a scale per token and head; arithmetic is float32.
 //
 // Letters: B lanes, T prompt tokens, H query heads in groups of G per key-value head K, Q d_head (a multiple of 16), S tokens of a page,
 // R heads of pages, n pages of a lane or slot, M keys.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "cpu_vectors.h"
 
+namespace partinf {
 namespace {
-
-namespace ffi = xla::ffi;
-
-constexpr int kWidth = 16;
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef float Half __attribute__((vector_size(32)));
-typedef float Quarter __attribute__((vector_size(16)));
 
 constexpr float kMasked = -1e30f;  // finite, so that a row without any key stays finite
 constexpr float kLeast = -1e29f;   // below every score, and so far above a masked one that exp of the difference is 0
-
-inline Vec Load(const float* from) {
-  Vec v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-inline Vec Load(const uint16_t* from) {  // the bits of bfloat16 are the upper half of those of float32
-  typedef uint16_t Bits __attribute__((vector_size(32)));
-  typedef uint32_t Wide __attribute__((vector_size(64)));
-  Bits bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Wide) << 16);
-}
-
-inline Vec Load(const int8_t* from) {
-  typedef int8_t Bytes __attribute__((vector_size(16)));
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
-}
-
-inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
-
-inline Vec Splat(float x) { return x - Vec{}; }
 
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -78,19 +43,6 @@ inline Vec Exp(Vec x) {
   return x < -87.f ? Vec{} : value * reinterpret_cast<Vec>(power);
 }
 
-inline Quarter Fold(Vec v) {
-  const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-}
-
-// The sums of four vectors.
-inline Quarter Sums(Vec a, Vec b, Vec c, Vec d) {
-  const Quarter p = Fold(a), q = Fold(b), r = Fold(c), s = Fold(d);
-  const Quarter pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-  const Quarter rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
-}
-
 inline float Sum(Vec v) {
   const Quarter q = Fold(v);
   return (q[0] + q[1]) + (q[2] + q[3]);
@@ -100,35 +52,6 @@ inline float Largest(Vec v) {
   float found = v[0];
   for (int i = 1; i < kWidth; ++i) found = std::max(found, v[i]);
   return found;
-}
-
-// Floats of a thread's own that start on a line of its cache; they stay for its next unit of work.
-float* Scratch(size_t count) {
-  static thread_local std::vector<float> held;
-  if (held.size() < count + kWidth) held.resize(count + kWidth);
-  const auto address = reinterpret_cast<uintptr_t>(held.data());
-  return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
-}
-
-// Calls work(0) to work(count - 1), on the caller's thread and those of the pool that have time.
-//
-// The caller waits only for units that others have begun: where all threads of the pool are held up, by collectives that wait for this
-// very device, it does everything itself.
-template <typename Work>
-void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  auto take = [shared, count, &work] {  // `work` is not touched once all units are taken
-    for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
-      work(i);
-      shared->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); ++helper) pool.Schedule(std::function<void()>(take));
-  take();
-  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
 // All pages of a device, [R, S, Q]; scales [R, S] where T is int8.
@@ -441,25 +364,11 @@ struct Prompt {
   }
 };
 
-using Floats = ffi::Buffer<ffi::F32>;
-using Ints = ffi::Buffer<ffi::S32>;
-
 template <typename T>
 Pages<T> PagesOf(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values, const Floats& key_scales, const Floats& value_scales) {
   const auto shape = keys.dimensions();
   return {static_cast<const T*>(keys.untyped_data()), static_cast<const T*>(values.untyped_data()), key_scales.typed_data(),
           value_scales.typed_data(), shape[1], shape[2]};
-}
-
-// Calls run with an element of the type that pages are stored in.
-template <typename Run>
-ffi::Error ByType(ffi::DataType type, const Run& run) {
-  switch (type) {
-    case ffi::F32: run(float{}); return ffi::Error::Success();
-    case ffi::U16: run(uint16_t{}); return ffi::Error::Success();
-    case ffi::S8: run(int8_t{}); return ffi::Error::Success();
-    default: return ffi::Error::InvalidArgument("pages are float32, bits of bfloat16 as uint16, or int8");
-  }
 }
 
 // q [B, K, G, Q], pages [R, S, Q], scales [R, S] or empty, rows [B, n], position [B] → out [B, K, G, Q], mass [B, K, G].
@@ -507,15 +416,19 @@ ffi::Error Prefill(ffi::ThreadPool pool, Floats q, Ints owner, Ints position, Fl
 }
 
 }  // namespace
+}  // namespace partinf
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_decode, Decode,
+namespace ffi = xla::ffi;
+using partinf::Floats, partinf::Ints;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_decode, partinf::Decode,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
                                   .Arg<Ints>().Arg<Ints>()
                                   .Ret<Floats>().Ret<Floats>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_prefill, Prefill,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_prefill, partinf::Prefill,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Ints>()

@@ -25,7 +25,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from partinf.plans import Plan
-from partinf.transformer import cpu_attention
+from partinf.transformer import cpu_kernels
 from partinf.transformer.machine import DIRECTORY_VARIABLE, OFF, host, kept, own
 
 _MAGIC = b"partinf executable 1\n"
@@ -148,7 +148,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         [os.environ.get(flag, "") for flag in _FLAGS],
         [(device.id, device.device_kind) for device in devices],
         (mesh.axis_names, mesh.devices.shape, jax.process_index(), jax.process_count()),
-        (host(), cpu_attention.available()) if devices[0].platform == "cpu" else "",  # which also lets XLA find it in what is loaded
+        (host(), cpu_kernels.available()) if devices[0].platform == "cpu" else "",  # which also lets XLA find it in what is loaded
         replace(plan, predicted=(), note="", buckets=()),
         (plan.rich, plan.carried_rows, *program),
     )
@@ -160,6 +160,6 @@ def _source() -> str:
     """A digest of this package's source."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted((*root.rglob("*.py"), *root.rglob("*.cc"))):
+    for path in sorted((*root.rglob("*.py"), *root.rglob("*.cc"), *root.rglob("*.h"))):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return digest.hexdigest()

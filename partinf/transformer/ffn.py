@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from partinf.collectives import Split, move, take_split
-from partinf.transformer.linear import activate, wide
+from partinf.transformer.linear import activate, on_cpu
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
@@ -34,7 +34,7 @@ def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
     hidden = move(hidden, routes.frame(rows, cols, 0, 2), whole, split)  # [T.te, 2, F.f] or [T.t, 2, F.fe]
     if "b_in" in weights:
         hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)[None]
-    if wide(routes):  # narrowing, all of the nonlinearity and widening are then one pass; in bfloat16 they are four
+    if on_cpu(routes):  # in float32 it is one pass with what is before and after it; in bfloat16 they are four
         hidden = activate(hidden.astype(jnp.float32), routes.plan.model).astype(hidden.dtype)
     else:
         hidden = activate(hidden, routes.plan.model)  # [T.te, F.f] or [T.t, F.fe]

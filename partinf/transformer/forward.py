@@ -29,14 +29,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.buckets import least_rows
 from partinf.collectives import Split, move, take_split
 from partinf.model_config import Position
 from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm
+from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm, on_cpu
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
@@ -173,10 +172,7 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     axes, model = routes.weight_stored, routes.plan.model
     rows = norm(rows, params, "final_norm", axes, routes)
     table = params.get("unembed", params["embed"])  # [V, E.ef]
-    if rows.shape[0] < least_rows(routes.plan) and routes.plan.slice.chip.family == "cpu" and not routes.plain:
-        found = dot("re,ve->rv", jnp.pad(rows, ((0, 1), (0, 0))), table, jnp.float32)[:1]  # one row would have the whole table widened
-    else:
-        found = dot("re,ve->rv", rows, table, jnp.float32)  # [R, V] {ef unreduced}
+    found = dot("re,ve->rv", rows, table, jnp.float32, on_cpu(routes))  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
     if model.padded_vocab_size == model.vocab_size:
         return found

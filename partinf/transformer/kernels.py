@@ -2,7 +2,7 @@
 
 `Tiles` says how: tile by tile with a running softmax, so that neither scores nor gathered context exist as a whole and tiles that nobody
 may see are skipped; or, without tiles, the plain twin, which gathers everything and masks. Both give the same up to rounding. Trip
-counts are static in both. Where a platform has a kernel that reads pages where they lie (`paged_decode` for TPUs, `cpu_attention` for
+counts are static in both. Where a platform has a kernel that reads pages where they lie (`paged_decode` for TPUs, `cpu_kernels` for
 CPUs), that does what it fits. What is best on which platform is decided in `tiles_for` and nowhere else.
 
 Letters: B rows, L queries of a row, H query heads in groups of G per key-value head K, Q d_head, S tokens of a page, M keys.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.quantize import Quantized, dequantize
-from partinf.transformer import cpu_attention
+from partinf.transformer import cpu_kernels
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.linear import dot
 
@@ -73,7 +73,7 @@ class Tiles:
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
         paged: decode by the TPU's kernel (`partinf.transformer.paged_decode`) where that takes the pages. interpret: without a TPU.
-        native: by the CPU's kernels (`partinf.transformer.cpu_attention`), prompts too, where those take the pages.
+        native: by the CPU's kernels (`partinf.transformer.cpu_kernels`), prompts too, where those take the pages.
     """
 
     keys: int
@@ -159,8 +159,8 @@ def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tile
 
 def _in_place(q: jax.Array, stored: Stored, position: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array] | None:
     """`decode` of q [B, K, G, Q] by a kernel that reads pages where they lie; None where there is none for these."""
-    if tiles.native and cpu_attention.fits(stored.pages):
-        return cpu_attention.decode(q, stored, position)
+    if tiles.native and cpu_kernels.fits(stored.pages):
+        return cpu_kernels.decode(q, stored, position)
     if tiles.paged:
         from partinf.transformer import paged_decode  # it takes a quarter of a second, which a CPU never needs
 
@@ -187,9 +187,9 @@ def prefill(
     if tiles is None:
         return _prefill_plain(q, owner, position, fresh, context)
     lying = None if context is None else context.stored
-    if tiles.native and (context is None or lying is not None) and cpu_attention.fits(fresh.new if lying is None else lying.pages):
+    if tiles.native and (context is None or lying is not None) and cpu_kernels.fits(fresh.new if lying is None else lying.pages):
         earlier = None if context is None or lying is None else (lying, context.slots, context.starts)
-        return Attended(*cpu_attention.prefill(q, owner, position, *fresh, earlier))
+        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier))
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:

@@ -14,38 +14,39 @@ from jax import lax
 from partinf.collectives import Axes, Frame, Split, move, take_split
 from partinf.model_config import Activation, ModelConfig, Norm
 from partinf.quantize import Quantized
+from partinf.transformer import cpu_kernels
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
 _FEW_ROWS = (2, 64)  # rows of float32 whose products are made in halves
-_WIDE_ROWS = 32  # rows from which widening bfloat16 weights costs less than it gains, where it does; int8 has to be widened for any number
+_WIDE_ROWS = 32  # rows of bfloat16 from which widening the weights costs less than it gains, where it does
 _BFLOAT16_UNITS = {"amx_bf16", "bf16"}  # flags of x86 and Arm CPUs that multiply bfloat16 faster than float32; avx512_bf16 does not
 
 
 @functools.cache
-def widens(family: str) -> bool:
-    """Whether chips of a family (`partinf.hardware.Chip.family`) multiply many rows of bfloat16 as float32, which is as exact: this
-    machine's CPU, unless it has a unit for matrices of bfloat16."""
+def _widens() -> bool:
+    """Whether this machine's CPU multiplies many rows of bfloat16 faster as float32: unless it has a unit for matrices of bfloat16."""
     flags: set[str] = set(_BFLOAT16_UNITS)  # of a CPU that says nothing nothing is assumed
-    if family == "cpu":
-        with suppress(OSError):
-            flags = set(Path("/proc/cpuinfo").read_text().split("\n\n")[0].split())
+    with suppress(OSError):
+        flags = set(Path("/proc/cpuinfo").read_text().split("\n\n")[0].split())
     return not flags & _BFLOAT16_UNITS
 
 
-def wide(routes: Routes) -> bool:
-    """Whether this step widens bfloat16; the plain twin, which is there to be read, does not."""
-    return not routes.plain and widens(routes.plan.slice.chip.family)
+def on_cpu(routes: Routes) -> bool:
+    """Whether this step is made for this machine's CPU; the plain twin, which is there to be read, is made for none."""
+    return not routes.plain and routes.plan.slice.chip.family == "cpu"
 
 
-def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None, widened: bool = False) -> jax.Array:
+def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None, on_cpu: bool = False) -> jax.Array:
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
-
-    What is not float32 may be multiplied as that, `widened`: int8 weights, and many rows of bfloat16.
 
     Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
     matrices on CPU, and a loop several times slower for anything else. Many rows come out row by row, and what else is wanted is a
     transposition of that: left to itself the einsum makes W · xᵀ, which whatever comes next would read against the grain.
+
+    Args:
+        on_cpu: a program for this machine's CPU: few rows meet the weights as they are stored (`partinf.transformer.cpu_kernels`), many
+            rows of bfloat16 are multiplied as float32 if that is faster there, which is as exact.
     """
     dtype = x.dtype if dtype is None else dtype
     scale = None
@@ -53,14 +54,11 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
         _, weight_letters, out_letters = spec.replace("->", ",").split(",")
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
-        weights = weights.values.astype(x.dtype)
-    if widened and x.dtype == jnp.bfloat16 and (x.shape[0] >= _WIDE_ROWS or scale is not None):
-        x = x.astype(jnp.float32)
-        weights = _widened(weights, x)
+        weights = weights.values
     wanted = spec[spec.index(">") + 1 :]
     made = _row_by_row(spec) if x.shape[0] > _FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
-    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape)).reshape(out_shape)
+    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), on_cpu).reshape(out_shape)
     out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
 
@@ -80,10 +78,16 @@ def _row_by_row(spec: str) -> str:
     return "".join(letter for letter in dict.fromkeys(first + second) if letter in result)
 
 
-def _product(spec: str, x: jax.Array, weights: jax.Array) -> jax.Array:
+def _product(spec: str, x: jax.Array, weights: jax.Array, on_cpu: bool) -> jax.Array:
     """An einsum in float32. A few float32 rows meet the two halves of a matrix as a batch of two: XLA on CPU has a fast product for
     that, and takes up to three times as long for the whole matrix; bfloat16, one row and many rows are as fast whole."""
     matrices = x.ndim == weights.ndim == 2  # [rows, in] · [out, in], the only form that two letters each are used in
+    if matrices and on_cpu and cpu_kernels.fits_product(x, weights):
+        return cpu_kernels.product(x, weights)
+    weights = weights.astype(x.dtype)
+    if on_cpu and x.dtype == jnp.bfloat16 and x.shape[0] >= _WIDE_ROWS and _widens():
+        x = x.astype(jnp.float32)
+        weights = _widened(weights, x)
     if not matrices or weights.shape[0] % 2 or x.dtype != jnp.float32 or not _FEW_ROWS[0] <= x.shape[0] <= _FEW_ROWS[1]:
         return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32)
     halves = weights.reshape(2, -1, weights.shape[1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from partinf.quantize import dequantize, quantize
-from partinf.transformer.linear import dot, widens
+from partinf.transformer.linear import dot
 
 SHAPES = {  # weights of every spec that the model uses, by letter
     "te,hqe->thq": {"e": 12, "h": 3, "q": 4},
@@ -38,21 +38,21 @@ def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
     np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
 
 
-@pytest.mark.parametrize("rows", [31, 32, 65])
-@pytest.mark.parametrize("int8", [False, True])
-def test_widening_changes_no_number(rows: int, int8: bool) -> None:
-    """Every bfloat16 and every product of two is a float32, whatever x holds."""
+@pytest.mark.parametrize("rows", [1, 2, 7, 31, 64, 65])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 132), (12, 6)])
+def test_products_on_a_cpu_change_no_number(rows: int, kind: str, inputs: int, outputs: int) -> None:
+    """Every bfloat16 and every product of two is a float32, whatever x holds; the second size is none that the kernels take."""
     rng = np.random.default_rng(rows)
-    x, weights = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((rows, 12), (6, 12)))
-    weights = quantize(weights.astype(jnp.float32), (-1,)) if int8 else weights
-    narrow, wide = (np.asarray(dot("te,oe->to", x, weights, jnp.float32, widened)) for widened in (False, True))
-    np.testing.assert_allclose(narrow, wide, atol=1e-6)
+    x, weights = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((rows, inputs), (outputs, inputs)))
+    if kind != "f32":
+        x = x.astype(jnp.bfloat16)
+        weights = quantize(weights, (-1,)) if kind == "int8" else weights.astype(jnp.bfloat16)
+    there, here = (np.asarray(dot("te,oe->to", x, weights, jnp.float32, on_cpu)) for on_cpu in (False, True))
+    np.testing.assert_allclose(here, there, atol=1e-4)
     spoilt = np.asarray(dot("te,oe->to", x.at[0].set(jnp.nan), weights, jnp.float32, True))
-    np.testing.assert_array_equal(spoilt[1:], wide[1:])
-
-
-def test_only_cpus_widen() -> None:
-    assert not any(map(widens, ("tpu", "gpu")))
+    np.testing.assert_array_equal(spoilt[1:], here[1:])
+    assert np.isnan(spoilt[0]).all()
 
 
 @pytest.mark.parametrize("rows", [3, 65])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from partinf.quantize import Quantized, quantize
-from partinf.transformer import cache, cpu_attention, kernels
+from partinf.transformer import cache, cpu_kernels, kernels
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import Tiles
 from tests.execution.harness import TOLERANCE
@@ -51,7 +51,7 @@ def compare(run: Callable[[Tiles | None], kernels.Attended], kind: str, lanes: n
 
 
 def test_this_machine_has_the_kernels() -> None:
-    assert cpu_attention.available()
+    assert cpu_kernels.available()
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
@@ -75,7 +75,7 @@ def test_decode_equals_the_plain_twin(kind: str, kv_heads: int, group: int, page
 
         return jax.jit(step)(q, table, position)
 
-    assert cpu_attention.fits(cache.stored(held_by[NATIVE], 1, jnp.asarray(table)).pages)
+    assert cpu_kernels.fits(cache.stored(held_by[NATIVE], 1, jnp.asarray(table)).pages)
     compare(run, kind, position >= 0)
     assert float(run(NATIVE).mass[-1].max()) < -1e28  # saw no key
 
@@ -112,21 +112,21 @@ def test_prefill_equals_the_plain_twin(kind: str, earlier: bool, kv_heads: int, 
 
 def test_what_does_not_fit_is_left_to_the_tiles() -> None:
     plain = jnp.zeros((4, 8, 32))
-    assert cpu_attention.fits(KeysValues(plain, plain))
-    assert not cpu_attention.fits(KeysValues(plain[..., :24], plain[..., :24]))
+    assert cpu_kernels.fits(KeysValues(plain, plain))
+    assert not cpu_kernels.fits(KeysValues(plain[..., :24], plain[..., :24]))
 
 
 @pytest.mark.parametrize("compiler", ["off", "/nowhere/c++"])
 def test_without_a_compiler_xla_does_it(compiler: str, tmp_path: Path) -> None:
     """A machine without kernels says so once, and nothing else changes."""
     program = (
-        "from partinf.transformer import cpu_attention\n"
+        "from partinf.transformer import cpu_kernels\n"
         "import jax.numpy as jnp\n"
         "from partinf.transformer.cache import KeysValues\n"
         "x = jnp.zeros((1, 16, 16))\n"
-        "print([cpu_attention.fits(KeysValues(x, x)) for _ in range(2)])\n"
+        "print([cpu_kernels.fits(KeysValues(x, x)) for _ in range(2)])\n"
     )
     environment = os.environ | {"CXX": compiler, "PATH": str(tmp_path), "PARTINF_CACHE_DIR": str(tmp_path)}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split("\n")[-2] == "[False, False]"
-    assert found.stderr.count("attention on CPU runs by XLA") == (compiler != "off")
+    assert found.stderr.count("CPU steps run by XLA alone") == (compiler != "off")

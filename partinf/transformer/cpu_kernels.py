@@ -1,8 +1,8 @@
-"""The core of attention on CPUs, in C++ (`cpu_attention.cc`): pages are read where they lie, once, by all cores.
+"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products of a few rows (`cpu_products.cc`).
 
-The machine's own C++ compiler makes it when it is first wanted, for the very CPU that is there, in about five seconds; the library is
-kept beside the compiled programs (`partinf.transformer.executables`). Without a compiler XLA's form is used, which gives the same and
-takes longer; a warning says so once.
+Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
+for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.transformer.executables`).
+Without a compiler XLA's forms are used, which give the same and take longer; a warning says so once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import OFF, host, kept, own
 
 COMPILER_VARIABLE = "CXX"
-_SOURCE = Path(__file__).with_suffix(".cc")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_products.cc", "cpu_vectors.h"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
-_WIDTH = 16  # d_head is a multiple of this
+_WIDTH = 16  # d_head, and what is contracted in a product, are multiples of this
+_MOST_ROWS, _OUTPUTS = 64, 4  # of a product: rows for which it pays, and what outputs are a multiple of
 _SECONDS = 300
 
 
@@ -40,6 +41,18 @@ def fits(pages: KeysValues) -> bool:
         return pages.keys.shape[-1] % _WIDTH == 0 and available()
     kinds = (jnp.float32, jnp.bfloat16, jnp.uint16)
     return pages.keys.dtype in kinds and pages.keys.shape[-1] % _WIDTH == 0 and available()
+
+
+def fits_product(x: jax.Array, weights: jax.Array) -> bool:
+    """Whether the kernel takes the product of x [T, E] and weights [F, E], and this machine has the kernels."""
+    sizes = x.shape[0] <= _MOST_ROWS and x.shape[1] % _WIDTH == 0 and weights.shape[0] % _OUTPUTS == 0
+    return sizes and weights.dtype in (jnp.float32, jnp.bfloat16, jnp.int8) and available()
+
+
+def product(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """x [T, E] · weights [F, E] → [T, F] float32, weights float32, bfloat16 or int8 as they are."""
+    call = jax.ffi.ffi_call(f"partinf_product_{_digest()}", jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32))
+    return call(x.astype(jnp.float32), weights)
 
 
 def decode(q: jax.Array, stored: Stored, position: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -97,17 +110,17 @@ def available() -> bool:
     try:
         library = ctypes.CDLL(str(_library()))
     except (InvalidInput, OSError, subprocess.SubprocessError) as error:
-        logging.warning("attention on CPU runs by XLA, which takes longer: its kernels cannot be made (%s)", _reason(error))
+        logging.warning("CPU steps run by XLA alone, which takes longer: their kernels cannot be made (%s)", _reason(error))
         return False
-    for name in ("decode", "prefill"):
+    for name in ("decode", "prefill", "product"):
         handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
         jax.ffi.register_ffi_target(f"partinf_{name}_{_digest()}", handler, platform="cpu")
     return True
 
 
 def _library() -> Path:
-    """The library of this source for this machine, made if it is not there."""
-    path = own(kept("native")) / f"cpu_attention-{_digest()}.so"
+    """The library of these sources for this machine, made if it is not there."""
+    path = own(kept("native")) / f"cpu_kernels-{_digest()}.so"
     if path.exists():
         return path
     compiler = next(filter(None, map(shutil.which, (os.environ.get(COMPILER_VARIABLE, "c++"), "g++", "clang++"))), None)
@@ -116,7 +129,7 @@ def _library() -> Path:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix="making-")
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", str(_SOURCE), "-o", name]
+        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *(str(path) for path in _SOURCES if path.suffix == ".cc"), "-o", name]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
         os.replace(name, path)  # whole or not at all, whoever else makes it at this moment
     finally:
@@ -127,7 +140,7 @@ def _library() -> Path:
 @functools.cache
 def _digest() -> str:
     """What the library depends on."""
-    parts = (_SOURCE.read_bytes(), _FLAGS, jaxlib.__version__, host())
+    parts = ([path.read_bytes() for path in _SOURCES], _FLAGS, jaxlib.__version__, host())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,115 @@
+// What the CPU's kernels share: vectors, scratch memory, and spreading work over the threads of XLA's pool.
+//
+// Everything is written with vectors of sixteen floats, which the compiler cuts to what the machine has.
+
+#ifndef PARTINF_CPU_VECTORS_H_
+#define PARTINF_CPU_VECTORS_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace partinf {
+
+namespace ffi = xla::ffi;
+
+constexpr int kWidth = 16;
+typedef float Vec __attribute__((vector_size(64)));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef float Half __attribute__((vector_size(32)));
+typedef float Quarter __attribute__((vector_size(16)));
+
+inline Vec Load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec Load(const uint16_t* from) {  // the bits of bfloat16 are the upper half of those of float32
+  typedef uint16_t Bits __attribute__((vector_size(32)));
+  typedef uint32_t Wide __attribute__((vector_size(64)));
+  Bits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return reinterpret_cast<Vec>(__builtin_convertvector(bits, Wide) << 16);
+}
+
+inline Vec Load(const int8_t* from) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  typedef int16_t Shorts __attribute__((vector_size(32)));
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  // Twice as wide at a time, for which GCC has instructions; it takes elements one by one otherwise.
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, Shorts), IntVec), Vec);
+}
+
+inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vec Splat(float x) { return x - Vec{}; }
+
+inline Quarter Fold(Vec v) {
+  const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
+// The sums of four vectors.
+inline Quarter Sums(Vec a, Vec b, Vec c, Vec d) {
+  const Quarter p = Fold(a), q = Fold(b), r = Fold(c), s = Fold(d);
+  const Quarter pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+  const Quarter rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+  return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+
+// Floats of a thread's own that start on a line of its cache; they stay for its next unit of work.
+inline float* Scratch(size_t count) {
+  static thread_local std::vector<float> held;
+  if (held.size() < count + kWidth) held.resize(count + kWidth);
+  const auto address = reinterpret_cast<uintptr_t>(held.data());
+  return reinterpret_cast<float*>((address + 63) & ~uintptr_t{63});
+}
+
+// Calls work(0) to work(count - 1), on the caller's thread and those of the pool that have time.
+//
+// The caller waits only for units that others have begun: where all threads of the pool are held up, by collectives that wait for this
+// very device, it does everything itself.
+template <typename Work>
+void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, count, &work] {  // `work` is not touched once all units are taken
+    for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
+      work(i);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); ++helper) pool.Schedule(std::function<void()>(take));
+  take();
+  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+// Calls run with an element of the type that an array is stored in; bfloat16 by its bits.
+template <typename Run>
+ffi::Error ByType(ffi::DataType type, const Run& run) {
+  switch (type) {
+    case ffi::F32: run(float{}); return ffi::Error::Success();
+    case ffi::BF16:
+    case ffi::U16: run(uint16_t{}); return ffi::Error::Success();
+    case ffi::S8: run(int8_t{}); return ffi::Error::Success();
+    default: return ffi::Error::InvalidArgument("stored are float32, bfloat16 or its bits as uint16, and int8");
+  }
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+
+}  // namespace partinf
+
+#endif  // PARTINF_CPU_VECTORS_H_
