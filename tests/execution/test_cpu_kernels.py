@@ -6,6 +6,7 @@ The kernels get a cache with NaN wherever nobody may look; the twin, which multi
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,10 +51,15 @@ def compare(run: Callable[[Tiles | None], kernels.Attended], kind: str, lanes: n
         np.testing.assert_allclose(got, want, rtol=2**-7 if kind == "bf16" else 0, atol=TOLERANCE["bf16" if kind == "bf16" else "f32"] / 10)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler, which the kernels need")
 def test_this_machine_has_the_kernels() -> None:
     assert cpu_kernels.available()
 
 
+needs_kernels = pytest.mark.skipif("not cpu_kernels.available()", reason="what the test before this one found")
+
+
+@needs_kernels
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize(
     ("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 9, 5, 16), (4, 1, 64, 128), (1, 2, 24, 80), (2, 4, 40, 96)]
@@ -80,6 +86,7 @@ def test_decode_equals_the_plain_twin(kind: str, kv_heads: int, group: int, page
     assert float(run(NATIVE).mass[-1].max()) < -1e28  # saw no key
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 7, 5, 16), (3, 1, 80, 128), (1, 100, 24, 16)])
@@ -110,10 +117,16 @@ def test_prefill_equals_the_plain_twin(kind: str, earlier: bool, kv_heads: int, 
     compare(run, kind, owner >= 0)
 
 
+@needs_kernels
 def test_what_does_not_fit_is_left_to_the_tiles() -> None:
     plain = jnp.zeros((4, 8, 32))
     assert cpu_kernels.fits(KeysValues(plain, plain))
     assert not cpu_kernels.fits(KeysValues(plain[..., :24], plain[..., :24]))
+    few, many, weights = jnp.zeros((64, 32)), jnp.zeros((65, 32)), jnp.zeros((12, 32))
+    assert cpu_kernels.fits_product(few, weights)
+    assert not cpu_kernels.fits_product(many, weights)
+    assert not cpu_kernels.fits_product(few, weights[:6])
+    assert not cpu_kernels.fits_product(few[:, :24], weights[:, :24])
 
 
 @pytest.mark.parametrize("compiler", ["off", "/nowhere/c++"])
