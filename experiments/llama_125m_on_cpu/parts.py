@@ -90,19 +90,24 @@ def prompt_attention(tokens: int) -> dict[str, float]:
 
 
 def products(rows: int, dtype: Any) -> dict[str, float]:
-    """Six products with a matrix of the FFN: an einsum as it stands, and the library's."""
+    """Six products with a matrix of the FFN: an einsum as it stands, and the library's, for XLA alone and for this CPU."""
     weights = [array(dtype, WIDE, EMBED) for _ in range(6)]
-    plain = lambda x, w: jnp.einsum("te,fe->tf", x, w, preferred_element_type=jnp.float32).astype(dtype)  # noqa: E731
-    ways = {"einsum": lambda x, ws: [plain(x, w) for w in ws], "dot": lambda x, ws: [dot("te,fe->tf", x, w) for w in ws]}
-    return turns(ways, array(dtype, rows, EMBED), weights)
+    return turns(multiplied("te,fe->tf", dtype), array(dtype, rows, EMBED), weights)
 
 
 def heads(rows: int) -> dict[str, float]:
     """Six products with W_Q as it is stored."""
-    spec, weights = "te,hqe->thq", [array(jnp.float32, HEADS, SIZE, EMBED) for _ in range(6)]
-    plain = lambda x, w: jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)  # noqa: E731
-    ways = {"einsum": lambda x, ws: [plain(x, w) for w in ws], "dot": lambda x, ws: [dot(spec, x, w) for w in ws]}
-    return turns(ways, array(jnp.float32, rows, EMBED), weights)
+    weights = [array(jnp.float32, HEADS, SIZE, EMBED) for _ in range(6)]
+    return turns(multiplied("te,hqe->thq", jnp.float32), array(jnp.float32, rows, EMBED), weights)
+
+
+def multiplied(spec: str, dtype: Any) -> dict[str, Callable[..., Any]]:
+    plain = lambda x, w: jnp.einsum(spec, x, w, preferred_element_type=jnp.float32).astype(dtype)  # noqa: E731
+    return {
+        "einsum": lambda x, ws: [plain(x, w) for w in ws],
+        "dot": lambda x, ws: [dot(spec, x, w) for w in ws],
+        "on CPU": lambda x, ws: [dot(spec, x, w, on_cpu=True) for w in ws],
+    }
 
 
 def scatter(rows: int) -> dict[str, float]:
@@ -135,6 +140,8 @@ def main() -> None:
         "products with [4096, 768], float32, 32 rows": products(32, jnp.float32),
         "products with [4096, 768], bfloat16, 1 row": products(1, jnp.bfloat16),
         "products with [4096, 768], bfloat16, 2 rows": products(2, jnp.bfloat16),
+        "products with [4096, 768], bfloat16, 32 rows": products(32, jnp.bfloat16),
+        "products with [4096, 768], bfloat16, 512 rows": products(512, jnp.bfloat16),
         "writing 8 rows into bfloat16 pages": scatter(8),
     }
     for name, times in found.items():
