@@ -22,7 +22,7 @@ for kind in ("models", "layouts"):
         path = resources.find(kind, name)
         found[f"{kind}/{name}"] = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.name
 package = Path(resources.__file__).parent
-found["C++"] = sorted(str(p.relative_to(package)) for p in package.rglob("*.cc"))
+found["C++"] = sorted(str(p.relative_to(package)) for p in package.rglob("*") if p.suffix in (".cc", ".h"))
 print(json.dumps(found))
 """
 
