@@ -54,7 +54,7 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
         _, weight_letters, out_letters = spec.replace("->", ",").split(",")
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
-        weights = weights.values
+        weights = weights.values if on_cpu else weights.values.astype(x.dtype)
     wanted = spec[spec.index(">") + 1 :]
     made = _row_by_row(spec) if x.shape[0] > _FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
