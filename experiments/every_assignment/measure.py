@@ -56,6 +56,8 @@ def main() -> None:
     failed = []
     for what, path in TESTS.items():
         results, seconds = run(path)
+        if not results:
+            raise SystemExit(f"{path} has no such tests")
         counted: dict[str, dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0})
         for name, passed in results:
             where = kind(name) if what == ATTENDS else kind(name).partition(",")[0]

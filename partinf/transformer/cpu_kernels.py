@@ -37,10 +37,8 @@ _SECONDS = 300
 
 def fits(pages: KeysValues) -> bool:
     """Whether the kernels take these pages [.., S, Q], and this machine has the kernels."""
-    if isinstance(pages.keys, Quantized):
-        return pages.keys.shape[-1] % _WIDTH == 0 and available()
-    kinds = (jnp.float32, jnp.bfloat16, jnp.uint16)
-    return pages.keys.dtype in kinds and pages.keys.shape[-1] % _WIDTH == 0 and available()
+    known = isinstance(pages.keys, Quantized) or pages.keys.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16)
+    return known and pages.keys.shape[-1] % _WIDTH == 0 and available()
 
 
 def fits_product(x: jax.Array, weights: jax.Array) -> bool:
@@ -88,7 +86,6 @@ def prefill(
     Returns:
         [T, H, Q], 0 for tokens that saw nothing, and the logarithm of the sum of exp(score) [T, H], float32.
     """
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q, new.keys, new.values))
     if context is None:
         none = jnp.zeros((0,), jnp.int32)
         empty = jnp.zeros((0, 1, q.shape[-1]), jnp.float32)
@@ -96,9 +93,9 @@ def prefill(
     stored, slots, starts = context
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
     call = jax.ffi.ffi_call(f"partinf_prefill_{_digest()}", shapes)
-    tokens = tuple(_ints(x) for x in (owner, position)), tuple(_ints(x) for x in (key_owner, key_position))
-    where = tuple(_ints(x) for x in (stored.rows, slots, starts))
-    out, mass = call(wide[0], *tokens[0], *wide[1:], *tokens[1], *_plain(stored.pages), *where)
+    queries = q.astype(jnp.float32), _ints(owner), _ints(position)
+    fresh = new.keys.astype(jnp.float32), new.values.astype(jnp.float32), _ints(key_owner), _ints(key_position)
+    out, mass = call(*queries, *fresh, *_plain(stored.pages), _ints(stored.rows), _ints(slots), _ints(starts))
     return out.astype(q.dtype), mass
 
 

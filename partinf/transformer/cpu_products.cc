@@ -1,6 +1,6 @@
 // Products of a few rows with a matrix that is read once, at the memory's rate as long as there are few enough of them.
 //
-// XLA's takes up to twice as long in float32, and up to five times where weights are narrower: it widens all of them in a pass of its own.
+// XLA's takes longer in float32, and several times as long where weights are narrower: it widens all of them in a pass of its own.
 // Here the weights of a few outputs are widened in registers, where a few rows meet them; further rows find them in a core's first cache.
 //
 // Letters: T rows, E inputs (a multiple of 16), F outputs.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from contextlib import suppress
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from partinf.collectives import Axes, Frame, Split, move, take_split
 from partinf.model_config import Activation, ModelConfig, Norm
 from partinf.quantize import Quantized
 from partinf.transformer import cpu_kernels
+from partinf.transformer.machine import host
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
@@ -26,10 +25,8 @@ _BFLOAT16_UNITS = {"amx_bf16", "bf16"}  # flags of x86 and Arm CPUs that multipl
 @functools.cache
 def _widens() -> bool:
     """Whether this machine's CPU multiplies many rows of bfloat16 faster as float32: unless it has a unit for matrices of bfloat16."""
-    flags: set[str] = set(_BFLOAT16_UNITS)  # of a CPU that says nothing nothing is assumed
-    with suppress(OSError):
-        flags = set(Path("/proc/cpuinfo").read_text().split("\n\n")[0].split())
-    return not flags & _BFLOAT16_UNITS
+    said = set(host().split())
+    return bool(said & {"flags", "Features"}) and not said & _BFLOAT16_UNITS  # of a CPU that says nothing nothing is assumed
 
 
 def on_cpu(routes: Routes) -> bool:

@@ -135,7 +135,7 @@ def _max(x: jax.Array, axes: Axes) -> jax.Array:
 def _argmax(logits: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
     """The vocabulary entry of each row's largest logit, the lowest one among equals.
 
-    Two plain reductions: XLA on CPU takes four times as long for one that carries values and places.
+    Two plain reductions: XLA on CPU takes longer for one that carries values and places.
     """
     top = _max(jnp.max(logits, axis=-1), axes)
     mine = jnp.min(jnp.where(logits == top[:, None], ids[None, :], jnp.iinfo(jnp.int32).max), axis=-1)
