@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "AttentionRole": "layout",
     "Capacity": "buckets",
-    "Chip": "hardware",
+    "Chip": "hardware.slices",
     "DType": "workload",
     "Engine": "engine.engine",
     "InvalidInput": "errors",
     "Layout": "layout",
     "Model": "api",
-    "ModelConfig": "model_config",
+    "ModelConfig": "model.config",
     "Objective": "workload",
     "Overloaded": "errors",
     "Phase": "layout",
@@ -26,12 +26,12 @@ _WHERE = {
     "RequestOutput": "engine.request",
     "Role": "layout",
     "SamplingParams": "engine.request",
-    "Slice": "hardware",
+    "Slice": "hardware.slices",
     "Workload": "workload",
     "load": "api",
-    "load_model_config": "model_config",
+    "load_model_config": "model.config",
     "make_layout": "layout",
-    "parse_slice": "hardware",
+    "parse_slice": "hardware.slices",
     "plan": "api",
     "prove": "proof",
     "with_capacity": "buckets",
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from partinf.engine.engine import Engine
     from partinf.engine.request import RequestOutput, SamplingParams
     from partinf.errors import InvalidInput, Overloaded
-    from partinf.hardware import Chip, Slice, parse_slice
+    from partinf.hardware.slices import Chip, Slice, parse_slice
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
-    from partinf.model_config import ModelConfig, load_model_config
+    from partinf.model.config import ModelConfig, load_model_config
     from partinf.plans import Plan
     from partinf.proof import Proof, prove
     from partinf.workload import DType, Objective, Workload

@@ -24,18 +24,18 @@ from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
 from partinf.errors import InvalidInput, collect, raise_offences
-from partinf.hardware import Slice, parse_slice
-from partinf.hardware_file import check_devices, read_hardware
+from partinf.hardware.hardware_file import check_devices, read_hardware
+from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.workload import DType, Workload
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from partinf.execution.score import Scores
     from partinf.hosts import Group
-    from partinf.scoring import Scores
 
 _CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 
@@ -55,7 +55,7 @@ def find_slice(slice_: str | Slice, mesh: str | None = None, hardware: str | Pat
         return slice_ if mesh is None else slice_.with_mesh(mesh)
     chip = None if hardware is None else read_hardware(Path(hardware))
     if slice_ == "local":
-        from partinf.sharding import local_slice
+        from partinf.partition.sharding import local_slice
 
         found = local_slice(mesh, chip)
     else:
@@ -146,8 +146,8 @@ def load(
     """
     from partinf.checkpoint.hf import load_hf
     from partinf.checkpoint.tokenizer import load_tokenizer
-    from partinf.engine.jax_runner import JaxRunner
-    from partinf.sharding import device_mesh
+    from partinf.execution.runner import JaxRunner
+    from partinf.partition.sharding import device_mesh
     from partinf.transformer.executables import open_cache
     from partinf.transformer.params import abstract_params, prefers_unrolled, random_params
 
@@ -195,7 +195,7 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
 def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> None:
     """Raise `InvalidInput` with every reason why an engine of this plan would refuse any of the prompts; touches no device."""
     from partinf.checkpoint.tokenizer import load_tokenizer
-    from partinf.engine.jax_runner import runner_limits
+    from partinf.execution.runner import runner_limits
 
     directory = weights_directory(model)
     check = RequestCheck(runner_limits(plan), load_tokenizer(directory) if directory is not None else None, seed=0)
@@ -258,7 +258,7 @@ class Model:
         Raises:
             InvalidInput: every text that is too short or too long, or holds ids outside the vocabulary.
         """
-        from partinf.scoring import Scorer
+        from partinf.execution.score import Scorer
 
         if self._scorer is None:
             self._scorer = Scorer(self.plan, self.params, self.mesh)

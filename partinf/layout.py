@@ -54,7 +54,7 @@ PHASES = ("prefill", "decode")
 
 
 class Ring(StrEnum):
-    """How a looped collective goes around its axis; `partinf.looped` says what each is for."""
+    """How a looped collective goes around its axis; `partinf.partition.collective_matmul` says what each is for."""
 
     ONE_WAY = "one-way"
     HALVES = "halves"

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from partinf.errors import raise_offences
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.workload import DType
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""TPU types: from `v5litepod-16` to chips, hosts and a topology that partinf.hardware knows, and back from a slice to a type."""
+"""TPU types: from `v5litepod-16` to chips, hosts and a topology that partinf.hardware.slices knows, and back from a slice to a type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pod_checkout import HERE
 
 from partinf.errors import InvalidInput, nearest
-from partinf.hardware import Slice, parse_slice
+from partinf.hardware.slices import Slice, parse_slice
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from typing import Any
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.engine import Engine
-from partinf.engine.arrivals import Arrival, read_trace
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.report import Bounds, Machine, report
-from partinf.engine.serving_plan import Traffic, serving_plan
-from partinf.engine.simulation import Sizing, cost_runner, play
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import readable_name
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Plan
+from partinf.simulation.arrivals import Arrival, read_trace
+from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.report import Bounds, Machine, report
+from partinf.simulation.serving_plan import Traffic, serving_plan
 
 BOUNDS = Bounds(ttft=1.0, time_per_token=0.05)
 # Model, slice, batch, of how many equal replicas this is one (it gets every n-th request), and pipeline stages (None: as many as the

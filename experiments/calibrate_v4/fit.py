@@ -18,9 +18,9 @@ from experiments.calibrate_v4.measured import BF16_STEP, COLUMNS, DECODED, INT8_
 from partinf.cost.calibration import Calibration
 from partinf.cost.ledger import Kind
 from partinf.cost.pricing import Pricing
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import PHASES
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.planner.evaluate import Evaluator, heads_for
 from partinf.workload import DType, Workload

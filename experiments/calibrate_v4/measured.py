@@ -12,9 +12,9 @@ from partinf.cost.ledger import Ledger
 from partinf.cost.pricing import LOOPED, Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import Block, load_model_config
+from partinf.model.config import Block, load_model_config
 from partinf.workload import DType
 
 CONTEXT = 2048

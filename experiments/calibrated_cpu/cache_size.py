@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 from experiments.calibrated_cpu.measure import models
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.measure.steps import Steps, for_buckets
 from partinf.measure.timing import alternate

@@ -34,7 +34,7 @@ BUDGET, CALIBRATION = 60.0, 30.0  # seconds of timing in turn, and of the calibr
 
 def models() -> list[Any]:
     """The two models of the predictions; the second is also the one that is split over eight devices."""
-    from partinf.model_config import ModelConfig, load_model_config
+    from partinf.model.config import ModelConfig, load_model_config
 
     small = ModelConfig("llama-26m", 4, 512, 1536, 8, 4, 64, 16384, tied_embeddings=True, max_len=2048)
     return [load_model_config("llama-125m"), small]
@@ -44,8 +44,8 @@ def plans_of(dtype: Any) -> dict[str, tuple[Any, Any]]:
     """The steps of the models on one device, by name: plan and bucket."""
     from partinf.layout import make_layout
     from partinf.measure.steps import for_buckets
+    from partinf.partition.sharding import local_slice
     from partinf.plans import Bucket, Plan
-    from partinf.sharding import local_slice
 
     layout = make_layout({"x": "replica"}, {"x": "batch"})
     buckets = tuple(Bucket(rows, CONTEXT // 16) for rows in BATCHES)
@@ -76,7 +76,7 @@ def predict(part: str, found: dict[str, Any]) -> dict[str, Any]:
     """What the times of `one_device` say: rates, and the steps as they are predicted and measured."""
     from partinf.measure.calibrate import Measured
     from partinf.measure.timing import Timing
-    from partinf.sharding import local_slice
+    from partinf.partition.sharding import local_slice
     from partinf.workload import DType
 
     dtype, chips = DType(part), []
@@ -98,9 +98,9 @@ def eight_devices() -> dict[str, Any]:
     from partinf.measure.calibrate import Measured
     from partinf.measure.steps import Steps, for_buckets
     from partinf.measure.timing import alternate
+    from partinf.partition.sharding import local_slice
     from partinf.planner.choose import plan_of
     from partinf.planner.search import search
-    from partinf.sharding import local_slice
     from partinf.workload import DType, Workload
 
     measured = Measured((DType.F32,))

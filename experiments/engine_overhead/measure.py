@@ -29,8 +29,8 @@ from partinf import api
 from partinf.buckets import Capacity
 from partinf.engine import Engine, Orca, SamplingParams
 from partinf.engine.batch import Batch
-from partinf.engine.jax_runner import JaxRunner, place_step
 from partinf.engine.step import Step, StepOutput
+from partinf.execution.runner import JaxRunner, place_step
 from partinf.transformer.batch import pack
 from partinf.workload import DType, Workload
 

@@ -16,9 +16,9 @@ from partinf.cost.calibration import ROOFLINE
 from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.pricing import Pricing, Program
 from partinf.cost.step import step_ledger
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner.evaluate import Evaluator
 from partinf.workload import Workload
 

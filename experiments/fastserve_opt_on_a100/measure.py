@@ -23,16 +23,16 @@ from typing import Any
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.engine import Engine, Policy
-from partinf.engine.arrivals import chat_lengths, parse_arrivals
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.simulation import Sizing, cost_runner, play
-from partinf.engine.step_price import Estimates
-from partinf.hardware import DCN_AXIS, parse_slice
+from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Plan
+from partinf.simulation.arrivals import chat_lengths, parse_arrivals
+from partinf.simulation.play import Sizing, cost_runner, play
 
 REQUESTS, BATCH, TARGET = 400, 16, 0.3
 HOST_BYTES = 128e9  # per GPU, for swapped pages

@@ -24,13 +24,13 @@ from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.demo_tasks import check, mixed_tasks
 from partinf.engine.engine import Engine
-from partinf.engine.jax_runner import JaxRunner
 from partinf.engine.request import SamplingParams
-from partinf.hardware import parse_slice
+from partinf.execution.runner import JaxRunner
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.sharding import device_mesh
 from partinf.transformer.batch import empty_batch, pack
 from partinf.transformer.cache import cache_bytes_per_device
 from partinf.transformer.params import abstract_params, params_bytes_per_device

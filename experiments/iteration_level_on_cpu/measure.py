@@ -31,9 +31,9 @@ from partinf import api
 from partinf.buckets import Capacity
 from partinf.engine import Engine, Orca, Policy, RequestLevel, SamplingParams, request_level_iterations
 from partinf.engine.batch import Batch
-from partinf.engine.jax_runner import JaxRunner
 from partinf.engine.step import Step, StepOutput
-from partinf.engine.step_price import StepPrice
+from partinf.execution.runner import JaxRunner
+from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload
 
 Clock = Callable[[], float]

@@ -43,8 +43,8 @@ def ours(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]:
 
     from partinf import api
     from partinf.buckets import least_rows
+    from partinf.partition.sharding import device_mesh
     from partinf.plans import Bucket, CacheConfig
-    from partinf.sharding import device_mesh
     from partinf.transformer.batch import empty_batch, pack
     from partinf.transformer.params import random_params
     from partinf.transformer.step import compile_step, empty_state
@@ -207,7 +207,7 @@ def main() -> None:
         return
     from dataclasses import asdict
 
-    from partinf.model_config import load_model_config
+    from partinf.model.config import load_model_config
 
     config = load_model_config("llama-125m")
     spread = json.dumps({key: value for key, value in asdict(config).items() if isinstance(value, int)})

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partinf.transformer import cache, kernels
+from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
+from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.linear import dot
 
 LAYERS, HEADS, GROUPS, SIZE, EMBED, WIDE, PAGE, CONTEXT = 12, 12, 4, 64, 768, 4096, 64, 256

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from partinf.buckets import serving_steps
-from partinf.hardware import Slice, chips
+from partinf.hardware.slices import Slice, chips
 from partinf.layout import readable_name
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner.choose import plan_of
 from partinf.planner.search import search
 from partinf.planner.slices import slices_of

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate
-from partinf.planner.work import roles_of
+from partinf.planner.show.work import roles_of
 from partinf.workload import DType, Workload
 
 MODELS = ("llama-3-70b", "palm-62b")

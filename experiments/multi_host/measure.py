@@ -24,9 +24,9 @@ from typing import Any
 from partinf.engine import Engine, RunnerLimits, SamplingParams
 from partinf.engine.facts import Facts
 from partinf.engine.step import SampledToken, Step, StepOutput
+from partinf.experiment.together import run_local
 from partinf.hosts import Group
 from partinf.hosts.wire import Door, connect
-from partinf.runs.together import run_local
 
 HERE = Path(__file__).parent
 ITERATIONS = 400

@@ -27,17 +27,17 @@ from partinf.buckets import Capacity, with_capacity
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.engine import Engine
-from partinf.engine.arrivals import parse_arrivals, parse_lengths
-from partinf.engine.cost_runner import CostRunner
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.schedule_trace import ScheduleTrace
-from partinf.engine.simulation import Sizing, cost_runner, play
 from partinf.engine.step import Step
-from partinf.engine.step_price import Price, StepPrice
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Plan
+from partinf.simulation.arrivals import parse_arrivals, parse_lengths
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.schedule_trace import ScheduleTrace
+from partinf.simulation.step_price import Price, StepPrice
 
 REQUESTS = 400  # and a hundred seconds more of arrivals
 MIXED, SAME, LONGEST = "uniform:32-512:1-128", "fixed:272:64", 640

@@ -22,14 +22,14 @@ from partinf.cost.calibration import ROOFLINE
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof.hlo import Module
 from partinf.proof.schedule import Reader
 from partinf.proof.topology import mesh_of
-from partinf.transformer import kernels
+from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.step import compile_step
 
 LAYERS, ROWS, CONTEXT, PAGE = 8, 64, 2048, 16

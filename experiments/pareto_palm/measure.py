@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from partinf.hardware import parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.workload import DType, Workload
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from partinf.buckets import serving_steps
 from partinf.cost.calibration import ROOFLINE, Calibration, calibration_for
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.layout import Layout
 from partinf.planner.report import Candidate, PlanReport
 from partinf.plans import Bucket, Plan

@@ -17,9 +17,9 @@ from experiments.planner_regret.cases import SEED, Case, cases
 from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
 from partinf.cost.pricing import PLAIN, TILED
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Role
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate, PlanReport
 

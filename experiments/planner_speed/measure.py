@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from partinf.hardware import parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.planner.question import Question
 from partinf.planner.slices import every_mesh

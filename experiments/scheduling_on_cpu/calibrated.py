@@ -14,9 +14,9 @@ from partinf.buckets import split_of
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
-from partinf.engine.step_price import StepPrice
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.plans import Plan
+from partinf.simulation.step_price import StepPrice
 
 
 def calibrated_slice(seconds: int = 30) -> Slice:

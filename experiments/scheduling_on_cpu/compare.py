@@ -26,11 +26,11 @@ from experiments.scheduling_on_cpu.runs import CLOCKS, ROWS, add_clock, load_dem
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.cli.bench import measured_estimates
-from partinf.engine.arrivals import Lengths, chat_lengths, parse_arrivals, uniform_lengths
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.simulation import Clock
-from partinf.engine.step_price import Estimates
+from partinf.simulation.arrivals import Lengths, chat_lengths, parse_arrivals, uniform_lengths
+from partinf.simulation.play import Clock
 
 ROUNDS, REQUESTS = 3, 200
 LOADS = (0.3, 0.6, 0.9, 1.2, 1.5)

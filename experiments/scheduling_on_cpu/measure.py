@@ -21,9 +21,9 @@ from typing import Any
 from experiments.scheduling_on_cpu.calibrated import calibrated_buckets, calibrated_price, calibrated_slice
 from experiments.scheduling_on_cpu.runs import ROWS, StepTimes, at, clock_named_on_the_command_line, load_demo, medians, real, simulated
 from partinf.buckets import Capacity
-from partinf.engine.arrivals import parse_arrivals, parse_lengths
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.step_price import Estimates
+from partinf.simulation.arrivals import parse_arrivals, parse_lengths
 
 REPEATS, REQUESTS, LOAD = 5, 150, 0.6
 JUDGED = ("throughput", "mean_completion", "p95_completion")

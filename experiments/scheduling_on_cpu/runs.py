@@ -23,13 +23,13 @@ from partinf import api
 from partinf.buckets import Capacity
 from partinf.demo_tasks import MAX_NUMBER, Task, after_solved, make_task
 from partinf.engine import Engine, Policy, RequestOutput
-from partinf.engine.arrivals import Arrival
 from partinf.engine.batch import Batch
-from partinf.engine.cost_runner import CostRunner
-from partinf.engine.simulation import Clock, WallClock, play
 from partinf.engine.step import Step, StepOutput
-from partinf.engine.step_price import Price
 from partinf.plans import Bucket
+from partinf.simulation.arrivals import Arrival
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.play import Clock, WallClock, play
+from partinf.simulation.step_price import Price
 from partinf.workload import DType, Workload
 
 ROWS = 16

@@ -12,9 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_to_toml, make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner import plan_of, search
 from partinf.planner.files import plan_to_toml
 from partinf.workload import DType, Workload

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from partinf.cost.ledger import Kind, Op
-from partinf.hardware import DCN_AXIS, parse_slice
+from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import Role
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.workload import DType, Workload

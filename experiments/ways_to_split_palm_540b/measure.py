@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from partinf.cost.ledger import Kind, Ledger
-from partinf.hardware import parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.workload import DType, Workload
 

@@ -22,9 +22,9 @@ from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
 from partinf.errors import raise_offences
-from partinf.hf_config import config_to_hf
-from partinf.model_config import ModelConfig
-from partinf.quantize import Quantized, quantize
+from partinf.model.config import ModelConfig
+from partinf.model.hf_config import config_to_hf
+from partinf.partition.quantize import Quantized, quantize
 
 _AT_ONCE = 64 << 20  # bytes of a weight that is quantised while it is loaded
 

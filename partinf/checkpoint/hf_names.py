@@ -18,7 +18,7 @@ import numpy as np
 
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.errors import InvalidInput
-from partinf.model_config import Block, ModelConfig, Norm, Position
+from partinf.model.config import Block, ModelConfig, Norm, Position
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from partinf.quantize import Quantized
+from partinf.partition.quantize import Quantized
 
 
 def by_path(tree: Any, quantized_whole: bool = False) -> dict[str, Any]:

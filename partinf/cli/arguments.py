@@ -7,8 +7,8 @@ from pathlib import Path
 
 from partinf import resources
 from partinf.errors import InvalidInput
-from partinf.hardware import Chip, Slice, parse_slice
-from partinf.hardware_file import check_devices, read_hardware
+from partinf.hardware.hardware_file import check_devices, read_hardware
+from partinf.hardware.slices import Chip, Slice, parse_slice
 from partinf.layout import Layout, layout_from_toml
 
 

@@ -17,7 +17,7 @@ from partinf.cli.serving import Load, add_load_arguments, need, read_load, show,
 
 if TYPE_CHECKING:
     from partinf.api import Model
-    from partinf.engine.step_price import Estimates
+    from partinf.engine.estimates import Estimates
     from partinf.plans import Plan
 
 _DEFAULT_BATCH = 16
@@ -98,10 +98,10 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
     from partinf.cost.calibration import calibration_for
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
-    from partinf.engine.report import Machine, report
-    from partinf.engine.schedule_trace import ScheduleTrace
-    from partinf.engine.simulation import WallClock, play
     from partinf.layout import readable_name
+    from partinf.simulation.play import WallClock, play
+    from partinf.simulation.report import Machine, report
+    from partinf.simulation.schedule_trace import ScheduleTrace
 
     plan = model.plan
     estimates = measured_estimates(model)
@@ -152,8 +152,8 @@ def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[flo
         agree: makes of the times of this process those that all processes of a group take.
     """
     from partinf.engine.engine import Engine
+    from partinf.engine.estimates import Estimates
     from partinf.engine.request import SamplingParams
-    from partinf.engine.step_price import Estimates
 
     engine, limits = Engine(model.runner), model.runner.limits
     params = SamplingParams(max_tokens=4, ignore_eos=True)

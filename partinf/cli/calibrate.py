@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from partinf.errors import raise_offences
 
 if TYPE_CHECKING:
-    from partinf.hardware import Chip
+    from partinf.hardware.slices import Chip
     from partinf.measure.probes import Probe
 
 
@@ -45,10 +45,10 @@ def run(args: argparse.Namespace) -> int:
         offences.append(f"--output {args.output}: there is no directory {Path(args.output).absolute().parent}")
     raise_offences(offences)
     devices.prepare(None, virtual_devices=max(1, int(args.devices)))
-    from partinf.hardware_file import default_path, write_hardware
+    from partinf.hardware.hardware_file import default_path, write_hardware
     from partinf.measure.calibrate import calibrate
     from partinf.measure.probes import price
-    from partinf.sharding import local_slice
+    from partinf.partition.sharding import local_slice
 
     started = time.perf_counter()
     say = lambda stage: print(stage, file=sys.stderr)  # noqa: E731
@@ -89,7 +89,7 @@ def _json(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], s
 def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float, used: bool) -> None:
     from rich.table import Table
 
-    from partinf.cli.plan_table import wide_console
+    from partinf.planner.show.table import wide_console
 
     console, rates = wide_console(), chip.rates
     assert rates is not None

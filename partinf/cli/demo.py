@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from partinf.demo_tasks import Task
     from partinf.engine.metrics import Summary
     from partinf.layout import Layout
-    from partinf.model_config import ModelConfig
+    from partinf.model.config import ModelConfig
     from partinf.plans import Plan
     from partinf.workload import Workload
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from partinf import api
     from partinf.demo_tasks import mixed_tasks
-    from partinf.model_config import load_model_config
+    from partinf.model.config import load_model_config
     from partinf.workload import DType, Workload
 
     console = Console()

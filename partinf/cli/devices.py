@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from partinf.hardware import Slice, has_accelerator
+from partinf.hardware.slices import Slice, has_accelerator
 
 
 def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes: int = 1) -> None:

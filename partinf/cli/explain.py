@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from partinf.cost.ledger import Ledger
     from partinf.cost.split import StepSplit
     from partinf.layout import Layout
-    from partinf.planner.explain import Line
+    from partinf.planner.show.explain import Line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +26,10 @@ def run(args: argparse.Namespace) -> int:
     auto = args.slice.startswith("auto")
     asked = read(args, extra=[f"--slice {args.slice}: a layout is explained on one slice; `partinf plan` finds it"] if auto else [])
     layout, padded_heads = named_or_chosen(asked, args.layout)
-    from partinf.cli.plan_table import wide_console
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name
     from partinf.planner.evaluate import Evaluator
+    from partinf.planner.show.table import wide_console
 
     console = wide_console()
     name = readable_name(layout, asked.slice.axis_sizes)
@@ -70,8 +70,8 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     """Print the lines of one step, section by section, numbered through."""
     from rich.table import Table
 
-    from partinf.planner.explain import explain
-    from partinf.planner.work import moved_bytes, readable_bytes
+    from partinf.planner.show.explain import explain
+    from partinf.planner.show.work import moved_bytes, readable_bytes
 
     number = 0
     step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"

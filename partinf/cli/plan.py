@@ -50,22 +50,22 @@ def run(args: argparse.Namespace) -> int:
     if args.save:
         _save(report, asked, Path(args.save))
     if args.plot:
-        from partinf.planner.plot import draw
+        from partinf.planner.show.plot import draw
 
         draw(report, Path(args.plot), int(args.top), args.plot_kind)
     if args.html:
-        from partinf.planner.page import page
+        from partinf.planner.show.page import page
 
         Path(args.html).write_text(page(report, int(args.top)))
     if args.format == "json":
         import json
 
-        from partinf.planner.as_json import report_json, trials_json
+        from partinf.planner.show.as_json import report_json, trials_json
 
         print(json.dumps(report_json(report, _proof_json(report, proofs)) | trials_json(trials, price), separators=(",", ":")))
     else:
         from partinf.cli.plan_proof import show as show_proofs
-        from partinf.cli.plan_table import show, show_trials
+        from partinf.planner.show.table import show, show_trials
 
         show_trials(trials, price)
         if proofs:
@@ -125,7 +125,7 @@ def _offences(args: argparse.Namespace) -> list[str]:
         if file and not Path(file).absolute().parent.is_dir():
             offences.append(f"--{flag} {file}: there is no directory {Path(file).absolute().parent}")
     if args.plot:
-        from partinf.planner.plot import plot_offences
+        from partinf.planner.show.plot import plot_offences
 
         offences += plot_offences(Path(args.plot), args.plot_kind)
     if args.slice.startswith("auto") and args.mesh == "auto":

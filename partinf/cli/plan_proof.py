@@ -72,7 +72,7 @@ def show(before: PlanReport, after: PlanReport, proofs: Proofs) -> None:
     """Print what was proven beside what was predicted."""
     from rich.table import Table
 
-    from partinf.cli.plan_table import stored, wide_console
+    from partinf.planner.show.table import stored, wide_console
 
     table = Table(box=None, pad_edge=False, header_style="bold", title="Proven by the compiler, its order", title_justify="left")
     for title in ("", "planned", "weights", "phases"):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from partinf.cli.arguments import add_hardware
 
 if TYPE_CHECKING:
-    from partinf.hardware import Chip, Slice
-    from partinf.model_config import ModelConfig
+    from partinf.hardware.slices import Chip, Slice
+    from partinf.model.config import ModelConfig
     from partinf.planner.question import Question
     from partinf.workload import Workload
 
@@ -73,7 +73,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     from partinf.cost.collectives import BandwidthModel
     from partinf.cost.pricing import PROGRAMS
     from partinf.errors import nearest, raise_offences
-    from partinf.model_config import load_model_config
+    from partinf.model.config import load_model_config
     from partinf.planner.question import Question
     from partinf.workload import DType, Objective, Workload
 
@@ -150,7 +150,7 @@ def _is_auto(text: str) -> bool:
 
 def _one_chip(text: str, mesh: str | None, measured: Chip | None) -> Slice:
     from partinf.errors import nearest, raise_offences
-    from partinf.hardware import chips, make_slice
+    from partinf.hardware.slices import chips, make_slice
 
     name = text.partition(":")[2]
     known = {**chips(), measured.name: measured} if measured is not None else chips()

@@ -104,7 +104,7 @@ def _asked(args: argparse.Namespace) -> tuple[Plan, Workload]:
 
 def show(proof: Proof) -> None:
     """Print a proof as tables."""
-    from partinf.cli.plan_table import wide_console
+    from partinf.planner.show.table import wide_console
 
     console = wide_console()
     verdict = "fits" if proof.fits else "does not fit"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from partinf.errors import InvalidInput, raise_offences
 
 if TYPE_CHECKING:
-    from partinf.runs.description import Experiment
+    from partinf.experiment.description import Experiment
 
 PLACES = {
     "simulator": "the engine over the cost model",
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from partinf.runs.description import read_experiment
+    from partinf.experiment.description import read_experiment
 
     offences = []
     if args.on not in PLACES:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
     """The result; None where it is another process's to tell."""
     if args.on == "simulator":
-        from partinf.runs.simulate import simulate
+        from partinf.experiment.simulate import simulate
 
         return simulate(experiment)
     if args.on == "processes":
@@ -103,13 +103,13 @@ def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
 
 
 def _execute(experiment: Experiment) -> Any:
-    from partinf.runs.execute import execute
+    from partinf.experiment.execute import execute
 
     return execute(experiment, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def _on_processes(args: argparse.Namespace, experiment: Experiment) -> Any:
-    from partinf.runs.together import run_local
+    from partinf.experiment.together import run_local
 
     slice_ = experiment.target()
     if slice_.chip.family != "cpu":
@@ -122,7 +122,7 @@ def _on_processes(args: argparse.Namespace, experiment: Experiment) -> Any:
 
 def _on_pod(args: argparse.Namespace, experiment: Experiment) -> Any:
     """Launch the experiment with the pod scripts: every worker runs it as one process of a whole."""
-    from partinf.runs.pod import launch
+    from partinf.experiment.pod import launch
 
     folder = launch(experiment, args.experiment, args.description, args)
     return None if folder is None else json.loads((folder / "worker-0" / "results" / _RESULT).read_text())
@@ -131,7 +131,7 @@ def _on_pod(args: argparse.Namespace, experiment: Experiment) -> Any:
 def _show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from partinf.cli.plan_table import wide_console
+    from partinf.planner.show.table import wide_console
 
     console, plan, where, figures = wide_console(), found["plan"], found["where"], found["figures"]
     place = "simulated" if where["kind"] == "simulator" else f"{where['devices']} × {where['device_kind']}, {where['processes']} processes"

@@ -12,10 +12,10 @@ from partinf.errors import InvalidInput, collect, raise_offences
 
 if TYPE_CHECKING:
     from partinf.api import Model
-    from partinf.hardware import Slice
+    from partinf.hardware.slices import Slice
     from partinf.hosts import Group
     from partinf.layout import Layout
-    from partinf.model_config import ModelConfig
+    from partinf.model.config import ModelConfig
     from partinf.plans import Plan
 
 

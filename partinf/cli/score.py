@@ -12,7 +12,7 @@ from partinf.errors import collect
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from partinf.scoring import Scores
+    from partinf.execution.score import Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

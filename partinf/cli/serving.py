@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from partinf.errors import collect, nearest, raise_offences
 
 if TYPE_CHECKING:
-    from partinf.engine.arrivals import Arrival
     from partinf.engine.policies.registry import PolicyOptions
-    from partinf.engine.report import Bounds
+    from partinf.simulation.arrivals import Arrival
+    from partinf.simulation.report import Bounds
 
 _T = TypeVar("_T")
 
@@ -51,10 +51,10 @@ def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: 
 
 def read_load(args: argparse.Namespace, offences: list[str], default_batch: int) -> Load | None:
     """What `add_load_arguments` declared; what is wrong joins `offences`."""
-    from partinf.engine.arrivals import parse_arrivals, parse_lengths
     from partinf.engine.policies.ranked import Eviction
     from partinf.engine.policies.registry import POLICIES, PREEMPTIVE, PolicyOptions
-    from partinf.engine.report import Bounds
+    from partinf.simulation.arrivals import parse_arrivals, parse_lengths
+    from partinf.simulation.report import Bounds
 
     before = len(offences)
     if args.scheduler not in POLICIES:
@@ -118,7 +118,7 @@ def show(figures: dict[str, Any], form: str, heading: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from partinf.engine.report import latency_rows
+    from partinf.simulation.report import latency_rows
 
     console = Console()
     for line in heading:

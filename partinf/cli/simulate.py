@@ -12,8 +12,8 @@ from partinf.cli.serving import Load, add_load_arguments, need, number, read_loa
 
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
-    from partinf.engine.simulation import Sizing
     from partinf.plans import Plan
+    from partinf.simulation.play import Sizing
 
 _DEFAULT_BATCH = 64
 
@@ -74,7 +74,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import PROGRAMS, Pricing
     from partinf.errors import InvalidInput, collect, nearest
-    from partinf.model_config import load_model_config
+    from partinf.model.config import load_model_config
     from partinf.plans import Plan
     from partinf.workload import DType
 
@@ -93,7 +93,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
         raise InvalidInput(offences)
     weights, kv = DType(args.weights), DType(args.kv)
     if layout is None:
-        from partinf.engine.serving_plan import Traffic, serving_plan
+        from partinf.simulation.serving_plan import Traffic, serving_plan
 
         traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
         plan = serving_plan(model, slice_, traffic, weights, kv, args.calibration, whole(args, "stages", []) or None)
@@ -103,7 +103,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
 
 
 def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], host_bytes: float, overhead: float) -> Sizing:
-    from partinf.engine.simulation import Sizing
+    from partinf.simulation.play import Sizing
 
     return Sizing(
         max_rows=rows,
@@ -121,10 +121,10 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
     from partinf.cli.progress import progress_bar
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
-    from partinf.engine.report import Machine, report
-    from partinf.engine.schedule_trace import ScheduleTrace
-    from partinf.engine.simulation import cost_runner, play
     from partinf.layout import readable_name
+    from partinf.simulation.play import cost_runner, play
+    from partinf.simulation.report import Machine, report
+    from partinf.simulation.schedule_trace import ScheduleTrace
 
     started = time.perf_counter()
     runner, price = cost_runner(plan, pricing, sizing)

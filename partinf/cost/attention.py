@@ -12,7 +12,7 @@ from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
-from partinf.model_config import Block
+from partinf.model.config import Block
 
 DECODE_CORE, PREFILL_CORE = "decode core", "prefill core"
 _PART = Part.ATTENTION

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 
 from partinf import resources
 from partinf.errors import InvalidInput, nearest, raise_offences
-from partinf.hardware import Chip
-from partinf.rates import Rates
+from partinf.hardware.rates import Rates
+from partinf.hardware.slices import Chip
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline fr
 
 @functools.cache
 def _table() -> dict[str, Calibration]:
-    data = tomllib.loads(resources.package_file("calibration.toml").read_text())
+    data = tomllib.loads(resources.package_file("hardware/calibration.toml").read_text())
     known = {field.name for field in fields(Calibration)} - {"rates"}
     unknown = [(name, key) for name, row in data.items() for key in row if key not in known]
     raise_offences(f"calibration.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in unknown)

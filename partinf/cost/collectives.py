@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from partinf.cost.ledger import Op
-from partinf.hardware import Chip, Link, MeshAxis, Slice
-from partinf.rates import Rates
+from partinf.hardware.rates import Rates
+from partinf.hardware.slices import Chip, Link, MeshAxis, Slice
 
 # The die-to-die link of a two-device chip is about six ICI links wide (Google, TPU7x system architecture).
 _CORE_LINKS = 6

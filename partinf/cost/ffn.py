@@ -9,7 +9,7 @@ from partinf.cost.ledger import Entry, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
-from partinf.model_config import Block
+from partinf.model.config import Block
 
 _PART = Part.FFN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
-from partinf.model_config import Norm
+from partinf.model.config import Norm
 from partinf.workload import DType
 
 _F32 = 4

@@ -13,9 +13,9 @@ from partinf.cost.ffn import ffn_weights, matrices_in
 from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role, kv_head_axes
-from partinf.model_config import Block, ModelConfig, Norm, Position
+from partinf.model.config import Block, ModelConfig, Norm, Position
 from partinf.workload import DType
 
 _F32 = 4

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import TILED, Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
-from partinf.model_config import Block, ModelConfig
+from partinf.model.config import Block, ModelConfig
 from partinf.workload import DType
 
 

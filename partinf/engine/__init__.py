@@ -1,6 +1,6 @@
 """Requests, pages, schedulers, runners, metrics: iteration-level batching of many requests over one runner.
 
-This package imports no JAX. The runner that executes the model, `partinf.engine.jax_runner`, is imported by name by those who want it.
+This package imports no JAX. The runner that executes the model, `partinf.execution.runner`, is imported by name by those who want it.
 """
 
 from partinf.engine.batch import Policy

@@ -18,13 +18,13 @@ from jax.sharding import AxisType, Mesh
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
 from partinf.errors import InvalidInput
-from partinf.hardware import Chip, Slice, chip_of_kind
+from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.slices import Chip, Slice, chip_of_kind
 from partinf.measure.collectives import collective_call
 from partinf.measure.probes import Probe, declared, fit, prepare
 from partinf.measure.products import memory_call, products_call, weight_matrices
 from partinf.measure.timing import Call, Timing, alternate
-from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.sharding import by_place, devices_here, local_slice
+from partinf.partition.sharding import by_place, devices_here, local_slice
 from partinf.workload import DType
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -51,7 +51,7 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
         on_stage: told what is done next.
 
     Returns:
-        The chip, for `partinf.hardware_file.write_hardware`, and the steps that its rates were fitted to.
+        The chip, for `partinf.hardware.hardware_file.write_hardware`, and the steps that its rates were fitted to.
 
     Raises:
         InvalidInput: int8 without bf16.

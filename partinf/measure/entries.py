@@ -20,9 +20,9 @@ from partinf.measure.collectives import collective_call
 from partinf.measure.products import product_call
 from partinf.measure.steps import Steps, for_buckets
 from partinf.measure.timing import Call, Timing
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.sharding import device_mesh
 from partinf.workload import DType
 
 _CHAIN = 4  # of one entry in a call

@@ -17,13 +17,13 @@ from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration
 from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
-from partinf.hardware import Slice
+from partinf.hardware.rates import Rates, TypeRates
+from partinf.hardware.slices import Slice
 from partinf.layout import make_layout
 from partinf.measure.steps import Steps, for_buckets
 from partinf.measure.timing import Call, Timing
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.plans import Bucket, Plan
-from partinf.rates import Rates, TypeRates
 from partinf.workload import DType
 
 _PAGE = 16

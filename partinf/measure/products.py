@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.measure.timing import Call
-from partinf.quantize import quantize
+from partinf.partition.quantize import quantize
 from partinf.transformer.linear import dot
 from partinf.workload import DType
 

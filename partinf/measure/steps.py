@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from partinf.engine.jax_runner import JaxRunner, runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.execution.runner import JaxRunner, runner_limits
 from partinf.measure.timing import Call
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.sharding import device_mesh
 from partinf.transformer.params import prefers_unrolled, random_params
 
 _GREEDY = RowSampling()

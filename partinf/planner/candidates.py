@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from partinf.hardware import Link, MeshAxis, Slice
+from partinf.hardware.slices import Link, MeshAxis, Slice
 from partinf.layout import AttentionRole, Layout, Phase, Role
 
 Storage = tuple[Role, ...]

@@ -11,9 +11,9 @@ from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing, Program
 from partinf.errors import InvalidInput
-from partinf.hardware import Link, Slice
+from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
-from partinf.model_config import Block, ModelConfig
+from partinf.model.config import Block, ModelConfig
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport

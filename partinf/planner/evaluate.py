@@ -19,7 +19,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.planner.candidates import Attention
 from partinf.workload import Workload
 

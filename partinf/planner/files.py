@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from partinf.errors import raise_offences
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, layout_to_toml
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Workload
 

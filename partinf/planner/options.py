@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from partinf.hardware import Link, Slice
+from partinf.hardware.slices import Link, Slice
 from partinf.layout import Role
 from partinf.planner.candidates import (
     Attention,

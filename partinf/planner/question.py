@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.pricing import Pricing, Program, usual_program
-from partinf.hardware import Slice
-from partinf.model_config import ModelConfig
+from partinf.hardware.slices import Slice
+from partinf.model.config import ModelConfig
 from partinf.workload import Workload
 
 

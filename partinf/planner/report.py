@@ -13,9 +13,9 @@ from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.overlap import hide_gathers
 from partinf.cost.pricing import Pricing, Program
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.layout import Layout, Phase, attention_name, ffn_name, readable_name
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.planner.question import Question
 from partinf.workload import Workload
 

@@ -20,9 +20,9 @@ from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import Program
 from partinf.errors import InvalidInput, raise_offences
-from partinf.hardware import Link, Slice
+from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.planner.candidates import Gather, Storage, num_options, storages
 from partinf.planner.evaluate import Least
 from partinf.planner.options import BestSoFar, Choice, Options, Space

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from partinf.cost.roofline import shapes
 from partinf.errors import InvalidInput
-from partinf.hardware import TORUS_NAMES, Chip, Link, Slice, make_slice
+from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, make_slice
 from partinf.planner.options import BestSoFar
 from partinf.planner.question import Question
 from partinf.planner.report import PlanReport

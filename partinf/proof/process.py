@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partinf.errors import InvalidInput
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.plans import Bucket, Plan
 from partinf.proof.worker import Job
 

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
-from partinf.hardware import DCN_AXIS, Chip, Slice
+from partinf.hardware.slices import DCN_AXIS, Chip, Slice
 from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Module, Shape, groups
 from partinf.proof.report import Collective, Work
 from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, is_kernel, stage_of
 
 # Cycles in the compiled text are of this clock (Hz).
 CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
-# Source files that move or multiply for others: the line that asked for it says more.
-_CARRIERS = ("partinf/collectives.py", "partinf/looped.py", "partinf/transformer/linear.py", "partinf/quantize.py")
+# Modules that move or multiply for others, as paths in the compiled text: the line that called them says more.
+CARRIERS = tuple(
+    f"partinf/{name}.py" for name in ("partition/collectives", "partition/collective_matmul", "partition/quantize", "transformer/linear")
+)
 
 _RUN = ("while", "call", "conditional")  # what runs computations of its own
 _FED_BY = 3  # how many instructions back the source of a nameless one is looked for
@@ -202,7 +204,7 @@ def axes_of(members: Sequence[tuple[int, ...]], sizes: Mapping[str, int]) -> tup
 
 def _of_ours(frames: Sequence[object]) -> str:
     ours = [str(frame) for frame in frames if str(frame).startswith("partinf/")]
-    told = [frame for frame in ours if not frame.startswith(_CARRIERS)]
+    told = [frame for frame in ours if not frame.startswith(CARRIERS)]
     return (told or ours or [""])[0]
 
 

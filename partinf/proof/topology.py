@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from partinf.errors import InvalidInput
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -39,7 +39,7 @@ def mesh_of(plan: Plan) -> Mesh:
     Raises:
         InvalidInput: a slice for which the TPU compiler knows no topology, or that has more devices than there are here.
     """
-    from partinf.sharding import device_mesh, mesh_in_order
+    from partinf.partition.sharding import device_mesh, mesh_in_order
 
     if plan.slice.chip.family == "tpu":
         return mesh_in_order(plan, _described(plan.slice))
@@ -54,7 +54,7 @@ def _described(slice_: Slice) -> list[Any]:
     """The devices of a TPU slice, row-major over its mesh axes."""
     from jax.experimental import topologies
 
-    from partinf.sharding import by_place
+    from partinf.partition.sharding import by_place
 
     name, options = describe(slice_)
     try:

@@ -17,8 +17,8 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from partinf.partition.sharding import abstract_mesh
 from partinf.plans import Bucket, Plan
-from partinf.sharding import abstract_mesh
 from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step

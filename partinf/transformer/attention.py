@@ -1,7 +1,8 @@
 """The attention sublayer between its projections: the core of each token group under the roles of its phase.
 
 Axes as in `Routes`: t splits tokens and e, f split weights in the linear layers; b, h, s, k are a group's batch, head, sequence and
-kv-head axes. Over s every device has the queries of its requests and attends to its part of their keys (`partinf.transformer.dealt`).
+kv-head axes. Over s every device has the queries of its requests and attends to its part of their keys
+(`partinf.transformer.kernels.dealt`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Split, move, take_split
-from partinf.model_config import Position
-from partinf.transformer import cache, kernels
+from partinf.model.config import Position
+from partinf.partition.collectives import Split, move, take_split
+from partinf.transformer import cache
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
 from partinf.transformer.cache import KeysValues
-from partinf.transformer.dealt import deal, in_order, num_seen, weighted
+from partinf.transformer.kernels import tiles as kernels
+from partinf.transformer.kernels.dealt import deal, in_order, num_seen, weighted
 from partinf.transformer.linear import head_norm
 from partinf.transformer.params import Params
 from partinf.transformer.rope import Rotation, frequencies, rotate, rotation

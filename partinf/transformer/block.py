@@ -1,7 +1,7 @@
 """One layer inside `shard_map`: norm, gather E, products, a core, products, reduce-scatter E; twice, or once for a parallel block.
 
 The products that read the gathered activations, and those whose sums are scattered, are made here together with the collective beside
-them, so that both may run as one loop (`partinf.looped`).
+them, so that both may run as one loop (`partinf.partition.collective_matmul`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Split
-from partinf.looped import Cut, gather_multiply, multiply_scatter
-from partinf.model_config import Block
-from partinf.quantize import Quantized
+from partinf.model.config import Block
+from partinf.partition.collective_matmul import Cut, gather_multiply, multiply_scatter
+from partinf.partition.collectives import Split
+from partinf.partition.quantize import Quantized
 from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.ffn import ffn

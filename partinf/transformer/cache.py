@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
+from partinf.partition.quantize import Quantized, quantize
+from partinf.partition.sharding import letter_axes, sharding
 from partinf.plans import Plan
-from partinf.quantize import Quantized, quantize
-from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType
 
 _LETTERS = "PC.."

@@ -17,10 +17,10 @@ from jax import lax
 from jax.sharding import Mesh
 
 from partinf.errors import InvalidInput
-from partinf.hardware import make_slice
+from partinf.hardware.slices import make_slice
 from partinf.layout import make_layout
+from partinf.partition.sharding import dimensions
 from partinf.plans import Bucket, Plan
-from partinf.sharding import dimensions
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block

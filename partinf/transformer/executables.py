@@ -25,7 +25,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from partinf.plans import Plan
-from partinf.transformer import cpu_kernels
+from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.machine import DIRECTORY_VARIABLE, OFF, host, kept, own
 
 _MAGIC = b"partinf executable 1\n"

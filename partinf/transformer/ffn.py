@@ -17,7 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from partinf.collectives import Split, move, take_split
+from partinf.partition.collectives import Split, move, take_split
 from partinf.transformer.linear import activate, on_cpu
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes

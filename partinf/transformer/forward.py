@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Split, move, take_split
-from partinf.model_config import Position
+from partinf.model.config import Position
+from partinf.partition.collectives import Split, move, take_split
 from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Axes, Frame, Split, move, take_split
-from partinf.model_config import Activation, ModelConfig, Norm
-from partinf.quantize import Quantized
-from partinf.transformer import cpu_kernels
+from partinf.model.config import Activation, ModelConfig, Norm
+from partinf.partition.collectives import Axes, Frame, Split, move, take_split
+from partinf.partition.quantize import Quantized
+from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.machine import host
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
@@ -42,7 +42,7 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
     transposition of that: left to itself the einsum makes W · xᵀ, which whatever comes next would read against the grain.
 
     Args:
-        on_cpu: a program for this machine's CPU: few rows meet the weights as they are stored (`partinf.transformer.cpu_kernels`), many
+        on_cpu: a program for this machine's CPU: few rows meet the weights as they are stored (`partinf.transformer.kernels.cpu`), many
             rows of bfloat16 are multiplied as float32 if that is faster there, which is as exact.
     """
     dtype = x.dtype if dtype is None else dtype

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from partinf.partition.sharding import dimensions, put
 from partinf.plans import Plan
-from partinf.sharding import dimensions, put
 from partinf.transformer.step import abstract_state
 
 PAGES = 16  # of a place that one program moves

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.errors import InvalidInput
-from partinf.model_config import Block, ModelConfig, Norm, Position
+from partinf.model.config import Block, ModelConfig, Norm, Position
+from partinf.partition.quantize import Quantized, quantize
+from partinf.partition.sharding import letter_axes, sharding
 from partinf.plans import Plan
-from partinf.quantize import Quantized, quantize
-from partinf.sharding import letter_axes, sharding
 from partinf.workload import DType
 
 Params = dict[str, Any]

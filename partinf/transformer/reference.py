@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from partinf.model_config import Activation, Block, ModelConfig, Norm, Position
+from partinf.model.config import Activation, Block, ModelConfig, Norm, Position
 from partinf.transformer.params import Params
 from partinf.transformer.rope import frequencies, rotate, rotation
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 
 
 def frequencies(model: ModelConfig) -> np.ndarray:

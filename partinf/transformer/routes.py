@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from partinf.collectives import Axes, Frame, Split
 from partinf.layout import AttentionRole, Phase, Role
+from partinf.partition.collectives import Axes, Frame, Split
 from partinf.plans import Bucket, Plan, head_axes, kv_head_axes
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Axes
+from partinf.partition.collectives import Axes
 from partinf.transformer.batch import SamplingBatch
 
 Combine = Callable[[jax.Array], jax.Array]

@@ -19,9 +19,9 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from partinf.collectives import take_split
+from partinf.partition.collectives import take_split
+from partinf.partition.sharding import sharding
 from partinf.plans import Plan
-from partinf.sharding import sharding
 from partinf.transformer.batch import RichBatch
 from partinf.workload import MAX_BIASES
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.collectives import Split, move
+from partinf.partition.collectives import Split, move
+from partinf.partition.sharding import sharding
 from partinf.plans import Plan
-from partinf.sharding import sharding
 from partinf.transformer.batch import Batch, at_stage
 from partinf.transformer.params import activation_dtype
 from partinf.transformer.routes import Routes

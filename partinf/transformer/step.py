@@ -17,10 +17,10 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from partinf.collectives import Split, move
 from partinf.errors import raise_offences
+from partinf.partition.collectives import Split, move
+from partinf.partition.sharding import sharding, spec
 from partinf.plans import Bucket, Plan
-from partinf.sharding import sharding, spec
 from partinf.transformer import stages
 from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
 from partinf.transformer.cache import abstract_cache

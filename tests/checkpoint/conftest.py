@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
 from tests.checkpoint.paths import FIXTURES, LLAMAS
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from partinf.checkpoint.hf_names import leaf_sources
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 
 # Every dimension that a layout may split is split somewhere: heads, head size, d_model, d_ff and the vocabulary.
 SPECS = {

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from partinf.buckets import Capacity, serving_steps, with_capacity
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Workload
 

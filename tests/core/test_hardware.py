@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.errors import InvalidInput
-from partinf.hardware import Link, chip_of_kind, chips, parse_slice, valid_sides
+from partinf.hardware.slices import Link, chip_of_kind, chips, parse_slice, valid_sides
 
 
 @pytest.mark.parametrize("name", chips())

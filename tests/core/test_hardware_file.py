@@ -12,9 +12,9 @@ from partinf.cost.calibration import calibration_for
 from partinf.cost.ledger import Kind, Op, Part
 from partinf.cost.pricing import Pricing
 from partinf.errors import InvalidInput
-from partinf.hardware import chips, make_slice, parse_slice
-from partinf.hardware_file import check_devices, default_path, read_hardware, write_hardware
-from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.hardware_file import check_devices, default_path, read_hardware, write_hardware
+from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.slices import chips, make_slice, parse_slice
 from partinf.workload import DType
 
 RATES = Rates(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.hf_config import config_from_hf, config_to_hf
-from partinf.model_config import Activation, ModelConfig, Norm, Position, config_from_toml, load_model_config
+from partinf.model.config import Activation, ModelConfig, Norm, Position, config_from_toml, load_model_config
+from partinf.model.hf_config import config_from_hf, config_to_hf
 
 REQUIRED = "num_layers = 2\nembed_dim = 64\nffn_dim = 192\nnum_heads = 8\nnum_kv_heads = 4\nhead_dim = 8\nvocab_size = 512\n"
 # As published, without the fields that say nothing of the architecture.

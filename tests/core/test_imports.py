@@ -15,17 +15,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # Everything else under partinf/ is pure. Commands are checked with the command line.
 _JAX_COLUMN = (
-    "sharding",
-    "quantize",
-    "collectives",
-    "looped",
+    "partition",
     "transformer",
     "checkpoint",
     "proof",
-    "engine.jax_runner",
-    "scoring",
+    "execution",
     "measure",
-    "runs.execute",
+    "experiment.execute",
     "cli",
     "__main__",
 )

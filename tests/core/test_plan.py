@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Workload
 

@@ -15,17 +15,17 @@ from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.cli import main
 from partinf.engine import Engine, FirstComeFirstServed, SamplingParams
-from partinf.engine.jax_runner import JaxRunner
+from partinf.engine.estimates import Estimates
 from partinf.engine.metrics import Metrics
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.engine.report import Bounds, Machine, report
-from partinf.engine.step_price import Estimates
-from partinf.hardware import parse_slice
+from partinf.execution.runner import JaxRunner
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
-from partinf.sharding import device_mesh
+from partinf.simulation.report import Bounds, Machine, report
 from partinf.transformer.params import abstract_params
 from partinf.workload import DType
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from partinf.engine import Engine, FakeRunner, FirstComeFirstServed, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
 from partinf.engine.batch import Batch, BatchBuilder
-from partinf.engine.cost_runner import CostRunner
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.priority import by_priority
 from partinf.engine.policies.ranked import Eviction, Pages
@@ -19,8 +19,9 @@ from partinf.engine.policies.registry import POLICIES, PolicyOptions, make_polic
 from partinf.engine.policies.srpt import shortest_remaining_first
 from partinf.engine.request import Sequence, Status
 from partinf.engine.step import Step, StepOutput
-from partinf.engine.step_price import Estimates, Price
 from partinf.errors import InvalidInput
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.step_price import Price
 from tests.engine.support import ROOMY, VOCAB, alone, make_engine, run_all
 from tests.engine.test_scheduler import trace
 

@@ -20,11 +20,11 @@ from partinf.engine import (
     SamplingParams,
     TokenEvent,
 )
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.priority import by_priority
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.srpt import shortest_remaining_first
-from partinf.engine.step_price import Estimates
 from tests.engine.support import VOCAB, Ticks, all_alone, alone
 
 

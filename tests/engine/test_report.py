@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from partinf.engine import Engine, SamplingParams
-from partinf.engine.cost_runner import CostRunner
-from partinf.engine.report import Bounds, Machine, report
 from partinf.engine.step import Step
-from partinf.engine.step_price import Price
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.report import Bounds, Machine, report
+from partinf.simulation.step_price import Price
 from tests.engine.support import ROOMY, run_all
 
 MACHINE = Machine(num_params=1000, num_chips=2, peak_flops=1e4)

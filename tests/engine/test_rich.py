@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, FirstComeFirstServed, Orca, Policy, RequestLevel, SamplingParams, TokenEvent
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.engine.step_price import Estimates
 from partinf.errors import InvalidInput
 from tests.engine.support import ROOMY, all_alone, make_engine
 

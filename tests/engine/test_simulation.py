@@ -17,18 +17,18 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
 from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
-from partinf.engine.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
-from partinf.engine.cost_runner import CostRunner
-from partinf.engine.schedule_trace import ScheduleTrace
-from partinf.engine.serving_plan import Traffic, serving_plan
-from partinf.engine.simulation import Sizing, cost_runner, play
 from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, Step
-from partinf.engine.step_price import Price, StepPrice
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.plans import Bucket, Plan
+from partinf.simulation.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.schedule_trace import ScheduleTrace
+from partinf.simulation.serving_plan import Traffic, serving_plan
+from partinf.simulation.step_price import Price, StepPrice
 from tests.engine.support import ROOMY, run_all
 
 GREEDY = RowSampling()

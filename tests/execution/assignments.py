@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partinf.layout import Layout, make_layout
-from partinf.model_config import Activation, Block, Norm, Position
+from partinf.model.config import Activation, Block, Norm, Position
 
 MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase

@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partinf.engine.jax_runner import place_step, runner_limits
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
-from partinf.hardware import parse_slice
+from partinf.execution.runner import place_step, runner_limits
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
+from partinf.partition.quantize import Quantized, quantize
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.quantize import Quantized, quantize
-from partinf.sharding import device_mesh
 from partinf.transformer import reference
 from partinf.transformer.batch import pack
 from partinf.transformer.params import abstract_params, random_params

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from partinf.collectives import Axes, Frame, Split, move, take_split
+from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 
 ROWS, COLS = 16, 24
 WHOLE = np.arange(ROWS * COLS, dtype=np.float32).reshape(ROWS, COLS)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from partinf.layout import make_layout
-from partinf.model_config import Activation, Block, ModelConfig
+from partinf.model.config import Activation, Block, ModelConfig
 from partinf.transformer.compiler_partitioned import compile_partitioned
 from partinf.workload import DType
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan

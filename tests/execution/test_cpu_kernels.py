@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf.quantize import Quantized, quantize
-from partinf.transformer import cache, cpu_kernels, kernels
+from partinf.partition.quantize import Quantized, quantize
+from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
-from partinf.transformer.kernels import Tiles
+from partinf.transformer.kernels import cpu as cpu_kernels
+from partinf.transformer.kernels import tiles as kernels
+from partinf.transformer.kernels.tiles import Tiles
 from tests.execution.harness import TOLERANCE
 
 NATIVE = Tiles(64, 128, 1 << 18, native=True)

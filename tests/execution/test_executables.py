@@ -15,12 +15,12 @@ from jax.sharding import AxisType
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.engine import Engine, SamplingParams
-from partinf.engine.jax_runner import JaxRunner, place_step
 from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput
+from partinf.execution.runner import JaxRunner, place_step
 from partinf.layout import make_layout
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
-from partinf.sharding import device_mesh
 from partinf.transformer.batch import pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, open_cache, program_key
 from partinf.transformer.params import random_params

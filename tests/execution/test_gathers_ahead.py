@@ -12,12 +12,12 @@ from partinf.cost.memory import activation_bytes
 from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
-from partinf.model_config import Block, load_model_config
+from partinf.model.config import Block, load_model_config
+from partinf.partition.sharding import abstract_mesh
 from partinf.planner.choose import plan
 from partinf.plans import Bucket
-from partinf.sharding import abstract_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params

@@ -16,11 +16,11 @@ import pytest
 
 from partinf import resources
 from partinf.buckets import Capacity, with_capacity
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import abstract_mesh
 from partinf.plans import Plan
-from partinf.sharding import abstract_mesh
 from partinf.transformer.params import abstract_params, params_bytes_per_device
 from partinf.transformer.step import abstract_state
 from partinf.workload import DType

@@ -12,14 +12,14 @@ import pytest
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.engine.engine import Engine
-from partinf.engine.jax_runner import JaxRunner, place_step, runner_limits
 from partinf.engine.request import SamplingParams
 from partinf.engine.step import PrefillChunk, RowSampling, Step
-from partinf.hardware import parse_slice
+from partinf.execution.runner import JaxRunner, place_step, runner_limits
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
-from partinf.sharding import device_mesh
 from partinf.transformer import reference
 from partinf.transformer.batch import pack
 from partinf.transformer.params import abstract_params

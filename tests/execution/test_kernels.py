@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf.quantize import dequantize, quantize
-from partinf.transformer import cache, kernels
+from partinf.partition.quantize import dequantize, quantize
+from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
-from partinf.transformer.dealt import num_seen
-from partinf.transformer.kernels import Tiles
+from partinf.transformer.kernels import tiles as kernels
+from partinf.transformer.kernels.dealt import num_seen
+from partinf.transformer.kernels.tiles import Tiles
 
 HEADS, GROUPS, SIZE, PAGE, POOL = 6, 2, 8, 4, 24
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf.quantize import dequantize, quantize
+from partinf.partition.quantize import dequantize, quantize
 from partinf.transformer.linear import dot
 
 SHAPES = {  # weights of every spec that the model uses, by letter

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.plans import Bucket, Plan
 from partinf.transformer.forward import _looked_up
 from partinf.transformer.routes import Routes

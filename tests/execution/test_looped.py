@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from partinf.collectives import Frame, Split
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, Loop, Ring, layout_from_toml, layout_to_toml, make_layout
-from partinf.looped import gather_multiply, multiply_scatter
+from partinf.partition.collective_matmul import gather_multiply, multiply_scatter
+from partinf.partition.collectives import Frame, Split
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, Plan
-from partinf.sharding import device_mesh
 from partinf.transformer.account import Account, trace_account
 from partinf.workload import DType
 from tests.execution.assignments import FAMILIES

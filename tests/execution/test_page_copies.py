@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.sharding import device_mesh
 from partinf.transformer.page_copies import PAGES, HostPages, compile_put, compile_take
 from partinf.transformer.step import abstract_state
 from partinf.workload import DType

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from partinf.layout import make_layout
-from partinf.quantize import quantize
-from partinf.transformer import cache, kernels, paged_decode
+from partinf.partition.quantize import quantize
+from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
-from partinf.transformer.kernels import Tiles
+from partinf.transformer.kernels import paged_decode
+from partinf.transformer.kernels import tiles as kernels
+from partinf.transformer.kernels.tiles import Tiles
 from tests.execution.harness import TOLERANCE, largest_error, make_plan
 
 INTERPRETED = Tiles(8, 1, 1, paged=True, interpret=True)

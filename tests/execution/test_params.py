@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from partinf.layout import Layout, make_layout
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket
-from partinf.sharding import device_mesh
 from partinf.transformer.account import trace_account
 from partinf.transformer.cache import cache_bytes_per_device
 from partinf.transformer.params import params_bytes_per_device, random_params

@@ -14,16 +14,16 @@ import pytest
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.engine import Engine, FirstComeFirstServed, Policy, SamplingParams
-from partinf.engine.jax_runner import JaxRunner
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.engine.step_price import Estimates
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.execution.runner import JaxRunner
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, Plan
-from partinf.sharding import device_mesh
 from partinf.transformer import reference
 from partinf.transformer.params import abstract_params, random_params
 from partinf.workload import DType

@@ -18,14 +18,14 @@ from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.demo_tasks import check, mixed_tasks
 from partinf.engine.engine import Engine
-from partinf.engine.jax_runner import JaxRunner
 from partinf.engine.request import SamplingParams
-from partinf.hardware import parse_slice
+from partinf.execution.runner import JaxRunner
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
+from partinf.partition.quantize import Quantized, dequantize, quantize
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
-from partinf.quantize import Quantized, dequantize, quantize
-from partinf.sharding import device_mesh
 from partinf.transformer.params import abstract_params, params_bytes_per_device, random_params
 from partinf.workload import DType
 

@@ -20,15 +20,15 @@ from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.engine import Engine, FinishReason, FirstComeFirstServed, Orca, Policy, RequestOutput, SamplingParams
-from partinf.engine.jax_runner import JaxRunner
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.engine.step_price import Estimates
-from partinf.hardware import parse_slice
+from partinf.execution.runner import JaxRunner
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
-from partinf.sharding import device_mesh
 from partinf.transformer import reference
 from partinf.transformer.params import abstract_params
 from partinf.transformer.slots import steer_plain

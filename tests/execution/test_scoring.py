@@ -15,12 +15,12 @@ import pytest
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.execution.score import Scorer
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.scoring import Scorer
-from partinf.sharding import device_mesh
 from partinf.transformer.params import abstract_params
 from partinf.transformer.score import compile_score_step
 from partinf.workload import DType

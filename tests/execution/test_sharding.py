@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.sharding import by_place, device_mesh
+from partinf.partition.sharding import by_place, device_mesh
 from tests.execution.harness import make_plan
 
 

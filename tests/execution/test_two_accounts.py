@@ -14,9 +14,9 @@ from partinf import resources
 from partinf.buckets import split_of
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer import attention, ffn
 from partinf.transformer.account import Account, trace_account

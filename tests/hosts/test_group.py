@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, SamplingParams, TokenEvent
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import SampledToken, Step, StepOutput
-from partinf.engine.step_price import Estimates
 from partinf.errors import InvalidInput
 from partinf.hosts import Bounds, Group, Job, JobEnded
 from partinf.hosts.wire import Door, Kind, Link, Purpose, connect

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from partinf.experiment.together import free_port
 from partinf.hosts.job import NAMES
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
 from partinf.resources import find
-from partinf.runs.together import free_port
 from tests.hosts import worker
 
 COUNT = 18

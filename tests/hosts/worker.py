@@ -46,10 +46,10 @@ def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
     from partinf.buckets import Capacity
     from partinf.cli.arguments import named_layout
     from partinf.engine.engine import Engine
-    from partinf.engine.jax_runner import JaxRunner
+    from partinf.engine.estimates import Estimates
     from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
     from partinf.engine.policies.ranked import Eviction, Pages
-    from partinf.engine.step_price import Estimates
+    from partinf.execution.runner import JaxRunner
     from partinf.layout import make_layout
     from partinf.transformer.executables import open_cache
     from partinf.workload import DType, Workload

@@ -12,10 +12,12 @@ import pytest
 
 from partinf.api import find_slice
 from partinf.cost.ledger import Kind, Op
-from partinf.engine.jax_runner import runner_limits
 from partinf.errors import InvalidInput
-from partinf.hardware import chips, make_slice, parse_slice
-from partinf.hardware_file import default_path, write_hardware
+from partinf.execution.runner import runner_limits
+from partinf.experiment.result import ledger_of
+from partinf.hardware.hardware_file import default_path, write_hardware
+from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.slices import chips, make_slice, parse_slice
 from partinf.layout import make_layout
 from partinf.measure.calibrate import ROWS, calibrate
 from partinf.measure.collectives import collective_call
@@ -24,11 +26,9 @@ from partinf.measure.probes import Probe, Size, fit, price, probes
 from partinf.measure.products import product_call
 from partinf.measure.steps import Steps, for_buckets, full_step
 from partinf.measure.timing import Timing, alternate
-from partinf.model_config import load_model_config
+from partinf.model.config import load_model_config
+from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, Plan
-from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.runs.result import ledger_of
-from partinf.sharding import device_mesh
 from partinf.workload import DType
 
 AXES = ("x", "y", "z")

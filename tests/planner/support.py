@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from partinf.cost.ledger import Entry, Op
 from partinf.cost.pricing import LOOPED, Pricing, Program
 from partinf.cost.split import Shares, StepShape, StepSplit
-from partinf.hardware import Slice, parse_slice
+from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.workload import DType
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Op
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 
 MB = 1e6
 W = 90e9  # one v4 torus axis, both ways

@@ -10,8 +10,8 @@ from partinf.cost.ledger import Op
 from partinf.cost.pricing import LOOPED, PLAIN
 from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
-from partinf.model_config import ModelConfig
-from partinf.planner.explain import explain
+from partinf.model.config import ModelConfig
+from partinf.planner.show.explain import explain
 from tests.planner.support import layout_of, split_of
 
 MODEL = ModelConfig("small", 3, 1024, 4096, 16, 4, 64, 4096)

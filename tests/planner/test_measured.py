@@ -12,8 +12,8 @@ from experiments.calibrate_v4.fit import checks, serving
 from experiments.calibrate_v4.measured import COLUMNS, Column, mfu, predict
 from partinf import resources
 from partinf.cost.calibration import calibration_for
-from partinf.hardware import chips, parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import chips, parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner.report import PlanReport
 from partinf.planner.search import search
 from partinf.workload import Workload
@@ -48,7 +48,7 @@ def test_the_fit_generalises() -> None:
 
 def test_shipped_constants_are_those_of_the_experiment() -> None:
     fitted = json.loads(RESULTS.read_text())["constants"]
-    shipped = tomllib.loads(resources.package_file("calibration.toml").read_text())["v4"]
+    shipped = tomllib.loads(resources.package_file("hardware/calibration.toml").read_text())["v4"]
     for key, value in fitted.items():
         assert shipped[key] == pytest.approx(value, rel=2e-3), key
 

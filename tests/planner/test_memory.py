@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from partinf import resources
 from partinf.cost.memory import kv_bytes, weight_bytes
 from partinf.cost.split import StepShape
-from partinf.hardware import parse_slice
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import ModelConfig, load_model_config
 from partinf.workload import DType
 from tests.planner.support import layout_of, split_of
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from partinf.cli import main
-from partinf.hardware import parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner import search
 from partinf.planner.curves import front
 from partinf.planner.files import plan_from_toml
-from partinf.planner.work import by_work
+from partinf.planner.show.work import by_work
 from partinf.workload import Workload
 
 PALM = ["--model", "palm-540b", "--slice", "v4:4x4x4", "--batch", "64", "--weights", "int8"]

@@ -13,7 +13,7 @@ import pytest
 from experiments.planner_regret.cases import Case, cases
 from experiments.planner_regret.judge import collective_seconds
 from experiments.planner_regret.measure import judge
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.transformer.account import Collective, count
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "planner_regret" / "results.json"

@@ -12,8 +12,8 @@ from partinf.cost.roofline import (
     smallest_slice,
     step_seconds,
 )
-from partinf.hardware import chips, parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import chips, parse_slice
+from partinf.model.config import load_model_config
 from partinf.workload import DType
 
 V5E = chips()["v5e"]

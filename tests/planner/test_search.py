@@ -9,9 +9,9 @@ import pytest
 from partinf.cost.pricing import LOOPED, TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
 from partinf.planner.options import BestSoFar

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from partinf.cli import main
-from partinf.hardware import chips, parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import chips, parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner.question import Question
 from partinf.planner.search import answer
 from partinf.planner.slices import meshes_of, slices_of

@@ -8,8 +8,8 @@ import pytest
 
 from partinf.cost.ffn import ffn_entries
 from partinf.cost.split import StepShape
-from partinf.hardware import parse_slice
-from partinf.model_config import ModelConfig
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import ModelConfig
 from tests.planner.support import layout_of, moved_elements, split_of
 
 E, F, N = 18432, 73728, 64

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from partinf.cost.collectives import Network
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.proof.hlo import Module, groups, shapes
-from partinf.proof.schedule import Reader, Schedule, axes_of
+from partinf.proof.schedule import CARRIERS, Reader, Schedule, axes_of
 from partinf.proof.traffic import collective_op, hbm_bytes
 
 SLICE = parse_slice("v4:2x2x2")
@@ -18,7 +20,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(b
 FileNames
 1 "/somewhere/partinf/transformer/forward.py"
 2 "/somewhere/partinf/transformer/ffn.py"
-3 "/somewhere/partinf/collectives.py"
+3 "/somewhere/partinf/partition/collectives.py"
 
 FunctionNames
 1 "forward"
@@ -120,6 +122,11 @@ def test_collectives_have_kind_axes_bytes_and_count(schedule: Schedule) -> None:
 def test_the_source_is_the_line_that_asked_for_the_movement(schedule: Schedule) -> None:
     (gather,) = (c for c in schedule.collectives if c.op == "all-gather")
     assert gather.source_op == "partinf/transformer/ffn.py:20 ffn"
+
+
+def test_modules_that_move_for_others_are_where_the_reader_looks_for_them() -> None:
+    for path in CARRIERS:
+        assert importlib.util.find_spec(path.removesuffix(".py").replace("/", ".")) is not None, path
 
 
 def test_work_between_start_and_done_hides_as_much_as_it_takes(schedule: Schedule) -> None:

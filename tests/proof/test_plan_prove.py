@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from partinf.cli.plan_proof import key, proven_seconds, reordered
-from partinf.hardware import parse_slice
-from partinf.model_config import load_model_config
+from partinf.hardware.slices import parse_slice
+from partinf.model.config import load_model_config
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.proof import Proof, StepProof

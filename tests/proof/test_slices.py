@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof import CompilerFailed, Limits, process, prove, unavailable
 from partinf.workload import DType

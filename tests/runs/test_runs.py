@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.runs.description import Experiment, read_experiment
-from partinf.runs.execute import execute
-from partinf.runs.result import deterministic
-from partinf.runs.simulate import simulate
-from partinf.runs.together import ProcessFailed, run_local
+from partinf.experiment.description import Experiment, read_experiment
+from partinf.experiment.execute import execute
+from partinf.experiment.result import deterministic
+from partinf.experiment.simulate import simulate
+from partinf.experiment.together import ProcessFailed, run_local
 
 TEXT = """
 model = "demo"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.hardware import parse_slice
+from partinf.hardware.slices import parse_slice
 from tests.tpu_scripts.support import SCRIPTS
 
 

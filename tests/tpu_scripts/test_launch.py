@@ -108,9 +108,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
 
 def test_the_demo_experiment_on_a_pod_gives_what_it_gives_here(checkout: Path, cloud) -> None:
     """Two workers are one mesh: tokens and all else that follows from the description are those of this process with its eight devices."""
-    from partinf.runs.description import read_experiment
-    from partinf.runs.execute import execute
-    from partinf.runs.result import deterministic
+    from partinf.experiment.description import read_experiment
+    from partinf.experiment.execute import execute
+    from partinf.experiment.result import deterministic
 
     output = cloud.folder / "result.json"
     flags = ["--on", "pod", "--description", str(cloud.describe(repository=str(checkout), command=None)), "--run-id", "r1"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 
 from partinf.engine.batch import BatchBuilder
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.ranked import AheadSwapper, Eviction, Pages, fill
 from partinf.engine.request import Sequence, Status
-from partinf.engine.step_price import Estimates
 
 _DONE = (Status.FINISHED, Status.HELD)
 _DEEPEST = 40  # a quantum of 2⁴⁰ iterations is never used up

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from partinf.engine.batch import BatchBuilder
+from partinf.engine.estimates import Estimates
 from partinf.engine.request import Sequence as Request
 from partinf.engine.request import Status
-from partinf.engine.step_price import Estimates
 
 
 class Eviction(StrEnum):

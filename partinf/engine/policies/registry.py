@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.fcfs import FirstComeFirstServed
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.orca import Orca
@@ -12,7 +13,6 @@ from partinf.engine.policies.priority import by_priority
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.request_level import RequestLevel
 from partinf.engine.policies.srpt import shortest_remaining_first
-from partinf.engine.step_price import Estimates
 from partinf.errors import InvalidInput, nearest
 
 if TYPE_CHECKING:

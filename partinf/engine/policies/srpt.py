@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from partinf.engine.estimates import Estimates
 from partinf.engine.policies.ranked import Pages, Ranked
 from partinf.engine.request import Sequence
-from partinf.engine.step_price import Estimates
 
 
 def shortest_remaining_first(estimates: Estimates, max_batch_size: int | None = None, pages: Pages | None = None) -> Ranked:

@@ -14,9 +14,9 @@ from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.evaluate import Evaluator
-from partinf.planner.explain import Line, explain
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
-from partinf.planner.work import COLOURS, by_work, moved_bytes, readable_bytes, readable_seconds, roles_of
+from partinf.planner.show.explain import Line, explain
+from partinf.planner.show.work import COLOURS, by_work, moved_bytes, readable_bytes, readable_seconds, roles_of
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff; }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from partinf.errors import InvalidInput, collect, raise_offences
-from partinf.runs.description import Experiment
+from partinf.experiment.description import Experiment
 
 
 def launch(experiment: Experiment, file: Path, description: Path, options: Any) -> Path | None:

@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.errors import InvalidInput
-from partinf.hardware import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, has_accelerator, make_slice
-from partinf.hardware_file import default_path, read_hardware
+from partinf.hardware.hardware_file import default_path, read_hardware
+from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, has_accelerator, make_slice
 from partinf.layout import AttentionRole, Role
 from partinf.plans import Plan, kv_head_axes
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from partinf.buckets import Capacity
-from partinf.engine.arrivals import parse_lengths
 from partinf.engine.policies.registry import POLICIES
 from partinf.errors import InvalidInput, collect, nearest, raise_offences
-from partinf.hardware import Slice, parse_slice
-from partinf.hardware_file import check_devices, read_hardware
+from partinf.hardware.hardware_file import check_devices, read_hardware
+from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout, layout_from_toml
-from partinf.model_config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig, load_model_config
 from partinf.plans import Plan
 from partinf.resources import find
+from partinf.simulation.arrivals import parse_lengths
 from partinf.workload import DType, Workload
 
 TIMELESS = ("request-level", "fastertransformer", "orca", "fcfs", "fcfs-chunked")

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Axes, Frame, Split, digit, digit_of_layer, move
 from partinf.layout import Loop, Ring
+from partinf.partition.collectives import Axes, Frame, Split, digit, digit_of_layer, move
 
 Cut = Callable[[jax.Array, int, Any], jax.Array]
 """(array, dimension, layer) → the part of it that belongs to the part at hand, of a dimension with the digits of the frame's columns; of

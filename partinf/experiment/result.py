@@ -13,13 +13,13 @@ from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
 from partinf.engine.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
-from partinf.engine.report import Bounds, Machine, report
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.runner import Runner
-from partinf.engine.step_price import StepPrice
+from partinf.experiment.description import Experiment
 from partinf.layout import readable_name
 from partinf.plans import Bucket, Plan
-from partinf.runs.description import Experiment
+from partinf.simulation.report import Bounds, Machine, report
+from partinf.simulation.step_price import StepPrice
 
 _LAG = 1  # the host is ahead by one step, everywhere
 _COUNTERS = ("mean_batch_size", "occupancy", "padding", "cache_hits")

@@ -164,7 +164,7 @@ def load_model_config(name: str | Path) -> ModelConfig:
             raise InvalidInput(f"{file}: not JSON: {error}") from error
         if not isinstance(data, dict):
             raise InvalidInput(f"{file}: expected a JSON object, found {type(data).__name__}")
-        from partinf.hf_config import config_from_hf  # it builds on this module
+        from partinf.model.hf_config import config_from_hf  # it builds on this module
 
         return config_from_hf(data, path.resolve().name)
     return config_from_toml(path.read_text(), path.stem)

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.quantize import Quantized, dequantize
-from partinf.transformer import cpu_kernels
+from partinf.partition.quantize import Quantized, dequantize
 from partinf.transformer.cache import KeysValues, Stored
+from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.linear import dot
 
 _MASKED = -1e30  # finite, so that a row without any key stays finite
@@ -72,8 +72,8 @@ class Tiles:
         keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
-        paged: decode by the TPU's kernel (`partinf.transformer.paged_decode`) where that takes the pages. interpret: without a TPU.
-        native: by the CPU's kernels (`partinf.transformer.cpu_kernels`), prompts too, where those take the pages.
+        paged: decode by the TPU's kernel (`partinf.transformer.kernels.paged_decode`) where that takes the pages. interpret: without a TPU.
+        native: by the CPU's kernels (`partinf.transformer.kernels.cpu`), prompts too, where those take the pages.
     """
 
     keys: int
@@ -97,7 +97,7 @@ _TILES = {
 
 
 def tiles_for(family: str) -> Tiles:
-    """The tiles of a family of chips (`partinf.hardware.Chip.family`)."""
+    """The tiles of a family of chips (`partinf.hardware.slices.Chip.family`)."""
     return _TILES[family]
 
 

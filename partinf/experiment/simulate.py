@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from partinf.engine.cost_runner import CostRunner
-from partinf.engine.step_price import StepPrice
-from partinf.runs.description import Experiment
-from partinf.runs.result import pricing_of, result, serve
+from partinf.experiment.description import Experiment
+from partinf.experiment.result import pricing_of, result, serve
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.step_price import StepPrice
 
 
 def simulate(experiment: Experiment) -> Any:
-    """The result of a simulated run; see `partinf.runs.result`."""
-    from partinf.engine.jax_runner import runner_limits
+    """The result of a simulated run; see `partinf.experiment.result`."""
+    from partinf.execution.runner import runner_limits
 
     plan = experiment.plan()
     runner = CostRunner(runner_limits(plan), StepPrice(plan, pricing_of(plan), buckets=plan.buckets, sampling=False))

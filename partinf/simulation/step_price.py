@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
+from partinf.engine.estimates import Estimates
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
 from partinf.errors import InvalidInput
@@ -48,22 +48,6 @@ class _Sum(NamedTuple):
     @classmethod
     def of(cls, entries: tuple[Entry, ...]) -> _Sum:
         return cls(total_seconds(entries), sum(entry.ahead * entry.count for entry in entries), compute_left(entries))
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What a policy may know of costs, in seconds.
-
-    Attributes:
-        first_iteration: tokens of a prompt → its prefill alone. decode: the shortest iteration, one row.
-        page_out, page_in: one KV page to host memory and back. pages_for: tokens → pages.
-    """
-
-    first_iteration: Callable[[int], float]
-    decode: float
-    page_out: float = 0.0
-    page_in: float = 0.0
-    pages_for: Callable[[int], int] = lambda tokens: tokens
 
 
 class StepPrice:

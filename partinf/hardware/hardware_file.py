@@ -1,8 +1,8 @@
 """Hardware files: a chip as `partinf calibrate` measured it, to be read in place of the shipped table's.
 
 One file holds one chip: `[chip]` with the figures of the hardware table, `[measured]` with date and circumstances, and the measured rates
-(`partinf.rates`), each named for what it is. Files of the devices of a machine lie in the user's configuration, one per kind of device
-and number of devices, where a slice `local` finds them.
+(`partinf.hardware.rates`), each named for what it is. Files of the devices of a machine lie in the user's configuration, one per kind of
+device and number of devices, where a slice `local` finds them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from partinf.errors import InvalidInput, nearest, raise_offences
-from partinf.hardware import Chip
-from partinf.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.slices import Chip
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
 _SECTIONS = ("chip", "measured", "memory", "products", "types", "collectives", "spread")
 _HEAD = """\
-# A chip as `partinf calibrate` measured it. Seconds, bytes/s and FLOP/s, of one device while all of them work; see partinf/rates.py for
-# what each rate is. Give it to a command as --hardware FILE.
+# A chip as `partinf calibrate` measured it. Seconds, bytes/s and FLOP/s, of one device while all of them work; see
+# partinf/hardware/rates.py for what each rate is. Give it to a command as --hardware FILE.
 """
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import jax
 
 from partinf import api
+from partinf.experiment.description import Experiment
+from partinf.experiment.result import Measured, ledger_of, result, serve
 from partinf.measure.entries import Entries
 from partinf.measure.steps import step_call
 from partinf.measure.timing import alternate
 from partinf.plans import Bucket, Plan
-from partinf.runs.description import Experiment
-from partinf.runs.result import Measured, ledger_of, result, serve
 
 
 def execute(experiment: Experiment, say: Callable[[str], None] = lambda _: None) -> Any:
-    """The result of a run on devices; see `partinf.runs.result`. Every process gets it, with times of its own.
+    """The result of a run on devices; see `partinf.experiment.result`. Every process gets it, with times of its own.
 
     Args:
         say: told what is done next.

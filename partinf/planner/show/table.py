@@ -13,9 +13,9 @@ from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.show.work import moved_bytes
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import switch_table
-from partinf.planner.work import moved_bytes
 from partinf.plans import Plan
 
 _BAR = 40

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageCopy, SampledToken, Step, StepOutput
-from partinf.engine.step_price import Price
+from partinf.simulation.step_price import Price
 
 _TOKEN = SampledToken(0, 0.0)
 

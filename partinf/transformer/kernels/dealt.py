@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.collectives import Axes
+from partinf.partition.collectives import Axes
 
 
 def deal(x: jax.Array, dim: int, order: Axes, axes: Axes, sizes: Mapping[str, int]) -> jax.Array:

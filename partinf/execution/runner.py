@@ -26,8 +26,8 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
+from partinf.partition.sharding import device_mesh, put
 from partinf.plans import Bucket, Plan
-from partinf.sharding import device_mesh, put
 from partinf.transformer.batch import Batch, empty_batch, pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
 from partinf.transformer.page_copies import HostPages, compile_put, compile_take

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from partinf.errors import InvalidInput, raise_offences
-from partinf.model_config import Activation, Block, ModelConfig, Norm, Position, RopeScaling
+from partinf.model.config import Activation, Block, ModelConfig, Norm, Position, RopeScaling
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
-from partinf.engine.arrivals import Arrival
-from partinf.engine.step_price import StepPrice
 from partinf.errors import InvalidInput
-from partinf.hardware import Slice
+from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role
-from partinf.model_config import ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
 from partinf.plans import Plan
+from partinf.simulation.arrivals import Arrival
+from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload
 
 _NEVER = 1 << 30

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from partinf.axes import is_axis_name
 from partinf.errors import InvalidInput, nearest, raise_offences
-from partinf.rates import Rates
+from partinf.hardware.rates import Rates
 
 TORUS_NAMES = ("x", "y", "z")
 DCN_AXIS = "dcn"
@@ -51,7 +51,7 @@ class Chip:
         device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
         provisional: the figures are orders of magnitude, neither published nor measured.
         source: where the figures come from.
-        rates: what was measured on such devices (`partinf.hardware_file`); None for the shipped table.
+        rates: what was measured on such devices (`partinf.hardware.hardware_file`); None for the shipped table.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Slice:
 @functools.cache
 def chips() -> Mapping[str, Chip]:
     """The shipped hardware table, name → chip."""
-    table = tomllib.loads(files("partinf").joinpath("hardware.toml").read_text())
+    table = tomllib.loads(files("partinf").joinpath("hardware", "hardware.toml").read_text())
     known = {field.name for field in fields(Chip)} - {"rates"}
     strange = [(name, key) for name, row in table.items() for key in row if key not in known]
     raise_offences(f"hardware.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in strange)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from partinf.errors import nearest
 from partinf.planner.curves import TOKENS, front, volumes
 from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.work import COLOURS, by_work, roles_of
+from partinf.planner.show.work import COLOURS, by_work, roles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,15 +10,15 @@ from typing import Protocol
 from partinf.cost.memory import activation_bytes, usable_bytes
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape, StepSplit
-from partinf.engine.arrivals import Arrival
-from partinf.engine.cost_runner import CostRunner
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step_price import StepPrice
 from partinf.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.simulation.arrivals import Arrival
+from partinf.simulation.cost_runner import CostRunner
+from partinf.simulation.step_price import StepPrice
 
 
 @dataclass(frozen=True)

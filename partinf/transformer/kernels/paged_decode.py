@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from partinf.transformer.cache import KeysValues
 
-_MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels`
+_MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels.tiles`
 _BUFFERS = 4 << 20  # bytes of on-chip memory for pages
 _MOST_KEYS = 512  # of one block
 _SUBLANES = 32  # bytes of a tile's column: what a page has to fill so that pages stand side by side without gaps

@@ -23,7 +23,7 @@ import jaxlib
 from absl import logging
 
 from partinf.errors import InvalidInput
-from partinf.quantize import Quantized
+from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import OFF, host, kept, own
 

@@ -1,0 +1,1 @@
+"""The model on real devices: the runner of an engine's steps, and scoring."""

@@ -1,0 +1,1 @@
+"""Architectures as data, and the files that describe them."""

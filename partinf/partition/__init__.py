@@ -1,0 +1,1 @@
+"""How arrays are split over the mesh and moved between splits."""

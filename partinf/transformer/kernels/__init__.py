@@ -1,0 +1,1 @@
+"""Attention cores and products for one platform or one form of the cache."""
