@@ -107,17 +107,18 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
     """How often a branch is taken: attention skips tiles of prompts that nobody sees, if prompts of one length fill the bucket."""
-    from partinf.transformer import kernels  # jax is loaded with these, and a proof that is refused earlier needs none
+    from partinf.transformer.kernels import tiles as kernels  # jax is loaded with these, and a proof that is refused earlier needs none
     from partinf.transformer.routes import Routes
 
     routes = Routes(plan, bucket)
     ways = routes.ways(routes.prefill.batch)
     heads = plan.padded_model.num_heads // routes.ways(routes.prefill.heads)
+    source = kernels.__name__.replace(".", "/") + ".py"
     tiles = kernels.tiles_for(plan.slice.chip.family)
     seen, together = kernels.seen_shares(bucket.prefill_tokens // ways, bucket.prefill_slots // ways, heads, tiles)
 
     def taken(lines: Sequence[Frame]) -> float:
-        functions = [line.function for line in lines if line.file.endswith("transformer/kernels.py")]
+        functions = [line.function for line in lines if line.file.endswith(source)]
         if any(".slot" in name for name in functions):
             return 1.0 if any(".slot.<locals>.tile" in name for name in functions) else together
         return seen if any(name.startswith("prefill") for name in functions) else 1.0

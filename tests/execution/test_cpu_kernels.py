@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_left_to_the_tiles() -> None:
 def test_without_a_compiler_xla_does_it(compiler: str, tmp_path: Path) -> None:
     """A machine without kernels says so once, and nothing else changes."""
     program = (
-        "from partinf.transformer import cpu_kernels\n"
+        "from partinf.transformer.kernels import cpu as cpu_kernels\n"
         "import jax.numpy as jnp\n"
         "from partinf.transformer.cache import KeysValues\n"
         "x = jnp.zeros((1, 16, 16))\n"

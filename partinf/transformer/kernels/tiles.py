@@ -162,7 +162,7 @@ def _in_place(q: jax.Array, stored: Stored, position: jax.Array, tiles: Tiles) -
     if tiles.native and cpu_kernels.fits(stored.pages):
         return cpu_kernels.decode(q, stored, position)
     if tiles.paged:
-        from partinf.transformer import paged_decode  # it takes a quarter of a second, which a CPU never needs
+        from partinf.transformer.kernels import paged_decode  # it takes a quarter of a second, which a CPU never needs
 
         if paged_decode.fits(stored.pages):
             return paged_decode.paged_decode(q, stored.pages, stored.rows, position, tiles.interpret)
