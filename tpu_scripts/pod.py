@@ -22,8 +22,9 @@ from pathlib import Path
 from pod_commands import EXPIRES_LABEL, Executor, Gcloud, Interrupted, Recorder, Runner, Signals, delete_machine, list_machines
 from pod_cost import PRICES, estimate
 from pod_description import Description, read_description
+from pod_failures import reason
 from pod_jobset import manifest, run_jobset
-from pod_life import Pod, Preempted, StepFailed, launch
+from pod_life import Pod, Preempted, StepFailed, create, launch
 
 from partinf.errors import InvalidInput, raise_offences
 from partinf.planner.files import plan_from_toml
@@ -144,6 +145,7 @@ def _on_machine(
     if options.action == "logs":
         return _follow(pod, signals)
     steps: dict[str, Callable[[], object]] = {step: getattr(pod, step) for step in STEPS}
+    steps["create"] = lambda: create(pod)
     try:
         gone = steps[options.action]()
     except (StepFailed, Preempted) as failure:
@@ -200,7 +202,7 @@ def _commit(description: Description) -> str:
 def _list(description: Description, runner: Runner, reap: bool) -> int:
     done = runner.run(list_machines(description))
     if done.code:
-        print(f"pod: {done.err.strip()}", file=sys.stderr)
+        print(f"pod: {reason(done)}", file=sys.stderr)
         return 1
     code = 0
     for machine in json.loads(done.out or "[]"):

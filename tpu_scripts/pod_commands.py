@@ -187,6 +187,10 @@ class Gcloud:
     def describe(self) -> Command:
         return self._queued("describe", "--format=value(state.state)", pretend="ACTIVE\n", timeout=120)
 
+    def describe_failure(self) -> Command:
+        """Why a queued resource failed."""
+        return self._queued("describe", "--format=value(state.failedData.error.message)", timeout=120)
+
     def delete(self) -> Command:
         return self._queued("delete", "--force", shielded=True, timeout=900)
 

@@ -7,18 +7,26 @@ The manifest is JSON, which kubectl takes as it takes YAML and in which no name 
 from __future__ import annotations
 
 import json
-import sys
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pod_commands import Command, Runner, Signals
+from pod_deletion import Deletion, say
 from pod_description import Description
+from pod_failures import reason
 
 from partinf.errors import raise_offences
 
 _POLLS_WITHOUT_ANSWER = 10
+# What kubectl says of a JobSet that it has not sent, or that the cluster did not take.
+_REFUSED = re.compile(
+    r"no context|context .* does not exist|logged in|Unauthorized|Forbidden|no matches for kind|error validating|is invalid|no such host"
+    r"|connection refused|connection to the server .* was refused|executable .* (not found|failed)|is it installed and on PATH",
+    re.IGNORECASE,
+)
 
 
 def manifest(description: Description, run_id: str) -> dict[str, Any]:
@@ -90,10 +98,12 @@ def run_jobset(
         output.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
     kube = ("kubectl", f"--context={description.gke.context}", f"--namespace={description.gke.namespace}")
-    name = f"{description.name}-{run_id}"
+    name, state, seen, refused, gone = f"{description.name}-{run_id}", "", False, False, True
     try:
         done = runner.run(Command((*kube, "apply", f"--filename={file}"), shielded=True, timeout=300))
-        state = "" if not done.code else f"apply: {done.err.strip()}"
+        refused = bool(done.code) and _REFUSED.search(done.err) is not None
+        seen = not done.code
+        state = "" if seen else f"apply: {reason(done)}"
         deadline, silent = now() + description.time_to_live, 0
         while not state:
             asked = runner.run(Command((*kube, "get", "jobset", name, "--output=jsonpath={.status.terminalState}"), "Completed"))
@@ -102,21 +112,14 @@ def run_jobset(
                 state = "no answer from the cluster" if silent else "the time to live is over"
             if not state:
                 signals.sleep(poll_seconds)
-        logs = runner.run(Command((*kube, "logs", f"--selector=jobset.sigs.k8s.io/jobset-name={name}", "--prefix", "--tail=-1")))
-        if not runner.dry:
-            (output / "logs.txt").write_text(logs.out)
+        if seen:
+            logs = runner.run(Command((*kube, "logs", f"--selector=jobset.sigs.k8s.io/jobset-name={name}", "--prefix", "--tail=-1")))
+            if not runner.dry:
+                (output / "logs.txt").write_text(logs.out)
     finally:
-        gone = _delete(runner, (*kube, "delete", "jobset", name, "--ignore-not-found", "--wait"), poll_seconds)
+        if not refused:
+            command = Command((*kube, "delete", "jobset", name, "--wait"), shielded=True, timeout=900)
+            gone = Deletion("THE JOBSET", name, command, runner, poll_seconds).until_gone(awaited=not seen)
     if state != "Completed":
-        print(f"pod: {state}", file=sys.stderr)
+        say(state)
     return 0 if state == "Completed" and gone else 1
-
-
-def _delete(runner: Runner, words: tuple[str, ...], poll_seconds: float) -> bool:
-    command = Command(words, shielded=True, timeout=900)
-    for _ in range(5):
-        if not runner.run(command).code:
-            return True
-        time.sleep(poll_seconds)
-    print(f"pod: THE JOBSET MAY STILL EXIST AND COST MONEY. Delete it yourself: {command}", file=sys.stderr)
-    return False

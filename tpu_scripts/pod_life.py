@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -12,12 +11,18 @@ from pathlib import Path
 
 from pod_checkout import HERE
 from pod_commands import PLAN, SOURCE, WORKER_SCRIPT, Command, Done, Gcloud, Runner, archive
+from pod_deletion import Deletion, say
 from pod_description import Description
+from pod_failures import EXISTS, Left, classify, classify_text, reason, unreachable
 
 COPY_ATTEMPTS = 3
-DELETE_ATTEMPTS = 5
 UNANSWERED = 10  # polls in a row without an answer, after which a machine that is said to run counts as unreachable
-GONE = ("SUSPENDING", "SUSPENDED", "FAILED", "DELETING")
+GONE = {
+    "SUSPENDING": "its capacity is being taken away",
+    "SUSPENDED": "its capacity was taken away",
+    "FAILED": "",  # the machine itself says why
+    "DELETING": "something else deletes it: reap, the console or another command",
+}
 
 
 class StepFailed(Exception):
@@ -42,6 +47,10 @@ class Pod:
         expires: the time, in seconds since 1970, after which nothing of it may exist.
         sleep: waits, and lets an interrupt through.
         poll_seconds: between two looks at the machine.
+        rest: waits, and nothing cuts it short.
+        asked: whether this run has asked for a machine that may exist.
+        awaited: whether that machine was neither seen nor refused, so that it may still come into being.
+        made: whether it ever may have existed, in any attempt.
     """
 
     description: Description
@@ -55,29 +64,39 @@ class Pod:
     poll_seconds: float = 20.0
     now: Callable[[], float] = time.time
     attempt: int = field(default=1)
+    rest: Callable[[float], None] = time.sleep
+    asked: bool = field(default=False, init=False)
+    awaited: bool = field(default=False, init=False)
+    made: bool = field(default=False, init=False)
 
     def create(self) -> None:
         self.sleep(0)  # an interrupt that has been waiting comes through here, before anything is asked for
-        command = self.gcloud.create(self.expires)
-        done = self._run(command)
-        if done.code and "ALREADY_EXISTS" in done.err:
-            raise NotOurs(f"create: {self.gcloud.machine} exists already; take another --run-id, or delete it")
-        if done.code:
-            raise StepFailed(f"create: {_last(done)}")
+        own = self.made  # then a machine of this name is the one before
+        self.asked = self.awaited = self.made = True
+        done = self._run(self.gcloud.create(self.expires))
+        if not done.code:
+            return
+        failure = classify(done)
+        if failure is EXISTS and own:
+            raise Preempted(f"the machine before is still there: {reason(done)}")
+        self.asked, self.awaited = failure.left is not Left.NOTHING, failure.left is Left.UNCLEAR
+        self.made = own or self.asked
+        if failure is EXISTS:
+            raise NotOurs(f"create: {self.gcloud.machine} exists already; take another --run-id, or delete it: {self.gcloud.delete()}")
+        raise (Preempted if failure.again else StepFailed)(f"create: {reason(done)}")
 
     def wait(self) -> None:
         """Until the queued resource is active; no capacity within the deadline counts as lost capacity."""
         deadline, unanswered = self.now() + self.description.wait, 0
         while True:
             done = self._run(self.gcloud.describe())
-            state = done.out.strip()
+            state = self._state_of(done)
             unanswered = unanswered + 1 if done.code else 0
-            if state == "ACTIVE" and not done.code:
+            if state == "ACTIVE":
                 return
-            if state in GONE:
-                raise Preempted(f"the request became {state}")
+            self._raise_if_gone(state)
             if unanswered >= UNANSWERED:
-                raise StepFailed(f"wait: no answer about {self.gcloud.machine}: {_last(done)}")
+                raise StepFailed(f"wait: no answer about {self.gcloud.machine}: {reason(done)}")
             if self.now() >= deadline:
                 raise Preempted(f"no capacity within {self.description.wait} s (state {state or 'unknown'})")
             self._pause()
@@ -93,15 +112,15 @@ class Pod:
             if not self.runner.dry:
                 (self.output / PLAN).write_text(self.plan)
         self._need("archive", archive(self.description, self.commit, str(source)))
-        self._need("copy to the workers", self.gcloud.upload(*files), COPY_ATTEMPTS)
+        self._need("copy to the workers", self.gcloud.upload(*files), COPY_ATTEMPTS, Preempted)
 
     def setup(self) -> None:
-        self._need("setup", self.gcloud.worker("setup", self.commit, *self.description.setup), COPY_ATTEMPTS)
+        self._need("setup", self.gcloud.worker("setup", self.commit, *self.description.setup), COPY_ATTEMPTS, Preempted)
 
     def start(self) -> None:
         """Start on all workers; safe to repeat, because a run that is already started stays as it is."""
         words = (self.gcloud.run_id, self.commit, str(self.attempt), *self.description.command)
-        self._need("start", self.gcloud.worker("start", *words), COPY_ATTEMPTS)
+        self._need("start", self.gcloud.worker("start", *words), COPY_ATTEMPTS, Preempted)
 
     def watch(self) -> None:
         """Until every worker has ended; a lost connection is only a missing answer, a worker that failed ends the run."""
@@ -116,7 +135,7 @@ class Pod:
                 return
             unanswered = 0 if len(statuses) == self.description.tpu.num_hosts else unanswered + 1
             if unanswered >= UNANSWERED:
-                raise StepFailed(f"run: {len(statuses)} of {self.description.tpu.num_hosts} workers answer: {_last(last)}")
+                raise StepFailed(f"run: {len(statuses)} of {self.description.tpu.num_hosts} workers answer: {reason(last)}")
             self._pause()
 
     def statuses(self) -> tuple[list[str], Done]:
@@ -137,15 +156,13 @@ class Pod:
                 self._unpack(local, self.output / f"worker-{worker}")
 
     def delete(self) -> bool:
-        """Delete the machine; True when it is gone."""
-        for number in range(DELETE_ATTEMPTS):
-            done = self._run(self.gcloud.delete())
-            if not done.code or "NOT_FOUND" in done.err:
-                return True
-            _say(f"deleting failed ({number + 1} of {DELETE_ATTEMPTS}): {_last(done)}")
-            time.sleep(self.poll_seconds)  # not self.sleep: nothing may cut this short
-        _say(f"MACHINE MAY STILL EXIST AND COST MONEY. Delete it yourself: {self.gcloud.delete()}")
-        return False
+        """Delete the machine; True when it is gone, and will not come if this run has asked for it."""
+        state = lambda: self._state_of(self._run(self.gcloud.describe()))  # noqa: E731
+        command = self.gcloud.delete()
+        deletion = Deletion("MACHINE", self.gcloud.machine, command, self.runner, self.poll_seconds, self.now, self.rest, state)
+        gone = deletion.until_gone(self.awaited)
+        self.asked = self.awaited = not gone
+        return gone
 
     def _run(self, command: Command) -> Done:
         """No command but those that create and delete may take longer than there is time to live."""
@@ -153,26 +170,48 @@ class Pod:
             command = replace(command, timeout=min(command.timeout, max(1.0, self.expires - self.now())))
         return self.runner.run(command)
 
-    def _need(self, step: str, command: Command, attempts: int = 1) -> Done:
-        for number in range(attempts):
-            if number:
-                self._need_machine()
-                self.sleep(self.poll_seconds)
+    def _need(self, step: str, command: Command, attempts: int = 1, out_of_reach: type[Exception] = StepFailed) -> Done:
+        """Run until it works: `attempts` times, or where ssh does not reach a worker, `UNANSWERED` times and then `out_of_reach`."""
+        number = 0
+        while True:
             done = self._run(command)
             if not done.code:
                 return done
-            _say(f"{step} failed ({number + 1} of {attempts}): {_last(done)}")
-        if attempts > 1:
-            self._need_machine()
-        raise StepFailed(f"{step}: {_last(done)}")
+            number += 1
+            silent = attempts > 1 and unreachable(done)
+            limit = UNANSWERED if silent else attempts
+            say(f"{step} failed ({number} of {limit}): {reason(done)}")
+            if attempts > 1:
+                self._need_machine()
+            if number >= limit:
+                raise (out_of_reach if silent else StepFailed)(f"{step}: {reason(done)}")
+            self.sleep(self.poll_seconds)
 
     def _need_machine(self) -> None:
         """Tell lost capacity and the end of the time to live from an ordinary failure."""
         if self.now() >= self.expires:
             raise StepFailed(f"the time to live of {self.description.time_to_live} s is over")
         done = self._run(self.gcloud.describe())
-        if done.out.strip() in GONE or "NOT_FOUND" in done.err:
-            raise Preempted(f"the machine is {done.out.strip() or 'gone'}")
+        self._raise_if_gone(self._state_of(done))
+        if "NOT_FOUND" in done.err:
+            raise Preempted("the machine is gone")
+
+    def _state_of(self, done: Done) -> str:
+        """The state in an answer of `describe`, which also shows that the machine has come into being."""
+        if not done.code:
+            self.awaited = False
+        return "" if done.code else done.out.strip()
+
+    def _raise_if_gone(self, state: str) -> None:
+        if state not in GONE:
+            return
+        why = GONE[state]
+        if state == "FAILED":
+            done = self._run(self.gcloud.describe_failure())
+            why = reason(done) if done.code else done.out.strip().removeprefix(state)
+        # A reason in the table that no waiting changes ends the run; everything else is lost capacity.
+        lost = state != "FAILED" or not why or classify_text(why).again or classify_text(why).left is Left.UNCLEAR
+        raise (Preempted if lost else StepFailed)(f"the machine is {state}{f': {why}' if why else ''}")
 
     def _pause(self) -> None:
         if self.now() >= self.expires:
@@ -198,24 +237,39 @@ def launch(pod: Pod) -> int:
     Raises:
         Interrupted: after the machine was deleted.
     """
-    for attempt in range(1, pod.description.retries + 2):
+    attempts = pod.description.retries + 1
+    for attempt in range(1, attempts + 1):
         pod.attempt = attempt
         try:
             return _attempt(pod)
-        except Preempted as reason:
-            _say(f"attempt {attempt} of {pod.description.retries + 1}: {reason}")
+        except Preempted as lost:
+            say(f"attempt {attempt} of {attempts}: {lost}")
         except StepFailed as failure:
-            _say(str(failure))
+            say(str(failure))
             return 1
         if pod.now() >= pod.expires:
-            _say("the time to live is over")
+            say("the time to live is over")
             return 1
-    _say("no attempts left")
+        if attempt < attempts:
+            pod.sleep(min(pod.poll_seconds * 2 ** (attempt - 1), max(0.0, pod.expires - pod.now())))
+    say("no attempts left")
     return 1
 
 
+def create(pod: Pod) -> None:
+    """The step alone: the machine stays, unless creating fails or is interrupted."""
+    created = False
+    try:
+        pod.create()
+        pod.sleep(0)
+        created = True
+    finally:
+        if pod.asked and not created:
+            pod.delete()
+
+
 def _attempt(pod: Pod) -> int:
-    ours, deleted = True, False
+    deleted = True
     try:
         pod.create()
         pod.wait()
@@ -228,12 +282,9 @@ def _attempt(pod: Pod) -> int:
             _try_to_fetch(pod)
             raise
         pod.fetch()
-    except NotOurs:
-        ours = False
-        raise
     finally:
         # No interrupt is let through in here (see Signals): one before it has ended the steps above, one during it changes nothing.
-        if ours:
+        if pod.asked:
             deleted = pod.delete()
     return 0 if deleted else 1
 
@@ -242,15 +293,5 @@ def _try_to_fetch(pod: Pod) -> None:
     """What a failed run left behind helps to see why; that it cannot be fetched must not hide the failure."""
     try:
         pod.fetch()
-    except (StepFailed, Preempted) as reason:
-        _say(f"the outputs of the failed run are lost: {reason}")
-
-
-def _say(line: str) -> None:
-    print(f"pod: {line}", file=sys.stderr, flush=True)
-
-
-def _last(done: Done) -> str:
-    """The last line that a command wrote to stderr, else to stdout."""
-    lines = [line.strip() for line in (done.err or done.out).splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit code {done.code}"
+    except (StepFailed, Preempted) as failure:
+        say(f"the outputs of the failed run are lost: {failure}")

@@ -44,6 +44,7 @@ def cloud(tmp_path: Path, committed: Path, monkeypatch: pytest.MonkeyPatch) -> F
     (folder / "state").write_bytes(marshal.dumps({"machines": {}, "jobsets": {}, "steps": {}, "created": 0}))
     (folder / "calls").touch()
     (folder / "accepted_commands").write_bytes(marshal.dumps(tomllib.loads((HERE / "accepted_commands.toml").read_text())))
+    monkeypatch.setattr("pod_deletion.LOOK_SECONDS", 0.2)
     fake = FakeCloud(folder, {**os.environ})
     fake.script()
     fake.repository.symlink_to(committed)

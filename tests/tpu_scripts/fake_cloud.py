@@ -2,8 +2,9 @@
 
 They accept the commands and flags of accepted_commands.toml, keep their state in $FAKE_CLOUD/state, log every call, and run what a worker
 is told as real processes, one home folder per worker. $FAKE_CLOUD/script says what goes wrong, by step: `fail` (so many times; "late" of
-create: it happens and is reported as failed), `preempt` (so many times the capacity is lost in that step), `interrupt` (SIGINT to whoever
-called), `states` (what describe says before ACTIVE), `hosts`.
+create: it happens and is reported as failed), `reasons` (what a failing step says, with its exit code), `slow` (seconds that a step
+takes), `appears` (after so many further looks, what was created and reported as failed is there), `preempt` (so many times the capacity is
+lost in that step), `interrupt` (SIGINT to whoever called), `states` (what describe says before ACTIVE), `why` (of a FAILED), `hosts`.
 
 The tests start these programs some hundred times, and importing takes longer than all that they do. So what only some commands need is
 imported there, the files are marshalled, and paths are text.
@@ -115,15 +116,19 @@ class Cloud:
                 machine["state"] = "SUSPENDED"
                 self._stop(machine)
         left = self.script.get("fail", {}).get(step, 0)
+        time.sleep(self.script.get("slow", {}).get(step, 0))
         if left == "late":
             return True
         if left and self.state["steps"][step] <= left:
-            raise Refused(f"INTERNAL: {step} fails as the script says")
+            raise Refused(*self.script.get("reasons", {}).get(step, (f"INTERNAL: {step} fails as the script says", 1)))
         return False
 
     def _machine(self, active: bool = False) -> dict:
         name = self.places[-1].removesuffix(":") if self.flags.get("--worker") == "all" else self.places[0].partition(":")[0]
         machine = self.state["machines"].get(name)
+        if machine is not None and machine["unseen"]:
+            machine["unseen"] -= 1
+            machine = None
         if machine is None:
             raise Refused(f"NOT_FOUND: {name}")
         if active and machine["state"] != "ACTIVE":
@@ -146,12 +151,16 @@ class Cloud:
         where = f"projects/{self.flags['--project']}/locations/{self.flags['--zone']}/queuedResources/{name}"
         states = self.script.get("states", [])
         machine = {"name": where, "state": "ACTIVE", "before": list(states), "labels": labels, "homes": homes, "port": _free_port()}
+        machine["unseen"] = self.script.get("appears", 0)
         self.state["machines"][name] = machine
         self.state["created"] += 1
         return 0
 
     def _describe(self) -> int:
         machine = self._machine()
+        if "failedData" in self.flags["--format"]:
+            print(self.script.get("why", ""))
+            return 0
         print(machine["before"].pop(0) if machine["before"] and machine["state"] == "ACTIVE" else machine["state"])
         return 0
 
@@ -161,6 +170,7 @@ class Cloud:
         rows = [
             {"name": m["name"], "state": {"state": m["state"]}, "tpu": {"nodeSpec": [{"node": {"labels": m["labels"]}}]}}
             for m in self.state["machines"].values()
+            if not m["unseen"]
         ]
         print(json.dumps(rows))
         return 0
