@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from partinf.checkpoint.hf_names import LeafSource, leaf_sources, read_leaf, recognize, split_leaf, tensor_shapes, tolerated
+from partinf.checkpoint.hf_names import LeafSource, leaf_sources, naming_of, read_leaf, split_leaf, tensor_shapes, tolerated
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
@@ -50,7 +50,7 @@ def load_hf(directory: str | Path, config: ModelConfig, abstract_params: Params,
 
 def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params, padded_heads: int = 0) -> Params:
     """`load_hf` from an open reader, whose `bytes_read` then tells what was read."""
-    naming = recognize(config, reader.inventory.names)
+    naming = naming_of(config, reader.inventory.names)
     sources = leaf_sources(config, isinstance(abstract_params.get("layers"), Mapping), padded_heads, naming)
     leaves = by_path(abstract_params, quantized_whole=True)
     expected = {path: source.leaf_shape for path, source in sources.items()}
@@ -130,7 +130,7 @@ def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStr
 def check_hf(directory: str | Path, config: ModelConfig) -> None:
     """Raise `InvalidInput` with every offence of the weights in a directory. Reads headers only, so it takes milliseconds for any size."""
     with TensorReader(directory) as reader:
-        naming = recognize(config, reader.inventory.names)
+        naming = naming_of(config, reader.inventory.names)
         reader.check(tensor_shapes(config, naming), tolerated(config, naming))
 
 

@@ -1,151 +1,22 @@
-"""Hugging Face tensors and the leaves of the library's parameter tree, declared once per family.
+"""Where each leaf of the parameter tree lies in Hugging Face tensors, and slices of it.
 
-The tables below are the only place that knows the names. Validation, loading and saving are derived from them, and all of it is numpy:
-no device is needed to check a directory. Both sides pair the first half of a head with the second in the rotary embedding (rotate_half),
-so a leaf is a reshape of a tensor or of a block of its rows, or a stack of such; GPT-2's matrices are transposed first.
-
-Letters as in the whole library: V vocabulary, E d_model, F d_ff, H query heads, K key/value heads, Q head size, M longest context.
+The names stand in `model.families`; this module works out which bytes of which tensor a leaf is. Validation, loading and saving are
+derived from it, and all of it is numpy: no device is needed to check a directory.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from partinf.checkpoint.safetensors_files import TensorReader
-from partinf.errors import InvalidInput
+from partinf.errors import raise_offences
 from partinf.model.config import Block, ModelConfig, Norm, Position
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Where one leaf comes from.
-
-    Attributes:
-        dims: The tensor's dimensions, separated by spaces, outputs first. Letters written together are one dimension of the tensor and
-            several of the leaf, in parentheses one of both; 1 is a dimension of the leaf alone.
-        tensors: Names of the tensors; more than one are stacked on a new leading dimension of the leaf, in this order.
-        thirds: Where the tensor holds queries, keys and values one after the other: which of them each name of `tensors` means.
-        skip: Rows of the tensor before the leaf's.
-        transposed: The tensor is stored [in, out].
-    """
-
-    dims: str
-    tensors: tuple[str, ...]
-    thirds: tuple[int, ...] = ()
-    skip: int = 0
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Naming:
-    """The names of one family's tensors.
-
-    Attributes:
-        bases: What `{base}` in a name may stand for; the first is what transformers writes.
-        layer: What precedes the name of a layer's tensor.
-        layer_weights: Leaves of a layer.
-        model_weights: Leaves of the model.
-        optional: Leaves in these tables that only some models of the family have.
-        buffers: Endings of what is stored although it follows from the configuration.
-    """
-
-    bases: tuple[str, ...]
-    layer: str
-    layer_weights: Mapping[str, Weight]
-    model_weights: Mapping[str, Weight]
-    optional: frozenset[str]
-    buffers: tuple[str, ...] = ()
-
-    @property
-    def leaves(self) -> set[str]:
-        return {*self.layer_weights, *self.model_weights}
-
-
-_UNEMBED = Weight("V E", ("lm_head.weight",))
-LLAMA = Naming(  # and Mistral and Qwen 3
-    bases=("model.",),
-    layer="{base}layers.{layer}.",
-    layer_weights={
-        "attention_norm": Weight("E", ("input_layernorm.weight",)),
-        "wq": Weight("HQ E", ("self_attn.q_proj.weight",)),
-        "wkv": Weight("KQ E", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")),
-        "q_norm": Weight("Q", ("self_attn.q_norm.weight",)),
-        "k_norm": Weight("Q", ("self_attn.k_norm.weight",)),
-        "wo": Weight("E (HQ)", ("self_attn.o_proj.weight",)),
-        "ffn_norm": Weight("E", ("post_attention_layernorm.weight",)),
-        "w_in": Weight("F E", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-        "w_out": Weight("E F", ("mlp.down_proj.weight",)),
-    },
-    model_weights={
-        "embed": Weight("V E", ("{base}embed_tokens.weight",)),
-        "final_norm": Weight("E", ("{base}norm.weight",)),
-        "unembed": _UNEMBED,
-    },
-    optional=frozenset({"q_norm", "k_norm", "unembed"}),
-    buffers=("rotary_emb.inv_freq",),
-)
-GPT2 = Naming(
-    bases=("transformer.", ""),  # the published gpt2 has none
-    layer="{base}h.{layer}.",
-    layer_weights={
-        "attention_norm": Weight("E", ("ln_1.weight",)),
-        "attention_norm_bias": Weight("E", ("ln_1.bias",)),
-        "wq": Weight("HQ E", ("attn.c_attn.weight",), thirds=(0,), transposed=True),
-        "bq": Weight("HQ", ("attn.c_attn.bias",), thirds=(0,)),
-        "wkv": Weight("KQ E", ("attn.c_attn.weight",) * 2, thirds=(1, 2), transposed=True),
-        "bkv": Weight("KQ", ("attn.c_attn.bias",) * 2, thirds=(1, 2)),
-        "wo": Weight("E (HQ)", ("attn.c_proj.weight",), transposed=True),
-        "bo": Weight("E", ("attn.c_proj.bias",)),
-        "ffn_norm": Weight("E", ("ln_2.weight",)),
-        "ffn_norm_bias": Weight("E", ("ln_2.bias",)),
-        "w_in": Weight("1F E", ("mlp.c_fc.weight",), transposed=True),
-        "b_in": Weight("1F", ("mlp.c_fc.bias",)),
-        "w_out": Weight("E F", ("mlp.c_proj.weight",), transposed=True),
-        "b_out": Weight("E", ("mlp.c_proj.bias",)),
-    },
-    model_weights={
-        "embed": Weight("V E", ("{base}wte.weight",)),
-        "positions": Weight("M E", ("{base}wpe.weight",)),
-        "final_norm": Weight("E", ("{base}ln_f.weight",)),
-        "final_norm_bias": Weight("E", ("{base}ln_f.bias",)),
-    },
-    optional=frozenset(),
-    buffers=(".attn.bias", ".attn.masked_bias"),
-)
-OPT = Naming(
-    bases=("model.decoder.", "decoder."),
-    layer="{base}layers.{layer}.",
-    layer_weights={
-        "attention_norm": Weight("E", ("self_attn_layer_norm.weight",)),
-        "attention_norm_bias": Weight("E", ("self_attn_layer_norm.bias",)),
-        "wq": Weight("HQ E", ("self_attn.q_proj.weight",)),
-        "bq": Weight("HQ", ("self_attn.q_proj.bias",)),
-        "wkv": Weight("KQ E", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")),
-        "bkv": Weight("KQ", ("self_attn.k_proj.bias", "self_attn.v_proj.bias")),
-        "wo": Weight("E (HQ)", ("self_attn.out_proj.weight",)),
-        "bo": Weight("E", ("self_attn.out_proj.bias",)),
-        "ffn_norm": Weight("E", ("final_layer_norm.weight",)),
-        "ffn_norm_bias": Weight("E", ("final_layer_norm.bias",)),
-        "w_in": Weight("1F E", ("fc1.weight",)),
-        "b_in": Weight("1F", ("fc1.bias",)),
-        "w_out": Weight("E F", ("fc2.weight",)),
-        "b_out": Weight("E", ("fc2.bias",)),
-    },
-    model_weights={
-        "embed": Weight("V E", ("{base}embed_tokens.weight",)),
-        "positions": Weight("M E", ("{base}embed_positions.weight",), skip=2),  # fairseq's padding, which no token is given
-        "final_norm": Weight("E", ("{base}final_layer_norm.weight",)),
-        "final_norm_bias": Weight("E", ("{base}final_layer_norm.bias",)),
-        "unembed": _UNEMBED,
-    },
-    optional=frozenset({"unembed"}),
-)
-NAMINGS = {"Llama": LLAMA, "GPT-2": GPT2, "OPT": OPT}
+from partinf.model.families import Naming, Stored, family_of
 
 
 def _leaves(config: ModelConfig) -> set[str]:
@@ -160,24 +31,19 @@ def _leaves(config: ModelConfig) -> set[str]:
     return leaves if config.tied_embeddings else leaves | {"unembed"}
 
 
-def _fits(naming: Naming, config: ModelConfig) -> bool:
-    wanted, gated = _leaves(config), len(naming.layer_weights["w_in"].tensors) == 2
-    return wanted <= naming.leaves and naming.leaves - wanted <= naming.optional and config.gated == gated
-
-
-def recognize(config: ModelConfig, found: Collection[str] = ()) -> Naming:
-    """The naming, with one base, of which most names are among those `found` in a directory; of equals the first.
-
-    GPT-2 and OPT differ in no leaf, so an architecture alone does not tell which names its tensors have.
+def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
+    """The names of the model's tensors, with the one base of which most are among those `found` in a directory; of equals the first.
 
     Raises:
-        InvalidInput: blocks that no family has.
+        InvalidInput: blocks that no family has, or weights for which the family has no tensor.
     """
-    present = set(found)
-    fitting = [replace(naming, bases=(base,)) for naming in NAMINGS.values() if _fits(naming, config) for base in naming.bases]
-    if not fitting:
-        raise InvalidInput(f"model {config.name}: no Hugging Face family has such blocks; known families: {', '.join(NAMINGS)}")
-    return max(fitting, key=lambda naming: len(present & tensor_shapes(config, naming).keys()))
+    family, present, wanted = family_of(config), set(found), _leaves(config)
+    raise_offences(
+        f"model {config.name}: {family.title} directories have no tensor for the weight {leaf}"
+        for leaf in sorted(wanted - family.naming.leaves)
+    )
+    namings = [replace(family.naming, bases=(base,)) for base in family.naming.bases]
+    return max(namings, key=lambda naming: len(present & tensor_shapes(config, naming).keys()))
 
 
 def tolerated(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
@@ -225,7 +91,7 @@ def _sizes(config: ModelConfig, vocab_size: int) -> dict[str, int]:
     }
 
 
-def _source(names: tuple[str, ...], weight: Weight, config: ModelConfig, layers: int, padded_heads: int) -> LeafSource:
+def _source(names: tuple[str, ...], weight: Stored, config: ModelConfig, layers: int, padded_heads: int) -> LeafSource:
     """The source of a leaf that stacks `layers` layers, or 0 for one that does not."""
     sizes, whole = _sizes(config, config.vocab_size), _sizes(config.with_padded_heads(padded_heads), config.padded_vocab_size)
     dims = [[group.strip("()")] if group.startswith("(") else list(group) for group in weight.dims.split()]  # letters of each dimension
@@ -243,7 +109,7 @@ def leaf_sources(config: ModelConfig, stacked: bool = False, padded_heads: int =
 
     Paths read `layers/0/wq`, or `layers/wq` where `stacked` says that the layers are one dict of arrays with a leading layer dimension.
     """
-    naming = naming or recognize(config)
+    naming = naming or naming_of(config)
     wanted, base = _leaves(config), naming.bases[0]
     sources = {}
     for name, weight in naming.model_weights.items():

@@ -13,10 +13,30 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from partinf import resources
+from partinf import documents, resources
+from partinf.documents import finite, shown
 from partinf.errors import InvalidInput, nearest, raise_offences
 
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
+# The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and
+# 32-bit places in any one dimension, hold.
+_WHOLE = {
+    "num_layers": (1, 4096),
+    "embed_dim": (1, 1 << 20),
+    "ffn_dim": (1, 1 << 22),
+    "num_heads": (1, 1 << 14),
+    "num_kv_heads": (1, 1 << 14),
+    "head_dim": (1, 1 << 14),
+    "vocab_size": (1, 1 << 24),
+    "max_len": (0, 1 << 30),
+    "window": (0, 1 << 30),
+}
+_MOST_PARAMS = 10**15
+_CONFIG_BYTES = 4 << 20  # of a config.json
+# Held by float32 with room for what is computed from them: a smaller epsilon vanishes, and theta is the ratio of wavelengths.
+_NORM_EPS = (2.0**-120, 1.0)
+_ROPE_THETA = (1.0, 1e30)
+_ROPE_SCALING = (2.0**-20, 2.0**30)
 
 
 class Block(StrEnum):
@@ -62,6 +82,9 @@ class ModelConfig:
         gated: the FFN has a gate and an up matrix (SwiGLU and kin) instead of one input matrix.
         qk_norm: queries and keys are normalised per head before the rotation (Qwen 3).
         max_len: longest context in tokens; 0 where the source states none.
+        window: positions that every layer, or some, may look back on, itself included; 0 where all see all. Windows are not computed: up
+            to so many tokens there is nothing to cut off, and longer contexts are refused.
+        family: the published family whose names its weights have on disk, by its `model_type`; empty where the source names none.
         source: where the sizes come from.
     """
 
@@ -85,6 +108,8 @@ class ModelConfig:
     tied_embeddings: bool = False
     qk_norm: bool = False
     max_len: int = 0
+    window: int = 0
+    family: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -95,6 +120,22 @@ class ModelConfig:
         """V rounded up to a multiple that depends on the model alone, so that the same tree of parameters fits every mesh."""
         multiple = _COARSE if self.vocab_size >= _LARGE_VOCAB else _FINE
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def longest_context(self) -> int:
+        """Longest context that is computed as the model defines it, in tokens: `max_len`, or the window if that is shorter; 0 for any."""
+        return min(filter(None, (self.max_len, self.window)), default=0)
+
+    def context_offences(self, what: str, tokens: int) -> list[str]:
+        """The offence of so many tokens in one context, `what` saying who asks for them; empty where they can be served."""
+        if not self.longest_context or tokens <= self.longest_context:
+            return []
+        if self.longest_context < self.max_len or not self.max_len:
+            why = (
+                f"has a sliding window of {self.window} tokens, which is exact for contexts of up to {self.window} and not supported beyond"
+            )
+            return [f"{what}; model {self.name} {why}; ask for at most {self.window}"]
+        return [f"{what}; model {self.name} has a context of {self.max_len} tokens"]
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -131,18 +172,49 @@ class ModelConfig:
         return self.num_layers * self.layer_params() + embeddings + positions + final
 
     def _offences(self) -> list[str]:
-        sizes = ("num_layers", "embed_dim", "ffn_dim", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-        offences = [f"model {self.name}: {key} = {getattr(self, key)}; it must be at least 1" for key in sizes if getattr(self, key) < 1]
+        offences = [f"model {self.name}: {line}" for line in self._out_of_range()]
         if not offences and self.num_heads % self.num_kv_heads:
             valid = ", ".join(str(k) for k in range(1, self.num_heads + 1) if self.num_heads % k == 0)
             offences.append(
                 f"model {self.name}: {self.num_heads} query heads do not share {self.num_kv_heads} kv heads evenly; valid: {valid}"
             )
-        if self.position is Position.LEARNED and self.max_len < 1:
+        if not offences and self.position is Position.LEARNED and self.max_len < 1:
             offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
         if not offences and self.position is Position.ROPE and self.head_dim % 2:
             offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
+        if not offences and self.num_params() > _MOST_PARAMS:
+            offences.append(f"model {self.name}: {self.num_params():.3g} parameters; at most {_MOST_PARAMS:.0e} are planned for")
         return offences
+
+    def _out_of_range(self) -> list[str]:
+        """Numbers of a wrong type, or for which the code is not right; lists and arrays are made of these sizes only after this."""
+        offences = []
+        for key, (least, most) in _WHOLE.items():
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool):
+                offences.append(f"{key} = {shown(value)}; a whole number is needed")
+            elif value < least:
+                offences.append(f"{key} = {shown(value)}; it must be at least {least}")
+            elif value > most:
+                offences.append(f"{key} = {shown(value)}; it must be at most {most}")
+        offences += _number_offences("norm_eps", self.norm_eps, _NORM_EPS)
+        offences += _number_offences("rope_theta", self.rope_theta, _ROPE_THETA)
+        scaling = self.rope_scaling
+        if scaling is not None:
+            found = asdict(scaling)
+            for key, value in found.items():
+                offences += _number_offences(f"rope_scaling: {key}", value, _ROPE_SCALING)
+            if not offences and not scaling.low_freq_factor < scaling.high_freq_factor:
+                low, high = scaling.low_freq_factor, scaling.high_freq_factor
+                offences.append(f"rope_scaling: low_freq_factor = {low}; it must be below high_freq_factor = {high}")
+        return offences
+
+
+def _number_offences(key: str, value: Any, bounds: tuple[float, float]) -> list[str]:
+    number, (least, most) = finite(value), bounds
+    if number is not None and least <= number <= most:
+        return []
+    return [f"{key} = {shown(value)}; a number from {least:.3g} to {most:.3g} is needed"]
 
 
 def load_model_config(name: str | Path) -> ModelConfig:
@@ -156,12 +228,12 @@ def load_model_config(name: str | Path) -> ModelConfig:
         path = Path(str(resources.find("models", str(name))))
     if path.is_dir():
         file = path / "config.json"
-        if not file.exists():
-            raise InvalidInput(f"{path}: no config.json in this directory; a Hugging Face model directory or a .toml file is needed")
-        try:
-            data = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{file}: not JSON: {error}") from error
+        if not file.exists() and not file.is_symlink():
+            adapter = (path / "adapter_config.json").exists()
+            needed = "a Hugging Face model directory or a .toml file is needed"
+            why = "it holds an adapter alone; merge that into its base model" if adapter else needed
+            raise InvalidInput(f"{path}: no config.json in this directory; {why}")
+        data = documents.read_json(file, most=_CONFIG_BYTES)
         if not isinstance(data, dict):
             raise InvalidInput(f"{file}: expected a JSON object, found {type(data).__name__}")
         from partinf.model.hf_config import config_from_hf  # it builds on this module
@@ -193,7 +265,12 @@ def _build(name: str, data: Mapping[str, Any]) -> ModelConfig:
         if key in known:
             values[key] = _checked(name, key, value, known[key].type, offences)
     raise_offences(offences)
-    return ModelConfig(name=name, **values)
+    config = ModelConfig(name=name, **values)
+    if config.family:
+        from partinf.model.families import family_offences  # it builds on this module
+
+        raise_offences(family_offences(config))
+    return config
 
 
 _ENUMS = {"block": Block, "norm": Norm, "position": Position, "activation": Activation}

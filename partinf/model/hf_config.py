@@ -1,114 +1,28 @@
-"""Hugging Face `config.json`: read for every supported family, written for those that rotate.
+"""Hugging Face `config.json`: read for every family of `families`, written for those that say so.
 
-A family is data: the keys that hold its sizes, what they default to, what its blocks always are, and the only values of other keys that
-mean the model which this library computes.
+A file is read as if it wanted to be misread: a key that is neither read nor known to change no result is refused, and so is any value
+that this library does not compute. What would be silently ignored would run as another model than the one that was published.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+from partinf.documents import finite
 from partinf.errors import InvalidInput, raise_offences
-from partinf.model.config import Activation, Block, ModelConfig, Norm, Position, RopeScaling
+from partinf.model.config import ModelConfig, Position, RopeScaling
+from partinf.model.families import FAMILIES, HARMLESS, ONLY, Family
 
-
-@dataclass(frozen=True)
-class _Family:
-    """How one family writes its configuration.
-
-    Attributes:
-        sizes: whole numbers that must be there, `ModelConfig` field → key.
-        optional: whole numbers that may be absent or null, field → (key, the value then; None where it follows from other sizes).
-        norm_eps: key and default of the norms' epsilon; no key where it is fixed.
-        tied: whether embeddings are tied where the file does not say.
-        only: key → the values that are supported, the default among them.
-        equal: pairs of keys that must agree where the first is given.
-        block: fields of `ModelConfig` that the family fixes.
-    """
-
-    sizes: Mapping[str, str]
-    optional: Mapping[str, tuple[str, int | None]]
-    norm_eps: tuple[str, float]
-    tied: bool
-    only: Mapping[str, tuple[Any, ...]]
-    equal: tuple[tuple[str, str], ...] = ()
-    block: Mapping[str, Any] = field(default_factory=dict)
-
-
-_LLAMA_SIZES = {
-    "num_layers": "num_hidden_layers",
-    "embed_dim": "hidden_size",
-    "ffn_dim": "intermediate_size",
-    "num_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
+_WEIGHTS = ("quantization_config", "compression_config", "quantization")  # where quantised checkpoints describe how they are stored
+_NAMES = ("architectures", "model_type", "auto_map", "tie_word_embeddings", *_WEIGHTS)
+_ROPE = ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor")
+_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-_LAYER_NORM_BLOCK = {"gated": False, "norm": Norm.LAYER, "position": Position.LEARNED, "biases": True}
-_LLAMA = _Family(
-    sizes=_LLAMA_SIZES,
-    optional={
-        "num_kv_heads": ("num_key_value_heads", None),
-        "head_dim": ("head_dim", None),
-        "max_len": ("max_position_embeddings", 2048),
-    },
-    norm_eps=("rms_norm_eps", 1e-6),
-    tied=False,
-    only={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
-)
-_QWEN3 = _Family(
-    sizes=_LLAMA_SIZES | {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"},  # whose defaults are no function of the others
-    optional={"max_len": ("max_position_embeddings", 32768)},
-    norm_eps=("rms_norm_eps", 1e-6),
-    tied=False,
-    only={"hidden_act": ("silu",), "attention_bias": (False,)},
-    block={"qk_norm": True},
-)
-_GPT2 = _Family(
-    sizes={"num_layers": "n_layer", "embed_dim": "n_embd", "num_heads": "n_head", "vocab_size": "vocab_size", "max_len": "n_positions"},
-    optional={"ffn_dim": ("n_inner", None)},
-    norm_eps=("layer_norm_epsilon", 1e-5),
-    tied=True,
-    only={
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    },
-    block=_LAYER_NORM_BLOCK | {"activation": Activation.GELU_TANH},
-)
-_OPT = _Family(
-    sizes={
-        "num_layers": "num_hidden_layers",
-        "embed_dim": "hidden_size",
-        "ffn_dim": "ffn_dim",
-        "num_heads": "num_attention_heads",
-        "vocab_size": "vocab_size",
-        "max_len": "max_position_embeddings",
-    },
-    optional={},
-    norm_eps=("", 1e-5),
-    tied=True,
-    only={
-        "activation_function": ("relu",),
-        "do_layer_norm_before": (True,),
-        "_remove_final_layer_norm": (False,),
-        "enable_bias": (True,),
-        "layer_norm_elementwise_affine": (True,),
-    },
-    equal=(("word_embed_proj_dim", "hidden_size"),),
-    block=_LAYER_NORM_BLOCK | {"activation": Activation.RELU},
-)
-# (architecture, model_type) → family; either name is enough.
-_FAMILIES: Mapping[tuple[str, str], _Family] = {
-    ("LlamaForCausalLM", "llama"): _LLAMA,
-    ("MistralForCausalLM", "mistral"): _LLAMA,
-    ("Qwen3ForCausalLM", "qwen3"): _QWEN3,
-    ("GPT2LMHeadModel", "gpt2"): _GPT2,
-    ("OPTForCausalLM", "opt"): _OPT,
-}
+_MOST_LINES = 20  # of keys that are not known: another kind of file has hundreds
 
 
 def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
@@ -117,124 +31,268 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     Version 5 writes `rope_parameters` and `dtype` where version 4 wrote `rope_theta`, `rope_scaling` and `torch_dtype`.
 
     Raises:
-        InvalidInput: another architecture, missing keys, a rope type or option that is not supported; all at once.
+        InvalidInput: another architecture, missing keys, values of another type, options that are not supported, keys that are not
+            known; all at once.
     """
-    family = _family(data, name)
-    offences: list[str] = []
-    keys = dict(family.sizes) | {size: key for size, (key, _) in family.optional.items() if data.get(key) is not None}
-    for key in keys.values():
-        if not isinstance(data.get(key), int) or isinstance(data.get(key), bool):
-            offences.append(f"{name}: config.json: {key} = {json.dumps(data.get(key))}; a whole number is needed")
-    offences += _unsupported(data, name, family)
-    fields: dict[str, Any] = dict(family.block)
-    if fields.get("position", Position.ROPE) is Position.ROPE:
-        fields["rope_theta"], fields["rope_scaling"] = _rope_from_hf(data, name, offences)
-    raise_offences(offences)
-    sizes = {size: default for size, (_, default) in family.optional.items()} | {size: data[key] for size, key in keys.items()}
+    file = _File(data, f"{name}: config.json")
+    family = file.family()
+    sizes = file.sizes(family)
+    file.choices(family)
     eps_key, eps = family.norm_eps
-    return ModelConfig(
-        name=name,
-        norm_eps=float(data.get(eps_key, eps)),
-        tied_embeddings=bool(data.get("tie_word_embeddings", family.tied)),
-        source="config.json",
-        **_derived(sizes, name),
-        **fields,
-    )
+    fields: dict[str, Any] = {
+        "norm_eps": file.number(eps_key, eps) if eps_key else eps,
+        "tied_embeddings": file.flag("tie_word_embeddings", family.tied),
+    }
+    if family.features["position"] is Position.ROPE:
+        fields["rope_theta"], fields["rope_scaling"] = file.rope()
+    fields["window"] = file.window(family, sizes.get("num_layers"))
+    file.refuse_unknown(family)
+    raise_offences(file.offences)
+    fields |= {**family.block, **_derived(sizes, name)}
+    return ModelConfig(name=name, source="config.json", family=family.model_type, **fields)
 
 
-def _family(data: Mapping[str, Any], name: str) -> _Family:
-    architecture, model_type = (data.get("architectures") or [None])[0], data.get("model_type")
-    for names, family in _FAMILIES.items():
-        if architecture == names[0]:
-            return family
-    for names, family in _FAMILIES.items():
-        if model_type == names[1]:
-            return family
-    supported = ", ".join(known for known, _ in _FAMILIES)
-    raise InvalidInput(f"{name}: config.json describes {architecture or model_type!r}; supported architectures: {supported}")
+def _shown(value: Any) -> str:
+    """A value as it stands in the file, on one line, cut where it is long."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _unsupported(data: Mapping[str, Any], name: str, family: _Family) -> list[str]:
-    offences = []
-    for key, supported in family.only.items():
-        if key in data and data[key] not in supported and not (data[key] is None and False in supported):
-            values = ", ".join(json.dumps(value) for value in supported)
-            offences.append(f"{name}: config.json: {key} = {json.dumps(data[key])} is not supported; supported: {values}")
-    for key, other in family.equal:
-        if data.get(key) is not None and data[key] != data.get(other):
-            offences.append(f"{name}: config.json: {key} = {data[key]} is not supported; it must equal {other} = {data.get(other)}")
-    if data.get("sliding_window") and data.get("use_sliding_window", True):
-        offences.append(f"{name}: config.json: sliding_window = {data['sliding_window']} is not supported")
-    return offences
+def _same(value: Any, wanted: Any) -> bool:
+    """Equality of JSON, where true is not 1."""
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
 
-def _derived(sizes: Mapping[str, Any], name: str) -> dict[str, Any]:
+class _File:
+    """One `config.json` being read.
+
+    Attributes:
+        data: its object. where: how messages name it. offences: what is wrong so far; whoever asks for a value gets its default then.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+        self.offences: list[str] = []
+
+    def family(self) -> Family:
+        """The family that both names mean; either is enough.
+
+        Raises:
+            InvalidInput: no family, another one's name beside it, or code of its own.
+        """
+        architectures, model_type = self.data.get("architectures") or [], self.data.get("model_type") or ""
+        if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
+            raise InvalidInput(f"{self.where}: architectures = {_shown(architectures)}; a list of names is needed")
+        if not isinstance(model_type, str):
+            raise InvalidInput(f"{self.where}: model_type = {_shown(model_type)}; a name is needed")
+        self._refuse_code()
+        by_architecture = {family.architecture: family for family in FAMILIES.values()}
+        named = [by_architecture.get(one) for one in architectures] + ([FAMILIES.get(model_type)] if model_type else [])
+        found = named[0] if named else None
+        if found is None or None in named:
+            described = next((one for one in (*architectures, model_type) if one not in (*by_architecture, *FAMILIES)), None)
+            raise InvalidInput(f"{self.where} describes {described!r}; supported architectures: {', '.join(by_architecture)}")
+        if any(family is not found for family in named):
+            both = f"architectures = {_shown(architectures)} and model_type = {_shown(model_type)}"
+            raise InvalidInput(f"{self.where}: {both} name different families; correct the one that is wrong")
+        return found
+
+    def _refuse_code(self) -> None:
+        code = self.data.get("auto_map")
+        if code is None or (isinstance(code, dict) and not any(key.startswith(("AutoModel", "AutoConfig")) for key in code)):
+            return
+        raise InvalidInput(f"{self.where}: auto_map = {_shown(code)}; models that bring their own code are not supported")
+
+    def whole(self, key: str) -> int | None:
+        value = self.data.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        self.offences.append(f"{self.where}: {key} = {_shown(value)}; a whole number is needed")
+        return None
+
+    def number(self, key: str, default: float) -> float:
+        return self._number(self.data, key, "", default)
+
+    def _number(self, data: Mapping[str, Any], key: str, within: str, default: float) -> float:
+        if key not in data:
+            return default
+        found = finite(data[key])
+        if found is None:
+            self.offences.append(f"{self.where}: {within}{key} = {_shown(data[key])}; a number is needed")
+            return default
+        return found
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.data.get(key, default)
+        if isinstance(value, bool):
+            return value
+        self.offences.append(f"{self.where}: {key} = {_shown(value)}; true or false is needed")
+        return default
+
+    def sizes(self, family: Family) -> dict[str, int | None]:
+        """Every size that the file has, or None where it follows from the others."""
+        found: dict[str, int | None] = {}
+        for field, size in family.sizes.items():
+            if size.key not in self.data and size.absent is not None:
+                found[field] = size.absent
+            elif self.data.get(size.key) is None and size.follows:
+                found[field] = None
+            else:
+                found[field] = self.whole(size.key)
+        return found
+
+    def choices(self, family: Family) -> None:
+        """Keys of which only some values are computed."""
+        for key, supported in {**family.only, **ONLY}.items():
+            value = self.data.get(key, supported[0])
+            if not any(_same(value, one) for one in supported) and not (value is None and False in supported):
+                values = ", ".join(map(_shown, supported))
+                self.offences.append(f"{self.where}: {key} = {_shown(value)} is not supported; supported: {values}")
+        for key, other in family.equal:
+            value, wanted = self.data.get(key), self.data.get(other)
+            if value is not None and not _same(value, wanted):
+                self.offences.append(f"{self.where}: {key} = {_shown(value)} is not supported; it must equal {other} = {_shown(wanted)}")
+        for key in _WEIGHTS:
+            if self.data.get(key) is not None:
+                method = self.data[key].get("quant_method") if isinstance(self.data[key], dict) else None
+                self.offences.append(
+                    f"{self.where}: {key} = {_shown(method or self.data[key])}; quantised checkpoints are not read: "
+                    "take the model's unquantised weights, and quantise with --weights int8"
+                )
+
+    def window(self, family: Family, layers: int | None) -> int:
+        """The sliding window that some layer has; 0 where none has."""
+        types = self._layer_types(family, layers)
+        if family.window is None or layers is None:
+            return 0
+        absent, flag, (first, first_layer) = family.window.absent, family.window.flag, family.window.first
+        window = None if flag and not self.flag(flag, False) else self.data.get("sliding_window", absent)
+        if types is not None and flag:
+            slides = "sliding_attention" in types
+            if slides and window is None:
+                self.offences.append(f"{self.where}: layer_types asks for sliding_attention, but there is no sliding_window")
+        elif first and window is not None:
+            start = self.whole(first) if first in self.data else first_layer
+            slides = start is not None and start < layers
+        else:
+            slides = True
+        if window is None or not slides:
+            return 0
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            self.offences.append(f"{self.where}: sliding_window = {_shown(window)}; a whole number of at least 1, or null, is needed")
+            return 0
+        return window
+
+    def _layer_types(self, family: Family, layers: int | None) -> list[str] | None:
+        types = self.data.get("layer_types")
+        if types is None:
+            return None
+        known = ("full_attention", "sliding_attention") if family.window else ("full_attention",)
+        if not isinstance(types, list) or any(kind not in known for kind in types):
+            strange = next((kind for kind in types if kind not in known), types) if isinstance(types, list) else types
+            self.offences.append(f"{self.where}: layer_types: {_shown(strange)} is not supported; supported: {', '.join(known)}")
+            return None
+        if layers is not None and len(types) != layers:
+            self.offences.append(f"{self.where}: layer_types has {len(types)} entries; the model has {layers} layers")
+        return types
+
+    def rope(self) -> tuple[float, RopeScaling | None]:
+        """The rotation: theta and its scaling. `rope_parameters` of version 5 and `rope_scaling` of version 4 must agree where both are."""
+        self._whole_heads(self.data, "")
+        theta = self.number("rope_theta", 10000.0)
+        found = [
+            self._rotation(key, self.data[key], theta)
+            for key in ("rope_parameters", "rope_scaling")
+            if self.data.get(key) is not None and self.data[key] != {}
+        ]
+        if len(found) == 2 and found[0] != found[1] and not self.offences:
+            both = "; ".join(f"{key} = {_shown(self.data[key])}" for key in ("rope_parameters", "rope_scaling"))
+            self.offences.append(f"{self.where}: {both} are two rotations; remove the one that is not meant")
+        return found[0] if found else (theta, None)
+
+    def _rotation(self, key: str, rope: Any, theta: float) -> tuple[float, RopeScaling | None]:
+        if not isinstance(rope, dict):
+            self.offences.append(f"{self.where}: {key} = {_shown(rope)}; an object is needed")
+            return theta, None
+        nested = [one for one, value in rope.items() if isinstance(value, dict)]
+        if nested:
+            self.offences.append(f"{self.where}: {key} has a rotation for each of {', '.join(nested)}; one for all layers is supported")
+            return theta, None
+        kind = rope.get("rope_type", rope.get("type")) or "default"
+        if not isinstance(kind, str) or kind not in _ROPE_TYPES or rope.get("type", kind) != kind:
+            supported = ", ".join(map(repr, _ROPE_TYPES))
+            wrong = rope["type"] if kind in _ROPE_TYPES else kind
+            self.offences.append(f"{self.where}: {key}: rope type {_shown(wrong)} is not supported; supported: {supported}")
+            return theta, None
+        self._whole_heads(rope, f"{key}: ")
+        own = self._number(rope, "rope_theta", f"{key}: ", theta)
+        if own != theta and "rope_theta" in self.data:
+            self.offences.append(f"{self.where}: rope_theta = {theta:g}, and {own:g} in {key}; remove the one that is not meant")
+        wanted = _ROPE_TYPES[kind]
+        known = {*wanted, "rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+        self._unknown(rope, known, f"{key}: ")
+        missing = [one for one in wanted if one not in rope]
+        if missing:
+            self.offences.append(f"{self.where}: {key}: {kind} rope scaling lacks {', '.join(missing)}")
+        if missing or not wanted:
+            return own, None
+        factor, low, high, length = (self._number(rope, one, f"{key}: ", 1.0) for one in wanted)
+        if length != int(length):
+            self.offences.append(f"{self.where}: {key}: {wanted[3]} = {_shown(rope[wanted[3]])}; a whole number is needed")
+        return own, RopeScaling(factor, low, high, int(length))
+
+    def _whole_heads(self, data: Mapping[str, Any], within: str) -> None:
+        value = data.get("partial_rotary_factor")
+        if value is not None and not _same(value, 1):
+            self.offences.append(
+                f"{self.where}: {within}partial_rotary_factor = {_shown(value)} is not supported; heads are rotated whole, which is 1.0"
+            )
+
+    def refuse_unknown(self, family: Family) -> None:
+        """An offence for every key that is neither read nor known to change nothing. Null asks for nothing."""
+        known = HARMLESS | family.harmless | {size.key for size in family.sizes.values()} | {*family.only, *ONLY, *_NAMES, "layer_types"}
+        known |= {family.norm_eps[0], *(key for key, _ in family.equal), *(family.window.keys if family.window else ())}
+        known |= {*_ROPE} if family.features["position"] is Position.ROPE else frozenset()
+        self._unknown(self.data, known - {""}, "")
+
+    def _unknown(self, data: Mapping[str, Any], known: set[str] | frozenset[str], within: str) -> None:
+        strange = [key for key, value in data.items() if key not in known and value is not None]
+        self.offences += [
+            f"{self.where}: {within}{_shown(key)[1:-1]} = {_shown(data[key])} is not known to partinf and may change the result; "
+            "delete the key if it does not"
+            for key in strange[:_MOST_LINES]
+        ]
+        if strange[_MOST_LINES:]:
+            self.offences.append(f"{self.where}: {len(strange) - _MOST_LINES} more keys are not known")
+
+
+def _derived(sizes: Mapping[str, int | None], name: str) -> dict[str, int]:
     """All sizes; those that are absent or None follow from the others."""
-    embed, heads = sizes["embed_dim"], max(sizes["num_heads"], 1)  # ModelConfig refuses what is below 1
-    if sizes.get("head_dim") is None and embed % heads:
+    found = {size: value for size, value in sizes.items() if value is not None}
+    embed, heads = found["embed_dim"], max(found["num_heads"], 1)  # ModelConfig refuses what is below 1
+    if "head_dim" not in found and embed % heads:
         raise InvalidInput(f"{name}: config.json: a width of {embed} does not divide into {heads} heads")
-    follow = {"ffn_dim": 4 * embed, "num_kv_heads": heads, "head_dim": embed // heads}
-    return follow | {size: value for size, value in sizes.items() if value is not None}
-
-
-def _rope_from_hf(data: Mapping[str, Any], name: str, offences: list[str]) -> tuple[float, RopeScaling | None]:
-    rope = dict(data.get("rope_parameters") or data.get("rope_scaling") or {})
-    theta = float(rope.get("rope_theta", data.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", None):
-        return theta, None
-    if kind != "llama3":
-        offences.append(f"{name}: config.json: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
-        return theta, None
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [key for key in keys if key not in rope]
-    if missing:
-        offences.append(f"{name}: config.json: llama3 rope scaling lacks {', '.join(missing)}")
-        return theta, None
-    factor, low, high = (float(rope[key]) for key in keys[:3])
-    return theta, RopeScaling(factor, low, high, int(rope[keys[3]]))
-
-
-_WRITABLE: Mapping[str, Any] = {
-    "block": Block.SERIAL,
-    "gated": True,
-    "activation": Activation.SILU,
-    "norm": Norm.RMS,
-    "position": Position.ROPE,
-    "biases": False,
-}
+    return {"ffn_dim": 4 * embed, "num_kv_heads": heads, "head_dim": embed // heads} | found
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` that both transformers 4 and 5 read; the inverse of `config_from_hf` for the Llama family and Qwen 3.
+    """A `config.json` that both transformers 4 and 5 read; the inverse of `config_from_hf` for the families that are written.
 
     Raises:
-        InvalidInput: a block that neither of them has.
+        InvalidInput: blocks that none of them has.
     """
-    raise_offences(
-        f"model {config.name}: {key} = {json.dumps(getattr(config, key))}; Hugging Face directories are written for Llama and Qwen 3 only, "
-        f"whose {key} is {json.dumps(value)}; save with orbax"
-        for key, value in _WRITABLE.items()
-        if getattr(config, key) != value
-    )
-    data: dict[str, Any] = {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied_embeddings,
-        "max_position_embeddings": config.max_len,
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
+    family = _written(config)
+    data: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    data |= {size.key: getattr(config, field) for field, size in family.sizes.items()}
+    data |= {key: values[0] for key, values in family.only.items()}
+    data |= {family.norm_eps[0]: config.norm_eps, "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied_embeddings}
+    if family.window is not None:
+        data["sliding_window"] = config.window or None
+        data |= {family.window.flag: bool(config.window)} if family.window.flag else {}
+        data |= {family.window.first[0]: 0 if config.window else config.num_layers} if family.window.first[0] else {}
     if config.rope_scaling:
         scaling = config.rope_scaling
         data["rope_scaling"] = {
@@ -245,3 +303,24 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             "original_max_position_embeddings": scaling.original_max_len,
         }
     return data
+
+
+def _written(config: ModelConfig) -> Family:
+    """The family as which a model is written: its own, or the first that has such blocks.
+
+    Raises:
+        InvalidInput: none is written that has.
+    """
+    if config.family and not (FAMILIES[config.family].differences(config)) and FAMILIES[config.family].written:
+        return FAMILIES[config.family]
+    written = [family for family in FAMILIES.values() if family.written]
+    for family in written:
+        if not family.differences(config) and (family.window or not config.window):
+            return family
+    titles = ", ".join(family.title for family in written)
+    raise_offences(
+        f"model {config.name}: {key} = {json.dumps(getattr(config, key))}; Hugging Face directories are written for {titles} only, "
+        f"whose {key} is {json.dumps(value)}; save with orbax"
+        for key, value in written[0].differences(config).items()
+    )
+    raise InvalidInput(f"model {config.name}: Hugging Face directories are written for {titles} only; save with orbax")

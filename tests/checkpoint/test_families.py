@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
-from partinf.checkpoint.hf_names import leaf_sources, read_leaf, recognize
+from partinf.checkpoint.hf_names import leaf_sources, naming_of, read_leaf
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
 from partinf.errors import InvalidInput
@@ -139,7 +139,7 @@ def test_any_slice_equals_the_slice_of_the_whole(directory: Path, stacked: bool)
     whole = by_path(expected_params(directory, config, stacked))
     generator = np.random.default_rng(0)
     with TensorReader(directory) as reader:
-        for path, source in leaf_sources(config, stacked, naming=recognize(config, reader.inventory.names)).items():
+        for path, source in leaf_sources(config, stacked, naming=naming_of(config, reader.inventory.names)).items():
             for _ in range(6):
                 ends = [sorted(generator.choice(size + 1, 2, replace=False)) for size in source.leaf_shape]
                 index = tuple(slice(int(start), int(stop)) for start, stop in ends)
@@ -228,7 +228,7 @@ def test_an_index_whose_files_are_missing_still_tells_the_family(tmp_path: Path)
 @pytest.mark.parametrize("name", ["gpt2_small", "opt_small"])
 def test_what_is_not_written_is_refused_before_anything_is(tmp_path: Path, name: str) -> None:
     config = load_model_config(FIXTURES / name)
-    with pytest.raises(InvalidInput, match="directories are written for Llama and Qwen 3 only"):
+    with pytest.raises(InvalidInput, match="directories are written for Llama, Mistral, Qwen 3 only"):
         save_hf(random_params(config), config, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -243,5 +243,5 @@ def test_qwen3_is_saved_and_loaded_unchanged(tmp_path: Path, stacked: bool) -> N
 
 
 def test_blocks_that_no_family_has() -> None:
-    with pytest.raises(InvalidInput, match="no Hugging Face family has such blocks; known families: Llama, GPT-2, OPT"):
+    with pytest.raises(InvalidInput, match="no Hugging Face family has such blocks; known families: Llama, Mistral, Qwen 3, GPT-2, OPT"):
         leaf_sources(load_model_config("palm-8b"))

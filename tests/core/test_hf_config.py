@@ -72,7 +72,7 @@ def test_gpt2() -> None:
     found = config_from_hf(GPT2, "gpt2")
     assert found == ModelConfig(
         "gpt2", 12, 768, 3072, 12, 12, 64, 50257,
-        activation=Activation.GELU_TANH, tied_embeddings=True, max_len=1024, source="config.json", **layer_norm,
+        activation=Activation.GELU_TANH, tied_embeddings=True, max_len=1024, family="gpt2", source="config.json", **layer_norm,
     )  # fmt: skip
     assert found.num_params() == 124_439_808  # as transformers counts them
     assert config_from_hf(GPT2 | {"n_inner": 1000}, "gpt2").ffn_dim == 1000
@@ -123,17 +123,17 @@ def test_every_offence_of_opt_at_once() -> None:
 
 
 def test_every_offence_of_qwen3_at_once() -> None:
-    bad = {"attention_bias": True, "use_sliding_window": True, "sliding_window": 4096, "head_dim": None}
+    bad = {"attention_bias": True, "use_sliding_window": True, "max_window_layers": 28, "sliding_window": "4096", "head_dim": None}
     assert offences(QWEN3 | bad) == (
         "head_dim = null; a whole number is needed",
         "attention_bias = true is not supported; supported: false",
-        "sliding_window = 4096 is not supported",
+        'sliding_window = "4096"; a whole number of at least 1, or null, is needed',
     )
 
 
 @pytest.mark.parametrize("shipped", ["opt-13b", "palm-8b"])
 def test_what_is_not_written(shipped: str) -> None:
-    with pytest.raises(InvalidInput, match="written for Llama and Qwen 3 only"):
+    with pytest.raises(InvalidInput, match="written for Llama, Mistral, Qwen 3 only"):
         config_to_hf(load_model_config(shipped))
 
 
