@@ -6,13 +6,11 @@ What a step can hold, slots, pages and positions are settled here, once for all 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from partinf.engine.request import Sequence, Status
+from partinf.engine.roster import Roster
 from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, SlotStart, Step
-
-if TYPE_CHECKING:
-    from partinf.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,12 @@ class BatchBuilder:
     `preempt` and `swap_out` take a sequence's pages away between two of its tokens; `swap_in` brings it back. Each says whether it could.
     """
 
-    def __init__(self, scheduler: Scheduler, now: float = 0.0) -> None:
-        limits = scheduler.limits
+    def __init__(self, roster: Roster, now: float = 0.0) -> None:
+        limits = roster.limits
         self.now = now
         self.limits = limits
-        self._scheduler = scheduler
-        self._number = scheduler.num_steps
+        self._roster = roster
+        self._number = roster.num_steps
         self._decode: list[tuple[Sequence, DecodeRow, bool]] = []
         self._prefill: list[tuple[Sequence, PrefillChunk]] = []
         self._copies: tuple[list[PageCopy], list[PageCopy]] = ([], [])  # out, in
@@ -72,31 +70,31 @@ class BatchBuilder:
     @property
     def waiting(self) -> list[Sequence]:
         """Those that wait, in order of arrival; samples that share a prompt only once its pages are there."""
-        return [sequence for sequence in self._scheduler.waiting.values() if not sequence.waits_for_first]
+        return [sequence for sequence in self._roster.waiting.values() if not sequence.waits_for_first]
 
     @property
     def oldest_waiting(self) -> Sequence | None:
-        return next((sequence for sequence in self._scheduler.waiting.values() if not sequence.waits_for_first), None)
+        return next((sequence for sequence in self._roster.waiting.values() if not sequence.waits_for_first), None)
 
     @property
     def running(self) -> list[Sequence]:
         """Those that are resident and have something to run now, in order of admission."""
-        return [sequence for sequence in self._scheduler.running.values() if self.ready(sequence)]
+        return [sequence for sequence in self._roster.running.values() if self.ready(sequence)]
 
     @property
     def swapped(self) -> list[Sequence]:
         """Those whose pages are in host memory, in the order in which they left."""
-        return list(self._scheduler.swapped.values())
+        return list(self._roster.swapped.values())
 
     @property
     def num_resident(self) -> int:
-        return len(self._scheduler.running)
+        return len(self._roster.running)
 
     def most_rows(self, max_batch_size: int | None = None) -> int:
         """Rows of a step: as many as a policy allows, and no more than a fair share when all who could run are dealt over the pipeline
         stages, so that none stands empty while another is crowded."""
-        scheduler, limits = self._scheduler, self.limits
-        everybody = min(len(scheduler.running) + len(scheduler.waiting) + len(scheduler.swapped), limits.num_slots)
+        roster, limits = self._roster, self.limits
+        everybody = min(len(roster.running) + len(roster.waiting) + len(roster.swapped), limits.num_slots)
         return min(max_batch_size or limits.num_slots, max(1, -(-everybody // limits.num_stages)))
 
     @property
@@ -116,7 +114,7 @@ class BatchBuilder:
 
     def missing_pages(self, sequence: Sequence) -> int:
         """Pages that a resident's next token needs beyond those that it has and those that are free on its shard."""
-        return self._scheduler.pool.missing_pages(sequence, self.limits.pages_for(sequence.num_scheduled + 1))
+        return self._roster.pool.missing_pages(sequence, self.limits.pages_for(sequence.num_scheduled + 1))
 
     def can_prefill(self, sequence: Sequence) -> bool:
         """Whether this step has room for the prompt of a waiting sequence, pages and slots aside."""
@@ -130,13 +128,13 @@ class BatchBuilder:
 
     def free_pages(self, shard: int | None = None) -> int:
         """Pages that nobody holds, of one shard or of all."""
-        pool = self._scheduler.pool
+        pool = self._roster.pool
         return pool.num_free_pages if shard is None else pool.free_pages(shard)
 
     @property
     def num_free_slots(self) -> int:
         """How many more may become resident, pages aside."""
-        return self._scheduler.pool.num_free_slots
+        return self._roster.pool.num_free_slots
 
     # What can be done with them.
 
@@ -176,7 +174,7 @@ class BatchBuilder:
         num_pages = position // self.limits.page_size + 1
         if not self._decode_rows[shard]:
             return False
-        if len(sequence.pages) < num_pages and not self._scheduler.pool.grow(sequence, num_pages):
+        if len(sequence.pages) < num_pages and not self._roster.pool.grow(sequence, num_pages):
             return False
         token = sequence.tokens[position] if position < len(sequence.tokens) else None
         sampling = sequence.request.sampling
@@ -190,15 +188,15 @@ class BatchBuilder:
     def preempt(self, sequence: Sequence) -> None:
         """Let a resident sequence wait again, without its pages: what it knows is computed again when it is admitted the next time."""
         assert not self.taken(sequence), f"request {sequence.request.id} is in the step that preempts it"
-        self._scheduler.preempt(sequence)
+        self._roster.preempt(sequence)
 
     def swap_out(self, sequence: Sequence) -> bool:
         """Move a resident sequence's pages to host memory; False when that is full."""
         assert not self.taken(sequence), f"request {sequence.request.id} is in the step that swaps it out"
         if not sequence.num_scheduled:  # nothing to move yet
-            self._scheduler.preempt(sequence)
+            self._roster.preempt(sequence)
             return True
-        copy = self._scheduler.swap_out(sequence)
+        copy = self._roster.swap_out(sequence)
         if copy is not None:
             self._copies[0].append(copy)
         return copy is not None
@@ -210,9 +208,9 @@ class BatchBuilder:
             return False
         needed = max(sequence.prefill_len, min(sequence.num_scheduled + 1, sequence.max_positions))
         num_pages = max(self.limits.pages_for(needed), len(sequence.host_pages))
-        if self._scheduler.pool.choose_shard(num_pages, (sequence.home,), crowd=True) is None:
+        if self._roster.pool.choose_shard(num_pages, (sequence.home,), crowd=True) is None:
             return False
-        self._copies[1].append(self._scheduler.swap_in(sequence, num_pages))
+        self._copies[1].append(self._roster.swap_in(sequence, num_pages))
         self._taken.add(sequence.request.number)
         return True
 
@@ -225,11 +223,11 @@ class BatchBuilder:
         step = Step(decode, prefill, tuple(self._copies[0]), tuple(self._copies[1]), tuple(self._starts), *self._idle)
         for sequence, chunk in self._prefill:
             sequence.num_readable = chunk.end
-            self._scheduler.pool.remember(sequence, chunk.end)
-        self._scheduler.pool.step_is_built()
+            self._roster.pool.remember(sequence, chunk.end)
+        self._roster.pool.step_is_built()
         if not step:
             return None
-        self._scheduler.num_steps += 1
+        self._roster.num_steps += 1
         sequences = tuple(sequence for sequence, _, _ in self._decode), tuple(sequence for sequence, _ in self._prefill)
         return Batch(step, *sequences, tuple(new for _, _, new in self._decode))
 
@@ -237,10 +235,10 @@ class BatchBuilder:
         if sequence.in_flight or sequence.status is not Status.WAITING:  # preempted; its last token is not known yet
             return False
         num_pages = self.limits.pages_for(sequence.max_positions if reserve else len(sequence.tokens))
-        shard = self._scheduler.pool.choose_shard(num_pages, shards, sequence, crowd)
+        shard = self._roster.pool.choose_shard(num_pages, shards, sequence, crowd)
         if shard is None:
             return False
-        self._scheduler.admit(sequence, shard, num_pages)
+        self._roster.admit(sequence, shard, num_pages)
         return True
 
     def _run_prefill(self, sequence: Sequence, chunked: bool, at_most: int | None) -> bool:
