@@ -1,4 +1,5 @@
-"""How large the steps of a plan are: the KV pages and the few padded shapes that are compiled before anything is served.
+"""How large the steps of a plan are: the KV pages and the few padded shapes that are compiled before anything is served, what a step may
+hold in all of them, and which of them a step runs in. Whoever executes steps or prices them asks here.
 
 A bucket costs a compilation and its padding costs time at every step, so there are few: decode alone, decode with prompts that begin
 in this step, and, where a prompt may be longer than one step's share, decode with chunks that read earlier pages. Each comes with a
@@ -8,13 +9,18 @@ less time: where it is bound by compute and not by reading the weights.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
-from partinf.errors import raise_offences
+from partinf.engine.runner import RunnerLimits
+from partinf.engine.step import DecodeRow, PrefillChunk, Step
+from partinf.errors import InvalidInput, raise_offences
+from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.workload import DType, Workload
 
@@ -74,20 +80,24 @@ def rows_per_stage(plan: Plan, sequences: int) -> int:
     return plan.decode_rows(-(-sequences // plan.num_stages))
 
 
-def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
-    """The plan's roles worked out for a bucket at its padded shape."""
-    page, heads = plan.cache.page_size, plan.padded_model.num_heads
-    shape = StepShape(
+def shape_of(bucket: Bucket, page_size: int) -> StepShape:
+    """The padded shape of a bucket as the cost model takes it."""
+    return StepShape(
         decode_rows=bucket.decode_rows,
-        decode_context=bucket.decode_pages * page,
+        decode_context=bucket.decode_pages * page_size,
         prefill_tokens=bucket.prefill_tokens,
         prefill_slots=bucket.prefill_slots,
-        prefill_context=bucket.prefill_pages * page,
+        prefill_context=bucket.prefill_pages * page_size,
         sampling=bucket.random,
         rich=bucket.rich,
     )
-    shares = Shares(heads=plan.model.num_heads / heads)
-    return StepSplit(plan.padded_model, plan.layout, plan.ffn_phase(bucket.num_tokens), shape, pricing, plan.weights, plan.kv, shares)
+
+
+def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
+    """The plan's roles worked out for a bucket at its padded shape."""
+    model, phase, shape = plan.padded_model, plan.ffn_phase(bucket.num_tokens), shape_of(bucket, plan.cache.page_size)
+    shares = Shares(heads=plan.model.num_heads / model.num_heads)
+    return StepSplit(model, plan.layout, phase, shape, pricing, plan.weights, plan.kv, shares)
 
 
 def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, ...]]:
@@ -151,6 +161,103 @@ def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
         if seconds(smaller) <= most:
             return (smaller,)
     return ()
+
+
+def runner_limits(plan: Plan, num_host_pages: int = 0) -> RunnerLimits:
+    """What steps of this plan may hold, over all its buckets.
+
+    Args:
+        num_host_pages: KV pages that may be kept in host memory.
+    """
+    biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))
+    alone = [bucket for bucket in plan.buckets if bucket.decode_rows and not bucket.prefill_tokens]
+    prefill_shards = _prefill_shards(plan)
+    num_prefill_shards = plan.prefill_slot_multiple()
+    return RunnerLimits(
+        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in alone or plan.buckets) // plan.num_shards,
+        max_prefill_tokens=biggest.prefill_tokens,
+        max_prefill_slots_per_shard=biggest.prefill_slots // num_prefill_shards,
+        page_size=plan.cache.page_size,
+        pages_per_shard=plan.cache.pages_per_shard,
+        num_shards=plan.num_shards,
+        num_parts=plan.num_parts,
+        num_slots=plan.cache.num_slots,
+        max_len=plan.max_len,
+        vocab_size=plan.model.vocab_size,
+        num_prefill_shards=num_prefill_shards,
+        prefill_shards=prefill_shards,
+        chunks=any(bucket.prefill_pages for bucket in plan.buckets),
+        random=all(bucket.random for bucket in plan.buckets),
+        rich=all(bucket.rich for bucket in plan.buckets),
+        num_stages=plan.num_stages,
+        num_host_pages=num_host_pages,
+    )
+
+
+def _prefill_shards(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """Per shard of decode's batch axes, the shards of prefill's that lie where it does along every axis that both phases deal over: a
+    prompt's K/V come to its owner's pages along the other axes only."""
+    ours, theirs = plan.batch_axes, plan.layout.prefill.attention_axes(AttentionRole.BATCH)
+    shared = [axis for axis in ours if axis in theirs]
+
+    def places(axes: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """Per shard of these axes, in order, its coordinates along the shared ones."""
+        for place in itertools.product(*(range(plan.axis_sizes[axis]) for axis in axes)):
+            along = dict(zip(axes, place, strict=True))
+            yield tuple(along[axis] for axis in shared)
+
+    prefill = list(places(theirs))
+    return tuple(tuple(number for number, other in enumerate(prefill) if other == place) for place in places(ours))
+
+
+def smallest_first(buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
+    """The order in which `fit` tries them."""
+    return tuple(sorted(buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages)))
+
+
+def fit(buckets: Sequence[Bucket], limits: RunnerLimits, *steps: Step) -> Bucket:
+    """The bucket in which a step runs, or a tick of which each stage holds one of the steps: the first that holds every one of them.
+
+    Rows lie in equal blocks per decode shard, prompt tokens and slots in equal blocks per prefill shard, so the fullest shard counts.
+
+    Args:
+        buckets: smallest first.
+
+    Raises:
+        InvalidInput: none holds them.
+    """
+    needed = _needed(limits, steps)
+    for bucket in buckets:
+        if bucket.holds(needed):
+            return bucket
+    raise InvalidInput(f"no bucket holds {needed}; there are: " + " | ".join(map(str, buckets)))
+
+
+def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
+    """The sizes that a bucket must have at least to hold each of the steps."""
+    shards, prefill_shards = limits.num_shards, limits.num_prefill_shards
+    fullest, decode_pages, most_tokens, most_slots, earlier = 0, 0, 0, 0, 0
+    for step in steps:
+        per_shard = [0] * shards
+        for row in step.decode:
+            per_shard[row.shard] += 1
+            decode_pages = max(decode_pages, len(row.pages))
+        tokens, slots = [0] * prefill_shards, [0] * prefill_shards
+        for chunk in step.prefill:
+            tokens[chunk.prefill_shard] += len(chunk.tokens)
+            slots[chunk.prefill_shard] += 1
+            earlier = max(earlier, chunk.start)
+        fullest, most_tokens, most_slots = max(fullest, *per_shard), max(most_tokens, *tokens), max(most_slots, *slots)
+    rows: list[DecodeRow | PrefillChunk] = [row for step in steps for row in (*step.decode, *step.prefill)]
+    return Bucket(
+        decode_rows=fullest * shards,
+        decode_pages=decode_pages,
+        prefill_tokens=most_tokens * prefill_shards,
+        prefill_slots=most_slots * prefill_shards,
+        prefill_pages=limits.pages_for(earlier),
+        random=any(not row.sampling.greedy for row in rows),
+        rich=any(row.sampling.rich for row in rows) or any(chunk.targets for step in steps for chunk in step.prefill),
+    )
 
 
 def _up(size: int, multiple: int) -> int:

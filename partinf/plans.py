@@ -51,6 +51,18 @@ class Bucket:
         """Tokens that the linear layers of this step process, padding included."""
         return self.decode_rows + self.prefill_tokens
 
+    def holds(self, other: Bucket) -> bool:
+        """Whether what fits the other fits this one too."""
+        return (
+            self.decode_rows >= other.decode_rows
+            and self.decode_pages >= other.decode_pages
+            and self.prefill_tokens >= other.prefill_tokens
+            and self.prefill_slots >= other.prefill_slots
+            and self.prefill_pages >= other.prefill_pages
+            and self.random >= other.random
+            and self.rich >= other.rich
+        )
+
     def __str__(self) -> str:
         parts = []
         if self.decode_rows:

@@ -91,7 +91,7 @@ def replay(runner: JaxRunner, steps: list[Step]) -> Times:
 
 def replay_bare(runner: JaxRunner, steps: list[Step]) -> Times:
     """Time for the steps' programs on arrays that are there."""
-    placed = [(runner._fit(step), step) for step in steps]
+    placed = [(runner.bucket_of(step), step) for step in steps]
     batches = [(runner._steps[bucket], pack([place_step(step, bucket, runner.plan, runner.limits).batch])) for bucket, step in placed]
     waiting: deque[Any] = deque()
     state, runner._state = runner._state, None

@@ -73,7 +73,7 @@ def serve(runner: JaxRunner, name: str, steps: list[Step], clock: Clock) -> floa
 
 def kind(runner: JaxRunner, step: Step) -> str:
     """Which of the compiled steps runs it."""
-    tokens = runner._fit(step).prefill_tokens
+    tokens = runner.bucket_of(step).prefill_tokens
     return f"{tokens} prompt tokens" if tokens else "decode"
 
 

@@ -67,7 +67,7 @@ class StepTimes:
     """Time from one commit to the next by bucket; not that of a step before which the engine had nothing to do."""
 
     def __init__(self, model: api.Model) -> None:
-        self._fit = model.runner._fit
+        self._bucket_of = model.runner.bucket_of
         self._before = -math.inf
         self.seconds: dict[Bucket, list[float]] = defaultdict(list)
 
@@ -77,7 +77,7 @@ class StepTimes:
 
     def on_step(self, batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
         if any(sequence.request.arrival <= self._before for sequence in (*batch.decode, *batch.prefill)):
-            self.seconds[self._fit(batch.step)].append(committed - self._before)
+            self.seconds[self._bucket_of(batch.step)].append(committed - self._before)
         self._before = committed
 
     def means(self) -> dict[Bucket, float]:
@@ -172,7 +172,7 @@ def at(model: api.Model, seconds: dict[Bucket, float]) -> Callable[[Step], Price
     """Prices steps at measured times of their buckets."""
 
     def price(step: Step) -> Price:
-        bucket = model.runner._fit(step)
+        bucket = model.runner.bucket_of(step)
         return Price(seconds[bucket], bucket.num_tokens)
 
     return price

@@ -12,8 +12,8 @@ import concurrent.futures
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from partinf.buckets import fit, runner_limits, smallest_first
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, Step, StepOutput
+from partinf.engine.step import RowSampling, SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
-from partinf.layout import AttentionRole
 from partinf.partition.sharding import device_mesh, put
 from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import Batch, empty_batch, pack
@@ -111,8 +111,8 @@ class JaxRunner:
         self._batch_sharding = NamedSharding(self.mesh, P())
         self._in_flight: deque[_Submitted] = deque()  # not collected
         self._pipeline: deque[_Submitted | None] = deque([None] * plan.num_stages, maxlen=plan.num_stages)  # by stage
-        self._buckets = sorted(plan.buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages))
-        self._limits = replace(runner_limits(plan), num_host_pages=num_host_pages)
+        self._buckets = smallest_first(plan.buckets)
+        self._limits = runner_limits(plan, num_host_pages)
         self._host_pages: HostPages | None = None
         self._start_slot: Any = None
         self._state = empty_state(plan, self.mesh, self._unrolled)
@@ -170,7 +170,7 @@ class JaxRunner:
         steps = [submitted.step for submitted in self._pipeline if submitted is not None and submitted.step.num_rows]
         leaving = self._pipeline[-1]
         if steps:
-            bucket = self._fit(*steps)
+            bucket = self.bucket_of(*steps)
             if bucket not in self._steps:
                 self.warm_up()
             for start in leaving.step.starts if leaving is not None else ():
@@ -211,6 +211,10 @@ class JaxRunner:
             padded_tokens=submitted.padded_tokens,
         )
 
+    def bucket_of(self, *steps: Step) -> Bucket:
+        """The bucket in which a step runs, or a tick in which the stages hold these steps."""
+        return fit(self._buckets, self._limits, *steps)
+
     def reset(self) -> None:
         """Forget what is in flight. The state is made anew: a step that failed may have consumed the donated one."""
         self._in_flight.clear()
@@ -230,88 +234,12 @@ class JaxRunner:
             kv = self._host_pages.back(self._state.kv, copy.pages, copy.host_pages, stage)
             self._state = replace(self._state, kv=kv)
 
-    def _fit(self, *steps: Step) -> Bucket:
-        """The smallest bucket that holds each of the steps."""
-        chunks = [chunk for step in steps for chunk in step.prefill]
-        decode = [row for step in steps for row in step.decode]
-        fullest = max(np.bincount([row.shard for row in step.decode], minlength=1).max() for step in steps) if decode else 0
-        per_shard = fullest * self.plan.num_shards
-        decode_pages = max((len(row.pages) for row in decode), default=0)
-        prefill_pages = max((self._limits.pages_for(chunk.start) for chunk in chunks), default=0)
-        rows: tuple[DecodeRow | PrefillChunk, ...] = (*decode, *chunks)
-        random = any(not row.sampling.greedy for row in rows)
-        rich = any(row.sampling.rich for row in rows) or any(chunk.targets for chunk in chunks)
-        for bucket in self._buckets:
-            if (
-                bucket.decode_rows >= per_shard
-                and bucket.decode_pages >= decode_pages
-                and bucket.prefill_pages >= prefill_pages
-                and (bucket.prefill_tokens > 0 or not chunks)
-                and bucket.random >= random
-                and bucket.rich >= rich
-                and all(_fits_prefill(step, bucket, self._limits) for step in steps)
-            ):
-                return bucket
-        tokens = max(step.num_prefill_tokens for step in steps)
-        needed = f"{per_shard} decode rows × {decode_pages} pages, {tokens} prefill tokens after {prefill_pages} pages"
-        raise InvalidInput(
-            f"no bucket holds {needed}{', sampling' * random}{', rich' * rich}; there are: " + " | ".join(map(str, self._buckets))
-        )
-
 
 def _check_ticks(plan: Plan) -> None:
     """Raise `InvalidInput` where stages may hold steps of two buckets and no bucket holds both."""
-    sizes = ("decode_rows", "decode_pages", "prefill_tokens", "prefill_slots", "prefill_pages", "random", "rich")
-    most = {size: max(getattr(bucket, size) for bucket in plan.buckets) for size in sizes}
-    if plan.num_stages > 1 and not any(all(getattr(bucket, size) == most[size] for size in sizes) for bucket in plan.buckets):
-        raise InvalidInput(
-            f"no bucket of the plan holds what all others hold, as a tick of {plan.num_stages} stages may need: {Bucket(**most)}"
-        )
-
-
-def _fits_prefill(step: Step, bucket: Bucket, limits: RunnerLimits) -> bool:
-    tokens, slots = [0] * limits.num_prefill_shards, [0] * limits.num_prefill_shards
-    for chunk in step.prefill:
-        tokens[chunk.prefill_shard] += len(chunk.tokens)
-        slots[chunk.prefill_shard] += 1
-    count = limits.num_prefill_shards
-    return max(tokens) <= bucket.prefill_tokens // count and max(slots) <= bucket.prefill_slots // count
-
-
-def runner_limits(plan: Plan) -> RunnerLimits:
-    """What steps of this plan may hold, over all its buckets."""
-    biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))
-    alone = [bucket for bucket in plan.buckets if bucket.decode_rows and not bucket.prefill_tokens]
-    ours, theirs = plan.batch_axes, plan.layout.prefill.attention_axes(AttentionRole.BATCH)
-    sizes = plan.axis_sizes
-    num_prefill = plan.ways(theirs)
-
-    def coordinates(shard: int, axes: Sequence[str]) -> dict[str, int]:
-        return dict(zip(axes, np.unravel_index(shard, tuple(sizes[a] for a in axes)), strict=True)) if axes else {}
-
-    def agrees(shard: int, other: int) -> bool:
-        mine, its = coordinates(shard, ours), coordinates(other, theirs)
-        return all(mine[axis] == its[axis] for axis in mine.keys() & its.keys())
-
-    allowed = tuple(tuple(p for p in range(num_prefill) if agrees(shard, p)) for shard in range(plan.num_shards))
-    return RunnerLimits(
-        max_decode_rows_per_shard=max(bucket.decode_rows for bucket in alone or plan.buckets) // plan.num_shards,
-        max_prefill_tokens=biggest.prefill_tokens,
-        max_prefill_slots_per_shard=biggest.prefill_slots // num_prefill,
-        page_size=plan.cache.page_size,
-        pages_per_shard=plan.cache.pages_per_shard,
-        num_shards=plan.num_shards,
-        num_parts=plan.num_parts,
-        num_slots=plan.cache.num_slots,
-        max_len=plan.max_len,
-        vocab_size=plan.model.vocab_size,
-        num_prefill_shards=num_prefill,
-        prefill_shards=allowed,
-        chunks=any(bucket.prefill_pages for bucket in plan.buckets),
-        random=all(bucket.random for bucket in plan.buckets),
-        rich=all(bucket.rich for bucket in plan.buckets),
-        num_stages=plan.num_stages,
-    )
+    most = Bucket(**{size.name: max(getattr(bucket, size.name) for bucket in plan.buckets) for size in fields(Bucket)})
+    if plan.num_stages > 1 and not any(bucket.holds(most) for bucket in plan.buckets):
+        raise InvalidInput(f"no bucket of the plan holds what all others hold, as a tick of {plan.num_stages} stages may need: {most}")
 
 
 def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from partinf.buckets import runner_limits
 from partinf.cost.memory import activation_bytes, usable_bytes
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape, StepSplit
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
-from partinf.engine.runner import RunnerLimits
 from partinf.errors import InvalidInput
-from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.simulation.arrivals import Arrival
 from partinf.simulation.cost_runner import CostRunner
@@ -43,47 +42,42 @@ class Sizing:
     overhead_seconds: float = 0.0
 
 
-def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing, buckets: tuple[Bucket, ...] = ()) -> tuple[CostRunner, StepPrice]:
+def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunner, StepPrice]:
     """A runner that simulates this plan, with a pool of as many KV pages as its devices have room for.
 
     Raises:
         InvalidInput: the weights leave no room for one sequence of the longest context.
     """
-    slots = max(sizing.max_rows, sizing.max_residents)
-    plan = replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, plan.num_parts, slots))
-    price = StepPrice(plan, pricing, buckets=buckets)
-    stages, chip, page_bytes = plan.num_stages, plan.slice.chip, price.page_bytes
+    plan = _sized(plan, sizing)
+    price = StepPrice(plan, pricing)
+    chip, page_bytes, page_seconds = plan.slice.chip, price.page_bytes, price.page_seconds
     pages = sizing.kv_pages or int(_free_bytes(plan, pricing, price, sizing) // page_bytes) * plan.num_parts
     if pages * sizing.page_size < sizing.max_len:
         raise InvalidInput(
             f"model {plan.model.name} on {plan.slice.name}: beside the weights there is room for {max(pages, 0) * sizing.page_size} tokens "
             f"of KV per shard, and one request of {sizing.max_len} tokens needs more; a larger slice, int8 or a shorter context would help"
         )
-    rows = _up(sizing.max_rows, plan.num_shards)
-    prefill_shards = plan.ways(plan.layout.prefill.attention_axes(AttentionRole.BATCH))
-    limits = RunnerLimits(
-        max_decode_rows_per_shard=rows // plan.num_shards,
-        max_prefill_tokens=_up(sizing.prefill_tokens, prefill_shards),
-        max_prefill_slots_per_shard=rows,
-        page_size=sizing.page_size,
-        pages_per_shard=pages,
-        num_shards=plan.num_shards,
-        num_parts=plan.num_parts,
-        num_slots=max(rows * stages, sizing.max_residents),
-        max_len=sizing.max_len,
-        vocab_size=plan.model.vocab_size,
-        num_prefill_shards=prefill_shards,
-        num_stages=stages,
-        num_host_pages=int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards * plan.num_parts,
+    plan = replace(plan, cache=replace(plan.cache, pages_per_shard=pages))
+    host_pages = int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards * plan.num_parts
+    limits = runner_limits(plan, host_pages)
+    return CostRunner(limits, price, overhead_seconds=sizing.overhead_seconds, page_seconds=(page_seconds, page_seconds)), price
+
+
+def _sized(plan: Plan, sizing: Sizing) -> Plan:
+    """The plan with one bucket, which holds all that a step may hold: steps are priced at their own shapes, not at its. Pages are still to
+    be counted."""
+    rows, prefill_shards = _up(sizing.max_rows, plan.num_shards), plan.prefill_slot_multiple()
+    largest = Bucket(
+        decode_rows=rows,
+        decode_pages=-(-sizing.max_len // sizing.page_size),
+        prefill_tokens=_up(sizing.prefill_tokens, prefill_shards),
+        prefill_slots=rows * prefill_shards,
+        prefill_pages=-(-sizing.max_len // sizing.page_size),
+        random=True,
+        rich=True,
     )
-    page_seconds = price.page_seconds
-    runner = CostRunner(
-        limits,
-        price,
-        overhead_seconds=sizing.overhead_seconds,
-        page_seconds=(page_seconds, page_seconds),
-    )
-    return runner, price
+    slots = max(rows * plan.num_stages, sizing.max_residents)
+    return replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, plan.num_parts, slots), buckets=(largest,))
 
 
 def _free_bytes(plan: Plan, pricing: Pricing, price: StepPrice, sizing: Sizing) -> float:

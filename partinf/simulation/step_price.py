@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+from partinf.buckets import fit, runner_limits, shape_of, smallest_first
 from partinf.cost.ledger import Entry, total_seconds
 from partinf.cost.memory import kv_bytes, weight_bytes
 from partinf.cost.overlap import compute_left
@@ -21,7 +23,6 @@ from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.engine.estimates import Estimates
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
-from partinf.errors import InvalidInput
 from partinf.plans import Bucket, Plan
 
 _ROUND_BITS = 5  # shapes keep so many leading bits beyond the first: within 1/32 of the true size
@@ -61,13 +62,16 @@ class StepPrice:
     def __init__(self, plan: Plan, pricing: Pricing, *, buckets: tuple[Bucket, ...] = (), sampling: bool = True) -> None:
         """
         Args:
-            buckets: padded shapes; a step is priced at the smallest that holds it. Without them, at its own shape: decode rows as on the
+            buckets: padded shapes; a step is priced at the one in which it would run. Without them, at its own shape: decode rows as on the
                 fullest shard, contexts at their mean, prompts at the length that gives their mean work.
         """
         self.plan = plan
         self._pricing = pricing
         self._sampling = sampling
-        self._buckets = sorted(buckets, key=lambda b: (b.num_tokens, b.prefill_pages, b.decode_pages))
+        self._buckets = smallest_first(buckets)
+        self._limits = runner_limits(replace(plan, buckets=self._buckets)) if buckets else None
+        # Nobody in a simulation asks for what is rich, and a step skips it then.
+        self._shape_of = {bucket: replace(shape_of(bucket, plan.cache.page_size), rich=False) for bucket in buckets}
         self.shares = Shares(heads=plan.model.num_heads / plan.padded_model.num_heads)
         self._linear: dict[Hashable, _Sum] = {}
         self._decode: dict[Hashable, _Sum] = {}
@@ -91,7 +95,9 @@ class StepPrice:
 
     def shape(self, *steps: Step) -> StepShape:
         """At which a tick is priced in which the stages hold these steps."""
-        return self._padded(*steps) if self._buckets else _common([self._own(step) for step in steps])
+        if self._limits is None:
+            return _common([self._own(step) for step in steps])
+        return self._shape_of[fit(self._buckets, self._limits, *steps)]
 
     def seconds(self, shape: StepShape) -> float:
         """Time of a step of this shape on one stage."""
@@ -209,29 +215,6 @@ class StepPrice:
 
     def _slots(self, count: int) -> int:
         return _up(count, self._slot_multiple)
-
-    def _padded(self, *steps: Step) -> StepShape:
-        """The smallest bucket that holds each of the steps, as the JAX runner chooses it."""
-        shards = self.plan.num_shards
-        per_shard = [0] * shards * len(steps)
-        for number, step in enumerate(steps):
-            for row in step.decode:
-                per_shard[number * shards + row.shard] += 1
-        rows, tokens, slots = max(per_shard) * shards, max(s.num_prefill_tokens for s in steps), max(len(s.prefill) for s in steps)
-        pages = max((len(row.pages) for step in steps for row in step.decode), default=0)
-        earlier = max((-(-chunk.start // self._page_size) for step in steps for chunk in step.prefill), default=0)
-        for bucket in self._buckets:
-            holds = bucket.decode_rows >= rows and bucket.decode_pages >= pages and bucket.prefill_pages >= earlier
-            if holds and bucket.prefill_tokens >= tokens and bucket.prefill_slots >= slots:
-                return StepShape(
-                    decode_rows=bucket.decode_rows,
-                    decode_context=bucket.decode_pages * self._page_size,
-                    prefill_tokens=bucket.prefill_tokens,
-                    prefill_slots=bucket.prefill_slots,
-                    prefill_context=bucket.prefill_pages * self._page_size,
-                    sampling=bucket.random,
-                )
-        raise InvalidInput(f"no bucket of the plan holds {rows} decode rows × {pages} pages and {tokens} prefill tokens")
 
 
 def _common(shapes: list[StepShape]) -> StepShape:

@@ -6,11 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from partinf.buckets import Capacity, serving_steps, with_capacity
+from partinf.buckets import Capacity, fit, runner_limits, serving_steps, smallest_first, with_capacity
+from partinf.cost.pricing import Pricing
+from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import load_model_config
-from partinf.plans import Plan
+from partinf.plans import Bucket, Plan
+from partinf.simulation.play import Sizing, cost_runner
+from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload
 
 
@@ -59,3 +64,49 @@ def test_every_slot_of_a_prefill_holds_a_whole_prompt() -> None:
     plan = Plan(load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), layout)
     _, (bucket,) = serving_steps(plan, Workload(1, input_len=512, phase="prefill"))
     assert (bucket.prefill_slots, bucket.prefill_tokens) == (2, 1024)
+
+
+def dealt(decode: dict[str, str], prefill: dict[str, str]) -> Plan:
+    """The demo model on cpu:2x2 with these attention roles."""
+    layout = make_layout({"x": "ffn", "y": "ffn"}, decode, prefill)
+    return Plan(load_model_config("demo"), parse_slice("cpu:2x2"), layout, DType.F32, DType.F32)
+
+
+def test_a_runner_and_its_simulation_have_the_same_limits() -> None:
+    """A chunk runs where the axes that both phases deal over agree with its owner: sequences of x = 0 on (0, 0) and (0, 1)."""
+    plan = dealt({"x": "batch", "y": "heads"}, {"x": "batch", "y": "batch"})
+    run = runner_limits(with_capacity(plan, Capacity(max_rows=8, max_len=128, prefill_tokens=64)))
+    simulated = cost_runner(plan, Pricing(plan.slice), Sizing(max_rows=8, max_len=128, prefill_tokens=64))[0].limits
+    assert run.prefill_shards == simulated.prefill_shards == ((0, 1), (2, 3))
+    for field in ("max_decode_rows_per_shard", "max_prefill_tokens", "page_size", "num_shards", "num_parts", "num_slots", "max_len"):
+        assert getattr(run, field) == getattr(simulated, field), field
+    crossed = dealt({"x": "batch", "y": "batch"}, {"x": "heads", "y": "batch"})
+    assert runner_limits(with_capacity(crossed, Capacity())).prefill_shards == ((0,), (1,), (0,), (1,))
+    alone = dealt({"x": "heads", "y": "heads"}, {"x": "batch", "y": "heads"})
+    assert runner_limits(with_capacity(alone, Capacity())).prefill_shards == ((0, 1),)
+
+
+def test_a_simulator_prices_the_bucket_in_which_a_step_runs() -> None:
+    """Blocks per shard: a chunk of 32 tokens on one of four prefill shards does not fit a bucket of 64, which has 16 for each."""
+    plan = dealt({"x": "heads", "y": "heads"}, {"x": "batch", "y": "batch"})
+    buckets = smallest_first([Bucket(8, 8, 128, 4), Bucket(8, 8), Bucket(8, 8, 64, 4)])
+    plan = replace(plan, buckets=buckets)
+    chunk = PrefillChunk(0, 0, (1,) * 32, 0, (0, 1), True, RowSampling())
+    step = Step(prefill=(chunk,))
+    assert fit(buckets, runner_limits(plan), step) == Bucket(8, 8, 128, 4)
+    assert StepPrice(plan, Pricing(plan.slice), buckets=buckets).shape(step).prefill_tokens == 128
+    apart = Step(prefill=tuple(replace(chunk, slot=shard, tokens=(1,) * 16, prefill_shard=shard) for shard in range(4)))
+    assert fit(buckets, runner_limits(plan), apart) == Bucket(8, 8, 64, 4)
+
+
+def test_a_bucket_holds_every_step_of_a_tick() -> None:
+    """The fullest shard and the longest page table of any step count, and so does what any row asks for."""
+    plan = dealt({"x": "batch", "y": "heads"}, {"x": "heads", "y": "heads"})
+    limits = runner_limits(with_capacity(plan, Capacity()))
+    buckets = smallest_first([Bucket(8, 8), Bucket(4, 4), Bucket(8, 8, random=True)])
+    row = DecodeRow(0, 0, 1, 5, (0, 1), RowSampling())
+    assert fit(buckets, limits, Step((row, row._replace(slot=1)))) == Bucket(4, 4)
+    assert fit(buckets, limits, Step((row,)), Step(tuple(row._replace(slot=slot) for slot in range(3)))) == Bucket(8, 8)
+    assert fit(buckets, limits, Step((row._replace(sampling=RowSampling(temperature=1.0)),))) == Bucket(8, 8, random=True)
+    with pytest.raises(InvalidInput, match=r"no bucket holds decode 2 × 9 pages, greedy; there are: decode 4 × 4 pages, greedy \|"):
+        fit(buckets, limits, Step((row._replace(pages=tuple(range(9))),)))

@@ -146,7 +146,7 @@ def test_a_switch_of_phases_compiles_nothing_and_copies_no_weights(runner: JaxRu
     submit = runner.submit
 
     def watched(step: Step) -> None:
-        phases_run.add(runner.plan.ffn_phase(runner._fit(step).num_tokens).gather)
+        phases_run.add(runner.plan.ffn_phase(runner.bucket_of(step).num_tokens).gather)
         submit(step)
 
     runner.submit = watched  # type: ignore[method-assign]
