@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf import planner, resources
-from partinf.buckets import Capacity, with_capacity
+from partinf.buckets import Capacity, runner_limits, with_capacity
 from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
@@ -195,7 +195,6 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
 def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> None:
     """Raise `InvalidInput` with every reason why an engine of this plan would refuse any of the prompts; touches no device."""
     from partinf.checkpoint.tokenizer import load_tokenizer
-    from partinf.execution.runner import runner_limits
 
     directory = weights_directory(model)
     check = RequestCheck(runner_limits(plan), load_tokenizer(directory) if directory is not None else None, seed=0)

@@ -18,7 +18,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PrefillChunk, Step
+from partinf.engine.step import Step
 from partinf.errors import InvalidInput, raise_offences
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, Plan
@@ -248,15 +248,15 @@ def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
             slots[chunk.prefill_shard] += 1
             earlier = max(earlier, chunk.start)
         fullest, most_tokens, most_slots = max(fullest, *per_shard), max(most_tokens, *tokens), max(most_slots, *slots)
-    rows: list[DecodeRow | PrefillChunk] = [row for step in steps for row in (*step.decode, *step.prefill)]
+    how = [row.sampling for step in steps for row in step.decode] + [chunk.sampling for step in steps for chunk in step.prefill]
     return Bucket(
         decode_rows=fullest * shards,
         decode_pages=decode_pages,
         prefill_tokens=most_tokens * prefill_shards,
         prefill_slots=most_slots * prefill_shards,
         prefill_pages=limits.pages_for(earlier),
-        random=any(not row.sampling.greedy for row in rows),
-        rich=any(row.sampling.rich for row in rows) or any(chunk.targets for step in steps for chunk in step.prefill),
+        random=not all(each.greedy for each in how),
+        rich=any(each.rich for each in how) or any(chunk.targets for step in steps for chunk in step.prefill),
     )
 
 

@@ -26,9 +26,10 @@ from partinf.layout import readable_name
 from partinf.model.config import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival, read_trace
-from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.play import play
 from partinf.simulation.report import Bounds, Machine, report
 from partinf.simulation.serving_plan import Traffic, serving_plan
+from partinf.simulation.sizing import Sizing, cost_runner
 
 BOUNDS = Bounds(ttft=1.0, time_per_token=0.05)
 # Model, slice, batch, of how many equal replicas this is one (it gets every n-th request), and pipeline stages (None: as many as the

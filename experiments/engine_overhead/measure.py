@@ -30,7 +30,8 @@ from partinf.buckets import Capacity
 from partinf.engine import Engine, Orca, SamplingParams
 from partinf.engine.batch import Batch
 from partinf.engine.step import Step, StepOutput
-from partinf.execution.runner import JaxRunner, place_step
+from partinf.execution.place import place_step
+from partinf.execution.runner import JaxRunner
 from partinf.transformer.batch import pack
 from partinf.workload import DType, Workload
 

@@ -32,7 +32,8 @@ from partinf.layout import make_layout
 from partinf.model.config import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.arrivals import chat_lengths, parse_arrivals
-from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.play import play
+from partinf.simulation.sizing import Sizing, cost_runner
 
 REQUESTS, BATCH, TARGET = 400, 16, 0.3
 HOST_BYTES = 128e9  # per GPU, for swapped pages

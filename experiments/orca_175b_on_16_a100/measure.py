@@ -35,8 +35,9 @@ from partinf.model.config import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.arrivals import parse_arrivals, parse_lengths
 from partinf.simulation.cost_runner import CostRunner
-from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.play import play
 from partinf.simulation.schedule_trace import ScheduleTrace
+from partinf.simulation.sizing import Sizing, cost_runner
 from partinf.simulation.step_price import Price, StepPrice
 
 REQUESTS = 400  # and a hundred seconds more of arrivals

@@ -13,7 +13,7 @@ from partinf.cli.serving import Load, add_load_arguments, need, number, read_loa
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
     from partinf.plans import Plan
-    from partinf.simulation.play import Sizing
+    from partinf.simulation.sizing import Sizing
 
 _DEFAULT_BATCH = 64
 
@@ -103,7 +103,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
 
 
 def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], host_bytes: float, overhead: float) -> Sizing:
-    from partinf.simulation.play import Sizing
+    from partinf.simulation.sizing import Sizing
 
     return Sizing(
         max_rows=rows,
@@ -122,9 +122,10 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
     from partinf.layout import readable_name
-    from partinf.simulation.play import cost_runner, play
+    from partinf.simulation.play import play
     from partinf.simulation.report import Machine, report
     from partinf.simulation.schedule_trace import ScheduleTrace
+    from partinf.simulation.sizing import cost_runner
 
     started = time.perf_counter()
     runner, price = cost_runner(plan, pricing, sizing)

@@ -13,41 +13,27 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.buckets import fit, runner_limits, smallest_first
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import RowSampling, SampledToken, Step, StepOutput
+from partinf.engine.step import SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
+from partinf.execution.place import Placed, place_step
 from partinf.partition.sharding import device_mesh, put
 from partinf.plans import Bucket, Plan
-from partinf.transformer.batch import Batch, empty_batch, pack
+from partinf.transformer.batch import empty_batch, pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
 from partinf.transformer.page_copies import HostPages, compile_put, compile_take
 from partinf.transformer.params import Params
 from partinf.transformer.slots import compile_start, pack_start
 from partinf.transformer.step import Out, compile_step, empty_state
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A step in its bucket: the arrays, and the rows of the output where the step's decode rows and chunks are found.
-
-    Attributes:
-        scored: per chunk, the flat prompt tokens after which its targets come.
-    """
-
-    batch: Batch
-    decode_rows: tuple[int, ...]
-    prefill_rows: tuple[int | None, ...]
-    scored: tuple[slice, ...] = ()
 
 
 class _Submitted:
@@ -240,70 +226,3 @@ def _check_ticks(plan: Plan) -> None:
     most = Bucket(**{size.name: max(getattr(bucket, size.name) for bucket in plan.buckets) for size in fields(Bucket)})
     if plan.num_stages > 1 and not any(bucket.holds(most) for bucket in plan.buckets):
         raise InvalidInput(f"no bucket of the plan holds what all others hold, as a tick of {plan.num_stages} stages may need: {most}")
-
-
-def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:
-    """Lay the step out in the bucket: lanes in equal blocks per shard, prompt tokens in equal blocks per prefill shard."""
-    batch: Batch = empty_batch(bucket)
-    decode_rows = _place_decode(step, bucket, plan, batch)
-    prefill_rows, scored = _place_prefill(step, bucket, limits, batch)
-    return Placed(batch, decode_rows, prefill_rows, scored)
-
-
-def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple[int, ...]:
-    lanes = bucket.decode_rows // plan.num_shards
-    used = [0] * plan.num_shards
-    rows = []
-    for row in step.decode:
-        lane = row.shard * lanes + used[row.shard]
-        used[row.shard] += 1
-        batch.decode.token[lane] = -1 if row.token is None else row.token
-        batch.decode.slot[lane] = row.slot
-        batch.decode.position[lane] = row.position
-        batch.decode.pages[lane, : len(row.pages)] = row.pages
-        _place_sampling(batch, lane, row.sampling, row.position + 1)
-        if row.counts:
-            batch.rich.counted[lane] = 1
-        rows.append(lane)
-    return tuple(rows)
-
-
-def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batch) -> tuple[tuple[int | None, ...], tuple[slice, ...]]:
-    shards, prefill = limits.num_prefill_shards, batch.prefill
-    tokens, slots = [0] * shards, [0] * shards
-    rows: list[int | None] = []
-    scored = []
-    for chunk in step.prefill:
-        shard, count = chunk.prefill_shard, len(chunk.tokens)
-        first = shard * (bucket.prefill_tokens // shards) + tokens[shard]
-        slot = shard * (bucket.prefill_slots // shards) + slots[shard]
-        tokens[shard] += count
-        slots[shard] += 1
-        positions = np.arange(chunk.start, chunk.end)
-        span = slice(first, first + count)
-        prefill.token[span] = chunk.tokens
-        prefill.owner[span] = slot
-        prefill.position[span] = positions
-        prefill.page[span] = np.asarray(chunk.pages)[positions // limits.page_size]
-        prefill.start[slot] = chunk.start
-        earlier = limits.pages_for(chunk.start)
-        prefill.pages[slot, :earlier] = chunk.pages[:earlier]
-        scored.append(slice(first, first + len(chunk.targets)))
-        if chunk.targets:
-            batch.rich.target[scored[-1]] = chunk.targets
-        if chunk.last:
-            prefill.last[slot], prefill.slot[slot] = first + count - 1, chunk.slot
-            _place_sampling(batch, bucket.decode_rows + slot, chunk.sampling, chunk.end)
-        rows.append(bucket.decode_rows + slot if chunk.last else None)
-    return tuple(rows), tuple(scored)
-
-
-def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int) -> None:
-    sampling, rich = batch.sampling, batch.rich
-    if not how.greedy:
-        sampling.temperature[row], sampling.top_k[row] = how.temperature, how.top_k
-        sampling.top_p[row], sampling.min_p[row] = how.top_p, how.min_p
-        sampling.seed[row], sampling.sample[row], sampling.position[row] = how.seed, how.sample_index, position
-    if rich is not None and how.rich:
-        rich.steered[row], rich.alternatives[row] = how.steered, how.top_logprobs
-        rich.presence[row], rich.frequency[row], rich.repetition[row] = how.presence, how.frequency, how.repetition

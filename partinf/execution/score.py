@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput, raise_offences
-from partinf.execution.runner import place_step, runner_limits
+from partinf.execution.place import place_step
 from partinf.plans import Bucket, Plan
 from partinf.transformer.params import Params
 from partinf.transformer.score import compile_score_step

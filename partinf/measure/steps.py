@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
-from partinf.execution.runner import JaxRunner, runner_limits
+from partinf.execution.runner import JaxRunner
 from partinf.measure.timing import Call
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan

@@ -14,7 +14,7 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import load_model_config
 from partinf.plans import Bucket, Plan
-from partinf.simulation.play import Sizing, cost_runner
+from partinf.simulation.sizing import Sizing, cost_runner
 from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload
 

@@ -25,9 +25,10 @@ from partinf.model.config import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.simulation.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
 from partinf.simulation.cost_runner import CostRunner
-from partinf.simulation.play import Sizing, cost_runner, play
+from partinf.simulation.play import play
 from partinf.simulation.schedule_trace import ScheduleTrace
 from partinf.simulation.serving_plan import Traffic, serving_plan
+from partinf.simulation.sizing import Sizing, cost_runner
 from partinf.simulation.step_price import Price, StepPrice
 from tests.engine.support import ROOMY, run_all
 

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partinf.buckets import runner_limits
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
-from partinf.execution.runner import place_step, runner_limits
+from partinf.execution.place import place_step
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
 from partinf.model.config import ModelConfig

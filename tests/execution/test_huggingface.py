@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf.buckets import Capacity, with_capacity
+from partinf.buckets import Capacity, runner_limits, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
 from partinf.engine.step import PrefillChunk, RowSampling, Step
-from partinf.execution.runner import JaxRunner, place_step, runner_limits
+from partinf.execution.place import place_step
+from partinf.execution.runner import JaxRunner
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.config import load_model_config

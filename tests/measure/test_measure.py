@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from partinf.api import find_slice
+from partinf.buckets import runner_limits
 from partinf.cost.ledger import Kind, Op
 from partinf.errors import InvalidInput
-from partinf.execution.runner import runner_limits
 from partinf.experiment.result import ledger_of
 from partinf.hardware.hardware_file import default_path, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
