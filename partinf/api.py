@@ -162,7 +162,7 @@ def load(
     directory = weights_directory(model)
     mesh = device_mesh(plan)
     if unrolled is None:
-        unrolled = prefers_unrolled(plan, mesh.devices.flat[0].platform)
+        unrolled = prefers_unrolled(plan, mesh)
     if random_weights or directory is None:
         params = random_params(plan, mesh, unrolled, seed)
     else:

@@ -22,7 +22,7 @@ from partinf.engine.step import Step
 from partinf.errors import InvalidInput, raise_offences
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.workload import DType, Workload
+from partinf.workload import Workload
 
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 _WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
@@ -123,9 +123,8 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
 
 def least_rows(plan: Plan) -> int:
     """Decode lanes below which a step gains nothing: XLA makes the product of a matrix and one row a sum over its columns, which takes
-    several times as long as two rows on CPU in bfloat16, twice as long on TPUs, and four times as long there in int8."""
-    narrow = plan.slice.chip.family == "cpu" and plan.weights is not DType.F32
-    return 2 if narrow or plan.slice.chip.family == "tpu" else 1
+    several times as long as two rows on some platforms."""
+    return 2 if plan.weights in plan.slice.chip.platform.slow_single_row else 1
 
 
 def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[Bucket, ...]:

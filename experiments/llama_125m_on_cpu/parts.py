@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from partinf.hardware.platform import CPU
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import tiles as kernels
@@ -70,7 +71,7 @@ def attention(rows: int) -> dict[str, float]:
 
 def ways(cores: Callable[[kernels.Tiles | None], Callable[..., jax.Array]]) -> dict[str, Callable[..., jax.Array]]:
     """The three forms of attention: everything gathered, tile by tile in XLA, and the CPU's own kernels."""
-    native = kernels.tiles_for("cpu")
+    native = CPU.tiles
     return {"gathered": cores(None), "tiled": cores(replace(native, native=False)), "native": cores(native)}
 
 

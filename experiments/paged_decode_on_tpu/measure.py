@@ -22,6 +22,7 @@ from partinf.cost.calibration import ROOFLINE
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
+from partinf.hardware.platform import PLATFORMS, TPU
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import load_model_config
@@ -48,7 +49,7 @@ def make_plan(slice_name: str, role: str) -> Plan:
 
 def compiled(plan: Plan, bucket: Bucket, tiles: kernels.Tiles) -> dict[str, Any]:
     """What the compiler says of everything but collectives; kernels priced from the ledger."""
-    kernels._TILES["tpu"] = tiles
+    PLATFORMS["tpu"] = replace(TPU, tiles=tiles)
     program = compile_step(plan, mesh_of(plan), bucket, unrolled=False)
     network = Network(plan.slice, BandwidthModel.AXIS, 1.0, plan.slice.chip.hop_seconds)
     schedule = Reader(Module(program.as_text()), plan.slice, network).read()
@@ -69,7 +70,7 @@ def read_tokens(tiles: kernels.Tiles) -> float:
 
 
 def main() -> None:
-    ways = {"kernel": kernels.tiles_for("tpu"), "tiles": replace(kernels.tiles_for("tpu"), paged=False)}
+    ways = {"kernel": TPU.tiles, "tiles": replace(TPU.tiles, paged=False)}
     found: dict[str, Any] = {"ragged_read": {name: read_tokens(tiles) for name, tiles in ways.items()}, "steps": []}
     for slice_name, role in CASES:
         plan = make_plan(slice_name, role)

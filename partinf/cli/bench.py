@@ -75,7 +75,7 @@ def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layou
     from partinf.workload import DType, Workload
 
     where = target if target is not None else api.find_slice("local", args.mesh, args.hardware)
-    dtype = DType(args.weights or ("f32" if where.chip.family == "cpu" else "bf16"))
+    dtype = DType(args.weights or where.chip.platform.default_type)
     prompt = max(arrival.input_len for arrival in load.arrivals)
     rows = load.options.max_batch_size
     workload = Workload(batch=rows, input_len=prompt, output_len=max(1, longest - prompt), weights=dtype, kv=dtype)

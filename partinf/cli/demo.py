@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     where = target if target is not None else api.find_slice("local", args.mesh)
     model = load_model_config(MODEL)
-    dtype = DType.F32 if where.chip.family == "cpu" else DType.BF16
+    dtype = DType(where.chip.platform.default_type)
     workload = Workload(batch=_MAX_ROWS, input_len=16, output_len=16, weights=dtype, kv=dtype)
     chosen = _plan(model, where.name, where.mesh, workload, None)
     _explain_choice(console, chosen, workload)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from partinf.hardware.slices import Slice, has_accelerator
+from partinf.hardware.platform import CPU, has_accelerator
+from partinf.hardware.slices import Slice
 
 
 def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes: int = 1) -> None:
@@ -16,11 +17,13 @@ def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes
         virtual_devices: CPU devices to make where no accelerator is there and no slice is given.
         num_processes: how many processes have the devices together.
     """
-    on_cpu = slice_.chip.family == "cpu" if slice_ is not None else not has_accelerator()
-    if on_cpu:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an installed libtpu would look for a TPU and complain
-        count = -(-slice_.num_devices // num_processes) if slice_ is not None else virtual_devices
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(count))
+    if slice_ is not None:
+        virtual, count = slice_.chip.platform.virtual, -(-slice_.num_devices // num_processes)
+    else:
+        virtual, count = not has_accelerator(), virtual_devices
+    if virtual:
+        for name, value in CPU.environment(count).items():
+            os.environ.setdefault(name, value)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partinf" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

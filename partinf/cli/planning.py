@@ -157,7 +157,7 @@ def _one_chip(text: str, mesh: str | None, measured: Chip | None) -> Slice:
     offences = []
     if name not in known:
         offences.append(f"--slice {text}: expected auto:CHIP{nearest(name, known)}")
-    if measured is not None and measured.family == "cpu":
+    if measured is not None and measured.platform.virtual:
         offences.append(f"--slice {text}: a hardware file of a CPU holds for its number of devices alone, and auto tries many")
     if mesh:
         offences.append(f"--mesh {mesh}: a mesh belongs to one slice, and --slice {text} tries many")

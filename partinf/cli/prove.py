@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     raise_offences(_offences(args))
     plan, workload = _saved(args) if args.plan else _asked(args)
-    reason = unavailable(plan.slice.chip.family)
+    reason = unavailable(plan.slice.chip.platform)
     raise_offences([reason] if reason else [])
     from partinf.buckets import serving_steps
     from partinf.cli.progress import progress_bar

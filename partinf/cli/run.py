@@ -87,10 +87,10 @@ def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
     from partinf.hosts import join
 
     slice_ = experiment.target()
-    if slice_.chip.family == "cpu":
+    if slice_.chip.platform.virtual:
         # Not what the user has set but what the experiment says: all processes together have the devices of its slice.
         each = slice_.num_devices // int(os.environ.get("PARTINF_NUM_PROCESSES", "1"))
-        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(each)}
+        os.environ |= slice_.chip.platform.environment(each)
     devices.prepare(slice_)
     group = join()
     found = _execute(experiment)
@@ -112,7 +112,7 @@ def _on_processes(args: argparse.Namespace, experiment: Experiment) -> Any:
     from partinf.experiment.together import run_local
 
     slice_ = experiment.target()
-    if slice_.chip.family != "cpu":
+    if not slice_.chip.platform.virtual:
         raise InvalidInput(f"--on processes: slice {slice_.name} is no CPU slice; processes of one machine share its devices only there")
     command = [sys.executable, "-m", "partinf", "run", str(args.experiment), "--on", "worker", "--format", "json"]
     with tempfile.TemporaryDirectory() as results:

@@ -52,9 +52,8 @@ PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
 
 
 def usual_program(chip: Chip) -> Program:
-    """The program for which layouts are chosen unless somebody says otherwise: on TPUs the looped one, with which their constants were
-    measured; elsewhere the one that runs, where nothing hides a collective."""
-    return LOOPED if chip.family == "tpu" else TILED
+    """The program for which layouts are chosen unless somebody says otherwise: that of the chip's platform."""
+    return PROGRAMS[chip.platform.default_program]
 
 
 class Pricing:

@@ -147,7 +147,7 @@ class StepSplit:
     def gathers_behind(self) -> bool:
         """Whether gathers of weights run behind products: those that are issued ahead, and all of a parallel block's in the program that
         TPUs run, whose compiler gathers for later products beside earlier ones (`experiments/palm_540b_on_64_v4`)."""
-        runs_beside = self.parallel and self.pricing.program == TILED and self.pricing.slice.chip.family == "tpu"
+        runs_beside = self.parallel and self.pricing.program == TILED and self.pricing.slice.chip.platform.gathers_beside_products
         return self.looped or self.ahead or runs_beside
 
     @property

@@ -39,7 +39,7 @@ def launch(experiment: Experiment, file: Path, description: Path, options: Any) 
     read = pod.read_description(text, str(description), folder, command=command)
     slice_, pod_slice = experiment.target(), read.tpu.slice
     offences: list[str] = []
-    if slice_.chip.family == "cpu":
+    if slice_.chip.platform.virtual:
         if slice_.num_devices % read.tpu.num_hosts:
             offences.append(f"{file}: the {slice_.num_devices} devices of {slice_.name} are not dealt evenly to {read.tpu.num_hosts} hosts")
     elif (slice_.chip.name, sorted(slice_.shape)) != (pod_slice.chip.name, sorted(pod_slice.shape)):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from partinf.hardware.platform import CPU
 from partinf.hosts.job import NAMES
 
 
@@ -37,7 +38,7 @@ def run_local(command: Sequence[str], count: int, devices: int, results: Path, t
         try:
             for number in range(count):
                 environment = os.environ | dict(zip(NAMES, (address, str(count), str(number)), strict=True))
-                environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PARTINF_RESULTS": str(results)}
+                environment |= CPU.environment(devices) | {"PARTINF_RESULTS": str(results)}
                 out, err = (files.enter_context((folder / f"{kind}-{number}").open("wb")) for kind in ("out", "err"))
                 processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True))
             _wait(processes, folder, timeout)

@@ -102,7 +102,7 @@ def check_devices(chip: Chip, devices: int) -> None:
     rates = chip.rates
     if rates is None:
         return
-    if chip.family == "cpu" and rates.devices != devices:
+    if chip.platform.virtual and rates.devices != devices:
         raise InvalidInput(
             f"the hardware file of {chip.name} was measured with {rates.devices} devices, which share one CPU; the slice has {devices}; "
             f"partinf calibrate --devices {devices} measures those"

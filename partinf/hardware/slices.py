@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from importlib.resources import files
-from pathlib import Path
 
 from partinf.axes import is_axis_name
 from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.hardware.platform import Platform, platform_named
 from partinf.hardware.rates import Rates
 
 TORUS_NAMES = ("x", "y", "z")
@@ -75,6 +75,15 @@ class Chip:
     hop_seconds: float = 1e-6
     provisional: bool = False
     rates: Rates | None = None
+
+    @property
+    def platform(self) -> Platform:
+        """What such devices want.
+
+        Raises:
+            InvalidInput: a family that is no platform of the table.
+        """
+        return platform_named(self.family)
 
     def usable_hbm_per_device(self) -> int:
         """Bytes of HBM that a program may use on one JAX device."""
@@ -179,7 +188,7 @@ def chip_of_kind(device_kind: str) -> Chip:
     """
     kind = device_kind.lower()
     exact = [chip for chip in chips().values() if kind in chip.device_kinds]
-    partly = [chip for chip in chips().values() if chip.family == "gpu" and any(part in kind for part in chip.device_kinds)]
+    partly = [chip for chip in chips().values() if chip.platform.partial_kinds and any(part in kind for part in chip.device_kinds)]
     if not exact + partly:
         raise InvalidInput(f"no chip of the hardware table is a {device_kind!r}; known: {', '.join(chips())}")
     return (exact + partly)[0]
@@ -333,9 +342,3 @@ def _parse_factors(slice_: Slice, text: str) -> list[tuple[str, int]]:
             factors.append((match[1], int(match[2])))
     raise_offences(offences)
     return factors
-
-
-def has_accelerator() -> bool:
-    """Whether the machine shows a device file of a TPU or GPU."""
-    patterns = ("dev/accel*", "dev/vfio/[0-9]*", "dev/nvidia[0-9]*", "dev/kfd")
-    return any(True for pattern in patterns for _ in Path("/").glob(pattern))

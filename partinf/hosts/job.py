@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partinf.errors import InvalidInput, raise_offences
+from partinf.hardware.platform import PLATFORMS
 from partinf.hosts.group import Group
 from partinf.hosts.watch import Bounds
 from partinf.hosts.wire import Door, connect, own_addresses
@@ -88,7 +89,8 @@ def initialize(job: Job | None = None) -> None:
     import jax
 
     job = Job.of_environment() if job is None else job
-    if (jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS")) == "cpu":
+    platform = PLATFORMS.get(jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", ""))
+    if platform is not None and platform.virtual:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if job.count is None:
         jax.distributed.initialize()

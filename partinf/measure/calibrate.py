@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
 from partinf.errors import InvalidInput
+from partinf.hardware.platform import platform_named
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.hardware.slices import Chip, Slice, chip_of_kind
 from partinf.measure.collectives import collective_call
@@ -70,18 +71,18 @@ class Measured:
             raise InvalidInput("--types int8: its activations are bf16; measure bf16 too")
         self._devices = devices_here()
         self._types = tuple(types)
-        self._on_cpu = self._devices[0].platform == "cpu"
+        self._virtual = platform_named(self._devices[0].platform).virtual
         self._slice = local_slice(chip=_table_chip(self._devices))
-        self._products = _products(self._types, self._on_cpu, len(self._devices))
+        self._products = _products(self._types, self._virtual, len(self._devices))
         self._activations = [dtype for dtype in types if dtype is not DType.INT8]
 
     def calls(self, on_stage: OnStage = lambda _: None) -> dict[str, Call]:
         """Everything, compiled."""
         mesh = _mesh(self._slice, self._devices)
         on_stage("compiling single products and collectives")
-        calls = _product_calls(mesh, self._products, self._on_cpu)
+        calls = _product_calls(mesh, self._products, self._virtual)
         if mesh.size > 1:
-            calls |= _collectives(self._slice, mesh, self._on_cpu)
+            calls |= _collectives(self._slice, mesh, self._virtual)
         on_stage("compiling steps of small models")
         for dtype in self._activations:
             calls |= prepare(self._slice, dtype)
@@ -91,7 +92,7 @@ class Measured:
         """The chip with rates from the times of these calls, and the steps among them."""
         slice_, devices = self._slice, self._devices
         if len(devices) > 1:
-            bandwidth, collectives = _collective_rates(slice_, self._on_cpu, timings)
+            bandwidth, collectives = _collective_rates(slice_, self._virtual, timings)
             slice_ = replace(slice_, chip=replace(slice_.chip, switch_bandwidth=bandwidth))
         else:
             collectives = ()
@@ -146,7 +147,7 @@ def _table_chip(devices: Sequence[jax.Device]) -> Chip:
 
 
 def _mesh(slice_: Slice, devices: Sequence[jax.Device]) -> Mesh:
-    placed = by_place(slice_, devices) if devices[0].platform == "tpu" else list(devices)
+    placed = by_place(slice_, devices) if platform_named(devices[0].platform).coordinates else list(devices)
     sizes = slice_.axis_sizes
     return Mesh(np.array(placed).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -162,12 +163,12 @@ class _Product:
     num_bytes: float
 
 
-def _products(types: Sequence[DType], on_cpu: bool, devices: int) -> dict[str, _Product]:
-    outputs, inputs = _SIDES[on_cpu]
-    found = {"reading memory": _Product(types[0], 0, 0, 0.0, float(_STREAM[on_cpu]))}
+def _products(types: Sequence[DType], virtual: bool, devices: int) -> dict[str, _Product]:
+    outputs, inputs = _SIDES[virtual]
+    found = {"reading memory": _Product(types[0], 0, 0, 0.0, float(_STREAM[virtual]))}
     for dtype in types:
         # Devices of a CPU share its caches.
-        share = _STREAM[on_cpu] // (devices if on_cpu else 1)
+        share = _STREAM[virtual] // (devices if virtual else 1)
         most = max(2, min(16, share // (inputs * outputs * dtype.num_bytes)))
         for rows in ROWS:
             count = most if rows <= _FEW_ROWS else 2
@@ -176,8 +177,8 @@ def _products(types: Sequence[DType], on_cpu: bool, devices: int) -> dict[str, _
     return found
 
 
-def _product_calls(mesh: Mesh, products: Mapping[str, _Product], on_cpu: bool) -> dict[str, Call]:
-    outputs, inputs = _SIDES[on_cpu]
+def _product_calls(mesh: Mesh, products: Mapping[str, _Product], virtual: bool) -> dict[str, Call]:
+    outputs, inputs = _SIDES[virtual]
     most = {product.weights: max(p.matrices for p in products.values() if p.weights is product.weights) for product in products.values()}
     matrices = {dtype: weight_matrices(mesh, inputs, outputs, dtype, count) for dtype, count in most.items()}
     return {
@@ -201,19 +202,19 @@ def _groups(slice_: Slice) -> list[tuple[str, ...]]:
     return [tuple(axes[first:]) for first in range(len(axes))]
 
 
-def _collectives(slice_: Slice, mesh: Mesh, on_cpu: bool) -> dict[str, Call]:
+def _collectives(slice_: Slice, mesh: Mesh, virtual: bool) -> dict[str, Call]:
     groups = _groups(slice_)
     calls = {"no collective": collective_call(mesh, Op.ALL_REDUCE, groups[0], _SMALL, jnp.float32, 0)}
-    for op, group, size in itertools.product(Op, groups, (_SMALL, _LARGE[on_cpu])):
+    for op, group, size in itertools.product(Op, groups, (_SMALL, _LARGE[virtual])):
         calls[_name(op, group, size)] = collective_call(mesh, op, group, size, jnp.float32, _CHAIN)
     return calls
 
 
-def _collective_rates(slice_: Slice, on_cpu: bool, timings: Mapping[str, Timing]) -> tuple[float, tuple[CollectiveRate, ...]]:
+def _collective_rates(slice_: Slice, virtual: bool, timings: Mapping[str, Timing]) -> tuple[float, tuple[CollectiveRate, ...]]:
     """Seconds and factors by kind and number of devices, and the bandwidth of a switch of which they are factors: that of an all-gather
     among all (or as it was, where there is none)."""
     network, found = Network(slice_), []
-    low, high = _SMALL, _LARGE[on_cpu]
+    low, high = _SMALL, _LARGE[virtual]
     for op, group in itertools.product(Op, _groups(slice_)):
         small, large = (
             max(timings[_name(op, group, size)].seconds - timings["no collective"].seconds, 0.0) / _CHAIN for size in (low, high)

@@ -83,7 +83,7 @@ class Probe:
 
 def declared(slice_: Slice, dtype: DType) -> list[tuple[str, Plan, Bucket]]:
     """All probes with weights, activations and cache of one type, every device running each of them: their names, plans and buckets."""
-    size = Size(parts=slice_.num_devices) if slice_.chip.family == "cpu" else Size(wide=4)
+    size = Size(parts=slice_.num_devices) if slice_.chip.platform.virtual else Size(wide=4)
     found = []
     for model, buckets in probes(size):
         here = tuple(_for_all(bucket, slice_.num_devices) for bucket in buckets)

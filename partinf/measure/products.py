@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.measure.timing import Call
 from partinf.partition.quantize import quantize
+from partinf.partition.sharding import platform_of
 from partinf.transformer.linear import dot
 from partinf.workload import DType
 
@@ -41,11 +42,11 @@ def weight_matrices(mesh: Mesh, inputs: int, outputs: int, weights: DType, count
 
 def products_call(mesh: Mesh, rows: int, inputs: int, matrices: tuple, weights: DType) -> Call:
     """Products of `rows` rows with each of these matrices, one after the other."""
-    act, axes, on_cpu = _activations(weights), P(mesh.axis_names), mesh.devices.flat[0].platform == "cpu"
+    act, axes, platform = _activations(weights), P(mesh.axis_names), platform_of(mesh)
 
     def chain(x: jax.Array, *matrices: object) -> jax.Array:
         for matrix in matrices:
-            y = lax.optimization_barrier(dot("te,oe->to", x, matrix, on_cpu=on_cpu))  # whole, though little of it may be used
+            y = lax.optimization_barrier(dot("te,oe->to", x, matrix, platform=platform))  # whole, though little of it may be used
             # The next product waits for this one, and takes its values where the shapes agree.
             x = y if y.shape == x.shape else x.at[0, 0].set(y[0, 0])
         return x[:1, :1]

@@ -43,7 +43,7 @@ class Steps:
         """
         mesh = device_mesh(plan)
         if unrolled is None:
-            unrolled = prefers_unrolled(plan, mesh.devices.flat[0].platform)
+            unrolled = prefers_unrolled(plan, mesh)
         self.plan = plan
         self.runner = JaxRunner(plan, random_params(plan, mesh, unrolled), mesh)
         self.runner.warm_up()

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.errors import InvalidInput
 from partinf.hardware.hardware_file import default_path, read_hardware
-from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, has_accelerator, make_slice
+from partinf.hardware.platform import CPU, Platform, has_accelerator, platform_named
+from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, make_slice
 from partinf.layout import AttentionRole, Role
 from partinf.plans import Plan, kv_head_axes
 
@@ -27,7 +28,7 @@ from partinf.plans import Plan, kv_head_axes
 def devices_here() -> Sequence[jax.Device]:
     """jax's devices; those of the CPU where no accelerator shows, because an installed libtpu would look for a TPU and complain."""
     if not jax.config.jax_platforms and not has_accelerator():
-        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_platforms", CPU.name)
     return jax.devices()
 
 
@@ -50,9 +51,14 @@ def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh
             f"slice {plan.slice.name} needs {count} devices, here are {here}; "
             f"use --slice local, or set JAX_NUM_CPU_DEVICES={count} for virtual ones"
         )
-    if devices[0].platform == "tpu" and plan.slice.chip.family == "tpu" and len(devices) == count:
+    if platform_named(devices[0].platform).coordinates and plan.slice.chip.platform.coordinates and len(devices) == count:
         devices = by_place(plan.slice, devices)
     return mesh_in_order(plan, devices[:count])
+
+
+def platform_of(mesh: Mesh) -> Platform:
+    """What the devices of a mesh want."""
+    return platform_named(mesh.devices.flat[0].platform)
 
 
 def mesh_in_order(plan: Plan, devices: Sequence[jax.Device]) -> Mesh:
@@ -157,7 +163,7 @@ def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:
 
 def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
     """The chip with the memory that this process finds: virtual CPU devices share the machine's, a GPU tells its own."""
-    if devices[0].platform == "cpu":
+    if platform_named(devices[0].platform).virtual:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
         return replace(chip, hbm=total, usable_hbm=int(0.9 * total))
     here = next(device for device in devices if device.process_index == jax.process_index())

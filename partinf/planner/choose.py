@@ -93,7 +93,7 @@ def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
     come later beside those that come first.
     """
     layout, held = candidate.layout, candidate.memory
-    if report.slice.chip.family != "tpu" or report.model.block is Block.PARALLEL:
+    if not report.slice.chip.platform.gathers_beside_products or report.model.block is Block.PARALLEL:
         return layout
     evaluator = Evaluator(report.model, Pricing(report.slice, program=report.program), report.workload)
     for label in PHASES:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from partinf.errors import InvalidInput
+from partinf.hardware.platform import CPU, TPU, Platform
 from partinf.hardware.slices import Slice
 from partinf.plans import Bucket, Plan
 from partinf.proof.worker import Job
 
 _ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
+    **CPU.environment(1),
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -66,9 +67,9 @@ class Compiled:
     refusal: str = ""
 
 
-def unavailable(family: str = "tpu") -> str | None:
-    """One line on why nothing can be proven on this installation for chips of this family, or None."""
-    if family != "tpu":
+def unavailable(platform: Platform = TPU) -> str | None:
+    """One line on why nothing can be proven on this installation for chips of this platform, or None."""
+    if not platform.described:
         return None
     try:
         libtpu = metadata.version("libtpu")
@@ -88,7 +89,7 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool
         InvalidInput: libtpu is missing or does not match jax, or the compiler knows no such slice.
         CompilerFailed: the compiler crashed or exceeded a bound.
     """
-    reason = unavailable(plan.slice.chip.family)
+    reason = unavailable(plan.slice.chip.platform)
     if reason:
         raise InvalidInput(reason)
     with tempfile.TemporaryDirectory(prefix="partinf-proof-") as name:
@@ -107,9 +108,8 @@ def compile_bucket(plan: Plan, bucket: Bucket, limits: Limits, by_compiler: bool
 
 def _environment(slice_: Slice) -> dict[str, str]:
     """What the worker's jax finds: no accelerator but the one to compile for, of which nothing is reserved."""
-    if slice_.chip.family == "gpu":
-        return _ENVIRONMENT | {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return _ENVIRONMENT | ({"JAX_NUM_CPU_DEVICES": str(slice_.num_devices)} if slice_.chip.family == "cpu" else {})
+    platform = slice_.chip.platform
+    return _ENVIRONMENT | (platform.environment(slice_.num_devices) if platform.virtual else {}) | dict(platform.proof_environment)
 
 
 def _run(directory: Path, seconds: float, environment: dict[str, str]) -> tuple[int, str]:

@@ -114,7 +114,7 @@ def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
     ways = routes.ways(routes.prefill.batch)
     heads = plan.padded_model.num_heads // routes.ways(routes.prefill.heads)
     source = kernels.__name__.replace(".", "/") + ".py"
-    tiles = kernels.tiles_for(plan.slice.chip.family)
+    tiles = plan.slice.chip.platform.tiles
     seen, together = kernels.seen_shares(bucket.prefill_tokens // ways, bucket.prefill_slots // ways, heads, tiles)
 
     def taken(lines: Sequence[Frame]) -> float:

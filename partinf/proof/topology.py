@@ -41,12 +41,13 @@ def mesh_of(plan: Plan) -> Mesh:
     """
     from partinf.partition.sharding import device_mesh, mesh_in_order
 
-    if plan.slice.chip.family == "tpu":
+    platform = plan.slice.chip.platform
+    if platform.described:
         return mesh_in_order(plan, _described(plan.slice))
     import jax
 
-    if plan.slice.chip.family == "gpu" and jax.devices()[0].platform != "gpu":
-        raise InvalidInput(f"slice {plan.slice.name}: a proof for GPUs compiles on them, and there is none here")
+    if not platform.virtual and jax.devices()[0].platform != platform.name:
+        raise InvalidInput(f"slice {plan.slice.name}: a proof for {platform.name.upper()}s compiles on them, and there is none here")
     return device_mesh(plan)
 
 

@@ -57,13 +57,13 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
     from partinf.transformer.params import prefers_unrolled
     from partinf.transformer.step import compile_step
 
-    mesh, family = mesh_of(job.plan), job.plan.slice.chip.family
+    mesh, platform = mesh_of(job.plan), job.plan.slice.chip.platform
     compiler = (
-        f"{f'libtpu {_libtpu_version()}' if family == 'tpu' else f'XLA for {mesh.devices.flat[0].device_kind}'}, jax {jax.__version__}"
+        f"{f'libtpu {_libtpu_version()}' if platform.described else f'XLA for {mesh.devices.flat[0].device_kind}'}, jax {jax.__version__}"
     )
     start = time.monotonic()
     compile_program = compile_partitioned if job.by_compiler else compile_step
-    compiled: Any = compile_program(job.plan, mesh, job.bucket, prefers_unrolled(job.plan, family))  # as `partinf.load` does
+    compiled: Any = compile_program(job.plan, mesh, job.bucket, prefers_unrolled(job.plan, mesh))  # as `partinf.load` does
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     (directory / "program").write_text(compiled.as_text())

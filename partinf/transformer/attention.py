@@ -45,7 +45,7 @@ def rotations_of(batch: Batch, routes: Routes) -> Rotations:
 
     def of(positions: Any, group: Group) -> Rotation:
         made: Any = rotation(_rows(positions, group, routes), frequencies(model))
-        return Rotation(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.family == "cpu" else made))
+        return Rotation(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.platform.stacked_rotations else made))
 
     return Rotations(
         of(batch.decode.position, routes.decode) if routes.bucket.decode_rows else None,
@@ -191,7 +191,7 @@ def _from_group(found: kernels.Attended, group: Group, routes: Routes) -> jax.Ar
 
 
 def _tiles(routes: Routes) -> kernels.Tiles | None:
-    return None if routes.plain else kernels.tiles_for(routes.plan.slice.chip.family)
+    return None if routes.plain else routes.plan.slice.chip.platform.tiles
 
 
 def _rows(array: jax.Array, group: Group, routes: Routes) -> jax.Array:

@@ -20,7 +20,7 @@ from partinf.partition.quantize import Quantized
 from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.ffn import ffn
-from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, norm, on_cpu
+from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Routes
 
@@ -55,7 +55,7 @@ def _enter(x: jax.Array, weights: Params, name: str, wanted: tuple[str, ...], ro
     normed = norm(x, weights, name, routes.weight, routes)
 
     def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
-        return tuple(dot(_ENTER[name], part, _cut(weights[name], cut, -1), jnp.float32, on_cpu(routes)) for name in wanted)
+        return tuple(dot(_ENTER[name], part, _cut(weights[name], cut, -1), jnp.float32, made_for(routes)) for name in wanted)
 
     frame, source, target = routes.frame((), routes.weight_stored), Split(cols=routes.weight), Split(cols=routes.embed)
     products = gather_multiply(normed, frame, source, target, routes.phase.loop, multiply)
@@ -67,7 +67,7 @@ def _leave(x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], biases
 
     def multiply(cut: Cut, rows: slice) -> jax.Array:
         cuts = {name: _cut(weights[name], cut, 0) for name in inner}
-        parts = [dot("tf,ef->te", hidden[rows], cuts[name], jnp.float32, on_cpu(routes)) for name, hidden in inner.items()]
+        parts = [dot("tf,ef->te", hidden[rows], cuts[name], jnp.float32, made_for(routes)) for name, hidden in inner.items()]
         return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]
 
     partial = Split(cols=routes.embed, unreduced=routes.ffn)

@@ -59,8 +59,8 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
 
 
 def _bfloat16(plan: Plan) -> Any:
-    """How bfloat16 is stored: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every scatter into it; bits it leaves."""
-    return jnp.uint16 if plan.slice.chip.family == "cpu" else jnp.bfloat16
+    """How bfloat16 is stored: as it is, or as its bits."""
+    return jnp.uint16 if plan.slice.chip.platform.bfloat16_as_bits else jnp.bfloat16
 
 
 def cache_bytes_per_device(plan: Plan) -> int:

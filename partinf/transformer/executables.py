@@ -24,6 +24,8 @@ import jaxlib
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from partinf.hardware.platform import Platform
+from partinf.partition.sharding import platform_of
 from partinf.plans import Plan
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.machine import DIRECTORY_VARIABLE, OFF, host, kept, own
@@ -77,12 +79,12 @@ class ExecutableCache:
             os.utime(path)
         return compiled
 
-    def store(self, key: str, compiled: Any, platform: str = "") -> None:
+    def store(self, key: str, compiled: Any, platform: Platform) -> None:
         """Keep a program; without effect for one that jax cannot serialise, or on a full disk.
 
-        What jax's own cache of compilations returns on a CPU is serialised without its code, so nothing is kept beside that.
+        What jax's own cache of compilations returns is serialised without its code on some platforms, so nothing is kept beside that there.
         """
-        if platform == "cpu" and jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
+        if not platform.keeps_cached and jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
             return
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
@@ -123,7 +125,7 @@ def obtain(cache: ExecutableCache | None, key: str, mesh: Mesh, compile_program:
         return program, Obtained(loaded=1, load_seconds=time.perf_counter() - started)
     program = compile_program()
     if cache is not None:
-        cache.store(key, program, mesh.devices.flat[0].platform)
+        cache.store(key, program, platform_of(mesh))
     return program, Obtained(compiled=1, compile_seconds=time.perf_counter() - started)
 
 
@@ -148,7 +150,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         [os.environ.get(flag, "") for flag in _FLAGS],
         [(device.id, device.device_kind) for device in devices],
         (mesh.axis_names, mesh.devices.shape, jax.process_index(), jax.process_count()),
-        (host(), cpu_kernels.available()) if devices[0].platform == "cpu" else "",  # which also lets XLA find it in what is loaded
+        (host(), cpu_kernels.available()) if platform_of(mesh).host_code else "",  # which also lets XLA find it in what is loaded
         replace(plan, predicted=(), note="", buckets=()),
         (plan.rich, plan.carried_rows, *program),
     )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from partinf.partition.collectives import Split, move, take_split
-from partinf.transformer.linear import activate, on_cpu
+from partinf.transformer.linear import activate, made_for
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
@@ -34,7 +34,8 @@ def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
     hidden = move(hidden, routes.frame(rows, cols, 0, 2), whole, split)  # [T.te, 2, F.f] or [T.t, 2, F.fe]
     if "b_in" in weights:
         hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)[None]
-    if on_cpu(routes):  # in float32 it is one pass with what is before and after it; in bfloat16 they are four
+    platform = made_for(routes)
+    if platform is not None and platform.wide_activation:
         hidden = activate(hidden.astype(jnp.float32), routes.plan.model).astype(hidden.dtype)
     else:
         hidden = activate(hidden, routes.plan.model)  # [T.te, F.f] or [T.t, F.fe]

@@ -35,7 +35,7 @@ from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, norm, on_cpu
+from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import log_normalizer, logit_of
@@ -83,7 +83,7 @@ def _looked_up(table: jax.Array, tokens: jax.Array, routes: Routes) -> jax.Array
     Where a device's columns fill no whole lanes, a TPU keeps the table column by column and lays all of it out anew for a look-up. A
     product with rows of the identity reads it once, as the logits do, and is as exact.
     """
-    by_columns = routes.plan.slice.chip.family == "tpu" and table.dtype == jnp.bfloat16 and table.shape[1] % _LANES
+    by_columns = routes.plan.slice.chip.platform.multiplied_look_up and table.dtype == jnp.bfloat16 and table.shape[1] % _LANES
     if routes.plain or not by_columns or tokens.shape[0] > _MULTIPLIED_TOKENS:
         return table[tokens]
     rows = (tokens[:, None] == jnp.arange(table.shape[0])[None, :]).astype(table.dtype)
@@ -172,7 +172,7 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     axes, model = routes.weight_stored, routes.plan.model
     rows = norm(rows, params, "final_norm", axes, routes)
     table = params.get("unembed", params["embed"])  # [V, E.ef]
-    found = dot("re,ve->rv", rows, table, jnp.float32, on_cpu(routes))  # [R, V] {ef unreduced}
+    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
     if model.padded_vocab_size == model.vocab_size:
         return found

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.hardware.platform import Platform
 from partinf.model.config import Activation, ModelConfig, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
@@ -18,23 +19,24 @@ from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
 _FEW_ROWS = (2, 64)  # rows of float32 whose products are made in halves
-_WIDE_ROWS = 32  # rows of bfloat16 from which widening the weights costs less than it gains, where it does
 _BFLOAT16_UNITS = {"amx_bf16", "bf16"}  # flags of x86 and Arm CPUs that multiply bfloat16 faster than float32; avx512_bf16 does not
 
 
 @functools.cache
-def _widens() -> bool:
+def _lacks_bfloat16_unit() -> bool:
     """Whether this machine's CPU multiplies many rows of bfloat16 faster as float32: unless it has a unit for matrices of bfloat16."""
     said = set(host().split())
     return bool(said & {"flags", "Features"}) and not said & _BFLOAT16_UNITS  # of a CPU that says nothing nothing is assumed
 
 
-def on_cpu(routes: Routes) -> bool:
-    """Whether this step is made for this machine's CPU; the plain twin, which is there to be read, is made for none."""
-    return not routes.plain and routes.plan.slice.chip.family == "cpu"
+def made_for(routes: Routes) -> Platform | None:
+    """The platform that a step is made for; the plain twin, which is there to be read, is made for none."""
+    return None if routes.plain else routes.plan.slice.chip.platform
 
 
-def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None, on_cpu: bool = False) -> jax.Array:
+def dot(
+    spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtype | None = None, platform: Platform | None = None
+) -> jax.Array:
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
 
     Dimensions that stand side by side wherever they occur (heads and d_head) are merged for the product: XLA has a fast product of
@@ -42,8 +44,8 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
     transposition of that: left to itself the einsum makes W · xᵀ, which whatever comes next would read against the grain.
 
     Args:
-        on_cpu: a program for this machine's CPU: few rows meet the weights as they are stored (`partinf.transformer.kernels.cpu`), many
-            rows of bfloat16 are multiplied as float32 if that is faster there, which is as exact.
+        platform: that the program is made for, if for any: with kernels of ours few rows meet the weights as they are stored, and many rows
+            of bfloat16 are multiplied as float32 where that is faster, which is as exact.
     """
     dtype = x.dtype if dtype is None else dtype
     scale = None
@@ -51,13 +53,23 @@ def dot(spec: str, x: jax.Array, weights: jax.Array | Quantized, dtype: jnp.dtyp
         _, weight_letters, out_letters = spec.replace("->", ",").split(",")
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
-        weights = weights.values if on_cpu else weights.values.astype(x.dtype)
+        weights = weights.values if _native(platform) else weights.values.astype(x.dtype)
     wanted = spec[spec.index(">") + 1 :]
     made = _row_by_row(spec) if x.shape[0] > _FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
-    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), on_cpu).reshape(out_shape)
+    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), platform).reshape(out_shape)
     out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
+
+
+def _native(platform: Platform | None) -> bool:
+    return platform is not None and platform.native_products
+
+
+def _widens(x: jax.Array, platform: Platform | None) -> bool:
+    """Whether the product of x [T, ..] is made in float32 though x is bfloat16."""
+    least = None if platform is None else platform.widened_rows
+    return least is not None and x.dtype == jnp.bfloat16 and x.shape[0] >= least and _lacks_bfloat16_unit()
 
 
 def _widened(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -75,14 +87,14 @@ def _row_by_row(spec: str) -> str:
     return "".join(letter for letter in dict.fromkeys(first + second) if letter in result)
 
 
-def _product(spec: str, x: jax.Array, weights: jax.Array, on_cpu: bool) -> jax.Array:
+def _product(spec: str, x: jax.Array, weights: jax.Array, platform: Platform | None) -> jax.Array:
     """An einsum in float32. A few float32 rows meet the two halves of a matrix as a batch of two: XLA on CPU has a fast product for
     that, and takes up to three times as long for the whole matrix; bfloat16, one row and many rows are as fast whole."""
     matrices = x.ndim == weights.ndim == 2  # [rows, in] · [out, in], the only form that two letters each are used in
-    if matrices and on_cpu and cpu_kernels.fits_product(x, weights):
+    if matrices and _native(platform) and cpu_kernels.fits_product(x, weights):
         return cpu_kernels.product(x, weights)
     weights = weights.astype(x.dtype)
-    if on_cpu and x.dtype == jnp.bfloat16 and x.shape[0] >= _WIDE_ROWS and _widens():
+    if _widens(x, platform):
         x = x.astype(jnp.float32)
         weights = _widened(weights, x)
     if not matrices or weights.shape[0] % 2 or x.dtype != jnp.float32 or not _FEW_ROWS[0] <= x.shape[0] <= _FEW_ROWS[1]:

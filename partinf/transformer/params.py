@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from partinf.errors import InvalidInput
 from partinf.model.config import Block, ModelConfig, Norm, Position
 from partinf.partition.quantize import Quantized, quantize
-from partinf.partition.sharding import letter_axes, sharding
+from partinf.partition.sharding import letter_axes, platform_of, sharding
 from partinf.plans import Plan
 from partinf.workload import DType
 
@@ -137,9 +137,9 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
     return jax.tree.map(leaf, declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
 
 
-def prefers_unrolled(plan: Plan, platform: str) -> bool:
-    """Whether layers are compiled one by one: on a CPU, which runs a loop slower. Stages share one program, so theirs are stacked."""
-    return platform == "cpu" and plan.num_stages == 1
+def prefers_unrolled(plan: Plan, mesh: Mesh) -> bool:
+    """Whether layers are compiled one by one, as these devices prefer. Stages share one program, so theirs are stacked."""
+    return platform_of(mesh).unrolled and plan.num_stages == 1
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:

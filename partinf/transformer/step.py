@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.errors import raise_offences
 from partinf.partition.collectives import Split, move
-from partinf.partition.sharding import sharding, spec
+from partinf.partition.sharding import platform_of, sharding, spec
 from partinf.plans import Bucket, Plan
 from partinf.transformer import stages
 from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
@@ -68,8 +68,6 @@ class Out:
     top_logprobs: jax.Array | None = None
     prompt_logprobs: jax.Array | None = None
 
-
-_BESIDE_OTHER_WORK = {"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"}
 
 Step = Callable[[Params, State, Batch], tuple[State, Out]]
 
@@ -167,11 +165,8 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the devices' compiler is asked for beyond its defaults, by everything that runs a step.
-
-    A TPU's runs one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
-    """
-    return _BESIDE_OTHER_WORK if mesh.devices.flat[0].platform == "tpu" else None
+    """What the devices' compiler is asked for beyond its defaults, by everything that runs a step."""
+    return dict(platform_of(mesh).compiler_options) or None
 
 
 def _fed(batch: Batch, state: State) -> jax.Array:

@@ -19,6 +19,7 @@ from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
+from partinf.hardware.platform import GPU
 from partinf.layout import make_layout
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
@@ -140,7 +141,7 @@ def test_the_oldest_make_room(tmp_path: Path) -> None:
     compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile()
     cache = ExecutableCache(tmp_path, max_bytes=1)
     for key in "abc":
-        cache.store(key, compiled)
+        cache.store(key, compiled, GPU)
     assert [path.stem for path in tmp_path.iterdir()] == ["c"]
     assert cache.load("a", jax.devices()) is None
     loaded = cache.load("c", jax.devices()[:1])

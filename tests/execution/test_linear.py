@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partinf.hardware.platform import CPU
 from partinf.partition.quantize import dequantize, quantize
 from partinf.transformer.linear import dot
 
@@ -48,9 +49,9 @@ def test_products_on_a_cpu_change_no_number(rows: int, kind: str, inputs: int, o
     if kind != "f32":
         x = x.astype(jnp.bfloat16)
         weights = quantize(weights, (-1,)) if kind == "int8" else weights.astype(jnp.bfloat16)
-    there, here = (np.asarray(dot("te,oe->to", x, weights, jnp.float32, on_cpu)) for on_cpu in (False, True))
+    there, here = (np.asarray(dot("te,oe->to", x, weights, jnp.float32, platform)) for platform in (None, CPU))
     np.testing.assert_allclose(here, there, atol=1e-4)
-    spoilt = np.asarray(dot("te,oe->to", x.at[0].set(jnp.nan), weights, jnp.float32, True))
+    spoilt = np.asarray(dot("te,oe->to", x.at[0].set(jnp.nan), weights, jnp.float32, CPU))
     np.testing.assert_array_equal(spoilt[1:], here[1:])
     assert np.isnan(spoilt[0]).all()
 

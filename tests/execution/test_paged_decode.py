@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partinf.hardware.platform import CPU, PLATFORMS
 from partinf.layout import make_layout
 from partinf.partition.quantize import quantize
 from partinf.transformer import cache
@@ -54,7 +57,7 @@ def test_only_pages_that_fill_their_tiles_are_taken() -> None:
 def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the step itself: requests split over two axes, heads over the third; and pages of a request dealt over one."""
     monkeypatch.setattr(paged_decode, "_SUBLANES", 1)
-    monkeypatch.setitem(kernels._TILES, "cpu", INTERPRETED)
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED))
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
     dealt = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})

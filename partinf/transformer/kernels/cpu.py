@@ -23,6 +23,7 @@ import jaxlib
 from absl import logging
 
 from partinf.errors import InvalidInput
+from partinf.hardware.platform import CPU
 from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import OFF, host, kept, own
@@ -111,7 +112,7 @@ def available() -> bool:
         return False
     for name in ("decode", "prefill", "product"):
         handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
-        jax.ffi.register_ffi_target(f"partinf_{name}_{_digest()}", handler, platform="cpu")
+        jax.ffi.register_ffi_target(f"partinf_{name}_{_digest()}", handler, platform=CPU.name)
     return True
 
 

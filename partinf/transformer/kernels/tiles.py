@@ -3,7 +3,7 @@
 `Tiles` says how: tile by tile with a running softmax, so that neither scores nor gathered context exist as a whole and tiles that nobody
 may see are skipped; or, without tiles, the plain twin, which gathers everything and masks. Both give the same up to rounding. Trip
 counts are static in both. Where a platform has a kernel that reads pages where they lie (`paged_decode` for TPUs, `cpu_kernels` for
-CPUs), that does what it fits. What is best on which platform is decided in `tiles_for` and nowhere else.
+CPUs), that does what it fits. Which tiles a platform has stands in its row (`partinf.hardware.platform`).
 
 Letters: B rows, L queries of a row, H query heads in groups of G per key-value head K, Q d_head, S tokens of a page, M keys.
 """
@@ -11,13 +11,13 @@ Letters: B rows, L queries of a row, H query heads in groups of G per key-value 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.kernels import cpu as cpu_kernels
@@ -62,43 +62,6 @@ class Fresh(NamedTuple):
     new: KeysValues
     owner: jax.Array
     position: jax.Array
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How much is worked on at once.
-
-    Attributes:
-        keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
-        scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
-        skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
-        paged: decode by the TPU's kernel (`partinf.transformer.kernels.paged_decode`) where that takes the pages. interpret: without a TPU.
-        native: by the CPU's kernels (`partinf.transformer.kernels.cpu`), prompts too, where those take the pages.
-    """
-
-    keys: int
-    prompt_keys: int
-    scores: int
-    skip: bool = True
-    paged: bool = False
-    interpret: bool = False
-    native: bool = False
-
-    def queries(self, heads: int) -> int:
-        """Prompt tokens of one tile when a device has this many heads: a power of two, which prompts' buckets tend to be multiples of."""
-        return 1 << max(self.scores // (heads * self.prompt_keys), 1).bit_length() - 1
-
-
-_TILES = {
-    "cpu": Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
-    "tpu": Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
-    "gpu": Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
-}
-
-
-def tiles_for(family: str) -> Tiles:
-    """The tiles of a family of chips (`partinf.hardware.slices.Chip.family`)."""
-    return _TILES[family]
 
 
 def seen_shares(tokens: int, slots: int, heads: int, tiles: Tiles) -> tuple[float, float]:

@@ -1,0 +1,193 @@
+"""What each platform wants: one row per kind of device that JAX drives, and every choice that depends on it is a field of the row.
+
+A platform is what `jax.Device.platform` and `Chip.family` name. Code asks for a field and never for a name, so that a further platform is
+a further row. What differs from chip to chip stands in `hardware.toml`; what only the machine can say (flags of its CPU, memory of its
+devices) is read where it is needed, under a rule that stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from partinf.errors import InvalidInput, nearest
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How much of attention is worked on at once (`partinf.transformer.kernels.tiles`).
+
+    Attributes:
+        keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
+        scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
+        skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
+        paged: decode by the Pallas kernel for TPUs (`kernels.paged_decode`) where that takes the pages. interpret: without a TPU.
+        native: by the C++ kernels for CPUs (`kernels.cpu`), prompts too, where those take the pages.
+    """
+
+    keys: int
+    prompt_keys: int
+    scores: int
+    skip: bool = True
+    paged: bool = False
+    interpret: bool = False
+    native: bool = False
+
+    def queries(self, heads: int) -> int:
+        """Prompt tokens of one tile when a device has this many heads: a power of two, which prompts' buckets tend to be multiples of."""
+        return 1 << max(self.scores // (heads * self.prompt_keys), 1).bit_length() - 1
+
+
+@dataclass(frozen=True)
+class Platform:
+    """One row of the table.
+
+    Attributes:
+        virtual: devices are virtual: the host's CPU cut into as many as wanted, which share its cores and memory.
+        device_files: patterns under / of the files by which a machine shows that it has such devices.
+        coordinates: devices say where they lie in a torus, so that a mesh is laid out by place.
+        partial_kinds: `device_kind` holds more than the chip's name, so that a part of it is enough to find the chip.
+        default_type: storage type of weights that nobody asked for otherwise.
+        slow_single_row: types of weights with which XLA makes a product with one row a sum over the columns of the matrix: several times
+            as slow as with two rows on CPUs in bfloat16, twice as slow on TPUs, and four times as slow there in int8.
+        bfloat16_as_bits: the cache stores bfloat16 as its bits: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every
+            scatter into it; bits it leaves.
+        tiles: of attention.
+        unrolled: layers are compiled one by one, where a loop over them runs slower.
+        native_products: products of a few rows run in our own kernel (`partinf.transformer.kernels.cpu`).
+        widened_rows: rows of bfloat16 from which a product is made in float32 where the machine has no unit for bfloat16; None for never.
+        wide_activation: nonlinearities are computed in float32, where that is one pass with what stands around it and bfloat16 is four.
+        stacked_rotations: cosines and sines are stacked before the barrier that keeps them out of the loop over heads.
+        multiplied_look_up: a table whose columns fill no whole lanes is read by a product, since a look-up would lay all of it out anew.
+        default_program: name of the program for which layouts are chosen (`partinf.cost.pricing.PROGRAMS`): the looped one where the
+            constants were measured with it, else the one that runs.
+        gathers_beside_products: the compiler runs a gather of weights beside products that do not wait for it.
+        compiler_options: what the compiler is asked for beyond its defaults.
+        described: the compiler describes slices that are not here (libtpu), so that a proof needs no device.
+        proof_environment: environment variables of the process that compiles a proof, beside those of every proof.
+        host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
+        keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.
+    """
+
+    name: str
+    virtual: bool
+    device_files: tuple[str, ...]
+    coordinates: bool
+    partial_kinds: bool
+    default_type: str
+    slow_single_row: frozenset[str]
+    bfloat16_as_bits: bool
+    tiles: Tiles
+    unrolled: bool
+    native_products: bool
+    widened_rows: int | None
+    wide_activation: bool
+    stacked_rotations: bool
+    multiplied_look_up: bool
+    default_program: str
+    gathers_beside_products: bool
+    compiler_options: Mapping[str, str]
+    described: bool
+    proof_environment: Mapping[str, str]
+    host_code: bool
+    keeps_cached: bool
+
+    def environment(self, num_devices: int) -> dict[str, str]:
+        """The environment in which jax finds this platform alone: for virtual devices, so many of them.
+
+        jax looks for every platform that is installed otherwise, and an installed libtpu would look for a TPU and complain.
+        """
+        return {"JAX_PLATFORMS": self.name} | ({"JAX_NUM_CPU_DEVICES": str(num_devices)} if self.virtual else {})
+
+
+CPU = Platform(
+    name="cpu",
+    virtual=True,
+    device_files=(),
+    coordinates=False,
+    partial_kinds=False,
+    default_type="f32",
+    slow_single_row=frozenset({"bf16", "int8"}),
+    bfloat16_as_bits=True,
+    tiles=Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
+    unrolled=True,
+    native_products=True,
+    widened_rows=32,
+    wide_activation=True,
+    stacked_rotations=True,
+    multiplied_look_up=False,
+    default_program="tiled",
+    gathers_beside_products=False,
+    compiler_options={},
+    described=False,
+    proof_environment={},
+    host_code=True,
+    keeps_cached=False,
+)
+GPU = Platform(
+    name="gpu",
+    virtual=False,
+    device_files=("dev/nvidia[0-9]*", "dev/kfd"),
+    coordinates=False,
+    partial_kinds=True,
+    default_type="bf16",
+    slow_single_row=frozenset(),
+    bfloat16_as_bits=False,
+    tiles=Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
+    unrolled=False,
+    native_products=False,
+    widened_rows=None,
+    wide_activation=False,
+    stacked_rotations=False,
+    multiplied_look_up=False,
+    default_program="tiled",
+    gathers_beside_products=False,
+    compiler_options={},
+    described=False,
+    proof_environment={"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    host_code=False,
+    keeps_cached=True,
+)
+TPU = Platform(
+    name="tpu",
+    virtual=False,
+    device_files=("dev/accel*", "dev/vfio/[0-9]*"),
+    coordinates=True,
+    partial_kinds=False,
+    default_type="bf16",
+    slow_single_row=frozenset({"bf16", "int8", "f32"}),
+    bfloat16_as_bits=False,
+    tiles=Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
+    unrolled=False,
+    native_products=False,
+    widened_rows=None,
+    wide_activation=False,
+    stacked_rotations=False,
+    multiplied_look_up=True,
+    default_program="looped",
+    gathers_beside_products=True,
+    # A TPU does one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
+    compiler_options={"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"},
+    described=True,
+    proof_environment={},
+    host_code=False,
+    keeps_cached=True,
+)
+PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (CPU, GPU, TPU)}
+
+
+def platform_named(name: str) -> Platform:
+    """The row of a platform, as `Chip.family` and `jax.Device.platform` name it.
+
+    Raises:
+        InvalidInput: a platform that the table does not know.
+    """
+    if name not in PLATFORMS:
+        raise InvalidInput(f"platform '{name}': not in the table{nearest(name, PLATFORMS)}; known: {', '.join(PLATFORMS)}")
+    return PLATFORMS[name]
+
+
+def has_accelerator() -> bool:
+    """Whether the machine shows a device file of an accelerator."""
+    return any(True for platform in PLATFORMS.values() for pattern in platform.device_files for _ in Path("/").glob(pattern))
