@@ -21,9 +21,17 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
 from partinf.errors import InvalidInput, raise_offences
 from partinf.layout import AttentionRole
+from partinf.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.workload import Workload
 
+_RANGES = {
+    "max_rows": (1, MAX_BATCH),
+    "max_len": (0, MAX_LEN),
+    "prefill_tokens": (1, MAX_LEN),
+    "page_size": (1, MAX_LEN),
+    "max_prompt_len": (0, MAX_LEN),
+}
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 _WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
 
@@ -57,20 +65,17 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
     """The plan with cache and buckets for this capacity.
 
     Raises:
-        InvalidInput: sizes below 1, or a context beyond the model's.
+        InvalidInput: sizes out of range, more KV pages than a pool keeps, or a context beyond the model's.
     """
-    longest = plan.model.max_len or 1 << 30
+    longest = plan.model.max_len or MAX_LEN
     max_len = capacity.max_len or min(longest, 4096)
-    offences = [
-        f"{key} = {getattr(capacity, key)}; it must be at least 1"
-        for key in ("max_rows", "prefill_tokens", "page_size")
-        if getattr(capacity, key) < 1
-    ]
-    if max_len > longest:
+    offences = [line for name, (low, high) in _RANGES.items() for line in not_whole(name, getattr(capacity, name), low, high)]
+    if not offences and max_len > longest:
         offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
     raise_offences(offences)
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
     held, pages = rows_per_stage(plan, capacity.max_rows) * plan.num_stages, _up(-(-max_len // capacity.page_size), plan.num_parts)
+    raise_offences(outside(f"KV pages of {held} sequences of {max_len} tokens", held * pages, 1, MAX_PAGES))
     cache = CacheConfig(capacity.page_size, held // plan.num_shards * pages, rows * plan.num_stages)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
 

@@ -22,7 +22,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 from partinf.errors import InvalidInput, nearest
 
@@ -70,9 +70,16 @@ def read_bytes(path: Path, where: str | None = None, most: int = TEXT_BYTES) -> 
         raise InvalidInput(f"{name!r}: no such file; the name has a character that no name has") from None
     except OSError as error:
         raise InvalidInput(f"{name}: it cannot be read: {(error.strerror or str(error)).lower()}") from None
-    if len(data) > most:
-        raise InvalidInput(f"{name}: more than {most:,} bytes, which is the most that is read of such a file")
-    return data
+    return _bounded(data, name, most)
+
+
+def read_stream(stream: BinaryIO, where: str, most: int = TEXT_BYTES) -> str:
+    """The text of an open stream, such as standard input, in UTF-8.
+
+    Raises:
+        InvalidInput: bytes that are no UTF-8, or more of them.
+    """
+    return text_of(_bounded(stream.read(most + 1), where, most), where)
 
 
 def read_text(path: Path, where: str | None = None, most: int = TEXT_BYTES) -> str:
@@ -106,6 +113,14 @@ def is_file(name: str | Path) -> bool:
     """Whether there is such a file (or pipe, or device); False for whatever is no name of a file."""
     try:
         return Path(name).exists() and not Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_directory(name: str | Path) -> bool:
+    """Whether there is such a directory; False for whatever is no name of one."""
+    try:
+        return Path(name).is_dir()
     except (OSError, ValueError):
         return False
 
@@ -210,6 +225,8 @@ class Table:
         self.data: Mapping[str, Any] = data
 
     def __contains__(self, key: str) -> bool:
+        """Whether the key is there; it counts as asked for."""
+        self._asked[key] = None
         return key in self.data
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -227,12 +244,12 @@ class Table:
         return self._of(key, default, max(low, 1) if high else low, f"a whole number {_range(low, high)}", take)
 
     def number(self, key: str, default: Any = _REQUIRED, low: float = 0.0, high: float = math.inf, infinite: bool = False) -> Any:
-        """A number of a range, finite unless `infinite`."""
+        """A finite number of a range; infinity beside those if `infinite`."""
 
         def take(value: Any) -> Any:
+            if infinite and value == math.inf:
+                return math.inf
             found = finite(value)
-            if infinite and isinstance(value, float) and math.isinf(value):
-                found = value
             return found if found is not None and low <= found <= high else _MISSING
 
         return self._of(key, default, max(low, 1.0), f"a number {_range(low, high)}", take)
@@ -316,6 +333,12 @@ def finite(value: Any) -> float | None:
     except OverflowError:
         return None
     return found if math.isfinite(found) else None
+
+
+def _bounded(data: bytes, where: str, most: int) -> bytes:
+    if len(data) > most:
+        raise InvalidInput(f"{where}: more than {most:,} bytes, which is the most that is read of such a file")
+    return data
 
 
 def _range(low: float, high: float) -> str:

@@ -7,15 +7,19 @@ stored shards are gathered and how the attention core is split, so prefill and d
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
+from partinf import documents, resources
 from partinf.axes import is_axis_name
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.documents import Table
+from partinf.errors import collect, nearest, raise_offences
+from partinf.limits import MAX_AXES, MAX_SIZE, MAX_TOKENS
+from partinf.workload import DType
 
 _R = TypeVar("_R", bound=StrEnum)
 
@@ -251,42 +255,94 @@ def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
         return kind("ffn") if kind is Role else next(iter(kind))
 
 
-_TOP_KEYS = {"description", "source", "model", "slice", "mesh", "axes", "prefill", "decode", "chosen_for", "predicted", "weights", "kv"}
-_TOP_KEYS |= {"padded_heads", "prefill_from_tokens"}  # what `plan --save` adds
-_PHASE_KEYS = {"gather", "attention", "loop", "ahead"}
+def load_layout(name: str) -> Layout:
+    """The layout named `name`: a shipped one, or a layout file, which a saved plan is too.
+
+    Raises:
+        InvalidInput: an unknown name (nearest one), or what is wrong with the file.
+    """
+    path = Path(name) if documents.is_file(name) or name.endswith(".toml") else resources.find("layouts", name)
+    return layout_from_toml(documents.read_text(path, f"layout {path}", documents.TOML_BYTES), str(path))[0]
 
 
 def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
-    """Read a layout file: its roles, and the rest of the file (description, constraints, predictions) as plain data.
+    """Read a layout file: its roles, and the rest of the file (description, constraints, predictions) as plain data of the right types.
 
     Raises:
-        InvalidInput: unknown keys (nearest known key), missing tables, wrong roles; all at once.
+        InvalidInput: unknown keys (nearest known key), missing tables, values of other types, wrong roles; all at once.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise_offences([f"{where}: not a TOML file: {error}"])
-    offences = [f"{where}: unknown key '{key}'{nearest(key, _TOP_KEYS)}" for key in data if key not in _TOP_KEYS]
-    offences += [f"{where}: table [{key}] is missing" for key in ("axes", "decode") if key not in data]
-    for label in PHASES:
-        table = data.get(label, {})
-        offences += [f"{where}: [{label}] unknown key '{key}'{nearest(key, _PHASE_KEYS)}" for key in table if key not in _PHASE_KEYS]
-        if table and "attention" not in table:
-            offences.append(f"{where}: [{label}] needs `attention`, a role for every axis")
-        if not isinstance(table.get("ahead", False), bool):
-            offences.append(f"{where}: [{label}] `ahead` is true or false, not {table['ahead']!r}")
-    decode = data.get("decode", {})
-    prefill = data.get("prefill", decode)
-    if "axes" not in data or "attention" not in decode or "attention" not in prefill:
-        raise_offences(offences)
-    others = [table.get(key, missing) for key, missing in (("gather", ()), ("loop", None), ("ahead", False)) for table in (decode, prefill)]
-    try:
-        layout = make_layout(data["axes"], decode["attention"], prefill["attention"], *others)
-    except InvalidInput as wrong:
-        offences += [f"{where}: {offence}" for offence in wrong.offences]
+    offences: list[str] = []
+    file = Table(documents.toml_of(text, where), where, offences)
+    axes = file.words("axes")
+    decode = _phase(file.table("decode"))
+    prefill = _phase(file.table("prefill")) if "prefill" in file else decode
+    rest = _head(file)
+    file.refuse_unknown()
+    whole = axes and decode.attention is not None and prefill.attention is not None
+    if whole and len(axes) > MAX_AXES:
+        offences.append(f"{where}: {len(axes)} axes; a mesh has at most {MAX_AXES}")
+    elif whole:
+        collected: list[str] = []
+        layout = collect(collected, lambda: _make(axes, decode, prefill))
+        offences += [f"{where}: {offence}" for offence in collected]
+    elif "axes" in file and not axes:
+        offences.append(f"{where}: [axes] names no axis; a layout gives every axis of the mesh a role")
     raise_offences(offences)
-    rest = {key: value for key, value in data.items() if key not in ("axes", "prefill", "decode")}
+    assert layout is not None
     return layout, rest
+
+
+@dataclass(frozen=True)
+class _PhaseTable:
+    """What a file says of a phase, before its words are roles. No attention: it is missing or wrong, and an offence says so."""
+
+    gather: tuple[str, ...]
+    attention: Mapping[str, str] | None
+    loop: Mapping[str, Any] | None
+    ahead: bool
+
+
+def _phase(table: Table) -> _PhaseTable:
+    before = len(table.offences)
+    attention = table.words("attention")
+    right = len(table.offences) == before
+    loop = table.table("loop", default=None)
+    found = _PhaseTable(
+        gather=table.texts("gather", default=()),
+        attention=attention if right else None,
+        loop=None if loop is None else _loop_table(loop),
+        ahead=table.flag("ahead", default=False),
+    )
+    table.refuse_unknown()
+    return found
+
+
+def _loop_table(table: Table) -> dict[str, Any]:
+    found = {
+        "axis": table.text("axis"),
+        "ring": table.choice("ring", Ring, default=Ring.BOTH),
+        "gathers": table.flag("gathers", default=True),
+    }
+    table.refuse_unknown()
+    return found
+
+
+def _make(axes: Mapping[str, str], decode: _PhaseTable, prefill: _PhaseTable) -> Layout:
+    assert decode.attention is not None
+    others = [getattr(phase, key) for key in ("gather", "loop", "ahead") for phase in (decode, prefill)]
+    return make_layout(axes, decode.attention, prefill.attention, *others)
+
+
+def _head(file: Table) -> dict[str, Any]:
+    """What a layout file holds beside its roles, and what `plan --save` adds: all that is there, checked."""
+    read: dict[str, Callable[[str], Any]] = {
+        **dict.fromkeys(("description", "source", "model", "slice", "mesh"), file.text),
+        **dict.fromkeys(("weights", "kv"), lambda key: file.choice(key, DType)),
+        "prefill_from_tokens": lambda key: file.whole(key, low=1, high=MAX_TOKENS),
+        "padded_heads": lambda key: file.whole(key, high=MAX_SIZE),
+        **dict.fromkeys(("chosen_for", "predicted"), lambda key: file.table(key).data),
+    }
+    return {key: read[key](key) for key in read if key in file}
 
 
 def layout_to_toml(layout: Layout, head: str = "") -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
 from partinf.errors import raise_offences
+from partinf.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS, MIN_RATE, not_whole
 
 TOP_LOGPROBS = 20  # alternatives per token
 MAX_BIASES = 1024  # logit biases of a request
@@ -62,26 +62,26 @@ class Workload:
     arrival_rate: float | None = None
 
     def __post_init__(self) -> None:
-        offences = []
-        if self.batch < 1:
-            offences.append(f"batch = {self.batch}; it must be at least 1")
-        if self.prefill_batch is not None and self.prefill_batch < 1:
-            offences.append(f"prefill batch = {self.prefill_batch}; it must be at least 1")
+        offences = not_whole("batch", self.batch, 1, MAX_BATCH)
+        if self.prefill_batch is not None:
+            offences += not_whole("prefill batch", self.prefill_batch, 1, MAX_BATCH)
         for key in ("input_len", "output_len", "context_len"):
             value = getattr(self, key)
-            if value is not None and value < 0:
-                offences.append(f"{key.removesuffix('_len')} = {value}; it must not be negative")
+            if value is not None:
+                offences += not_whole(key.removesuffix("_len"), value, 0, MAX_LEN)
+        if not offences and self.input_len + self.output_len > MAX_LEN:
+            offences.append(f"input + output = {self.input_len + self.output_len}; a request has at most {MAX_LEN:,} tokens")
         if self.phase not in (None, "prefill", "decode"):
             offences.append(f"phase = {self.phase!r}; valid: prefill, decode, or neither for the whole workload")
         if self.phase in (None, "prefill") and self.input_len == 0 and not self.context_len:
             offences.append("input = 0; prefill needs a prompt length of at least 1")
-        if self.max_latency is not None and self.max_latency <= 0:
-            offences.append(f"max latency = {self.max_latency} s; it must be positive")
+        if self.max_latency is not None and not 0 < self.max_latency <= MAX_SECONDS:
+            offences.append(f"max latency = {self.max_latency} s; it must be positive, and at most {MAX_SECONDS:g} s")
         if self.arrival_rate is not None:
-            if not 0 < self.arrival_rate < math.inf:
-                offences.append(f"arrival rate = {self.arrival_rate} per second; it must be positive")
+            if not MIN_RATE <= self.arrival_rate <= MAX_RATE:
+                offences.append(f"arrival rate = {self.arrival_rate} per second; it must be positive: {MIN_RATE:g} to {MAX_RATE:g}")
             if self.phase or self.output_len == 0:
-                offences.append("an arrival rate needs the whole workload: --input and --output, no --phase")
+                offences.append("an arrival rate needs the whole workload: input and output lengths, and no phase")
         raise_offences(offences)
 
     @property

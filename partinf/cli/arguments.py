@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from partinf import resources
 from partinf.errors import InvalidInput
 from partinf.hardware.hardware_file import check_devices, read_hardware
 from partinf.hardware.slices import Chip, Slice, parse_slice
-from partinf.layout import Layout, layout_from_toml
+from partinf.layout import Layout, load_layout
 
 
 def add_where(parser: argparse.ArgumentParser, slice_help: str) -> None:
@@ -54,8 +53,4 @@ def named_layout(text: str) -> Layout | None:
     Raises:
         InvalidInput: an unknown name (nearest one), or what is wrong with the file.
     """
-    if text == "auto":
-        return None
-    path = Path(text) if Path(text).is_file() else resources.find("layouts", text)
-    layout, _ = layout_from_toml(path.read_text(), str(path))
-    return layout
+    return None if text == "auto" else load_layout(text)

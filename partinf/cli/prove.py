@@ -59,8 +59,6 @@ def _offences(args: argparse.Namespace) -> list[str]:
         offences.append(f"--format {args.format}: valid: table, json")
     if not args.timeout.isdigit() or int(args.timeout) < 1:
         offences.append(f"--timeout {args.timeout}: a whole number of seconds of at least 1 is needed")
-    if args.plan and not Path(args.plan).is_file():
-        offences.append(f"--plan {args.plan}: there is no such file")
     if args.plan and (args.model or args.slice):
         offences.append("--plan names its model and slice; leave out --model and --slice")
     if not args.plan and not (args.model and args.slice):
@@ -70,24 +68,10 @@ def _offences(args: argparse.Namespace) -> list[str]:
 
 def _saved(args: argparse.Namespace) -> tuple[Plan, Workload]:
     """A saved plan and the workload that it was chosen for."""
-    from partinf.layout import layout_from_toml
-    from partinf.planner.files import plan_from_toml
-    from partinf.workload import Workload
+    from partinf import documents
+    from partinf.planner.files import saved_plan
 
-    text = Path(args.plan).read_text()
-    plan = plan_from_toml(text, args.plan)
-    chosen = layout_from_toml(text, args.plan)[1].get("chosen_for", {})
-    workload = Workload(
-        batch=chosen.get("batch", 1),
-        input_len=chosen.get("input", 1),
-        output_len=chosen.get("output", 0),
-        context_len=chosen.get("context"),
-        phase=chosen.get("phase"),
-        prefill_batch=chosen.get("prefill_batch"),
-        weights=plan.weights,
-        kv=plan.kv,
-    )
-    return plan, workload
+    return saved_plan(documents.read_text(Path(args.plan), f"plan {args.plan}", documents.TOML_BYTES), args.plan)
 
 
 def _asked(args: argparse.Namespace) -> tuple[Plan, Workload]:

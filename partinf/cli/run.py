@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partinf import documents
 from partinf.errors import InvalidInput, raise_offences
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _on_processes(args: argparse.Namespace, experiment: Experiment) -> Any:
     command = [sys.executable, "-m", "partinf", "run", str(args.experiment), "--on", "worker", "--format", "json"]
     with tempfile.TemporaryDirectory() as results:
         run_local(command, experiment.processes, slice_.num_devices // experiment.processes, Path(results), _TIMEOUT)
-        return json.loads((Path(results) / _RESULT).read_text())
+        return documents.read_json(Path(results) / _RESULT)
 
 
 def _on_pod(args: argparse.Namespace, experiment: Experiment) -> Any:
@@ -125,7 +126,7 @@ def _on_pod(args: argparse.Namespace, experiment: Experiment) -> Any:
     from partinf.experiment.pod import launch
 
     folder = launch(experiment, args.experiment, args.description, args)
-    return None if folder is None else json.loads((folder / "worker-0" / "results" / _RESULT).read_text())
+    return None if folder is None else documents.read_json(folder / "worker-0" / "results" / _RESULT)
 
 
 def _show(found: dict[str, Any]) -> None:

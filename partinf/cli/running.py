@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partinf import documents
 from partinf.cli.arguments import add_where, named_layout, named_slice
 from partinf.errors import InvalidInput, collect, raise_offences
 
@@ -35,19 +36,18 @@ def read_lines(given: list[str] | None, file: str | None, flag: str) -> list[str
     """The texts that were given, or the lines of a file (`-` is standard input) that are not blank.
 
     Raises:
-        InvalidInput: no such file, or nothing in it.
+        InvalidInput: no such file, no text in UTF-8, or nothing in it.
     """
     if given:
         return list(given)
+    where = f"{flag} {file}"
     if file == "-":
-        text = sys.stdin.read()
+        text = documents.read_stream(sys.stdin.buffer, where)
     else:
-        if not Path(str(file)).is_file():
-            raise InvalidInput(f"{flag} {file}: no such file")
-        text = Path(str(file)).read_text()
+        text = documents.read_text(Path(str(file)), where)
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
-        raise InvalidInput(f"{flag} {file}: nothing in it; one text per line is expected")
+        raise InvalidInput(f"{where}: nothing in it; one text per line is expected")
     return lines
 
 

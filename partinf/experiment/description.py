@@ -7,23 +7,34 @@ every process of a run makes the same steps, and a simulation makes them too.
 from __future__ import annotations
 
 import random
-import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from partinf import documents
 from partinf.buckets import Capacity
+from partinf.documents import Table
 from partinf.engine.policies.registry import POLICIES
-from partinf.errors import InvalidInput, collect, nearest, raise_offences
+from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.hardware.hardware_file import check_devices, read_hardware
 from partinf.hardware.slices import Slice, parse_slice
-from partinf.layout import Layout, layout_from_toml
+from partinf.layout import Layout, load_layout
+from partinf.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
 from partinf.model.config import ModelConfig, load_model_config
 from partinf.plans import Plan
-from partinf.resources import find
 from partinf.simulation.arrivals import parse_lengths
 from partinf.workload import DType, Workload
 
+# Least and most of the whole numbers of a description. Every step is timed `rounds` times.
+RANGES = {
+    "processes": (1, MAX_DEVICES),
+    "requests": (1, MAX_REQUESTS),
+    "seed": (0, (1 << 63) - 1),
+    "max_batch": (1, MAX_BATCH),
+    "prefill_tokens": (1, MAX_LEN),
+    "page_size": (1, MAX_LEN),
+    "rounds": (0, 10_000),
+}
 TIMELESS = ("request-level", "fastertransformer", "orca", "fcfs", "fcfs-chunked")
 
 
@@ -81,9 +92,14 @@ class Experiment:
         return load_model_config(self.model)
 
     def drawn(self) -> list[Request]:
-        """The requests, from the seed."""
+        """The requests, from the seed.
+
+        Raises:
+            InvalidInput: more prompt tokens in all than are drawn.
+        """
         draw, rng, vocab = parse_lengths(self.lengths), random.Random(self.seed), self.config().vocab_size
         lens = [draw(rng) for _ in range(self.requests)]
+        raise_offences(outside("requests and lengths: prompt tokens in all", sum(inputs for inputs, _ in lens), 1, MAX_PROMPT_TOKENS))
         return [Request(tuple(rng.choices(range(vocab), k=inputs)), outputs) for inputs, outputs in lens]
 
     def plan(self) -> Plan:
@@ -103,10 +119,7 @@ class Experiment:
         return plan(self.config(), self.target(), workload, layout=self._layout(), capacity=capacity)
 
     def _layout(self) -> Layout | None:
-        if self.layout == "auto":
-            return None
-        path = Path(self.layout) if Path(self.layout).is_file() else find("layouts", self.layout)
-        return layout_from_toml(path.read_text(), str(path))[0]
+        return None if self.layout == "auto" else load_layout(self.layout)
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -115,34 +128,27 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         InvalidInput: no such file, or everything that is wrong with it.
     """
-    if not path.is_file():
-        raise InvalidInput(f"experiment {path}: no such file")
-    try:
-        table = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: no TOML file: {error}") from None
-    table.setdefault("name", path.stem)
-    kinds = {field.name: str(field.type) for field in fields(Experiment)}
-    offences = [f"{path}: unknown key '{key}'{nearest(key, kinds)}" for key in table if key not in kinds]
-    offences += [f"{path}: '{key}' is missing" for key in ("model", "slice") if key not in table]
-    for key, value in table.items():
-        wanted = kinds.get(key, "")
-        types: dict[str, type] = {"str": str, "str | None": str, "int": int, "bool": bool}
-        if key in kinds and type(value) is not types[wanted]:
-            offences.append(f"{path}: {key} = {value!r}; expected {types[wanted].__name__}")
+    offences: list[str] = []
+    table = Table(documents.read_toml(path, f"experiment {path}"), str(path), offences)
+    found = {field.name: _value(table, field, path.stem) for field in fields(Experiment)}
+    table.refuse_unknown()
     raise_offences(offences)
-    experiment = Experiment(**table)
-    found = _offences(experiment)
-    raise_offences(f"{path}: {offence}" for offence in found)
+    experiment = Experiment(**found)
+    raise_offences(f"{path}: {offence}" for offence in _offences(experiment))
     return experiment
+
+
+def _value(table: Table, field: Field[Any], stem: str) -> Any:
+    """A field of an experiment from its key; `name` is by default the file's."""
+    default = {"default": stem} if field.name == "name" else {} if field.default is MISSING else {"default": field.default}
+    if field.type == "int":
+        low, high = RANGES[field.name]
+        return table.whole(field.name, low=low, high=high, **default)
+    return (table.flag if field.type == "bool" else table.text)(field.name, **default)
 
 
 def _offences(experiment: Experiment) -> list[str]:
     offences: list[str] = []
-    least = {"processes": 1, "requests": 1, "max_batch": 1, "prefill_tokens": 1, "page_size": 1, "rounds": 0, "seed": 0}
-    offences += [
-        f"{key} = {getattr(experiment, key)}; it must be at least {low}" for key, low in least.items() if getattr(experiment, key) < low
-    ]
     if experiment.scheduler not in TIMELESS:
         why = "looks at the clock, which differs from process to process" if experiment.scheduler in POLICIES else "is unknown"
         offences.append(f"scheduler '{experiment.scheduler}' {why}; valid: {', '.join(TIMELESS)}")

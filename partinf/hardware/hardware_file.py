@@ -7,22 +7,28 @@ device and number of devices, where a slice `local` finds them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import re
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from partinf import documents
+from partinf.documents import Table, shown
 from partinf.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.hardware.slices import Chip
+from partinf.hardware.slices import Chip, chips
+from partinf.limits import MAX_DEVICES
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
 _SECTIONS = ("chip", "measured", "memory", "products", "types", "collectives", "spread")
+# Bytes/s, FLOP/s, rows: what no device is outside of, and neither times nor the products of a few of them leave the range of a float.
+_LEAST, _MOST = 1e-3, 1e24
+_MAY_BE_ZERO = ("factor", "error")
 _HEAD = """\
 # A chip as `partinf calibrate` measured it. Seconds, bytes/s and FLOP/s, of one device while all of them work; see
 # partinf/hardware/rates.py for what each rate is. Give it to a command as --hardware FILE.
@@ -42,35 +48,37 @@ def read_hardware(path: Path) -> Chip:
     Raises:
         InvalidInput: no such file, or everything that is wrong in it.
     """
-    if not path.is_file():
-        raise InvalidInput(f"--hardware {path}: no such file; partinf calibrate writes one")
-    try:
-        data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: no TOML file: {error}") from None
-    missing = [f"{path}: section [{name}] is missing" for name in _SECTIONS[:-1] if name not in data]
-    raise_offences(missing + [f"{path}: unknown section [{name}]{nearest(name, _SECTIONS)}" for name in data if name not in _SECTIONS])
+    where = f"hardware file {path}"
+    if not documents.is_file(path):
+        raise InvalidInput(f"{where}: no such file; partinf calibrate writes one")
     offences: list[str] = []
-    chip = _checked(Chip, data["chip"], f"{path} [chip]", offences, {"rates"})
-    curves = {name: _checked(Curve, row, f"{path} [products.{name}]", offences) for name, row in data["products"].items()}
-    types = {name: _checked(TypeRates, row, f"{path} [types.{name}]", offences) for name, row in data["types"].items()}
-    rows = [{"op": op} | row for op, found in data["collectives"].items() for row in found]
-    collectives = [_checked(CollectiveRate, row, f"{path} [collectives]", offences) for row in rows]
-    found = {name: data["measured"].get(name) for name in _CIRCUMSTANCES}
-    offences += [f"{path} [measured]: '{name}' is missing" for name, value in found.items() if value is None]
-    offences += [f"{path} [measured]: unknown key '{name}'{nearest(name, found)}" for name in data["measured"] if name not in found]
-    if "bytes_per_second" not in data["memory"]:
-        offences.append(f"{path} [memory]: 'bytes_per_second' is missing")
+    file = Table(documents.read_toml(path, where), str(path), offences)
+    offences += [f"{path}: section [{name}] is missing" for name in _SECTIONS[:-1] if name not in file]
+    raise_offences(
+        offences + [f"{path}: unknown section [{shown(n)[1:-1]}]{nearest(n, _SECTIONS)}" for n in file.data if n not in _SECTIONS]
+    )
+    chip = _fields(Chip, file.table("chip"), without=("rates",))
+    products, types, collectives = (file.table(name) for name in ("products", "types", "collectives"))
+    curves = {name: _fields(Curve, products.table(name)) for name in products.data}
+    activations = {name: _fields(TypeRates, types.table(name)) for name in types.data}
+    rows = [(op, _fields(CollectiveRate, row, without=("op",))) for op in collectives.data for row in collectives.tables(op)]
+    measured = _fields(Rates, file.table("measured"), without=[f.name for f in fields(Rates) if f.name not in _CIRCUMSTANCES])
+    memory = file.table("memory")
+    bandwidth = memory.number("bytes_per_second", low=_LEAST, high=_MOST)
+    memory.refuse_unknown()
+    spread = file.table("spread", default=None)
+    spreads = [] if spread is None else [(name, spread.number(name)) for name in spread.data]
+    offences += _inconsistent(str(path), chip, curves, rows)
     raise_offences(offences)
     rates = Rates(
-        products=tuple((name, Curve(**_tuples(row))) for name, row in curves.items()),
-        memory=data["memory"]["bytes_per_second"],
-        types=tuple((name, TypeRates(**row)) for name, row in types.items()),
-        collectives=tuple(CollectiveRate(**row) for row in collectives),
-        spread=tuple(data.get("spread", {}).items()),
-        **found,
+        products=tuple((name, Curve(**row)) for name, row in curves.items()),
+        memory=bandwidth,
+        types=tuple((name, TypeRates(**row)) for name, row in activations.items()),
+        collectives=tuple(CollectiveRate(op=op, **row) for op, row in rows),
+        spread=tuple(spreads),
+        **measured,
     )
-    return Chip(**_tuples(chip), rates=rates)
+    return Chip(**chip, rates=rates)
 
 
 def write_hardware(chip: Chip) -> str:
@@ -113,21 +121,56 @@ def check_devices(chip: Chip, devices: int) -> None:
         )
 
 
-def _checked(kind: type, row: Any, where: str, offences: list[str], without: set[str] = frozenset()) -> Mapping[str, Any]:  # type: ignore[assignment]
-    """The row, where it has the keys of a dataclass; what is missing or unknown joins `offences`."""
-    known = {field.name: field for field in fields(kind) if field.name not in without}
-    offences += [f"{where}: unknown key '{key}'{nearest(key, known)}" for key in row if key not in known]
-    for name, field in known.items():
-        if name not in row:
-            if field.default is MISSING and field.default_factory is MISSING:
-                offences.append(f"{where}: '{name}' is missing")
-        elif field.type in ("float", "int") and not (isinstance(row[name], int | float) and row[name] >= 0):
-            offences.append(f"{where}: {name} = {row[name]!r}; a number of at least 0 is expected")
-    return dict(row)
+def _fields(kind: type, table: Table, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass that a table gives, each of its type and in the range in which prices are made of it."""
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.name in without:
+            continue
+        default = {} if field.default is MISSING else {"default": field.default}
+        if field.type == "float":
+            positive = not field.name.endswith("seconds") and field.name not in _MAY_BE_ZERO and field.default is MISSING
+            low, high = (_LEAST, _MOST) if positive else (0.0, _MOST)
+            found[field.name] = table.number(field.name, low=low, high=high, infinite=kind is TypeRates, **default)
+        elif field.type == "int":
+            found[field.name] = table.whole(field.name, low=0 if default else 1, high=1 << 60, **default)
+        elif field.type == "bool":
+            found[field.name] = table.flag(field.name, **default)
+        elif field.type == "tuple[float, ...]":
+            found[field.name] = table.numbers(field.name, low=_LEAST, high=_MOST)
+        elif field.type == "tuple[str, ...]":
+            found[field.name] = table.texts(field.name, **default)
+        else:
+            found[field.name] = table.text(field.name, **default)
+    table.refuse_unknown()
+    return found
 
 
-def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+def _inconsistent(
+    path: str, chip: Mapping[str, Any], curves: Mapping[str, Mapping[str, Any]], rows: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
+    """What is wrong between figures that are right alone."""
+    families = dict.fromkeys(known.family for known in chips().values())
+    offences = []
+    if chip["family"] not in families:
+        offences.append(f"{path} [chip]: family = {shown(chip['family'])}; expected one of {', '.join(families)}")
+    if chip["torus_dims"] not in (0, 2, 3):
+        offences.append(f"{path} [chip]: torus_dims = {chip['torus_dims']}; expected 2 or 3, or 0 where a switch joins the chips")
+    links = ("link_bandwidth", "wrap_multiple") if chip["torus_dims"] else ("switch_bandwidth", "node_size")
+    offences += [
+        f"{path} [chip]: {key} = {chip[key]}; expected a positive number, by which its links are priced" for key in links if not chip[key]
+    ]
+    if not 1 <= chip["devices_per_chip"] <= 64 or not 1 <= chip["max_axis"] <= MAX_DEVICES:
+        offences.append(f"{path} [chip]: devices_per_chip from 1 to 64 and max_axis from 1 to {MAX_DEVICES:,} are expected")
+    for name, curve in curves.items():
+        sizes, rates = curve["sizes"], curve["rates"]
+        if not sizes or len(sizes) != len(rates) or any(low >= high for low, high in itertools.pairwise(sizes)):
+            offences.append(f"{path} [products.{name}]: sizes that rise, and as many rates, are expected")
+    for op, among in itertools.groupby(rows, key=lambda row: row[0]):
+        ways = [row["ways"] for _, row in among]
+        if len(set(ways)) < len(ways) or not all(2 <= way <= MAX_DEVICES for way in ways):
+            offences.append(f"{path} [collectives]: {op}: ways from 2 to {MAX_DEVICES:,} are expected, each once")
+    return offences
 
 
 def _keys(row: Mapping[str, Any]) -> list[str]:

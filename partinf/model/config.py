@@ -6,16 +6,15 @@ Sizes carry the letters of `partinf.axes` (E, F, H, K, Q, V, N).
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from partinf import documents, resources
-from partinf.documents import finite, shown
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.documents import Table, finite, shown
+from partinf.errors import InvalidInput, raise_offences
 
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 # The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and
@@ -224,7 +223,7 @@ def load_model_config(name: str | Path) -> ModelConfig:
         InvalidInput: an unknown name (nearest one), a directory without config.json, or what the readers below refuse.
     """
     path = Path(name)
-    if not path.exists():
+    if not documents.is_file(path) and not documents.is_directory(path):
         path = Path(str(resources.find("models", str(name))))
     if path.is_dir():
         file = path / "config.json"
@@ -239,7 +238,7 @@ def load_model_config(name: str | Path) -> ModelConfig:
         from partinf.model.hf_config import config_from_hf  # it builds on this module
 
         return config_from_hf(data, path.resolve().name)
-    return config_from_toml(path.read_text(), path.stem)
+    return config_from_toml(documents.read_text(path, f"model {path}", documents.TOML_BYTES), path.stem)
 
 
 def config_from_toml(text: str, name: str) -> ModelConfig:
@@ -248,22 +247,11 @@ def config_from_toml(text: str, name: str) -> ModelConfig:
     Raises:
         InvalidInput: unknown keys (nearest known one), missing keys, wrong types or values; all at once.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidInput(f"model {name}: not a TOML file: {error}") from error
-    return _build(name, data)
-
-
-def _build(name: str, data: Mapping[str, Any]) -> ModelConfig:
-    known = {field.name: field for field in fields(ModelConfig) if field.name != "name"}
-    required = {key for key, field in known.items() if field.default is field.default_factory}
-    offences = [f"model {name}: unknown key '{key}'{nearest(key, known)}" for key in data if key not in known]
-    offences += [f"model {name}: '{key}' is missing" for key in known if key in required and key not in data]
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        if key in known:
-            values[key] = _checked(name, key, value, known[key].type, offences)
+    offences: list[str] = []
+    where = f"model {name}"
+    table = Table(documents.toml_of(text, where), where, offences)
+    values = {field.name: _value(table, field) for field in fields(ModelConfig) if field.name != "name"}
+    table.refuse_unknown()
     raise_offences(offences)
     config = ModelConfig(name=name, **values)
     if config.family:
@@ -273,28 +261,25 @@ def _build(name: str, data: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-_ENUMS = {"block": Block, "norm": Norm, "position": Position, "activation": Activation}
+_ENUMS: Mapping[str, type[StrEnum]] = {"block": Block, "norm": Norm, "position": Position, "activation": Activation}
 
 
-def _checked(name: str, key: str, value: Any, annotation: Any, offences: list[str]) -> Any:
-    if key in _ENUMS:
-        allowed = [member.value for member in _ENUMS[key]]
-        if value not in allowed:
-            offences.append(f"model {name}: {key} = {value!r}; valid: {', '.join(allowed)}")
-            return None
-        return _ENUMS[key](value)
-    if key == "rope_scaling":
-        names = [field.name for field in fields(RopeScaling)]
-        if not isinstance(value, Mapping) or set(value) != set(names):
-            offences.append(f"model {name}: rope_scaling needs exactly {', '.join(names)}")
-            return None
-        return RopeScaling(**value)
-    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    wanted = kinds[str(annotation)]
-    if not isinstance(value, wanted) or (isinstance(value, bool) and annotation != "bool"):
-        offences.append(f"model {name}: {key} = {value!r}; expected {annotation}")
-        return None
-    return float(str(value)) if annotation == "float" else value
+def _value(table: Table, field: Field[Any]) -> Any:
+    """A field of a configuration from its key in a file, by the field's type."""
+    default = {} if field.default is MISSING else {"default": field.default}
+    if field.name in _ENUMS:
+        return table.choice(field.name, _ENUMS[field.name], **default)
+    if field.name == "rope_scaling":
+        scaling = table.table(field.name, default=None)
+        return None if scaling is None else _rope_scaling(scaling)
+    read = {"int": table.whole, "float": table.number, "bool": table.flag, "str": table.text}[str(field.type)]
+    return read(field.name, **default)
+
+
+def _rope_scaling(table: Table) -> RopeScaling:
+    found = {one.name: (table.whole if one.type == "int" else table.number)(one.name) for one in fields(RopeScaling)}
+    table.refuse_unknown()
+    return RopeScaling(**found)
 
 
 def config_to_toml(config: ModelConfig) -> str:

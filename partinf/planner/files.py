@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from partinf.errors import raise_offences
+from partinf.documents import Table
+from partinf.errors import collect, raise_offences
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, layout_to_toml
+from partinf.limits import MAX_BATCH, MAX_LEN, MAX_TOKENS
 from partinf.model.config import load_model_config
 from partinf.plans import Plan
-from partinf.workload import DType, Workload
+from partinf.workload import DType, Objective, Workload
 
 
 def plan_to_toml(plan: Plan, workload: Workload, description: str = "") -> str:
@@ -48,18 +50,45 @@ def plan_from_toml(text: str, where: str) -> Plan:
     Raises:
         InvalidInput: what `layout_from_toml` refuses, an unknown model or slice, or a layout that cannot hold the model.
     """
+    return saved_plan(text, where)[0]
+
+
+def saved_plan(text: str, where: str) -> tuple[Plan, Workload]:
+    """The same, and the workload that the plan was chosen for: one request of one token where the file names none.
+
+    Raises:
+        InvalidInput: as `plan_from_toml`, or a workload that is none.
+    """
     layout, rest = layout_from_toml(text, where)
-    raise_offences(f"{where}: '{key}' is missing; a plan names its model and slice" for key in ("model", "slice") if key not in rest)
-    slice_ = parse_slice(rest["slice"], rest.get("mesh"))
-    return Plan(
-        load_model_config(rest["model"]),
-        slice_,
-        layout,
-        DType(rest.get("weights", "bf16")),
-        DType(rest.get("kv", "bf16")),
-        prefill_from_tokens=rest.get("prefill_from_tokens", 1 << 30),
-        padded_heads=rest.get("padded_heads", 0),
-    )
+    offences = [f"{where}: '{key}' is missing; a plan names its model and slice" for key in ("model", "slice") if key not in rest]
+    raise_offences(offences)
+    model = collect(offences, lambda: load_model_config(rest["model"]))
+    slice_ = collect(offences, lambda: parse_slice(rest["slice"], rest.get("mesh")))
+    weights, kv = DType(rest.get("weights", "bf16")), DType(rest.get("kv", "bf16"))
+    workload = _chosen_for(Table(rest.get("chosen_for", {}), f"{where} [chosen_for]", offences), weights, kv)
+    raise_offences(offences)
+    assert model is not None
+    assert slice_ is not None
+    assert workload is not None
+    switch, padded = rest.get("prefill_from_tokens", MAX_TOKENS), rest.get("padded_heads", 0)
+    return Plan(model, slice_, layout, weights, kv, prefill_from_tokens=switch, padded_heads=padded), workload
+
+
+def _chosen_for(table: Table, weights: DType, kv: DType) -> Workload | None:
+    fields = {
+        "batch": table.whole("batch", default=1, low=1, high=MAX_BATCH),
+        "input_len": table.whole("input", default=1, high=MAX_LEN),
+        "output_len": table.whole("output", default=0, high=MAX_LEN),
+        "context_len": table.whole("context", default=None, high=MAX_LEN),
+        "prefill_batch": table.whole("prefill_batch", default=None, low=1, high=MAX_BATCH),
+        "objective": table.choice("objective", Objective, default=Objective.LATENCY),
+        "phase": table.text("phase", default=None),
+    }
+    table.refuse_unknown()
+    found: list[str] = []
+    workload = collect(found, lambda: Workload(**fields, weights=weights, kv=kv))
+    table.offences += [f"{table.where}: {offence}" for offence in found]
+    return workload
 
 
 def _inline(table: dict[str, Any]) -> str:

@@ -22,7 +22,12 @@ def test_all_offences_of_a_file_at_once() -> None:
     with pytest.raises(InvalidInput) as caught:
         config_from_toml(text, "mine")
     found = "\n".join(caught.value.offences)
-    for words in ("unknown key 'vocabsize'; did you mean 'vocab_size'", "'vocab_size' is missing", "gated = 1; expected bool", "'paralel'"):
+    for words in (
+        "unknown key 'vocabsize'; did you mean 'vocab_size'",
+        "'vocab_size' is missing",
+        "gated = 1; expected true or false",
+        "'paralel'",
+    ):
         assert words in found
 
 

@@ -103,5 +103,5 @@ def test_it_is_data_of_the_phase() -> None:
     assert (again.prefill.ahead, again.decode.ahead) == (True, False)
     with pytest.raises(InvalidInput, match="decode: gathers ahead, but gathers no weights"):
         layout("")
-    with pytest.raises(InvalidInput, match="`ahead` is true or false, not 'yes'"):
+    with pytest.raises(InvalidInput, match="ahead = 'yes'; expected true or false"):
         layout_from_toml(layout_to_toml(layout("x")).replace("ahead = true", 'ahead = "yes"'), "here")

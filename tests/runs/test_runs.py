@@ -98,7 +98,7 @@ def test_everything_wrong_with_a_description_is_listed(tmp_path: Path) -> None:
     text = "\n".join(caught.value.offences)
     assert "unknown key 'modle'; did you mean 'model'?" in text
     assert "'model' is missing" in text
-    assert "requests = 'many'; expected int" in text
+    assert "requests = 'many'; expected a whole number from 1 to 1,000,000" in text
     file.write_text(
         'model = "demo"\nslice = "cpu:3"\nprocesses = 2\nscheduler = "mlfq"\nlengths = "long"\nweights = "f16"\nlayout = "ws-3d"\n'
     )
