@@ -20,7 +20,9 @@ class Tokenizer(Protocol):
     @property
     def eos_ids(self) -> Collection[int]: ...
 
-    def encode(self, text: str, /) -> list[int]: ...
+    def encode(self, text: str, /, *, limit: int | None = None) -> list[int]:
+        """Ids of a text. `InvalidInput` if it cannot be encoded, and, at once, if it is sure to have more than `limit`."""
+        ...
 
     def stream(self, *, continuation: bool) -> TokenStream:
         """`continuation`: the tokens go on after other text, so a space before the first word is text."""

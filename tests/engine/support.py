@@ -65,7 +65,7 @@ class Pieces:
         self.pieces = list(pieces)
         self.eos_ids = frozenset() if eos is None else frozenset({eos})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
         return [self.pieces.index(character) for character in text]
 
     def stream(self, *, continuation: bool) -> PieceStream:

@@ -1,0 +1,14 @@
+"""Text to token ids and back, from a tokenizer.json or a sentencepiece tokenizer.model.
+
+Owns what the two formats have in common for the Llama family: an id stands for some bytes, and text is the bytes of its ids read as UTF-8.
+jax is not imported.
+
+* `settings` reads the files that stand beside a vocabulary; `ends` says which ids end a text.
+* `json_vocabulary` and `sentencepiece_vocabulary` are the two formats; `length` bounds how few tokens a text can have.
+* `text` is what everybody else uses: encoding, decoding, and decoding of a stream.
+"""
+
+from partinf.checkpoint.tokenizer.load import load_tokenizer
+from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, Vocabulary
+
+__all__ = ["TokenStream", "Tokenizer", "Vocabulary", "load_tokenizer"]

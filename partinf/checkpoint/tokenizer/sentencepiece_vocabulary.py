@@ -1,0 +1,171 @@
+"""A sentencepiece tokenizer.model, with the special tokens that the files beside it add.
+
+sentencepiece knows no special tokens in a text, so a text is cut at their names first, and each stretch between them is encoded alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from partinf.checkpoint.tokenizer.length import LengthBound
+from partinf.checkpoint.tokenizer.pieces import SPACE, piece_bytes
+from partinf.checkpoint.tokenizer.settings import AddedToken, Settings, refusing
+from partinf.documents import read_bytes
+
+_MAX_BYTES = 1 << 28
+# Protocol buffers read a field that is given again as an amendment: these bytes after a model are its normalizer's `add_dummy_prefix`.
+_WITH_PREFIX, _WITHOUT_PREFIX = b"\x1a\x02\x18\x01", b"\x1a\x02\x18\x00"
+_BLANKS = re.compile(r"\s*")
+_WINDOW = 1 << 18  # characters that are searched for names of tokens at once, so that other threads get their turn
+
+
+class SentencePieceVocabulary:
+    """A tokenizer.model and its added tokens.
+
+    `add_prefix_space` says whether a text is given a space to begin with, and the model does where the files do not. `legacy` says whether
+    every stretch between special tokens is given one; files without the key are of a time in which all were.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        import sentencepiece
+
+        data = read_bytes(path, most=_MAX_BYTES)
+        with refusing(f"{path}: not a sentencepiece model that can be read"):
+            self._backend: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
+            own = self._backend.encode("a", out_type=str)[0].startswith(SPACE)
+            self.strip_start = own if settings.add_prefix_space is None else settings.add_prefix_space
+            later = self.strip_start and settings.legacy is not False
+            variant = _WITHOUT_PREFIX if own else _WITH_PREFIX
+            other = sentencepiece.SentencePieceProcessor(model_proto=data + variant) if own != self.strip_start or own != later else None
+        self._first, self._later = (self._backend if wanted == own else other for wanted in (self.strip_start, later))
+        size = self._backend.get_piece_size()
+        marks = [piece for token in range(size) if self._backend.is_control(token) and (piece := self._backend.id_to_piece(token))]
+        self._added = {token.id: token for token in settings.added}
+        self.vocab_size = max([size, *(token + 1 for token in self._added)])
+        self._num_pieces = size
+        self._added_ids = {token.content: token.id for token in settings.added}
+        named = {name: token for name in settings.specials if (token := self.find(name)) is not None}
+        self._specials = set(named.values()) | {token.id for token in settings.added if token.special}
+        self._specials -= {self._backend.unk_id()}  # one that is sampled stands for text, though nobody knows which
+        found = {name: AddedToken(token, name, True) for name, token in named.items()}
+        found |= {name: AddedToken(self._backend.piece_to_id(name), name, True) for name in marks}
+        if self._backend.unk_id() >= 0 and (unknown := self._backend.id_to_piece(self._backend.unk_id())):
+            found[unknown] = AddedToken(self._backend.unk_id(), unknown, True)
+        with refusing(f"{path.parent}: special tokens that cannot be searched for"):
+            self._marks = _Marks(found | {token.content: token for token in settings.added})
+        self.bos_id, self.eos_id = self._role(settings, "bos_token"), self._role(settings, "eos_token")
+        # transformers adds BOS for sentencepiece models unless it is told not to.
+        self.adds_bos = self.bos_id is not None and settings.add_bos is not False
+        self.adds_eos = settings.add_eos is True
+
+    def _role(self, settings: Settings, role: str) -> int | None:
+        name = settings.names.get(role)
+        found = None if name is None else self.find(name)
+        own: int = self._backend.bos_id() if role == "bos_token" else self._backend.eos_id()
+        return found if found is not None else own if own >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for place, part in enumerate(self._marks.split(text)):
+            if isinstance(part, int):
+                ids.append(part)
+            elif part:
+                ids += (self._later if place else self._first).encode(part)
+        return ids
+
+    def least_tokens(self, text: str) -> int:
+        num_marks, parts = 0, list[bytes]()
+        for place, part in enumerate(self._marks.split(text)):
+            if isinstance(part, int):
+                num_marks += 1
+            elif part:
+                parts.append((self._later if place else self._first).normalize(part).encode())
+        return num_marks + self._bound.least(*parts)
+
+    @functools.cached_property
+    def _bound(self) -> LengthBound:
+        backend = self._backend
+        tokens = range(self._num_pieces)
+        spelled = [token for token in tokens if backend.is_byte(token)]
+        pieces = [backend.id_to_piece(token) for token in tokens if not (backend.is_control(token) or backend.is_unknown(token))]
+        if len(spelled) == 256:
+            return LengthBound((piece.encode() for piece in pieces), range(256))
+        # Several characters without a piece become one unknown token.
+        alone = {ord(piece) for piece in pieces if len(piece) == 1 and piece.isascii()}
+        alone -= {ord(piece) for token in tokens if backend.is_unused(token) and len(piece := backend.id_to_piece(token)) == 1}
+        return LengthBound((piece.encode() for piece in pieces), alone)
+
+    def name(self, token: int) -> str:
+        if token in self._added:
+            return self._added[token].content
+        return self._backend.id_to_piece(token) if 0 <= token < self._num_pieces else ""
+
+    def find(self, token: str) -> int | None:
+        if token in self._added_ids:
+            return self._added_ids[token]
+        found: int = self._backend.piece_to_id(token)
+        return found if 0 <= found < self._num_pieces and self._backend.id_to_piece(found) == token else None
+
+    def token_bytes(self, token: int) -> bytes:
+        if token in self._specials:
+            return b""
+        if token in self._added and token != self._backend.unk_id():
+            return self._added[token].content.encode()
+        if not 0 <= token < self._num_pieces or self._backend.is_control(token):
+            return b""
+        if self._backend.is_unknown(token):
+            return self._backend.decode([token]).encode()
+        return piece_bytes(self._backend.id_to_piece(token), self._backend.is_byte(token))
+
+
+class _Marks:
+    """Finds tokens by their names in a text, the leftmost first, and of several the longest."""
+
+    def __init__(self, tokens: dict[str, AddedToken]) -> None:
+        self._tokens = tokens
+        self._longest = max(map(len, tokens), default=0)
+        self._pattern = re.compile(_alternatives(tokens)) if tokens else None
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The stretches of text between tokens, some of them empty, and the ids of the tokens, in order."""
+        start = place = 0
+        while self._pattern is not None and place < len(text):
+            match = self._pattern.search(text, place, place + _WINDOW + self._longest)
+            if match is None or match.start() >= place + _WINDOW:
+                place += _WINDOW
+                continue
+            token = self._tokens[match.group()]
+            if token.single_word and _beside_word(text, match):
+                place = match.start() + 1
+                continue
+            before = text[start : match.start()]
+            yield before.rstrip() if token.lstrip else before
+            yield token.id
+            start = match.end()
+            if token.rstrip and (blanks := _BLANKS.match(text, start)):
+                start = blanks.end()
+            place = start
+        yield text[start:]
+
+
+def _beside_word(text: str, match: re.Match[str]) -> bool:
+    return any(re.match(r"\w", character) for character in (text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]))
+
+
+def _alternatives(names: Iterable[str]) -> str:
+    """A pattern of any of the names that tries every character once, however many names there are: a tree of their beginnings."""
+    given = list(names)
+    low, high = min(given), max(given)
+    common = low[: next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))]
+    rest: dict[str, list[str]] = {}
+    for name in given:
+        if len(name) > len(common):
+            rest.setdefault(name[len(common)], []).append(name[len(common) :])
+    if not rest:
+        return re.escape(common)
+    branches = "|".join(_alternatives(tails) for _, tails in sorted(rest.items()))
+    return f"{re.escape(common)}(?:{branches}){'?' if common in given else ''}"
