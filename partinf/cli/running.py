@@ -102,4 +102,7 @@ class Running:
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
         with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
-            return api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
+            model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
+        if model.tokenizer is not None and model.tokenizer.eos_note:
+            print(model.tokenizer.eos_note, file=sys.stderr)
+        return model

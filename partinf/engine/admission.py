@@ -11,7 +11,7 @@ from partinf.engine.params import is_unicode
 from partinf.engine.request import Request, SamplingParams
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling
-from partinf.errors import raise_offences
+from partinf.errors import InvalidInput, raise_offences
 
 Prompt = str | Sequence[int]
 
@@ -64,7 +64,10 @@ class RequestCheck:
                 return ["the prompt is text, but the engine has no tokenizer; give token ids"], []
             if not is_unicode(prompt):
                 return ["the prompt holds half of a surrogate pair, which is no Unicode text"], []
-            tokens = list(self._tokenizer.encode(prompt)) if prompt else []
+            try:
+                tokens = list(self._tokenizer.encode(prompt, limit=self._limits.max_prompt_len)) if prompt else []
+            except InvalidInput as error:
+                return [f"the prompt: {offence}" for offence in error.offences], []
         elif isinstance(prompt, Iterable):
             tokens = (
                 list(prompt)

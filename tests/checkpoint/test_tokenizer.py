@@ -33,8 +33,7 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids[0] == tokenizer.bos_id
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
-    # "<s>" in a text is the BOS token to tokenizer.json, and characters to sentencepiece.
-    if "<s>" not in text:
+    if "<s>" not in text:  # the BOS token, which is no text
         assert tokenizer.decode(ids) == text
 
 
@@ -76,7 +75,8 @@ def test_decoding_equals_the_backends(text: str) -> None:
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(KINDS["sentencepiece"] / "tokenizer.model"))
     ids = processor.encode(text)
-    assert TOKENIZERS["sentencepiece"].encode(text, add_bos=False) == ids
+    if "<s>" not in text:  # the library finds no special tokens
+        assert TOKENIZERS["sentencepiece"].encode(text, add_bos=False) == ids
     assert TOKENIZERS["sentencepiece"].decode(ids) == processor.decode(ids)
     for kind in ("byte_level", "pieces_as_json"):
         backend = tokenizers.Tokenizer.from_file(str(KINDS[kind] / "tokenizer.json"))
@@ -86,9 +86,8 @@ def test_decoding_equals_the_backends(text: str) -> None:
 
 
 def test_both_files_of_one_vocabulary_agree() -> None:
-    for text in TEXTS:
-        if "<s>" not in text:
-            assert TOKENIZERS["sentencepiece"].encode(text) == TOKENIZERS["pieces_as_json"].encode(text)
+    for text in [*TEXTS, "<s>", "</s> the</s><s>dog <unk>"]:
+        assert TOKENIZERS["sentencepiece"].encode(text) == TOKENIZERS["pieces_as_json"].encode(text)
 
 
 def test_a_continuation_keeps_the_space_before_its_first_word() -> None:
@@ -139,12 +138,12 @@ def test_bos_as_the_files_say(tmp_path: Path) -> None:
     assert off.encode("a", add_bos=True)[0] == 0
 
 
-def test_eos_from_the_first_file_that_names_it(tmp_path: Path) -> None:
+def test_a_text_ends_at_what_any_file_names(tmp_path: Path) -> None:
     assert TOKENIZERS["byte_level"].eos_ids == {1, 2}
     assert TOKENIZERS["sentencepiece"].eos_ids == {2}
     files = {"generation_config": {"eos_token_id": [7, 8]}, "config": {"eos_token_id": 9}, "tokenizer_config": {"eos_token": "<|eot_id|>"}}
-    assert copy("byte_level", tmp_path / "a", **files).eos_ids == {7, 8}
-    assert copy("byte_level", tmp_path / "b", **files | {"generation_config": {}}).eos_ids == {9}
+    assert copy("byte_level", tmp_path / "a", **files).eos_ids == {7, 8, 9, 2}
+    assert copy("byte_level", tmp_path / "b", **files | {"generation_config": {}}).eos_ids == {9, 2}
     assert copy("byte_level", tmp_path / "c", **files | {"generation_config": None, "config": {"eos_token_id": None}}).eos_ids == {2}
     assert copy("byte_level", tmp_path / "d", generation_config=None, tokenizer_config=None).eos_ids == set()
     with pytest.raises(InvalidInput, match="eos_token_id holds 'two'; expected an id"):
@@ -189,7 +188,7 @@ def test_checking_files_needs_no_jax(run_python: Callable[..., CompletedProcess[
 
 @each_kind
 def test_special_tokens_by_name(tokenizer: Tokenizer) -> None:
-    """As chat templates write them; in a plain text to sentencepiece they are characters."""
+    """As chat templates write them."""
     assert tokenizer.bos_id is not None
     (eos, *_) = sorted(tokenizer.eos_ids)
     bos_name, eos_name = tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(eos)

@@ -92,7 +92,7 @@ class JsonVocabulary:
             long: list[int] = encoding.ids
             return long
 
-    def least_tokens(self, text: str) -> int:
+    def least_tokens(self, text: str, enough: int) -> int:
         if self._bound is None:
             return 0
         bound, seen = self._bound

@@ -77,11 +77,13 @@ class SentencePieceVocabulary:
                 ids += (self._later if place else self._first).encode(part)
         return ids
 
-    def least_tokens(self, text: str) -> int:
+    def least_tokens(self, text: str, enough: int) -> int:
         num_marks, parts = 0, list[bytes]()
         for place, part in enumerate(self._marks.split(text)):
             if isinstance(part, int):
                 num_marks += 1
+                if num_marks > enough:
+                    break
             elif part:
                 parts.append((self._later if place else self._first).normalize(part).encode())
         return num_marks + self._bound.least(*parts)

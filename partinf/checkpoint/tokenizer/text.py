@@ -32,8 +32,9 @@ class Vocabulary(Protocol):
         """Ids of a text in which special tokens stand by their names, without special tokens added. A long text does not keep other
         threads of the interpreter waiting."""
 
-    def least_tokens(self, text: str) -> int:
-        """A number of tokens that no encoding of this text falls short of, in far less time than encoding takes."""
+    def least_tokens(self, text: str, enough: int) -> int:
+        """A number of tokens that the encoding of this text does not fall short of, in far less time than encoding takes. More than
+        `enough` need not be counted."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that an id stands for; none for special tokens and ids without a token."""
@@ -117,7 +118,7 @@ class Tokenizer:
         if not text.isascii() and not _is_unicode(text):
             raise InvalidInput("the text holds half of a surrogate pair, which is no Unicode text")
         if room is not None and len(text) > _PLAIN_CHARACTERS * max(room, 0):
-            least = self._vocabulary.least_tokens(text)
+            least = self._vocabulary.least_tokens(text, room)
             if least > room:
                 raise InvalidInput(f"the text has at least {least + added} tokens, more than the {room + added} that fit")
         return self._vocabulary.encode(text)
