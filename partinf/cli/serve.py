@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names to answer to, the first in answers (default: --model)")
     where.add_argument("--chat-template", metavar="FILE", help="instead of the model's own")
+    from partinf.engine.policies.registry import described
+
     batch = parser.add_argument_group("the engine")
     batch.add_argument("--max-num-seqs", type=int, default=32, metavar="N", help="sequences per iteration (default: 32)")
     batch.add_argument(
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens per iteration: one of each sequence, the rest of prompts (default: 256 for prompts)",
     )
-    batch.add_argument("--scheduler", default="fcfs-chunked", metavar="NAME", help="fcfs-chunked (default), fcfs, orca, mlfq, priority, …")
+    batch.add_argument("--scheduler", default="fcfs-chunked", metavar="NAME", help=f"{described()} (default: fcfs-chunked)")
     batch.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="share KV pages of equal prompt beginnings"
     )

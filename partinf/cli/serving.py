@@ -31,14 +31,16 @@ class Load:
 
 def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: str) -> None:
     """Scheduler, arrivals, bounds and output; with the command's own defaults for the number of requests and their lengths."""
-    parser.add_argument("--scheduler", default="fcfs", metavar="NAME", help="request-level, fastertransformer, orca, fcfs, mlfq, srpt, …")
+    from partinf.engine.policies.registry import PREEMPTIVE, described
+
+    parser.add_argument("--scheduler", default="fcfs", metavar="NAME", help=f"{described()} (default: fcfs)")
     parser.add_argument("--arrivals", default="poisson:1", metavar="HOW", help="poisson:RATE, gamma:RATE:CV, backlog or trace:FILE")
     parser.add_argument("--lengths", default=lengths, metavar="HOW", help=f"uniform:LOW-HIGH:LOW-HIGH, fixed:IN:OUT or chat ({lengths})")
     parser.add_argument("--requests", default="0", metavar="N", help=f"how many (default: {requests}, or the whole trace)")
     parser.add_argument("--seed", default="0", metavar="N", help="of arrivals and lengths (default: 0)")
     parser.add_argument("--max-batch", default="0", metavar="N", help="sequences per iteration")
     parser.add_argument(
-        "--eviction", default="recompute", metavar="HOW", help="of mlfq, srpt, priority: recompute, reactive, proactive, defer"
+        "--eviction", default="recompute", metavar="HOW", help=f"of {', '.join(PREEMPTIVE)}: recompute, reactive, proactive, defer"
     )
     parser.add_argument("--alpha-ms", default="300", metavar="MS", help="waiting time after which mlfq promotes (default: 300)")
     parser.add_argument("--prefix-caching", action="store_true", help="share KV pages of equal prompt beginnings")
@@ -61,7 +63,7 @@ def read_load(args: argparse.Namespace, offences: list[str], default_batch: int)
         offences.append(f"--scheduler {args.scheduler}: unknown{nearest(args.scheduler, POLICIES)}")
     if args.eviction not in list(Eviction):
         offences.append(f"--eviction {args.eviction}: valid: {', '.join(Eviction)}")
-    elif args.eviction != Eviction.RECOMPUTE and args.scheduler in POLICIES and args.scheduler not in PREEMPTIVE:
+    elif args.eviction != Eviction.RECOMPUTE and args.scheduler in POLICIES and not POLICIES[args.scheduler].preemptive:
         offences.append(f"--eviction {args.eviction}: scheduler {args.scheduler} has no such choice; {', '.join(PREEMPTIVE)} have it")
     if args.format not in ("table", "json"):
         offences.append(f"--format {args.format}: valid: table, json")

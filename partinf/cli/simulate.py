@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--kv", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
-    parser.add_argument("--program", default="looped", metavar="KIND", help="looped (the paper's) or plain (what runs today)")
+    parser.add_argument(
+        "--program", metavar="KIND", help="looped (the paper's; default for TPUs), tiled (what runs today; default elsewhere) or plain"
+    )
     add_load_arguments(parser, requests=1000, lengths="chat")
     parser.add_argument("--max-len", default="0", metavar="N", help="longest context (default: the longest request)")
     parser.add_argument("--prefill-tokens", default="0", metavar="N", help="prompt tokens per iteration (default: the longest context)")
@@ -86,7 +88,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
     layout = collect(offences, lambda: named_layout(args.layout))
     types = [t for t in (args.weights, args.kv) if t not in list(DType)]
     offences += [f"storage type {name}: valid: {', '.join(DType)}" for name in types]
-    if args.program not in PROGRAMS:
+    if args.program is not None and args.program not in PROGRAMS:
         offences.append(f"--program {args.program}: unknown{nearest(args.program, PROGRAMS)}")
     calibration = None if slice_ is None else collect(offences, lambda: calibration_for(slice_.chip, args.calibration))
     if offences or model is None or slice_ is None or calibration is None or load is None:
@@ -99,7 +101,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
         plan = serving_plan(model, slice_, traffic, weights, kv, args.calibration, whole(args, "stages", []) or None)
     else:
         plan = Plan(model, slice_, layout, weights, kv)
-    return plan, Pricing(slice_, calibration, program=PROGRAMS[args.program])
+    return plan, Pricing(slice_, calibration, program=PROGRAMS.get(args.program))
 
 
 def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], host_bytes: float, overhead: float) -> Sizing:
@@ -155,6 +157,7 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
         "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
         "seed": int(args.seed),
         "random_weights": args.random_weights,
+        "program": pricing.program.name,
         "calibration_error": pricing.calibration.error,
         "calibration_measured": pricing.calibration.measured,
         "calibration_source": pricing.calibration.source,

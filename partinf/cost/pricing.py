@@ -51,8 +51,9 @@ LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, lo
 PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
 
 
-def usual_program(chip: Chip) -> Program:
-    """The program for which layouts are chosen unless somebody says otherwise: that of the chip's platform."""
+def program_for(chip: Chip) -> Program:
+    """The program that is priced unless somebody says otherwise, when a layout is chosen and when it is simulated: that of the chip's
+    platform."""
     return PROGRAMS[chip.platform.default_program]
 
 
@@ -64,12 +65,16 @@ class Pricing:
         slice_: Slice,
         calibration: Calibration = ROOFLINE,
         bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-        program: Program = LOOPED,
+        program: Program | None = None,
     ) -> None:
+        """
+        Args:
+            program: None for that of the chip, `program_for`.
+        """
         chip = slice_.chip
         self.slice = slice_
         self.calibration = calibration
-        self.program = program
+        self.program = program or program_for(chip)
         self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds, calibration.rates)
         self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share

@@ -14,7 +14,7 @@ from typing import Any
 from partinf import documents
 from partinf.buckets import Capacity
 from partinf.documents import Table
-from partinf.engine.policies.registry import POLICIES
+from partinf.engine.policies.registry import POLICIES, TIMELESS
 from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.hardware.hardware_file import check_devices, read_hardware
 from partinf.hardware.slices import Slice, parse_slice
@@ -35,7 +35,6 @@ RANGES = {
     "page_size": (1, MAX_LEN),
     "rounds": (0, 10_000),
 }
-TIMELESS = ("request-level", "fastertransformer", "orca", "fcfs", "fcfs-chunked")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.pricing import Pricing, Program, usual_program
+from partinf.cost.pricing import Pricing, Program
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
 from partinf.workload import Workload
@@ -18,7 +18,7 @@ class Question:
 
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).
-        program: what is credited, see `partinf.cost.pricing`; None for the chip's usual one.
+        program: what is credited, see `partinf.cost.pricing`; None for that of the chip.
     """
 
     model: ModelConfig
@@ -33,5 +33,4 @@ class Question:
         Raises:
             InvalidInput: an unknown calibration.
         """
-        program = self.program or usual_program(slice_.chip)
-        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, program)
+        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, self.program)

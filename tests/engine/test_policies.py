@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -349,6 +350,33 @@ def test_every_name_makes_a_policy_that_serves() -> None:
         assert [output.tokens for output in engine.generate(prompts, params)] == want, name
     with pytest.raises(InvalidInput, match="did you mean 'orca'"):
         make_policy("orka", PolicyOptions(3), ESTIMATES)
+
+
+def steps_by(name: str, tick: float) -> list[Step]:
+    """What a policy makes of the same requests by a clock that goes on by `tick` whenever it is read."""
+    runner, clock = FakeRunner(replace(ROOMY, pages_per_shard=8)), itertools.count(0.0, tick)
+    engine = Engine(runner, policy=make_policy(name, PolicyOptions(2, alpha=1.0), ESTIMATES), clock=lambda: next(clock))
+    params = [SamplingParams(max_tokens=2 + number % 4 * 3, priority=number % 2) for number in range(6)]
+    engine.generate([[number] * (1 + number % 3 * 4) for number in range(6)], params)
+    return runner.steps
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_table_says_who_reads_the_clock(name: str) -> None:
+    differs = [steps_by(name, tick) != steps_by(name, 1e-6) for tick in (0.03, 0.3, 3.0)]
+    assert any(differs) == POLICIES[name].reads_clock
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_table_says_who_gives_places_away(name: str) -> None:
+    """A short request of a better priority comes while a long one runs in the only place."""
+    runner = CostRunner(ROOMY, price)
+    engine = Engine(runner, policy=make_policy(name, PolicyOptions(1), ESTIMATES), clock=runner.clock)
+    engine.add_request([1], SamplingParams(max_tokens=20, priority=1), "long")
+    for _ in range(3):
+        engine.step()
+    engine.add_request([1], SamplingParams(max_tokens=1), "short")
+    assert (next(iter(run_all(engine))) == "short") == POLICIES[name].preemptive
 
 
 def test_orca_reserves_the_longest_answer_before_it_starts() -> None:

@@ -24,6 +24,7 @@ from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.priority import by_priority
 from partinf.engine.policies.ranked import Eviction, Pages
+from partinf.engine.policies.registry import POLICIES, PolicyOptions
 from partinf.engine.policies.srpt import shortest_remaining_first
 from tests.engine.support import VOCAB, Ticks, all_alone, alone
 
@@ -102,7 +103,19 @@ ARRIVAL = st.builds(
 ESTIMATES = Estimates(first_iteration=lambda tokens: tokens / 4, decode=1.0, page_out=0.01, page_in=0.01)
 PAGES = st.builds(Pages, st.sampled_from(list(Eviction)), st.none() | st.just(ESTIMATES), st.sampled_from([0.0, 0.3]))
 SIZE = st.none() | st.integers(1, 4)
-POLICIES: st.SearchStrategy[Policy] = st.one_of(
+
+
+@st.composite
+def of_the_table(draw: st.DrawFn) -> Policy:
+    """Any named policy, whatever it is told."""
+    chosen = draw(st.sampled_from(sorted(POLICIES)))
+    alpha, reserve = draw(st.sampled_from([2.0, 30.0])), draw(st.sampled_from([0.0, 0.3]))
+    return POLICIES[chosen].make(PolicyOptions(draw(st.integers(1, 4)), alpha, draw(st.sampled_from(list(Eviction))), reserve), ESTIMATES)
+
+
+# Besides, what no name stands for: batches without a bound, pages without estimates.
+ANY_POLICY: st.SearchStrategy[Policy] = st.one_of(
+    of_the_table(),
     st.builds(MultiLevelFeedbackQueue, st.just(ESTIMATES), SIZE, st.booleans(), st.sampled_from([2.0, 30.0]), PAGES),
     st.builds(shortest_remaining_first, st.just(ESTIMATES), SIZE, PAGES),
     st.builds(by_priority, SIZE, PAGES),
@@ -173,7 +186,11 @@ def check_answer(arrival: Arrival, output: RequestOutput, expected: RequestOutpu
 
 @settings(max_examples=150, deadline=None)
 @given(
-    limits=some_limits(), policy=POLICIES, lag=st.integers(0, 2), arrivals=st.lists(ARRIVAL, min_size=1, max_size=10), caching=st.booleans()
+    limits=some_limits(),
+    policy=ANY_POLICY,
+    lag=st.integers(0, 2),
+    arrivals=st.lists(ARRIVAL, min_size=1, max_size=10),
+    caching=st.booleans(),
 )
 @example(
     limits=RunnerLimits(3, 4, 2, 2, 4, 1, 6, 8, VOCAB),

@@ -13,7 +13,7 @@ import pytest
 
 from partinf.cli import main
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import Pricing, program_for
 from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
 from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
@@ -22,6 +22,7 @@ from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import load_model_config
+from partinf.planner.search import search
 from partinf.plans import Bucket, Plan
 from partinf.simulation.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
 from partinf.simulation.cost_runner import CostRunner
@@ -30,6 +31,7 @@ from partinf.simulation.schedule_trace import ScheduleTrace
 from partinf.simulation.serving_plan import Traffic, serving_plan
 from partinf.simulation.sizing import Sizing, cost_runner
 from partinf.simulation.step_price import Price, StepPrice
+from partinf.workload import Workload
 from tests.engine.support import ROOMY, run_all
 
 GREEDY = RowSampling()
@@ -256,6 +258,20 @@ def test_simulate_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "time to first token" in capsys.readouterr().out
     assert main([*flags, "--scheduler", "mlfk", "--alpha-ms", "soon", "--max-batch", "-3"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+@pytest.mark.parametrize(("slice_", "program"), [("a100-80:1", "tiled"), ("v4:1x1x1", "looped")])
+def test_what_is_simulated_is_the_program_for_which_layouts_are_chosen(
+    slice_: str, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = parse_slice(slice_)
+    flags = ["simulate", "--model", "opt-13b", "--slice", slice_, "--lengths", "fixed:50:2", "--requests", "1", "--format", "json"]
+    assert main(flags) == 0
+    simulated = json.loads(capsys.readouterr().out)["program"]
+    chosen_for = search(load_model_config("opt-13b"), where, Workload(2, 16, 16)).program.name
+    assert simulated == chosen_for == Pricing(where).program.name == program_for(where.chip).name == program
+    assert main([*flags, "--program", "plain"]) == 0
+    assert json.loads(capsys.readouterr().out)["program"] == "plain"
 
 
 @pytest.mark.parametrize("arrivals", ["poisson:2", "gamma:2:3", "backlog", "trace"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from partinf.engine.policies.registry import POLICIES
 from partinf.errors import InvalidInput
 from partinf.experiment.description import Experiment, read_experiment
 from partinf.experiment.execute import execute
@@ -115,6 +116,18 @@ def test_everything_wrong_with_a_description_is_listed(tmp_path: Path) -> None:
         assert expected in text
     with pytest.raises(InvalidInput, match="no such file"):
         read_experiment(tmp_path / "none.toml")
+
+
+def test_every_policy_that_does_not_read_the_clock_is_taken(tmp_path: Path) -> None:
+    for name, policy in POLICIES.items():
+        file = tmp_path / f"{name}.toml"
+        file.write_text(f'model = "demo"\nslice = "cpu:2x2x2"\nlayout = "ws-2d"\nscheduler = "{name}"\n')
+        if policy.reads_clock:
+            with pytest.raises(InvalidInput, match=f"'{name}' looks at the clock"):
+                read_experiment(file)
+        else:
+            assert read_experiment(file).scheduler == name
+    assert not POLICIES["priority"].reads_clock
 
 
 def test_a_layout_for_other_axes_is_refused(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Policies by the names that the command line knows."""
+"""The table of policies: what the command line, its checks, descriptions of experiments and the tests know of each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from partinf.engine.batch import Policy
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.fcfs import FirstComeFirstServed
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
@@ -14,23 +15,6 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.request_level import RequestLevel
 from partinf.engine.policies.srpt import shortest_remaining_first
 from partinf.errors import InvalidInput, nearest
-
-if TYPE_CHECKING:
-    from partinf.engine.batch import Policy
-
-POLICIES = {
-    "request-level": "static batches, prompts padded to the longest, returned together",
-    "fastertransformer": "static batches, prefilled to the shortest prompt, then token by token",
-    "orca": "iterations in order of arrival, pages reserved for the longest answer",
-    "fcfs": "iterations in order of arrival, pages on demand, the newest is preempted",
-    "fcfs-chunked": "the same with prompts cut to fill every step",
-    "mlfq": "skip-join multi-level feedback queue (FastServe)",
-    "mlfq-naive": "multi-level feedback queue that everybody joins at the top",
-    "srpt": "shortest remaining processing time, an oracle",
-    "priority": "by the priority that a request names, then by arrival",
-}
-
-PREEMPTIVE = ("mlfq", "mlfq-naive", "srpt", "priority")
 
 
 @dataclass(frozen=True)
@@ -46,10 +30,76 @@ class PolicyOptions:
     eviction: Eviction = Eviction.RECOMPUTE
     reserve: float = 0.1
 
+    def pages(self, estimates: Estimates) -> Pages:
+        return Pages(self.eviction, estimates, self.reserve)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One policy.
+
+    Attributes:
+        text: what it does, in a line. make: a new one, for one engine.
+        preemptive: it gives one request's place to another, so more requests may hold pages than run, and `eviction` is a choice.
+        reads_clock: its schedule depends on the time, which differs from process to process and from run to run. (Proactive eviction reads
+            it under any policy: pages move as fast as the link has carried them.)
+    """
+
+    text: str
+    make: Callable[[PolicyOptions, Estimates], Policy]
+    preemptive: bool = False
+    reads_clock: bool = False
+
+
+POLICIES: Mapping[str, Entry] = {
+    "request-level": Entry("static batches, prompts padded to the longest, returned together", lambda o, _: RequestLevel(o.max_batch_size)),
+    "fastertransformer": Entry(
+        "static batches, prefilled to the shortest prompt, then token by token",
+        lambda o, _: RequestLevel(o.max_batch_size, shortest_prefill=True),
+    ),
+    "orca": Entry("iterations in order of arrival, pages reserved for the longest answer", lambda o, _: Orca(o.max_batch_size)),
+    "fcfs": Entry(
+        "iterations in order of arrival, pages on demand, the newest is preempted", lambda o, _: FirstComeFirstServed(o.max_batch_size)
+    ),
+    "fcfs-chunked": Entry(
+        "the same with prompts cut to fill every step", lambda o, _: FirstComeFirstServed(o.max_batch_size, chunk_prefills=True)
+    ),
+    "mlfq": Entry(
+        "skip-join multi-level feedback queue (FastServe)",
+        lambda o, e: MultiLevelFeedbackQueue(e, o.max_batch_size, True, o.alpha, o.pages(e)),
+        preemptive=True,
+        reads_clock=True,
+    ),
+    "mlfq-naive": Entry(
+        "multi-level feedback queue that everybody joins at the top",
+        lambda o, e: MultiLevelFeedbackQueue(e, o.max_batch_size, False, o.alpha, o.pages(e)),
+        preemptive=True,
+        reads_clock=True,
+    ),
+    "srpt": Entry(
+        "shortest remaining processing time, an oracle",
+        lambda o, e: shortest_remaining_first(e, o.max_batch_size, o.pages(e)),
+        preemptive=True,
+    ),
+    "priority": Entry(
+        "by the priority that a request names, then by arrival",
+        lambda o, e: by_priority(o.max_batch_size, o.pages(e)),
+        preemptive=True,
+    ),
+}
+
+PREEMPTIVE = tuple(name for name, policy in POLICIES.items() if policy.preemptive)
+TIMELESS = tuple(name for name, policy in POLICIES.items() if not policy.reads_clock)
+
+
+def described() -> str:
+    """All of them with what they do, for a help text."""
+    return "; ".join(f"{name}: {policy.text}" for name, policy in POLICIES.items())
+
 
 def resident_batches(name: str) -> int:
     """How many full batches may hold pages at once: more than the one that runs, where a policy gives one request's place to another."""
-    return 4 if name in PREEMPTIVE else 1
+    return 4 if POLICIES[name].preemptive else 1
 
 
 def make_policy(name: str, options: PolicyOptions, estimates: Estimates) -> Policy:
@@ -58,16 +108,6 @@ def make_policy(name: str, options: PolicyOptions, estimates: Estimates) -> Poli
     Raises:
         InvalidInput: an unknown name (nearest one).
     """
-    most = options.max_batch_size
-    pages = Pages(options.eviction, estimates, options.reserve)
     if name not in POLICIES:
         raise InvalidInput(f"scheduler '{name}'{nearest(name, POLICIES)}")
-    if name in ("mlfq", "mlfq-naive"):
-        return MultiLevelFeedbackQueue(estimates, most, name == "mlfq", options.alpha, pages)
-    if name == "srpt":
-        return shortest_remaining_first(estimates, most, pages)
-    if name == "priority":
-        return by_priority(most, pages)
-    if name in ("request-level", "fastertransformer"):
-        return RequestLevel(most, shortest_prefill=name == "fastertransformer")
-    return Orca(most) if name == "orca" else FirstComeFirstServed(most, chunk_prefills=name == "fcfs-chunked")
+    return POLICIES[name].make(options, estimates)
