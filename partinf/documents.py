@@ -271,6 +271,17 @@ class Table:
 
         return self._of(key, default, (), "a list of strings", take)
 
+    def subset(self, key: str, words: tuple[str, ...], default: Any = _REQUIRED) -> Any:
+        """Some of these words, as a tuple in their order: a list of them, true for all, false for none."""
+
+        def take(value: Any) -> Any:
+            if isinstance(value, bool):
+                return words if value else ()
+            right = isinstance(value, list) and all(isinstance(one, str) and one in words for one in value)
+            return tuple(word for word in words if word in value) if right else _MISSING
+
+        return self._of(key, default, (), f"true, false, or a list of some of {', '.join(words)}", take)
+
     def numbers(self, key: str, low: float = 0.0, high: float = math.inf) -> tuple[float, ...]:
         """A list of finite numbers of a range, as a tuple."""
 

@@ -384,6 +384,30 @@ def kv_head_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) ->
     return tuple(taken)
 
 
+def letter_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that split each letter of a stored parameter or of the cache, major first; other letters are whole.
+
+    `D` stands for the embedding's d_model, which is split over all weight axes; `C` for the cache's key-value heads and `P` for its
+    pages; `N` for stacked layers, and for whatever else every pipeline stage has its own of; `R` for rows that only copies of the weights
+    split; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes.
+    """
+    ffn, decode = layout.storage_axes(Role.FFN), layout.decode
+    kv_heads = kv_head_axes(layout, sizes, num_kv_heads)
+    cached = set(decode.attention_axes(AttentionRole.HEADS))
+    return {
+        "E": layout.storage_axes(Role.EMBED),
+        "D": layout.weight_axes,
+        "W": layout.weight_axes,
+        "F": ffn,
+        "H": ffn,
+        "K": tuple(axis for axis in kv_heads if axis in ffn),
+        "C": tuple(axis for axis in kv_heads if axis in cached),
+        "P": decode.attention_axes(AttentionRole.BATCH) + decode.attention_axes(AttentionRole.SEQUENCE),
+        "N": layout.storage_axes(Role.STAGE),
+        "R": layout.storage_axes(Role.REPLICA),
+    }
+
+
 def ffn_name(layout: Layout, phase: Phase, sizes: Mapping[str, int]) -> str:
     """The paper's name for the FFN roles of a phase, for the reader: ws-1d, ws-2d, wg-x, wg-xy, wg-xyz or other.
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from partinf.errors import raise_offences
 from partinf.hardware.slices import Slice
-from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role
+from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role, letter_axes
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
 from partinf.model.config import ModelConfig
+from partinf.model.weights import layer_params
 from partinf.workload import DType
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ class Plan:
         return self.layout.storage_axes(Role.STAGE)
 
     @property
+    def letter_axes(self) -> dict[str, tuple[str, ...]]:
+        """The mesh axes that split each letter of a stored parameter or of the cache (`partinf.layout.letter_axes`)."""
+        return letter_axes(self.layout, self.axis_sizes, self.padded_model.num_kv_heads)
+
+    @property
     def num_stages(self) -> int:
         """Pipeline stages: so many batches are in flight, each one tick behind the one before."""
         return self.ways(self.stage_axes)
@@ -257,7 +263,7 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
         ("d_ff F", model.ffn_dim, hidden, _params_per_unit(model, "F")),
         ("query heads H", model.num_heads, heads, _params_per_unit(model, "H")),
         ("padded vocabulary V", model.padded_vocab_size, weight, _params_per_unit(model, "V")),
-        ("layers N", model.num_layers, layout.storage_axes(Role.STAGE), model.layer_params()),
+        ("layers N", model.num_layers, layout.storage_axes(Role.STAGE), layer_params(model)),
     )
     for label, size, axes, per_unit in checks:
         offences += _divides(model, label, size, axes, sizes, per_unit)

@@ -31,6 +31,11 @@ class DType(StrEnum):
     def num_bytes(self) -> int:
         return {DType.BF16: 2, DType.INT8: 1, DType.F32: 4}[self]
 
+    @property
+    def activations(self) -> DType:
+        """The type of activations, norms, biases and tables where matrices are stored in this one."""
+        return DType.F32 if self is DType.F32 else DType.BF16
+
 
 @dataclass(frozen=True)
 class Workload:

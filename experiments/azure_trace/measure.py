@@ -24,6 +24,7 @@ from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.hardware.slices import parse_slice
 from partinf.layout import readable_name
 from partinf.model.config import load_model_config
+from partinf.model.weights import num_params
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival, read_trace
 from partinf.simulation.play import play
@@ -66,7 +67,7 @@ def simulate(job: tuple[str, str, int, int, int | None, str, list[Arrival]]) -> 
     engine = Engine(runner, policy=make_policy(scheduler, options, price.estimates(runner.limits)), clock=runner.clock)
     refused = play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)
     seconds = runner.clock.now - arrivals[0].time
-    machine = Machine(model.num_params(), slice_.num_chips, slice_.chip.peak_bf16)
+    machine = Machine(num_params(model), slice_.num_chips, slice_.chip.peak_bf16)
     figures = report(engine.metrics, seconds, refused, BOUNDS, machine)
     wall = time.perf_counter() - started
     print(f"{model_name} {slice_name} {size} 1/{replicas} {scheduler}: {figures['goodput']['share']:.1%} in {wall:.0f} s", file=sys.stderr)

@@ -27,6 +27,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from partinf.model.weights import num_params
+
 RESULTS = Path(__file__).parent / "results.json"
 CASES = [("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 512)]
 DTYPES = ("float32", "bfloat16")
@@ -211,7 +213,7 @@ def main() -> None:
 
     config = load_model_config("llama-125m")
     spread = json.dumps({key: value for key, value in asdict(config).items() if isinstance(value, int)})
-    matrices = config.num_params() - config.vocab_size * config.embed_dim  # the table is looked up
+    matrices = num_params(config) - config.vocab_size * config.embed_dim  # the table is looked up
     of_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # keys and values
     rates = []
     found: dict[str, Any] = {"date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.machine()}", "dtypes": {}}

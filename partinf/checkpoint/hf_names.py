@@ -15,20 +15,9 @@ import numpy as np
 
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.errors import raise_offences
-from partinf.model.config import Block, ModelConfig, Norm, Position
+from partinf.model.config import ModelConfig
 from partinf.model.families import Naming, Stored, family_of
-
-
-def _leaves(config: ModelConfig) -> set[str]:
-    """The leaves of a tree of this architecture."""
-    serial = config.block is Block.SERIAL
-    norms = ["attention_norm", "final_norm", *(["ffn_norm"] if serial else [])]
-    leaves = {"embed", "wq", "wkv", "wo", "w_in", "w_out", *norms}
-    leaves |= {f"{norm}_bias" for norm in norms if config.norm is Norm.LAYER}
-    leaves |= {"bq", "bkv", "bo", "b_in", "b_out"} if config.biases else set()
-    leaves |= {"q_norm", "k_norm"} if config.qk_norm else set()
-    leaves |= {"positions"} if config.position is Position.LEARNED else set()
-    return leaves if config.tied_embeddings else leaves | {"unembed"}
+from partinf.model.weights import leaf_names
 
 
 def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
@@ -37,7 +26,7 @@ def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
     Raises:
         InvalidInput: blocks that no family has, or weights for which the family has no tensor.
     """
-    family, present, wanted = family_of(config), set(found), _leaves(config)
+    family, present, wanted = family_of(config), set(found), leaf_names(config)
     raise_offences(
         f"model {config.name}: {family.title} directories have no tensor for the weight {leaf}"
         for leaf in sorted(wanted - family.naming.leaves)
@@ -110,7 +99,7 @@ def leaf_sources(config: ModelConfig, stacked: bool = False, padded_heads: int =
     Paths read `layers/0/wq`, or `layers/wq` where `stacked` says that the layers are one dict of arrays with a leading layer dimension.
     """
     naming = naming or naming_of(config)
-    wanted, base = _leaves(config), naming.bases[0]
+    wanted, base = leaf_names(config), naming.bases[0]
     sources = {}
     for name, weight in naming.model_weights.items():
         if name in wanted:

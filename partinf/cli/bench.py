@@ -99,6 +99,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
     from partinf.layout import readable_name
+    from partinf.model.weights import num_params
     from partinf.simulation.play import WallClock, play
     from partinf.simulation.report import Machine, report
     from partinf.simulation.schedule_trace import ScheduleTrace
@@ -140,7 +141,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
         "seed": int(args.seed),
         "calibration_source": calibration_for(chip).source,
         "decode_seconds": estimates.decode,
-        **report(engine.metrics, seconds, refused, load.bounds, Machine(plan.model.num_params(), plan.slice.num_chips, chip.peak_bf16)),
+        **report(engine.metrics, seconds, refused, load.bounds, Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)),
     }
 
 

@@ -101,9 +101,10 @@ def _explain_choice(console: Console, plan: Plan, workload: Workload) -> None:
     from partinf.cost.pricing import TILED, Pricing
     from partinf.cost.step import step_ledger
     from partinf.layout import readable_name
+    from partinf.model.weights import num_params
     from partinf.planner.evaluate import Evaluator
 
-    console.print(f"[bold]{plan.model.name}[/], {plan.model.num_params() / 1e3:.0f} k parameters, on {plan.slice.name} ({plan.slice.mesh})")
+    console.print(f"[bold]{plan.model.name}[/], {num_params(plan.model) / 1e3:.0f} k parameters, on {plan.slice.name} ({plan.slice.mesh})")
     console.print(f"chosen: [bold]{readable_name(plan.layout, plan.axis_sizes)}[/]. {plan.note}", soft_wrap=True)
     pricing = Pricing(plan.slice, calibration_for(plan.slice.chip, "fitted"), program=TILED)
     split = Evaluator(plan.model, pricing, workload).split(plan.layout, "decode", 0)

@@ -124,6 +124,7 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
     from partinf.layout import readable_name
+    from partinf.model.weights import num_params
     from partinf.simulation.play import play
     from partinf.simulation.report import Machine, report
     from partinf.simulation.schedule_trace import ScheduleTrace
@@ -140,7 +141,7 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
         refused = play(engine, load.arrivals, runner.clock, next_finish=lambda: runner.next_finish, on_finished=advance)
     if trace is not None:
         trace.write(Path(args.trace))
-    machine = Machine(plan.model.num_params(), plan.slice.num_chips, plan.slice.chip.peak_bf16)
+    machine = Machine(num_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
     seconds = runner.clock.now - load.arrivals[0].time
     return {
         "model": plan.model.name,

@@ -14,8 +14,9 @@ from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
 from partinf.hardware.slices import Slice
-from partinf.layout import AttentionRole, Layout, Role, kv_head_axes
-from partinf.model.config import Block, ModelConfig, Norm, Position
+from partinf.layout import AttentionRole, Layout, Role, kv_head_axes, letter_axes
+from partinf.model.config import ModelConfig
+from partinf.model.weights import held_bytes
 from partinf.workload import DType
 
 _F32 = 4
@@ -46,18 +47,10 @@ def usable_bytes(slice_: Slice) -> int:
 
 
 def weight_bytes(split: StepSplit) -> int:
-    """Weights on one device: its stage's layers, and the embedding tables, which every stage has; these stay in the type of the activations
-    when the matrices are int8."""
-    model = split.model
-    matrices = sum(weight.stored_bytes for weight in (*projection_weights(split), *ffn_weights(split)))
-    tables = (1 if model.tied_embeddings else 2) * model.padded_vocab_size
-    if model.position is Position.LEARNED:
-        tables += model.max_len
-    table_bytes = tables * model.embed_dim // split.ways(split.w_stored) * split.act_bytes
-    norms = (1 if model.block is Block.PARALLEL else 2) * model.embed_dim * (2 if model.norm is Norm.LAYER else 1)
-    small = norms + (2 * model.head_dim if model.qk_norm else 0)
-    layer = matrices + small * split.act_bytes + _scale_bytes(split) + _bias_bytes(split)
-    return model.num_layers * layer + table_bytes + model.embed_dim * split.act_bytes
+    """Weights on one device: its stage's layers, and what stands before and after them, which every stage has."""
+    axes = letter_axes(split.layout, split.sizes, split.model.num_kv_heads)
+    ways = {letter: split.ways(over) for letter, over in axes.items() if letter != "N"}  # the model is one stage's already
+    return held_bytes(split.model, ways, split.weight_dtype)
 
 
 def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, context: int, kv: DType, page_size: int = 16) -> int:
@@ -135,22 +128,3 @@ def _core_bytes(split: StepSplit) -> int:
         else:
             total += local * heads * (keys or local + -(-slots // dealt) * shape.prefill_context) // parts * (_F32 + act)
     return total
-
-
-def _scale_bytes(split: StepSplit) -> int:
-    """Scales of int8 weights: one float32 per output channel over the whole contraction."""
-    if split.weight_dtype is not DType.INT8:
-        return 0
-    model = split.model
-    over_f = model.num_heads * model.head_dim + matrices_in(split) * model.ffn_dim
-    key = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv_stored)
-    return _F32 * (over_f // split.ways(split.f_stored) + key + 2 * model.embed_dim // split.ways(split.e_stored))
-
-
-def _bias_bytes(split: StepSplit) -> int:
-    if not split.model.biases:
-        return 0
-    model = split.model
-    over_f = model.num_heads * model.head_dim + matrices_in(split) * model.ffn_dim
-    key = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv_stored)
-    return split.act_bytes * (over_f // split.ways(split.f_stored) + key + 2 * model.embed_dim // split.ways(split.e_stored))

@@ -105,7 +105,7 @@ class StepSplit:
         self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
         self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
         self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
-        self.act_dtype = DType.F32 if weights is DType.F32 else DType.BF16
+        self.act_dtype = weights.activations
         self.pricing = pricing.of_types(weights, self.act_dtype)
         self.weight_dtype = weights
         self.act_bytes = self.act_dtype.num_bytes

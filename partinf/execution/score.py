@@ -21,6 +21,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput, raise_offences
 from partinf.execution.place import place_step
+from partinf.model.weights import num_params
 from partinf.plans import Bucket, Plan
 from partinf.transformer.params import Params
 from partinf.transformer.score import compile_score_step
@@ -175,7 +176,7 @@ class Scorer:
     def _scores(self, logprobs: list[list[float]], steps: int, seconds: float) -> Scores:
         num_tokens = sum(map(len, logprobs))
         chips, chip = self.plan.slice.num_chips, self.plan.slice.chip
-        flops = 2 * self.plan.model.num_params() * num_tokens
+        flops = 2 * num_params(self.plan.model) * num_tokens
         return Scores(
             logprobs,
             num_tokens,

@@ -17,6 +17,7 @@ from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.runner import Runner
 from partinf.experiment.description import Experiment
 from partinf.layout import readable_name
+from partinf.model.weights import num_params
 from partinf.plans import Bucket, Plan
 from partinf.simulation.report import Bounds, Machine, report
 from partinf.simulation.step_price import StepPrice
@@ -75,7 +76,7 @@ def result(
     """
     chip = plan.slice.chip
     constants = calibration_for(chip)
-    figures = report(engine.metrics, seconds, 0, Bounds(), Machine(plan.model.num_params(), plan.slice.num_chips, chip.peak_bf16))
+    figures = report(engine.metrics, seconds, 0, Bounds(), Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16))
     counters = figures.pop("counters") | {name: figures.pop(name) for name in _COUNTERS}
     return {
         "experiment": asdict(experiment),

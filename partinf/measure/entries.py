@@ -103,7 +103,7 @@ class Entries:
             bucket = prefill = Bucket(prefill_tokens=devices * tokens, prefill_slots=devices * sequences, prefill_pages=pages)
         axes = tuple(plan.axis_sizes)
         layout = make_layout(dict.fromkeys(axes, "replica"), dict.fromkeys(axes, "batch"))
-        weights = DType.F32 if plan.weights is DType.F32 else DType.BF16
+        weights = plan.weights.activations
         name = f"{entry.name}: {sequences} sequences, {tokens} tokens, {heads} heads, {kv_heads} kv heads, {cached} in the cache"
         for layers in _LAYERS:
             model = ModelConfig("cores", layers, 64, 64, heads, kv_heads, plan.model.head_dim, 256, tied_embeddings=True, max_len=1 << 20)

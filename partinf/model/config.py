@@ -72,6 +72,10 @@ class RopeScaling:
     original_max_len: int
 
 
+MATRICES = ("wq", "wkv", "wo", "w_in", "w_out")
+"""The matrices of a layer, by the names under which `partinf.model.weights` declares them."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only Transformer.
@@ -80,6 +84,7 @@ class ModelConfig:
         num_layers: N. embed_dim: E. ffn_dim: F. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
         gated: the FFN has a gate and an up matrix (SwiGLU and kin) instead of one input matrix.
         qk_norm: queries and keys are normalised per head before the rotation (Qwen 3).
+        biases: of `MATRICES`, those whose product has a bias.
         max_len: longest context in tokens; 0 where the source states none.
         window: positions that every layer, or some, may look back on, itself included; 0 where all see all. Windows are not computed: up
             to so many tokens there is nothing to cut off, and longer contexts are refused.
@@ -103,7 +108,7 @@ class ModelConfig:
     position: Position = Position.ROPE
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    biases: bool = False
+    biases: tuple[str, ...] = ()
     tied_embeddings: bool = False
     qk_norm: bool = False
     max_len: int = 0
@@ -150,26 +155,6 @@ class ModelConfig:
             return self
         return replace(self, num_heads=num_heads, num_kv_heads=self.kv_heads_with(num_heads))
 
-    def layer_params(self) -> int:
-        """Parameters of one layer, norms and biases included."""
-        matrices = 3 if self.gated else 2
-        heads = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        weights = self.embed_dim * (heads + matrices * self.ffn_dim)
-        norm_width = self.embed_dim * (2 if self.norm is Norm.LAYER else 1)
-        norms = norm_width * (1 if self.block is Block.PARALLEL else 2)
-        norms += 2 * self.head_dim if self.qk_norm else 0
-        biases = 0
-        if self.biases:
-            biases = self.head_dim * (self.num_heads + 2 * self.num_kv_heads) + 2 * self.embed_dim + (matrices - 1) * self.ffn_dim
-        return weights + norms + biases
-
-    def num_params(self) -> int:
-        """All parameters, the vocabulary unpadded; tied embeddings counted once."""
-        embeddings = self.vocab_size * self.embed_dim * (1 if self.tied_embeddings else 2)
-        positions = self.max_len * self.embed_dim if self.position is Position.LEARNED else 0
-        final = self.embed_dim * (2 if self.norm is Norm.LAYER else 1)
-        return self.num_layers * self.layer_params() + embeddings + positions + final
-
     def _offences(self) -> list[str]:
         offences = [f"model {self.name}: {line}" for line in self._out_of_range()]
         if not offences and self.num_heads % self.num_kv_heads:
@@ -177,12 +162,15 @@ class ModelConfig:
             offences.append(
                 f"model {self.name}: {self.num_heads} query heads do not share {self.num_kv_heads} kv heads evenly; valid: {valid}"
             )
+        if self.biases != tuple(matrix for matrix in MATRICES if matrix in self.biases):
+            offences.append(f"model {self.name}: biases = {self.biases!r}; valid: any of {', '.join(MATRICES)}, in this order")
         if not offences and self.position is Position.LEARNED and self.max_len < 1:
             offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
         if not offences and self.position is Position.ROPE and self.head_dim % 2:
             offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
-        if not offences and self.num_params() > _MOST_PARAMS:
-            offences.append(f"model {self.name}: {self.num_params():.3g} parameters; at most {_MOST_PARAMS:.0e} are planned for")
+        matrices = self.num_layers * self.embed_dim * (self.ffn_dim + self.num_heads * self.head_dim) if not offences else 0
+        if matrices + self.embed_dim * self.vocab_size > _MOST_PARAMS:
+            offences.append(f"model {self.name}: more than {_MOST_PARAMS:.0e} parameters, which are the most that are planned for")
         return offences
 
     def _out_of_range(self) -> list[str]:
@@ -269,6 +257,8 @@ def _value(table: Table, field: Field[Any]) -> Any:
     default = {} if field.default is MISSING else {"default": field.default}
     if field.name in _ENUMS:
         return table.choice(field.name, _ENUMS[field.name], **default)
+    if field.name == "biases":
+        return table.subset(field.name, MATRICES, **default)
     if field.name == "rope_scaling":
         scaling = table.table(field.name, default=None)
         return None if scaling is None else _rope_scaling(scaling)
@@ -292,5 +282,5 @@ def config_to_toml(config: ModelConfig) -> str:
         if isinstance(value, dict):
             lines.append(f"{key} = {{ " + ", ".join(f"{k} = {v}" for k, v in value.items()) + " }")
         else:
-            lines.append(f"{key} = {json.dumps(value)}")
+            lines.append(f"{key} = {json.dumps(value == MATRICES or value if key == 'biases' else value)}")
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from partinf.errors import InvalidInput, nearest
-from partinf.model.config import Activation, Block, ModelConfig, Norm, Position
+from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ _PLAIN: Mapping[str, Any] = {
     "activation": Activation.SILU,
     "norm": Norm.RMS,
     "position": Position.ROPE,
-    "biases": False,
+    "biases": (),
     "qk_norm": False,
 }
 
@@ -257,7 +257,7 @@ _QWEN3 = replace(
     window=Window(absent=4096, flag="use_sliding_window", first=("max_window_layers", 28)),
 )
 
-_LAYER_NORM_BLOCK = {"gated": False, "norm": Norm.LAYER, "position": Position.LEARNED, "biases": True}
+_LAYER_NORM_BLOCK = {"gated": False, "norm": Norm.LAYER, "position": Position.LEARNED, "biases": MATRICES}
 _GPT2 = Family(
     title="GPT-2",
     architecture="GPT2LMHeadModel",

@@ -21,8 +21,7 @@ from partinf.errors import InvalidInput
 from partinf.hardware.hardware_file import default_path, read_hardware
 from partinf.hardware.platform import CPU, Platform, has_accelerator, platform_named
 from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, make_slice
-from partinf.layout import AttentionRole, Role
-from partinf.plans import Plan, kv_head_axes
+from partinf.plans import Plan
 
 
 def devices_here() -> Sequence[jax.Device]:
@@ -94,34 +93,9 @@ def abstract_mesh(plan: Plan) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def letter_axes(plan: Plan) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that split each letter of a stored parameter or of the cache, major first; other letters are whole.
-
-    `D` stands for the embedding's d_model, which is split over all weight axes; `C` for the cache's key-value heads and `P` for its
-    pages; `N` for stacked layers, and for whatever else every pipeline stage has its own of; `R` for rows that only copies of the weights
-    split; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes.
-    """
-    layout = plan.layout
-    ffn = layout.storage_axes(Role.FFN)
-    kv_heads = kv_head_axes(layout, plan.axis_sizes, plan.padded_model.num_kv_heads)
-    cached = set(layout.decode.attention_axes(AttentionRole.HEADS))
-    return {
-        "E": layout.storage_axes(Role.EMBED),
-        "D": layout.weight_axes,
-        "W": layout.weight_axes,
-        "F": ffn,
-        "H": ffn,
-        "K": tuple(axis for axis in kv_heads if axis in ffn),
-        "C": tuple(axis for axis in kv_heads if axis in cached),
-        "P": plan.page_axes,
-        "N": plan.stage_axes,
-        "R": layout.storage_axes(Role.REPLICA),
-    }
-
-
 def spec(plan: Plan, letters: str) -> P:
     """The PartitionSpec of an array whose dimensions carry these letters; `.` marks a dimension that is never split."""
-    axes = letter_axes(plan)
+    axes = plan.letter_axes
     return P(*(axes.get(letter, ()) or None for letter in letters))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
+from partinf.model.weights import num_params
 from partinf.planner.evaluate import Evaluator, padded_heads
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
@@ -93,7 +94,7 @@ def head_splits(report: PlanReport) -> str:
     if padded is None:
         return f"{text}; over {devices} devices they would have to be padded more than twofold"
     wider = model.with_padded_heads(padded)
-    added = wider.num_params() - model.num_params()
+    added = num_params(wider) - num_params(model)
     each = added * report.workload.weights.num_bytes / devices
     cost = f"{added / 1e9:.3g} B parameters more, {each / 1e9:.2g} GB per device"
     return f"{text}; over {devices} devices they are padded to {padded}: {cost}"

@@ -23,6 +23,7 @@ from partinf.errors import InvalidInput, raise_offences
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
 from partinf.model.config import ModelConfig
+from partinf.model.weights import num_params
 from partinf.planner.candidates import Gather, Storage, num_options, storages
 from partinf.planner.evaluate import Least
 from partinf.planner.options import BestSoFar, Choice, Options, Space
@@ -207,7 +208,7 @@ class _Search:
         each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
         tokens = (workload.batch if label == "decode" else workload.prompts_per_step) * each
         seconds = step.seconds
-        mfu = 2.0 * self.model.num_params() * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
+        mfu = 2.0 * num_params(self.model) * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         return PhaseResult(label, layout, self.sizes, step.parts, seconds, mfu, tokens, each)
 
 

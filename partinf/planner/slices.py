@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from partinf.cost.roofline import shapes
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, make_slice
+from partinf.model.weights import num_params
 from partinf.planner.options import BestSoFar
 from partinf.planner.question import Question
 from partinf.planner.report import PlanReport
@@ -61,7 +62,7 @@ def cheapest(question: Question, chip: Chip) -> list[Trial]:
         InvalidInput: no slice holds the model or none keeps the bound; the one that comes nearest.
     """
     model, workload = question.model, question.workload
-    least = model.num_params() * workload.weights.num_bytes
+    least = num_params(model) * workload.weights.num_bytes
     large = [slice_ for slice_ in slices_of(chip) if slice_.num_devices * chip.usable_hbm_per_device() >= least]
     trials = _fitting(question, large)
     if not trials:

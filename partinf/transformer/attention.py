@@ -175,6 +175,7 @@ def _to_group(
     new = move(new, routes.frame(group.order, routes.kv_digits, 0, 2), routes.kv_projected, Split(group.batch, group.kv))
     if "bq" in weights:
         q = q + take_split(weights["bq"], 0, routes.head_digits, group.heads, routes.sizes)[None]
+    if "bkv" in weights:
         new = new + take_split(weights["bkv"], 1, routes.kv_digits, group.kv, routes.sizes)[None]
     keys, values = new[:, 0], new[:, 1]
     if model.qk_norm:

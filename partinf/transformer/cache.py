@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.partition.quantize import Quantized, quantize
-from partinf.partition.sharding import letter_axes, sharding
+from partinf.partition.sharding import sharding
 from partinf.plans import Plan
 from partinf.workload import DType
 
@@ -65,7 +65,7 @@ def _bfloat16(plan: Plan) -> Any:
 
 def cache_bytes_per_device(plan: Plan) -> int:
     """Bytes of the cache that one device holds."""
-    model, axes = plan.padded_model, letter_axes(plan)["C"]
+    model, axes = plan.padded_model, plan.letter_axes["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
     layers, pages = model.num_layers // plan.num_stages, plan.cache.pages_per_shard // plan.num_parts

@@ -1,7 +1,5 @@
-"""Parameters: each weight is declared once; shapes, shardings, bytes and initial values are derived from the declaration.
+"""Parameters on devices: shapes, shardings and initial values, derived from the declarations of `partinf.model.weights`.
 
-Weights are stored [out, in], as Hugging Face stores them: skinny products read such rows two to three times faster on CPU, and a
-TPU chooses its own tiling. Two matrices that see the same input are one array, so that they share a matmul and a collective.
 The tree is a plain dict; `layers` is one dict of arrays stacked on a leading layer dimension (a scan runs over it), or a tuple with
 one dict per layer (unrolled, faster on CPU).
 """
@@ -17,13 +15,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.errors import InvalidInput
-from partinf.model.config import Block, ModelConfig, Norm, Position
+from partinf.model.config import ModelConfig
+from partinf.model.weights import Declared, declare_ends, declare_layers, held_bytes
 from partinf.partition.quantize import Quantized, quantize
-from partinf.partition.sharding import letter_axes, platform_of, sharding
+from partinf.partition.sharding import platform_of, sharding
 from partinf.plans import Plan
 from partinf.workload import DType
 
 Params = dict[str, Any]
+
+_TYPES = {DType.F32: jnp.float32, DType.BF16: jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -34,75 +35,19 @@ class OneOf:
     index: Any
 
 
-@dataclass(frozen=True)
-class Declared:
-    """One weight: its shape, the letter of each dimension (`.` is never split), and its initial values: the constant `fill`, or normally
-    distributed with deviation 1/√(size of the contraction).
-
-    Attributes:
-        contracted: dimensions over which a layer's product with this weight sums, counted from the end; none for vectors and tables,
-            which are never quantised.
-    """
-
-    shape: tuple[int, ...]
-    letters: str
-    contracted: tuple[int, ...] = ()
-    fill: float | None = None
-
-    def scale_letters(self) -> str:
-        return "".join(letter for dim, letter in enumerate(self.letters) if dim - len(self.letters) not in self.contracted)
-
-    def scale_shape(self) -> tuple[int, ...]:
-        return tuple(size for dim, size in enumerate(self.shape) if dim - len(self.shape) not in self.contracted)
-
-
-def declare_layer(model: ModelConfig) -> dict[str, Declared]:
-    """The weights of one layer. Vectors (norms and biases) are whole on every device: they are small, and slicing them is free."""
-    embed, ffn, heads, kv_heads, head = model.embed_dim, model.ffn_dim, model.num_heads, model.num_kv_heads, model.head_dim
-    inner = 2 if model.gated else 1
-    layer = {
-        "wq": Declared((heads, head, embed), "H.E", (-1,)),
-        "wkv": Declared((2, kv_heads, head, embed), ".K.E", (-1,)),  # keys, values
-        "wo": Declared((embed, heads * head), "EH", (-1,)),  # one dimension: a TPU would tile few local heads badly
-        "w_in": Declared((inner, ffn, embed), ".FE", (-1,)),  # gate and up, or one matrix
-        "w_out": Declared((embed, ffn), "EF", (-1,)),
-    }
-    layer |= _declare_norm("attention_norm", model)
-    if model.block is Block.SERIAL:
-        layer |= _declare_norm("ffn_norm", model)
-    if model.qk_norm:
-        layer |= {"q_norm": Declared((head,), ".", fill=1.0), "k_norm": Declared((head,), ".", fill=1.0)}
-    if model.biases:
-        shapes = {"bq": (heads, head), "bkv": (2, kv_heads, head), "bo": (embed,), "b_in": (inner, ffn), "b_out": (embed,)}
-        layer |= {name: Declared(shape, "." * len(shape), fill=0.0) for name, shape in shapes.items()}
-    return layer
-
-
-def _declare_norm(name: str, model: ModelConfig) -> dict[str, Declared]:
-    found = {name: Declared((model.embed_dim,), ".", fill=1.0)}
-    if model.norm is Norm.LAYER:
-        found[f"{name}_bias"] = Declared((model.embed_dim,), ".", fill=0.0)
-    return found
-
-
 def declare(model: ModelConfig, unrolled: bool) -> Params:
     """The tree of declarations of a whole model."""
-    layer = declare_layer(model)
-    layers: Any = tuple(dict(layer) for _ in range(model.num_layers))
+    (kind,) = declare_layers(model)
+    count, layer = kind.count, kind.weights
+    layers: Any = tuple(dict(layer) for _ in range(count))
     if not unrolled:
-        layers = {name: replace(d, shape=(model.num_layers, *d.shape), letters="N" + d.letters) for name, d in layer.items()}
-    table = Declared((model.padded_vocab_size, model.embed_dim), ".D")  # never quantised: logits are what int8 would hurt most
-    tree: Params = {"embed": table, "layers": layers, **_declare_norm("final_norm", model)}
-    if not model.tied_embeddings:
-        tree["unembed"] = table
-    if model.position is Position.LEARNED:
-        tree["positions"] = Declared((model.max_len, model.embed_dim), ".D")
-    return tree
+        layers = {name: replace(d, shape=(count, *d.shape), letters="N" + d.letters) for name, d in layer.items()}
+    return {**declare_ends(model), "layers": layers}
 
 
 def activation_dtype(plan: Plan) -> jnp.dtype:
     """The type of activations, norms and biases, and of weights that are not quantised."""
-    return jnp.dtype(jnp.float32 if plan.weights is DType.F32 else jnp.bfloat16)
+    return jnp.dtype(_TYPES[plan.weights.activations])
 
 
 def runnable_model(plan: Plan) -> ModelConfig:
@@ -130,7 +75,7 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
         def array(shape: tuple[int, ...], kind: Any, letters: str) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, kind, sharding=sharding(plan, mesh, letters))
 
-        if not _is_quantized(plan, d):
+        if not d.quantized(plan.weights):
             return array(d.shape, dtype, d.letters)
         return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
 
@@ -155,22 +100,7 @@ def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Para
 
 def params_bytes_per_device(plan: Plan) -> int:
     """Bytes of parameters that one device holds."""
-    axes, sizes, itemsize = letter_axes(plan), plan.axis_sizes, activation_dtype(plan).itemsize
-
-    def held(shape: tuple[int, ...], letters: str) -> int:
-        return math.prod(shape) // math.prod(sizes[axis] for letter in letters for axis in axes.get(letter, ()))
-
-    total = 0
-    for d in jax.tree.leaves(declare(runnable_model(plan), unrolled=False), is_leaf=lambda x: isinstance(x, Declared)):
-        if _is_quantized(plan, d):
-            total += held(d.shape, d.letters) + 4 * held(d.scale_shape(), d.scale_letters())
-        else:
-            total += held(d.shape, d.letters) * itemsize
-    return total
-
-
-def _is_quantized(plan: Plan, d: Declared) -> bool:
-    return plan.weights is DType.INT8 and bool(d.contracted)
+    return held_bytes(runnable_model(plan), {letter: plan.ways(axes) for letter, axes in plan.letter_axes.items()}, plan.weights)
 
 
 def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:
@@ -179,4 +109,4 @@ def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:
         return jnp.full(d.shape, d.fill, dtype)
     fan_in = math.prod(d.shape[dim] for dim in d.contracted or (-1,))
     weights = jax.random.normal(key, d.shape, jnp.float32) * fan_in**-0.5
-    return quantize(weights, d.contracted) if _is_quantized(plan, d) else weights.astype(dtype)
+    return quantize(weights, d.contracted) if d.quantized(plan.weights) else weights.astype(dtype)

@@ -47,8 +47,10 @@ def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     q = jnp.einsum("ble,hqe->blhq", x, layer["wq"])
     k = jnp.einsum("ble,kqe->blkq", x, layer["wkv"][0])
     v = jnp.einsum("ble,kqe->blkq", x, layer["wkv"][1])
-    if model.biases:
-        q, k, v = q + layer["bq"][None, None], k + layer["bkv"][0][None, None], v + layer["bkv"][1][None, None]
+    if "wq" in model.biases:
+        q = q + layer["bq"][None, None]
+    if "wkv" in model.biases:
+        k, v = k + layer["bkv"][0][None, None], v + layer["bkv"][1][None, None]
     if model.qk_norm:
         q, k = _rms(q, model) * layer["q_norm"][None, None, None], _rms(k, model) * layer["k_norm"][None, None, None]
     if model.position is Position.ROPE:
@@ -60,12 +62,12 @@ def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1).astype(x.dtype)
     out = jnp.einsum("bkglm,bmkq->blkgq", weights, v).reshape(*x.shape[:2], model.num_heads * model.head_dim)
     out = jnp.einsum("blf,ef->ble", out, layer["wo"])
-    return out + layer["bo"][None, None] if model.biases else out
+    return out + layer["bo"][None, None] if "wo" in model.biases else out
 
 
 def _ffn(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     hidden = jnp.einsum("ble,cfe->cblf", x, layer["w_in"])  # gate and up, or one matrix
-    if model.biases:
+    if "w_in" in model.biases:
         hidden = hidden + layer["b_in"][:, None, None]
     activation = {
         Activation.SILU: jax.nn.silu,
@@ -75,7 +77,7 @@ def _ffn(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     }[model.activation]
     hidden = activation(hidden[0]) * hidden[1] if model.gated else activation(hidden[0])
     out = jnp.einsum("blf,ef->ble", hidden, layer["w_out"])
-    return out + layer["b_out"][None, None] if model.biases else out
+    return out + layer["b_out"][None, None] if "w_out" in model.biases else out
 
 
 def _norm(x: jax.Array, weights: Params, name: str, model: ModelConfig) -> jax.Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partinf.layout import Layout, make_layout
-from partinf.model.config import Activation, Block, Norm, Position
+from partinf.model.config import MATRICES, Activation, Block, Norm, Position
 
 MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase
@@ -25,7 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "activation": Activation.GELU_TANH,
         "norm": Norm.LAYER,
         "position": Position.LEARNED,
-        "biases": True,
+        "biases": MATRICES,
         "num_kv_heads": 8,
     },
     "opt": {
@@ -33,10 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "activation": Activation.RELU,
         "norm": Norm.LAYER,
         "position": Position.LEARNED,
-        "biases": True,
+        "biases": MATRICES,
         "tied_embeddings": False,
     },
-    "gelu": {"gated": False, "activation": Activation.GELU, "block": Block.PARALLEL, "biases": True},
+    "gelu": {"gated": False, "activation": Activation.GELU, "block": Block.PARALLEL, "biases": ("wq", "wkv", "w_out")},
     "qwen3": {"qk_norm": True, "num_kv_heads": 4},
 }
 

@@ -15,12 +15,14 @@ import jax
 import pytest
 
 from partinf import resources
-from partinf.buckets import Capacity, with_capacity
+from partinf.buckets import Capacity, split_of, with_capacity
+from partinf.cost.memory import weight_bytes
+from partinf.cost.pricing import PLAIN, Pricing
 from partinf.hardware.slices import parse_slice
-from partinf.layout import layout_from_toml
+from partinf.layout import layout_from_toml, make_layout
 from partinf.model.config import load_model_config
 from partinf.partition.sharding import abstract_mesh
-from partinf.plans import Plan
+from partinf.plans import Bucket, Plan, layout_offences
 from partinf.transformer.params import abstract_params, params_bytes_per_device
 from partinf.transformer.step import abstract_state
 from partinf.workload import DType
@@ -73,6 +75,31 @@ def test_arrays_lie_where_they_did(model: str, layout: str) -> None:
     assert table(plan) == (GOLDEN / f"{model}_{layout}.txt").read_text()
     leaves = jax.tree.leaves(abstract_params(plan, abstract_mesh(plan), unrolled=False))
     assert sum(map(held, leaves)) == params_bytes_per_device(plan)
+
+
+@pytest.mark.parametrize("model", sorted(resources.names("models")))
+@pytest.mark.parametrize("weights", [DType.BF16, DType.INT8])
+def test_planned_bytes_of_weights_are_those_that_are_stored(model: str, weights: DType) -> None:
+    """On every layout of roles that holds the model, leaf by leaf of what the runner allocates, with and without stages."""
+    config, checked = load_model_config(model), 0
+    for slice_name, roles in (
+        ("v4:2x2x4", {"x": "embed", "y": "ffn", "z": "ffn"}),
+        ("v4:2x2x4", {"x": "ffn", "y": "replica", "z": "embed"}),
+        ("v5e:2x4", {"x": "embed", "y": "ffn"}),
+        ("a100-80:4", {"x": "ffn"}),
+        ("v5e:2x4", {"x": "stage", "y": "ffn"}),
+    ):
+        slice_, layout = (
+            parse_slice(slice_name),
+            make_layout(roles, {axis: "none" if role == "stage" else "batch" for axis, role in roles.items()}),
+        )
+        if layout_offences(config, slice_, layout):
+            continue
+        plan, checked = Plan(config, slice_, layout, weights), checked + 1
+        stored = sum(map(held, jax.tree.leaves(abstract_params(plan, abstract_mesh(plan), unrolled=False))))
+        split = split_of(plan, Bucket(decode_rows=64, decode_pages=1), Pricing(slice_, program=PLAIN))
+        assert weight_bytes(split) == stored == params_bytes_per_device(plan), slice_name
+    assert checked
 
 
 def test_no_file_is_left_over() -> None:

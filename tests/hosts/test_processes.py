@@ -17,6 +17,7 @@ import pytest
 from partinf.experiment.together import free_port
 from partinf.hosts.job import NAMES
 from partinf.model.config import load_model_config
+from partinf.model.weights import num_params
 from partinf.resources import find
 from tests.hosts import worker
 
@@ -137,7 +138,7 @@ def test_the_pages_of_a_request_may_lie_in_several_processes(start: Callable[...
 def test_three_processes_with_a_pipeline_stage_each(start: Callable[..., LocalJob]) -> None:
     """Each holds the layers of its stage, their part of the pages, and the embeddings."""
     model = load_model_config("demo")
-    embeddings = model.padded_vocab_size * model.embed_dim / model.num_params()
+    embeddings = model.padded_vocab_size * model.embed_dim / num_params(model)
     check_answers(start(3, "answer", requests=COUNT, layout="stages"), worker.answer(worker.make_engine(None, "stages"), COUNT), embeddings)
 
 
