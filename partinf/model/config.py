@@ -168,8 +168,8 @@ class ModelConfig:
             offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
         if not offences and self.position is Position.ROPE and self.head_dim % 2:
             offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
-        matrices = self.num_layers * self.embed_dim * (self.ffn_dim + self.num_heads * self.head_dim) if not offences else 0
-        if matrices + self.embed_dim * self.vocab_size > _MOST_PARAMS:
+        widths = self.num_layers * (self.ffn_dim + self.num_heads * self.head_dim) + self.vocab_size if not offences else 0
+        if widths and widths * self.embed_dim > _MOST_PARAMS:
             offences.append(f"model {self.name}: more than {_MOST_PARAMS:.0e} parameters, which are the most that are planned for")
         return offences
 
