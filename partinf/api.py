@@ -97,7 +97,7 @@ def plan(
         bound = planner.plan(config, target, workload)
     if capacity is None:
         needed = max(workload.max_context, 1)
-        longest = min(needed, config.max_len or needed)
+        longest = min(needed, config.longest_context or needed)
         capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=_prompt_tokens(workload, bound.num_stages))
     return with_capacity(bound, capacity)
 
@@ -214,7 +214,7 @@ def weights_directory(model: str | Path) -> Path | None:
 
 def _default_plan(model: str | Path) -> Plan:
     config = load_model_config(model)
-    length = min(config.max_len or 2048, 2048)
+    length = min(config.longest_context or 2048, 2048)
     workload = Workload(batch=16, input_len=length // 2, output_len=length // 2, weights=DType.BF16)
     return plan(config, "local", workload, capacity=Capacity(max_rows=16, max_len=length))
 

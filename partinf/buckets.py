@@ -67,11 +67,10 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
     Raises:
         InvalidInput: sizes out of range, more KV pages than a pool keeps, or a context beyond the model's.
     """
-    longest = plan.model.max_len or MAX_LEN
-    max_len = capacity.max_len or min(longest, 4096)
+    max_len = capacity.max_len or min(plan.model.longest_context or 4096, 4096)
     offences = [line for name, (low, high) in _RANGES.items() for line in not_whole(name, getattr(capacity, name), low, high)]
-    if not offences and max_len > longest:
-        offences.append(f"max_len = {max_len}; model {plan.model.name} has a context of {longest} tokens")
+    if not offences:
+        offences += plan.model.context_offences(f"max_len = {max_len}", max_len)
     raise_offences(offences)
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
     held, pages = rows_per_stage(plan, capacity.max_rows) * plan.num_stages, _up(-(-max_len // capacity.page_size), plan.num_parts)

@@ -136,7 +136,7 @@ def text_of(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         line = data.count(b"\n", 0, start) + 1
-        raise InvalidInput(f"{where}: no UTF-8 text: byte 0x{data[start]:02x} in line {line}{_looks_like(data)}") from None
+        raise InvalidInput(f"{where}: no UTF-8 text: byte 0x{data[start]:02x} in line {line}{looks_like(data)}") from None
 
 
 def toml_of(text: str, where: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def toml_of(text: str, where: str) -> dict[str, Any]:
     except RecursionError:
         raise InvalidInput(_too_deep(where)) from None
     except ValueError as error:  # beside its own, that of numbers with thousands of digits
-        raise InvalidInput(f"{where}: not a TOML file: {_first_line(error)}{_looks_like(text[:64].encode(errors='replace'))}") from None
+        raise InvalidInput(f"{where}: not a TOML file: {_first_line(error)}{looks_like(text[:64].encode(errors='replace'))}") from None
     _check_nesting(found, where)
     return found
 
@@ -181,7 +181,7 @@ def json_of(text: str | bytes, where: str) -> Any:
     except RecursionError:
         raise InvalidInput(_too_deep(where)) from None
     except ValueError as error:
-        raise InvalidInput(f"{where}: not JSON: {_first_line(error)}{_looks_like(text[:64].encode(errors='replace'))}") from None
+        raise InvalidInput(f"{where}: not JSON: {_first_line(error)}{looks_like(text[:64].encode(errors='replace'))}") from None
     if twice:
         raise InvalidInput(f"{where}: a key stands twice in one object: {', '.join(map(shown, twice[:3]))}")
     halves = "\\ud" in text.lower()
@@ -379,7 +379,8 @@ def _too_deep(where: str) -> str:
     return f"{where}: nested deeper than {MAX_NESTING} levels"
 
 
-def _looks_like(data: bytes) -> str:
+def looks_like(data: bytes) -> str:
+    """What a file is by its first bytes, as the end of a message; empty where that cannot be told."""
     head = data.lstrip()
     for start, kind in _KINDS:
         if head.startswith(start):

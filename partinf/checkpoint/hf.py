@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from partinf.checkpoint.hf_names import LeafSource, leaf_sources, naming_of, read_leaf, split_leaf, tensor_shapes, tolerated
+from partinf.checkpoint.hf_names import LeafSource, leaf_sources, naming_of, read_leaf, split_leaf, tensor_shapes, tied_offences, tolerated
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
@@ -57,6 +57,7 @@ def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params
     wanted = shapes_by_path(abstract_params, quantized_whole=True)
     disagreements = compare_shapes(wanted, expected, "the parameter tree", f"the model {config.name}")
     reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements)
+    raise_offences(tied_offences(reader, config, naming))
     arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
     structure = jax.tree.structure(abstract_params, is_leaf=lambda x: isinstance(x, Quantized))
     return jax.tree.unflatten(structure, arrays)

@@ -19,6 +19,8 @@ from partinf.model.config import ModelConfig
 from partinf.model.families import Naming, Stored, family_of
 from partinf.model.weights import leaf_names
 
+_HEAD = "lm_head.weight"
+
 
 def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
     """The names of the model's tensors, with the one base of which most are among those `found` in a directory; of equals the first.
@@ -37,7 +39,18 @@ def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
 
 def tolerated(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
     """Endings of tensor names that may be in a directory and are not read: buffers, and a copy of the embedding where it is tied."""
-    return (*naming.buffers, "lm_head.weight") if config.tied_embeddings else naming.buffers
+    return (*naming.buffers, _HEAD) if config.tied_embeddings else naming.buffers
+
+
+def tied_offences(reader: TensorReader, config: ModelConfig, naming: Naming) -> list[str]:
+    """The offence of an output matrix that is stored beside the embedding, is said to be the same, and is another."""
+    embed = naming.model_weights["embed"].tensors[0].format(base=naming.bases[0])
+    if not config.tied_embeddings or _HEAD not in reader.inventory.tensors or reader.same(embed, _HEAD):
+        return []
+    says = f"{_HEAD} differs from {embed}, although tie_word_embeddings says that they are one"
+    if "unembed" not in naming.model_weights:
+        return [f"{says}; a matrix of its own is not supported for this family"]
+    return [f"{says}; set tie_word_embeddings to false to use it, as transformers does, or remove it from the file"]
 
 
 @dataclass(frozen=True)

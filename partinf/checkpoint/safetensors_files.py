@@ -8,8 +8,8 @@ broken file and a tensor of the wrong shape are reported together.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from partinf import documents
 from partinf.checkpoint.offences import condense
-from partinf.errors import nearest, raise_offences
+from partinf.errors import InvalidInput, nearest, raise_offences
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,7 +33,12 @@ READABLE_DTYPES = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_HEADER_BYTES = 32 << 20  # of a hundred thousand tensors in one file; the format allows three times as many, which nobody writes
+_MAX_DIMS = 16
+_MOST_LINES = 20  # of entries that contradict themselves
+_COMPARED_AT_ONCE = 1 << 22  # numbers
+_SHARD = re.compile(r"(?P<stem>[\w.-]+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Inventory:
 
 
 def _plain_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _tensor_bytes(entry: Any) -> int | None:
@@ -77,7 +83,8 @@ def _tensor_bytes(entry: Any) -> int | None:
     if not isinstance(entry, dict):
         return None
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and isinstance(dtype, str)):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= _MAX_DIMS and len(offsets) == 2
+    if not lists or not isinstance(dtype, str):
         return None
     if not all(_plain_int(number) for number in (*shape, *offsets)):
         return None
@@ -87,16 +94,20 @@ def _tensor_bytes(entry: Any) -> int | None:
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int, str]:
     """The header of a file, where its data begin, and the offence, if any, that makes the header unreadable."""
+    if path.is_symlink() and not path.exists():
+        return {}, 0, f"{path}: a link to {path.readlink()}, which does not exist; download the file again"
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            return {}, 0, f"{path}: truncated, or no safetensors file: {size} bytes do not hold the header that its first 8 bytes announce"
+            announced = f"{size} bytes do not hold the header that its first 8 bytes announce"
+            kind = documents.looks_like(prefix + file.read(64))
+            return {}, 0, f"{path}: truncated, or no safetensors file: {announced}{kind}"
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            return {}, 0, f"{path}: the header is not JSON ({error}); expected a safetensors file"
+            header = documents.json_of(file.read(length), "")
+        except InvalidInput as error:
+            return {}, 0, f"{path}: the header is not JSON{error}; expected a safetensors file"
     if not isinstance(header, dict):
         return {}, 0, f"{path}: the header is a {type(header).__name__}; expected a JSON object of tensors"
     header.pop("__metadata__", None)
@@ -115,17 +126,21 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str], bool]:
     tensors: dict[str, StoredTensor] = {}
     offences: list[str] = []
     cut_off: list[str] = []
+    contradictory: list[str] = []
     for name, entry in header.items():
         if _tensor_bytes(entry) is None:
-            offences.append(
-                f"{path}: the header contradicts itself about {name}: found {entry}; expected type, shape and offsets that agree"
-            )
+            contradictory.append(name)
             continue
         begin, end = (start + offset for offset in entry["data_offsets"])
         tensors[name] = StoredTensor(name, path, tuple(entry["shape"]), entry["dtype"], begin)
         announced = max(announced, end)
         if end > size:
             cut_off.append(name)
+    for name in contradictory[:_MOST_LINES]:
+        found = f"found {documents.shown(header[name], 120)}; expected type, shape and offsets that agree"
+        offences.append(f"{path}: the header contradicts itself about {name[:200]}: {found}")
+    if contradictory[_MOST_LINES:]:
+        offences.append(f"{path}: the header contradicts itself about {len(contradictory) - _MOST_LINES} more tensors")
     if cut_off:
         some = ", ".join(f"{name} {tensors[name].shape}" for name in cut_off[:3]) + (" and others" if len(cut_off) > 3 else "")
         offences.append(
@@ -148,19 +163,28 @@ def _refusal(path: Path) -> list[str]:
 def _add_file(inventory: Inventory, path: Path) -> bool:
     tensors, offences, readable = read_header(path)
     inventory.offences += offences
+    twice: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if name in inventory.tensors:
-            inventory.offences.append(f"{path}: {name} is also in {inventory.tensors[name].path.name}; expected each tensor in one file")
+            twice.setdefault(inventory.tensors[name].path.name, []).append(name)
         inventory.tensors.setdefault(name, tensor)
+    for other, names in twice.items():
+        more = f", as are {len(names) - 1} more of its tensors" if names[1:] else ""
+        inventory.offences.append(
+            f"{path}: {names[0]} is also in {other}{more}; expected each tensor in one file; remove the file that is not meant"
+        )
     return readable
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     """The weight map, name → file, of an index; bad entries are offences."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {}, [f"{path}: no safetensors index ({type(error).__name__}: {error}); expected JSON with a 'weight_map', tensor → file"]
+        index = documents.read_json(path, most=_MAX_HEADER_BYTES)
+    except InvalidInput as error:
+        return {}, [f"{error}; expected JSON with a 'weight_map', tensor → file"]
+    if not isinstance(index, dict) or "weight_map" not in index:
+        return {}, [f"{path}: no safetensors index; expected JSON with a 'weight_map', tensor → file"]
+    weight_map = index["weight_map"]
     if not isinstance(weight_map, dict):
         return {}, [f"{path}: 'weight_map' is a {type(weight_map).__name__}; expected an object of tensor → file"]
     # A path out of the directory would let a downloaded index read any file.
@@ -177,7 +201,7 @@ def _from_index(path: Path) -> Inventory:
     present = sorted(file.name for file in path.parent.glob("*.safetensors"))
     for file in sorted(set(weight_map.values())):
         names = {name for name, where in weight_map.items() if where == file}
-        if not (path.parent / file).is_file():
+        if not (path.parent / file).is_file() and not (path.parent / file).is_symlink():
             others = ", ".join(present) or "none"
             inventory.offences.append(f"{path}: places {len(names)} tensors in {file}, which does not exist; present: {others}")
             inventory.explained |= names
@@ -195,23 +219,61 @@ def _from_index(path: Path) -> Inventory:
 def find_tensors(directory: str | Path) -> Inventory:
     """Every tensor of a directory, by header alone.
 
-    `model.safetensors` wins over an index, and an index over shards without one: the order in which transformers looks.
+    One file or an index with shards; where there are both, nobody can say which is the model, and that is an offence. Without either, the
+    numbered shards if there are any, all of them; else every safetensors file.
     """
     directory = Path(directory)
     if not directory.is_dir():
         return Inventory(offences=[f"{directory}: no such directory; expected one with config.json and safetensors files"], unlisted=True)
-    if (directory / INDEX_FILE).is_file() and not (directory / SINGLE_FILE).is_file():
-        return _from_index(directory / INDEX_FILE)
-    files = [directory / SINGLE_FILE] if (directory / SINGLE_FILE).is_file() else sorted(directory.glob("*.safetensors"))
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    adapters = sorted(file.name for file in directory.glob("adapter_*") if file.name in _ADAPTER_FILES)
+    if adapters:
+        offence = f"{directory}: holds an adapter ({', '.join(adapters)}), which is not applied; merge it into the weights, or remove it"
+        return Inventory(offences=[offence], unlisted=True)
+    shards = _shards(directory, index) - {SINGLE_FILE}
+    if _there(single) and shards:
+        both = f"{SINGLE_FILE} and shards of a model ({min(shards)} first)"
+        offence = f"{directory}: holds {both}; only one of them can be meant; remove the other, and an index that belongs to it"
+        return Inventory(offences=[offence], unlisted=True)
+    if _there(index) and not _there(single):
+        return _from_index(index)
+    files, missing = ([single], []) if _there(single) else _without_index(directory)
     if not files:
         other = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf"))
         found = f"found {', '.join(other)}, which are not read" if other else "found none"
         offence = f"{directory}: no safetensors file: {found}; expected {SINGLE_FILE} or {INDEX_FILE} with its shards"
         return Inventory(offences=[offence], unlisted=True)
-    inventory = Inventory()
+    inventory = Inventory(offences=missing, unlisted=bool(missing))
     for file in files:
         inventory.unlisted |= not _add_file(inventory, file)
     return inventory
+
+
+def _shards(directory: Path, index: Path) -> set[str]:
+    """The files in a directory that are shards by their number, or by what an index says."""
+    named = set(_read_index(index)[0].values()) if _there(index) else set()
+    return {file.name for file in directory.glob("*.safetensors") if file.name in named or _SHARD.fullmatch(file.name)}
+
+
+def _there(path: Path) -> bool:
+    """Whether there is a file, or a link to one that is gone: whoever reads it says so."""
+    return path.is_file() or path.is_symlink()
+
+
+def _without_index(directory: Path) -> tuple[list[Path], list[str]]:
+    """The files of a directory without an index, and the offence of each set of numbered shards that lacks some."""
+    files = sorted(directory.glob("*.safetensors"))
+    sets: dict[tuple[str, str], set[int]] = {}
+    for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
+        sets.setdefault((match["stem"], match["total"]), set()).add(int(match["number"]))
+    offences = []
+    for (stem, total), numbers in sets.items():
+        lacking = sorted({*range(1, int(total) + 1)} - numbers)
+        if lacking:
+            named = ", ".join(f"{stem}-{number:05d}-of-{total}.safetensors" for number in lacking[:3])
+            more = " and others" if lacking[3:] else ""
+            offences.append(f"{directory}: {len(lacking)} of {int(total)} shards are missing: {named}{more}; download them")
+    return files, offences
 
 
 def check_tensors(inventory: Inventory, expected: Mapping[str, tuple[int, ...]], tolerated: Collection[str] = ()) -> list[str]:
@@ -269,6 +331,19 @@ class TensorReader:
         view = self._maps[tensor.path][tensor.start : stop].view(dtype).reshape(tensor.shape)[index]
         self.bytes_read += view.nbytes
         return view
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers. `check` must have passed."""
+        pair = [self.inventory.tensors[name] for name in (one, other)]
+        shape = pair[0].shape
+        if shape != pair[1].shape or any(tensor.dtype not in READABLE_DTYPES for tensor in pair):
+            return False
+        rows = max(1, _COMPARED_AT_ONCE // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0] if shape else 1, rows):
+            index = (slice(start, start + rows),) if shape else ()
+            if not np.array_equal(self.read(one, index), self.read(other, index)):
+                return False
+        return True
 
     def __enter__(self) -> TensorReader:
         return self

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from partinf import api
     from partinf.cli import devices
-    from partinf.errors import collect
+    from partinf.errors import collect, raise_offences
 
     offences: list[str] = []
     target = collect(offences, lambda: named_slice(args.slice, args.mesh, args.hardware))
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         offences.append(f"--trace {args.trace}: there is no directory {Path(args.trace).absolute().parent}")
     load, config = need(offences, load), need(offences, config)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
-    if config.max_len and longest > config.max_len:
-        need([f"the longest request has {longest} tokens, and model {config.name} has a context of {config.max_len}"], None)
+    raise_offences(config.context_offences(f"the longest request has {longest} tokens", longest))
     plan = _plan(args, load, longest, target, layout)
     model = _load(args, plan, host_pages)
     figures = _bench(args, load, model, lag)

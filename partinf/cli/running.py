@@ -87,7 +87,7 @@ class Running:
         where = self._target if self._target is not None else api.find_slice("local", args.mesh, args.hardware)
         dtype = DType(args.weights or where.chip.platform.default_type)
         kv = DType(args.kv) if args.kv else dtype.activations
-        max_len = args.max_len or min(config.max_len or 2048, 2048)
+        max_len = args.max_len or min(config.longest_context or 2048, 2048)
         workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
         capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), random=random, rich=rich)
         return api.plan(config, where, workload, layout=self._layout, capacity=capacity)

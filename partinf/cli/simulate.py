@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     bound = collect(offences, lambda: _bind(args, load))
     load, (plan, pricing) = need(offences, load), need(offences, bound)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
-    max_len = numbers["max_len"] or min(longest, plan.model.max_len or longest)
+    max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
     residents = numbers["residents"] or resident_batches(load.scheduler) * load.options.max_batch_size
     sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, (host or 0.0) * 1e9, (overhead or 0.0) / 1e6)
     figures = _simulate(args, load, plan, pricing, sizing)

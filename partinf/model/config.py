@@ -15,6 +15,7 @@ from typing import Any
 from partinf import documents, resources
 from partinf.documents import Table, finite, shown
 from partinf.errors import InvalidInput, raise_offences
+from partinf.limits import not_whole
 
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 # The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and
@@ -135,10 +136,8 @@ class ModelConfig:
         if not self.longest_context or tokens <= self.longest_context:
             return []
         if self.longest_context < self.max_len or not self.max_len:
-            why = (
-                f"has a sliding window of {self.window} tokens, which is exact for contexts of up to {self.window} and not supported beyond"
-            )
-            return [f"{what}; model {self.name} {why}; ask for at most {self.window}"]
+            window = f"a sliding window of {self.window} tokens, and longer contexts are not supported"
+            return [f"{what}; model {self.name} has {window}: at most {self.window} are computed exactly"]
         return [f"{what}; model {self.name} has a context of {self.max_len} tokens"]
 
     @property
@@ -168,8 +167,9 @@ class ModelConfig:
             offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
         if not offences and self.position is Position.ROPE and self.head_dim % 2:
             offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
-        widths = self.num_layers * (self.ffn_dim + self.num_heads * self.head_dim) + self.vocab_size if not offences else 0
-        if widths and widths * self.embed_dim > _MOST_PARAMS:
+        rows = 0 if offences else self.num_layers * (self.ffn_dim + self.num_heads * self.head_dim) + self.vocab_size
+        rows += self.max_len if rows and self.position is Position.LEARNED else 0
+        if rows * self.embed_dim > _MOST_PARAMS:
             offences.append(f"model {self.name}: more than {_MOST_PARAMS:.0e} parameters, which are the most that are planned for")
         return offences
 
@@ -177,13 +177,7 @@ class ModelConfig:
         """Numbers of a wrong type, or for which the code is not right; lists and arrays are made of these sizes only after this."""
         offences = []
         for key, (least, most) in _WHOLE.items():
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool):
-                offences.append(f"{key} = {shown(value)}; a whole number is needed")
-            elif value < least:
-                offences.append(f"{key} = {shown(value)}; it must be at least {least}")
-            elif value > most:
-                offences.append(f"{key} = {shown(value)}; it must be at most {most}")
+            offences += not_whole(key, getattr(self, key), least, most)
         offences += _number_offences("norm_eps", self.norm_eps, _NORM_EPS)
         offences += _number_offences("rope_theta", self.rope_theta, _ROPE_THETA)
         scaling = self.rope_scaling

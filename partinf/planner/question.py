@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.pricing import Pricing, Program
+from partinf.errors import raise_offences
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
 from partinf.workload import Workload
@@ -19,6 +20,9 @@ class Question:
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).
         program: what is credited, see `partinf.cost.pricing`; None for that of the chip.
+
+    Raises:
+        InvalidInput: contexts beyond the model's sliding window.
     """
 
     model: ModelConfig
@@ -26,6 +30,11 @@ class Question:
     calibration: str = "fitted"
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS
     program: Program | None = None
+
+    def __post_init__(self) -> None:
+        if self.model.window:  # beyond it, fewer keys and values are kept and read than are counted
+            tokens = self.workload.max_context
+            raise_offences(self.model.context_offences(f"contexts of {tokens} tokens", tokens))
 
     def pricing(self, slice_: Slice) -> Pricing:
         """The prices of this slice under the question's terms.

@@ -8,7 +8,7 @@ from partinf.buckets import runner_limits
 from partinf.cost.memory import activation_bytes, usable_bytes
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape, StepSplit
-from partinf.errors import InvalidInput
+from partinf.errors import InvalidInput, raise_offences
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.step_price import StepPrice
@@ -40,8 +40,10 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunne
     """A runner that simulates this plan, with a pool of as many KV pages as its devices have room for.
 
     Raises:
-        InvalidInput: the weights leave no room for one sequence of the longest context.
+        InvalidInput: the weights leave no room for one sequence of the longest context, or that is beyond the model's sliding window.
     """
+    if plan.model.window:
+        raise_offences(plan.model.context_offences(f"max_len = {sizing.max_len}", sizing.max_len))
     plan = _sized(plan, sizing)
     price = StepPrice(plan, pricing)
     chip, page_bytes, page_seconds = plan.slice.chip, price.page_bytes, price.page_seconds
