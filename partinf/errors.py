@@ -37,6 +37,20 @@ class Overloaded(RuntimeError):
         super().__init__(message)
 
 
+class NoNumber(ArithmeticError):
+    """What the model computed for a request, or for a text to be scored, is no number: NaN or infinite. Others are as they would be."""
+
+    def __init__(self, num_tokens: int) -> None:
+        """
+        Args:
+            num_tokens: how many came before the token whose logits they are.
+        """
+        super().__init__(
+            f"the model's logits after {num_tokens} tokens are no numbers (NaN or infinite); "
+            "its weights hold some, or its activations leave the range of their type"
+        )
+
+
 def raise_offences(offences: Iterable[str]) -> None:
     """Raise `InvalidInput` if there is any offence."""
     found = tuple(offences)

@@ -6,6 +6,7 @@ import argparse
 import bisect
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     model = _load(args, plan, host_pages)
     figures = _bench(args, load, model, lag)
     show(figures, args.format, _heading(figures))
-    return 0
+    if figures["failed"]:
+        print(f"partinf: error: {figures['failed']} requests failed; the model's logits were no numbers (NaN or infinite)", file=sys.stderr)
+    return 1 if figures["failed"] else 0
 
 
 def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layout: Any) -> Plan:
@@ -97,6 +100,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
     from partinf.cost.calibration import calibration_for
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
+    from partinf.engine.request import FinishReason
     from partinf.layout import readable_name
     from partinf.model.weights import num_params
     from partinf.simulation.play import WallClock, play
@@ -140,6 +144,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
         "seed": int(args.seed),
         "calibration_source": calibration_for(chip).source,
         "decode_seconds": estimates.decode,
+        "failed": engine.metrics.summary().finished.get(FinishReason.FAILED, 0),
         **report(engine.metrics, seconds, refused, load.bounds, Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)),
     }
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         for prompt, output in zip(prompts, outputs, strict=True):
             print(f"{prompt}{output.text}")
-    return 0
+    return running.tell_failures("prompt", {index: output.error for index, output in enumerate(outputs) if output.error is not None})
 
 
 def _sampling(args: argparse.Namespace) -> SamplingParams:
@@ -81,6 +81,7 @@ def _report(args: argparse.Namespace, model: Model, prompts: list[str], outputs:
         "compile_seconds": model.runner.compile_seconds,
         "outputs": [
             {"prompt": prompt, "text": output.text, "tokens": list(output.tokens), "finish_reason": output.finish_reason.value}
+            | ({} if output.error is None else {"error": str(output.error)})
             for prompt, output in zip(prompts, outputs, strict=True)
         ],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from partinf.cli.arguments import add_where, named_layout, named_slice
 from partinf.errors import InvalidInput, collect, raise_offences
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from partinf.api import Model
     from partinf.hardware.slices import Slice
     from partinf.hosts import Group
@@ -106,3 +109,10 @@ class Running:
         if model.tokenizer is not None and model.tokenizer.eos_note:
             print(model.tokenizer.eos_note, file=sys.stderr)
         return model
+
+
+def tell_failures(what: str, errors: Mapping[int, BaseException]) -> int:
+    """Say on standard error which prompts or texts failed and why, by their index; returns the exit code."""
+    for index, error in errors.items():
+        print(f"partinf: error: {what} {index + 1}: {error}", file=sys.stderr)
+    return 1 if errors else 0

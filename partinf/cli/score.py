@@ -30,13 +30,18 @@ def run(args: argparse.Namespace) -> int:
     scores = place.load(plan, compile_steps=False).score(texts)
     if args.format == "json":
         fields = ("num_tokens", "padded_tokens", "seconds", "mfu", "chip_ms_per_token")
-        found = [{"text": text, "logprobs": one, "total": sum(one)} for text, one in zip(texts, scores.logprobs, strict=True)]
+        found = [
+            {"text": text, "logprobs": one, "total": None, "error": str(scores.errors[index])}
+            if index in scores.errors
+            else {"text": text, "logprobs": one, "total": sum(one)}
+            for index, (text, one) in enumerate(zip(texts, scores.logprobs, strict=True))
+        ]
         print(json.dumps({"model": args.model, "scores": found} | {name: getattr(scores, name) for name in fields}, indent=2))
     else:
         from rich.console import Console
 
         _show(Console(), texts, scores)
-    return 0
+    return running.tell_failures("text", scores.errors)
 
 
 def _show(console: Console, texts: list[str], scores: Scores) -> None:
@@ -46,8 +51,9 @@ def _show(console: Console, texts: list[str], scores: Scores) -> None:
     for heading in ("tokens", "log-probability", "per token"):
         table.add_column(heading, justify="right")
     table.add_column("text")
-    for text, one in zip(texts, scores.logprobs, strict=True):
-        table.add_row(f"{len(one)}", f"{sum(one):.3f}", f"{sum(one) / len(one):.3f}", text, style=None)
+    for index, (text, one) in enumerate(zip(texts, scores.logprobs, strict=True)):
+        sums = ("failed", "failed") if index in scores.errors else (f"{sum(one):.3f}", f"{sum(one) / len(one):.3f}")
+        table.add_row(f"{len(one)}", *sums, text, style=None)
     console.print(table, markup=False)
     console.print(
         f"{scores.num_tokens} tokens in {scores.seconds:.3g} s, {scores.padded_tokens - scores.num_tokens} of padding; "

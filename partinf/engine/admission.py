@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from partinf.engine.detokenize import Tokenizer
-from partinf.engine.params import is_unicode
+from partinf.engine.params import MAX_SEED, is_number, is_unicode, shown
 from partinf.engine.request import Request, SamplingParams
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling
@@ -23,6 +23,8 @@ class RequestCheck:
         self._limits = limits
         self._tokenizer = tokenizer
         self._seed = seed
+        if not isinstance(seed, int) or not -MAX_SEED <= seed <= MAX_SEED:
+            raise InvalidInput(f"the engine's seed = {shown(seed)}; valid: a whole number from {-MAX_SEED} to {MAX_SEED}")
 
     def __call__(self, prompt: Prompt, params: SamplingParams, request_id: str, number: int, arrival: float) -> Request:
         """Check, encode and complete a request.
@@ -35,8 +37,10 @@ class RequestCheck:
         offences += self._params_offences(params)
         if not is_unicode(request_id):
             offences.append("the id is no Unicode text")
-        shown = request_id if is_unicode(request_id) else repr(request_id)
-        raise_offences(f"request {shown}: {offence}" for offence in offences)
+        if not is_number(arrival):
+            offences.append(f"arrival = {shown(arrival)}; valid: seconds on the engine's clock")
+        name = request_id if is_unicode(request_id) else shown(request_id)
+        raise_offences(f"request {name}: {offence}" for offence in offences)
         return Request(
             id=request_id,
             number=number,
@@ -45,14 +49,14 @@ class RequestCheck:
             max_tokens=min(params.max_tokens, self._limits.max_context - len(tokens)),
             sampling=RowSampling(
                 temperature=float(params.temperature),
-                top_k=params.top_k,
+                top_k=params.top_k if params.top_k < self._limits.vocab_size else 0,
                 top_p=float(params.top_p),
                 min_p=float(params.min_p),
                 seed=derived_seed(self._seed, request_id) if params.seed is None else params.seed,
                 presence=float(params.presence_penalty),
                 frequency=float(params.frequency_penalty),
                 repetition=float(params.repetition_penalty),
-                top_logprobs=params.top_logprobs,
+                top_logprobs=min(params.top_logprobs, self._limits.vocab_size),
                 steered=_steered(params),
             ),
             arrival=arrival,
@@ -98,7 +102,7 @@ class RequestCheck:
             )
         if not self._limits.rich:
             offences += [
-                f"{name} = {getattr(params, name)!r}, but the steps cannot do that; plan with Capacity(rich=True)"
+                f"{name} = {shown(getattr(params, name))}, but the steps cannot do that; plan with Capacity(rich=True)"
                 for name, off in _RICH.items()
                 if getattr(params, name) != off
             ]
@@ -114,7 +118,7 @@ class RequestCheck:
         if not bad:
             return []
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        return [f"{name} holds {bad[0]!r}{more}, which is no token id; valid: 0..{vocab - 1}"]
+        return [f"{name} holds {shown(bad[0])}{more}, which is no token id; valid: 0..{vocab - 1}"]
 
 
 # Parameters that take rich steps, and their values when off.

@@ -150,8 +150,17 @@ class PagePool:
     def forget_prefixes(self) -> None:
         """The pages were lost."""
         for shard, cache in enumerate(self.prefixes):
-            for page in cache.clear():
-                self._free_pages[shard][self._limits.place_of(page)[1]].append(page)
+            self._take_back(shard, cache.clear())
+
+    def forget(self, sequence: Sequence) -> None:
+        """What this sequence, which has ended, wrote shall not be found any more."""
+        for shard, cache in enumerate(self.prefixes):
+            self._take_back(shard, cache.forget(sequence))
+
+    def _take_back(self, shard: int, pages: Iterable[int]) -> None:
+        """Pages of a shard that nobody holds or remembers are free."""
+        for page in pages:
+            self._free_pages[shard][self._limits.place_of(page)[1]].append(page)
 
     def check(self, residents: Iterable[Sequence], swapped: Iterable[Sequence] = ()) -> None:
         """Assert conservation: every page is free or held as often as it has references, every slot free or held by one resident, and

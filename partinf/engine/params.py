@@ -1,8 +1,12 @@
-"""What may be asked of a request: `SamplingParams`, checked when it is made."""
+"""What may be asked of a request: `SamplingParams`, checked when it is made.
+
+A step takes numbers in 32 bits, so this is where they are held to that: whole numbers have bounds or are only compared on the host, others
+are finite as float32. Numbers of other libraries become Python's own.
+"""
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +16,9 @@ from partinf.workload import MAX_BIASES, TOP_LOGPROBS
 
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 128
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+_SHOWN = 80  # characters of a value in a message
 
 
 def _whole(value: Any, low: int) -> bool:
@@ -30,12 +37,31 @@ def _seed(value: Any) -> bool:
     return _whole(value, 0) and value <= MAX_SEED
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float32 can be near: no bool, no NaN, nothing infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX_FLOAT32 <= value <= MAX_FLOAT32
 
 
 def _within(value: Any, low: float, high: float) -> bool:
-    return _finite(value) and low <= value <= high
+    return is_number(value) and low <= value <= high
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another library as an int or a float; anything else as it is."""
+    if type(value) in (int, float) or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def shown(value: Any) -> str:
+    """A value in a message, shortened; Python refuses to write out whole numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__} of huge numbers"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _biases(values: Any) -> bool:
@@ -55,8 +81,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: tokens to generate at most, ≥ 1; capped at what the context leaves after the prompt.
-        temperature: ≥ 0; 0 always takes the most likely token.
-        top_k: sample among the k most likely tokens; 0 is off.
+        temperature: ≥ 0 and finite as float32; 0 always takes the most likely token.
+        top_k: sample among the k most likely tokens; 0 is off, and so is any number that the vocabulary does not reach.
         top_p: sample among the most likely tokens that hold this probability mass, 0 < top_p ≤ 1; 1 is off.
         min_p: sample among the tokens with at least this share of the most likely one's probability, 0..1; 0 is off.
         presence_penalty, frequency_penalty: -2..2, taken from the logits of tokens that were generated, once and as often as they were.
@@ -102,16 +128,18 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
             if isinstance(getattr(self, name), Iterable):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+                object.__setattr__(self, name, tuple(map(plain_number, getattr(self, name))))
+        for name in _NUMBERS:
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         object.__setattr__(self, "logit_bias", _in_order(self.logit_bias))
         raise_offences(self._offences())
 
     def _offences(self) -> list[str]:
         checks = (
             ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
-            ("temperature", _finite(self.temperature) and self.temperature >= 0, "a finite number, at least 0 (0 is greedy)"),
+            ("temperature", _within(self.temperature, 0, MAX_FLOAT32), f"a finite number from 0 to {MAX_FLOAT32:.3g} (0 is greedy)"),
             ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
-            ("top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
+            ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
             ("min_p", _within(self.min_p, 0, 1), "from 0 to 1 (0 is off)"),
             ("presence_penalty", _within(self.presence_penalty, -2, 2), "from -2 to 2 (0 is off)"),
             ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "from -2 to 2 (0 is off)"),
@@ -129,16 +157,22 @@ class SamplingParams:
                 f"a whole number from 0 to {TOP_LOGPROBS}",
             ),
             ("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False"),
-            ("timeout", self.timeout is None or (_finite(self.timeout) and self.timeout > 0), "seconds, greater than 0, or None"),
+            ("timeout", self.timeout is None or (is_number(self.timeout) and self.timeout > 0), "seconds, greater than 0, or None"),
             ("priority", _whole(self.priority, -MAX_SEED) and self.priority <= MAX_SEED, f"a whole number from {-MAX_SEED} to {MAX_SEED}"),
         )
-        return [f"{name} = {getattr(self, name)!r}; valid: {valid}" for name, fine, valid in checks if not fine]
+        return [f"{name} = {shown(getattr(self, name))}; valid: {valid}" for name, fine, valid in checks if not fine]
+
+
+_NUMBERS = (
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("n", "seed", "top_logprobs", "timeout", "priority"),
+)
 
 
 def _in_order(biases: Any) -> Any:
     """A mapping or pairs as a tuple of pairs in order of their tokens; as it comes, where it is something else."""
     pairs = biases.items() if isinstance(biases, Mapping) else biases
     try:
-        return tuple(sorted(tuple(pair) for pair in pairs))
+        return tuple(sorted(tuple(map(plain_number, pair)) for pair in pairs))
     except TypeError:
         return biases

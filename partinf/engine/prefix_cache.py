@@ -69,6 +69,15 @@ class PrefixCache:
         del self._by_digest[self._digest_of.pop(page)]
         return page
 
+    def forget(self, sequence: Sequence) -> list[int]:
+        """Let the pages of a sequence's tokens be found no more; returns those of them that were idle."""
+        pages = [self._by_digest.pop(digest) for digest in sequence.digests if digest in self._by_digest]
+        idle = [page for page in pages if page in self.idle[self._part_of(page)]]
+        for page in pages:
+            del self._digest_of[page]
+            self.hold(page)
+        return idle
+
     def clear(self) -> list[int]:
         """Forget everything, and return the pages that were idle."""
         idle = [page for part in self.idle for page in part]

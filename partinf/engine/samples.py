@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
@@ -13,6 +14,7 @@ from partinf.engine.metrics import Metrics
 from partinf.engine.request import FinishReason, Request, Sequence, Status, TokenEvent
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import SampledToken, StepOutput
+from partinf.errors import NoNumber
 
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -87,6 +89,7 @@ class Samples:
 
     def commit(self, batch: Batch, output: StepOutput, now: float) -> None:
         """Give a batch its output."""
+        self._take_scores(batch, output)
         for sequence, token, new in zip(batch.decode, output.decode, batch.samples, strict=True):
             sequence.in_flight -= 1
             if new:
@@ -95,9 +98,15 @@ class Samples:
             sequence.in_flight -= 1
             if last is not None:
                 self._accept(sequence, last, now)
-        for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
-            sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(scores)] = scores
         self._return_held()
+
+    def _take_scores(self, batch: Batch, output: StepOutput) -> None:
+        """Log-probabilities of prompts, before a token ends their request."""
+        for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
+            known = next((place for place, score in enumerate(scores) if not math.isfinite(score)), len(scores))
+            sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + known] = scores[:known]
+            if known < len(scores) and sequence.request.number in self._live:
+                self._fail(self._live[sequence.request.number], NoNumber(chunk.start + 1 + known))
 
     def end(self, lives: Iterable[Live], reason: FinishReason, error: BaseException | None = None) -> None:
         """End those that have not ended, nor end because of each other."""
@@ -148,6 +157,9 @@ class Samples:
             self._metrics.dropped_tokens += 1
             return
         live = self._live[sequence.request.number]
+        if sampled.token < 0:
+            self._fail(live, NoNumber(len(sequence.tokens)))
+            return
         self._metrics.generated_tokens += 1
         sequence.append(sampled, now)
         try:
@@ -159,6 +171,11 @@ class Samples:
             self._end(live, reason, text=text, token=sampled)
         elif text or live.on_token is not None:
             self._tell(live, sampled, text)
+
+    def _fail(self, live: Live, error: NoNumber) -> None:
+        """End a sample whose keys and values may be no numbers; nobody shall find them."""
+        self._end(live, FinishReason.FAILED, error=error)
+        self._scheduler.pool.forget(live.sequence)
 
     def _end(
         self,

@@ -167,6 +167,7 @@ class SampledToken(NamedTuple):
     """A token and its log-probability (natural, of the model's distribution before penalties, temperature and truncation).
 
     Attributes:
+        token: -1 if none could be chosen, because logits are NaN or infinite.
         top: the most likely tokens with theirs, most likely first, as many as were wanted.
     """
 

@@ -6,6 +6,7 @@ its last chunk has run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PrefillChunk, RowSampling, Step
-from partinf.errors import InvalidInput, raise_offences
+from partinf.errors import InvalidInput, NoNumber, raise_offences
 from partinf.execution.place import place_step
 from partinf.model.weights import num_params
 from partinf.plans import Bucket, Plan
@@ -34,6 +35,7 @@ class Scores:
 
     Attributes:
         logprobs: per text, the log-probability of every token after the first, given those before it.
+        errors: texts by their index in the call whose scores end early, because the next one is no number.
         num_tokens: tokens that were fed, without padding. padded_tokens: with it. seconds: wall time of the steps.
         mfu: 2 · parameters · tokens / (chips · peak · seconds). chip_ms_per_token: chips · seconds / tokens, in milliseconds.
     """
@@ -44,6 +46,7 @@ class Scores:
     seconds: float
     mfu: float
     chip_ms_per_token: float
+    errors: dict[int, NoNumber] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,13 +178,15 @@ class Scorer:
 
     def _scores(self, logprobs: list[list[float]], steps: int, seconds: float) -> Scores:
         num_tokens = sum(map(len, logprobs))
+        known = [next((place for place, score in enumerate(one) if not math.isfinite(score)), len(one)) for one in logprobs]
         chips, chip = self.plan.slice.num_chips, self.plan.slice.chip
         flops = 2 * num_params(self.plan.model) * num_tokens
         return Scores(
-            logprobs,
+            [one[:count] for one, count in zip(logprobs, known, strict=True)],
             num_tokens,
             steps * self.bucket.prefill_tokens,
             seconds,
             flops / (chips * chip.peak_bf16 * seconds),
             1e3 * chips * seconds / num_tokens,
+            {index: NoNumber(count + 1) for index, (one, count) in enumerate(zip(logprobs, known, strict=True)) if count < len(one)},
         )

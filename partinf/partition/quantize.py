@@ -41,12 +41,17 @@ class Quantized:
 
 
 def quantize(array: Any, contracted: tuple[int, ...]) -> Quantized:
-    """Round to the nearest of 255 levels per channel; numpy in, numpy out, and the same numbers from jax."""
+    """Round to the nearest of 255 levels per channel; numpy in, numpy out, and the same numbers from jax.
+
+    A channel that holds anything but numbers has scale NaN, and so is NaN as a whole.
+    """
     library: Any = np if isinstance(array, np.ndarray) else jnp
     wide = array.astype(np.float32)
     largest = library.max(library.abs(wide), axis=contracted, keepdims=True)
-    scale = library.where(largest > 0, largest / _LARGEST, 1.0).astype(np.float32)
-    values = library.clip(library.rint(wide / scale), -_LARGEST, _LARGEST).astype(np.int8)
+    scale = library.where(library.isfinite(largest), largest / _LARGEST, np.float32(np.nan))
+    scale = library.where(largest == 0, 1.0, scale).astype(np.float32)
+    levels = library.where(library.isnan(scale), 0.0, library.rint(wide / scale))
+    values = library.clip(levels, -_LARGEST, _LARGEST).astype(np.int8)
     return Quantized(values, library.squeeze(scale, axis=contracted), contracted)
 
 

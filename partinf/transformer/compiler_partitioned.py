@@ -73,7 +73,7 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, None, slots, batch, routes)
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)
-        last = state.last_token.at[slots].set(out.tokens, mode="drop")
+        last = state.last_token.at[slots].set(jnp.maximum(out.tokens, 0), mode="drop")
         return State(kv, last), replace(out, logits=logits if with_logits else None)
 
     packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)]).shape, np.int32, sharding=dimensions(mesh, ()))

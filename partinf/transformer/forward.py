@@ -81,13 +81,16 @@ def _looked_up(table: jax.Array, tokens: jax.Array, routes: Routes) -> jax.Array
     """Rows [T, E] of the table [V, E].
 
     Where a device's columns fill no whole lanes, a TPU keeps the table column by column and lays all of it out anew for a look-up. A
-    product with rows of the identity reads it once, as the logits do, and is as exact.
+    product with rows of the identity reads it once, as the logits do, and is as exact. What is no number in the table would reach every
+    token there, as 0 · NaN; it goes through the product as the largest number, and is NaN behind it.
     """
     by_columns = routes.plan.slice.chip.platform.multiplied_look_up and table.dtype == jnp.bfloat16 and table.shape[1] % _LANES
     if routes.plain or not by_columns or tokens.shape[0] > _MULTIPLIED_TOKENS:
         return table[tokens]
     rows = (tokens[:, None] == jnp.arange(table.shape[0])[None, :]).astype(table.dtype)
-    return dot("tv,ve->te", rows, table)
+    most = jnp.finfo(table.dtype).max
+    found = dot("tv,ve->te", rows, jnp.where(jnp.abs(table) < most, table, most))
+    return jnp.where(found < most, found, jnp.nan)
 
 
 def _spread(x: jax.Array, routes: Routes) -> jax.Array:
@@ -159,12 +162,22 @@ def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
     if routes.bucket.prefill_slots:
         order = routes.prefill.order
         here = take_split(jnp.arange(routes.bucket.prefill_tokens), 0, order, routes.tokens, routes.sizes)
-        picked = (jnp.asarray(batch.prefill.last)[:, None] == here[None, :]).astype(x.dtype)
-        last = picked @ x[lanes:]  # [S, E.w] {t unreduced}: one term each, so exact
+        picked = jnp.asarray(batch.prefill.last)[:, None] == here[None, :]
+        last = _picked(picked, x[lanes:])  # [S, E.w] {t unreduced}
         frame = routes.frame((), routes.weight_stored)
         last = move(last, frame, Split(cols=routes.weight, unreduced=routes.tokens), Split(cols=routes.weight))
         parts.append(move(last, frame, Split(cols=routes.weight), Split(cols=routes.weight_stored)))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _picked(picked: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows [S, E] of x [T, E], at most one per row of `picked` [S, T]: a product with ones and zeros, exact because it has one term.
+
+    Rows that hold anything but numbers are kept out of it, for 0 · NaN would reach all others.
+    """
+    numbers = jnp.all(jnp.isfinite(x), axis=1)  # [T]
+    found = picked.astype(x.dtype) @ jnp.where(numbers[:, None], x, 0.0)
+    return jnp.where(jnp.any(picked & ~numbers[None, :], axis=1)[:, None], jnp.nan, found)
 
 
 def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:

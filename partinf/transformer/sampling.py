@@ -5,6 +5,10 @@ devices. Top-k and top-p find their threshold bit by bit: a float's bits, read a
 asking 32 times how many entries (how much mass) lie at or above a candidate. That is exact; entries equal to the threshold are all kept.
 Min-p is a threshold below the largest. Sampling adds Gumbel noise keyed by (seed, sample, position, vocabulary entry), so a row's choice
 depends neither on the batch nor on the mesh. `keep_plain` is the sorted twin of the thresholds.
+
+Logits are taken relative to the largest of their row before they are divided by the temperature, which therefore overflows for none: the
+largest stays 0, whatever the temperature, and is always kept, also where `top_p` is too small for a float32. The order of entries is that
+of the logits themselves, which a high temperature would make equal.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from partinf.partition.collectives import Axes
 from partinf.transformer.batch import SamplingBatch
 
 Combine = Callable[[jax.Array], jax.Array]
+
+_LEAST_TEMPERATURE = 1e-6  # below it everything but the largest logit has probability 0
+_LEAST_MASS = 1e-30  # far below the mass of the largest logit, which is 1, and far above what is no float32 any more
 
 
 def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: jax.Array | None) -> jax.Array:
@@ -62,41 +69,44 @@ def most_likely(logits: jax.Array, ids: jax.Array, axes: Axes, count: int) -> tu
     return entries[:, :count], -descending[:, :count]
 
 
-def keep(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, total: Combine, top: jax.Array) -> jax.Array:
+def keep(logits: jax.Array, scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, total: Combine) -> jax.Array:
     """Which entries survive: of the top_k largest of a row those with at least min_p of the largest's probability, then the fewest of
-    those whose mass reaches top_p of theirs.
+    those whose mass reaches top_p of theirs. The largest always does.
 
     Args:
-        logits: [R, V.a]. top_k: [R], 0 for all. top_p, min_p: [R]. total: sum over the devices. top: [R], the row's largest logit.
+        logits: [R, V.a], which give the order. scaled: [R, V.a], their distances below the row's largest over its temperature, which give
+            the probabilities; 0 for the largest. top_k: [R], 0 for all. top_p, min_p: [R]. total: sum over the devices.
     """
     order = _ordered(logits)
     wanted = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)
     kept = order >= _threshold(order, lambda above: total(jnp.sum(above, axis=-1, dtype=jnp.int32)) >= wanted)[:, None]
-    kept &= logits - top[:, None] >= jnp.log(min_p)[:, None]
-    mass = jnp.where(kept, jnp.exp(logits - top[:, None]), 0.0)
-    enough = top_p * total(jnp.sum(mass, axis=-1))
+    kept &= scaled >= jnp.log(min_p)[:, None]
+    mass = jnp.where(kept, jnp.exp(scaled), 0.0)
+    # The largest has mass 1, so any other bound below that asks for it as well: products that are no float32 any more too.
+    enough = jnp.maximum(top_p * total(jnp.sum(mass, axis=-1)), _LEAST_MASS)
     nucleus = _threshold(order, lambda above: total(jnp.sum(jnp.where(above, mass, 0.0), axis=-1)) >= enough)
     return kept & ((order >= nucleus[:, None]) | (top_p >= 1.0)[:, None])
 
 
-def keep_plain(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+def keep_plain(logits: jax.Array, scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """The twin of `keep` on whole rows: by sorting."""
-    descending = -jnp.sort(-logits, axis=-1)
     size = logits.shape[-1]
+    descending = jnp.argsort(-logits, axis=-1)
+    at = lambda x, index: jnp.take_along_axis(x, jnp.take_along_axis(descending, index[:, None], axis=-1), axis=-1)  # noqa: E731
     last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
-    kept = logits >= jnp.take_along_axis(descending, last[:, None], axis=-1)
-    kept &= jnp.exp(logits - descending[:, :1]) >= min_p[:, None]
-    mass = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
-    by_mass = -jnp.sort(-mass, axis=-1)
-    needed = jnp.sum(jnp.cumsum(by_mass, axis=-1) < top_p[:, None], axis=-1)
-    smallest = jnp.take_along_axis(by_mass, jnp.minimum(needed, size - 1)[:, None], axis=-1)
-    return kept & ((mass >= smallest) | (top_p >= 1.0)[:, None])
+    kept = (logits >= at(logits, last)) & (jnp.exp(scaled) >= min_p[:, None])
+    mass = jnp.where(kept, jnp.exp(scaled), 0.0)
+    mass = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    reached = jnp.cumsum(jnp.take_along_axis(mass, descending, axis=-1), axis=-1)
+    needed = jnp.minimum(jnp.sum(reached < top_p[:, None], axis=-1), size - 1)
+    nucleus = logits >= at(logits, needed)
+    return kept & (nucleus | (top_p >= 1.0)[:, None])
 
 
 def _sample(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, total: Combine) -> jax.Array:
-    scaled = logits / jnp.maximum(how.temperature, 1e-6)[:, None]
-    top = _max(jnp.max(scaled, axis=-1), axes)
-    kept = keep(scaled, jnp.asarray(how.top_k), jnp.asarray(how.top_p), jnp.asarray(how.min_p), total, top)
+    top = _max(jnp.max(logits, axis=-1), axes)
+    scaled = (logits - top[:, None]) / jnp.maximum(how.temperature, _LEAST_TEMPERATURE)[:, None]
+    kept = keep(logits, scaled, jnp.asarray(how.top_k), jnp.asarray(how.top_p), jnp.asarray(how.min_p), total)
     return _argmax(jnp.where(kept, scaled + _gumbel(how, ids), -jnp.inf), ids, axes)
 
 
@@ -108,7 +118,8 @@ def _gumbel(how: SamplingBatch, ids: jax.Array) -> jax.Array:
         return jax.vmap(lambda entry: jax.random.key_data(jax.random.fold_in(key, entry))[1])(ids)
 
     bits = jax.vmap(row)(jnp.asarray(how.seed), jnp.asarray(how.sample), jnp.asarray(how.position))
-    uniform = ((bits >> 8).astype(jnp.float32) + 0.5) * (0.5**24)  # in (0, 1), both ends excluded
+    # In (0, 1), both ends excluded: with one bit more the half would be rounded away from the largest, up to 1, whose noise is infinite.
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * (0.5**23)
     return -jnp.log(-jnp.log(uniform))
 
 

@@ -55,7 +55,8 @@ class Out:
     """What a step returns, equal on all devices.
 
     Attributes:
-        tokens, logprobs: [D + S], decode lanes first; log-probabilities are those of the model, before temperature and penalties.
+        tokens, logprobs: [D + S], decode lanes first; log-probabilities are those of the model, before temperature and penalties. Token
+            -1 stands for a row whose logits are no numbers.
         logits: [D + S, V.ef] float32, or None unless it was asked for.
         top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in rich buckets; meaningless in a step whose
             rows want none. prompt_logprobs: [T] of the targets, in rich buckets with prompt tokens.
@@ -145,7 +146,7 @@ def build_step(
             out = replace(out, prompt_logprobs=_prompt_logprobs(params, x, batch, routes))
         out = stages.from_last(replace(out, logits=_whole_lanes(logits, routes) if with_logits else None), routes)
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)  # out of range: dropped
-        last = state.last_token.at[slots].set(out.tokens, mode="drop")
+        last = state.last_token.at[slots].set(jnp.maximum(out.tokens, 0), mode="drop")
         return State(kv, last, kept, carried), out
 
     in_specs = (params_specs, state_specs, batch_specs)
@@ -190,7 +191,7 @@ def choose_tokens(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch
     if not routes.bucket.rich:
         tokens = choose(logits, ids, how, axes, random)
         logprobs = logit_of(logits, ids, tokens, axes) - log_normalizer(logits, axes)
-        return Out(_whole_lanes(tokens, routes), _whole_lanes(logprobs, routes))
+        return Out(_whole_lanes(_token_or_none(tokens, logprobs, routes), routes), _whole_lanes(logprobs, routes))
     rows = replace(batch.rich, counted=None, target=None)
     tokens = choose(steer(logits, kept, local(slots), jax.tree.map(local, rows)), ids, how, axes, random)
     normalizer = log_normalizer(logits, axes)
@@ -203,7 +204,13 @@ def choose_tokens(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch
     shapes = jax.eval_shape(alternatives)
     nothing = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
     tops = lax.cond(jnp.any(jnp.asarray(batch.rich.alternatives) > 0), alternatives, nothing)
-    return Out(_whole_lanes(tokens, routes), _whole_lanes(logprobs, routes), None, *tops)
+    return Out(_whole_lanes(_token_or_none(tokens, logprobs, routes), routes), _whole_lanes(logprobs, routes), None, *tops)
+
+
+def _token_or_none(tokens: jax.Array, logprobs: jax.Array, routes: Routes) -> jax.Array:
+    """The tokens [R], -1 where nothing could be chosen. A logit of NaN or inf, or a row of -inf alone, shows in the sum by which
+    log-probabilities are normalised, on every device; a choice among such is no entry of the vocabulary, or any."""
+    return jnp.where(jnp.isfinite(logprobs) & (tokens < routes.plan.model.vocab_size), tokens, -1)
 
 
 def _prompt_logprobs(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:

@@ -42,7 +42,11 @@ def random_logits(rows: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(rows, VOCAB)).astype(np.float32) * 3
 
 
-keep_whole = jax.jit(lambda logits, k, p, m: keep(logits, k, p, m, lambda x: x, jnp.max(logits, axis=-1)))
+def below_top(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
+
+
+keep_whole = jax.jit(lambda logits, k, p, m: keep(logits, below_top(logits), k, p, m, lambda x: x))
 
 
 @settings(max_examples=60)
@@ -58,7 +62,7 @@ def test_thresholds_equal_the_sorted_twin(seed: int, top_k: int, top_p: float, m
     if ties:
         logits = np.round(logits)
     how = jnp.full(4, top_k, jnp.int32), jnp.full(4, top_p, jnp.float32), jnp.full(4, min_p, jnp.float32)
-    ours, twin = np.asarray(keep_whole(logits, *how)), np.asarray(keep_plain(jnp.asarray(logits), *how))
+    ours, twin = np.asarray(keep_whole(logits, *how)), np.asarray(keep_plain(jnp.asarray(logits), below_top(jnp.asarray(logits)), *how))
     for row, a, b in zip(logits, ours, twin, strict=True):
         if (a != b).any():  # only where the mass of the smaller set meets top_p within rounding
             survivors = row >= np.sort(row)[-top_k] if 0 < top_k < VOCAB else np.ones(VOCAB, bool)

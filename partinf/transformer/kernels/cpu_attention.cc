@@ -28,9 +28,9 @@ constexpr float kLeast = -1e29f;   // below every score, and so far above a mask
 
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0 to about two units in the last place; 0 where a float32 would be denormal.
+// exp(x) for x <= 0 to about two units in the last place; 0 where a float32 would be denormal, NaN for NaN.
 inline Vec Exp(Vec x) {
-  const Vec clamped = Max(x, Splat(-87.f));
+  const Vec clamped = Max(Splat(-87.f), x);  // in this order, which lets NaN through
   const Vec shifted = clamped * 1.44269504f + 12582912.f;  // rounds to a whole number in the lowest bits
   const Vec whole = shifted - 12582912.f;
   const Vec rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
