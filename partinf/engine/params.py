@@ -17,6 +17,7 @@ from partinf.workload import MAX_BIASES, TOP_LOGPROBS
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 128
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+MAX_TEMPERATURE = 2.0**126  # its reciprocal, by which compilers may multiply, is a float32 too
 
 _SHOWN = 80  # characters of a value in a message
 
@@ -81,7 +82,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: tokens to generate at most, ≥ 1; capped at what the context leaves after the prompt.
-        temperature: ≥ 0 and finite as float32; 0 always takes the most likely token.
+        temperature: 0..2¹²⁶; 0 always takes the most likely token.
         top_k: sample among the k most likely tokens; 0 is off, and so is any number that the vocabulary does not reach.
         top_p: sample among the most likely tokens that hold this probability mass, 0 < top_p ≤ 1; 1 is off.
         min_p: sample among the tokens with at least this share of the most likely one's probability, 0..1; 0 is off.
@@ -137,7 +138,7 @@ class SamplingParams:
     def _offences(self) -> list[str]:
         checks = (
             ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
-            ("temperature", _within(self.temperature, 0, MAX_FLOAT32), f"a finite number from 0 to {MAX_FLOAT32:.3g} (0 is greedy)"),
+            ("temperature", _within(self.temperature, 0, MAX_TEMPERATURE), "a finite number, at least 0 and at most 2**126 (0 is greedy)"),
             ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
             ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
             ("min_p", _within(self.min_p, 0, 1), "from 0 to 1 (0 is off)"),

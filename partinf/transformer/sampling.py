@@ -24,8 +24,8 @@ from partinf.transformer.batch import SamplingBatch
 
 Combine = Callable[[jax.Array], jax.Array]
 
-_LEAST_TEMPERATURE = 1e-6  # below it everything but the largest logit has probability 0
-_LEAST_MASS = 1e-30  # far below the mass of the largest logit, which is 1, and far above what is no float32 any more
+_LEAST_TEMPERATURE = 2.0**-126  # what smaller ones, which are 0 to a device and so greedy, are divided by
+_LEAST_MASS = 1e-30  # far below 1, and far above what a float32 rounds to 0
 
 
 def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: jax.Array | None) -> jax.Array:
@@ -82,7 +82,7 @@ def keep(logits: jax.Array, scaled: jax.Array, top_k: jax.Array, top_p: jax.Arra
     kept = order >= _threshold(order, lambda above: total(jnp.sum(above, axis=-1, dtype=jnp.int32)) >= wanted)[:, None]
     kept &= scaled >= jnp.log(min_p)[:, None]
     mass = jnp.where(kept, jnp.exp(scaled), 0.0)
-    # The largest has mass 1, so any other bound below that asks for it as well: products that are no float32 any more too.
+    # A product that is 0 in float32 would ask for nothing; this much asks for the largest, whose mass is 1.
     enough = jnp.maximum(top_p * total(jnp.sum(mass, axis=-1)), _LEAST_MASS)
     nucleus = _threshold(order, lambda above: total(jnp.sum(jnp.where(above, mass, 0.0), axis=-1)) >= enough)
     return kept & ((order >= nucleus[:, None]) | (top_p >= 1.0)[:, None])
@@ -118,9 +118,13 @@ def _gumbel(how: SamplingBatch, ids: jax.Array) -> jax.Array:
         return jax.vmap(lambda entry: jax.random.key_data(jax.random.fold_in(key, entry))[1])(ids)
 
     bits = jax.vmap(row)(jnp.asarray(how.seed), jnp.asarray(how.sample), jnp.asarray(how.position))
-    # In (0, 1), both ends excluded: with one bit more the half would be rounded away from the largest, up to 1, whose noise is infinite.
-    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * (0.5**23)
-    return -jnp.log(-jnp.log(uniform))
+    return -jnp.log(-jnp.log(_uniform(bits)))
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """uint32 → float32 in (0, 1), both ends excluded. With one bit more the half of the largest would be rounded up to 1, whose noise is
+    infinite: a token at random, once in 2²⁴ entries."""
+    return ((bits >> 9).astype(jnp.float32) + 0.5) * 0.5**23
 
 
 def _ordered(x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from partinf.engine import SamplingParams
@@ -47,6 +48,19 @@ from tests.engine.support import LETTERS, ROOMY, VOCAB, make_engine, run_all
         ({"prompt_logprobs": 1}, "prompt_logprobs = 1"),
         ({"timeout": 0}, "timeout = 0; valid: seconds, greater than 0, or None"),
         ({"timeout": float("inf")}, "timeout = inf"),
+        ({"temperature": 1e300}, "temperature = 1e+300; valid: a finite number, at least 0 and at most 2**126"),
+        ({"temperature": 10**400}, "temperature = 1000000000"),
+        ({"temperature": 10**5000}, "temperature = a number of 16610 bits"),
+        ({"top_k": -(10**5000)}, "top_k = a number of 16610 bits"),
+        ({"top_k": 1.0}, "top_k = 1.0; valid: a whole number"),
+        ({"n": 10**5000}, "n = a number of 16610 bits"),
+        ({"seed": 2**64}, "seed = 18446744073709551616"),
+        ({"priority": 2**64}, "priority = 18446744073709551616"),
+        ({"timeout": 10**400}, "timeout = 1000000000"),
+        ({"presence_penalty": float("nan")}, "presence_penalty = nan"),
+        ({"logit_bias": {1: 10**5000}}, "logit_bias = a tuple of huge numbers"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias = ((1, nan),)"),
+        ({"stop_token_ids": (True,)}, "stop_token_ids = (True,)"),
     ],
 )
 def test_params_out_of_range(values: dict[str, Any], valid: str) -> None:
@@ -54,6 +68,15 @@ def test_params_out_of_range(values: dict[str, Any], valid: str) -> None:
         SamplingParams(**values)
     assert len(caught.value.offences) == 1
     assert valid in caught.value.offences[0]
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    params = SamplingParams(
+        np.int64(3), np.float32(0.5), top_k=np.uint8(4), logit_bias={np.int32(5): np.float16(2)}, stop_token_ids=np.arange(2)
+    )
+    assert params == SamplingParams(3, 0.5, top_k=4, logit_bias={5: 2.0}, stop_token_ids=(0, 1))
+    assert {type(params.max_tokens), type(params.top_k), *map(type, params.stop_token_ids)} == {int}
+    assert type(params.temperature) is float
 
 
 def test_all_offences_at_once() -> None:

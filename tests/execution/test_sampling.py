@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from partinf.engine.params import MAX_TEMPERATURE
 from partinf.transformer.batch import RichBatch, SamplingBatch
-from partinf.transformer.sampling import choose, keep, keep_plain, log_normalizer, logit_of, most_likely
+from partinf.transformer.sampling import _uniform, choose, keep, keep_plain, log_normalizer, logit_of, most_likely
 from partinf.transformer.slots import Slots, count_fed, steer, steer_plain
 
 VOCAB = 64
@@ -190,3 +191,51 @@ def test_penalties_and_biases_equal_the_plain_twin(ways: int) -> None:
         want = steer_plain(logits[row], prompts[row], fed[row], {3: 1.5, 50: -2.0}, penalties[row])
         np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[5], logits[5])  # not steered, whatever its slot holds
+
+
+TEMPERATURES = [1e-45, 1e-30, 1e-6, 0.7, 100.0, 1e30, MAX_TEMPERATURE]
+TOP_PS = [0.0, 1e-38, 1e-30, 0.51, 1.0]  # 0 is what is left of 1e-46
+MIN_PS = [0.0, 1e-40, 0.3, 1.0]
+TOP_KS = [0, 1, 5, 2**31 - 1]
+
+
+def extreme_rows() -> tuple[np.ndarray, SamplingBatch]:
+    """Every combination of extreme parameters, on rows of several kinds; the last entries are padding."""
+    rng = np.random.default_rng(8)
+    kinds = [rng.normal(size=VOCAB) * 3, rng.normal(size=VOCAB) * 1e38, rng.normal(size=VOCAB) * 1e-30, np.round(rng.normal(size=VOCAB))]
+    grid = np.stack([each.ravel() for each in np.meshgrid(TEMPERATURES, TOP_PS, MIN_PS, TOP_KS, range(len(kinds)))])
+    logits = np.stack(kinds)[grid[4].astype(int)].astype(np.float32)
+    logits[:, 60:] = -np.inf
+    rows = len(logits)
+    return logits, sampling(rows, temperature=grid[0], top_p=grid[1], min_p=grid[2], top_k=grid[3].astype(np.int32), seed=np.arange(rows))
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_extremes_choose_what_the_plain_twin_keeps(ways: int) -> None:
+    logits, how = extreme_rows()
+    tokens, logprobs = choose_over(ways, logits, how)
+    assert tokens.min() >= 0
+    assert tokens.max() < 60
+    exact = logits.astype(np.float64)
+    scaled = (exact - exact.max(axis=-1, keepdims=True)) / np.maximum(how.temperature, 1e-38).astype(np.float64)[:, None]
+    kept = keep_plain(*map(jnp.asarray, (logits, np.maximum(scaled, -1e30).astype(np.float32), how.top_k, how.top_p, how.min_p)))
+    assert np.asarray(kept)[np.arange(len(tokens)), tokens].all()
+    likeliest = logits[np.arange(len(tokens)), tokens] == logits.max(axis=-1)
+    assert likeliest[(how.top_k == 1) | (how.top_p < 1e-20) | (how.temperature < 1e-38)].all()
+    assert np.isfinite(logprobs[np.abs(logits[:, 0]) < 1e30]).all()
+
+
+def test_a_huge_temperature_is_uniform_among_what_is_kept() -> None:
+    count = 6000
+    logits = np.repeat(random_logits(1, 2), count, axis=0)
+    tokens, _ = choose_over(4, logits, sampling(count, temperature=MAX_TEMPERATURE, seed=5, position=np.arange(count)))
+    assert np.abs(np.bincount(tokens, minlength=VOCAB) / count - 1 / VOCAB).max() < 5 * np.sqrt(1 / VOCAB / count)
+    tokens, _ = choose_over(4, logits, sampling(count, temperature=MAX_TEMPERATURE, top_k=3, seed=5, position=np.arange(count)))
+    assert set(tokens.tolist()) == set(np.argsort(-logits[0])[:3].tolist())
+
+
+def test_noise_is_finite_for_all_bits() -> None:
+    bits = jnp.asarray([0, 1, 2**8 - 1, 2**31, 2**32 - 2, 2**32 - 1], jnp.uint32)
+    uniform = np.asarray(_uniform(bits))
+    assert (uniform > 0).all()
+    assert (uniform < 1).all()
