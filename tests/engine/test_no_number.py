@@ -58,9 +58,9 @@ def test_its_pages_are_not_found_again() -> None:
     prompt = [1, 2, 3, 4, POISON, 5, 6, 7, 8]
     engine.generate([prompt], FOUR)
     assert engine._scheduler.pool.num_free_pages == ROOMY.pages_per_shard
-    engine.generate([prompt[:4] + [9]], FOUR)
+    engine.generate([[*prompt[:4], 9]], FOUR)
     assert engine.metrics.cached_tokens == 0
-    engine.generate([prompt[:4] + [10]], FOUR)
+    engine.generate([[*prompt[:4], 10]], FOUR)
     assert engine.metrics.cached_tokens == 4  # those of the one that ended well are
 
 
