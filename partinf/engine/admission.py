@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from partinf.engine.detokenize import Tokenizer
-from partinf.engine.params import MAX_SEED, is_number, is_unicode, shown
+from partinf.engine.params import MAX_SEED, is_number, is_unicode, is_whole, shown
 from partinf.engine.request import Request, SamplingParams
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling
@@ -23,7 +23,7 @@ class RequestCheck:
         self._limits = limits
         self._tokenizer = tokenizer
         self._seed = seed
-        if not isinstance(seed, int) or not -MAX_SEED <= seed <= MAX_SEED:
+        if not is_whole(seed, -MAX_SEED, MAX_SEED):
             raise InvalidInput(f"the engine's seed = {shown(seed)}; valid: a whole number from {-MAX_SEED} to {MAX_SEED}")
 
     def __call__(self, prompt: Prompt, params: SamplingParams, request_id: str, number: int, arrival: float) -> Request:

@@ -22,8 +22,9 @@ MAX_TEMPERATURE = 2.0**126  # its reciprocal, by which compilers may multiply, i
 _SHOWN = 80  # characters of a value in a message
 
 
-def _whole(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+def is_whole(value: Any, low: int, high: int | None = None) -> bool:
+    """Whether it is a whole number of at least `low` and, if there is a bound, at most `high`; no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
 
 
 def is_unicode(value: Any) -> bool:
@@ -32,10 +33,6 @@ def is_unicode(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
-
-
-def _seed(value: Any) -> bool:
-    return _whole(value, 0) and value <= MAX_SEED
 
 
 def is_number(value: Any) -> bool:
@@ -67,7 +64,7 @@ def shown(value: Any) -> str:
 
 def _biases(values: Any) -> bool:
     pairs = isinstance(values, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in values)
-    if not pairs or not all(_whole(token, 0) and _within(bias, -100, 100) for token, bias in values):
+    if not pairs or not all(is_whole(token, 0) and _within(bias, -100, 100) for token, bias in values):
         return False
     return len(values) <= MAX_BIASES and len({token for token, _ in values}) == len(values)
 
@@ -137,29 +134,29 @@ class SamplingParams:
 
     def _offences(self) -> list[str]:
         checks = (
-            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, at least 1"),
+            ("max_tokens", is_whole(self.max_tokens, 1), "a whole number, at least 1"),
             ("temperature", _within(self.temperature, 0, MAX_TEMPERATURE), "a finite number, at least 0 and at most 2**126 (0 is greedy)"),
-            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
+            ("top_k", is_whole(self.top_k, 0), "a whole number, at least 0 (0 is off)"),
             ("top_p", is_number(self.top_p) and 0 < self.top_p <= 1, "greater than 0 and at most 1 (1 is off)"),
             ("min_p", _within(self.min_p, 0, 1), "from 0 to 1 (0 is off)"),
             ("presence_penalty", _within(self.presence_penalty, -2, 2), "from -2 to 2 (0 is off)"),
             ("frequency_penalty", _within(self.frequency_penalty, -2, 2), "from -2 to 2 (0 is off)"),
             ("repetition_penalty", _within(self.repetition_penalty, 1e-3, 1e3), "from 0.001 to 1000 (1 is off)"),
             ("logit_bias", _biases(self.logit_bias), f"at most {MAX_BIASES} token ids, each once, with values from -100 to 100"),
-            ("n", _whole(self.n, 1) and self.n <= MAX_SAMPLES, f"a whole number from 1 to {MAX_SAMPLES}"),
-            ("seed", self.seed is None or _seed(self.seed), f"a whole number from 0 to {MAX_SEED}, or None"),
+            ("n", is_whole(self.n, 1, MAX_SAMPLES), f"a whole number from 1 to {MAX_SAMPLES}"),
+            ("seed", self.seed is None or is_whole(self.seed, 0, MAX_SEED), f"a whole number from 0 to {MAX_SEED}, or None"),
             ("stop", _all_of(self.stop, lambda text: is_unicode(text) and text != ""), "strings that are not empty"),
-            ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: _whole(token, 0)), "token ids, at least 0"),
+            ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: is_whole(token, 0)), "token ids, at least 0"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
             ("logprobs", isinstance(self.logprobs, bool), "True or False"),
             (
                 "top_logprobs",
-                _whole(self.top_logprobs, 0) and self.top_logprobs <= TOP_LOGPROBS,
+                is_whole(self.top_logprobs, 0, TOP_LOGPROBS),
                 f"a whole number from 0 to {TOP_LOGPROBS}",
             ),
             ("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False"),
             ("timeout", self.timeout is None or (is_number(self.timeout) and self.timeout > 0), "seconds, greater than 0, or None"),
-            ("priority", _whole(self.priority, -MAX_SEED) and self.priority <= MAX_SEED, f"a whole number from {-MAX_SEED} to {MAX_SEED}"),
+            ("priority", is_whole(self.priority, -MAX_SEED, MAX_SEED), f"a whole number from {-MAX_SEED} to {MAX_SEED}"),
         )
         return [f"{name} = {shown(getattr(self, name))}; valid: {valid}" for name, fine, valid in checks if not fine]
 
