@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from partinf.engine.engine import Engine
     from partinf.engine.request import RequestOutput, SamplingParams
     from partinf.errors import InvalidInput, Overloaded
-    from partinf.hardware.slices import Chip, Slice, parse_slice
+    from partinf.hardware.chips import Chip
+    from partinf.hardware.slices import Slice, parse_slice
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
     from partinf.model.config import ModelConfig, load_model_config
     from partinf.plans import Plan

@@ -292,6 +292,17 @@ class Table:
         found: tuple[float, ...] = self._of(key, _REQUIRED, (), f"a list of numbers, each {_range(low, high)}", take)
         return found
 
+    def wholes(self, key: str, default: Any = _REQUIRED, low: int = 0, high: int = (1 << 63) - 1) -> Any:
+        """A list of whole numbers of a range, as a tuple."""
+
+        def take(value: Any) -> Any:
+            right = isinstance(value, list) and all(
+                isinstance(one, int) and not isinstance(one, bool) and low <= one <= high for one in value
+            )
+            return tuple(value) if right else _MISSING
+
+        return self._of(key, default, (), f"a list of whole numbers, each {_range(low, high)}", take)
+
     def words(self, key: str, default: Any = _REQUIRED) -> Any:
         """A table of strings, such as a role for every axis."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pod_commands import EXPIRES_LABEL, Executor, Gcloud, Interrupted, Recorder, Runner, Signals, delete_machine, list_machines
-from pod_cost import PRICES, estimate
+from pod_cost import estimate
 from pod_description import Description, read_description
 from pod_failures import reason
 from pod_jobset import manifest, run_jobset
@@ -50,7 +50,7 @@ class Options:
     action: str
     run_id: str | None = None
     output: Path = Path("pod-runs")
-    prices: Path = PRICES
+    prices: Path | None = None
     dry_run: bool = False
     yes: bool = False
     poll_seconds: float = 20.0
@@ -81,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
     parser.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
     parser.add_argument("--output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where results go (default: pod-runs)")
-    parser.add_argument("--prices", type=Path, default=PRICES, metavar="FILE", help="another price file")
+    parser.add_argument("--prices", type=Path, metavar="FILE", help="prices in place of the hardware table's; see tpu_scripts/README.md")
     parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
     parser.add_argument("--poll-seconds", type=float, default=20.0, metavar="S", help="between two looks at a machine (default: 20)")
 

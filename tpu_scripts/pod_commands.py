@@ -178,7 +178,7 @@ class Gcloud:
         d = self.description
         shape = [f"--accelerator-type={d.tpu.name}"]
         if not d.tpu.default_topology:
-            shape = [f"--type={d.tpu.generation.prefix}", f"--topology={d.tpu.topology}"]
+            shape = [f"--type={d.tpu.cloud.prefix}", f"--topology={d.tpu.topology}"]
         labels = f"--labels={RUN_LABEL}={self.run_id},{EXPIRES_LABEL}={expires}"
         until = f"--valid-until-duration={d.wait}s"
         flags = [f"--node-id={self.machine}", *shape, f"--runtime-version={d.runtime}", labels, until, "--async"]

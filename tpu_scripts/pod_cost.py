@@ -1,4 +1,4 @@
-"""What a run may cost at most: chips × time to live × a price from a dated file that the user can replace."""
+"""What a run may cost at most: chips × time to live × a dated price, from the hardware table or from a file of the user's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pod_checkout import HERE
 from pod_description import Description
 
 from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.hardware.chips import Price
 
-PRICES = HERE / "prices.toml"
 _HEAD = {"currency": str, "date": str, "source": str, "checked": bool, "chip_hour": dict}
 
 
@@ -30,28 +29,40 @@ class Estimate:
     basis: str
 
 
-def estimate(description: Description, prices: Path = PRICES) -> Estimate:
+def estimate(description: Description, prices: Path | None = None) -> Estimate:
     """The cost if the slice lives until its time is over.
 
+    Args:
+        prices: a price file; the list prices of the hardware table if not given.
+
     Raises:
-        InvalidInput: the price file is malformed or has no price for the chip.
+        InvalidInput: the price file is malformed or has no price for the chip, or the table has none.
     """
-    table = _read(prices)
-    chip = description.tpu.generation.chip
-    row = table["chip_hour"].get(chip)
-    if row is None:
-        raise InvalidInput(f"{prices}: no price for '{chip}'{nearest(chip, table['chip_hour'])}")
-    kind = "spot" if description.spot and "spot" in row else "on_demand"
-    if not isinstance(row.get(kind), int | float):
-        raise InvalidInput(f"{prices}: chip_hour.{chip} needs a number for '{kind}'")
+    chip = description.tpu.slice.chip
+    listed = chip.price if prices is None else _price(prices, chip.name)
+    if listed is None:
+        raise InvalidInput(f"there is no list price for '{chip.name}'; give one with --prices FILE")
+    spot = description.spot and listed.spot is not None
+    rate = listed.spot if spot else listed.on_demand
     chips, hours = description.tpu.num_chips, description.time_to_live / 3600
-    total = chips * hours * row[kind]
-    doubt = [] if table["checked"] else ["not checked against its source"]
-    if description.spot and kind == "on_demand":
-        doubt.append("spot usually costs less, no spot price is in the file")
-    price = f"{row[kind]} per chip-hour ({kind.replace('_', '-')}, list of {table['date']}, {table['source']}"
-    basis = f"{chips} {chip} chips x {hours:g} h x {price}"
-    return Estimate(total, table["currency"], basis + "".join(f"; {reason}" for reason in doubt) + ")")
+    doubt = [] if listed.checked else ["not checked against its source"]
+    if description.spot and not spot:
+        doubt.append("spot usually costs less, no spot price is in the list")
+    price = f"{rate} per chip-hour ({'spot' if spot else 'on-demand'}, list of {listed.date}, {listed.source}"
+    basis = f"{chips} {chip.name} chips x {hours:g} h x {price}"
+    return Estimate(chips * hours * rate, listed.currency, basis + "".join(f"; {reason}" for reason in doubt) + ")")
+
+
+def _price(path: Path, chip: str) -> Price:
+    table = _read(path)
+    rows = table.pop("chip_hour")
+    if chip not in rows:
+        raise InvalidInput(f"{path}: no price for '{chip}'{nearest(chip, rows)}")
+    row = rows[chip]
+    wrong = [kind for kind in ("on_demand", "spot") if not isinstance(row.get(kind, 0), int | float)]
+    wrong += [] if "on_demand" in row else ["on_demand"]
+    raise_offences(f"{path}: chip_hour.{chip} needs a number for '{kind}'" for kind in wrong)
+    return Price(on_demand=row["on_demand"], spot=row.get("spot"), **table)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
     assert gke is not None
     simple = ("name", "project", "zone", "spot", "retries", "commit", "confirm_above_chips")
     rest: dict[str, Any] = {key: table[key] for key in simple if key in table}
-    runtime = table.get("runtime", tpu.generation.runtime)
+    runtime = table.get("runtime", tpu.cloud.runtime)
     repository = (folder / table.get("repository", ".")).resolve()
     return Description(tpu=tpu, runtime=runtime, repository=repository, gke=gke, **rest, **times, **lists)
 

@@ -38,7 +38,7 @@ def manifest(description: Description, run_id: str) -> dict[str, Any]:
     raise_offences(["'gke.image' is missing: a container image that holds partinf"] if not description.gke.image else [])
     tpu = description.tpu
     select = {
-        "cloud.google.com/gke-tpu-accelerator": tpu.generation.gke_accelerator,
+        "cloud.google.com/gke-tpu-accelerator": tpu.cloud.gke_accelerator,
         "cloud.google.com/gke-tpu-topology": tpu.topology,
     }
     if description.spot:

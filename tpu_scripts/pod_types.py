@@ -5,30 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pod_checkout import HERE
-
 from partinf.errors import InvalidInput, nearest
+from partinf.hardware.chips import CloudType, chips
 from partinf.hardware.slices import Slice, parse_slice
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One row of tpu_types.toml, where its fields are explained."""
-
-    prefix: str
-    chip: str
-    cores_per_number: int
-    chips_per_host: int
-    whole_host: int
-    free_shape: bool
-    runtime: str
-    gke_accelerator: str
-    topologies: Mapping[str, str]
-    source: str
 
 
 @dataclass(frozen=True)
@@ -42,9 +24,14 @@ class TpuType:
     """
 
     name: str
-    generation: Generation
     slice: Slice
     default_topology: bool
+
+    @property
+    def cloud(self) -> CloudType:
+        """How types of this chip are named."""
+        assert self.slice.chip.cloud is not None, "a type is one of a chip that has some"
+        return self.slice.chip.cloud
 
     @property
     def topology(self) -> str:
@@ -59,7 +46,7 @@ class TpuType:
     def num_hosts(self) -> int:
         """Virtual machines, each running one process."""
         chips: int = self.slice.num_chips
-        return 1 if chips <= self.generation.whole_host else chips // self.generation.chips_per_host
+        return 1 if chips <= self.cloud.whole_host else chips // self.cloud.chips_per_host
 
     @property
     def chips_per_host(self) -> int:
@@ -67,10 +54,9 @@ class TpuType:
 
 
 @functools.cache
-def generations() -> Mapping[str, Generation]:
-    """Prefix of the type → generation."""
-    table = tomllib.loads((HERE / "tpu_types.toml").read_text())
-    return {prefix: Generation(prefix=prefix, **row) for prefix, row in table.items()}
+def generations() -> Mapping[str, tuple[str, CloudType]]:
+    """Prefix of the type → chip of the hardware table, and how its types are named."""
+    return {chip.cloud.prefix: (name, chip.cloud) for name, chip in chips().items() if chip.cloud is not None}
 
 
 def parse_type(name: str, topology: str | None = None) -> TpuType:
@@ -80,23 +66,25 @@ def parse_type(name: str, topology: str | None = None) -> TpuType:
         InvalidInput: an unknown type (nearest name), or a topology that the type does not have (those it has).
     """
     prefix, _, number = name.rpartition("-")
-    known = [f"{prefix}-{number}" for prefix, generation in generations().items() for number in generation.topologies]
+    known = [f"{prefix}-{number}" for prefix, (_, cloud) in generations().items() for number, _ in cloud.topologies]
     if name not in known:
-        sizes = f"; {prefix} comes as {', '.join(generations()[prefix].topologies)}" if prefix in generations() else nearest(name, known)
+        _, cloud = generations().get(prefix, ("", None))
+        sizes = f"; {prefix} comes as {', '.join(number for number, _ in cloud.topologies)}" if cloud else nearest(name, known)
         raise InvalidInput(f"type '{name}': no such TPU type{sizes}")
-    generation = generations()[prefix]
-    default = parse_slice(f"{generation.chip}:{generation.topologies[number]}")
-    if topology is None or topology == generation.topologies[number]:
-        return TpuType(name, generation, default, True)
-    usual = f"'{name}' is {default.num_chips} chips as {generation.topologies[number]}"
+    chip, cloud = generations()[prefix]
+    usual_topology = dict(cloud.topologies)[number]
+    default = parse_slice(f"{chip}:{usual_topology}")
+    if topology is None or topology == usual_topology:
+        return TpuType(name, default, True)
+    usual = f"'{name}' is {default.num_chips} chips as {usual_topology}"
     if not re.fullmatch(r"\d+(x\d+)*", topology):
         raise InvalidInput(f"topology '{topology}': expected chips along each axis; {usual}")
-    if not generation.free_shape:
-        raise InvalidInput(f"topology '{topology}': {generation.prefix} types have one topology each; {usual}")
-    chips = math.prod(int(side) for side in topology.split("x"))
-    if chips != default.num_chips:
-        raise InvalidInput(f"topology '{topology}': {chips} chips, but {usual}")
-    return TpuType(name, generation, parse_slice(f"{generation.chip}:{topology}"), False)
+    if not cloud.free_shape:
+        raise InvalidInput(f"topology '{topology}': {prefix} types have one topology each; {usual}")
+    count = math.prod(int(side) for side in topology.split("x"))
+    if count != default.num_chips:
+        raise InvalidInput(f"topology '{topology}': {count} chips, but {usual}")
+    return TpuType(name, parse_slice(f"{chip}:{topology}"), False)
 
 
 def type_of_slice(slice_: Slice) -> TpuType:
@@ -105,15 +93,14 @@ def type_of_slice(slice_: Slice) -> TpuType:
     Raises:
         InvalidInput: no TPU type has this chip and shape.
     """
-    for generation in generations().values():
-        if generation.chip != slice_.chip.name or slice_.num_slices != 1:
-            continue
+    cloud = slice_.chip.cloud
+    if cloud is not None and slice_.num_slices == 1:
         shape = "x".join(map(str, slice_.shape))
-        number = str(slice_.num_chips * generation.cores_per_number)
-        for candidate in (shape, "x".join(map(str, sorted(slice_.shape)))):
-            if generation.topologies.get(number) == candidate:
-                return parse_type(f"{generation.prefix}-{number}")
-        if generation.free_shape and number in generation.topologies:
-            return parse_type(f"{generation.prefix}-{number}", shape)
-    chips = ", ".join(generation.chip for generation in generations().values())
-    raise InvalidInput(f"slice '{slice_.name}': no TPU type gives it; TPU VMs come as one slice of {chips} in the shapes of tpu_types.toml")
+        number = str(slice_.num_chips * cloud.cores_per_number)
+        topology = dict(cloud.topologies).get(number)
+        if topology in (shape, "x".join(map(str, sorted(slice_.shape)))):
+            return parse_type(f"{cloud.prefix}-{number}")
+        if cloud.free_shape and topology is not None:
+            return parse_type(f"{cloud.prefix}-{number}", shape)
+    known = ", ".join(chip for chip, _ in generations().values())
+    raise InvalidInput(f"slice '{slice_.name}': no TPU type gives it; TPU VMs come as one slice of {known} in the shapes of hardware.toml")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from partinf.buckets import serving_steps
-from partinf.hardware.slices import Slice, chips
+from partinf.hardware.chips import chips
+from partinf.hardware.slices import Slice
 from partinf.layout import readable_name
 from partinf.model.config import load_model_config
 from partinf.planner.choose import plan_of

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import Chip
 from partinf.hardware.hardware_file import check_devices, read_hardware
-from partinf.hardware.slices import Chip, Slice, parse_slice
+from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout, load_layout
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from partinf.errors import raise_offences
 
 if TYPE_CHECKING:
-    from partinf.hardware.slices import Chip
+    from partinf.hardware.chips import Chip
     from partinf.measure.probes import Probe
 
 

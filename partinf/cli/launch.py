@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
     parser.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
     parser.add_argument("--output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where results go (default: pod-runs)")
-    parser.add_argument("--prices", type=Path, metavar="FILE", help="another price file than tpu_scripts/prices.toml")
+    parser.add_argument("--prices", type=Path, metavar="FILE", help="prices in place of the hardware table's; see tpu_scripts/README.md")
     parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
     parser.add_argument("--poll-seconds", type=float, default=20.0, metavar="S", help="between two looks at a machine (default: 20)")
     parser.epilog = "Example: partinf launch --plan plan.toml --description pod.toml --dry-run"
@@ -49,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
         content, where, beside = _placeholder(plan), str(args.plan), folder.parent
         print(f"partinf: placeholders for {', '.join(_PLACEHOLDERS)}: a --description gives them", file=sys.stderr)
     description = pod.read_description(content, where, beside, plan)
-    args.prices = args.prices or pod.PRICES
     return int(pod.perform(pod.options_of(args, "manifest" if args.manifest else "launch"), description, text))
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from partinf.cli.arguments import add_hardware
 
 if TYPE_CHECKING:
-    from partinf.hardware.slices import Chip, Slice
+    from partinf.hardware.chips import Chip
+    from partinf.hardware.slices import Slice
     from partinf.model.config import ModelConfig
     from partinf.planner.question import Question
     from partinf.workload import Workload
@@ -150,7 +151,8 @@ def _is_auto(text: str) -> bool:
 
 def _one_chip(text: str, mesh: str | None, measured: Chip | None) -> Slice:
     from partinf.errors import nearest, raise_offences
-    from partinf.hardware.slices import chips, make_slice
+    from partinf.hardware.chips import chips
+    from partinf.hardware.slices import make_slice
 
     name = text.partition(":")[2]
     known = {**chips(), measured.name: measured} if measured is not None else chips()

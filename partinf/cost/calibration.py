@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 
 from partinf import resources
 from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Rates
-from partinf.hardware.slices import Chip
 
 
 @dataclass(frozen=True)

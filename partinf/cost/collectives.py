@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from partinf.cost.ledger import Op
+from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Rates
-from partinf.hardware.slices import Chip, Link, MeshAxis, Slice
+from partinf.hardware.slices import Link, MeshAxis, Slice
 
-# The die-to-die link of a two-device chip is about six ICI links wide (Google, TPU7x system architecture).
-_CORE_LINKS = 6
 # A message between hosts passes two network adapters and a switch.
 _DCN_HOP_SECONDS = 1e-5
 
@@ -140,7 +139,7 @@ class Network:
         dcn = [axis for axis in axes if axis.link is Link.DCN]
         levels: list[_Level] = []
         if cores:
-            levels.append(_direct(_ways(cores), _CORE_LINKS * self.chip.link_bandwidth, self.chip.hop_seconds))
+            levels.append(_direct(_ways(cores), self.chip.core_links * self.chip.link_bandwidth, self.chip.hop_seconds))
         if torus:
             levels.append(self._torus_level(torus))
         if switched:

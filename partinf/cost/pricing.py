@@ -16,8 +16,9 @@ from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.movement import Axes, Group, Moved, Split
+from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Curve, TypeRates
-from partinf.hardware.slices import Chip, Slice
+from partinf.hardware.slices import Slice
 from partinf.workload import DType
 
 

@@ -12,7 +12,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from partinf.hardware.slices import Chip, Slice, make_slice, valid_sides
+from partinf.hardware.chips import Chip
+from partinf.hardware.slices import Slice, make_slice, valid_sides
 from partinf.model.config import ModelConfig
 from partinf.workload import DType
 

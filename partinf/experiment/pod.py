@@ -48,7 +48,7 @@ def launch(experiment: Experiment, file: Path, description: Path, options: Any) 
     raise_offences(offences)
     read = replace(read, command=tuple(str(inside) if word == str(file) else word for word in command))
     run_id = options.run_id or time.strftime("%y%m%d-%H%M%S", time.gmtime())
-    chosen = pod.Options("launch", run_id, options.pod_output, pod.PRICES, options.dry_run, options.yes, options.poll_seconds)
+    chosen = pod.Options("launch", run_id, options.pod_output, None, options.dry_run, options.yes, options.poll_seconds)
     if options.dry_run:
         pod.perform(chosen, read)
         return None

@@ -15,16 +15,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from partinf import documents
 from partinf.documents import Table, shown
 from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.hardware.chips import NOT_IN_FILES, Chip, chips
+from partinf.hardware.platform import PLATFORMS
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.hardware.slices import Chip, chips
 from partinf.limits import MAX_DEVICES
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
+_STATED = ("sides", "side_multiple", "core_links", "clock", "host_shape", "compiler_config")
 _SECTIONS = ("chip", "measured", "memory", "products", "types", "collectives", "spread")
 # Bytes/s, FLOP/s, rows: what no device is outside of, and neither times nor the products of a few of them leave the range of a float.
 _LEAST, _MOST = 1e-3, 1e24
@@ -57,7 +60,7 @@ def read_hardware(path: Path) -> Chip:
     raise_offences(
         offences + [f"{path}: unknown section [{shown(n)[1:-1]}]{nearest(n, _SECTIONS)}" for n in file.data if n not in _SECTIONS]
     )
-    chip = _fields(Chip, file.table("chip"), without=("rates",))
+    chip = _chip(file.table("chip"))
     products, types, collectives = (file.table(name) for name in ("products", "types", "collectives"))
     curves = {name: _fields(Curve, products.table(name)) for name in products.data}
     activations = {name: _fields(TypeRates, types.table(name)) for name in types.data}
@@ -85,7 +88,7 @@ def write_hardware(chip: Chip) -> str:
     """The text of the hardware file of a chip that was measured."""
     rates = chip.rates
     assert rates is not None, "a hardware file describes what was measured"
-    figures = {key: value for key, value in asdict(replace(chip, rates=None)).items() if key != "rates"}
+    figures = {key: value for key, value in asdict(replace(chip, rates=None)).items() if key not in NOT_IN_FILES}
     lines = [_HEAD, "[chip]", *_keys(figures), "", "[measured]", *_keys({name: getattr(rates, name) for name in _CIRCUMSTANCES})]
     lines += ["", "[memory]", f"bytes_per_second = {_value(rates.memory)}"]
     for name, curve in rates.products:
@@ -121,13 +124,25 @@ def check_devices(chip: Chip, devices: int) -> None:
         )
 
 
-def _fields(kind: type, table: Table, without: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass that a table gives, each of its type and in the range in which prices are made of it."""
+def _chip(table: Table) -> dict[str, Any]:
+    """The fields of a chip. What no measurement finds and the file leaves out is as the hardware table has it for the chip of that name."""
+    shipped = chips().get(str(table.data.get("name")))
+    stated = {} if shipped is None else {name: getattr(shipped, name) for name in _STATED}
+    named = {} if shipped is None else {"cloud": shipped.cloud, "price": shipped.price}
+    return _fields(Chip, table, NOT_IN_FILES, stated) | named
+
+
+def _fields(kind: type, table: Table, without: Iterable[str] = (), defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The fields of a dataclass that a table gives, each of its type and in the range in which prices are made of it.
+
+    Args:
+        defaults: values of fields that the table leaves out, in place of the dataclass's own.
+    """
     found: dict[str, Any] = {}
     for field in fields(kind):
         if field.name in without:
             continue
-        default = {} if field.default is MISSING else {"default": field.default}
+        default = {} if field.default is MISSING else {"default": defaults.get(field.name, field.default)}
         if field.type == "float":
             positive = not field.name.endswith("seconds") and field.name not in _MAY_BE_ZERO and field.default is MISSING
             low, high = (_LEAST, _MOST) if positive else (0.0, _MOST)
@@ -138,6 +153,8 @@ def _fields(kind: type, table: Table, without: Iterable[str] = ()) -> dict[str, 
             found[field.name] = table.flag(field.name, **default)
         elif field.type == "tuple[float, ...]":
             found[field.name] = table.numbers(field.name, low=_LEAST, high=_MOST)
+        elif field.type == "tuple[int, ...]":
+            found[field.name] = table.wholes(field.name, low=1, high=MAX_DEVICES, **default)
         elif field.type == "tuple[str, ...]":
             found[field.name] = table.texts(field.name, **default)
         else:
@@ -150,13 +167,12 @@ def _inconsistent(
     path: str, chip: Mapping[str, Any], curves: Mapping[str, Mapping[str, Any]], rows: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[str]:
     """What is wrong between figures that are right alone."""
-    families = dict.fromkeys(known.family for known in chips().values())
     offences = []
-    if chip["family"] not in families:
-        offences.append(f"{path} [chip]: family = {shown(chip['family'])}; expected one of {', '.join(families)}")
+    if chip["family"] not in PLATFORMS:
+        offences.append(f"{path} [chip]: family = {shown(chip['family'])}; expected one of {', '.join(PLATFORMS)}")
     if chip["torus_dims"] not in (0, 2, 3):
         offences.append(f"{path} [chip]: torus_dims = {chip['torus_dims']}; expected 2 or 3, or 0 where a switch joins the chips")
-    links = ("link_bandwidth", "wrap_multiple") if chip["torus_dims"] else ("switch_bandwidth", "node_size")
+    links = ("link_bandwidth", "wrap_multiple", "core_links") if chip["torus_dims"] else ("switch_bandwidth", "node_size")
     offences += [
         f"{path} [chip]: {key} = {chip[key]}; expected a positive number, by which its links are priced" for key in links if not chip[key]
     ]

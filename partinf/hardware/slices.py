@@ -1,4 +1,4 @@
-"""Chips and slices: what the makers state, and which mesh axes a slice of chips offers.
+"""Slices: chips joined in one shape, and which mesh axes they offer.
 
 A slice is named `CHIP:SHAPE` (`v4:4x4x4`, `h200:8`, `cpu:2x2x2`), a multi-slice `CHIP:SHAPE*COUNT`. Its mesh axes are its torus axes,
 factors of them, or, where a switch joins the devices, any factorisation of their number; the two devices of a TPU7x chip are an axis
@@ -11,16 +11,12 @@ from __future__ import annotations
 import functools
 import math
 import re
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from importlib.resources import files
 
 from partinf.axes import is_axis_name
 from partinf.errors import InvalidInput, nearest, raise_offences
-from partinf.hardware.platform import Platform, platform_named
-from partinf.hardware.rates import Rates
+from partinf.hardware.chips import Chip, chips
 
 TORUS_NAMES = ("x", "y", "z")
 DCN_AXIS = "dcn"
@@ -34,60 +30,6 @@ class Link(StrEnum):
     SWITCH = "switch"
     CORE = "core"
     DCN = "dcn"
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One accelerator chip as its maker states it. Bytes, bytes/s, FLOP/s and seconds, all per chip.
-
-    Attributes:
-        usable_hbm: bytes that a compiled program may use.
-        torus_dims: dimensions of the inter-chip torus, 0 where a switch joins the chips.
-        wrap_multiple: a torus axis wraps around when its size is a multiple of this; in a 3D torus, when all of them are.
-        link_bandwidth: one torus link, one way.
-        switch_bandwidth: one chip into its node's switch, one way; `node_size` chips share a switch.
-        devices_per_chip: JAX devices per chip, each owning an equal part of memory and compute.
-        hop_seconds: latency of one hop of a collective.
-        device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
-        provisional: the figures are orders of magnitude, neither published nor measured.
-        source: where the figures come from.
-        rates: what was measured on such devices (`partinf.hardware.hardware_file`); None for the shipped table.
-    """
-
-    name: str
-    family: str
-    hbm: int
-    usable_hbm: int
-    hbm_bandwidth: float
-    peak_bf16: float
-    peak_int8: float
-    host_bandwidth: float
-    dcn_bandwidth: float
-    source: str
-    device_kinds: tuple[str, ...] = ()
-    torus_dims: int = 0
-    wrap_multiple: int = 0
-    max_axis: int = 1 << 20
-    link_bandwidth: float = 0.0
-    node_size: int = 0
-    switch_bandwidth: float = 0.0
-    devices_per_chip: int = 1
-    hop_seconds: float = 1e-6
-    provisional: bool = False
-    rates: Rates | None = None
-
-    @property
-    def platform(self) -> Platform:
-        """What such devices want.
-
-        Raises:
-            InvalidInput: a family that is no platform of the table.
-        """
-        return platform_named(self.family)
-
-    def usable_hbm_per_device(self) -> int:
-        """Bytes of HBM that a program may use on one JAX device."""
-        return self.usable_hbm // self.devices_per_chip
 
 
 @dataclass(frozen=True)
@@ -170,30 +112,6 @@ class Slice:
         return replace(self, axes=outer + _factored(self, factors) + inner)
 
 
-@functools.cache
-def chips() -> Mapping[str, Chip]:
-    """The shipped hardware table, name → chip."""
-    table = tomllib.loads(files("partinf").joinpath("hardware", "hardware.toml").read_text())
-    known = {field.name for field in fields(Chip)} - {"rates"}
-    strange = [(name, key) for name, row in table.items() for key in row if key not in known]
-    raise_offences(f"hardware.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in strange)
-    return {name: Chip(name=name, **row | {"device_kinds": tuple(row.get("device_kinds", ()))}) for name, row in table.items()}
-
-
-def chip_of_kind(device_kind: str) -> Chip:
-    """The chip of a JAX device by its `device_kind`.
-
-    Raises:
-        InvalidInput: a kind that the table does not know.
-    """
-    kind = device_kind.lower()
-    exact = [chip for chip in chips().values() if kind in chip.device_kinds]
-    partly = [chip for chip in chips().values() if chip.platform.partial_kinds and any(part in kind for part in chip.device_kinds)]
-    if not exact + partly:
-        raise InvalidInput(f"no chip of the hardware table is a {device_kind!r}; known: {', '.join(chips())}")
-    return (exact + partly)[0]
-
-
 def parse_slice(text: str, mesh: str | None = None, measured: Chip | None = None) -> Slice:
     """Read `CHIP:SHAPE` or `CHIP:SHAPE*COUNT`, optionally under a factorisation (see `Slice.with_mesh`).
 
@@ -243,24 +161,18 @@ def _shape_offences(text: str, chip: Chip, shape: tuple[int, ...], count: int) -
         wrong = f"{chip.name} is a {chip.torus_dims}D torus, the shape has {len(shape)} axes"
         offences.append(f"slice '{text}': {wrong}; for example {chip.name}:{example}")
     for size in shape:
-        if not _valid_side(chip, size):
-            below = max((s for s in range(1, size) if _valid_side(chip, s)), default=1)
-            above = min((s for s in range(size + 1, size + 9) if _valid_side(chip, s)), default=None)
+        if not chip.offers_side(size):
+            below = max((s for s in range(1, size) if chip.offers_side(s)), default=1)
+            above = min((s for s in range(size + 1, size + 9) if chip.offers_side(s)), default=None)
             near = f"{below} or {above}" if above else f"{below}"
-            rule = "1, 2 or a multiple of 4" if chip.torus_dims == 3 else "1, 2, 4, 8 or 16"
-            offences.append(f"slice '{text}': {chip.name} has no torus axis of {size} chips; valid sides are {rule}, nearest {near}")
+            no_side = f"{chip.name} has no torus axis of {size} chips; valid sides are {chip.sides_rule}, nearest {near}"
+            offences.append(f"slice '{text}': {no_side}")
     return offences
 
 
 def valid_sides(chip: Chip, longest: int = 64) -> list[int]:
     """Lengths of a torus axis in which the chip is offered, up to `longest`."""
-    return [size for size in range(1, longest + 1) if _valid_side(chip, size)]
-
-
-def _valid_side(chip: Chip, size: int) -> bool:
-    if chip.torus_dims == 2:
-        return size in (1, 2, 4, 8, 16)
-    return size in (1, 2) or (size > 0 and size % 4 == 0 and size <= chip.max_axis)
+    return [size for size in range(1, longest + 1) if chip.offers_side(size)]
 
 
 def _torus_names(slice_: Slice) -> tuple[str, ...]:

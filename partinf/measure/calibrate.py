@@ -18,9 +18,10 @@ from jax.sharding import AxisType, Mesh
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import Chip, chip_of_kind
 from partinf.hardware.platform import platform_named
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.hardware.slices import Chip, Slice, chip_of_kind
+from partinf.hardware.slices import Slice
 from partinf.measure.collectives import collective_call
 from partinf.measure.probes import Probe, declared, fit, prepare
 from partinf.measure.products import memory_call, products_call, weight_matrices

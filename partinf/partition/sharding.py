@@ -18,9 +18,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import Chip, chip_of_kind
 from partinf.hardware.hardware_file import default_path, read_hardware
 from partinf.hardware.platform import CPU, Platform, has_accelerator, platform_named
-from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, chip_of_kind, make_slice
+from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
 from partinf.plans import Plan
 
 

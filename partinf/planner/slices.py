@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from partinf.cost.roofline import shapes
 from partinf.errors import InvalidInput
-from partinf.hardware.slices import TORUS_NAMES, Chip, Link, Slice, make_slice
+from partinf.hardware.chips import Chip
+from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
 from partinf.model.weights import num_params
 from partinf.planner.options import BestSoFar
 from partinf.planner.question import Question

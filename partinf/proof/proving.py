@@ -27,7 +27,7 @@ from partinf.proof.compare import differences, extra_copies, planned_collectives
 from partinf.proof.hlo import Frame, Module
 from partinf.proof.process import Compiled, Limits, compile_bucket
 from partinf.proof.report import Estimate, Memory, Proof, StepProof
-from partinf.proof.schedule import CLOCKS, Reader, Schedule, byte_rate
+from partinf.proof.schedule import Reader, Schedule, byte_rate
 from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
@@ -137,7 +137,7 @@ def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
     exposed = sum(c.exposed_seconds for c in schedule.collectives)
     floor = (ledger.weight_bytes + ledger.kv_bytes) / byte_rate(plan.slice.chip)
     compute, notes = schedule.compute_seconds, []
-    if plan.slice.chip.name not in CLOCKS:
+    if not plan.slice.chip.clock:
         compute = max(compute, sum(e.exposed_seconds for e in ledger.entries if e.op is None))
         notes.append(f"the clock of {plan.slice.chip.name} is not known: compute is that of the plan's roofline")
     for name in sorted(set(schedule.unestimated)):

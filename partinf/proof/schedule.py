@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
-from partinf.hardware.slices import DCN_AXIS, Chip, Slice
+from partinf.hardware.chips import Chip
+from partinf.hardware.slices import DCN_AXIS, Slice
 from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Module, Shape, groups
 from partinf.proof.report import Collective, Work
 from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, is_kernel, stage_of
 
-# Cycles in the compiled text are of this clock (Hz).
-CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 # Modules that move or multiply for others, as paths in the compiled text: the line that called them says more.
 CARRIERS = tuple(
     f"partinf/{name}.py" for name in ("partition/collectives", "partition/collective_matmul", "partition/quantize", "transformer/linear")
@@ -61,7 +60,7 @@ class Reader:
         self._taken = lambda conditional: taken(module.source(conditional))
         self._sizes = slice_.axis_sizes
         self._network = network
-        self._clock = CLOCKS.get(slice_.chip.name)
+        self._clock = slice_.chip.clock
         self._byte_rate = byte_rate(slice_.chip)
 
     def read(self) -> Schedule:

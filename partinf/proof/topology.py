@@ -7,30 +7,27 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from partinf.errors import InvalidInput
-from partinf.hardware.slices import Slice
+from partinf.hardware.slices import Link, Slice
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from partinf.plans import Plan
 
-_MEGACORE = ("v4",)  # two cores that are programmed as one device
-_LONGEST_UNLINKED = 4  # v4 and v5p: sides from here on are wired as rings
-
 
 def describe(slice_: Slice) -> tuple[str, dict[str, Any]]:
     """Name and options for `jax.experimental.topologies.get_topology_desc`."""
-    three = slice_.chip.torus_dims == 3
-    options: dict[str, Any] = {}
-    if slice_.chip.name in _MEGACORE:
-        options["chip_config_name"] = "megacore"
-    if three and min(slice_.shape) >= _LONGEST_UNLINKED:
+    chip, options = slice_.chip, dict[str, Any]()
+    if chip.compiler_config:
+        options["chip_config_name"] = chip.compiler_config
+    # The compiler takes a 3D slice for a mesh unless it is told; that of a 2D one it knows.
+    if chip.torus_dims == 3 and all(axis.wraps for axis in slice_.axes if axis.link is Link.TORUS):
         options["wrap"] = (True, True, True)
-    if math.prod(slice_.shape) < 4:
+    if math.prod(slice_.shape) < math.prod(chip.host_shape):
         options["chips_per_host_bounds"] = (*slice_.shape, 1, 1)[:3]
     if slice_.num_slices > 1:
         options["num_slices"] = slice_.num_slices
-    return slice_.chip.name + ":" + "x".join(map(str, slice_.shape)), options
+    return chip.name + ":" + "x".join(map(str, slice_.shape)), options
 
 
 def mesh_of(plan: Plan) -> Mesh:

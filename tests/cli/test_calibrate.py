@@ -10,9 +10,9 @@ import pytest
 
 from partinf.cli import main
 from partinf.cost.ledger import Op
+from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.hardware.slices import chips
 
 WORKLOAD = ["--model", "demo", "--weights", "f32", "--kv", "f32"]
 

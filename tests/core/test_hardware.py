@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import tomllib
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from partinf import resources
 from partinf.errors import InvalidInput
-from partinf.hardware.slices import Link, chip_of_kind, chips, parse_slice, valid_sides
+from partinf.hardware.chips import TABLE, Chip, CloudType, Price, chip_of_kind, chips
+from partinf.hardware.slices import Link, parse_slice, valid_sides
 
 
 @pytest.mark.parametrize("name", chips())
@@ -19,6 +23,29 @@ def test_every_chip_names_its_source(name: str) -> None:
     assert chip.usable_hbm <= chip.hbm
     assert chip.torus_dims in (0, 2, 3)
     assert chip.link_bandwidth > 0 if chip.torus_dims else chip.switch_bandwidth > 0
+
+
+@pytest.mark.parametrize("name", chips())
+def test_the_table_states_every_key_of_a_chip_or_says_that_it_has_none(name: str) -> None:
+    """So a new chip is one section of one file, and nothing of it can be forgotten."""
+    row = tomllib.loads(resources.package_file(TABLE).read_text())[name]
+    everything = {field.name for field in fields(Chip)} - {"name", "rates"}
+    torus = {"torus_dims", "wrap_multiple", "sides", "side_multiple", "max_axis", "link_bandwidth", "devices_per_chip", "core_links"}
+    of_the_compiler = {"clock", "host_shape", "compiler_config"}
+    switched = {"node_size", "switch_bandwidth"}
+    assert set(row) == everything - (switched if row["family"] == "tpu" else torus | of_the_compiler | {"cloud", "price"})
+    for key, kind in (("cloud", CloudType), ("price", Price)):
+        if row.get(key):
+            assert set(row[key]) == {field.name for field in fields(kind)}
+
+
+@pytest.mark.parametrize("name", [name for name, chip in chips().items() if chip.cloud])
+def test_every_topology_of_a_type_is_a_slice_of_its_chip(name: str) -> None:
+    cloud = chips()[name].cloud
+    assert cloud is not None
+    for number, topology in cloud.topologies:
+        assert parse_slice(f"{name}:{topology}").num_chips * cloud.cores_per_number == int(number)
+    assert math.prod(chips()[name].host_shape) == cloud.chips_per_host
 
 
 def test_torus_axes() -> None:

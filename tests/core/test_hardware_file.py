@@ -12,9 +12,10 @@ from partinf.cost.calibration import calibration_for
 from partinf.cost.ledger import Kind, Op, Part
 from partinf.cost.pricing import Pricing
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import check_devices, default_path, read_hardware, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.hardware.slices import chips, make_slice, parse_slice
+from partinf.hardware.slices import make_slice, parse_slice
 from partinf.workload import DType
 
 RATES = Rates(
@@ -41,6 +42,26 @@ def test_a_file_gives_back_the_chip(tmp_path: Path) -> None:
     path = tmp_path / "cpu.toml"
     path.write_text(write_hardware(CHIP))
     assert read_hardware(path) == CHIP
+
+
+def test_what_no_measurement_finds_is_as_the_table_has_it(tmp_path: Path) -> None:
+    """A file that was written before the table had these keys describes the same chip."""
+    path = tmp_path / "v4.toml"
+    measured = replace(chips()["v4"], rates=RATES)
+    text = write_hardware(measured)
+    path.write_text(text)
+    assert read_hardware(path) == measured
+    stated = ("sides", "side_multiple", "core_links", "clock", "host_shape", "compiler_config")
+    old = "\n".join(line for line in text.splitlines() if line.partition(" = ")[0] not in stated)
+    path.write_text(old)
+    assert read_hardware(path) == measured
+    path.write_text(old.replace('name = "v4"', 'name = "mine"'))
+    mine = read_hardware(path)
+    assert (mine.clock, mine.cloud, mine.price) == (0.0, None, None)
+    assert parse_slice("mine:3x5x1", measured=mine).num_devices == 15  # a chip that names no sides has them all
+    path.write_text(text.replace("sides = [1, 2]", "sides = [1.5, 0]").replace('family = "tpu"', 'family = "tpuu"'))
+    with pytest.raises(InvalidInput, match=r"family = 'tpuu'(.|\n)*sides = |sides = (.|\n)*family = 'tpuu'"):
+        read_hardware(path)
 
 
 def test_everything_wrong_with_a_file_is_listed(tmp_path: Path) -> None:

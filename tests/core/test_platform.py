@@ -1,4 +1,4 @@
-"""The table of platforms: nothing outside it knows a platform by name."""
+"""The table of platforms: nothing outside it knows a platform by name, and no code knows a chip by name."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import partinf
 from partinf.cost.pricing import PROGRAMS
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import chips
 from partinf.hardware.platform import CPU, GPU, PLATFORMS, TPU, platform_named
-from partinf.hardware.slices import chips
 from partinf.workload import DType
 
 PACKAGE = Path(partinf.__file__).parent
@@ -49,6 +49,11 @@ def compared_rows(module: ast.Module) -> list[int]:
 def test_no_branch_on_a_platform_stands_outside_the_table() -> None:
     found = {name: constants(module, NAMES) + compared_rows(module) for name, module in sources() if name != TABLE}
     assert {name for name, lines in found.items() if lines} == set(NAMED), {name: lines for name, lines in found.items() if lines}
+
+
+def test_no_code_knows_a_chip_by_name() -> None:
+    names = set(chips()) - set(PLATFORMS)
+    assert not {name: lines for name, module in sources() if (lines := constants(module, names))}
 
 
 def test_every_chip_has_a_platform_and_every_row_names_what_exists() -> None:

@@ -15,9 +15,10 @@ from partinf.buckets import runner_limits
 from partinf.cost.ledger import Kind, Op
 from partinf.errors import InvalidInput
 from partinf.experiment.result import ledger_of
+from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import default_path, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
-from partinf.hardware.slices import chips, make_slice, parse_slice
+from partinf.hardware.slices import make_slice, parse_slice
 from partinf.layout import make_layout
 from partinf.measure.calibrate import ROWS, calibrate
 from partinf.measure.collectives import collective_call

@@ -12,7 +12,8 @@ from experiments.calibrate_v4.fit import checks, serving
 from experiments.calibrate_v4.measured import COLUMNS, Column, mfu, predict
 from partinf import resources
 from partinf.cost.calibration import calibration_for
-from partinf.hardware.slices import chips, parse_slice
+from partinf.hardware.chips import chips
+from partinf.hardware.slices import parse_slice
 from partinf.model.config import load_model_config
 from partinf.planner.report import PlanReport
 from partinf.planner.search import search

@@ -12,7 +12,8 @@ from partinf.cost.roofline import (
     smallest_slice,
     step_seconds,
 )
-from partinf.hardware.slices import chips, parse_slice
+from partinf.hardware.chips import chips
+from partinf.hardware.slices import parse_slice
 from partinf.model.config import load_model_config
 from partinf.workload import DType
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from partinf.cli import main
-from partinf.hardware.slices import chips, parse_slice
+from partinf.hardware.chips import chips
+from partinf.hardware.slices import parse_slice
 from partinf.model.config import load_model_config
 from partinf.planner.question import Question
 from partinf.planner.search import answer

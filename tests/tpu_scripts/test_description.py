@@ -66,18 +66,26 @@ def test_the_shipped_example_is_right(cloud, capsys: pytest.CaptureFixture[str])
 def test_every_type_is_a_slice_that_partinf_knows() -> None:
     import pod_types
 
-    for prefix, generation in pod_types.generations().items():
-        for number, topology in generation.topologies.items():
+    for prefix, (chip, cloud) in pod_types.generations().items():
+        for number, topology in cloud.topologies:
             tpu = pod_types.parse_type(f"{prefix}-{number}")
-            assert tpu.slice == parse_slice(f"{generation.chip}:{topology}")
-            assert tpu.num_chips * generation.cores_per_number == int(number)
+            assert tpu.slice == parse_slice(f"{chip}:{topology}")
+            assert tpu.num_chips * cloud.cores_per_number == int(number)
             assert tpu.num_hosts * tpu.chips_per_host == tpu.num_chips
             assert pod_types.type_of_slice(tpu.slice) == tpu
 
 
 @pytest.mark.parametrize(
     "name,chips,hosts",
-    [("v5litepod-16", 16, 4), ("v5litepod-8", 8, 1), ("v4-128", 64, 16), ("v6e-8", 8, 1), ("v5p-32", 16, 4), ("v6e-1", 1, 1)],
+    [
+        ("v5litepod-16", 16, 4),
+        ("v5litepod-8", 8, 1),
+        ("v4-128", 64, 16),
+        ("v6e-8", 8, 1),
+        ("v5p-32", 16, 4),
+        ("v6e-1", 1, 1),
+        ("tpu7x-16", 8, 2),
+    ],
 )
 def test_chips_and_hosts(name: str, chips: int, hosts: int) -> None:
     import pod_types
