@@ -1,4 +1,4 @@
-"""What is to be served: batch, lengths and objective, and how much one request may ask for."""
+"""What is to be served: batch, lengths and objective."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from enum import StrEnum
 
 from partinf.errors import raise_offences
 from partinf.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS, MIN_RATE, not_whole
-
-TOP_LOGPROBS = 20  # alternatives per token
-MAX_BIASES = 1024  # logit biases of a request
 
 
 class Objective(StrEnum):

@@ -28,7 +28,7 @@ from partinf.model.weights import num_params
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival, read_trace
 from partinf.simulation.play import play
-from partinf.simulation.report import Bounds, Machine, report
+from partinf.simulation.report import Bounds, Machine, RunReport
 from partinf.simulation.serving_plan import Traffic, serving_plan
 from partinf.simulation.sizing import Sizing, cost_runner
 
@@ -68,11 +68,11 @@ def simulate(job: tuple[str, str, int, int, int | None, str, list[Arrival]]) -> 
     refused = play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)
     seconds = runner.clock.now - arrivals[0].time
     machine = Machine(num_params(model), slice_.num_chips, slice_.chip.peak_bf16)
-    figures = report(engine.metrics, seconds, refused, BOUNDS, machine)
+    report = RunReport.of(engine.metrics, seconds, refused, BOUNDS, machine)
     wall = time.perf_counter() - started
-    print(f"{model_name} {slice_name} {size} 1/{replicas} {scheduler}: {figures['goodput']['share']:.1%} in {wall:.0f} s", file=sys.stderr)
+    print(f"{model_name} {slice_name} {size} 1/{replicas} {scheduler}: {report.goodput:.1%} in {wall:.0f} s", file=sys.stderr)
     names = {"model": model_name, "slice": slice_name, "max_batch": size, "replicas": replicas, "stages": stages}
-    return names | {"scheduler": scheduler, "layout": readable_name(plan.layout, plan.axis_sizes), "wall_seconds": wall} | figures
+    return names | {"scheduler": scheduler, "layout": readable_name(plan.layout, plan.axis_sizes), "wall_seconds": wall} | report.as_json()
 
 
 def main() -> int:

@@ -9,17 +9,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.arguments import add_where, named_layout, named_slice
-from partinf.cli.serving import Load, add_load_arguments, need, read_load, show, whole
+from partinf.cli.serving import Load, add_load_arguments, need, read_load, said_of_load, show, whole
 
 if TYPE_CHECKING:
     from partinf.api import Model
     from partinf.engine.estimates import Estimates
     from partinf.plans import Plan
+    from partinf.simulation.report import RunReport
 
 _DEFAULT_BATCH = 16
 
@@ -63,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
     raise_offences(config.context_offences(f"the longest request has {longest} tokens", longest))
     plan = _plan(args, load, longest, target, layout)
     model = _load(args, plan, host_pages)
-    figures = _bench(args, load, model, lag)
-    show(figures, args.format, _heading(figures))
-    if figures["failed"]:
-        print(f"partinf: error: {figures['failed']} requests failed; the model's logits were no numbers (NaN or infinite)", file=sys.stderr)
-    return 1 if figures["failed"] else 0
+    about, report = _bench(args, load, model, lag)
+    show(about, report, args.format, _heading(about))
+    if about.failed:
+        print(f"partinf: error: {about.failed} requests failed; the model's logits were no numbers (NaN or infinite)", file=sys.stderr)
+    return 1 if about.failed else 0
 
 
 def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layout: Any) -> Plan:
@@ -95,7 +96,34 @@ def _load(args: argparse.Namespace, plan: Plan, host_pages: int) -> Model:
         return api.load(args.model, plan, random_weights=args.random_weights, on_compiled=compiled, num_host_pages=host_pages)
 
 
-def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _About:
+    """What was run, as `--format json` says it."""
+
+    model: str
+    slice: str
+    mesh: str
+    layout: str
+    weights: str
+    random_weights: bool
+    programs: int
+    programs_loaded: int
+    compile_seconds: float
+    compiled_while_serving: int
+    scheduler: str
+    max_batch: int
+    eviction: str
+    host_pages: int
+    lag: int
+    arrivals: str
+    lengths: str
+    seed: int
+    calibration_source: str
+    decode_seconds: float
+    failed: int
+
+
+def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> tuple[_About, RunReport]:
     from partinf.cli.progress import progress_bar
     from partinf.cost.calibration import calibration_for
     from partinf.engine.engine import Engine
@@ -104,7 +132,7 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
     from partinf.layout import readable_name
     from partinf.model.weights import num_params
     from partinf.simulation.play import WallClock, play
-    from partinf.simulation.report import Machine, report
+    from partinf.simulation.report import Machine, RunReport
     from partinf.simulation.schedule_trace import ScheduleTrace
 
     plan = model.plan
@@ -123,30 +151,32 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> dict
     if trace is not None:
         trace.write(Path(args.trace))
     chip = plan.slice.chip
-    return {
-        "model": plan.model.name,
-        "slice": plan.slice.name,
-        "mesh": plan.slice.mesh,
-        "layout": readable_name(plan.layout, plan.axis_sizes),
-        "weights": plan.weights.value,
-        "random_weights": args.random_weights,
-        "programs": model.runner.num_compiled,
-        "programs_loaded": model.runner.num_loaded,
-        "compile_seconds": model.runner.compile_seconds,
-        "compiled_while_serving": model.runner.num_compiled - compiled,
-        "scheduler": load.scheduler,
-        "max_batch": load.options.max_batch_size,
-        "eviction": args.eviction,
-        "host_pages": model.runner.limits.num_host_pages,
-        "lag": lag,
-        "arrivals": args.arrivals if not args.arrivals.startswith("trace:") else f"trace:{Path(args.arrivals[6:]).name}",
-        "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
-        "seed": int(args.seed),
-        "calibration_source": calibration_for(chip).source,
-        "decode_seconds": estimates.decode,
-        "failed": engine.metrics.summary().finished.get(FinishReason.FAILED, 0),
-        **report(engine.metrics, seconds, refused, load.bounds, Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)),
-    }
+    arrivals, lengths = said_of_load(args)
+    about = _About(
+        model=plan.model.name,
+        slice=plan.slice.name,
+        mesh=plan.slice.mesh,
+        layout=readable_name(plan.layout, plan.axis_sizes),
+        weights=plan.weights.value,
+        random_weights=args.random_weights,
+        programs=model.runner.num_compiled,
+        programs_loaded=model.runner.num_loaded,
+        compile_seconds=model.runner.compile_seconds,
+        compiled_while_serving=model.runner.num_compiled - compiled,
+        scheduler=load.scheduler,
+        max_batch=load.options.max_batch_size,
+        eviction=args.eviction,
+        host_pages=model.runner.limits.num_host_pages,
+        lag=lag,
+        arrivals=arrivals,
+        lengths=lengths,
+        seed=int(args.seed),
+        calibration_source=calibration_for(chip).source,
+        decode_seconds=estimates.decode,
+        failed=engine.metrics.summary().finished.get(FinishReason.FAILED, 0),
+    )
+    machine = Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
+    return about, RunReport.of(engine.metrics, seconds, refused, load.bounds, machine)
 
 
 def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[float]], list[float]] = lambda times: times) -> Estimates:
@@ -200,11 +230,11 @@ def _page_seconds(runner: Any, repeats: int = 20) -> float:
     return max(0.0, taken) / (2 * repeats * len(pages))
 
 
-def _heading(figures: dict[str, Any]) -> list[str]:
-    weights = "random weights" if figures["random_weights"] else "its weights"
+def _heading(about: _About) -> list[str]:
+    weights = "random weights" if about.random_weights else "its weights"
     return [
-        f"[bold]{figures['model']}[/] ({weights}, {figures['weights']}) on {figures['slice']} ({figures['mesh']}): {figures['layout']}",
-        f"{figures['programs']} programs compiled, {figures['programs_loaded']} loaded in {figures['compile_seconds']:.1f} s, "
-        f"{figures['compiled_while_serving']} compiled while serving",
-        f"{figures['scheduler']}, at most {figures['max_batch']} per iteration; {figures['arrivals']}, lengths {figures['lengths']}",
+        f"[bold]{about.model}[/] ({weights}, {about.weights}) on {about.slice} ({about.mesh}): {about.layout}",
+        f"{about.programs} programs compiled, {about.programs_loaded} loaded in {about.compile_seconds:.1f} s, "
+        f"{about.compiled_while_serving} compiled while serving",
+        f"{about.scheduler}, at most {about.max_batch} per iteration; {about.arrivals}, lengths {about.lengths}",
     ]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from partinf.cli.arguments import add_hardware
-from partinf.cli.serving import Load, add_load_arguments, need, number, read_load, show, whole
+from partinf.cli.serving import Load, add_load_arguments, need, number, read_load, said_of_load, show, whole
 
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
     from partinf.plans import Plan
+    from partinf.simulation.report import RunReport
     from partinf.simulation.sizing import Sizing
 
 _DEFAULT_BATCH = 64
@@ -64,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
     residents = numbers["residents"] or resident_batches(load.scheduler) * load.options.max_batch_size
     sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, (host or 0.0) * 1e9, (overhead or 0.0) / 1e6)
-    figures = _simulate(args, load, plan, pricing, sizing)
-    show(figures, args.format, _heading(figures))
+    about, report = _simulate(args, load, plan, pricing, sizing)
+    show(about, report, args.format, _heading(about))
     return 0
 
 
@@ -119,14 +121,39 @@ def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], ho
     )
 
 
-def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing, sizing: Sizing) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _About:
+    """What was simulated, as `--format json` says it."""
+
+    model: str
+    slice: str
+    stages: int
+    bubbles: float
+    mesh: str
+    layout: str
+    kv_tokens: int
+    scheduler: str
+    max_batch: int
+    eviction: str
+    arrivals: str
+    lengths: str
+    seed: int
+    random_weights: bool
+    program: str
+    calibration_error: float
+    calibration_measured: bool
+    calibration_source: str
+    wall_seconds: float
+
+
+def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[_About, RunReport]:
     from partinf.cli.progress import progress_bar
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy
     from partinf.layout import readable_name
     from partinf.model.weights import num_params
     from partinf.simulation.play import play
-    from partinf.simulation.report import Machine, report
+    from partinf.simulation.report import Machine, RunReport
     from partinf.simulation.schedule_trace import ScheduleTrace
     from partinf.simulation.sizing import cost_runner
 
@@ -141,40 +168,39 @@ def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing
         refused = play(engine, load.arrivals, runner.clock, next_finish=lambda: runner.next_finish, on_finished=advance)
     if trace is not None:
         trace.write(Path(args.trace))
+    arrivals, lengths = said_of_load(args)
+    about = _About(
+        model=plan.model.name,
+        slice=plan.slice.name,
+        stages=plan.num_stages,
+        bubbles=runner.bubbles,
+        mesh=plan.slice.mesh,
+        layout=readable_name(plan.layout, plan.axis_sizes),
+        kv_tokens=runner.limits.pages_per_shard * runner.limits.num_shards * sizing.page_size,
+        scheduler=load.scheduler,
+        max_batch=load.options.max_batch_size,
+        eviction=args.eviction,
+        arrivals=arrivals,
+        lengths=lengths,
+        seed=int(args.seed),
+        random_weights=args.random_weights,
+        program=pricing.program.name,
+        calibration_error=pricing.calibration.error,
+        calibration_measured=pricing.calibration.measured,
+        calibration_source=pricing.calibration.source,
+        wall_seconds=time.perf_counter() - started,
+    )
     machine = Machine(num_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
-    seconds = runner.clock.now - load.arrivals[0].time
-    return {
-        "model": plan.model.name,
-        "slice": plan.slice.name,
-        "stages": plan.num_stages,
-        "bubbles": runner.bubbles,
-        "mesh": plan.slice.mesh,
-        "layout": readable_name(plan.layout, plan.axis_sizes),
-        "kv_tokens": runner.limits.pages_per_shard * runner.limits.num_shards * sizing.page_size,
-        "scheduler": load.scheduler,
-        "max_batch": load.options.max_batch_size,
-        "eviction": args.eviction,
-        "arrivals": args.arrivals if not args.arrivals.startswith("trace:") else f"trace:{Path(args.arrivals[6:]).name}",
-        "lengths": args.lengths if not args.arrivals.startswith("trace:") else "of the trace",
-        "seed": int(args.seed),
-        "random_weights": args.random_weights,
-        "program": pricing.program.name,
-        "calibration_error": pricing.calibration.error,
-        "calibration_measured": pricing.calibration.measured,
-        "calibration_source": pricing.calibration.source,
-        "wall_seconds": time.perf_counter() - started,
-        **report(engine.metrics, seconds, refused, load.bounds, machine),
-    }
+    return about, RunReport.of(engine.metrics, runner.clock.now - load.arrivals[0].time, refused, load.bounds, machine)
 
 
-def _heading(figures: dict[str, Any]) -> list[str]:
-    stages = f", {figures['stages']} stages ({figures['bubbles']:.1%} bubbles)" if figures["stages"] > 1 else ""
-    measured = "" if figures["calibration_measured"] else ", nothing measured on this chip"
-    if "partinf calibrate" in figures["calibration_source"]:
-        measured = f", {figures['calibration_source']}"
+def _heading(about: _About) -> list[str]:
+    stages = f", {about.stages} stages ({about.bubbles:.1%} bubbles)" if about.stages > 1 else ""
+    measured = "" if about.calibration_measured else ", nothing measured on this chip"
+    if "partinf calibrate" in about.calibration_source:
+        measured = f", {about.calibration_source}"
     return [
-        f"[bold]{figures['model']}[/] on {figures['slice']} ({figures['mesh']}){stages}: {figures['layout']}; "
-        f"{figures['kv_tokens']} tokens of KV",
-        f"{figures['scheduler']}, at most {figures['max_batch']} per iteration; {figures['arrivals']}, lengths {figures['lengths']}; "
-        f"step times ±{figures['calibration_error']:.0%}{measured}; simulated in {figures['wall_seconds']:.1f} s",
+        f"[bold]{about.model}[/] on {about.slice} ({about.mesh}){stages}: {about.layout}; {about.kv_tokens} tokens of KV",
+        f"{about.scheduler}, at most {about.max_batch} per iteration; {about.arrivals}, lengths {about.lengths}; "
+        f"step times ±{about.calibration_error:.0%}{measured}; simulated in {about.wall_seconds:.1f} s",
     ]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
-from partinf.workload import TOP_LOGPROBS
+from partinf.limits import TOP_LOGPROBS
 
 _F32 = 4
 _SCORED_ROWS = 128  # rows of a prompt whose logits exist at once

@@ -9,7 +9,7 @@ from __future__ import annotations
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
-from partinf.workload import TOP_LOGPROBS
+from partinf.limits import TOP_LOGPROBS
 
 _WORD = 4
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partinf.errors import raise_offences
-from partinf.workload import MAX_BIASES, TOP_LOGPROBS
+from partinf.limits import MAX_BIASES, TOP_LOGPROBS
 
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 128

@@ -19,7 +19,7 @@ from partinf.experiment.description import Experiment
 from partinf.layout import readable_name
 from partinf.model.weights import num_params
 from partinf.plans import Bucket, Plan
-from partinf.simulation.report import Bounds, Machine, report
+from partinf.simulation.report import Bounds, Machine, RunReport
 from partinf.simulation.step_price import StepPrice
 
 _LAG = 1  # the host is ahead by one step, everywhere
@@ -76,7 +76,8 @@ def result(
     """
     chip = plan.slice.chip
     constants = calibration_for(chip)
-    figures = report(engine.metrics, seconds, 0, Bounds(), Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16))
+    machine = Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
+    figures = RunReport.of(engine.metrics, seconds, 0, Bounds(), machine).as_json()
     counters = figures.pop("counters") | {name: figures.pop(name) for name in _COUNTERS}
     return {
         "experiment": asdict(experiment),

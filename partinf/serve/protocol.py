@@ -12,8 +12,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from partinf.engine.params import MAX_SAMPLES
+from partinf.limits import MAX_BIASES, TOP_LOGPROBS
 from partinf.serve.decoding import Body
-from partinf.workload import MAX_BIASES, TOP_LOGPROBS
 
 MAX_STOPS = 16
 

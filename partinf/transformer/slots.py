@@ -19,11 +19,11 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from partinf.limits import MAX_BIASES
 from partinf.partition.collectives import take_split
 from partinf.partition.sharding import sharding
 from partinf.plans import Plan
 from partinf.transformer.batch import RichBatch
-from partinf.workload import MAX_BIASES
 
 
 @jax.tree_util.register_dataclass

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.errors import raise_offences
+from partinf.limits import TOP_LOGPROBS
 from partinf.partition.collectives import Split, move
 from partinf.partition.sharding import platform_of, sharding, spec
 from partinf.plans import Bucket, Plan
@@ -29,7 +30,6 @@ from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
 from partinf.transformer.sampling import choose, log_normalizer, logit_of, most_likely
 from partinf.transformer.slots import Slots, abstract_slots, count_fed, steer
-from partinf.workload import TOP_LOGPROBS
 
 
 @jax.tree_util.register_dataclass
