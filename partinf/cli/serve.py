@@ -128,6 +128,7 @@ def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, templat
         note = f"{runner.num_compiled} programs compiled, {runner.num_loaded} loaded in {runner.compile_seconds:.1f} s"
         if group is not None:
             note += f", {group.count} processes"
+        note += "; no chat template" if template is None else f"; chat template: {template.where}"
         return Loaded(_engine(args, model, group), model.tokenizer, template, note)
 
     with listen(args.host, args.port) as listener:

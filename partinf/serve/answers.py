@@ -43,12 +43,27 @@ class Answer(Protocol):
         """The last event, with the usage and no choices."""
 
 
-class CompletionAnswer:
-    """Of POST /v1/completions."""
+class _Answer:
+    """What both have in common: one request, and how many tokens its stream has brought."""
 
     def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
         self._asked, self._id, self._model, self._texts = asked, request_id, model, texts
         self._created = int(time.time())
+        self._generated = 0
+
+    def _usage_so_far(self) -> Usage | UnsetType | None:
+        """Of an event that is not the last; how many tokens were cached is known in the end."""
+        if not self._asked.usage_so_far:
+            return None if self._asked.include_usage else UNSET
+        prompt = sum(map(len, self._asked.prompts))
+        return Usage(prompt, self._generated, prompt + self._generated)
+
+
+class CompletionAnswer(_Answer):
+    """Of POST /v1/completions."""
+
+    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
+        super().__init__(asked, request_id, model, texts)
         self._offsets: dict[int, Offsets] = {}
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
@@ -64,6 +79,7 @@ class CompletionAnswer:
     def event(self, prompt: int, event: TokenEvent) -> Completion | None:
         if self._asked.only_echo:
             return None
+        self._generated += event.token is not None
         index, logprobs = self._index(prompt, event.sample), None
         if self._asked.params.logprobs:
             start = len(self._asked.echoed[prompt]) if self._asked.echoed else 0
@@ -103,18 +119,14 @@ class CompletionAnswer:
         return prompt * self._asked.params.n + sample
 
     def _event(self, choice: CompletionChoice) -> Completion:
-        return self._body([choice], None if self._asked.include_usage else UNSET)
+        return self._body([choice], self._usage_so_far())
 
     def _body(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
         return Completion(self._id, "text_completion", self._created, self._model, choices, usage)
 
 
-class ChatAnswer:
+class ChatAnswer(_Answer):
     """Of POST /v1/chat/completions."""
-
-    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
-        self._asked, self._id, self._model, self._texts = asked, request_id, model, texts
-        self._created = int(time.time())
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
         choices = [
@@ -133,6 +145,7 @@ class ChatAnswer:
             yield self._event(ChatChoice(sample, delta=ChatText("assistant", "")))
 
     def event(self, prompt: int, event: TokenEvent) -> ChatCompletion | None:
+        self._generated += event.token is not None
         logprobs = None
         if self._asked.params.logprobs:
             logprobs = self._logprobs(*_sampled(event))
@@ -150,7 +163,7 @@ class ChatAnswer:
         return ChatLogprobs(self._texts.chat(tokens, logprobs, tops)) if self._asked.params.logprobs else None
 
     def _event(self, choice: ChatChoice) -> ChatCompletion:
-        return self._body("chat.completion.chunk", [choice], None if self._asked.include_usage else UNSET)
+        return self._body("chat.completion.chunk", [choice], self._usage_so_far())
 
     def _body(
         self,

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from partinf import resources
 from partinf.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
-from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion
+from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion, conversation
 from partinf.serve.bodies import BodyReader, Bounds
 from partinf.serve.decoding import Body, decode
 from partinf.serve.engine_thread import EngineThread, Inbox, ended_well, log_failure
@@ -33,7 +33,9 @@ from partinf.serve.prompts import Served
 from partinf.serve.protocol import ChatBody, CompletionBody, ModelCard, ModelList
 from partinf.serve.token_texts import TokenTexts
 
-_LARGE = 1 << 15  # bytes of a body that is read by another thread, so that others need not wait
+_LARGE = 1 << 13  # bytes of a body that is read by another thread: encoding so many takes some milliseconds
+
+T = TypeVar("T")
 
 Handler = Callable[[Request], Awaitable[ASGIApp]]
 MakeAnswer = Callable[[Asked, str, str, TokenTexts], Answer]
@@ -114,10 +116,7 @@ class Front:
         async def handler(request: Request) -> ASGIApp:
             running = self._ready()
             raw = await self._bodies.read(request)
-            if len(raw) > _LARGE:
-                asked = await asyncio.to_thread(_ask, kind, ask, raw, running.served)
-            else:
-                asked = _ask(kind, ask, raw, running.served)
+            asked = await _asked(kind, ask, raw, running.served)
             self._ready()  # reading takes time
             inbox = _submit(running.engine, asked)
             answer = answers(asked, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
@@ -180,9 +179,27 @@ class _Endpoint:
         await response(scope, receive, send)
 
 
-def _ask(kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Asked:
+async def _asked(kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Asked:
+    """What a body asks for."""
+    body, offences, written = await _beside(len(raw), _read, kind, raw, served)
+    text = None
+    if written is not None and served.conversations is not None:
+        try:
+            text = await served.conversations.text(written, offences)
+        except Overloaded as error:
+            raise _overloaded(error) from None
+    return await _beside(len(raw) + len(text or ""), ask, body, served, offences, text)
+
+
+def _read(kind: type[Body], raw: bytes, served: Served) -> tuple[Body, list[Offence], bytes | None]:
+    """A body, its offences, and the conversation in it."""
     body, offences = decode(kind, raw)
-    return ask(body, served, offences)
+    return body, offences, conversation(body, served, offences) if isinstance(body, ChatBody) else None
+
+
+async def _beside(size: int, work: Callable[..., T], *given: Any) -> T:
+    """What `work` returns; in a thread where there is much to work on, so that others need not wait."""
+    return work(*given) if size <= _LARGE else await asyncio.to_thread(work, *given)
 
 
 def _submit(engine: EngineThread, asked: Asked) -> Inbox:
@@ -191,7 +208,11 @@ def _submit(engine: EngineThread, asked: Asked) -> Inbox:
     except InvalidInput as error:
         raise invalid(map(Offence, error.offences)) from None
     except Overloaded as error:
-        raise ApiError(429, [Offence(str(error))], code="overloaded", retry_after=error.retry_after) from None
+        raise _overloaded(error) from None
+
+
+def _overloaded(error: Overloaded) -> ApiError:
+    return ApiError(429, [Offence(str(error))], code="overloaded", retry_after=error.retry_after)
 
 
 async def _of_starlette(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 from partinf.engine.params import MAX_SEED, SamplingParams
 from partinf.errors import InvalidInput
 from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
-from partinf.serve.prompts import Served, as_text, encoded, given_prompts, length_offence, rendered
+from partinf.serve.prompts import Served, as_text, encoded, encoded_marked, given_prompts, length_offence
 from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody
 
 _NAME = re.compile(r"\w+")
@@ -23,6 +23,7 @@ class Asked:
 
     Attributes:
         prompts: token ids. echoed: per prompt the text to repeat, empty without `echo`.
+        include_usage: a stream ends with the usage. usage_so_far: and each of its events has what there has been.
         only_echo: nothing is to be generated; the engine generates a token all the same, which is dropped.
     """
 
@@ -30,11 +31,12 @@ class Asked:
     params: SamplingParams
     stream: bool
     include_usage: bool
+    usage_so_far: bool
     echoed: list[str]
     only_echo: bool
 
 
-def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]) -> Asked:
+def ask_completion(body: CompletionBody, served: Served, offences: list[Offence], text: str | None = None) -> Asked:
     """Of POST /v1/completions.
 
     Args:
@@ -43,16 +45,17 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
     Raises:
         ApiError: 404 for another model; 400 with all offences.
     """
-    _check_model(body.model, served)
-    offences = offences + _stream_offences(body)
+    check_model(body.model, served)
+    offences = offences + _offences(body, body.max_tokens)
     if body.best_of not in (None, body.n):
         offences.append(Offence(f"best_of = {body.best_of} is not supported; leave it out, or give n, which is {body.n}", "best_of"))
     if body.max_tokens == 0 and not body.echo:
         offences.append(Offence("max_tokens = 0 makes sense with echo only; at least 1 is needed without it", "max_tokens"))
     if body.echo and body.stream and body.logprobs is not None:
         offences.append(Offence("echo with logprobs is not streamed; leave one of the three out", "echo"))
-    given = given_prompts(body, served, offences)
-    prompts = [encoded(prompt, f"prompt[{place}]" if len(given) > 1 else "prompt", served, offences) for place, prompt in enumerate(given)]
+    given, lengths = given_prompts(body, served, offences), list[Offence]()
+    names = [f"prompt[{place}]" if len(given) > 1 else "prompt" for place in range(len(given))]
+    prompts = [encoded(prompt, name, served, offences, lengths) for prompt, name in zip(given, names, strict=True)]
     params = _params(
         body,
         offences,
@@ -64,26 +67,44 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
     )
     if len(prompts) * body.n > served.max_choices:
         offences.append(Offence(f"{len(prompts)} prompts × n = {body.n} are too many; at most {served.max_choices} choices", "n"))
-    names = {"prompt": "prompt", "max_tokens": "max_tokens"}
-    params = _checked(prompts, params, max(1, body.max_tokens), names, served, offences)
+    called = {"prompt": "prompt", "max_tokens": "max_tokens"}
+    params = _checked(prompts, params, max(1, body.max_tokens), called, served, offences, lengths)
     echoed = [as_text(prompt, served) for prompt in given] if body.echo else []
     only_echo = body.max_tokens == 0
-    return Asked(prompts, params, body.stream, _wants_usage(body), echoed, only_echo)
+    return Asked(prompts, params, body.stream, *_usage(body), echoed, only_echo)
 
 
-def ask_chat(body: ChatBody, served: Served, offences: list[Offence]) -> Asked:
-    """Of POST /v1/chat/completions; as `ask_completion`."""
-    _check_model(body.model, served)
-    offences = offences + _stream_offences(body)
+def conversation(body: ChatBody, served: Served, offences: list[Offence]) -> bytes | None:
+    """What the model's template is to write, for `ask_chat`; None where that is wrong, for the reasons that joined the offences.
+
+    Raises:
+        ApiError: 404 for another model; 400 for one without a tokenizer or a template.
+    """
+    check_model(body.model, served)
+    if served.tokenizer is None or served.conversations is None:
+        missing = "tokenizer" if served.tokenizer is None else "chat template (partinf serve --chat-template FILE gives it one)"
+        raise invalid([*offences, Offence(f"the model has no {missing}; use /v1/completions", "messages")])
+    return served.conversations.read(body, offences)
+
+
+def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str | None) -> Asked:
+    """Of POST /v1/chat/completions; as `ask_completion`.
+
+    Args:
+        text: the conversation as the model's template writes it; None where it cannot, for the reasons in `offences`.
+    """
+    check_model(body.model, served)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     name = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
+    offences = offences + _offences(body, limit)
     if body.max_tokens not in (None, limit):
         offences.append(Offence(f"max_tokens = {body.max_tokens} and max_completion_tokens = {limit} differ; give one", "max_tokens"))
     if body.top_logprobs and not body.logprobs:
         offences.append(Offence("top_logprobs needs logprobs to be true", "top_logprobs"))
     if body.n > served.max_choices:
         offences.append(Offence(f"n = {body.n} is too many; at most {served.max_choices} choices", "n"))
-    prompt = rendered(body, served, offences)
+    lengths: list[Offence] = []
+    prompts = [] if text is None else [encoded_marked(text, served, offences, lengths)]
     params = _params(
         body,
         offences,
@@ -92,27 +113,36 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence]) -> Asked:
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
     )
-    prompts = [] if prompt is None else [prompt]
-    params = _checked(prompts, params, limit or 1, {"prompt": "messages", "max_tokens": name}, served, offences)
-    return Asked(prompts, params, body.stream, _wants_usage(body), [], False)
+    params = _checked(prompts, params, limit or 1, {"prompt": "messages", "max_tokens": name}, served, offences, lengths)
+    return Asked(prompts, params, body.stream, *_usage(body), [], False)
 
 
-def _check_model(name: str, served: Served) -> None:
+def check_model(name: str, served: Served) -> None:
+    """Raise a 404 for the name of another model."""
     if name not in served.names:
         raise unknown_model(name, served.names)
 
 
-def _stream_offences(body: SamplingBody) -> list[Offence]:
+def _offences(body: SamplingBody, max_tokens: int | None) -> list[Offence]:
+    """What is wrong with parameters that depend on others; `max_tokens` is None where there is no bound but the context's."""
     offences = []
-    if body.stream_options is not None and not body.stream:
+    if _usage(body)[0] and not body.stream:
         offences.append(Offence("stream_options needs stream to be true", "stream_options"))
     if body.stream_options is not None and body.stream_options.include_obfuscation:
         offences.append(Offence("include_obfuscation is not supported", "stream_options.include_obfuscation"))
+    if max_tokens is not None and body.min_tokens > max_tokens:
+        offences.append(Offence(f"min_tokens = {body.min_tokens} is more than the most tokens, {max_tokens}", "min_tokens"))
+    elif body.min_tokens and not (body.ignore_eos and not body.stop and not body.stop_token_ids):
+        ways = "leave it out, or set ignore_eos and leave out stop and stop_token_ids, so that nothing can end the text before"
+        offences.append(Offence(f"min_tokens = {body.min_tokens} is not supported; {ways}", "min_tokens"))
     return offences
 
 
-def _wants_usage(body: SamplingBody) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
+def _usage(body: SamplingBody) -> tuple[bool, bool]:
+    """Whether a stream tells the usage in the end, and whether in every event as well."""
+    asked = body.stream_options
+    at_end = asked is not None and bool(asked.include_usage)
+    return at_end, at_end and bool(asked.continuous_usage_stats)  # type: ignore[union-attr]  # there if at_end
 
 
 def _params(body: SamplingBody, offences: list[Offence], names: dict[str, str], **more: Any) -> SamplingParams | None:
@@ -147,22 +177,22 @@ def _checked(
     names: dict[str, str],
     served: Served,
     offences: list[Offence],
+    lengths: list[Offence],
 ) -> SamplingParams:
     """What the engine would say, and whether there is room for what is asked.
 
     Args:
         params: None where they are wrong; the prompts are checked all the same.
-        names: how the body calls `prompt` and `max_tokens`.
+        names: how the body calls `prompt` and `max_tokens`. lengths: of prompts that are too long to be encoded.
 
     Raises:
         ApiError: all offences. Those of length have a code of their own with OpenAI, so they are told apart when nothing else is wrong.
     """
-    lengths: list[Offence] = []
     for place, prompt in enumerate(prompts):
         where = names["prompt"] + (f"[{place}]" if len(prompts) > 1 else "")
         if (offence := length_offence(prompt, where, max_tokens, names["max_tokens"], served.limits)) is not None:
             lengths.append(offence)
-        elif not any((known.param or "").startswith(where) for known in offences):
+        elif not any((known.param or "").startswith(where) for known in offences + lengths):
             try:
                 served.check(prompt, params or SamplingParams(), "", 0, 0.0)
             except InvalidInput as error:
@@ -192,4 +222,4 @@ def _named(message: str, names: dict[str, str], prompt: str | None) -> Offence:
     return Offence(names.get(name, name) + message[len(name) :], names.get(name, name))
 
 
-AskFunction = Callable[[Any, Served, list[Offence]], Asked]
+AskFunction = Callable[[Any, Served, list[Offence], str | None], Asked]

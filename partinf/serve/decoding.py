@@ -1,12 +1,15 @@
 """A request's JSON into its type, with every offence found and named by the parameter that it is about.
 
-msgspec checks a field against its type and bounds, and stops at the first that is wrong; so the fields are converted one by one.
+msgspec checks a field against its type and bounds, and stops at the first that is wrong; so the fields are converted one by one. A name
+that is not known is an error, because leaving it out would answer something else than was asked, unless it asks for nothing: null does not,
+and neither does the value that a parameter has by itself.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -15,19 +18,37 @@ from partinf.errors import nearest
 from partinf.serve.errors import Offence, invalid
 
 T = TypeVar("T", bound="Body")
+Idle = dict[str, tuple[object, ...]]
 
 _NAMED = 20  # unknown parameters that are answered by name
 _SHOWN = 60  # characters of a wrong value that an error repeats
 _PATH = re.compile(r" - at `(?:key` in `)?\$(.*)`$")
+_HALF_A_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
 
 
-class Body(msgspec.Struct, frozen=True, kw_only=True):
+class Fields(msgspec.Struct, frozen=True, kw_only=True):
+    """An object within a request."""
+
+    @classmethod
+    def refused(cls) -> Idle:
+        """What other servers know of it and this one does not support, each with the values that ask for nothing, besides null."""
+        return {}
+
+
+class Body(Fields, frozen=True, kw_only=True):
     """The body of a request. A parameter that is null counts as absent."""
 
     @classmethod
-    def refused(cls) -> dict[str, tuple[object, ...]]:
-        """Parameters of OpenAI's that are not supported, each with the values that ask for nothing."""
-        return {}
+    def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
+        """The objects in a body that have fields of their own: parameter by which errors name them, type, value of any kind."""
+        yield from ()
+
+    @classmethod
+    def advice(cls, path: str) -> str:
+        """What to write where something of the wrong type stands, `messages[0].content[1].text` for example; may be empty."""
+        return ""
 
 
 def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
@@ -39,11 +60,14 @@ def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
     try:
         given = msgspec.json.decode(body)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-        raise invalid([Offence(f"the body is not JSON that can be read: {error}")], code="invalid_json") from None
+        raise invalid([Offence(f"the body is not JSON that can be read: {_why(body, error)}")], code="invalid_json") from None
     if not isinstance(given, dict):
         raise invalid([Offence("the body is JSON, but no object")], code="invalid_json")
     values: dict[str, Any] = {}
-    offences = _unknown(kind, given)
+    offences = _unknown(kind, given, "")
+    for where, form, value in kind.inner(given):
+        if isinstance(value, dict) and not _names(form).issuperset(value):
+            offences += _unknown(form, value, where)
     missing = False
     for name, form, required in _fields(kind):
         value = given.get(name)
@@ -52,7 +76,7 @@ def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
                 values[name] = msgspec.convert(value, form, str_keys=True)
                 continue
             except (msgspec.ValidationError, RecursionError) as error:
-                offences.append(_wrong(name, value, str(error)))
+                offences.append(_wrong(kind, name, value, str(error)))
         elif required:
             offences.append(Offence(f"{name} is missing; it is required", name))
         missing = missing or required
@@ -68,28 +92,45 @@ def _fields(kind: type[Body]) -> list[tuple[str, Any, bool]]:
     return [(field.name, types[field.name], field.required) for field in msgspec.structs.fields(kind)]
 
 
-def _unknown(kind: type[Body], given: dict[str, Any]) -> list[Offence]:
-    known, refused = set(kind.__struct_fields__), kind.refused()
-    offences = []
-    for name, idle in refused.items():
-        value = given.get(name)
-        if value is not None and value not in idle:
-            offences.append(Offence(f"{name} is not supported", name))
-    strange = [name for name in given if name not in known and name not in refused]
+def _unknown(kind: type[Fields], given: dict[str, Any], where: str) -> list[Offence]:
+    """What asks for something that is not known or not supported; `where` is empty for the body itself."""
+    known, refused = _names(kind), kind.refused()
+    asked = [name for name, value in given.items() if value is not None and name not in known]
+    strange = [name for name in asked if name not in refused]
+    wanted = [name for name in asked if name in refused and given[name] not in refused[name]]
+    offences = [Offence(f"{_within(where, name)} is not supported", where or name) for name in wanted]
+    one, many = ("no field of it", "no fields of it") if where else ("no parameter of this endpoint", "no parameters of this endpoint")
     for name in strange[:_NAMED]:  # looking for the nearest name takes time
-        offences.append(Offence(f"{_short(name)} is no parameter of this endpoint{nearest(name[:_SHOWN], known)}", name[:_SHOWN]))
+        short = name[:_SHOWN]
+        offences.append(Offence(f"{_within(where, _short(name))} is {one}{nearest(short, known)}", where or short))
     if len(strange) > _NAMED:
-        offences.append(Offence(f"{len(strange) - _NAMED} more names are no parameters of this endpoint"))
+        offences.append(Offence(f"{len(strange) - _NAMED} more names are {many}", where or None))
     return offences
 
 
-def _wrong(name: str, value: object, message: str) -> Offence:
+@functools.cache
+def _names(kind: type[Fields]) -> frozenset[str]:
+    return frozenset(kind.__struct_fields__) | {str(kind.__struct_config__.tag_field)}
+
+
+def _within(where: str, name: str) -> str:
+    return f"{where}: {name}" if where else name
+
+
+def _why(body: bytes, error: Exception) -> str:
+    """What is wrong with a body that is no JSON."""
+    if ("truncated" in str(error) or "surrogate" in str(error)) and (half := _HALF_A_PAIR.search(body)) is not None:
+        return f"a string holds {half.group().decode()}, which is half of a surrogate pair and no character"
+    return str(error)
+
+
+def _wrong(kind: type[Body], name: str, value: object, message: str) -> Offence:
     """msgspec's message with the path as the client would write it: `messages[0].role`."""
     match = _PATH.search(message)
     where = "" if match is None else match.group(1)
     what = message if match is None else message[: match.start()]
     given = "" if where else f", not {_short(value)}"
-    return Offence(f"{name}{where}: {what[:1].lower()}{what[1:]}{given}", f"{name}{where}")
+    return Offence(f"{name}{where}: {what[:1].lower()}{what[1:]}{given}{kind.advice(f'{name}{where}')}", f"{name}{where}")
 
 
 def _short(value: object) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
-
-from partinf.checkpoint.tokenizer import Tokenizer
+from partinf.checkpoint.tokenizer import Tokenizer, TooLong
 from partinf.engine.admission import RequestCheck
 from partinf.engine.runner import RunnerLimits
-from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
-from partinf.serve.errors import Offence, invalid
-from partinf.serve.protocol import ChatBody, CompletionBody, Message
+from partinf.errors import InvalidInput
+from partinf.serve.conversations import Conversations
+from partinf.serve.errors import Offence
+from partinf.serve.protocol import CompletionBody
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class Served:
     """What can be asked of.
 
     Attributes:
-        names: of the model, the first is the one that answers bear. check: what the engine takes.
+        names: of the model, the first is the one that answers bear. check: what the engine takes. conversations: how the model's template
+            writes them, if it has one.
         max_choices: prompts times samples of one request.
     """
 
@@ -28,7 +28,7 @@ class Served:
     limits: RunnerLimits
     check: RequestCheck
     tokenizer: Tokenizer | None
-    chat_template: ChatTemplate | None
+    conversations: Conversations | None
     max_choices: int = 256
 
 
@@ -48,53 +48,39 @@ def given_prompts(body: CompletionBody, served: Served, offences: list[Offence])
     return [item for item in prompt if not isinstance(item, int)]
 
 
-def encoded(prompt: str | list[int], name: str, served: Served, offences: list[Offence]) -> list[int]:
-    """The ids of a prompt. What is wrong with ids the engine says."""
+def encoded(prompt: str | list[int], name: str, served: Served, offences: list[Offence], lengths: list[Offence]) -> list[int]:
+    """The ids of a prompt; nothing where there is an offence. What is wrong with ids the engine says."""
     if isinstance(prompt, list):
         return prompt
     if served.tokenizer is None:
         offences.append(Offence("this model has no tokenizer; give the prompt as token ids", name))
         return []
-    return served.tokenizer.encode(prompt) if prompt else []
+    return _ids(served.tokenizer.encode, prompt, name, served.limits, offences, lengths) if prompt else []
+
+
+def encoded_marked(text: str, served: Served, offences: list[Offence], lengths: list[Offence]) -> list[int]:
+    """The ids of a conversation; nothing where there is an offence."""
+    assert served.tokenizer is not None
+    return _ids(served.tokenizer.encode_marked, text, "messages", served.limits, offences, lengths)
+
+
+def _ids(
+    encode: Callable[..., list[int]], text: str, name: str, limits: RunnerLimits, offences: list[Offence], lengths: list[Offence]
+) -> list[int]:
+    """What `encode` makes of a text, which takes time in proportion to it; one that is sure not to fit is refused before."""
+    try:
+        return encode(text, limit=limits.max_prompt_len)
+    except TooLong as error:
+        lengths += [Offence(f"{name}: {offence}; the context holds {limits.max_context}", name) for offence in error.offences]
+    except InvalidInput as error:
+        offences += [Offence(f"{name}: {offence}", name) for offence in error.offences]
+    return []
 
 
 def as_text(prompt: str | list[int], served: Served) -> str:
     if isinstance(prompt, str):
         return prompt
     return "" if served.tokenizer is None else served.tokenizer.decode(prompt)
-
-
-def rendered(body: ChatBody, served: Served, offences: list[Offence]) -> list[int] | None:
-    """The prompt of a conversation, as the model's template writes it; None where that is not known, for the reasons in `offences`."""
-    if served.tokenizer is None or served.chat_template is None:
-        missing = "tokenizer" if served.tokenizer is None else "chat template (partinf serve --chat-template FILE gives it one)"
-        raise invalid([*offences, Offence(f"the model has no {missing}; use /v1/completions", "messages")])
-    before = len(offences)
-    for place, message in enumerate(body.messages):
-        if message.content is None and not message.tool_calls:
-            offences.append(Offence(f"messages[{place}].content is missing; it is required", f"messages[{place}].content"))
-    if len(offences) > before:
-        return None
-    reserved = {"messages", "add_generation_prompt"} & body.chat_template_kwargs.keys()
-    if reserved:
-        offences.append(Offence(f"chat_template_kwargs may not hold {' or '.join(sorted(reserved))}", "chat_template_kwargs"))
-        return None
-    try:
-        text = served.chat_template.render(
-            [_plain(message) for message in body.messages], body.add_generation_prompt, body.chat_template_kwargs
-        )
-    except TemplateRefusal as refusal:
-        offences.append(Offence(str(refusal), "messages"))
-        return None
-    return served.tokenizer.encode_marked(text)
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: a mapping, its content one text."""
-    plain: dict[str, Any] = msgspec.to_builtins(message)
-    if isinstance(message.content, list):
-        plain["content"] = "\n".join(part.text for part in message.content)
-    return plain
 
 
 def length_offence(prompt: list[int], name: str, max_tokens: int, max_name: str, limits: RunnerLimits) -> Offence | None:

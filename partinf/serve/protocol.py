@@ -1,11 +1,13 @@
 """The bodies that come and go, as types: OpenAI's parameters, and of vLLM's those that our sampling has.
 
-What is here is supported; what is named by `refused` is known and answered with a 400; any other name is an error too. Bounds that do not
-depend on the model stand in the types, so that the OpenAPI file has them.
+What is here is supported; what is named by `refused` is known and answered with a 400 unless its value asks for nothing; any other name is
+an error too, unless it is null. Bounds that do not depend on the model stand in the types, so that the OpenAPI file has them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,9 +15,10 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from partinf.engine.params import MAX_SAMPLES
 from partinf.limits import MAX_BIASES, TOP_LOGPROBS
-from partinf.serve.decoding import Body
+from partinf.serve.decoding import Body, Fields, Idle
 
 MAX_STOPS = 16
+_CONTENT = re.compile(r"messages\[\d+\]\.content")
 
 Count = Annotated[int, Meta(ge=1)]
 TokenId = Annotated[int, Meta(ge=0)]
@@ -23,18 +26,53 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """`include_usage`: a last event without choices says how many tokens there were."""
+class StreamOptions(Fields, frozen=True):
+    """What a stream tells besides its tokens.
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    `include_usage`: a last event without choices says how many tokens there were. `continuous_usage_stats` (vLLM's): every event says how
+    many there have been.
+    """
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+# Of vLLM's and others' parameters those that this server does not have, with their values there for doing nothing.
+_REFUSED: Idle = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
 
 
 class SamplingBody(Body, frozen=True, kw_only=True):
     """What both endpoints take.
 
-    `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `priority` are vLLM's. `user` is accepted, and nothing is
-    done with it.
+    `top_k`, `min_p`, `min_tokens`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `priority` are vLLM's; `min_tokens` is taken
+    where it changes nothing. `metadata`, `parallel_tool_calls`, `prompt_cache_key`, `prompt_cache_retention`, `safety_identifier`, `store`
+    and `user` are hints: they are accepted, and nothing is done with them.
     """
 
     model: str
@@ -43,20 +81,35 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASES)] = msgspec.field(
         default_factory=dict
     )
+    metadata: dict[str, Any] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
     n: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] = 1
+    parallel_tool_calls: bool | None = None
     presence_penalty: Penalty = 0.0
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] = 1.0
+    safety_identifier: str | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] = msgspec.field(default_factory=list)
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] = msgspec.field(default_factory=list)
+    store: bool | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_k: Annotated[int, Meta(ge=-1)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     user: str | None = None
+
+    @classmethod
+    def refused(cls) -> Idle:
+        return _REFUSED
+
+    @classmethod
+    def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
+        yield "stream_options", StreamOptions, given.get("stream_options")
 
 
 class CompletionBody(SamplingBody, frozen=True, kw_only=True):
@@ -69,23 +122,36 @@ class CompletionBody(SamplingBody, frozen=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=0)] = 16
 
     @classmethod
-    def refused(cls) -> dict[str, tuple[object, ...]]:
-        return {"suffix": ("",)}
+    def refused(cls) -> Idle:
+        return _REFUSED | {"add_special_tokens": (True,), "suffix": ("",)}
 
 
-class TextPart(Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+class TextPart(Fields, frozen=True, tag_field="type", tag="text"):
+    """A piece of a content. `cache_control` is a hint for the caches of others."""
+
     text: str
+    cache_control: dict[str, Any] | None = None
 
 
-class Message(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One message of a conversation; which roles make sense is the chat template's to say."""
+class Message(Fields, frozen=True, omit_defaults=True):
+    """One message of a conversation; which roles make sense is the chat template's to say.
+
+    What a client got as an answer it can send back: `reasoning_content` and `reasoning` are given to the template, which may use them.
+    `cache_control` is a hint for the caches of others.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    cache_control: dict[str, Any] | None = None
     name: str | None = None
-    refusal: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+
+    @classmethod
+    def refused(cls) -> Idle:
+        return {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
 
 class ChatBody(SamplingBody, frozen=True, kw_only=True):
@@ -100,26 +166,41 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS)] = 0
 
     @classmethod
-    def refused(cls) -> dict[str, tuple[object, ...]]:
-        return {
+    def refused(cls) -> Idle:
+        return _REFUSED | {
+            "add_special_tokens": (False,),
             "audio": (),
-            "function_call": ("none",),
+            "best_of": (1,),
+            "chat_template": (),
+            "continue_final_message": (False,),
+            "documents": ([],),
+            "echo": (False,),
+            "function_call": ("none", "auto"),
             "functions": ([],),
-            "metadata": ({},),
+            "include_reasoning": (True,),
             "modalities": (["text"],),
-            "parallel_tool_calls": (),
             "prediction": (),
-            "prompt_cache_key": (),
             "reasoning_effort": (),
-            "response_format": ({"type": "text"},),
-            "safety_identifier": (),
-            "service_tier": ("auto", "default"),
-            "store": (False,),
-            "tool_choice": ("none",),
+            "tool_choice": ("none", "auto"),
             "tools": ([],),
-            "verbosity": (),
+            "verbosity": ("medium",),
             "web_search_options": (),
         }
+
+    @classmethod
+    def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
+        yield from super().inner(given)
+        messages = given.get("messages")
+        for place, message in enumerate(messages if isinstance(messages, list) else ()):
+            yield f"messages[{place}]", Message, message
+            content = message.get("content") if isinstance(message, dict) else None
+            for number, part in enumerate(content if isinstance(content, list) else ()):
+                if isinstance(part, dict) and part.get("type", "text") == "text":
+                    yield f"messages[{place}].content[{number}]", TextPart, part
+
+    @classmethod
+    def advice(cls, path: str) -> str:
+        return '; a content is a text, or a list of parts {"type": "text", "text": "…"}' if _CONTENT.match(path) else ""
 
 
 # What goes out. UNSET is left out of the JSON, None is null.
@@ -133,7 +214,7 @@ class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens | UnsetType = UNSET
 
 
 class CompletionLogprobs(Struct):

@@ -27,6 +27,7 @@ from partinf.serve.app import Front, Running
 from partinf.serve.bodies import Bounds
 from partinf.serve.chat_template import ChatTemplate
 from partinf.serve.connections import bounded_protocol
+from partinf.serve.conversations import Conversations
 from partinf.serve.engine_thread import EngineThread, log_failure
 from partinf.serve.prompts import Served
 
@@ -122,6 +123,7 @@ class Server(uvicorn.Server):
         self._load = load
         self._options = options
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._conversations: Conversations | None = None
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
 
@@ -154,10 +156,16 @@ class Server(uvicorn.Server):
         if self.front.draining:
             thread.stop()
         limits, tokenizer = loaded.engine.limits, loaded.tokenizer
-        served = Served(tuple(self._options.names), limits, RequestCheck(limits, tokenizer, seed=0), tokenizer, loaded.chat_template)
+        self._conversations = None if loaded.chat_template is None else Conversations(loaded.chat_template)
+        served = Served(tuple(self._options.names), limits, RequestCheck(limits, tokenizer, seed=0), tokenizer, self._conversations)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._conversations is not None:
+            self._conversations.close()
+        await super().shutdown(sockets)
 
     def _tell(self, what: Callable[[], Any]) -> None:
         if self._loop is None:

@@ -9,6 +9,6 @@ jax is not imported.
 """
 
 from partinf.checkpoint.tokenizer.load import load_tokenizer
-from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, Vocabulary
+from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, TooLong, Vocabulary
 
-__all__ = ["TokenStream", "Tokenizer", "Vocabulary", "load_tokenizer"]
+__all__ = ["TokenStream", "Tokenizer", "TooLong", "Vocabulary", "load_tokenizer"]

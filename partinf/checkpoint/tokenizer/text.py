@@ -69,6 +69,10 @@ class TokenStream:
         return text
 
 
+class TooLong(InvalidInput):
+    """A text that is sure to have more tokens than there is room for; it was not encoded."""
+
+
 class Tokenizer:
     """Text ↔ ids of one model.
 
@@ -97,7 +101,8 @@ class Tokenizer:
                 one fits, the number of its ids says.
 
         Raises:
-            InvalidInput: a text that is sure to have more than `limit` ids, half of a surrogate pair, or `add_bos` without a BOS token.
+            TooLong: a text that is sure to have more than `limit` ids.
+            InvalidInput: half of a surrogate pair, or `add_bos` without a BOS token.
         """
         begun = self._vocabulary.adds_bos if add_bos is None else add_bos
         if begun and self.bos_id is None:
@@ -120,7 +125,7 @@ class Tokenizer:
         if room is not None and len(text) > _PLAIN_CHARACTERS * max(room, 0):
             least = self._vocabulary.least_tokens(text, room)
             if least > room:
-                raise InvalidInput(f"the text has at least {least + added} tokens, more than the {room + added} that fit")
+                raise TooLong(f"the text has at least {least + added} tokens, more than the {room + added} that fit")
         return self._vocabulary.encode(text)
 
     def token_bytes(self, token: int) -> bytes:
