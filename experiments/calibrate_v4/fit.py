@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.calibrate_v4.measured import BF16_STEP, COLUMNS, DECODED, INT8_STEP, Column, mfu, paper_layout, predict
 from partinf.cost.calibration import Calibration
-from partinf.cost.ledger import Kind
+from partinf.cost.ledger import Kind, Part
 from partinf.cost.pricing import Pricing
 from partinf.hardware.slices import parse_slice
 from partinf.layout import PHASES
@@ -80,7 +80,8 @@ def checks(constants: Calibration) -> dict[str, dict[str, float]]:
     for context in (8192, 32768):
         ledger = predict(replace(high, batch=256, context=context), constants)
         core = ledger.of(kind=Kind.ATTENTION).seconds
-        moved = sum(e.exposed_seconds for e in ledger.entries if e.kind is Kind.COLLECTIVE and e.name.startswith("decode:"))
+        around = ledger.of(part=Part.ATTENTION, kind=Kind.COLLECTIVE)
+        moved = sum(e.exposed_seconds for e in around.entries if e.item.group == "decode")
         shares[context] = (core + moved) / ledger.seconds
     prefill, decode = predict(replace(COLUMNS[2], context=1984), constants).seconds, predict(high, constants).seconds
     overall = 2 * 540e9 * 512 * 2048 / (64 * 275e12 * (prefill + 64 * decode))

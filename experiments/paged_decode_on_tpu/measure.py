@@ -17,9 +17,9 @@ from typing import Any
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 from partinf.buckets import split_of
-from partinf.cost.attention import DECODE_CORE
 from partinf.cost.calibration import ROOFLINE
 from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.items import DECODE
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
 from partinf.hardware.platform import PLATFORMS, TPU
@@ -54,7 +54,7 @@ def compiled(plan: Plan, bucket: Bucket, tiles: kernels.Tiles) -> dict[str, Any]
     network = Network(plan.slice, BandwidthModel.AXIS, 1.0, plan.slice.chip.hop_seconds)
     schedule = Reader(Module(program.as_text()), plan.slice, network).read()
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
-    core = sum(entry.exposed_seconds for entry in ledger.entries if entry.name == DECODE_CORE)
+    core = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == DECODE.core)
     names = sorted(set(schedule.unestimated))
     assert names == (["paged_decode"] if tiles.paged else [])
     seconds = schedule.compute_seconds + (core if names else 0.0)

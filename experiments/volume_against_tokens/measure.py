@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from partinf.cost.ffn import ffn_entries
+from partinf.cost.items import What
 from partinf.cost.ledger import Entry, Op
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
@@ -40,7 +41,7 @@ def moved_bytes(entries: Iterable[Entry]) -> float:
     """Bytes through one chip: (K-1)/K of the output of a gather or the input of a scatter, twice that of an all-reduce."""
     total = 0.0
     for entry in entries:
-        if entry.op is not None and not entry.name.startswith("norm"):
+        if entry.op is not None and entry.item.what is not What.NORM:
             ways = math.prod(SLICE.axis_sizes[axis] for axis in entry.axes)
             total += entry.count * entry.bytes * (ways - 1) / ways * (2 if entry.op is Op.ALL_REDUCE else 1)
     return total

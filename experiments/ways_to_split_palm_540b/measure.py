@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from partinf.cost.items import What
 from partinf.cost.ledger import Kind, Ledger
 from partinf.hardware.slices import parse_slice
 from partinf.model.config import load_model_config
@@ -24,7 +25,7 @@ STEPS = {
 
 def shares(ledger: Ledger) -> dict[str, float]:
     """Exposed milliseconds by kind of work."""
-    weights = [entry for entry in ledger.of(kind=Kind.COLLECTIVE).entries if entry.name.startswith("weights")]
+    weights = [entry for entry in ledger.of(kind=Kind.COLLECTIVE).entries if entry.item.what is What.WEIGHTS]
     collectives = ledger.of(kind=Kind.COLLECTIVE).seconds
     gathers = sum(entry.exposed_seconds for entry in weights)
     matmuls = ledger.of(kind=Kind.MATMUL).seconds

@@ -8,13 +8,25 @@ part of the mass and summed on the way back.
 
 from __future__ import annotations
 
+from partinf.cost.items import (
+    DECODE,
+    EARLIER,
+    HEADS_AFTER_Q,
+    HEADS_BEFORE_O,
+    NEW_TO_CACHE,
+    PREFILL,
+    W_KV,
+    W_O,
+    W_Q,
+    WRITE_CACHE,
+    GroupItems,
+)
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
 from partinf.model.config import Block
 
-DECODE_CORE, PREFILL_CORE = "decode core", "prefill core"
 _PART = Part.ATTENTION
 
 
@@ -22,9 +34,9 @@ def projection_weights(split: StepSplit) -> tuple[Weight, Weight, Weight]:
     """W_Q, W_KV (keys and values stored together) and W_O."""
     model = split.model
     return (
-        Weight(split, "W_Q", model.num_heads * model.head_dim, split.f_stored, split.f),
-        Weight(split, "W_KV", 2 * model.num_kv_heads * model.head_dim, split.kv_stored, split.kv),
-        Weight(split, "W_O", model.num_heads * model.head_dim, split.f_stored, split.f, to_embed=True),
+        Weight(split, W_Q, model.num_heads * model.head_dim, split.f_stored, split.f),
+        Weight(split, W_KV, 2 * model.num_kv_heads * model.head_dim, split.kv_stored, split.kv),
+        Weight(split, W_O, model.num_heads * model.head_dim, split.f_stored, split.f, to_embed=True),
     )
 
 
@@ -60,8 +72,8 @@ def _heads_in_loops(split: StepSplit) -> list[Entry]:
     elements = split.shape.num_tokens * split.model.num_heads * split.model.head_dim
     useful, partial, whole = split.shape.useful * split.shares.heads, Split(split.t, split.f, split.e), Split(split.t, split.f)
     scattered = Split(split.t, split.f + split.e)
-    after = movement(split, _PART, "heads after W_Q", elements, partial, scattered, useful, rides=split.parallel)
-    return after + movement(split, _PART, "heads before W_O", elements, scattered, whole, useful, split.wide_dtype, split.parallel)
+    after = movement(split, _PART, HEADS_AFTER_Q, elements, partial, scattered, useful, rides=split.parallel)
+    return after + movement(split, _PART, HEADS_BEFORE_O, elements, scattered, whole, useful, split.wide_dtype, split.parallel)
 
 
 def decode_entries(split: StepSplit) -> list[Entry]:
@@ -71,7 +83,7 @@ def decode_entries(split: StepSplit) -> list[Entry]:
         return []
     real_rows = shape.decode_rows if shape.real_rows is None else shape.real_rows
     useful = real_rows / shape.decode_rows
-    entries = _to_group(split, group, shape.decode_rows, useful, "decode")
+    entries = _to_group(split, group, shape.decode_rows, useful, DECODE)
     rows = -(-shape.decode_rows // split.ways(group.batch))
     heads = model.num_heads // split.ways(group.heads)
     kv_heads = model.num_kv_heads // split.ways(group.kv)
@@ -79,7 +91,7 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     seen = shape.decode_context if shape.real_context is None else shape.real_context
     share = useful * split.shares.heads * (seen / shape.decode_context if keys else 1.0)
     entries.append(decode_core(split, rows, heads, kv_heads, keys, share))
-    return entries + _from_group(split, group, shape.decode_rows, useful, "decode")
+    return entries + _from_group(split, group, shape.decode_rows, useful, DECODE)
 
 
 def decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: int, share: float = 1.0) -> Entry:
@@ -91,7 +103,7 @@ def decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: in
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + act)  # scores in float32, probabilities: each written and read
     core = (rows, rows, heads, kv_heads, keys)
-    return split.pricing.product(DECODE_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core)
+    return split.pricing.product(DECODE.core, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core)
 
 
 def prefill_entries(split: StepSplit) -> list[Entry]:
@@ -101,12 +113,12 @@ def prefill_entries(split: StepSplit) -> list[Entry]:
         return []
     real_tokens = shape.prefill_tokens if shape.real_tokens is None else shape.real_tokens
     useful = real_tokens / shape.prefill_tokens
-    entries = _to_group(split, group, shape.prefill_tokens, useful, "prefill")
+    entries = _to_group(split, group, shape.prefill_tokens, useful, PREFILL)
     dealt = split.ways(group.batch)
     slots, tokens = -(-shape.prefill_slots // dealt), -(-shape.prefill_tokens // dealt)
     heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
     entries.append(prefill_core(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads))
-    return entries + _from_group(split, group, shape.prefill_tokens, useful, "prefill")
+    return entries + _from_group(split, group, shape.prefill_tokens, useful, PREFILL)
 
 
 def cache_entries(split: StepSplit) -> list[Entry]:
@@ -117,12 +129,12 @@ def cache_entries(split: StepSplit) -> list[Entry]:
     shared = tuple(axis for axis in owners.batch if axis in group.batch)
     width = 2 * model.num_kv_heads * model.head_dim
     here = Split(group.batch, group.kv)
-    entries = movement(split, _PART, "new K, V to the cache", shape.prefill_tokens * width, here, Split(shared, owners.kv))
+    entries = movement(split, _PART, NEW_TO_CACHE, shape.prefill_tokens * width, here, Split(shared, owners.kv))
     if shape.prefill_context:
         entries += _earlier(split, shape.prefill_slots * shape.prefill_context * width, shared)
     kv_heads = model.num_kv_heads // split.ways(owners.kv)
     written = shape.prefill_tokens // split.ways(shared + owners.sequence) * 2 * kv_heads * model.head_dim * split.kv_bytes
-    entries.append(split.pricing.traffic("write K, V", _PART, model.num_layers, written))
+    entries.append(split.pricing.traffic(WRITE_CACHE, _PART, model.num_layers, written))
     return entries
 
 
@@ -135,11 +147,11 @@ def _earlier(split: StepSplit, elements: int, shared: Axes) -> list[Entry]:
     near = Split(*(tuple(axis for axis in axes if axis not in away) for axes in (group.batch, group.kv)))
     dealt = tuple(axis for axis in owners.sequence if axis not in away or axis not in group.batch)
     rest = tuple(axis for axis in dealt if axis not in away)
-    entries = movement(split, _PART, "earlier K, V", elements // split.ways(owners.sequence), Split(shared, owners.kv, alone), near)
+    entries = movement(split, _PART, EARLIER, elements // split.ways(owners.sequence), Split(shared, owners.kv, alone), near)
     beside = elements // split.ways(near.cols)
-    entries += movement(split, _PART, "earlier K, V", beside, Split(near.rows, owners.sequence), Split(group.batch, dealt))
+    entries += movement(split, _PART, EARLIER, beside, Split(near.rows, owners.sequence), Split(group.batch, dealt))
     beside = elements // split.ways(group.batch)
-    return entries + movement(split, _PART, "earlier K, V", beside, Split(dealt, near.cols), Split(rest, group.kv))
+    return entries + movement(split, _PART, EARLIER, beside, Split(dealt, near.cols), Split(rest, group.kv))
 
 
 def prefill_core(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> Entry:
@@ -158,27 +170,27 @@ def prefill_core(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads
     share = min(1.0, useful * seen / keys) if keys else 1.0
     core = (slots, tokens, heads, kv_heads, shape.prefill_context // parts)
     return split.pricing.product(
-        PREFILL_CORE, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True
+        PREFILL.core, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True
     )
 
 
-def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:
+def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items: GroupItems) -> list[Entry]:
     model = split.model
     target_q, target_kv = Split(group.batch, group.heads), Split(group.batch, group.kv)
     queries, keys = tokens * model.num_heads * model.head_dim, 2 * tokens * model.num_kv_heads * model.head_dim
     share = useful * split.shares.heads
-    return movement(split, _PART, f"{label}: Q to its attention split", queries, split.q_projected, target_q, share) + movement(
-        split, _PART, f"{label}: new K, V to their split", keys, split.kv_projected, target_kv, useful
+    return movement(split, _PART, items.queries, queries, split.q_projected, target_q, share) + movement(
+        split, _PART, items.keys, keys, split.kv_projected, target_kv, useful
     )
 
 
-def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, label: str) -> list[Entry]:
+def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, items: GroupItems) -> list[Entry]:
     model, share = split.model, useful * split.shares.heads
     entries = []
     if group.sequence:
         rows, heads = -(-tokens // split.ways(group.batch)), model.num_heads // split.ways(group.heads)
         size, op = split.ways(group.sequence) * rows * heads * 4, Op.ALL_GATHER
-        name, axes = f"{label}: mass of each part", group.sequence
-        entries.append(split.pricing.collective(name, _PART, model.num_layers, op, axes, size, "f32", share))
+        axes = group.sequence
+        entries.append(split.pricing.collective(items.mass, _PART, model.num_layers, op, axes, size, "f32", share))
     source, elements = Split(group.batch, group.heads, group.sequence), tokens * model.num_heads * model.head_dim
-    return entries + movement(split, _PART, f"{label}: output back", elements, source, split.heads_wanted, share)
+    return entries + movement(split, _PART, items.back, elements, source, split.heads_wanted, share)

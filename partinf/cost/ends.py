@@ -6,6 +6,21 @@ for sampled rows only and reduce-scattered, axis by axis, into V.
 
 from __future__ import annotations
 
+from partinf.cost.items import (
+    CHOOSE,
+    CHOSEN,
+    DECODE,
+    LAST_TO_LOGITS,
+    LAST_TOKENS,
+    LOGITS,
+    LOGITS_INTO_V,
+    LOOKUP,
+    PICK,
+    PREFILL,
+    READ_LOGITS,
+    ROWS_TO_LOGITS,
+    Item,
+)
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.linear import norm
 from partinf.cost.movement import Split
@@ -26,13 +41,13 @@ def embedding_entries(split: StepSplit) -> list[Entry]:
     shape, model = split.shape, split.model
     entries: list[Entry] = []
     looked_up = shape.num_tokens // split.ways(split.replica) * model.embed_dim // split.ways(split.w_stored)
-    entries.append(split.pricing.traffic("lookup", Part.EMBEDDING, 1, 2 * looked_up * split.act_bytes))
+    entries.append(split.pricing.traffic(LOOKUP, Part.EMBEDDING, 1, 2 * looked_up * split.act_bytes))
     stored, used = Split(split.replica, split.w_stored), Split(split.t, split.w)
-    for tokens, label in ((shape.decode_rows, "decode"), (shape.prefill_tokens, "prefill")):
+    for tokens, group in ((shape.decode_rows, DECODE), (shape.prefill_tokens, PREFILL)):
         if not tokens:
             continue
         elements = tokens * model.embed_dim
-        entries += _moved(split, Part.EMBEDDING, f"embedded {label} tokens", elements, stored, used, split.shape.useful)
+        entries += _moved(split, Part.EMBEDDING, group.embedded, elements, stored, used, split.shape.useful)
     return entries
 
 
@@ -61,11 +76,11 @@ def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[E
     share = useful * split.shares.embed * model.vocab_size / model.padded_vocab_size
     passed = rows * (embed * split.act_bytes + vocab * _F32)
     entries.append(
-        split.pricing.product("logits", Part.LOGITS, times, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
+        split.pricing.product(LOGITS, Part.LOGITS, times, flops, share, table, activation_bytes=passed, shape=(rows, embed, vocab))
     )
     source, target = Split(cols=ready, unreduced=cols), Split(cols=ready + cols)
     for op, axes, count in split.moves(rows * model.padded_vocab_size, source, target):
-        entries.append(split.pricing.collective("logits into V", Part.LOGITS, times, op, axes, count * _F32, "f32", useful))
+        entries.append(split.pricing.collective(LOGITS_INTO_V, Part.LOGITS, times, op, axes, count * _F32, "f32", useful))
     return entries
 
 
@@ -74,7 +89,7 @@ def _sampled_rows(split: StepSplit) -> list[Entry]:
     held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
     entries = []
     if shape.decode_rows:
-        entries += _moved(split, Part.LOGITS, "decode rows to the logits", shape.decode_rows * model.embed_dim, held, wanted, 1.0)
+        entries += _moved(split, Part.LOGITS, ROWS_TO_LOGITS, shape.decode_rows * model.embed_dim, held, wanted, 1.0)
     if shape.prefill_slots:
         embed, tokens = model.embed_dim // split.ways(split.w), shape.prefill_tokens // split.ways(split.t)
         flops = 2.0 * shape.prefill_slots * tokens * embed
@@ -82,16 +97,14 @@ def _sampled_rows(split: StepSplit) -> list[Entry]:
         if not split.pricing.program.per_prompt_attention:
             # The plain program picks the rows by a product with ones and zeros; none of it is useful work.
             entries.append(
-                split.pricing.product(
-                    "pick last tokens", Part.LOGITS, 1, flops, 0.0, activation_bytes=passed, shape=(shape.prefill_slots, tokens, embed)
-                )
+                split.pricing.product(PICK, Part.LOGITS, 1, flops, 0.0, activation_bytes=passed, shape=(shape.prefill_slots, tokens, embed))
             )
         if split.t:
             num_bytes = shape.prefill_slots * embed * split.act_bytes
             dtype = split.act_dtype.value
-            entries.append(split.pricing.collective("last tokens", Part.LOGITS, 1, Op.ALL_REDUCE, split.t, num_bytes, dtype))
+            entries.append(split.pricing.collective(LAST_TOKENS, Part.LOGITS, 1, Op.ALL_REDUCE, split.t, num_bytes, dtype))
         elements, sliced = shape.prefill_slots * model.embed_dim, Split(cols=split.w_stored)
-        entries += _moved(split, Part.LOGITS, "last tokens to the logits", elements, sliced, Split(cols=split.logit_cols), 1.0)
+        entries += _moved(split, Part.LOGITS, LAST_TO_LOGITS, elements, sliced, Split(cols=split.logit_cols), 1.0)
     return entries
 
 
@@ -100,21 +113,21 @@ def _choice(split: StepSplit, rows: int, useful: float) -> list[Entry]:
     shape, axes = split.shape, split.w_stored
     local = split.model.padded_vocab_size // split.ways(axes)
     passes = 3 + (2 * _BITS if shape.sampling else 0)
-    entries = [split.pricing.traffic("read logits", Part.SAMPLING, 1, passes * rows * local * _F32)]
+    entries = [split.pricing.traffic(READ_LOGITS, Part.SAMPLING, 1, passes * rows * local * _F32)]
     if axes:
         floats = _GREEDY_F32 + (_SAMPLING_F32 if shape.sampling else 0)
         ints = _GREEDY_INT32 + (_SAMPLING_INT32 if shape.sampling else 0)
         for count, dtype in ((floats, "f32"), (ints, "int32")):
-            entries.append(split.pricing.collective("choose", Part.SAMPLING, count, Op.ALL_REDUCE, axes, rows * _F32, dtype, useful))
+            entries.append(split.pricing.collective(CHOOSE, Part.SAMPLING, count, Op.ALL_REDUCE, axes, rows * _F32, dtype, useful))
     if split.replica and shape.decode_rows:
         for dtype in ("int32", "f32"):
-            entry = split.pricing.collective("chosen", Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, shape.decode_rows * _F32, dtype)
+            entry = split.pricing.collective(CHOSEN, Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, shape.decode_rows * _F32, dtype)
             entries.append(entry)
     return entries
 
 
-def _moved(split: StepSplit, part: Part, name: str, elements: int, source: Split, target: Split, useful: float) -> list[Entry]:
+def _moved(split: StepSplit, part: Part, item: Item, elements: int, source: Split, target: Split, useful: float) -> list[Entry]:
     return [
-        split.pricing.collective(name, part, 1, op, axes, count * split.act_bytes, split.act_dtype.value, useful)
+        split.pricing.collective(item, part, 1, op, axes, count * split.act_bytes, split.act_dtype.value, useful)
         for op, axes, count in split.moves(elements, source, target)
     ]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from partinf.cost.items import F_AFTER_IN, F_BEFORE_OUT, W_IN, W_OUT
 from partinf.cost.ledger import Entry, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
 from partinf.cost.movement import Split
@@ -23,8 +24,8 @@ def ffn_weights(split: StepSplit) -> tuple[Weight, Weight]:
     """W_in (gate and up together where there are two) and W_out."""
     hidden = split.model.ffn_dim
     return (
-        Weight(split, "W_in", matrices_in(split) * hidden, split.f_stored, split.f),
-        Weight(split, "W_out", hidden, split.f_stored, split.f, to_embed=True),
+        Weight(split, W_IN, matrices_in(split) * hidden, split.f_stored, split.f),
+        Weight(split, W_OUT, hidden, split.f_stored, split.f, to_embed=True),
     )
 
 
@@ -44,7 +45,7 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     whole, scattered = Split(split.t, split.f), Split(split.t, split.f + split.e)  # scattering tokens instead moves the same
     partial = Split(split.t, split.f, split.e)
     entries.append(w_in.product(_PART, tokens, embed, inner * ffn, share))
-    entries += movement(split, _PART, "F after W_in", inner * elements, partial, scattered, useful * split.shares.ffn)
-    entries += movement(split, _PART, "F before W_out", elements, scattered, whole, useful * split.shares.ffn, split.wide_dtype)
+    entries += movement(split, _PART, F_AFTER_IN, inner * elements, partial, scattered, useful * split.shares.ffn)
+    entries += movement(split, _PART, F_BEFORE_OUT, elements, scattered, whole, useful * split.shares.ffn, split.wide_dtype)
     entries.append(w_out.product(_PART, tokens, ffn, embed, share))
     return entries + scatter_embed(split, _PART)

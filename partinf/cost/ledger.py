@@ -1,4 +1,4 @@
-"""The ledger: every piece of work of one step as a named entry, with useful work and padding apart.
+"""The ledger: every piece of work of one step as an entry of its own, with useful work and padding apart.
 
 Figures of an entry are per device and for one occurrence; `count` says how often it occurs in the step (mostly once per layer). Sums
 over a ledger are per device and step.
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
+
+from partinf.cost.items import Item
 
 
 class Kind(StrEnum):
@@ -48,7 +50,7 @@ class Entry(NamedTuple):
     """One piece of work (a named tuple, because a search makes some hundred thousand of them).
 
     Attributes:
-        name: what it is, in the paper's notation where that says more than a word.
+        item: what it is.
         count: how often it occurs in the step.
         flops, padding_flops: of dot products; useful ones, and those spent on padded rows, heads, or keys that are masked.
         weight_bytes, kv_bytes, activation_bytes: HBM traffic.
@@ -61,7 +63,7 @@ class Entry(NamedTuple):
             tokens, query heads, key-value heads, and positions of each sequence in the cache; else empty.
     """
 
-    name: str
+    item: Item
     part: Part
     kind: Kind
     count: int = 1  # type: ignore[assignment]  # tuple.count is not used
@@ -79,6 +81,11 @@ class Entry(NamedTuple):
     overlapped: float = 0.0
     ahead: float = 0.0
     shape: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is, for the reader."""
+        return self.item.name
 
     @property
     def exposed_seconds(self) -> float:

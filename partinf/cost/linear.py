@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from partinf.cost.items import AFTER, BEFORE, NORM, Item, Matrix
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
@@ -22,26 +23,26 @@ def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful
     if not axes:
         return []
     sums = 2 if split.model.norm is Norm.LAYER else 1
-    return [split.pricing.collective("norm: sum over E", part, count, Op.ALL_REDUCE, axes, _F32 * sums * rows, "f32", useful)]
+    return [split.pricing.collective(NORM, part, count, Op.ALL_REDUCE, axes, _F32 * sums * rows, "f32", useful)]
 
 
 def gather_embed(split: StepSplit, part: Part) -> list[Entry]:
     """[T.t, E.w] → [T.t, E.e] before a sublayer's first product."""
     elements = split.shape.num_tokens * split.model.embed_dim
-    return movement(split, part, "E before the sublayer", elements, Split(split.t, split.w), Split(split.t, split.e))
+    return movement(split, part, BEFORE, elements, Split(split.t, split.w), Split(split.t, split.e))
 
 
 def scatter_embed(split: StepSplit, part: Part) -> list[Entry]:
     """[T.t, E.e] {f unreduced} → [T.t, E.w] after a sublayer's last product."""
     elements = split.shape.num_tokens * split.model.embed_dim
     source, target = Split(split.t, split.e, split.f), Split(split.t, split.w)
-    return movement(split, part, "E after the sublayer", elements, source, target, dtype=split.wide_dtype)
+    return movement(split, part, AFTER, elements, source, target, dtype=split.wide_dtype)
 
 
 def movement(
     split: StepSplit,
     part: Part,
-    name: str,
+    item: Item,
     elements: int,
     source: Split,
     target: Split,
@@ -57,7 +58,7 @@ def movement(
     share = split.shape.useful if useful is None else useful
     sent = dtype or split.act_dtype
     return [
-        split.pricing.collective(name, part, split.model.num_layers, op, axes, count * sent.num_bytes, sent.value, share, rides)
+        split.pricing.collective(item, part, split.model.num_layers, op, axes, count * sent.num_bytes, sent.value, share, rides)
         for op, axes, count in split.moves(elements, source, target)
     ]
 
@@ -65,14 +66,14 @@ def movement(
 class Weight:
     """One weight matrix of a layer: its local size as stored and as used, and the gathers between the two."""
 
-    def __init__(self, split: StepSplit, name: str, out: int, stored: Axes, used: Axes, to_embed: bool = False) -> None:
+    def __init__(self, split: StepSplit, matrix: Matrix, out: int, stored: Axes, used: Axes, to_embed: bool = False) -> None:
         """
         Args:
             out: entries of the dimension that is not E (heads × Q or F, times the matrices that are stored together).
             stored, used: axes that split it before and after gathering.
             to_embed: E is what comes out (W_O, W_out), so int8 scales run over E; otherwise over the other dimension.
         """
-        self.split, self.name = split, name
+        self.split, self.matrix = split, matrix
         self.elements = out * split.model.embed_dim
         self.source, self.target = Split(stored, split.e_stored), Split(used, split.e)
         self.channels = split.model.embed_dim if to_embed else out
@@ -87,11 +88,11 @@ class Weight:
         found = []
         for op, axes, count in split.moves(self.elements, self.source, self.target):
             size, dtype = count * split.weight_bytes, split.weight_dtype.value
-            found.append(split.pricing.collective(f"weights {self.name}", part, split.model.num_layers, op, axes, size, dtype))
+            found.append(split.pricing.collective(self.matrix.weights, part, split.model.num_layers, op, axes, size, dtype))
         if split.weight_dtype is DType.INT8:
             for op, axes, count in split.moves(self.channels, self.scale_source, self.scale_target):
                 size = count * _F32
-                found.append(split.pricing.collective(f"scales of {self.name}", part, split.model.num_layers, op, axes, size, "f32"))
+                found.append(split.pricing.collective(self.matrix.scales, part, split.model.num_layers, op, axes, size, "f32"))
         return [entry._replace(ahead=entry.seconds) for entry in found] if split.gathers_behind else found
 
     def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float) -> Entry:
@@ -102,7 +103,13 @@ class Weight:
         """
         passed = 2 * self.used_bytes if self.used_bytes > self.stored_bytes else 0
         activation, flops = rows * (inputs + outputs) * self.split.act_bytes + passed, 2.0 * rows * inputs * outputs
-        name, count = f"× {self.name}", self.split.model.num_layers
         return self.split.pricing.product(
-            name, part, count, flops, useful, self.stored_bytes, activation_bytes=activation, shape=(rows, inputs, outputs)
+            self.matrix.product,
+            part,
+            self.split.model.num_layers,
+            flops,
+            useful,
+            self.stored_bytes,
+            activation_bytes=activation,
+            shape=(rows, inputs, outputs),
         )

@@ -12,20 +12,6 @@ from collections.abc import Iterable
 from partinf.cost.ledger import Entry, Kind, Ledger, Part
 from partinf.cost.pricing import Pricing
 
-# Which side of a sublayer products and collectives stand on: before the activation or the core, or after it.
-_SIDES = {
-    "E before the sublayer": "in",
-    "× W_Q": "in",
-    "× W_KV": "in",
-    "heads after W_Q": "in",
-    "× W_in": "in",
-    "F after W_in": "in",
-    "heads before W_O": "out",
-    "× W_O": "out",
-    "F before W_out": "out",
-    "× W_out": "out",
-    "E after the sublayer": "out",
-}
 _LAYERS = (Part.ATTENTION, Part.FFN)
 
 
@@ -38,8 +24,9 @@ def run_loops(entries: list[Entry], pricing: Pricing, parallel: bool) -> list[En
     found = list(entries)
     sides: dict[tuple[str, str], list[int]] = {}
     for index, entry in enumerate(entries):
-        if entry.name in _SIDES:
-            sides.setdefault((_SIDES[entry.name], "" if parallel else entry.part.value), []).append(index)
+        side = entry.item.side  # before the activation or the core, or after it
+        if side is not None:
+            sides.setdefault((side, "" if parallel else entry.part.value), []).append(index)
     for members in sides.values():
         products = sum(entries[i].seconds for i in members if entries[i].op is None)
         rings: dict[tuple[str, ...], list[int]] = {}

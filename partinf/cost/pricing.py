@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.items import DISPATCH, Item
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.movement import Axes, Group, Moved, Split
 from partinf.hardware.chips import Chip
@@ -103,7 +104,7 @@ class Pricing:
 
     def product(
         self,
-        name: str,
+        item: Item,
         part: Part,
         count: int,
         flops: float,
@@ -127,7 +128,7 @@ class Pricing:
         else:
             seconds = self._measured.product(flops, weight_bytes, activation_bytes, shape[0])
         return Entry(
-            name,
+            item,
             part,
             kind,
             count,
@@ -140,24 +141,24 @@ class Pricing:
             shape=shape,
         )
 
-    def traffic(self, name: str, part: Part, count: int, num_bytes: float) -> Entry:
+    def traffic(self, item: Item, part: Part, count: int, num_bytes: float) -> Entry:
         """Activations that pass through HBM without a product."""
         if self._measured is None:
             seconds = self.compute_seconds(0.0, num_bytes)
         else:
             rates = self._measured.rates
             seconds = num_bytes / (rates.choice if part is Part.SAMPLING else rates.activations)
-        return Entry(name, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=seconds)
+        return Entry(item, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=seconds)
 
     def dispatch(self) -> list[Entry]:
         """What a step takes beside all its work, where that was measured."""
         if self._measured is None:
             return []
-        return [Entry("dispatch", Part.EMBEDDING, Kind.MEMORY, seconds=self._measured.rates.step_seconds)]
+        return [Entry(DISPATCH, Part.EMBEDDING, Kind.MEMORY, seconds=self._measured.rates.step_seconds)]
 
     def collective(
         self,
-        name: str,
+        item: Item,
         part: Part,
         count: int,
         op: Op,
@@ -176,7 +177,7 @@ class Pricing:
         if rides:
             seconds -= self.network.seconds(op, axes, 0)
         return Entry(
-            name, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=padding, seconds=seconds
+            item, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=padding, seconds=seconds
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from partinf.cost.items import ALTERNATIVES, CHOSEN, COUNTS, PROMPT_TO_LOGITS, SCORE, SCORES
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
@@ -25,16 +26,16 @@ def rich_entries(split: StepSplit, rows: int, useful: float, logits_of: LogitsOf
     """What rich requests add to the choice of tokens for `rows` rows."""
     axes, model = split.w_stored, split.model
     vocab = model.padded_vocab_size // split.ways(axes)
-    entries = [split.pricing.traffic("read counts and biases", Part.SAMPLING, 1, rows * vocab * (_COUNTED_BYTES + _F32))]
+    entries = [split.pricing.traffic(COUNTS, Part.SAMPLING, 1, rows * vocab * (_COUNTED_BYTES + _F32))]
     sent = min(TOP_LOGPROBS, vocab)
     kept = min(TOP_LOGPROBS, sent * split.ways(axes))
     for dtype in ("int32", "f32"):
         if axes:
             num_bytes = rows * sent * split.ways(axes) * _F32
-            entries.append(split.pricing.collective("alternatives", Part.SAMPLING, 1, Op.ALL_GATHER, axes, num_bytes, dtype, useful))
+            entries.append(split.pricing.collective(ALTERNATIVES, Part.SAMPLING, 1, Op.ALL_GATHER, axes, num_bytes, dtype, useful))
         if split.replica and split.shape.decode_rows:
             num_bytes = split.shape.decode_rows * kept * _F32
-            entries.append(split.pricing.collective("chosen", Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, num_bytes, dtype))
+            entries.append(split.pricing.collective(CHOSEN, Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, num_bytes, dtype))
     return entries + (_prompt_entries(split, logits_of) if split.shape.prefill_tokens else [])
 
 
@@ -43,14 +44,14 @@ def _prompt_entries(split: StepSplit, logits_of: LogitsOf) -> list[Entry]:
     tokens, axes = split.shape.prefill_tokens, split.w_stored
     held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
     entries = [
-        split.pricing.collective("prompt to the logits", Part.LOGITS, 1, op, over, count * split.act_bytes, split.act_dtype.value)
+        split.pricing.collective(PROMPT_TO_LOGITS, Part.LOGITS, 1, op, over, count * split.act_bytes, split.act_dtype.value)
         for op, over, count in split.moves(tokens * split.model.embed_dim, held, wanted)
     ]
     rows = tokens // split.ways(split.replica)
     size = max(count for count in range(1, _SCORED_ROWS + 1) if rows % count == 0)
     entries += logits_of(split, size, rows // size, split.shape.useful)
     if axes:
-        entries.append(split.pricing.collective("score", Part.SAMPLING, 3 * rows // size, Op.ALL_REDUCE, axes, size * _F32, "f32"))
+        entries.append(split.pricing.collective(SCORE, Part.SAMPLING, 3 * rows // size, Op.ALL_REDUCE, axes, size * _F32, "f32"))
     if split.replica:
-        entries.append(split.pricing.collective("scores", Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, tokens * _F32, "f32"))
+        entries.append(split.pricing.collective(SCORES, Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, tokens * _F32, "f32"))
     return entries

@@ -6,6 +6,7 @@ by every stage at once, so a tick takes its time once, as a step of one stage do
 
 from __future__ import annotations
 
+from partinf.cost.items import CHOSEN_TO_STAGES, DECODE, NEXT_STAGE, PREFILL, Item
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
@@ -20,13 +21,11 @@ def stage_entries(split: StepSplit) -> list[Entry]:
         return []
     shape, entries = split.shape, []
     used, stored = Split(split.t, split.w), Split(split.replica, split.w_stored)
-    for tokens, label in ((shape.decode_rows, "decode"), (shape.prefill_tokens, "prefill")):
+    for tokens, group in ((shape.decode_rows, DECODE), (shape.prefill_tokens, PREFILL)):
         for op, axes, count in split.moves(tokens * split.model.embed_dim, used, stored) if tokens else ():
-            entries.append(_collective(split, f"{label} tokens that leave the stage", op, axes, count * split.act_bytes))
-    chosen = split.pricing.collective(
-        "chosen tokens to all stages", Part.STAGES, 1, Op.ALL_REDUCE, split.stages, _WORD * _chosen_words(split), "int32"
-    )
-    return [*entries, _collective(split, "to the next stage", Op.PERMUTE, split.stages, carried_bytes(split)), chosen]
+            entries.append(_collective(split, group.leaving, op, axes, count * split.act_bytes))
+    chosen = split.pricing.collective(CHOSEN_TO_STAGES, Part.STAGES, 1, Op.ALL_REDUCE, split.stages, _WORD * _chosen_words(split), "int32")
+    return [*entries, _collective(split, NEXT_STAGE, Op.PERMUTE, split.stages, carried_bytes(split)), chosen]
 
 
 def carried_bytes(split: StepSplit) -> int:
@@ -36,8 +35,8 @@ def carried_bytes(split: StepSplit) -> int:
     return split.shape.num_tokens // split.ways(split.replica) * (split.model.embed_dim // split.ways(split.w_stored)) * split.act_bytes
 
 
-def _collective(split: StepSplit, name: str, op: Op, axes: tuple[str, ...], num_bytes: int) -> Entry:
-    return split.pricing.collective(name, Part.STAGES, 1, op, axes, num_bytes, split.act_dtype.value, split.shape.useful)
+def _collective(split: StepSplit, item: Item, op: Op, axes: tuple[str, ...], num_bytes: int) -> Entry:
+    return split.pricing.collective(item, Part.STAGES, 1, op, axes, num_bytes, split.act_dtype.value, split.shape.useful)
 
 
 def _chosen_words(split: StepSplit) -> int:

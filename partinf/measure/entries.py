@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from partinf.cost.attention import DECODE_CORE
+from partinf.cost.items import DECODE, What
 from partinf.cost.ledger import Entry, Kind
 from partinf.layout import make_layout
 from partinf.measure.collectives import collective_call
@@ -84,7 +84,7 @@ class Entries:
     def _product(self, entry: Entry) -> Alone:
         rows, inputs, outputs = entry.shape
         # Tables (of logits) are never quantised.
-        quantised = entry.name.startswith("×")
+        quantised = entry.item.what is What.PRODUCT
         weights = self._plan.weights if quantised or self._plan.weights is not DType.INT8 else DType.BF16
         name = f"product of {rows} rows, {inputs} → {outputs}, {weights}"
         one = f"{name}, once"
@@ -97,7 +97,7 @@ class Entries:
         plan, size, devices = self._plan, self._plan.cache.page_size, self._mesh.size
         pages = -(-cached // size)
         decode, prefill = Bucket(devices, 1), Bucket(prefill_tokens=devices, prefill_slots=devices)
-        if entry.name == DECODE_CORE:
+        if entry.item == DECODE.core:
             bucket = decode = Bucket(devices * sequences, pages)
         else:
             bucket = prefill = Bucket(prefill_tokens=devices * tokens, prefill_slots=devices * sequences, prefill_pages=pages)
@@ -117,4 +117,4 @@ def _key(entry: Entry) -> Hashable | None:
         return (entry.op, entry.axes, entry.bytes, entry.dtype)
     if entry.kind is Kind.MEMORY or not entry.shape:
         return None
-    return (entry.kind, entry.name.startswith("×"), entry.name if entry.kind is Kind.ATTENTION else "", entry.shape)
+    return (entry.kind, entry.item.what is What.PRODUCT, entry.item if entry.kind is Kind.ATTENTION else None, entry.shape)

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from partinf.buckets import split_of
 from partinf.cost import memory
-from partinf.cost.attention import DECODE_CORE
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.items import DECODE
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import PLAIN, TILED, Pricing
 from partinf.cost.step import step_ledger
@@ -32,7 +32,7 @@ from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
 _ERROR = 0.25
-_KERNELS = {"paged_decode": DECODE_CORE}  # kernels of ours, and the entry of the ledger that is their work
+_KERNELS = {"paged_decode": DECODE.core}  # kernels of ours, and the entry of the ledger that is their work
 _LISTED = 16  # instructions in a report
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -141,7 +141,7 @@ def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
         compute = max(compute, sum(e.exposed_seconds for e in ledger.entries if e.op is None))
         notes.append(f"the clock of {plan.slice.chip.name} is not known: compute is that of the plan's roofline")
     for name in sorted(set(schedule.unestimated)):
-        seconds = sum(e.exposed_seconds for e in ledger.entries if e.name == _KERNELS.get(name))
+        seconds = sum(e.exposed_seconds for e in ledger.entries if e.item == _KERNELS.get(name))
         compute += seconds
         priced = f"priced from the ledger, {1e3 * seconds:.3g} ms in all" if seconds else "without an estimate"
         notes.append(f"kernel {name}: {priced}")

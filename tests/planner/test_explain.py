@@ -35,6 +35,6 @@ def test_every_entry_once_with_its_size(name: str, shape: StepShape, program: ob
     for line in lines:
         if line.entry.op is Op.ALL_GATHER and line.local:
             # Keys and values, gate and up are one payload but written as one tensor of the pair.
-            pairs = 2 if "K, V" in line.entry.name or "W_KV" in line.entry.name or "W_in" in line.entry.name else 1
+            pairs = 2 if line.entry.item.tensor in ("K", "wkv", "w_in") else 1
             elements = math.prod(int(size) for size in line.local.split("×"))
             assert line.entry.bytes == pairs * elements * split.act_bytes, line

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 
 from partinf.cost.ffn import ffn_entries
+from partinf.cost.items import What
 from partinf.cost.split import StepShape
 from partinf.hardware.slices import parse_slice
 from partinf.model.config import ModelConfig
@@ -22,7 +23,7 @@ def volume(storage: dict[str, str], gather: str, tokens: int, mesh: str = "v4:4x
     """Elements per chip that the ledger moves for one FFN."""
     slice_ = parse_slice(mesh, axes)
     split = split_of(MLP, slice_, layout_of(storage, "none", gather), StepShape(prefill_tokens=tokens, prefill_slots=1))
-    entries = [entry for entry in ffn_entries(split) if not entry.name.startswith("norm")]
+    entries = [entry for entry in ffn_entries(split) if entry.item.what is not What.NORM]
     return moved_elements(entries, slice_.axis_sizes)
 
 

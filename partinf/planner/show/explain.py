@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 
 from partinf.axes import ShardedShape
+from partinf.cost import items
+from partinf.cost.items import Item, Side
 from partinf.cost.ledger import Entry, Ledger, Op, Part
 from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
@@ -22,7 +24,6 @@ _TITLES = {
     Part.STAGES: "Between pipeline stages",
 }
 # What follows the core although it is priced with the projections.
-_AFTER_CORE = ("heads before W_O", "× W_O", "E after the sublayer")
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,17 @@ def explain(split: StepSplit, ledger: Ledger) -> list[Section]:
     tensors = _tensors(split)
     sections = []
     for part, title in _TITLES.items():
-        entries = sorted(ledger.of(part=part).entries, key=lambda e: part is Part.ATTENTION and e.name in _AFTER_CORE)
-        current: dict[str, Split] = {}
-        lines = tuple(_line(split, entry, tensors.get(entry.name), current) for entry in entries)
-        start = _shape(split, tensors["E before the sublayer"], Split(split.t, split.w))[0] if part in (Part.ATTENTION, Part.FFN) else ""
+        entries = sorted(ledger.of(part=part).entries, key=lambda e: part is Part.ATTENTION and e.item.side is Side.OUT)
+        current: dict[Item, Split] = {}
+        lines = tuple(_line(split, entry, tensors.get(entry.item), current) for entry in entries)
+        start = _shape(split, tensors[items.BEFORE], Split(split.t, split.w))[0] if part in (Part.ATTENTION, Part.FFN) else ""
         if lines:
             sections.append(Section(title, start, lines, part in (Part.ATTENTION, Part.FFN)))
     return sections
 
 
-def _tensors(split: StepSplit) -> dict[str, _Tensor]:
-    """The tensor that each entry moves or makes, by the entry's name."""
+def _tensors(split: StepSplit) -> dict[Item, _Tensor]:
+    """The tensor that each entry moves or makes, by the entry's item."""
     stored, used = split.w_stored, Split(split.t, split.w)
     whole_e, partial_e = Split(split.t, split.e), Split(split.t, split.e, split.f)
     hidden, partial = Split(split.t, split.f + split.e), Split(split.t, split.f, split.e)
@@ -87,45 +88,45 @@ def _tensors(split: StepSplit) -> dict[str, _Tensor]:
         return _Tensor(letters, letters[0], cols, source, source if target is None else target)
 
     table = {
-        "E before the sublayer": of((*tokens, "E"), "E", used, whole_e),
-        "× W_Q": of((*tokens, "H", "Q"), "H", partial),
-        "heads after W_Q": of((*tokens, "H", "Q"), "H", partial, hidden),
-        "heads before W_O": of((*tokens, "H", "Q"), "H", hidden, Split(split.t, split.f)),
-        "× W_KV": of((*tokens, "K", "Q"), "K", split.kv_projected),
-        "× W_O": of((*tokens, "E"), "E", partial_e),
-        "E after the sublayer": of((*tokens, "E"), "E", partial_e, used),
-        "× W_in": of((*tokens, "F"), "F", partial),
-        "F after W_in": of((*tokens, "F"), "F", partial, hidden),
-        "F before W_out": of((*tokens, "F"), "F", hidden, Split(split.t, split.f)),
-        "× W_out": of((*tokens, "E"), "E", partial_e),
-        "decode rows to the logits": of((*rows, "E"), "E", used, Split(split.replica, split.logit_cols)),
-        "last tokens to the logits": of((*rows, "E"), "E", Split((), stored), Split((), split.logit_cols)),
-        "logits": of((*rows, "V"), "V", logits),
-        "logits into V": of((*rows, "V"), "V", logits, Split(split.replica, table_of_v + split.logit_cols)),
-        "to the next stage": of((*tokens, "E"), "E", Split(split.replica, stored)),
+        items.BEFORE: of((*tokens, "E"), "E", used, whole_e),
+        items.W_Q.product: of((*tokens, "H", "Q"), "H", partial),
+        items.HEADS_AFTER_Q: of((*tokens, "H", "Q"), "H", partial, hidden),
+        items.HEADS_BEFORE_O: of((*tokens, "H", "Q"), "H", hidden, Split(split.t, split.f)),
+        items.W_KV.product: of((*tokens, "K", "Q"), "K", split.kv_projected),
+        items.W_O.product: of((*tokens, "E"), "E", partial_e),
+        items.AFTER: of((*tokens, "E"), "E", partial_e, used),
+        items.W_IN.product: of((*tokens, "F"), "F", partial),
+        items.F_AFTER_IN: of((*tokens, "F"), "F", partial, hidden),
+        items.F_BEFORE_OUT: of((*tokens, "F"), "F", hidden, Split(split.t, split.f)),
+        items.W_OUT.product: of((*tokens, "E"), "E", partial_e),
+        items.ROWS_TO_LOGITS: of((*rows, "E"), "E", used, Split(split.replica, split.logit_cols)),
+        items.LAST_TO_LOGITS: of((*rows, "E"), "E", Split((), stored), Split((), split.logit_cols)),
+        items.LOGITS: of((*rows, "V"), "V", logits),
+        items.LOGITS_INTO_V: of((*rows, "V"), "V", logits, Split(split.replica, table_of_v + split.logit_cols)),
+        items.NEXT_STAGE: of((*tokens, "E"), "E", Split(split.replica, stored)),
     }
-    for label, group in (("decode", split.decode), ("prefill", split.prefill)):
+    for its, group in ((items.DECODE, split.decode), (items.PREFILL, split.prefill)):
         spread, parts = Split(group.batch, group.heads), Split(group.batch, group.heads, group.sequence)
         table |= {
-            f"embedded {label} tokens": of((*tokens, "E"), "E", Split(split.replica, stored), used),
-            f"{label} tokens that leave the stage": of((*tokens, "E"), "E", used, Split(split.replica, stored)),
-            f"{label}: Q to its attention split": of((*tokens, "H", "Q"), "H", split.q_projected, spread),
-            f"{label}: new K, V to their split": of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
-            f"{label} core": of((*tokens, "H", "Q"), "H", parts),
-            f"{label}: mass of each part": of((*tokens, "H"), "H", spread),
-            f"{label}: output back": of((*tokens, "H", "Q"), "H", parts, split.heads_wanted),
+            its.embedded: of((*tokens, "E"), "E", Split(split.replica, stored), used),
+            its.leaving: of((*tokens, "E"), "E", used, Split(split.replica, stored)),
+            its.queries: of((*tokens, "H", "Q"), "H", split.q_projected, spread),
+            its.keys: of((*tokens, "K", "Q"), "K", split.kv_projected, Split(group.batch, group.kv)),
+            its.core: of((*tokens, "H", "Q"), "H", parts),
+            its.mass: of((*tokens, "H"), "H", spread),
+            its.back: of((*tokens, "H", "Q"), "H", parts, split.heads_wanted),
         }
     shared = tuple(axis for axis in split.decode.batch if axis in split.prefill.batch)
     here, cached = Split(split.prefill.batch, split.prefill.kv), Split(shared, split.decode.kv)
-    table["new K, V to the cache"] = of((*tokens, "K", "Q"), "K", here, cached)
-    for name, letters, out, before, after in (
-        ("W_Q", ("H", "Q", "E"), "H", split.f_stored, split.f),
-        ("W_KV", ("K", "Q", "E"), "K", split.kv_stored, split.kv),
-        ("W_O", ("E", "H", "Q"), "H", split.f_stored, split.f),
-        ("W_in", ("F", "E"), "F", split.f_stored, split.f),
-        ("W_out", ("E", "F"), "F", split.f_stored, split.f),
+    table[items.NEW_TO_CACHE] = of((*tokens, "K", "Q"), "K", here, cached)
+    for matrix, letters, out, before, after in (
+        (items.W_Q, ("H", "Q", "E"), "H", split.f_stored, split.f),
+        (items.W_KV, ("K", "Q", "E"), "K", split.kv_stored, split.kv),
+        (items.W_O, ("E", "H", "Q"), "H", split.f_stored, split.f),
+        (items.W_IN, ("F", "E"), "F", split.f_stored, split.f),
+        (items.W_OUT, ("E", "F"), "F", split.f_stored, split.f),
     ):
-        table[f"weights {name}"] = _Tensor(letters, out, "E", Split(before, split.e_stored), Split(after, split.e))
+        table[matrix.weights] = _Tensor(letters, out, "E", Split(before, split.e_stored), Split(after, split.e))
     return table
 
 
@@ -138,12 +139,12 @@ def _token_letters(split: StepSplit) -> tuple[str, ...]:
     return ("T",) if mixed or sequences % dealt else ("B", "L")
 
 
-def _line(split: StepSplit, entry: Entry, tensor: _Tensor | None, current: dict[str, Split]) -> Line:
+def _line(split: StepSplit, entry: Entry, tensor: _Tensor | None, current: dict[Item, Split]) -> Line:
     if tensor is None:
         return Line(entry)
-    now = current.get(entry.name, tensor.source)
+    now = current.get(entry.item, tensor.source)
     if entry.op is not None:
-        now = current[entry.name] = _after(entry.op, entry.axes, now, tensor.target)
+        now = current[entry.item] = _after(entry.op, entry.axes, now, tensor.target)
     shape, local = _shape(split, tensor, now)
     return Line(entry, shape, local)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from partinf.cost.items import What
 from partinf.cost.ledger import Entry, Kind, Ledger
 from partinf.layout import AttentionRole
 from partinf.planner.report import PhaseResult
@@ -20,7 +21,7 @@ def by_work(ledger: Ledger) -> dict[str, float]:
     sums = dict.fromkeys(COLOURS, 0.0)
     names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention core", Kind.MEMORY: "other memory traffic"}
     for entry in ledger.entries:
-        moved = "weight gathers" if entry.name.startswith(("weights ", "scales of ")) else "activation collectives"
+        moved = "weight gathers" if entry.item.what is What.WEIGHTS else "activation collectives"
         sums[names.get(entry.kind, moved)] += entry.exposed_seconds
     return sums
 
