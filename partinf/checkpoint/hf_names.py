@@ -45,12 +45,16 @@ def tolerated(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
 def tied_offences(reader: TensorReader, config: ModelConfig, naming: Naming) -> list[str]:
     """The offence of an output matrix that is stored beside the embedding, is said to be the same, and is another."""
     embed = naming.model_weights["embed"].tensors[0].format(base=naming.bases[0])
-    if not config.tied_embeddings or _HEAD not in reader.inventory.tensors or reader.same(embed, _HEAD):
-        return []
-    says = f"{_HEAD} differs from {embed}, although tie_word_embeddings says that they are one"
-    if "unembed" not in naming.model_weights:
-        return [f"{says}; a matrix of its own is not supported for this family"]
-    return [f"{says}; set tie_word_embeddings to false to use it, as transformers does, or remove it from the file"]
+    heads = [name for name in reader.inventory.tensors if name.endswith(_HEAD)] if config.tied_embeddings else []
+    if "unembed" in naming.model_weights:
+        instead = "set tie_word_embeddings to false to use it, as transformers does, or remove it from the file"
+    else:
+        instead = "an output matrix of its own is not supported for this family"
+    return [
+        f"{name} differs from {embed}, although tie_word_embeddings says that they are one; {instead}"
+        for name in heads
+        if not reader.same(embed, name)
+    ]
 
 
 @dataclass(frozen=True)

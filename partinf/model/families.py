@@ -305,7 +305,15 @@ _GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
+        "n_special": (0,),
     },
+    # Names that other families have for the same sizes.
+    equal=(
+        ("hidden_size", "n_embd"),
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+        ("max_position_embeddings", "n_positions"),
+    ),
     block=_LAYER_NORM_BLOCK | {"activation": Activation.GELU_TANH},
     # The head of a classifier, an older name of n_positions, and the order in which float32 scores are made.
     harmless=_keys("""
@@ -363,6 +371,7 @@ _OPT = Family(
     },
     equal=(("word_embed_proj_dim", "hidden_size"),),
     block=_LAYER_NORM_BLOCK | {"activation": Activation.RELU},
+    harmless=_keys("output_projection"),  # whether a file has an output matrix of its own, which the file says itself
 )
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (_LLAMA, _MISTRAL, _QWEN3, _GPT2, _OPT)}

@@ -182,7 +182,88 @@ def test_shards_without_an_index(sharded: Path) -> None:
     abstract = abstract_tree(config, make_mesh(1, 1))
     assert_same(load_hf(sharded, config, abstract), load_hf(FIXTURES / "llama_tied_mqa", config, abstract))
     shutil.copy(sharded / "model-00001-of-00004.safetensors", sharded / "model-copy.safetensors")
-    assert all("is also in model-00001-of-00004.safetensors" in line for line in offences(sharded))
+    (found,) = offences(sharded)
+    count = len(load_file(sharded / "model-copy.safetensors"))
+    assert f"is also in model-00001-of-00004.safetensors, as are {count - 1} more of its tensors; expected each tensor in one file" in found
+
+
+def test_missing_shards_are_named_and_not_their_tensors(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / "model-00001-of-00004.safetensors").unlink()
+    (sharded / "model-00003-of-00004.safetensors").unlink()
+    missing = "model-00001-of-00004.safetensors, model-00003-of-00004.safetensors"
+    assert offences(sharded) == (f"{sharded}: 2 of 4 shards are missing: {missing}; download them",)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_one_file_beside_shards_is_refused(sharded: Path, indexed: bool) -> None:
+    """A file of zeros would win over the shards, or be left out; nobody can say which is meant."""
+    zeros = {name: np.zeros_like(tensor) for name, tensor in all_tensors(sharded).items()}
+    save_file(zeros, sharded / "model.safetensors")
+    if not indexed:
+        (sharded / INDEX).unlink()
+    (found,) = offences(sharded)
+    assert "model.safetensors and shards of a model (model-00001-of-00004.safetensors first); only one of them can be meant" in found
+
+
+def test_an_index_of_one_file_and_one_that_was_left_behind(single: Path) -> None:
+    """An index may name the one file; one without a single shard is no reason to refuse."""
+    config = load_model_config(single)
+    for file in ("model.safetensors", "model-00001-of-00002.safetensors"):
+        (single / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(single / "model.safetensors"), file)}))
+        check_hf(single, config)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_is_not_left_out_silently(sharded: Path, name: str) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / name).write_bytes(b"{}")
+    assert offences(sharded) == (f"{sharded}: holds an adapter ({name}), which is not applied; merge it into the weights, or remove it",)
+
+
+def test_links_pointers_and_pages_are_named(single: Path) -> None:
+    file = single / "model.safetensors"
+    for content, words in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 650\n", "a pointer of Git LFS, not the file"),
+        (b"<!doctype html><html>Repository not found</html>", "an HTML or XML page"),
+        (b"GGUF" + bytes(60), "a GGUF file"),
+    ):
+        file.write_bytes(content)
+        (found,) = offences(single)
+        assert words in found
+    file.unlink()
+    file.symlink_to("../../blobs/0123")
+    (found,) = offences(single)
+    assert "a link to ../../blobs/0123, which does not exist; download the file again" in found
+
+
+def test_headers_that_are_made_to_harm(single: Path) -> None:
+    """Nested, of thousands of digits, with thousands of dimensions or bad entries: one short line each, or few."""
+    for header in (
+        b"[" * 100_000,
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 4000 + b'], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"1, " * 50_000 + b'1], "data_offsets": [0, 4]}}',
+        json.dumps({f"model.layers.{number}": {"dtype": "F32"} for number in range(10_000)}).encode(),
+    ):
+        (single / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        found = [line for line in offences(single) if "missing; expected shape" not in line]
+        assert 1 <= len(found) <= 22
+        assert all(len(line) < 400 for line in found)
+
+
+def test_a_tied_matrix_that_is_another(single: Path) -> None:
+    """The copy that some tools store is read past; a different one would be dropped without a word."""
+    config = dataclasses.replace(load_model_config(single), tied_embeddings=True)
+    abstract = abstract_tree(config, make_mesh(1, 1))
+    with pytest.raises(InvalidInput, match=r"lm_head.weight differs from model.embed_tokens.weight.* set tie_word_embeddings to false"):
+        load_hf(single, config, abstract)
+    edit(single, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    load_hf(single, config, abstract)
+    edit(single, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].astype(np.float64)}))
+    load_hf(single, config, abstract)
+    edit(single, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"][:, :-1].copy()}))
+    with pytest.raises(InvalidInput, match="lm_head.weight differs"):
+        load_hf(single, config, abstract)
 
 
 def test_harmless_extras_are_tolerated(single: Path) -> None:
