@@ -18,15 +18,14 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from partinf.buckets import fit, runner_limits, smallest_first
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
 from partinf.execution.place import Placed, place_step
-from partinf.partition.sharding import device_mesh, put
+from partinf.partition.sharding import device_mesh, put, whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import empty_batch, pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
@@ -94,7 +93,7 @@ class JaxRunner:
         self._executables = executables
         self._unrolled = isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
-        self._batch_sharding = NamedSharding(self.mesh, P())
+        self._batch_sharding = whole(self.mesh)
         self._in_flight: deque[_Submitted] = deque()  # not collected
         self._pipeline: deque[_Submitted | None] = deque([None] * plan.num_stages, maxlen=plan.num_stages)  # by stage
         self._buckets = smallest_first(plan.buckets)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
@@ -23,6 +22,7 @@ from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput, NoNumber, raise_offences
 from partinf.execution.place import place_step
 from partinf.model.weights import num_params
+from partinf.partition.sharding import whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.params import Params
 from partinf.transformer.score import compile_score_step
@@ -86,7 +86,7 @@ class Scorer:
         self._limits: RunnerLimits = runner_limits(self.plan)
         self._params, self._mesh = params, mesh
         self._unrolled = isinstance(params["layers"], tuple)
-        self._whole = NamedSharding(mesh, P())
+        self._whole = whole(mesh)
         self._step = compile_score_step(self.plan, mesh, self.bucket, self._unrolled)
 
     def score(self, texts: Sequence[Sequence[int]]) -> Scores:

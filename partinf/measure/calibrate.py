@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
@@ -26,7 +25,7 @@ from partinf.measure.collectives import collective_call
 from partinf.measure.probes import Probe, declared, fit, prepare
 from partinf.measure.products import memory_call, products_call, weight_matrices
 from partinf.measure.timing import Call, Timing, alternate
-from partinf.partition.sharding import by_place, devices_here, local_slice
+from partinf.partition.sharding import by_place, devices_here, local_slice, mesh_in_order
 from partinf.workload import DType
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -149,8 +148,7 @@ def _table_chip(devices: Sequence[jax.Device]) -> Chip:
 
 def _mesh(slice_: Slice, devices: Sequence[jax.Device]) -> Mesh:
     placed = by_place(slice_, devices) if platform_named(devices[0].platform).coordinates else list(devices)
-    sizes = slice_.axis_sizes
-    return Mesh(np.array(placed).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return mesh_in_order(slice_, placed)
 
 
 @dataclass(frozen=True)

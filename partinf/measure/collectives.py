@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from partinf.cost.ledger import Op
 from partinf.measure.timing import Call
+from partinf.partition.sharding import over_all
 
 
 def collective_call(mesh: Mesh, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: jnp.dtype, count: int) -> Call:
@@ -44,7 +44,7 @@ def collective_call(mesh: Mesh, op: Op, axes: tuple[str, ...], num_bytes: int, d
             x = x.at[0].set(lax.optimization_barrier(once(x))[0])
         return x
 
-    spec = P(mesh.axis_names)
+    spec = over_all(mesh)
     run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), donate_argnums=0)
     sharding = NamedSharding(mesh, spec)
     held_array = jax.jit(lambda: jnp.zeros((held * mesh.size,), dtype), out_shardings=sharding)()

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from partinf.measure.timing import Call
 from partinf.partition.quantize import quantize
-from partinf.partition.sharding import platform_of
+from partinf.partition.sharding import WHOLE, over_all, platform_of, whole
 from partinf.transformer.linear import dot
 from partinf.workload import DType
 
@@ -30,7 +29,7 @@ def product_call(mesh: Mesh, rows: int, inputs: int, outputs: int, weights: DTyp
 def weight_matrices(mesh: Mesh, inputs: int, outputs: int, weights: DType, count: int) -> tuple:
     """`count` random matrices [outputs, inputs] for every device, as `products_call` takes them."""
     act = _activations(weights)
-    sharding = NamedSharding(mesh, P(mesh.axis_names))
+    sharding = NamedSharding(mesh, over_all(mesh))
 
     def make(key: jax.Array) -> object:
         values = jax.random.normal(key, (mesh.size * outputs, inputs), jnp.float32) * inputs**-0.5
@@ -42,7 +41,7 @@ def weight_matrices(mesh: Mesh, inputs: int, outputs: int, weights: DType, count
 
 def products_call(mesh: Mesh, rows: int, inputs: int, matrices: tuple, weights: DType) -> Call:
     """Products of `rows` rows with each of these matrices, one after the other."""
-    act, axes, platform = _activations(weights), P(mesh.axis_names), platform_of(mesh)
+    act, axes, platform = _activations(weights), over_all(mesh), platform_of(mesh)
 
     def chain(x: jax.Array, *matrices: object) -> jax.Array:
         for matrix in matrices:
@@ -51,16 +50,16 @@ def products_call(mesh: Mesh, rows: int, inputs: int, matrices: tuple, weights: 
             x = y if y.shape == x.shape else x.at[0, 0].set(y[0, 0])
         return x[:1, :1]
 
-    specs = (P(), *(jax.tree.map(lambda _: axes, matrix) for matrix in matrices))
-    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=specs, out_specs=P(mesh.axis_names), check_vma=False))
-    x = jax.device_put(jnp.ones((rows, inputs), act), NamedSharding(mesh, P()))
+    specs = (WHOLE, *(jax.tree.map(lambda _: axes, matrix) for matrix in matrices))
+    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=specs, out_specs=over_all(mesh), check_vma=False))
+    x = jax.device_put(jnp.ones((rows, inputs), act), whole(mesh))
     compiled = run.lower(x, *matrices).compile()
     return lambda: jax.block_until_ready(compiled(x, *matrices))
 
 
 def memory_call(mesh: Mesh, num_bytes: int) -> Call:
     """Reading `num_bytes` on each device."""
-    axes = P(mesh.axis_names)
+    axes = over_all(mesh)
     make = jax.jit(lambda: jnp.ones((mesh.size * num_bytes // 4,), jnp.float32), out_shardings=NamedSharding(mesh, axes))
     run = jax.jit(jax.shard_map(lambda x: jnp.sum(x)[None], mesh=mesh, in_specs=axes, out_specs=axes, check_vma=False))
     array = make()

@@ -53,7 +53,7 @@ def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh
         )
     if platform_named(devices[0].platform).coordinates and plan.slice.chip.platform.coordinates and len(devices) == count:
         devices = by_place(plan.slice, devices)
-    return mesh_in_order(plan, devices[:count])
+    return mesh_in_order(plan.slice, devices[:count])
 
 
 def platform_of(mesh: Mesh) -> Platform:
@@ -61,9 +61,9 @@ def platform_of(mesh: Mesh) -> Platform:
     return platform_named(mesh.devices.flat[0].platform)
 
 
-def mesh_in_order(plan: Plan, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh of devices that are given row-major over the plan's mesh axes."""
-    sizes = plan.axis_sizes
+def mesh_in_order(slice_: Slice, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of devices that are given row-major over the slice's mesh axes."""
+    sizes = slice_.axis_sizes
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -108,6 +108,20 @@ def sharding(plan: Plan, mesh: Mesh | AbstractMesh, letters: str) -> NamedShardi
 def dimensions(mesh: Mesh | AbstractMesh, *axes: Sequence[str]) -> NamedSharding:
     """Of an array whose dimensions are split over these mesh axes, major first."""
     return NamedSharding(mesh, P(*(tuple(each) or None for each in axes)))
+
+
+WHOLE = P()
+"""Of an array that every device has whole."""
+
+
+def whole(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """`WHOLE` bound to a mesh."""
+    return NamedSharding(mesh, WHOLE)
+
+
+def over_all(mesh: Mesh) -> P:
+    """Of an array whose first dimension is split over all axes: a part of its own for every device."""
+    return P(mesh.axis_names)
 
 
 def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:

@@ -40,7 +40,7 @@ def mesh_of(plan: Plan) -> Mesh:
 
     platform = plan.slice.chip.platform
     if platform.described:
-        return mesh_in_order(plan, _described(plan.slice))
+        return mesh_in_order(plan.slice, _described(plan.slice))
     import jax
 
     if not platform.virtual and jax.devices()[0].platform != platform.name:

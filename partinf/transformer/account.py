@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from partinf.partition.sharding import abstract_mesh
+from partinf.partition.sharding import abstract_mesh, whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
@@ -99,8 +97,8 @@ class Account:
 def trace_account(plan: Plan, bucket: Bucket) -> Account:
     """Count the step of one bucket, traced over the plan's mesh without devices."""
     mesh = abstract_mesh(plan)
-    whole = NamedSharding(mesh, P())
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), stacked(bucket, plan.num_stages))
+    everywhere = whole(mesh)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), stacked(bucket, plan.num_stages))
     step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
     jaxpr = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), batch)
     return count(jaxpr.jaxpr, plan.axis_sizes)

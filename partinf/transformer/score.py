@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
+from partinf.partition.sharding import WHOLE, whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import Batch, empty_batch
 from partinf.transformer.forward import hidden, token_logprobs
@@ -35,10 +35,10 @@ def compile_score_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool) -
         x, kv = hidden(params, state.kv, batch, jnp.zeros(0, jnp.int32), routes)  # [T.t, E.w]
         return replace(state, kv=kv), token_logprobs(params, x, targets, routes)
 
-    in_specs = (specs(parameters), specs(state), jax.tree.map(lambda _: P(), batch), P())
-    mapped = jax.shard_map(local_step, mesh=mesh, in_specs=in_specs, out_specs=(specs(state), P()), check_vma=False)
-    whole = NamedSharding(mesh, P())
-    arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), batch)
-    targets = jax.ShapeDtypeStruct((bucket.prefill_tokens,), jnp.int32, sharding=whole)
+    in_specs = (specs(parameters), specs(state), jax.tree.map(lambda _: WHOLE, batch), WHOLE)
+    mapped = jax.shard_map(local_step, mesh=mesh, in_specs=in_specs, out_specs=(specs(state), WHOLE), check_vma=False)
+    everywhere = whole(mesh)
+    arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), batch)
+    targets = jax.ShapeDtypeStruct((bucket.prefill_tokens,), jnp.int32, sharding=everywhere)
     lowered = jax.jit(mapped, donate_argnums=1).lower(parameters, state, arrays, targets)
     return lowered.compile(compiler_options(mesh))

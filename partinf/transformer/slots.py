@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
 from partinf.limits import MAX_BIASES
 from partinf.partition.collectives import take_split
-from partinf.partition.sharding import sharding
+from partinf.partition.sharding import WHOLE, sharding, whole
 from partinf.plans import Plan
 from partinf.transformer.batch import RichBatch
 
@@ -121,8 +120,8 @@ def compile_start(plan: Plan, mesh: Mesh) -> Callable[[Slots, Any], Slots]:
         )
         return jax.tree.map(lambda all_slots, one: all_slots.at[slot].set(one), slots, new)
 
-    mapped = jax.shard_map(local_start, mesh=mesh, in_specs=(specs, P()), out_specs=specs, check_vma=False)
-    packed = jax.ShapeDtypeStruct((2 + plan.max_len + 2 * MAX_BIASES,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    mapped = jax.shard_map(local_start, mesh=mesh, in_specs=(specs, WHOLE), out_specs=specs, check_vma=False)
+    packed = jax.ShapeDtypeStruct((2 + plan.max_len + 2 * MAX_BIASES,), jnp.int32, sharding=whole(mesh))
     return jax.jit(mapped, donate_argnums=0).lower(slots, packed).compile()
 
 

@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
 from partinf.errors import raise_offences
 from partinf.limits import TOP_LOGPROBS
 from partinf.partition.collectives import Split, move
-from partinf.partition.sharding import platform_of, sharding, spec
+from partinf.partition.sharding import WHOLE, platform_of, sharding, spec, whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer import stages
 from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
@@ -125,9 +124,9 @@ def build_step(
     routes = Routes(plan, bucket, plain)
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
-    batch_specs = jax.tree.map(lambda _: P(), stacked(bucket, plan.num_stages))
-    rich = P() if bucket.rich else None
-    out_specs = Out(P(), P(), spec(plan, ".W") if with_logits else None, rich, rich, rich if bucket.prefill_tokens else None)
+    batch_specs = jax.tree.map(lambda _: WHOLE, stacked(bucket, plan.num_stages))
+    rich = WHOLE if bucket.rich else None
+    out_specs = Out(WHOLE, WHOLE, spec(plan, ".W") if with_logits else None, rich, rich, rich if bucket.prefill_tokens else None)
 
     def local_step(params: Params, state: State, batches: Batch) -> tuple[State, Out]:
         mine, batch = stages.own(batches, routes), stages.last(batches)
@@ -160,7 +159,7 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
     def packed_step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
         return step(params, state, unpack(packed, bucket))
 
-    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=NamedSharding(mesh, P()))
+    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=whole(mesh))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(compiler_options(mesh))
 

@@ -1,13 +1,16 @@
-"""Where devices stand in a mesh: by their coordinates, whatever order jax lists them in."""
+"""Where devices stand in a mesh: by their coordinates, whatever order jax lists them in; and that one module builds meshes and specs."""
 
 from __future__ import annotations
 
+import ast
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import partinf
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
@@ -46,3 +49,15 @@ def test_too_few_devices_are_refused() -> None:
     plan = make_plan("8", layout)
     with pytest.raises(InvalidInput, match="needs 8 devices, here are 3 cpu devices"):
         device_mesh(plan, device_mesh(plan).devices.ravel()[:3].tolist())
+
+
+def test_one_module_builds_meshes_and_partition_specs() -> None:
+    package, builders = Path(partinf.__file__).parent, {}
+    for path in package.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        named = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        if found := (imported | named) & {"PartitionSpec"} | (called | named) & {"Mesh", "AbstractMesh", "make_mesh"}:
+            builders[path.relative_to(package).as_posix()] = found
+    assert builders == {"partition/sharding.py": {"PartitionSpec", "Mesh", "AbstractMesh"}}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import ModelConfig
@@ -57,6 +58,24 @@ def test_a_small_plan_is_proven(slice_name: str) -> None:
     assert asked == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
     assert all(c.source_op.startswith("partinf/transformer/") for c in step.collectives)
     assert {c.count for c in step.collectives if "ffn" in c.source_op} == {2}  # once per layer
+
+
+@needs_compiler
+def test_the_compiler_describes_a_host_and_a_torus_of_every_tpu() -> None:
+    """By the names and shapes of the hardware table, for a chip as good as for any other."""
+    program = (
+        "from partinf.hardware.chips import chips; from partinf.hardware.slices import make_slice; from partinf.proof import topology\n"
+        "for chip in chips().values():\n"
+        "    if chip.platform.described:\n"
+        "        for shape in (chip.host_shape, (1,) * chip.torus_dims, (4,) * chip.torus_dims):\n"
+        "            print(chip.name, len(topology._described(make_slice(chip, shape))) // chip.devices_per_chip)\n"
+    )
+    environment = os.environ | process._environment(parse_slice("v4:2x2x1")) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = [tuple(line.split()) for line in done.stdout.splitlines()]
+    tpus = [(name, chip.torus_dims) for name, chip in chips().items() if chip.platform.described]
+    assert found == [(name, str(count)) for name, dims in tpus for count in (4, 1, 4**dims)]
 
 
 @needs_compiler
