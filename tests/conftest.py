@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,29 @@ def relaxed_promotion() -> Iterator[None]:
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def nothing_compiles() -> Callable[[], AbstractContextManager[None]]:
+    """`with nothing_compiles(): …` fails when jax compiles anything meanwhile, in whatever thread, a step of the engine or an addition."""
+    import jax
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        compiled: list[object] = []
+
+        def hear(event: str, seconds: float, **more: object) -> None:
+            if "backend_compile" in event:
+                compiled.append(more.get("fun_name", event))
+
+        jax.monitoring.register_event_duration_secs_listener(hear)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_event_duration_listener(hear)
+        assert compiled == []
+
+    return watched
 
 
 @pytest.fixture(scope="session")

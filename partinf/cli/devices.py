@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from partinf.caches import XLA, usable
 from partinf.hardware.platform import CPU, has_accelerator
 from partinf.hardware.slices import Slice
 
@@ -24,6 +24,7 @@ def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes
     if virtual:
         for name, value in CPU.environment(count).items():
             os.environ.setdefault(name, value)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "partinf" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    directory = usable(XLA)
+    if directory is not None and os.access(directory, os.W_OK):  # jax warns of every program that it cannot write
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

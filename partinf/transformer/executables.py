@@ -11,9 +11,10 @@ import hashlib
 import os
 import pickle
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,13 +23,14 @@ from typing import Any
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from partinf.hardware.platform import Platform
+from partinf.caches import EXECUTABLES, OFF, own, usable
 from partinf.partition.sharding import platform_of
 from partinf.plans import Plan
 from partinf.transformer.kernels import cpu as cpu_kernels
-from partinf.transformer.machine import DIRECTORY_VARIABLE, OFF, host, kept, own
+from partinf.transformer.machine import host
 
 _MAGIC = b"partinf executable 1\n"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -79,13 +81,8 @@ class ExecutableCache:
             os.utime(path)
         return compiled
 
-    def store(self, key: str, compiled: Any, platform: Platform) -> None:
-        """Keep a program; without effect for one that jax cannot serialise, or on a full disk.
-
-        What jax's own cache of compilations returns is serialised without its code on some platforms, so nothing is kept beside that there.
-        """
-        if not platform.keeps_cached and jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
-            return
+    def store(self, key: str, compiled: Any) -> None:
+        """Keep a program; without effect for one that jax cannot serialise, or on a full disk."""
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError, pickle.PicklingError):
@@ -123,18 +120,52 @@ def obtain(cache: ExecutableCache | None, key: str, mesh: Mesh, compile_program:
     program = None if cache is None else cache.load(key, list(mesh.devices.flat))
     if program is not None:
         return program, Obtained(loaded=1, load_seconds=time.perf_counter() - started)
-    program = compile_program()
-    if cache is not None:
-        cache.store(key, program, platform_of(mesh))
+    if cache is None:
+        program = compile_program()
+    else:
+        with nullcontext() if platform_of(mesh).keeps_cached else _compiled_anew():
+            program = compile_program()
+        cache.store(key, program)
     return program, Obtained(compiled=1, compile_seconds=time.perf_counter() - started)
 
 
+_switch = threading.Lock()
+_compiling = 0  # programs that are compiled anew at this moment, by several threads
+
+
+@contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """Keep jax's own cache of compilations out of it, where what that cache returns is serialised without its code.
+
+    jax decides once whether it has a cache, until it is reset.
+    """
+    global _compiling
+    with _switch:
+        ours = bool(_compiling or (jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir))
+        _compiling += ours
+        if ours and _compiling == 1:
+            jax.config.update("jax_enable_compilation_cache", False)
+            compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        with _switch:
+            _compiling -= ours
+            if ours and not _compiling:
+                jax.config.update("jax_enable_compilation_cache", True)
+                compilation_cache.reset_cache()
+
+
 def open_cache(directory: str | Path | None = None) -> ExecutableCache | None:
-    """The cache in this directory, in that of $PARTINF_CACHE_DIR, or in the user's own; None where it is called `off`."""
-    chosen = directory or os.environ.get(DIRECTORY_VARIABLE) or ""
-    if str(chosen) == OFF:
-        return None
-    return ExecutableCache(Path(chosen) if chosen else kept("executables"))
+    """The cache in this directory, in that of $PARTINF_CACHE_DIR, or in the user's own; None where it is called `off` or cannot be used.
+
+    Raises:
+        InvalidInput: the directory that is given cannot be used.
+    """
+    if directory:
+        return None if str(directory) == OFF else ExecutableCache(Path(directory))
+    found = usable(EXECUTABLES)
+    return None if found is None else ExecutableCache(found)
 
 
 def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:

@@ -47,7 +47,7 @@ def make_runner(slice_name: str, num_host_pages: int, unrolled: bool) -> JaxRunn
 
 
 @pytest.mark.parametrize("slice_name, unrolled, lag", [("cpu:1", True, 0), ("cpu:2x2", False, 1), ("cpu:2x1x4", True, 1)])
-def test_tokens_survive_preemption_and_swapping(slice_name: str, unrolled: bool, lag: int) -> None:
+def test_tokens_survive_preemption_and_swapping(slice_name: str, unrolled: bool, lag: int, nothing_compiles) -> None:
     runner = make_runner(slice_name, 40, unrolled)
     runner.warm_up()
     compiled = runner.num_compiled
@@ -57,7 +57,8 @@ def test_tokens_survive_preemption_and_swapping(slice_name: str, unrolled: bool,
     for eviction in (Eviction.RECOMPUTE, Eviction.REACTIVE, Eviction.PROACTIVE):
         policy = MultiLevelFeedbackQueue(ESTIMATES, 4, pages=Pages(eviction, None))
         engine = Engine(runner, policy=policy, lag=lag, check_invariants=True)
-        assert [output.tokens for output in engine.generate(PROMPTS, params)] == want
+        with nothing_compiles():
+            assert [output.tokens for output in engine.generate(PROMPTS, params)] == want
         counts.append((engine.metrics.preemptions, engine.metrics.swapped_in_pages))
     assert counts[0][0] > 0
     assert counts[1][1] > 0

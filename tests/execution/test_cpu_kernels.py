@@ -58,6 +58,50 @@ def test_this_machine_has_the_kernels() -> None:
     assert cpu_kernels.available()
 
 
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A compiler that writes a few bytes, and where it wrote them; temporary files lie in the test's own directory."""
+    wrote: list[Path] = []
+
+    def compile_to(command: list[str], **_: object) -> None:
+        wrote.append(Path(command[-1]))
+        if wrote[-1].parent.name == "full":
+            raise subprocess.CalledProcessError(1, command, stderr="error: No space left on device")
+        wrote[-1].write_bytes(b"a library")
+
+    monkeypatch.setattr(subprocess, "run", compile_to)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return wrote
+
+
+def test_a_damaged_library_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: list[Path]) -> None:
+    monkeypatch.setenv("PARTINF_CACHE_DIR", str(tmp_path / "kept"))
+    path = cpu_kernels._library()
+    assert path.parent == tmp_path / "kept" / "native"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], b"another" + whole[7:]):
+        path.write_bytes(damaged)
+        assert cpu_kernels._library().read_bytes() == whole
+    assert len(compiler) == 4
+    assert cpu_kernels._library() == path
+    assert len(compiler) == 4
+
+
+@pytest.mark.parametrize("where", ["off", "a file", "full"])
+def test_what_cannot_be_kept_is_made_among_the_temporary_files(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: list[Path]
+) -> None:
+    (tmp_path / "a file").touch()
+    (tmp_path / "full").mkdir(mode=0o700)
+    monkeypatch.setenv("PARTINF_CACHE_DIR", where if where == "off" else str(tmp_path / where))
+    if where == "full":
+        monkeypatch.setattr(cpu_kernels, "usable", lambda _: tmp_path / "full")
+    assert cpu_kernels._library().parent.parent.parent == tmp_path / "temporary"
+    assert list((tmp_path / "full").iterdir()) == []
+
+
 needs_kernels = pytest.mark.skipif("not cpu_kernels.available()", reason="what the test before this one found")
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
+import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,6 @@ from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
-from partinf.hardware.platform import GPU
 from partinf.layout import make_layout
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
@@ -51,23 +55,29 @@ def plan_of(rich: bool = False) -> Plan:
     return replace(plan, buckets=plan.buckets[-1:])
 
 
-def start(plan: Plan, cache: ExecutableCache | None, unrolled: bool = False) -> tuple[JaxRunner, Any]:
+def runner_of(plan: Plan, cache: ExecutableCache | None, unrolled: bool = False) -> JaxRunner:
     mesh = device_mesh(plan)
-    runner = JaxRunner(plan, random_params(plan, mesh, unrolled, 0), mesh, executables=cache)
+    return JaxRunner(plan, random_params(plan, mesh, unrolled, 0), mesh, executables=cache)
+
+
+def start(plan: Plan, cache: ExecutableCache | None, unrolled: bool = False) -> tuple[JaxRunner, Any]:
+    runner = runner_of(plan, cache, unrolled)
     return runner, runner.warm_up()
 
 
-def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path: Path) -> None:
+def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path: Path, nothing_compiles) -> None:
     plan, cache = plan_of(rich=True), ExecutableCache(tmp_path / "programs")
     first, done = start(plan, cache)
     assert (done.compiled, done.loaded) == (2, 0)
     params = replace(PARAMS, presence_penalty=1.0, top_logprobs=2)
     want = [(output.tokens, output.top_logprobs) for output in Engine(first).generate(PROMPTS, params)]
-    second, done = start(plan, cache)
-    assert (done.compiled, done.loaded, second.num_compiled, second.num_loaded) == (0, 2, 0, 2)
-    assert done.load_seconds > 0
-    engine = Engine(second, lag=1)
-    assert [(output.tokens, output.top_logprobs) for output in engine.generate(PROMPTS, params)] == want
+    second = runner_of(plan, cache)
+    with nothing_compiles():
+        done = second.warm_up()
+        assert (done.compiled, done.loaded, second.num_compiled, second.num_loaded) == (0, 2, 0, 2)
+        assert done.load_seconds > 0
+        engine = Engine(second, lag=1)
+        assert [(output.tokens, output.top_logprobs) for output in engine.generate(PROMPTS, params)] == want
     assert second.num_compiled == 0
 
 
@@ -103,17 +113,51 @@ def test_damaged_entries_are_replaced(tmp_path: Path) -> None:
     obtain_small(cache)
     (entry,) = tmp_path.iterdir()
     whole = entry.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b"x" * 100):
+    foreign = pickle.dumps("of another program")
+    foreign = whole[:21] + hashlib.sha256(foreign).digest() + foreign
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b"x" * 100, foreign):
         entry.write_bytes(damaged)
         assert [obtain_small(cache).loaded for _ in range(2)] == [0, 1]
     assert list(tmp_path.iterdir()) == [entry]  # nothing half written is left
 
 
-def test_what_the_cache_of_jax_returns_is_not_kept(tmp_path: Path) -> None:
+def test_a_program_that_the_cache_of_jax_has_is_compiled_anew_and_kept(tmp_path: Path) -> None:
+    """What jax's cache returns on a CPU is serialised without its code: it would load, and fail when it runs."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
-    cache = ExecutableCache(tmp_path / "ours")
-    assert [obtain_small(cache).loaded for _ in range(2)] == [0, 0]
-    assert list((tmp_path / "ours").iterdir()) == []
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        for _ in range(2):
+            jax.clear_caches()
+            jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile()
+        entries = sorted((tmp_path / "jax").iterdir())
+        assert entries
+        cache = ExecutableCache(tmp_path / "ours")
+        assert [obtain_small(cache).loaded for _ in range(3)] == [0, 1, 1]
+        assert len(list((tmp_path / "ours").iterdir())) == 1
+        # jax's cache is on again afterwards, and holds nothing of ours.
+        assert jax.config.jax_enable_compilation_cache
+        jax.jit(lambda x: x + 2).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile()
+        assert len(set((tmp_path / "jax").iterdir()) - set(entries)) == 1
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def test_programs_that_are_obtained_by_many_threads_are_all_kept(tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
+    mesh, cache = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,)), ExecutableCache(tmp_path / "ours")
+
+    def program(number: int) -> Obtained:
+        compile_one = jax.jit(lambda x: x + number).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile
+        return obtain(cache, f"key{number % 4}", mesh, compile_one)[1]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(done.compiled + done.loaded == 1 for done in pool.map(program, range(12)))
+    assert sorted(path.stem for path in (tmp_path / "ours").iterdir()) == ["key0", "key1", "key2", "key3"]
+    for number in range(4):
+        loaded = cache.load(f"key{number}", jax.devices()[:1])
+        assert float(loaded(np.zeros(2, np.float32))[0]) % 4 == number
+    assert jax.config.jax_enable_compilation_cache
 
 
 def test_what_a_program_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +185,7 @@ def test_the_oldest_make_room(tmp_path: Path) -> None:
     compiled = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), np.float32)).compile()
     cache = ExecutableCache(tmp_path, max_bytes=1)
     for key in "abc":
-        cache.store(key, compiled, GPU)
+        cache.store(key, compiled)
     assert [path.stem for path in tmp_path.iterdir()] == ["c"]
     assert cache.load("a", jax.devices()) is None
     loaded = cache.load("c", jax.devices()[:1])
@@ -149,7 +193,8 @@ def test_the_oldest_make_room(tmp_path: Path) -> None:
 
 
 def test_where_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert open_cache() is None  # what tests ask for
+    monkeypatch.setenv("PARTINF_CACHE_DIR", "off")
+    assert open_cache() is None
     assert open_cache("off") is None
     assert open_cache(tmp_path / "here").directory == tmp_path / "here"
     monkeypatch.setenv("PARTINF_CACHE_DIR", str(tmp_path / "there"))
@@ -165,3 +210,16 @@ def test_where_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="name another directory, or 'off'"):
         open_cache(tmp_path / "file" / "below")
+    monkeypatch.setenv("PARTINF_CACHE_DIR", str(tmp_path / "file"))
+    assert open_cache() is None  # nobody asked for it here and now: a warning
+
+
+def test_a_full_disk_keeps_nothing_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ExecutableCache(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert [obtain_small(cache).compiled for _ in range(2)] == [1, 1]
+    assert list(tmp_path.iterdir()) == []

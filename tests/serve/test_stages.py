@@ -47,7 +47,7 @@ def body(prompt: str, **more: object) -> dict[str, object]:
     return {"model": "demo", "prompt": prompt, "temperature": 0, "max_tokens": 12} | more
 
 
-def test_many_clients_at_once(staged: Serving) -> None:
+def test_many_clients_at_once(staged: Serving, nothing_compiles) -> None:
     """Streams and whole answers: every one is right, with a batch of other requests on each stage, and nothing is compiled for them."""
     compiled = staged.engine._runner.num_compiled
 
@@ -57,7 +57,7 @@ def test_many_clients_at_once(staged: Serving) -> None:
         assert status == 200, content
         return prompt, "".join(event["choices"][0]["text"] for event in (events(content) if stream else [content]))
 
-    with ThreadPoolExecutor(12) as pool:
+    with nothing_compiles(), ThreadPoolExecutor(12) as pool:
         for prompt, text in pool.map(ask, range(36)):
             assert text == TASKS[prompt]
     staged.wait_idle()

@@ -1,7 +1,7 @@
 """What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products of a few rows (`cpu_products.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
-for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.transformer.executables`).
+for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.caches`).
 Without a compiler XLA's forms are used, which give the same and take longer; a warning says so once.
 """
 
@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import jaxlib
 from absl import logging
 
+from partinf.caches import NATIVE, OFF, temporary, usable
 from partinf.errors import InvalidInput
 from partinf.hardware.platform import CPU
 from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import KeysValues, Stored
-from partinf.transformer.machine import OFF, host, kept, own
+from partinf.transformer.machine import host
 
 COMPILER_VARIABLE = "CXX"
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_products.cc", "cpu_vectors.h"))
@@ -117,22 +118,46 @@ def available() -> bool:
 
 
 def _library() -> Path:
-    """The library of these sources for this machine, made if it is not there."""
-    path = own(kept("native")) / f"cpu_kernels-{_digest()}.so"
-    if path.exists():
+    """The library of these sources for this machine, made if it is not there: where it is kept, else among the temporary files."""
+    kept = usable(NATIVE)
+    if kept is not None:
+        try:
+            return _made_in(kept)
+        except OSError:  # it cannot be written to
+            pass
+        except subprocess.CalledProcessError as error:
+            if "No space left" not in error.stderr:
+                raise
+    return _made_in(temporary(NATIVE))
+
+
+def _made_in(folder: Path) -> Path:
+    path = folder / f"cpu_kernels-{_digest()}.so"
+    if _whole(path):
         return path
     compiler = next(filter(None, map(shutil.which, (os.environ.get(COMPILER_VARIABLE, "c++"), "g++", "clang++"))), None)
     if compiler is None:
         raise InvalidInput(f"no C++ compiler; install one, or name it in ${COMPILER_VARIABLE}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix="making-")
+    handle, name = tempfile.mkstemp(dir=folder, prefix="making-")
     os.close(handle)
     try:
         command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *(str(path) for path in _SOURCES if path.suffix == ".cc"), "-o", name]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        content = Path(name).read_bytes()
+        Path(name).write_bytes(content + hashlib.sha256(content).digest())  # a loader reads no further than the library's own end
         os.replace(name, path)  # whole or not at all, whoever else makes it at this moment
     finally:
         Path(name).unlink(missing_ok=True)
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether this is a library that was made here: a damaged one may end the process that loads it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 @functools.cache
