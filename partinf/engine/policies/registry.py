@@ -35,7 +35,7 @@ class PolicyOptions:
 
 
 @dataclass(frozen=True)
-class Entry:
+class NamedPolicy:
     """One policy.
 
     Attributes:
@@ -51,37 +51,37 @@ class Entry:
     reads_clock: bool = False
 
 
-POLICIES: Mapping[str, Entry] = {
-    "request-level": Entry("static batches, prompts padded to the longest, returned together", lambda o, _: RequestLevel(o.max_batch_size)),
-    "fastertransformer": Entry(
+POLICIES: Mapping[str, NamedPolicy] = {
+    "request-level": NamedPolicy("static batches, prompts padded to the longest, returned together", lambda o, _: RequestLevel(o.max_batch_size)),
+    "fastertransformer": NamedPolicy(
         "static batches, prefilled to the shortest prompt, then token by token",
         lambda o, _: RequestLevel(o.max_batch_size, shortest_prefill=True),
     ),
-    "orca": Entry("iterations in order of arrival, pages reserved for the longest answer", lambda o, _: Orca(o.max_batch_size)),
-    "fcfs": Entry(
+    "orca": NamedPolicy("iterations in order of arrival, pages reserved for the longest answer", lambda o, _: Orca(o.max_batch_size)),
+    "fcfs": NamedPolicy(
         "iterations in order of arrival, pages on demand, the newest is preempted", lambda o, _: FirstComeFirstServed(o.max_batch_size)
     ),
-    "fcfs-chunked": Entry(
+    "fcfs-chunked": NamedPolicy(
         "the same with prompts cut to fill every step", lambda o, _: FirstComeFirstServed(o.max_batch_size, chunk_prefills=True)
     ),
-    "mlfq": Entry(
+    "mlfq": NamedPolicy(
         "skip-join multi-level feedback queue (FastServe)",
         lambda o, e: MultiLevelFeedbackQueue(e, o.max_batch_size, True, o.alpha, o.pages(e)),
         preemptive=True,
         reads_clock=True,
     ),
-    "mlfq-naive": Entry(
+    "mlfq-naive": NamedPolicy(
         "multi-level feedback queue that everybody joins at the top",
         lambda o, e: MultiLevelFeedbackQueue(e, o.max_batch_size, False, o.alpha, o.pages(e)),
         preemptive=True,
         reads_clock=True,
     ),
-    "srpt": Entry(
+    "srpt": NamedPolicy(
         "shortest remaining processing time, an oracle",
         lambda o, e: shortest_remaining_first(e, o.max_batch_size, o.pages(e)),
         preemptive=True,
     ),
-    "priority": Entry(
+    "priority": NamedPolicy(
         "by the priority that a request names, then by arrival",
         lambda o, e: by_priority(o.max_batch_size, o.pages(e)),
         preemptive=True,
