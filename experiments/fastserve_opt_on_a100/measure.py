@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import LOOPED, Pricing
 from partinf.engine import Engine, Policy
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
@@ -125,7 +125,7 @@ def simulate(curve: Curve, rate: float) -> dict[str, Any]:
     storage, attention = dict.fromkeys(axes, "stage") | dict.fromkeys(within, "ffn"), dict.fromkeys(axes, "none")
     plan = Plan(load_model_config(setup.model), slice_, make_layout(storage, attention | dict.fromkeys(within, "heads")))
     sizing = Sizing(BATCH, 16 * BATCH, 2048, 4096, host_bytes=HOST_BYTES)
-    runner, price = cost_runner(plan, Pricing(slice_, calibration_for(slice_.chip)), sizing)
+    runner, price = cost_runner(plan, Pricing(slice_, calibration_for(slice_.chip), program=LOOPED), sizing)
     engine = Engine(runner, policy=curve.policy(price.estimates(runner.limits)), clock=runner.clock)
     how = f"poisson:{rate}" if math.isfinite(rate) else "backlog"
     arrivals = parse_arrivals(how, chat_lengths, curve.requests, seed=0)

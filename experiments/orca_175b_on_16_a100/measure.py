@@ -25,7 +25,7 @@ from typing import Any
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import Pricing
+from partinf.cost.pricing import LOOPED, Pricing
 from partinf.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import Step
@@ -86,7 +86,7 @@ def simulate(
     slice_ = parse_slice(SLICES[model])
     layout = make_layout({"dcn": "stage", "x": "ffn"}, {"dcn": "none", "x": "heads"})
     plan = Plan(load_model_config(model), slice_, layout)
-    pricing = Pricing(slice_, calibration_for(slice_.chip))
+    pricing = Pricing(slice_, calibration_for(slice_.chip), program=LOOPED)
     sizing = Sizing(max_rows=size, max_len=2048, prefill_tokens=prefill_tokens or 512 * size)
     runner, price = cost_runner(plan, pricing, sizing)
     if padding is not Padding.NONE:

@@ -9,6 +9,7 @@ jax is not imported.
 """
 
 from partinf.checkpoint.tokenizer.load import load_tokenizer
-from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, TooLong, Vocabulary
+from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, TooLong
+from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
 
 __all__ = ["TokenStream", "Tokenizer", "TooLong", "Vocabulary", "load_tokenizer"]

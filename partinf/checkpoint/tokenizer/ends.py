@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from partinf.checkpoint.tokenizer.settings import Settings, read_optional
-from partinf.checkpoint.tokenizer.text import Vocabulary
+from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
 from partinf.documents import shown
 from partinf.errors import raise_offences
 

@@ -8,7 +8,8 @@ from partinf.checkpoint.tokenizer.ends import ends_of_text
 from partinf.checkpoint.tokenizer.json_vocabulary import JsonVocabulary
 from partinf.checkpoint.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from partinf.checkpoint.tokenizer.settings import is_present, read_settings
-from partinf.checkpoint.tokenizer.text import Tokenizer, Vocabulary
+from partinf.checkpoint.tokenizer.text import Tokenizer
+from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
 from partinf.errors import InvalidInput
 
 JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"

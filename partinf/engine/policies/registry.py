@@ -52,7 +52,9 @@ class NamedPolicy:
 
 
 POLICIES: Mapping[str, NamedPolicy] = {
-    "request-level": NamedPolicy("static batches, prompts padded to the longest, returned together", lambda o, _: RequestLevel(o.max_batch_size)),
+    "request-level": NamedPolicy(
+        "static batches, prompts padded to the longest, returned together", lambda o, _: RequestLevel(o.max_batch_size)
+    ),
     "fastertransformer": NamedPolicy(
         "static batches, prefilled to the shortest prompt, then token by token",
         lambda o, _: RequestLevel(o.max_batch_size, shortest_prefill=True),
