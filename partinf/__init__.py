@@ -29,7 +29,7 @@ _WHERE = {
     "Slice": "hardware.slices",
     "Workload": "workload",
     "load": "api",
-    "load_model_config": "model.config",
+    "load_model_config": "model.load",
     "make_layout": "layout",
     "parse_slice": "hardware.slices",
     "plan": "api",
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from partinf.hardware.chips import Chip
     from partinf.hardware.slices import Slice, parse_slice
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
-    from partinf.model.config import ModelConfig, load_model_config
+    from partinf.model.config import ModelConfig
+    from partinf.model.load import load_model_config
     from partinf.plans import Plan
     from partinf.proof import Proof, prove
     from partinf.workload import DType, Objective, Workload

@@ -27,7 +27,8 @@ from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.hardware.hardware_file import check_devices, read_hardware
 from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.workload import DType, Workload
 

@@ -23,7 +23,7 @@ from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.hardware.slices import parse_slice
 from partinf.layout import readable_name
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.model.weights import num_params
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival, read_trace

@@ -20,7 +20,7 @@ from partinf.cost.ledger import Kind, Part
 from partinf.cost.pricing import Pricing
 from partinf.hardware.slices import parse_slice
 from partinf.layout import PHASES
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.evaluate import Evaluator, heads_for
 from partinf.workload import DType, Workload

@@ -34,7 +34,8 @@ BUDGET, CALIBRATION = 60.0, 30.0  # seconds of timing in turn, and of the calibr
 
 def models() -> list[Any]:
     """The two models of the predictions; the second is also the one that is split over eight devices."""
-    from partinf.model.config import ModelConfig, load_model_config
+    from partinf.model.config import ModelConfig
+    from partinf.model.load import load_model_config
 
     small = ModelConfig("llama-26m", 4, 512, 1536, 8, 4, 64, 16384, tied_embeddings=True, max_len=2048)
     return [load_model_config("llama-125m"), small]

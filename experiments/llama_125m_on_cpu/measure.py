@@ -209,7 +209,7 @@ def main() -> None:
         return
     from dataclasses import asdict
 
-    from partinf.model.config import load_model_config
+    from partinf.model.load import load_model_config
 
     config = load_model_config("llama-125m")
     spread = json.dumps({key: value for key, value in asdict(config).items() if isinstance(value, int)})

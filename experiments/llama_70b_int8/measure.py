@@ -17,7 +17,7 @@ from partinf.buckets import serving_steps
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import Slice
 from partinf.layout import readable_name
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner.choose import plan_of
 from partinf.planner.search import search
 from partinf.planner.slices import slices_of

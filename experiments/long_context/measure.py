@@ -11,7 +11,7 @@ from typing import Any
 
 from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate
 from partinf.planner.show.work import roles_of

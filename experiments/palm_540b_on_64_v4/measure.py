@@ -16,7 +16,7 @@ from typing import Any
 
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof import CompilerFailed, Limits, Proof, proof_json, prove
 from partinf.workload import DType

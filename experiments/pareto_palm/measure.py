@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.workload import DType, Workload
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.workload import DType, Workload
 
 SEED = 20261122

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.planner_regret.cases import Case
 from experiments.planner_regret.judge import judged, program_of
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.show.work import roles_of

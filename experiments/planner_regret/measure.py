@@ -19,7 +19,7 @@ from experiments.planner_regret.judge import Judged, judged, program_of
 from partinf.cost.pricing import PLAIN, TILED
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Role
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.report import Candidate, PlanReport
 

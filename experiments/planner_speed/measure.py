@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.question import Question
 from partinf.planner.slices import every_mesh

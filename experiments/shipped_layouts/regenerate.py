@@ -14,7 +14,7 @@ from pathlib import Path
 
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_to_toml, make_layout
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import plan_of, search
 from partinf.planner.files import plan_to_toml
 from partinf.workload import DType, Workload

@@ -16,7 +16,7 @@ from typing import Any
 from partinf.cost.ledger import Kind, Op
 from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import Role
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.workload import DType, Workload

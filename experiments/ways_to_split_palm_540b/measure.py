@@ -11,7 +11,7 @@ from pathlib import Path
 from partinf.cost.items import What
 from partinf.cost.ledger import Kind, Ledger
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.workload import DType, Workload
 

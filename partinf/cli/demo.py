@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     from partinf import api
     from partinf.demo_tasks import mixed_tasks
-    from partinf.model.config import load_model_config
+    from partinf.model.load import load_model_config
     from partinf.workload import DType, Workload
 
     console = Console()

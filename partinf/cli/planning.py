@@ -74,7 +74,7 @@ def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: s
     from partinf.cost.collectives import BandwidthModel
     from partinf.cost.pricing import PROGRAMS
     from partinf.errors import nearest, raise_offences
-    from partinf.model.config import load_model_config
+    from partinf.model.load import load_model_config
     from partinf.planner.question import Question
     from partinf.workload import DType, Objective, Workload
 

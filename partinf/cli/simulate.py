@@ -78,7 +78,7 @@ def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import PROGRAMS, Pricing
     from partinf.errors import InvalidInput, collect, nearest
-    from partinf.model.config import load_model_config
+    from partinf.model.load import load_model_config
     from partinf.plans import Plan
     from partinf.workload import DType
 

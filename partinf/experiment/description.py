@@ -20,7 +20,8 @@ from partinf.hardware.hardware_file import check_devices, read_hardware
 from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout, load_layout
 from partinf.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.arrivals import parse_lengths
 from partinf.workload import DType, Workload

@@ -10,7 +10,7 @@ from partinf.errors import collect, raise_offences
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, layout_to_toml
 from partinf.limits import MAX_BATCH, MAX_LEN, MAX_TOKENS
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Objective, Workload
 

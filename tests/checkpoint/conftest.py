@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES, LLAMAS
 
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from partinf.checkpoint.hf import check_hf, load_hf
 from partinf.errors import InvalidInput
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES
 from tests.checkpoint.trees import abstract_tree, all_tensors, assert_same, make_mesh
 

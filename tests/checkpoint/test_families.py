@@ -18,7 +18,8 @@ from partinf.checkpoint.hf_names import leaf_sources, naming_of, read_leaf
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
 from partinf.errors import InvalidInput
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.transformer.params import declare
 from tests.checkpoint.paths import FAMILIES, FIXTURES
 from tests.checkpoint.trees import abstract_tree, all_tensors, assert_same, make_mesh, random_params

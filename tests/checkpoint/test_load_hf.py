@@ -16,8 +16,9 @@ from partinf.checkpoint.hf_names import leaf_sources, read_leaf, tensor_shapes
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
 from partinf.errors import InvalidInput
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
 from partinf.model.hf_config import config_from_hf
+from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES
 from tests.checkpoint.trees import SPECS, abstract_tree, all_tensors, assert_same, make_mesh, nested, random_params
 

@@ -14,7 +14,8 @@ from partinf.checkpoint.flax_state import from_nnx_state, to_nnx_state
 from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.hf_names import leaf_sources
 from partinf.errors import InvalidInput
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES
 from tests.checkpoint.trees import abstract_tree, assert_same, make_mesh, random_params
 

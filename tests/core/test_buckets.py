@@ -12,7 +12,7 @@ from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.simulation.sizing import Sizing, cost_runner
 from partinf.simulation.step_price import StepPrice

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from partinf.errors import InvalidInput
-from partinf.model.config import MATRICES, Activation, ModelConfig, Norm, Position, config_from_toml, load_model_config
+from partinf.model.config import MATRICES, Activation, ModelConfig, Norm, Position
 from partinf.model.hf_config import config_from_hf, config_to_hf
+from partinf.model.load import config_from_toml, load_model_config
 from partinf.model.weights import num_params
 
 REQUIRED = "num_layers = 2\nembed_dim = 64\nffn_dim = 192\nnum_heads = 8\nnum_kv_heads = 4\nhead_dim = 8\nvocab_size = 512\n"

@@ -12,9 +12,10 @@ from partinf.buckets import Capacity, with_capacity
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml
-from partinf.model.config import ModelConfig, config_from_toml, config_to_toml, load_model_config
+from partinf.model.config import ModelConfig
 from partinf.model.families import FAMILIES
 from partinf.model.hf_config import config_from_hf, config_to_hf
+from partinf.model.load import config_from_toml, config_to_toml, load_model_config
 from partinf.planner.question import Question
 from partinf.plans import Plan
 from partinf.workload import Workload

@@ -6,7 +6,8 @@ import pytest
 
 from partinf import resources
 from partinf.errors import InvalidInput
-from partinf.model.config import ModelConfig, config_from_toml, config_to_toml, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import config_from_toml, config_to_toml, load_model_config
 
 REQUIRED = "num_layers = 2\nembed_dim = 64\nffn_dim = 192\nnum_heads = 8\nnum_kv_heads = 4\nhead_dim = 8\nvocab_size = 512\n"
 

@@ -10,7 +10,8 @@ import pytest
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Workload
 

@@ -14,7 +14,7 @@ from partinf.errors import InvalidInput
 from partinf.experiment.description import read_experiment
 from partinf.hardware.hardware_file import read_hardware, write_hardware
 from partinf.layout import layout_from_toml, load_layout
-from partinf.model.config import config_from_toml, load_model_config
+from partinf.model.load import config_from_toml, load_model_config
 from partinf.planner.files import plan_from_toml, saved_plan
 from partinf.simulation.arrivals import read_trace
 from tests.core.test_hardware_file import CHIP

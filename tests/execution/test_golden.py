@@ -20,7 +20,7 @@ from partinf.cost.memory import weight_bytes
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, make_layout
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh
 from partinf.plans import Bucket, Plan, layout_offences
 from partinf.transformer.params import abstract_params, params_bytes_per_device

@@ -22,7 +22,8 @@ from partinf.engine.request import SamplingParams
 from partinf.execution.runner import JaxRunner
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.partition.quantize import Quantized, dequantize, quantize
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan

@@ -26,7 +26,7 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.execution.runner import JaxRunner
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
 from partinf.transformer import reference

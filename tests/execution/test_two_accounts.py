@@ -16,7 +16,8 @@ from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer import attention, ffn
 from partinf.transformer.account import Account, trace_account

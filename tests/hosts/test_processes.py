@@ -16,7 +16,7 @@ import pytest
 
 from partinf.experiment.together import free_port
 from partinf.hosts.job import NAMES
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.model.weights import num_params
 from partinf.resources import find
 from tests.hosts import worker

@@ -27,7 +27,7 @@ from partinf.measure.probes import Probe, Size, fit, price, probes
 from partinf.measure.products import product_call
 from partinf.measure.steps import Steps, for_buckets, full_step
 from partinf.measure.timing import Timing, alternate
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, Plan
 from partinf.workload import DType

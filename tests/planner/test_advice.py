@@ -8,7 +8,7 @@ import pytest
 
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice

@@ -14,7 +14,7 @@ from partinf import resources
 from partinf.cost.calibration import calibration_for
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner.report import PlanReport
 from partinf.planner.search import search
 from partinf.workload import Workload

@@ -12,7 +12,8 @@ from partinf import resources
 from partinf.cost.memory import kv_bytes, weight_bytes
 from partinf.cost.split import StepShape
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.model.weights import num_params
 from partinf.workload import DType
 from tests.planner.support import layout_of, split_of

@@ -12,7 +12,7 @@ import pytest
 
 from partinf.cli import main
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.curves import front
 from partinf.planner.files import plan_from_toml

@@ -14,7 +14,7 @@ from partinf.cost.roofline import (
 )
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.workload import DType
 
 V5E = chips()["v5e"]

@@ -11,7 +11,8 @@ from partinf.cost.step import step_ledger
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes
-from partinf.model.config import ModelConfig, load_model_config
+from partinf.model.config import ModelConfig
+from partinf.model.load import load_model_config
 from partinf.planner import plan, search
 from partinf.planner.evaluate import Evaluator, heads_for
 from partinf.planner.options import BestSoFar

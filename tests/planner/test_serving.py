@@ -9,7 +9,7 @@ import pytest
 
 from partinf.cli import main
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.choose import running_layout
 from partinf.planner.report import PlanReport

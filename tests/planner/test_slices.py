@@ -9,7 +9,7 @@ import pytest
 from partinf.cli import main
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner.question import Question
 from partinf.planner.search import answer
 from partinf.planner.slices import meshes_of, slices_of

@@ -10,7 +10,7 @@ import pytest
 
 from partinf.cli.plan_proof import key, proven_seconds, reordered
 from partinf.hardware.slices import parse_slice
-from partinf.model.config import load_model_config
+from partinf.model.load import load_model_config
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.proof import Proof, StepProof

@@ -1,0 +1,97 @@
+"""Architectures by name: read from `models/<name>.toml`, or from the `config.json` of a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, asdict, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from partinf import documents, resources
+from partinf.documents import Table
+from partinf.errors import InvalidInput, raise_offences
+from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position, RopeScaling
+from partinf.model.families import family_offences
+from partinf.model.hf_config import config_from_hf
+
+_CONFIG_BYTES = 4 << 20  # of a config.json
+
+
+def load_model_config(name: str | Path) -> ModelConfig:
+    """The architecture named `name`: a shipped model, a `.toml` file, or a directory with a Hugging Face `config.json`.
+
+    Raises:
+        InvalidInput: an unknown name (nearest one), a directory without config.json, or what the readers below refuse.
+    """
+    path = Path(name)
+    if not documents.is_file(path) and not documents.is_directory(path):
+        path = Path(str(resources.find("models", str(name))))
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.exists() and not file.is_symlink():
+            adapter = (path / "adapter_config.json").exists()
+            needed = "a Hugging Face model directory or a .toml file is needed"
+            why = "it holds an adapter alone; merge that into its base model" if adapter else needed
+            raise InvalidInput(f"{path}: no config.json in this directory; {why}")
+        data = documents.read_json(file, most=_CONFIG_BYTES)
+        if not isinstance(data, dict):
+            raise InvalidInput(f"{file}: expected a JSON object, found {type(data).__name__}")
+        return config_from_hf(data, path.resolve().name)
+    return config_from_toml(documents.read_text(path, f"model {path}", documents.TOML_BYTES), path.stem)
+
+
+def config_from_toml(text: str, name: str) -> ModelConfig:
+    """Read a `models/*.toml` file.
+
+    Raises:
+        InvalidInput: unknown keys (nearest known one), missing keys, wrong types or values; all at once.
+    """
+    offences: list[str] = []
+    where = f"model {name}"
+    table = Table(documents.toml_of(text, where), where, offences)
+    values = {field.name: _value(table, field) for field in fields(ModelConfig) if field.name != "name"}
+    table.refuse_unknown()
+    raise_offences(offences)
+    config = ModelConfig(name=name, **values)
+    if config.family:
+        raise_offences(family_offences(config))
+    return config
+
+
+_ENUMS: Mapping[str, type[StrEnum]] = {"block": Block, "norm": Norm, "position": Position, "activation": Activation}
+
+
+def _value(table: Table, field: Field[Any]) -> Any:
+    """A field of a configuration from its key in a file, by the field's type."""
+    default = {} if field.default is MISSING else {"default": field.default}
+    if field.name in _ENUMS:
+        return table.choice(field.name, _ENUMS[field.name], **default)
+    if field.name == "biases":
+        return table.subset(field.name, MATRICES, **default)
+    if field.name == "rope_scaling":
+        scaling = table.table(field.name, default=None)
+        return None if scaling is None else _rope_scaling(scaling)
+    read = {"int": table.whole, "float": table.number, "bool": table.flag, "str": table.text}[str(field.type)]
+    return read(field.name, **default)
+
+
+def _rope_scaling(table: Table) -> RopeScaling:
+    found = {one.name: (table.whole if one.type == "int" else table.number)(one.name) for one in fields(RopeScaling)}
+    table.refuse_unknown()
+    return RopeScaling(**found)
+
+
+def config_to_toml(config: ModelConfig) -> str:
+    """The inverse of `config_from_toml`, defaults left out."""
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    lines = []
+    for key, value in asdict(config).items():
+        if key == "name" or value == defaults[key] or value is None:
+            continue
+        if isinstance(value, dict):
+            lines.append(f"{key} = {{ " + ", ".join(f"{k} = {v}" for k, v in value.items()) + " }")
+        else:
+            lines.append(f"{key} = {json.dumps(value == MATRICES or value if key == 'biases' else value)}")
+    return "\n".join(lines) + "\n"
