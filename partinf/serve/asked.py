@@ -69,7 +69,9 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
         offences.append(Offence(f"{len(prompts)} prompts × n = {body.n} are too many; at most {served.max_choices} choices", "n"))
     called = {"prompt": "prompt", "max_tokens": "max_tokens"}
     params = _checked(prompts, params, max(1, body.max_tokens), called, served, offences, lengths)
-    echoed = [as_text(prompt, served) for prompt in given] if body.echo else []
+    # Beside log-probabilities the text is that of the tokens, which a tokenizer that normalizes may spell otherwise: offsets point into it.
+    spelled = prompts if body.logprobs is not None else given
+    echoed = [as_text(prompt, served) for prompt in spelled] if body.echo else []
     only_echo = body.max_tokens == 0
     return Asked(prompts, params, body.stream, *_usage(body), echoed, only_echo)
 

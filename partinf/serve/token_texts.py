@@ -43,16 +43,24 @@ class TokenTexts:
 
 
 class Offsets:
-    """Where each token of one choice begins in its text, in characters; one that only completes a character begins where that does."""
+    """Where each token of one choice begins in its text, in characters; one that only completes a character begins where that does.
+
+    Bytes that turn out to be no character are replaced in the text when the next token shows it; they stay the earlier token's.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, start: int = 0, continuation: bool = True) -> None:
+        self._tokenizer = tokenizer
         self._stream = None if tokenizer is None else tokenizer.stream(continuation=continuation)
         self._next = start
 
     def push(self, token: int) -> int:
-        offset = self._next
-        self._next += 0 if self._stream is None else len(self._stream.push(token))
-        return offset
+        if self._tokenizer is None or self._stream is None:
+            return self._next
+        text, start = self._stream.push(token), self._next
+        self._next += len(text)
+        if "\ufffd" in text:
+            start += max(0, len(text) - len(self._tokenizer.stream(continuation=True).push(token)))
+        return start
 
 
 def completion_logprobs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,17 +13,10 @@ from hypothesis import strategies as st
 
 from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from partinf.errors import InvalidInput
-from tests.checkpoint.paths import FIXTURES
+from tests.checkpoint.tokenizer_files import KINDS, TOKENIZERS, copy, each_kind
 
-KINDS = {
-    "byte_level": FIXTURES / "tokenizer_byte_level",
-    "sentencepiece": FIXTURES / "tokenizer_sentencepiece",
-    "pieces_as_json": FIXTURES / "tokenizer_sentencepiece" / "as_json",
-}
-TOKENIZERS = {kind: load_tokenizer(path) for kind, path in KINDS.items()}
 TEXTS = ["the lazy dog", "a", " leading and  double spaces ", "naïve 東京 привет", "\n\ttabs\n", "<0x41> <s>", ""]
 TEXTS += ["👩\u200d👩\u200d👧\u200d👦 and 🤷🏽\u200d♀️!", "🇩🇪🇯🇵"]
-each_kind = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 
 
 @each_kind
@@ -109,17 +101,6 @@ def test_the_end_of_a_sequence_inside_a_character() -> None:
 def test_ids_without_text(tokenizer: Tokenizer) -> None:
     """Special tokens and ids of a padded vocabulary are no text."""
     assert tokenizer.decode([*tokenizer.eos_ids, tokenizer.bos_id, tokenizer.vocab_size + 7, -1]) == ""
-
-
-def copy(kind: str, to: Path, **files: object) -> Tokenizer:
-    """A tokenizer with other json files beside it; None removes a file."""
-    shutil.copytree(KINDS[kind], to, dirs_exist_ok=True)
-    for name, content in files.items():
-        if content is None:
-            (to / f"{name}.json").unlink()
-        else:
-            (to / f"{name}.json").write_text(json.dumps(content))
-    return load_tokenizer(to)
 
 
 def test_bos_as_the_files_say(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,24 @@ class SentencePieceVocabulary:
         data = read_bytes(path, most=_MAX_BYTES)
         with refusing(f"{path}: not a sentencepiece model that can be read"):
             self._backend: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self._pieces: list[str] = self._backend.id_to_piece(list(range(self._backend.get_piece_size())))
             own = self._backend.encode("a", out_type=str)[0].startswith(SPACE)
             self.strip_start = own if settings.add_prefix_space is None else settings.add_prefix_space
             later = self.strip_start and settings.legacy is not False
             variant = _WITHOUT_PREFIX if own else _WITH_PREFIX
             other = sentencepiece.SentencePieceProcessor(model_proto=data + variant) if own != self.strip_start or own != later else None
         self._first, self._later = (self._backend if wanted == own else other for wanted in (self.strip_start, later))
-        size = self._backend.get_piece_size()
-        marks = [piece for token in range(size) if self._backend.is_control(token) and (piece := self._backend.id_to_piece(token))]
+        marks = [piece for token, piece in enumerate(self._pieces) if piece and self._backend.is_control(token)]
         self._added = {token.id: token for token in settings.added}
-        self.vocab_size = max([size, *(token + 1 for token in self._added)])
-        self._num_pieces = size
+        self.vocab_size = max([len(self._pieces), *(token + 1 for token in self._added)])
         self._added_ids = {token.content: token.id for token in settings.added}
         named = {name: token for name in settings.specials if (token := self.find(name)) is not None}
         self._specials = set(named.values()) | {token.id for token in settings.added if token.special}
         self._specials -= {self._backend.unk_id()}  # one that is sampled stands for text, though nobody knows which
         found = {name: AddedToken(token, name, True) for name, token in named.items()}
         found |= {name: AddedToken(self._backend.piece_to_id(name), name, True) for name in marks}
-        if self._backend.unk_id() >= 0 and (unknown := self._backend.id_to_piece(self._backend.unk_id())):
-            found[unknown] = AddedToken(self._backend.unk_id(), unknown, True)
+        if (unknown := self._backend.unk_id()) >= 0 and self._pieces[unknown]:
+            found[self._pieces[unknown]] = AddedToken(unknown, self._pieces[unknown], True)
         with refusing(f"{path.parent}: special tokens that cannot be searched for"):
             self._marks = _Marks(found | {token.content: token for token in settings.added})
         self.bos_id, self.eos_id = self._role(settings, "bos_token"), self._role(settings, "eos_token")
@@ -70,11 +69,12 @@ class SentencePieceVocabulary:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for place, part in enumerate(self._marks.split(text)):
-            if isinstance(part, int):
-                ids.append(part)
-            elif part:
-                ids += (self._later if place else self._first).encode(part)
+        with refusing("the tokenizer cannot encode this text"):
+            for place, part in enumerate(self._marks.split(text)):
+                if isinstance(part, int):
+                    ids.append(part)
+                elif part:
+                    ids += (self._later if place else self._first).encode(part)
         return ids
 
     def least_tokens(self, text: str, enough: int) -> int:
@@ -91,37 +91,34 @@ class SentencePieceVocabulary:
     @functools.cached_property
     def _bound(self) -> LengthBound:
         backend = self._backend
-        tokens = range(self._num_pieces)
-        spelled = [token for token in tokens if backend.is_byte(token)]
-        pieces = [backend.id_to_piece(token) for token in tokens if not (backend.is_control(token) or backend.is_unknown(token))]
-        if len(spelled) == 256:
-            return LengthBound((piece.encode() for piece in pieces), range(256))
-        # Several characters without a piece become one unknown token.
-        alone = {ord(piece) for piece in pieces if len(piece) == 1 and piece.isascii()}
-        alone -= {ord(piece) for token in tokens if backend.is_unused(token) and len(piece := backend.id_to_piece(token)) == 1}
-        return LengthBound((piece.encode() for piece in pieces), alone)
+        used = [(token, piece) for token, piece in enumerate(self._pieces) if not backend.is_unused(token)]
+        counted: Collection[int] = range(256)
+        if len({piece for token, piece in used if backend.is_byte(token)}) < 256:
+            # Several characters without a piece become one unknown token.
+            counted = {ord(piece) for _, piece in used if len(piece) == 1 and piece.isascii()}
+        return LengthBound((piece.encode() for _, piece in used), counted)
 
     def name(self, token: int) -> str:
         if token in self._added:
             return self._added[token].content
-        return self._backend.id_to_piece(token) if 0 <= token < self._num_pieces else ""
+        return self._pieces[token] if 0 <= token < len(self._pieces) else ""
 
     def find(self, token: str) -> int | None:
         if token in self._added_ids:
             return self._added_ids[token]
         found: int = self._backend.piece_to_id(token)
-        return found if 0 <= found < self._num_pieces and self._backend.id_to_piece(found) == token else None
+        return found if 0 <= found < len(self._pieces) and self._pieces[found] == token else None
 
     def token_bytes(self, token: int) -> bytes:
         if token in self._specials:
             return b""
         if token in self._added and token != self._backend.unk_id():
             return self._added[token].content.encode()
-        if not 0 <= token < self._num_pieces or self._backend.is_control(token):
+        if not 0 <= token < len(self._pieces) or self._backend.is_control(token):
             return b""
         if self._backend.is_unknown(token):
             return self._backend.decode([token]).encode()
-        return piece_bytes(self._backend.id_to_piece(token), self._backend.is_byte(token))
+        return piece_bytes(self._pieces[token], self._backend.is_byte(token))
 
 
 class _Marks:

@@ -1,6 +1,6 @@
 """The files beside a vocabulary that say what its special tokens are: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
-Where they disagree, the order is that of transformers: a tokenizer_config.json with `added_tokens_decoder` is complete, and the two older
+Where they disagree, the order is that of transformers: a tokenizer_config.json with `added_tokens_decoder` comes first, and the two older
 files only fill in what it leaves out; without that key the older files come first.
 """
 
@@ -67,8 +67,8 @@ def read_settings(directory: Path) -> Settings:
     offences: list[str] = []
     config = Table(read_optional(directory / _CONFIG), str(directory / _CONFIG), offences)
     roles = Table(read_optional(directory / _MAP), str(directory / _MAP), offences)
-    complete = isinstance(config.data.get("added_tokens_decoder"), dict)
-    tables = (config, roles) if complete else (roles, config)
+    newer = isinstance(config.data.get("added_tokens_decoder"), dict)
+    tables = (config, roles) if newer else (roles, config)
     names = {role: name for role in _NAMED if (name := next(filter(None, (_name(table, role) for table in tables)), None))}
     more = {name for table in tables for name in _more(table)}
     specials = frozenset(names.values()) | more
