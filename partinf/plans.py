@@ -276,7 +276,7 @@ def _divides(model: ModelConfig, label: str, size: int, axes: tuple[str, ...], s
         return []
     padded = -(-size // ways) * ways
     valid = [str(ways * k) for k in range(max(1, padded // ways - 1), padded // ways + 2)]
-    splits = ", ".join(str(k) for k in range(1, size + 1) if size % k == 0 and k <= 4096)
+    splits = ", ".join(str(k) for k in range(1, min(size, 4096) + 1) if size % k == 0)
     over = "·".join(f"{axis}:{sizes[axis]}" for axis in axes)
     return [
         f"model {model.name}: {label} = {size} does not divide over {over} ({ways} ways); {size} splits into {splits}; "

@@ -17,6 +17,7 @@ from enum import StrEnum
 from partinf.axes import is_axis_name
 from partinf.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Chip, chips
+from partinf.limits import MAX_AXES, MAX_DEVICES
 
 TORUS_NAMES = ("x", "y", "z")
 DCN_AXIS = "dcn"
@@ -121,7 +122,7 @@ def parse_slice(text: str, mesh: str | None = None, measured: Chip | None = None
     Raises:
         InvalidInput: an unknown chip (nearest name), a shape that is not a torus of the chip (valid sizes), a wrong factorisation.
     """
-    match = re.fullmatch(r"(?P<chip>[a-z0-9-]+):(?P<shape>\d+(?:x\d+)*)(?:\*(?P<count>\d+))?", text.strip())
+    match = re.fullmatch(r"(?P<chip>[a-z0-9-]+):(?P<shape>[0-9]{1,18}(?:x[0-9]{1,18})*)(?:\*(?P<count>[0-9]{1,18}))?", text.strip())
     if match is None:
         examples = "CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8 or cpu:2x2x2, or local"
         raise InvalidInput(f"slice '{text}': expected {examples}{nearest_chip(text)}")
@@ -152,6 +153,9 @@ def _shape_offences(text: str, chip: Chip, shape: tuple[int, ...], count: int) -
     offences = []
     if count < 1:
         offences.append(f"slice '{text}': {count} slices; at least 1 is needed")
+    devices = math.prod(shape) * count * chip.devices_per_chip
+    if devices > MAX_DEVICES:
+        return [f"slice '{text}': {devices:,} devices; at most {MAX_DEVICES:,} can be planned for"]
     if chip.torus_dims == 0:
         if any(size < 1 for size in shape) or len(shape) > 3:
             offences.append(f"slice '{text}': a switched slice has one to three axes of at least 1 device")
@@ -233,17 +237,19 @@ def _switched_axes(slice_: Slice, text: str, factors: list[tuple[str, int]]) -> 
 
 def _parse_factors(slice_: Slice, text: str) -> list[tuple[str, int]]:
     words = [word.strip() for word in text.split(",")]
-    if len(words) == 1 and re.fullmatch(r"\d+(x\d+)*", words[0]):
+    if len(words) == 1 and re.fullmatch(r"[0-9]{1,18}(x[0-9]{1,18})*", words[0]):
         sizes = [int(size) for size in words[0].split("x")]
         if slice_.chip.torus_dims and tuple(sizes) != slice_.shape:
             raise InvalidInput(f"mesh '{text}': name the factors of {slice_.name}'s torus axes, for example x0:2,x1:2,y:4")
         if len(sizes) > len(TORUS_NAMES):
             raise InvalidInput(f"mesh '{text}': at most {len(TORUS_NAMES)} unnamed axes; name them as in a:2,b:2,c:2,d:2")
         words = [f"{name}:{size}" for name, size in zip(TORUS_NAMES, sizes, strict=False)]
+    if len(words) > MAX_AXES:
+        raise InvalidInput(f"mesh of {len(words)} axes; at most {MAX_AXES} are possible")
     factors: list[tuple[str, int]] = []
     offences = []
     for word in words:
-        match = re.fullmatch(r"([a-z][a-z0-9]*):(\d+)", word)
+        match = re.fullmatch(r"([a-z][a-z0-9]*):([0-9]{1,18})", word)
         if match is None or int(match[2]) < 1:
             offences.append(f"mesh '{text}': '{word}' is not AXIS:SIZE, for example x:4")
         elif not is_axis_name(match[1]) or match[1] in (DCN_AXIS, CORE_AXIS):

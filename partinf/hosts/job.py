@@ -48,11 +48,11 @@ class Job:
             return cls()
         offences = [f"{name} is missing: a job of several processes needs {', '.join(given)}" for name, v in given.items() if v is None]
         host, _, port = (coordinator or "").rpartition(":")
-        if coordinator is not None and (not host or not port.isdigit() or not 0 < int(port) < 65536):
+        if coordinator is not None and (not host or not (port.isascii() and port.isdigit()) or not 0 < int(port[:9]) < 65536):
             offences.append(f"{names[0]} {coordinator}: HOST:PORT is needed")
         numbers = []
         for name, value in ((names[1], count), (names[2], index)):
-            whole = value is not None and str(value).isdecimal()
+            whole = value is not None and str(value).isascii() and str(value).isdecimal()
             numbers.append(int(str(value)) if whole else None)
             if value is not None and not whole:
                 offences.append(f"{name} {value}; it must be a whole number, at least 0")

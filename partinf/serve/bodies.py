@@ -56,7 +56,7 @@ class BodyReader:
     async def _collect(self, request: Request, parts: list[bytes]) -> None:
         most, size = self._bounds.body_bytes, 0
         length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length) > most * _DISCARDED:
+        if length.isascii() and length.isdigit() and int(length[:18]) > most * _DISCARDED:
             raise self._too_large()
         async for part in request.stream():
             size += len(part)

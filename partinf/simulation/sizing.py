@@ -9,9 +9,19 @@ from partinf.cost.memory import activation_bytes, usable_bytes
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape, StepSplit
 from partinf.errors import InvalidInput, raise_offences
+from partinf.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS, not_whole, outside
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.step_price import StepPrice
+
+_RANGES = {
+    "max_rows": (1, MAX_BATCH),
+    "max_residents": (0, MAX_BATCH),
+    "max_len": (1, MAX_LEN),
+    "prefill_tokens": (1, MAX_LEN),
+    "page_size": (1, MAX_LEN),
+    "kv_pages": (0, MAX_PAGES),
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,8 @@ class Sizing:
         max_rows: sequences decoded by one step. max_residents: sequences that may hold pages; 0 for those of as many steps as there are
             pipeline stages.
         max_len: longest context. prefill_tokens: prompt tokens per step. page_size: tokens per KV page.
-        host_bytes: host memory per chip for swapped pages. kv_pages: pages per shard; 0 takes what memory is left.
+        host_bytes: host memory per chip for swapped pages. kv_pages: pages per shard; 0 takes what memory is left. Neither memory has
+            more pages than a pool keeps (`limits.MAX_PAGES`, of all shards together).
         overhead_seconds: added to every iteration for the host.
     """
 
@@ -35,26 +46,35 @@ class Sizing:
     kv_pages: int = 0
     overhead_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        offences = [line for name, (low, high) in _RANGES.items() for line in not_whole(name, getattr(self, name), low, high)]
+        offences += outside("host_bytes", self.host_bytes, 0, MAX_HOST_BYTES)
+        offences += outside("overhead_seconds", self.overhead_seconds, 0, MAX_SECONDS)
+        raise_offences(offences)
+
 
 def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunner, StepPrice]:
     """A runner that simulates this plan, with a pool of as many KV pages as its devices have room for.
 
     Raises:
-        InvalidInput: the weights leave no room for one sequence of the longest context, or that is beyond the model's sliding window.
+        InvalidInput: more pages than a pool keeps, weights that leave no room for one sequence of the longest context, or a context beyond
+            the model's sliding window.
     """
     if plan.model.window:
         raise_offences(plan.model.context_offences(f"max_len = {sizing.max_len}", sizing.max_len))
     plan = _sized(plan, sizing)
     price = StepPrice(plan, pricing)
     chip, page_bytes, page_seconds = plan.slice.chip, price.page_bytes, price.page_seconds
-    pages = sizing.kv_pages or int(_free_bytes(plan, pricing, price, sizing) // page_bytes) * plan.num_parts
+    raise_offences(outside("KV pages of all shards", sizing.kv_pages * plan.num_shards, 0, MAX_PAGES))
+    most = MAX_PAGES // (plan.num_shards * plan.num_parts)  # of one part of a shard
+    pages = sizing.kv_pages or min(int(_free_bytes(plan, pricing, price, sizing) // page_bytes), most) * plan.num_parts
     if pages * sizing.page_size < sizing.max_len:
         raise InvalidInput(
             f"model {plan.model.name} on {plan.slice.name}: beside the weights there is room for {max(pages, 0) * sizing.page_size} tokens "
             f"of KV per shard, and one request of {sizing.max_len} tokens needs more; a larger slice, int8 or a shorter context would help"
         )
     plan = replace(plan, cache=replace(plan.cache, pages_per_shard=pages))
-    host_pages = int(sizing.host_bytes / chip.devices_per_chip // page_bytes) * plan.num_shards * plan.num_parts
+    host_pages = min(int(sizing.host_bytes / chip.devices_per_chip // page_bytes), most) * plan.num_shards * plan.num_parts
     limits = runner_limits(plan, host_pages)
     return CostRunner(limits, price, overhead_seconds=sizing.overhead_seconds, page_seconds=(page_seconds, page_seconds)), price
 
