@@ -24,8 +24,8 @@ from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
 from partinf.errors import InvalidInput, collect, raise_offences
-from partinf.hardware.hardware_file import check_devices, read_hardware
-from partinf.hardware.slices import Slice, parse_slice
+from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
+from partinf.hardware.slices import Slice
 from partinf.layout import Layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
@@ -54,15 +54,11 @@ def find_slice(slice_: str | Slice, mesh: str | None = None, hardware: str | Pat
     """
     if isinstance(slice_, Slice):
         return slice_ if mesh is None else slice_.with_mesh(mesh)
-    chip = None if hardware is None else read_hardware(Path(hardware))
-    if slice_ == "local":
-        from partinf.partition.sharding import local_slice
+    if slice_ != "local":
+        return slice_of(slice_, mesh, hardware)
+    from partinf.partition.sharding import local_slice
 
-        found = local_slice(mesh, chip)
-    else:
-        found = parse_slice(slice_, mesh, chip)
-        if chip is not None and found.chip is not chip:
-            raise InvalidInput(f"hardware file {hardware} is of {chip.name}, slice {slice_} of {found.chip.name}")
+    found = local_slice(mesh, None if hardware is None else read_hardware(Path(hardware)))
     check_devices(found.chip, found.num_devices)
     return found
 

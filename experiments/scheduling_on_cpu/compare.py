@@ -25,10 +25,10 @@ from typing import Any
 from experiments.scheduling_on_cpu.runs import CLOCKS, ROWS, add_clock, load_demo, medians, real
 from partinf import api
 from partinf.buckets import Capacity
-from partinf.cli.bench import measured_estimates
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
+from partinf.measure.estimates import measured_estimates
 from partinf.simulation.arrivals import Lengths, chat_lengths, parse_arrivals, uniform_lengths
 from partinf.simulation.play import Clock
 
@@ -68,7 +68,7 @@ def run(model: api.Model, policy: str, arrivals: list[Any], estimates: Estimates
 
 def compare(model: api.Model, traffic: Traffic, make_clock: Callable[[], Clock]) -> dict[str, Any]:
     """The policies of a paper on its traffic, over load."""
-    estimates = measured_estimates(model)
+    estimates = measured_estimates(model.runner, model.plan.buckets)
     backlog = parse_arrivals("backlog", traffic.lengths, REQUESTS)
     capacities: list[float] = []
     curves: dict[str, list[dict[str, float]]] = {policy: [] for policy in traffic.policies}

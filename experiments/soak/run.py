@@ -33,10 +33,10 @@ from experiments.soak.clients import Tally, offer
 from experiments.soak.traffic import Known, known_requests
 from partinf import api
 from partinf.buckets import Capacity
-from partinf.cli.bench import measured_estimates
 from partinf.engine import Engine
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
+from partinf.measure.estimates import measured_estimates
 from partinf.workload import DType, Workload
 
 ROWS, SLOTS, PAGE, PAGES, HOST_PAGES, MAX_LEN = 8, 16, 4, 44, 160, 96
@@ -101,7 +101,7 @@ async def run_leg(
 ) -> dict[str, Any]:
     """One policy under load; what was counted, and under `problems` what was wrong."""
     threads, compiled = threading.active_count(), COMPILATIONS.count
-    policy = make_policy(leg.policy, PolicyOptions(ROWS, 0.1, leg.eviction), measured_estimates(model))
+    policy = make_policy(leg.policy, PolicyOptions(ROWS, 0.1, leg.eviction), measured_estimates(model.runner, model.plan.buckets))
     engine = Engine(
         model.runner,
         tokenizer=model.tokenizer,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from partinf.errors import InvalidInput
-from partinf.hardware.chips import Chip
-from partinf.hardware.hardware_file import check_devices, read_hardware
-from partinf.hardware.slices import Slice, parse_slice
+from partinf.hardware.hardware_file import read_hardware, slice_of
+from partinf.hardware.slices import Slice
 from partinf.layout import Layout, load_layout
+
+if TYPE_CHECKING:
+    from partinf.model.config import ModelConfig
 
 
 def add_where(parser: argparse.ArgumentParser, slice_help: str) -> None:
@@ -26,26 +30,40 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", metavar="FILE", help=text)
 
 
-def named_hardware(file: str | None) -> Chip | None:
-    """The chip of a hardware file; None where none was named."""
-    return None if file is None else read_hardware(Path(file))
-
-
 def named_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice | None:
     """The slice that was asked for; None for `local`, which only jax can tell.
 
     Raises:
         InvalidInput: no slice, or a hardware file of another chip or number of devices.
     """
-    chip = named_hardware(hardware)
-    if text == "local":
-        return None
-    slice_ = parse_slice(text, mesh, chip)
-    if chip is not None:
-        if slice_.chip is not chip:
-            raise InvalidInput(f"--hardware {hardware} is of {chip.name}, --slice {text} of {slice_.chip.name}")
-        check_devices(chip, slice_.num_devices)
-    return slice_
+    return None if text == "local" else slice_of(text, mesh, hardware)
+
+
+def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice:
+    """The slice to plan for: `local` asks jax for the devices that are here, `auto:CHIP` is one chip.
+
+    Raises:
+        InvalidInput: what is no slice, or a hardware file of other devices.
+    """
+    if is_auto(text):
+        from partinf.planner.slices import one_chip
+
+        if mesh:
+            raise InvalidInput(f"--mesh {mesh}: a mesh belongs to one slice, and --slice {text} tries many")
+        return one_chip(text.partition(":")[2], None if hardware is None else read_hardware(Path(hardware)))
+    if text != "local":
+        return slice_of(text, mesh, hardware)
+    from partinf.cli import devices
+
+    devices.prepare(None, virtual_devices=8)
+    from partinf.api import find_slice
+
+    return find_slice(text, mesh, hardware)
+
+
+def is_auto(text: str) -> bool:
+    """Whether a slice is to be found: `auto:CHIP`."""
+    return text.partition(":")[0] == "auto"
 
 
 def named_layout(text: str) -> Layout | None:
@@ -55,3 +73,10 @@ def named_layout(text: str) -> Layout | None:
         InvalidInput: an unknown name (nearest one), or what is wrong with the file.
     """
     return None if text == "auto" else load_layout(text)
+
+
+def say_lengths(model: ModelConfig, longest: int) -> None:
+    """Say on standard error that requests are longer than the model's context, where they are: a plan or a simulation of them is made all
+    the same, since sizes alone are asked for."""
+    for line in model.context_offences(f"requests of {longest} tokens", longest):
+        print(f"partinf: note: {line}", file=sys.stderr)

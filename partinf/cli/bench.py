@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import bisect
 import random
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from partinf.cli.arguments import add_where, named_layout, named_slice
-from partinf.cli.serving import Load, add_load_arguments, need, read_load, said_of_load, show, whole
+from partinf.cli.figures import said_of_load, show
+from partinf.cli.flags import Flags
+from partinf.cli.load import Load, add_load_arguments, read_load
+from partinf.errors import raise_offences
+from partinf.limits import MAX_PAGES
 
 if TYPE_CHECKING:
     from partinf.api import Model
-    from partinf.engine.estimates import Estimates
+    from partinf.hardware.slices import Slice
+    from partinf.layout import Layout
     from partinf.plans import Plan
     from partinf.simulation.report import RunReport
+    from partinf.workload import DType
 
 _DEFAULT_BATCH = 16
+_MOST_LAG = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model")
     add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
-    parser.add_argument("--weights", choices=("f32", "bf16"), help="type of weights and activations (default: f32 on CPU, bf16 elsewhere)")
+    parser.add_argument("--weights", metavar="TYPE", help="of weights and activations: f32 or bf16 (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--random-weights", action="store_true", help="run a model without weights; the output repeats it")
     add_load_arguments(parser, requests=64, lengths="uniform:4-24:4-24")
     parser.add_argument(
@@ -43,26 +46,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from partinf import api
     from partinf.cli import devices
-    from partinf.errors import collect, raise_offences
+    from partinf.workload import DType
 
-    offences: list[str] = []
-    target = collect(offences, lambda: named_slice(args.slice, args.mesh, args.hardware))
-    devices.prepare(target)
-    load = read_load(args, offences, _DEFAULT_BATCH)
-    lag, host_pages = whole(args, "lag", offences), whole(args, "host_pages", offences)
+    flags = Flags(args)
+    target = flags.collect(lambda: named_slice(args.slice, args.mesh, args.hardware))
+    flags.collect(lambda: devices.prepare(target))
+    load = read_load(flags, _DEFAULT_BATCH)
+    if args.weights == DType.INT8:
+        flags.refuse("weights", "valid: f32, bf16")
+    dtype = flags.optional_member("weights", DType)
+    lag, host_pages = flags.whole("lag", high=_MOST_LAG), flags.whole("host_pages", high=MAX_PAGES)
     swaps = args.eviction in ("reactive", "proactive")
     if swaps and args.host_pages == "0":
-        offences.append(f"--eviction {args.eviction}: pages are moved to host memory, and there is none; give --host-pages N")
+        flags.refuse("eviction", "pages are moved to host memory, and there is none; give --host-pages N")
     if host_pages and not swaps:
-        offences.append(f"--host-pages {host_pages}: nothing is moved there; give --eviction reactive or proactive")
-    layout = collect(offences, lambda: named_layout(args.layout))
-    config = collect(offences, lambda: api.check_loadable(args.model, args.random_weights))
-    if args.trace and not Path(args.trace).absolute().parent.is_dir():
-        offences.append(f"--trace {args.trace}: there is no directory {Path(args.trace).absolute().parent}")
-    load, config = need(offences, load), need(offences, config)
+        flags.refuse("host_pages", "nothing is moved there; give --eviction reactive or proactive")
+    layout = flags.collect(lambda: named_layout(args.layout))
+    config = flags.collect(lambda: api.check_loadable(args.model, args.random_weights))
+    load, config = flags.need(load), flags.need(config)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
     raise_offences(config.context_offences(f"the longest request has {longest} tokens", longest))
-    plan = _plan(args, load, longest, target, layout)
+    plan = _plan(args, load, longest, target, layout, dtype)
     model = _load(args, plan, host_pages)
     about, report = _bench(args, load, model, lag)
     show(about, report, args.format, _heading(about))
@@ -71,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if about.failed else 0
 
 
-def _plan(args: argparse.Namespace, load: Load, longest: int, target: Any, layout: Any) -> Plan:
+def _plan(args: argparse.Namespace, load: Load, longest: int, target: Slice | None, layout: Layout | None, asked: DType | None) -> Plan:
     from partinf import api
     from partinf.buckets import Capacity
     from partinf.engine.policies.registry import resident_batches
     from partinf.workload import DType, Workload
 
     where = target if target is not None else api.find_slice("local", args.mesh, args.hardware)
-    dtype = DType(args.weights or where.chip.platform.default_type)
+    dtype = asked or DType(where.chip.platform.default_type)
     prompt = max(arrival.input_len for arrival in load.arrivals)
     rows = load.options.max_batch_size
     workload = Workload(batch=rows, input_len=prompt, output_len=max(1, longest - prompt), weights=dtype, kv=dtype)
@@ -130,13 +134,14 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> tupl
     from partinf.engine.policies.registry import make_policy
     from partinf.engine.request import FinishReason
     from partinf.layout import readable_name
+    from partinf.measure.estimates import measured_estimates
     from partinf.model.weights import num_params
     from partinf.simulation.play import WallClock, play
     from partinf.simulation.report import Machine, RunReport
     from partinf.simulation.schedule_trace import ScheduleTrace
 
     plan = model.plan
-    estimates = measured_estimates(model)
+    estimates = measured_estimates(model.runner, model.plan.buckets)
     trace, clock = ScheduleTrace() if args.trace else None, WallClock()
     policy = make_policy(load.scheduler, load.options, estimates)
     on_step = None if trace is None else trace.on_step
@@ -177,57 +182,6 @@ def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> tupl
     )
     machine = Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
     return about, RunReport.of(engine.metrics, seconds, refused, load.bounds, machine)
-
-
-def measured_estimates(model: Model, repeats: int = 5, agree: Callable[[list[float]], list[float]] = lambda times: times) -> Estimates:
-    """Times of a step with a prompt and of a decode step, medians measured on requests of this model's own, and of the copy of a page. A
-    bucket pads all prompts that it holds alike, so there is one time for each size of the buckets that take prompts.
-
-    Args:
-        agree: makes of the times of this process those that all processes of a group take.
-    """
-    from partinf.engine.engine import Engine
-    from partinf.engine.estimates import Estimates
-    from partinf.engine.request import SamplingParams
-
-    engine, limits = Engine(model.runner), model.runner.limits
-    params = SamplingParams(max_tokens=4, ignore_eos=True)
-    sizes = sorted({bucket.prefill_tokens // limits.num_prefill_shards for bucket in model.plan.buckets if bucket.prefill_tokens})
-    times = []
-    for size in sizes:
-        prompt = [1] * max(1, min(size, limits.max_context - 4))
-        outputs = [engine.generate([prompt], params)[0] for _ in range(repeats + 1)][1:]  # the first has first-call costs
-        times.append(statistics.median(output.ttft or 0.0 for output in outputs))
-    decode = statistics.median(output.time_per_token or times[-1] for output in outputs)
-    page = _page_seconds(model.runner) if limits.num_host_pages else 0.0
-    decode, page, *times = agree([decode, page, *times])
-
-    def first_iteration(tokens: int) -> float:
-        whole, rest = divmod(tokens, sizes[-1])
-        return whole * times[-1] + (times[bisect.bisect_left(sizes, rest)] if rest else 0.0)
-
-    return Estimates(first_iteration, decode, page, page, limits.pages_for)
-
-
-def _page_seconds(runner: Any, repeats: int = 20) -> float:
-    """Time to copy one KV page to host memory or back, measured on groups that go there and back; the pages' content stays."""
-    from partinf.engine.step import PageCopy, PrefillChunk, RowSampling, Step
-
-    pages = tuple(range(min(16, runner.limits.pages_per_shard, runner.limits.num_host_pages)))
-    copy = PageCopy(pages, pages, shard=0)
-    fetched = Step(prefill=(PrefillChunk(0, 0, (1,), 0, (0,), True, RowSampling()),))  # its token is on the host once all is done
-
-    def seconds(steps: list[Step]) -> float:
-        started = time.perf_counter()
-        for step in steps:
-            runner.submit(step)
-            runner.collect()
-        return time.perf_counter() - started
-
-    there_and_back = [Step(swap_out=(copy,)), Step(swap_in=(copy,))]
-    seconds([*there_and_back, fetched])  # first-call costs
-    taken = seconds([*there_and_back * repeats, fetched]) - seconds([fetched])
-    return max(0.0, taken) / (2 * repeats * len(pages))
 
 
 def _heading(about: _About) -> list[str]:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partinf.errors import raise_offences
+from partinf.cli.flags import FORMATS, Flags
+from partinf.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.hardware.chips import Chip
@@ -29,22 +30,17 @@ def run(args: argparse.Namespace) -> int:
     from partinf.cli import devices
     from partinf.workload import DType
 
-    offences = []
-    names = args.types.split(",")
-    offences += [f"--types {args.types}: '{name}' is no type; valid: {', '.join(DType)}" for name in names if name not in list(DType)]
+    flags, names = Flags(args), args.types.split(",")
+    for name in names:
+        if name not in list(DType):
+            flags.refuse("types", f"'{name}' is no type; valid: {', '.join(DType)}")
     if "int8" in names and "bf16" not in names:
-        offences.append(f"--types {args.types}: activations of int8 weights are bf16; measure bf16 too")
-    if not args.devices.isdigit():
-        offences.append(f"--devices {args.devices}: a whole number is needed")
-    seconds = _number(args.seconds)
-    if not seconds > 0:
-        offences.append(f"--seconds {args.seconds}: a positive number is needed")
-    if args.format not in ("table", "json"):
-        offences.append(f"--format {args.format}: valid: table, json")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        offences.append(f"--output {args.output}: there is no directory {Path(args.output).absolute().parent}")
-    raise_offences(offences)
-    devices.prepare(None, virtual_devices=max(1, int(args.devices)))
+        flags.refuse("types", "activations of int8 weights are bf16; measure bf16 too")
+    count, seconds = flags.whole("devices", high=devices.MAX_VIRTUAL), flags.number("seconds", high=MAX_SECONDS, above=True)
+    flags.word("format", FORMATS)
+    flags.target("output")
+    flags.check()
+    devices.prepare(None, virtual_devices=max(1, count))
     from partinf.hardware.hardware_file import default_path, write_hardware
     from partinf.measure.calibrate import calibrate
     from partinf.measure.probes import price
@@ -65,13 +61,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(chip, path, probes, predicted, time.perf_counter() - started, used=not args.output)
     return 0
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return -1.0
 
 
 def _json(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partinf.errors import raise_offences
+from partinf.cli.flags import Flags
+from partinf.limits import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,19 +37,21 @@ class Result:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=48, metavar="N", help="requests to run under each layout (default: 48)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the requests (default: 0)")
+    parser.add_argument("--requests", default="48", metavar="N", help="requests to run under each layout (default: 48)")
+    parser.add_argument("--seed", default="0", metavar="N", help="seed of the requests (default: 0)")
     parser.add_argument("--slice", default="local", metavar="NAME", help="devices to run on (default: those here, or 8 virtual ones)")
     parser.add_argument("--mesh", metavar="AXES", help="factorisation of the devices, such as 4x2")
 
 
 def run(args: argparse.Namespace) -> int:
-    raise_offences([f"--requests {args.requests}; at least 1 is needed"] if args.requests < 1 else [])
     from partinf.cli import devices
     from partinf.cli.arguments import named_slice
 
-    target = named_slice(args.slice, args.mesh)
-    devices.prepare(target, virtual_devices=8)
+    flags = Flags(args)
+    count, seed = flags.whole("requests", low=1, high=MAX_REQUESTS), flags.whole("seed")
+    target = flags.collect(lambda: named_slice(args.slice, args.mesh))
+    flags.collect(lambda: devices.prepare(target, virtual_devices=8))
+    flags.check()
     from rich.console import Console
 
     from partinf import api
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     workload = Workload(batch=_MAX_ROWS, input_len=16, output_len=16, weights=dtype, kv=dtype)
     chosen = _plan(model, where.name, where.mesh, workload, None)
     _explain_choice(console, chosen, workload)
-    tasks = list(mixed_tasks(args.requests, args.seed))
+    tasks = list(mixed_tasks(count, seed))
     plans = [("chosen by the planner", chosen)]
     plans += [(label, _plan(model, where.name, where.mesh, workload, layout)) for label, layout in _forced(tuple(where.axis_sizes)).items()]
     if where.num_devices > 1:

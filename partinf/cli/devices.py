@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 from partinf.caches import XLA, usable
+from partinf.errors import InvalidInput
 from partinf.hardware.platform import CPU, has_accelerator
 from partinf.hardware.slices import Slice
+
+MAX_VIRTUAL = 1024
 
 
 def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes: int = 1) -> None:
@@ -16,11 +19,16 @@ def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes
         slice_: the slice to run on; None for the devices that are here.
         virtual_devices: CPU devices to make where no accelerator is there and no slice is given.
         num_processes: how many processes have the devices together.
+
+    Raises:
+        InvalidInput: more virtual devices than one process can have.
     """
     if slice_ is not None:
         virtual, count = slice_.chip.platform.virtual, -(-slice_.num_devices // num_processes)
     else:
         virtual, count = not has_accelerator(), virtual_devices
+    if virtual and count > MAX_VIRTUAL:
+        raise InvalidInput(f"{count:,} virtual devices; a process makes at most {MAX_VIRTUAL:,}, with threads and memory of their own each")
     if virtual:
         for name, value in CPU.environment(count).items():
             os.environ.setdefault(name, value)

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
+from partinf.cli.flags import register
 from partinf.errors import InvalidInput, nearest
 
 FAILURE = 1
@@ -119,6 +120,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
         if name == chosen:
             command = cast(Command, importlib.import_module(f"partinf.cli.{name}"))
+            register(subparser)
             command.add_arguments(subparser)
             # SUPPRESS keeps a `--debug` that stood before the command.
             subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of a failure")

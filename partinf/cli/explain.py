@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from partinf.cli.arguments import is_auto
+from partinf.cli.flags import Flags
 from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
@@ -23,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    auto = args.slice.startswith("auto")
-    asked = read(args, extra=[f"--slice {args.slice}: a layout is explained on one slice; `partinf plan` finds it"] if auto else [])
+    flags = Flags(args)
+    if is_auto(args.slice):
+        flags.refuse("slice", "a layout is explained on one slice; `partinf plan` finds it")
+    asked = read(flags)
     layout, padded_heads = named_or_chosen(asked, args.layout)
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name

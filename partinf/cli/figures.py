@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partinf.simulation.report import RunReport
 
 
-def show(figures: dict[str, Any], form: str, heading: Sequence[str]) -> None:
-    """Print a report as JSON, or as tables under the lines of `heading`."""
+def said_of_load(args: argparse.Namespace) -> tuple[str, str]:
+    """What was said of arrivals and lengths, to be repeated in the output; of a trace its file's name."""
+    if args.arrivals.startswith("trace:"):
+        return f"trace:{Path(args.arrivals.removeprefix('trace:')).name}", "of the trace"
+    return args.arrivals, args.lengths
+
+
+def show(about: Any, report: RunReport, form: str, heading: Sequence[str]) -> None:
+    """Print a report as JSON after the fields of `about`, a dataclass, or as tables under the lines of `heading`."""
     if form == "json":
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(asdict(about) | report.as_json(), indent=2))
         return
     from rich.console import Console
     from rich.table import Table
-
-    from partinf.simulation.report import latency_rows
 
     console = Console()
     for line in heading:
@@ -24,47 +35,39 @@ def show(figures: dict[str, Any], form: str, heading: Sequence[str]) -> None:
     table.add_column("ms")
     for title in ("mean", "P50", "P95", "P99"):
         table.add_column(title, justify="right")
-    for name, values in latency_rows(figures):
+    for name, values in report.latencies.items():
         label = {"ttft": "time to first token", "normalized_latency": "completion / tokens"}.get(name, name.replace("_", " "))
         table.add_row(label, *(f"{1e3 * value:.1f}" for value in (values.mean, values.p50, values.p95, values.p99)))
     console.print(table)
     rest = Table(box=None, pad_edge=False, show_header=False)
     rest.add_column()
     rest.add_column(justify="right")
-    for label, value in _lines(figures):
+    for label, value in _lines(report):
         rest.add_row(label, value)
     console.print(rest)
 
 
-def _lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    requests, rates, counters, good = (figures[key] for key in ("requests", "throughput", "counters", "goodput"))
-    bounds = " and ".join(
-        f"{label} ≤ {1e3 * good[key]:g} ms"
-        for label, key in (("TTFT", "ttft_bound"), ("TPOT", "time_per_token_bound"))
-        if good[key] is not None
-    )
-    shown: list[tuple[str, Callable[[], str]]] = [
-        ("requests answered, refused", lambda: f"{requests['finished']}, {requests['refused']}"),
-        ("seconds", lambda: f"{figures['seconds']:.2f}"),
-        ("requests/s", lambda: f"{rates['requests_per_second']:.3f}"),
-        ("generated, prompt tokens/s", lambda: f"{rates['generated_tokens_per_second']:.1f}, {rates['prompt_tokens_per_second']:.1f}"),
-        (f"goodput, {bounds or 'no bound'}", lambda: f"{good['share']:.1%}, {good['requests_per_second']:.3f}/s"),
-        ("iterations, sequences in each", lambda: f"{counters['iterations']}, {figures['mean_batch_size']:.2f}"),
-        ("share of slots occupied, padding", lambda: f"{figures['occupancy']:.1%}, {figures['padding']:.1%}"),
-        ("queue, mean and longest", lambda: f"{counters['mean_queue']:.2f}, {counters['longest_queue']}"),
-        ("preemptions, tokens computed again", lambda: f"{counters['preemptions']}, {counters['recomputed_tokens']}"),
-        (
-            "swapped out, pages out and in",
-            lambda: f"{counters['swap_outs']}, {counters['swapped_out_pages']}, {counters['swapped_in_pages']}",
-        ),
-        ("prompt tokens found in the prefix cache", lambda: f"{figures['cache_hits']:.1%}"),
-        ("MFU", lambda: f"{figures['mfu']:.2%}"),
-        ("chip·ms per generated token", lambda: f"{figures['chip_ms_per_token']:.3f}"),
+def _lines(report: RunReport) -> list[tuple[str, str]]:
+    counted, bounds = report.summary, report.bounds
+    given = [(label, bound) for label, bound in (("TTFT", bounds.ttft), ("TPOT", bounds.time_per_token)) if bound is not None]
+    bound = " and ".join(f"{label} ≤ {1e3 * seconds:g} ms" for label, seconds in given) or "no bound"
+    return [
+        ("requests answered, refused", _text("{}, {}", counted.num_finished, report.refused)),
+        ("seconds", _text("{:.2f}", report.seconds)),
+        ("requests/s", _text("{:.3f}", report.requests_per_second)),
+        ("generated, prompt tokens/s", _text("{:.1f}, {:.1f}", report.generated_tokens_per_second, report.prompt_tokens_per_second)),
+        (f"goodput, {bound}", _text("{:.1%}, {:.3f}/s", report.goodput, report.good_requests_per_second)),
+        ("iterations, sequences in each", _text("{}, {:.2f}", counted.iterations, counted.mean_batch_size)),
+        ("share of slots occupied, padding", _text("{:.1%}, {:.1%}", counted.occupancy, report.padding)),
+        ("queue, mean and longest", _text("{:.2f}, {}", counted.mean_queue, counted.longest_queue)),
+        ("preemptions, tokens computed again", _text("{}, {}", counted.preemptions, counted.recomputed_tokens)),
+        ("swapped out, pages out and in", _text("{}, {}, {}", counted.swap_outs, counted.swapped_out_pages, counted.swapped_in_pages)),
+        ("prompt tokens found in the prefix cache", _text("{:.1%}", report.cache_hits)),
+        ("MFU", _text("{:.2%}", report.mfu)),
+        ("chip·ms per generated token", _text("{:.3f}", report.chip_ms_per_token)),
     ]
-    lines = []
-    for label, text in shown:
-        try:
-            lines.append((label, text()))
-        except TypeError:  # a figure that cannot be said is null
-            lines.append((label, "–"))
-    return lines
+
+
+def _text(form: str, *values: float | None) -> str:
+    """The figures in this form; a dash where one of them cannot be said."""
+    return "–" if None in values else form.format(*values)

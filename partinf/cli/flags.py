@@ -1,13 +1,14 @@
 """Flags read into values, so that everything that is wrong on a command line is said at once.
 
 argparse stops at the first value that it cannot convert, so commands declare every flag as text and read it here, with its range. What is
-wrong joins one list, to which a command adds what it finds itself; `check` raises it before anything is made or touched. A flag that takes
-one value and is given twice is an offence too: one of the two would be dropped without a word.
+wrong joins one list, to which a command adds what it finds itself; `check` raises it before anything is made or touched. Of a flag that
+takes one value and is given again the last one counts, as in other programs, and a note says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Collection, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +35,8 @@ class Flags:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.offences: list[str] = list(getattr(args, _REPEATED, ()))
+        self.offences: list[str] = []
+        self._notes: list[str] = list(getattr(args, _REPEATED, ()))
         self._spelt: dict[str, str] = getattr(args, _SPELT, {})
 
     def flag(self, name: str) -> str:
@@ -52,7 +54,8 @@ class Flags:
         value = None if text is None else whole_of(text)
         if text is None or (value is not None and low <= value <= high):
             return value
-        return self._wrong(name, text, f"a whole number{_between(low, high)} is needed")
+        self.refuse(name, f"a whole number is needed{_between(low, high)}")
+        return None
 
     def number(self, name: str, low: float = 0.0, high: float = _MOST, above: bool = False) -> float:
         """A finite number of a range, which does not hold its lower end if `above`."""
@@ -65,9 +68,11 @@ class Flags:
         value = None if text is None else number_of(text)
         if text is None or (value is not None and low <= value <= high and not (above and value == low)):
             return value
-        if above and not low:
-            return self._wrong(name, text, f"a positive number{_between(-_MOST, high)} is needed")
-        return self._wrong(name, text, f"a number{_between(low, high)} is needed")
+        positive = above and not low
+        self.refuse(
+            name, f"a positive number is needed{_between(-_MOST, high)}" if positive else f"a number is needed{_between(low, high)}"
+        )
+        return None
 
     def word(self, name: str, words: Collection[str]) -> str:
         """One of some words; of many, the nearest is named."""
@@ -80,7 +85,8 @@ class Flags:
         if text is None or text in words:
             return text
         close = nearest(text, words)
-        return self._wrong(name, text, f"valid: {', '.join(words)}" + (close if close.startswith("; did") else ""))
+        self.refuse(name, f"valid: {', '.join(words)}" + (close if close.startswith("; did") else ""))
+        return None
 
     def member(self, name: str, kind: type[E]) -> E:
         """A member of an enumeration."""
@@ -117,21 +123,21 @@ class Flags:
         self.offences.append(f"{self.flag(name)} {getattr(self.args, name)}: {why}")
 
     def check(self, others: Iterable[str] = ()) -> None:
-        """Raise every offence so far, and others.
+        """Raise every offence so far, and others; where there is none, print what is worth a note to standard error, once.
 
         Raises:
-            InvalidInput: if there is any.
+            InvalidInput: if there is any offence.
         """
         raise_offences([*self.offences, *others])
+        for note in self._notes:
+            print(f"partinf: note: {note}", file=sys.stderr)
+        self._notes.clear()
 
     def need(self, value: T | None) -> T:
         """The value, or every offence so far: where it is None, one of them says why."""
         self.check()
         assert value is not None
         return value
-
-    def _wrong(self, name: str, text: Any, why: str) -> None:
-        self.offences.append(f"{self.flag(name)} {text}: {why}")
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -146,18 +152,20 @@ _REPEATED, _GIVEN, _SPELT = "repeated_flags", "given_flags", "spelt_flags"
 class _Once(argparse.Action):
     """Stores the one value of a flag."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         given = vars(namespace).setdefault(_GIVEN, set())
-        if option_string is not None and self.dest in given:
+        if option is not None and self.dest in given:
             vars(namespace).setdefault(_REPEATED, []).append(
-                f"{option_string} {values}: given before as {getattr(namespace, self.dest)}; it takes one value"
+                f"{option} was given more than once; {values} counts, {getattr(namespace, self.dest)} does not"
             )
         given.add(self.dest)
-        if option_string is not None:
-            vars(namespace).setdefault(_SPELT, {})[self.dest] = option_string
+        if option is not None:
+            vars(namespace).setdefault(_SPELT, {})[self.dest] = option
         setattr(namespace, self.dest, values)
 
 
 def _between(low: float, high: float) -> str:
-    least, most = (f" of at least {low:,}" if low > -_MOST else ""), (f" of at most {high:,}" if high < _MOST else "")
-    return f" from {low:,} to {high:,}" if least and most else least + most
+    least, most = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (low, high))
+    if low > -_MOST and high < _MOST:
+        return f", from {least} to {most}"
+    return f", at least {least}" if low > -_MOST else f", at most {most}" if high < _MOST else ""

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from partinf.cli import running
-from partinf.errors import collect
+from partinf.cli.flags import ANY, Flags
+from partinf.cli.model_place import ModelPlace, read_lines, tell_failures
+from partinf.cli.model_place import add_arguments as add_arguments_of_place
 
 if TYPE_CHECKING:
     from partinf.api import Model
@@ -18,24 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     prompts.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line; - reads standard input")
-    running.add_arguments(parser)
-    parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate per prompt (default: 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest tokens; 0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the tokens that hold mass P; 1 is off")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the samples")
+    add_arguments_of_place(parser)
+    parser.add_argument("--max-tokens", default="64", metavar="N", help="tokens to generate per prompt (default: 64)")
+    parser.add_argument("--temperature", default="0", metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-k", default="0", metavar="K", help="sample among the K likeliest tokens; 0 is off")
+    parser.add_argument("--top-p", default="1", metavar="P", help="sample among the tokens that hold mass P; 1 is off")
+    parser.add_argument("--seed", metavar="N", help="seed of the samples")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be given several times")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--format", default="text", metavar="FORMAT", help="text or json")
 
 
 def run(args: argparse.Namespace) -> int:
     from partinf import api
 
-    place = running.Running(args)
-    prompts = collect(place.offences, lambda: running.read_lines(args.prompt, args.prompts, "--prompts")) or []
-    params = collect(place.offences, lambda: _sampling(args))
-    plan = place.plan(min(max(len(prompts), 1), 32), random=args.temperature != 0)
-    assert params is not None
+    flags = Flags(args)
+    place = ModelPlace(flags)
+    prompts = flags.collect(lambda: read_lines(args.prompt, args.prompts, "--prompts")) or []
+    params = _sampling(flags)
+    flags.word("format", ("text", "json"))
+    flags.check()
+    plan = place.plan(min(max(len(prompts), 1), 32), random=flags.need(params).temperature != 0)
+    params = flags.need(params)
     api.check_prompts(args.model, plan, prompts, params)
     model = place.load(plan)
     outputs = _answer(model, prompts, params)
@@ -44,20 +48,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         for prompt, output in zip(prompts, outputs, strict=True):
             print(f"{prompt}{output.text}")
-    return running.tell_failures("prompt", {index: output.error for index, output in enumerate(outputs) if output.error is not None})
+    return tell_failures("prompt", {index: output.error for index, output in enumerate(outputs) if output.error is not None})
 
 
-def _sampling(args: argparse.Namespace) -> SamplingParams:
+def _sampling(flags: Flags) -> SamplingParams | None:
+    """How to sample; None where some of it is wrong. The ranges are known to `SamplingParams`."""
     from partinf.engine.request import SamplingParams
 
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(args.stop),
-    )
+    before = len(flags.offences)
+    max_tokens, top_k, seed = (flags.optional_whole(name, *ANY) for name in ("max_tokens", "top_k", "seed"))
+    temperature, top_p = (flags.number(name, *ANY) for name in ("temperature", "top_p"))
+    if len(flags.offences) > before or max_tokens is None or top_k is None:
+        return None
+    stop = tuple(flags.args.stop)
+    return flags.collect(lambda: SamplingParams(max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop))
 
 
 def _answer(model: Model, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partinf.cli.flags import Flags
+from partinf.limits import MAX_SECONDS
+
 if TYPE_CHECKING:
     from partinf.plans import Plan
 
@@ -28,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where results go (default: pod-runs)")
     parser.add_argument("--prices", type=Path, metavar="FILE", help="prices in place of the hardware table's; see tpu_scripts/README.md")
     parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
-    parser.add_argument("--poll-seconds", type=float, default=20.0, metavar="S", help="between two looks at a machine (default: 20)")
+    parser.add_argument("--poll-seconds", default="20", metavar="S", help="between two looks at a machine (default: 20)")
     parser.epilog = "Example: partinf launch --plan plan.toml --description pod.toml --dry-run"
 
 
 def run(args: argparse.Namespace) -> int:
     from partinf.errors import InvalidInput
 
+    flags = Flags(args)
+    args.poll_seconds = flags.number("poll_seconds", high=MAX_SECONDS)
+    flags.check()
     folder = Path(__file__).resolve().parents[2] / "tpu_scripts"
     if not (folder / "pod.py").is_file():
         raise InvalidInput("launch: tpu_scripts/ is not here; launching sends a commit, so run it from a checkout of partinf")

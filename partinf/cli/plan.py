@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partinf.cli.arguments import is_auto
+from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from partinf.planner.slices import Trial
 
 
+_MOST_SHOWN = 10_000
 _PROOF_SECONDS = 600.0  # bound on one compilation
 
 
@@ -40,23 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    offences, all_meshes = _offences(args), args.mesh == "auto"
+    flags = Flags(args)
+    top, count, price = _read(flags)
+    all_meshes = args.mesh == "auto"
     if all_meshes:
         args.mesh = None
-    asked = read(args, args.objective, args.max_latency_ms, offences)
+    asked = read(flags)
     trials = _trials(asked, all_meshes)
-    report, proofs = _proven(trials[0].report, args)
-    price = float(args.price_per_chip_hour) if args.price_per_chip_hour else None
+    report, proofs = _proven(trials[0].report, count)
     if args.save:
         _save(report, asked, Path(args.save))
     if args.plot:
         from partinf.planner.show.plot import draw
 
-        draw(report, Path(args.plot), int(args.top), args.plot_kind)
+        draw(report, Path(args.plot), top, args.plot_kind)
     if args.html:
         from partinf.planner.show.page import page
 
-        Path(args.html).write_text(page(report, int(args.top)))
+        Path(args.html).write_text(page(report, top))
     if args.format == "json":
         import json
 
@@ -70,18 +74,17 @@ def run(args: argparse.Namespace) -> int:
         show_trials(trials, price)
         if proofs:
             show_proofs(trials[0].report, report, proofs)
-        show(report, int(args.top), args.save)
+        show(report, top, args.save)
     return 0
 
 
-def _proven(report: PlanReport, args: argparse.Namespace) -> tuple[PlanReport, Proofs]:
+def _proven(report: PlanReport, count: int | None) -> tuple[PlanReport, Proofs]:
     """The report in the compiler's order, if that was asked for."""
-    if args.prove is None:
+    if count is None:
         return report, {}
     from partinf.cli.plan_proof import prove_candidates
     from partinf.cli.progress import progress_bar
 
-    count = int(args.prove)
     with progress_bar(f"proving candidates for {report.slice.name}", count) as advance:
         return prove_candidates(report, count, _PROOF_SECONDS, advance)
 
@@ -108,40 +111,28 @@ def _trials(asked: Asked, all_meshes: bool) -> list[Trial]:
     return [Trial(answer(asked.question, asked.slice))]
 
 
-def _offences(args: argparse.Namespace) -> list[str]:
-    offences = []
-    if args.format not in ("table", "json"):
-        offences.append(f"--format {args.format}: valid: table, json")
-    if not args.top.isdigit() or int(args.top) < 1:
-        offences.append(f"--top {args.top}: a whole number of at least 1 is needed")
+def _read(flags: Flags) -> tuple[int, int | None, float | None]:
+    """Candidates to show, how many to prove, and the price of a chip; what is wrong with the flags of this command joins their offences."""
+    args = flags.args
+    flags.word("format", FORMATS)
+    top, count = flags.whole("top", low=1, high=_MOST_SHOWN), flags.optional_whole("prove", low=1, high=_MOST_SHOWN)
+    price = flags.optional_number("price_per_chip_hour", high=1e9, above=True)
     if args.prove is not None:
-        if not args.prove.isdigit() or int(args.prove) < 1:
-            offences.append(f"--prove {args.prove}: a whole number of at least 1 is needed")
         from partinf.proof import unavailable
 
         reason = unavailable()
-        offences += [f"--prove: {reason}"] if reason else []
-    for flag, file in (("save", args.save), ("html", args.html)):
-        if file and not Path(file).absolute().parent.is_dir():
-            offences.append(f"--{flag} {file}: there is no directory {Path(file).absolute().parent}")
+        flags.offences += [f"--prove: {reason}"] if reason else []
+    for name in ("save", "html"):
+        flags.target(name)
     if args.plot:
         from partinf.planner.show.plot import plot_offences
 
-        offences += plot_offences(Path(args.plot), args.plot_kind)
-    if args.slice.startswith("auto") and args.mesh == "auto":
-        offences.append(f"--mesh auto: a mesh belongs to one slice, and --slice {args.slice} tries many")
-    if args.slice.startswith("auto") and args.max_latency_ms is None:
-        offences.append(f"--slice {args.slice} needs --max-latency-ms: the cheapest slice is that which keeps a bound")
-    if args.price_per_chip_hour and not _positive(args.price_per_chip_hour):
-        offences.append(f"--price-per-chip-hour {args.price_per_chip_hour}: a positive number is needed")
-    return offences
-
-
-def _positive(text: str) -> bool:
-    try:
-        return 0 < float(text) < float("inf")
-    except ValueError:
-        return False
+        flags.offences += plot_offences(Path(args.plot), args.plot_kind)
+    if is_auto(args.slice) and args.mesh == "auto":
+        flags.offences.append(f"--mesh auto: a mesh belongs to one slice, and --slice {args.slice} tries many")
+    if is_auto(args.slice) and args.max_latency_ms is None:
+        flags.offences.append(f"--slice {args.slice} needs --max-latency-ms: the cheapest slice is that which keeps a bound")
+    return top, count, price
 
 
 def _save(report: PlanReport, asked: Asked, path: Path) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware
+from partinf.cli.arguments import add_hardware, is_auto, read_slice, say_lengths
+from partinf.cli.flags import ANY, Flags
 
 if TYPE_CHECKING:
-    from partinf.hardware.chips import Chip
     from partinf.hardware.slices import Slice
     from partinf.model.config import ModelConfig
     from partinf.planner.question import Question
     from partinf.workload import Workload
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -65,150 +62,62 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     )
 
 
-def read(args: argparse.Namespace, objective: str = "latency", max_latency_ms: str | None = None, extra: Iterable[str] = ()) -> Asked:
-    """Model, slice and workload.
+def read(flags: Flags) -> Asked:
+    """Model, slice and workload, and everything else that is wrong with the flags.
 
     Raises:
         InvalidInput: every offence of every flag, one line each.
     """
     from partinf.cost.collectives import BandwidthModel
     from partinf.cost.pricing import PROGRAMS
-    from partinf.errors import nearest, raise_offences
     from partinf.model.load import load_model_config
     from partinf.planner.question import Question
+
+    args = flags.args
+    model = flags.collect(lambda: load_model_config(args.model))
+    slice_ = flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))
+    workload = _workload(flags)
+    bandwidth_model = flags.member("bandwidth_model", BandwidthModel)
+    calibration = flags.word("calibration", ("fitted", "none"))
+    program = flags.optional_word("program", PROGRAMS)
+    flags.check()
+    model, slice_, workload = flags.need(model), flags.need(slice_), flags.need(workload)
+    say_lengths(model, max(workload.max_context, workload.decode_context))
+    return Asked(
+        Question(model, workload, calibration, bandwidth_model, None if program is None else PROGRAMS[program]), slice_, is_auto(args.slice)
+    )
+
+
+def _workload(flags: Flags) -> Workload | None:
+    """The workload of the flags; None where some of it is wrong. Its ranges are known to `Workload`."""
     from partinf.workload import DType, Objective, Workload
 
-    offences = list(extra)
-    model = _collect(offences, lambda: load_model_config(args.model))
-    slice_ = _collect(offences, lambda: read_slice(args.slice, args.mesh, args.hardware))
-    flags = ("batch", "prefill-batch", "input", "output", "context")
-    numbers = {flag: _whole(flag, getattr(args, flag.replace("-", "_")), offences) for flag in flags}
-    if (numbers["prefill-batch"] or 1) > max(_or(numbers["batch"], 1), 1):
-        offences.append(f"--prefill-batch {args.prefill_batch}: more prompts than are decoded together, --batch {args.batch}")
-    limit = _number("max-latency-ms", max_latency_ms, offences)
-    rate = _number("arrivals", getattr(args, "arrivals", None), offences)
-    weights = _enum("weights", DType, args.weights, offences)
-    kv = _enum("kv", DType, args.kv, offences)
-    aim = _enum("objective", Objective, objective, offences)
-    bandwidth_model = _enum("bandwidth-model", BandwidthModel, args.bandwidth_model, offences)
-    if args.calibration not in ("fitted", "none"):
-        offences.append(f"--calibration {args.calibration}: valid: fitted, none")
-    if args.program is not None and args.program not in PROGRAMS:
-        offences.append(f"--program {args.program}: unknown{nearest(args.program, PROGRAMS)}")
-    if args.phase == "decode" and not numbers["context"] and not numbers["input"] and args.context is None:
-        offences.append("--phase decode needs --context, the tokens in the cache (or --input and --output)")
-    workload = _collect(
-        offences,
-        lambda: Workload(
-            batch=_or(numbers["batch"], 1),
-            # A number that could not be read has its own line; here it stands for one that is no offence.
-            input_len=_or(numbers["input"], 1),
-            output_len=_or(numbers["output"], 0),
-            context_len=numbers["context"],
-            phase=args.phase,
-            weights=weights or DType.BF16,
-            kv=kv or DType.BF16,
-            objective=aim or Objective.LATENCY,
-            max_latency=None if limit is None else limit / 1e3,
-            prefill_batch=numbers["prefill-batch"],
-            arrival_rate=rate,
-        ),
+    args = flags.args
+    # A number that could not be read has its own line; here it stands for one that is no offence.
+    batch, input_len, output_len, context_len, prefill_batch = (
+        flags.optional_whole(name, *ANY) for name in ("batch", "input", "output", "context", "prefill_batch")
     )
-    raise_offences(offences)
-    # Whatever is None left an offence.
-    assert model is not None
-    assert slice_ is not None
-    assert workload is not None
-    assert bandwidth_model is not None
-    question = Question(model, workload, args.calibration, bandwidth_model, PROGRAMS.get(args.program))
-    return Asked(question, slice_, _is_auto(args.slice))
-
-
-def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice:
-    """The slice of `--slice`, `--mesh` and `--hardware`; `local` asks jax for the devices that are here, `auto:CHIP` is one chip.
-
-    Raises:
-        InvalidInput: what is no slice, or a hardware file of other devices.
-    """
-    from partinf.cli.arguments import named_hardware, named_slice
-
-    if _is_auto(text):
-        return _one_chip(text, mesh, named_hardware(hardware))
-    slice_ = named_slice(text, mesh, hardware)
-    if slice_ is not None:
-        return slice_
-    from partinf.cli import devices
-
-    devices.prepare(None, virtual_devices=8)
-    from partinf.api import find_slice
-
-    return find_slice(text, mesh, hardware)
-
-
-def _is_auto(text: str) -> bool:
-    return text.partition(":")[0] == "auto"
-
-
-def _one_chip(text: str, mesh: str | None, measured: Chip | None) -> Slice:
-    from partinf.errors import nearest, raise_offences
-    from partinf.hardware.chips import chips
-    from partinf.hardware.slices import make_slice
-
-    name = text.partition(":")[2]
-    known = {**chips(), measured.name: measured} if measured is not None else chips()
-    offences = []
-    if name not in known:
-        offences.append(f"--slice {text}: expected auto:CHIP{nearest(name, known)}")
-    if measured is not None and measured.platform.virtual:
-        offences.append(f"--slice {text}: a hardware file of a CPU holds for its number of devices alone, and auto tries many")
-    if mesh:
-        offences.append(f"--mesh {mesh}: a mesh belongs to one slice, and --slice {text} tries many")
-    raise_offences(offences)
-    chip = known[name]
-    return make_slice(chip, (1,) * (chip.torus_dims or 1))
-
-
-def _collect(offences: list[str], make: Callable[[], _T]) -> _T | None:
-    from partinf.errors import InvalidInput
-
-    try:
-        return make()
-    except InvalidInput as error:
-        offences += error.offences
-        return None
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
-
-
-def _whole(flag: str, text: str | None, offences: list[str]) -> int | None:
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        offences.append(f"--{flag} {text}: a whole number is needed")
-        return None
-
-
-def _number(flag: str, text: str | None, offences: list[str]) -> float | None:
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        offences.append(f"--{flag} {text}: a number is needed")
-        return None
-
-
-def _enum(flag: str, kind: Callable[[str], _T], text: str, offences: list[str]) -> _T | None:
-    from partinf.errors import nearest
-
-    try:
-        return kind(text)
-    except ValueError:
-        known = [str(member.value) for member in kind]  # type: ignore[attr-defined]
-        close = nearest(text, known)
-        offences.append(f"--{flag} {text}: valid: {', '.join(known)}" + (close if close.startswith("; did") else ""))
-        return None
+    batch, input_len = 1 if batch is None else batch, 1 if input_len is None else input_len
+    if (prefill_batch or 1) > max(batch, 1):
+        flags.refuse("prefill_batch", f"more prompts than are decoded together, --batch {args.batch}")
+    if args.phase == "decode" and not context_len and args.input == "0" and args.context is None:
+        flags.offences.append("--phase decode needs --context, the tokens in the cache (or --input and --output)")
+    limit = flags.optional_number("max_latency_ms", *ANY) if hasattr(args, "max_latency_ms") else None
+    rate = flags.optional_number("arrivals", *ANY) if hasattr(args, "arrivals") else None
+    weights, kv = flags.member("weights", DType), flags.member("kv", DType)
+    objective = flags.member("objective", Objective) if hasattr(args, "objective") else Objective.LATENCY
+    return flags.collect(
+        lambda: Workload(
+            batch=batch,
+            input_len=input_len,
+            output_len=output_len or 0,
+            context_len=context_len,
+            phase=args.phase,
+            weights=weights,
+            kv=kv,
+            objective=objective,
+            max_latency=None if limit is None else limit / 1e3,
+            prefill_batch=prefill_batch,
+            arrival_rate=rate,
+        )
+    )

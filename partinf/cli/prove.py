@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import add_model_arguments
+from partinf.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
     from partinf.errors import raise_offences
     from partinf.proof import unavailable
 
-    raise_offences(_offences(args))
-    plan, workload = _saved(args) if args.plan else _asked(args)
-    reason = unavailable(plan.slice.chip.platform)
+    flags = Flags(args)
+    seconds = _read(flags)
+    plan, workload = _saved(flags) if args.plan else _asked(flags)
+    reason = unavailable(plan.slice.chip.family)
     raise_offences([reason] if reason else [])
     from partinf.buckets import serving_steps
     from partinf.cli.progress import progress_bar
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan, buckets = serving_steps(plan, workload)
     with progress_bar(f"compiling for {plan.slice.name}", len(buckets)) as advance:
-        proof = prove(plan, buckets, Limits(seconds=float(args.timeout)), advance, args.by_compiler)
+        proof = prove(plan, buckets, Limits(seconds=seconds), advance, args.by_compiler)
     if args.format == "json":
         import json
 
@@ -53,35 +56,38 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _offences(args: argparse.Namespace) -> list[str]:
-    offences = []
-    if args.format not in ("table", "json"):
-        offences.append(f"--format {args.format}: valid: table, json")
-    if not args.timeout.isdigit() or int(args.timeout) < 1:
-        offences.append(f"--timeout {args.timeout}: a whole number of seconds of at least 1 is needed")
+def _read(flags: Flags) -> float:
+    """The bound on one compilation in seconds; what is wrong with the flags of this command joins their offences."""
+    args = flags.args
+    flags.word("format", FORMATS)
     if args.plan and (args.model or args.slice):
-        offences.append("--plan names its model and slice; leave out --model and --slice")
+        flags.offences.append("--plan names its model and slice; leave out --model and --slice")
     if not args.plan and not (args.model and args.slice):
-        offences.append("either --plan FILE, or --model and --slice, must be given")
-    return offences
+        flags.offences.append("either --plan FILE, or --model and --slice, must be given")
+    seconds = float(flags.whole("timeout", low=1, high=int(MAX_SECONDS)))
+    if not args.plan and not (args.model and args.slice):
+        flags.check()
+    return seconds
 
 
-def _saved(args: argparse.Namespace) -> tuple[Plan, Workload]:
+def _saved(flags: Flags) -> tuple[Plan, Workload]:
     """A saved plan and the workload that it was chosen for."""
     from partinf import documents
     from partinf.planner.files import saved_plan
 
-    return saved_plan(documents.read_text(Path(args.plan), f"plan {args.plan}", documents.TOML_BYTES), args.plan)
+    file = flags.args.plan
+    found = flags.collect(lambda: saved_plan(documents.read_text(Path(file), f"plan {file}", documents.TOML_BYTES), file))
+    return flags.need(found)
 
 
-def _asked(args: argparse.Namespace) -> tuple[Plan, Workload]:
+def _asked(flags: Flags) -> tuple[Plan, Workload]:
     """The plan of a named layout, or the one that the planner chooses."""
     from partinf.cli.explain import named_or_chosen
     from partinf.cli.planning import read
     from partinf.plans import Plan
 
-    asked = read(args)
-    layout, padded = named_or_chosen(asked, args.layout)
+    asked = read(flags)
+    layout, padded = named_or_chosen(asked, flags.args.layout)
     chosen = asked.workload
     return Plan(asked.model, asked.slice, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
 

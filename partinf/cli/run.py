@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf import documents
-from partinf.errors import InvalidInput, raise_offences
+from partinf.cli.flags import FORMATS, Flags
+from partinf.errors import InvalidInput
+from partinf.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.experiment.description import Experiment
@@ -40,24 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pod.add_argument("--pod-output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where its files go (default: pod-runs)")
     pod.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
     pod.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
-    pod.add_argument("--poll-seconds", type=float, default=20.0, metavar="S", help="between two looks at a machine (default: 20)")
+    pod.add_argument("--poll-seconds", default="20", metavar="S", help="between two looks at a machine (default: 20)")
     parser.epilog = "Example: partinf run experiments/on_a_pod/demo.toml --on processes"
 
 
 def run(args: argparse.Namespace) -> int:
     from partinf.experiment.description import read_experiment
 
-    offences = []
-    if args.on not in PLACES:
-        offences.append(f"--on {args.on}: valid: {', '.join(PLACES)}")
-    if args.format not in ("table", "json"):
-        offences.append(f"--format {args.format}: valid: table, json")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        offences.append(f"--output {args.output}: there is no directory {Path(args.output).absolute().parent}")
+    flags = Flags(args)
+    flags.word("on", PLACES)
+    flags.word("format", FORMATS)
+    flags.target("output")
+    args.poll_seconds = flags.number("poll_seconds", high=MAX_SECONDS)
     if args.on == "pod" and args.description is None:
-        offences.append("--on pod needs --description: which project pays, where and for how long")
-    raise_offences(offences)
-    experiment = read_experiment(args.experiment)
+        flags.offences.append("--on pod needs --description: which project pays, where and for how long")
+    experiment = flags.need(flags.collect(lambda: read_experiment(args.experiment)))
     found = _run(args, experiment)
     if found is None:
         return 0

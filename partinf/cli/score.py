@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from partinf.cli import running
-from partinf.errors import collect
+from partinf.cli.flags import FORMATS, Flags
+from partinf.cli.model_place import ModelPlace, read_lines, tell_failures
+from partinf.cli.model_place import add_arguments as add_arguments_of_place
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,13 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
     texts.add_argument("--texts", metavar="FILE", help="a file with one text per line; - reads standard input")
-    running.add_arguments(parser)
-    parser.add_argument("--format", choices=("table", "json"), default="table")
+    add_arguments_of_place(parser)
+    parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
 
 
 def run(args: argparse.Namespace) -> int:
-    place = running.Running(args)
-    texts = collect(place.offences, lambda: running.read_lines(args.text, args.texts, "--texts")) or []
+    flags = Flags(args)
+    place = ModelPlace(flags)
+    texts = flags.collect(lambda: read_lines(args.text, args.texts, "--texts")) or []
+    flags.word("format", FORMATS)
     plan = place.plan(min(max(len(texts), 1), 32), random=False)
     scores = place.load(plan, compile_steps=False).score(texts)
     if args.format == "json":
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
 
         _show(Console(), texts, scores)
-    return running.tell_failures("text", scores.errors)
+    return tell_failures("text", scores.errors)
 
 
 def _show(console: Console, texts: list[str], scores: Scores) -> None:

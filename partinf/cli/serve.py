@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli import running
-from partinf.errors import InvalidInput, collect, nearest, raise_offences
+from partinf.cli.flags import Flags
+from partinf.cli.model_place import ModelPlace
+from partinf.cli.model_place import add_arguments as add_arguments_of_place
+from partinf.errors import InvalidInput
+from partinf.limits import MAX_BATCH, MAX_LEN, MAX_REQUESTS, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.api import Model
@@ -23,13 +26,24 @@ if TYPE_CHECKING:
 
 _NEEDED = ("jinja2", "prometheus_client", "starlette", "uvicorn")
 _KEY_VARIABLE = "PARTINF_API_KEY"
+_WHOLE = {
+    "port": (0, (1 << 16) - 1),
+    "max_num_seqs": (1, MAX_BATCH),
+    "max_num_batched_tokens": (1, MAX_LEN),
+    "seed": (0, (1 << 63) - 1),
+    "lag": (0, 1024),
+    "max_waiting": (1, MAX_REQUESTS),
+    "max_waiting_tokens": (1, (1 << 63) - 1),
+    "max_connections": (1, 1 << 16),
+    "max_body_bytes": (1, 1 << 30),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    running.add_arguments(parser, "--max-model-len")
+    add_arguments_of_place(parser, "--max-model-len")
     where = parser.add_argument_group("where and for whom")
     where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 listens on every interface (default: 127.0.0.1)")
-    where.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    where.add_argument("--port", default="8000", metavar="N", help="0 takes a free one (default: 8000)")
     where.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help=f"asked of clients; several may be given; also {_KEY_VARIABLE}"
     )
@@ -38,10 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from partinf.engine.policies.registry import described
 
     batch = parser.add_argument_group("the engine")
-    batch.add_argument("--max-num-seqs", type=int, default=32, metavar="N", help="sequences per iteration (default: 32)")
+    batch.add_argument("--max-num-seqs", default="32", metavar="N", help="sequences per iteration (default: 32)")
     batch.add_argument(
         "--max-num-batched-tokens",
-        type=int,
         metavar="N",
         help="tokens per iteration: one of each sequence, the rest of prompts (default: 256 for prompts)",
     )
@@ -49,29 +62,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batch.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="share KV pages of equal prompt beginnings"
     )
-    batch.add_argument("--seed", type=int, default=0, metavar="N", help="what requests without a seed derive theirs from (default: 0)")
+    batch.add_argument("--seed", default="0", metavar="N", help="what requests without a seed derive theirs from (default: 0)")
     batch.add_argument(
         "--lag",
-        type=int,
-        default=1,
+        default="1",
         metavar="N",
         help="steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)",
     )
     bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--max-waiting", type=int, default=512, metavar="N", help="requests that may wait, then 429 (default: 512)")
-    bounds.add_argument("--max-waiting-tokens", type=int, metavar="N", help="prompt tokens that may wait (default: no bound)")
-    bounds.add_argument("--max-connections", type=int, default=1024, metavar="N", help="open at once, then 503 (default: 1024)")
-    bounds.add_argument("--max-body-bytes", type=int, default=8 << 20, metavar="N", help="of a request, then 413 (default: 8 MiB)")
-    bounds.add_argument(
-        "--shutdown-timeout", type=float, default=20.0, metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)"
-    )
+    bounds.add_argument("--max-waiting", default="512", metavar="N", help="requests that may wait, then 429 (default: 512)")
+    bounds.add_argument("--max-waiting-tokens", metavar="N", help="prompt tokens that may wait (default: no bound)")
+    bounds.add_argument("--max-connections", default="1024", metavar="N", help="open at once, then 503 (default: 1024)")
+    bounds.add_argument("--max-body-bytes", default=str(8 << 20), metavar="N", help="of a request, then 413 (default: 8 MiB)")
+    bounds.add_argument("--shutdown-timeout", default="20", metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)")
     others = parser.add_argument_group("several processes", "All run the same command; process 0 alone has clients.")
     others.add_argument("--multi-host", action="store_true", help="join the processes that jax finds (Cloud TPU, GKE, Slurm)")
     others.add_argument("--coordinator", metavar="HOST:PORT", help="where jax does not find them: a free port of process 0's machine")
-    others.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
-    others.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
+    others.add_argument("--num-processes", metavar="N", help="how many there are")
+    others.add_argument("--process-id", metavar="I", help="which this is, from 0")
     others.add_argument(
-        "--stall-timeout", type=float, default=300.0, metavar="S", help="seconds for one step, then the job ends everywhere (default: 300)"
+        "--stall-timeout", default="300", metavar="S", help="seconds for one step, then the job ends everywhere (default: 300)"
     )
     parser.add_argument("--access-log", action="store_true", help="a line per request; never of its body")
     parser.epilog = "Example: partinf serve --model demo --port 8000"
@@ -83,17 +93,16 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput(f"partinf serve needs {', '.join(missing)}: pip install 'partinf[serve]'")
     from partinf.hosts import Bounds, Job, join
 
-    offences: list[str] = []
-    flags = ("--coordinator", "--num-processes", "--process-id")
-    job = collect(offences, lambda: Job.of(args.coordinator, args.num_processes, args.process_id, flags)) or Job()
-    bounds = collect(offences, lambda: Bounds(stall=args.stall_timeout)) or Bounds()
+    flags = Flags(args)
+    _read(flags)
+    names = ("--coordinator", "--num-processes", "--process-id")
+    job = flags.collect(lambda: Job.of(args.coordinator, args.num_processes, args.process_id, names)) or Job()
+    bounds = flags.collect(lambda: Bounds(stall=args.stall_timeout)) or Bounds()
     if args.multi_host and job.count is not None:
-        offences.append(f"--multi-host and {', '.join(flags)}: the former lets jax find what the latter say; give one of them")
-    place = running.Running(args, job.count or 1)
-    place.offences += offences
-    _check(args, place.offences)
-    template = collect(place.offences, lambda: _chat_template(args))
-    raise_offences(place.offences)
+        flags.offences.append(f"--multi-host and {', '.join(names)}: the former lets jax find what the latter say; give one of them")
+    place = ModelPlace(flags, job.count or 1)
+    template = flags.collect(lambda: _chat_template(args))
+    flags.check()
     group = join(job, bounds) if args.multi_host or (job.count or 1) > 1 else None
     plan = place.plan(args.max_num_seqs, random=True, prefill_tokens=_prompt_tokens(args), rich=True)
     if group is not None and not group.leads:
@@ -101,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     return _serve(args, place, plan, template, group)
 
 
-def _follow(args: argparse.Namespace, place: running.Running, plan: Plan, group: Group) -> int:
+def _follow(args: argparse.Namespace, place: ModelPlace, plan: Plan, group: Group) -> int:
     """A process that has devices and no clients. Who is told to stop is process 0, which lets this one end when it has drained."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import say
@@ -117,7 +126,7 @@ def _follow(args: argparse.Namespace, place: running.Running, plan: Plan, group:
     return 0
 
 
-def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, template: ChatTemplate | None, group: Group | None) -> int:
+def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None) -> int:
     """The process that clients know."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import Loaded, listen, serve
@@ -144,24 +153,21 @@ def _serve(args: argparse.Namespace, place: running.Running, plan: Plan, templat
     return 0
 
 
-def _check(args: argparse.Namespace, offences: list[str]) -> None:
+def _read(flags: Flags) -> None:
+    """Put the numbers in the place of their texts; what is wrong joins the flags' offences."""
     from partinf.engine.policies.registry import POLICIES
 
-    if args.scheduler not in POLICIES:
-        offences.append(f"--scheduler {args.scheduler}: unknown{nearest(args.scheduler, POLICIES)}")
-    least = {"max_num_seqs": 1, "lag": 0, "max_waiting": 1, "max_connections": 1, "max_body_bytes": 1, "shutdown_timeout": 0, "seed": 0}
-    for name, low in least.items():
-        if not getattr(args, name) >= low:
-            offences.append(f"--{name.replace('_', '-')} {getattr(args, name)}; it must be at least {low}")
-    if not 0 <= args.port < 1 << 16:
-        offences.append(f"--port {args.port}; valid: 0..65535")
-    tokens = args.max_num_batched_tokens
-    if tokens is not None and tokens <= args.max_num_seqs:
-        offences.append(f"--max-num-batched-tokens {tokens}; it must be above --max-num-seqs, which is {args.max_num_seqs}")
-    if args.max_waiting_tokens is not None and args.max_waiting_tokens < 1:
-        offences.append(f"--max-waiting-tokens {args.max_waiting_tokens}; it must be at least 1")
+    args = flags.args
+    flags.word("scheduler", POLICIES)
+    for name, (low, high) in _WHOLE.items():
+        setattr(args, name, flags.optional_whole(name, low, high))
+    for name in ("shutdown_timeout", "stall_timeout"):
+        setattr(args, name, flags.number(name, high=MAX_SECONDS))
+    tokens, rows = args.max_num_batched_tokens, args.max_num_seqs
+    if tokens is not None and rows is not None and tokens <= rows:
+        flags.offences.append(f"--max-num-batched-tokens {tokens}; it must be above --max-num-seqs, which is {rows}")
     if any(not key for key in args.api_key):
-        offences.append("--api-key: an empty key would let everybody in; leave it out for that")
+        flags.offences.append("--api-key: an empty key would let everybody in; leave it out for that")
 
 
 def _prompt_tokens(args: argparse.Namespace) -> int:
@@ -196,11 +202,11 @@ def _options(args: argparse.Namespace) -> Options:
 
 def _engine(args: argparse.Namespace, model: Model, group: Group | None) -> Engine:
     """An engine whose first iterations have run; all processes of a group make the same."""
-    from partinf.cli.bench import measured_estimates
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import PolicyOptions, make_policy
+    from partinf.measure.estimates import measured_estimates
 
-    estimates = measured_estimates(model, agree=(lambda times: times) if group is None else group.share)
+    estimates = measured_estimates(model.runner, model.plan.buckets, agree=(lambda times: times) if group is None else group.share)
     return Engine(
         model.runner if group is None else group.runner(model.runner),
         tokenizer=model.tokenizer,

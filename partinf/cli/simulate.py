@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware
-from partinf.cli.serving import Load, add_load_arguments, need, number, read_load, said_of_load, show, whole
+from partinf.cli.arguments import add_hardware, named_layout, read_slice, say_lengths
+from partinf.cli.figures import said_of_load, show
+from partinf.cli.flags import Flags
+from partinf.cli.load import Load, add_load_arguments, read_load
+from partinf.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from partinf.simulation.sizing import Sizing
 
 _DEFAULT_BATCH = 64
+_MOST = {"max_len": MAX_LEN, "prefill_tokens": MAX_LEN, "page_size": MAX_LEN, "kv_pages": MAX_PAGES, "residents": MAX_BATCH, "stages": 4096}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,59 +55,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from partinf.engine.policies.registry import resident_batches
-    from partinf.errors import collect
 
-    offences: list[str] = []
-    load = read_load(args, offences, _DEFAULT_BATCH)
-    if args.trace and not Path(args.trace).absolute().parent.is_dir():
-        offences.append(f"--trace {args.trace}: there is no directory {Path(args.trace).absolute().parent}")
-    names = ("max_len", "prefill_tokens", "page_size", "kv_pages", "residents", "stages")
-    numbers = {name: whole(args, name, offences) for name in names}
-    host, overhead = number(args, "host_memory", offences), number(args, "overhead_us", offences)
-    bound = collect(offences, lambda: _bind(args, load))
-    load, (plan, pricing) = need(offences, load), need(offences, bound)
+    flags = Flags(args)
+    load = read_load(flags, _DEFAULT_BATCH)
+    numbers = {name: flags.whole(name, high=most) for name, most in _MOST.items()}
+    host, overhead = flags.number("host_memory", high=MAX_HOST_BYTES / 1e9), flags.number("overhead_us", high=1e6 * MAX_SECONDS)
+    bound = _bind(flags, load, numbers["stages"])
+    load, (plan, pricing) = flags.need(load), flags.need(bound)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
     max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
-    residents = numbers["residents"] or resident_batches(load.scheduler) * load.options.max_batch_size
-    sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, (host or 0.0) * 1e9, (overhead or 0.0) / 1e6)
+    residents = numbers["residents"] or min(MAX_BATCH, resident_batches(load.scheduler) * load.options.max_batch_size)
+    sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, host * 1e9, overhead / 1e6)
+    say_lengths(plan.model, max_len)
     about, report = _simulate(args, load, plan, pricing, sizing)
     show(about, report, args.format, _heading(about))
     return 0
 
 
-def _bind(args: argparse.Namespace, load: Load | None) -> tuple[Plan, Pricing]:
-    """The plan and how it is priced."""
-    from partinf.cli.arguments import named_layout
-    from partinf.cli.planning import read_slice
+def _bind(flags: Flags, load: Load | None, stages: int) -> tuple[Plan, Pricing] | None:
+    """The plan and how it is priced; None where something is wrong, which the flags' offences say."""
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import PROGRAMS, Pricing
-    from partinf.errors import InvalidInput, collect, nearest
     from partinf.model.load import load_model_config
     from partinf.plans import Plan
     from partinf.workload import DType
 
-    offences: list[str] = []
-    model = collect(offences, lambda: load_model_config(args.model))
-    slice_ = collect(offences, lambda: read_slice(args.slice, args.mesh, args.hardware))
+    args = flags.args
+    model = flags.collect(lambda: load_model_config(args.model))
     if args.slice.startswith("auto"):
-        offences.append(f"--slice {args.slice}: requests are served on one slice; `partinf plan` finds it")
-    layout = collect(offences, lambda: named_layout(args.layout))
-    types = [t for t in (args.weights, args.kv) if t not in list(DType)]
-    offences += [f"storage type {name}: valid: {', '.join(DType)}" for name in types]
-    if args.program is not None and args.program not in PROGRAMS:
-        offences.append(f"--program {args.program}: unknown{nearest(args.program, PROGRAMS)}")
-    calibration = None if slice_ is None else collect(offences, lambda: calibration_for(slice_.chip, args.calibration))
-    if offences or model is None or slice_ is None or calibration is None or load is None:
-        raise InvalidInput(offences)
-    weights, kv = DType(args.weights), DType(args.kv)
+        flags.refuse("slice", "requests are served on one slice; `partinf plan` finds it")
+    slice_ = None if args.slice.startswith("auto") else flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))
+    layout = flags.collect(lambda: named_layout(args.layout))
+    weights, kv = flags.member("weights", DType), flags.member("kv", DType)
+    program = flags.optional_word("program", PROGRAMS)
+    calibration = None if slice_ is None else flags.collect(lambda: calibration_for(slice_.chip, args.calibration))
+    if flags.offences or model is None or slice_ is None or calibration is None or load is None:
+        return None
     if layout is None:
         from partinf.simulation.serving_plan import Traffic, serving_plan
 
         traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
-        plan = serving_plan(model, slice_, traffic, weights, kv, args.calibration, whole(args, "stages", []) or None)
+        plan = flags.collect(lambda: serving_plan(model, slice_, traffic, weights, kv, args.calibration, stages or None))
     else:
-        plan = Plan(model, slice_, layout, weights, kv)
-    return plan, Pricing(slice_, calibration, program=PROGRAMS.get(args.program))
+        plan = flags.collect(lambda: Plan(model, slice_, layout, weights, kv))
+    return None if plan is None else (plan, Pricing(slice_, calibration, program=None if program is None else PROGRAMS[program]))
 
 
 def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], host_bytes: float, overhead: float) -> Sizing:

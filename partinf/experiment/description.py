@@ -15,9 +15,9 @@ from partinf import documents
 from partinf.buckets import Capacity
 from partinf.documents import Table
 from partinf.engine.policies.registry import POLICIES, TIMELESS
-from partinf.errors import InvalidInput, collect, raise_offences
-from partinf.hardware.hardware_file import check_devices, read_hardware
-from partinf.hardware.slices import Slice, parse_slice
+from partinf.errors import collect, raise_offences
+from partinf.hardware.hardware_file import slice_of
+from partinf.hardware.slices import Slice
 from partinf.layout import Layout, load_layout
 from partinf.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
 from partinf.model.config import ModelConfig
@@ -81,12 +81,7 @@ class Experiment:
         Raises:
             InvalidInput: no slice, or a file of another chip or number of devices.
         """
-        chip = None if self.hardware is None else read_hardware(Path(self.hardware))
-        slice_ = parse_slice(self.slice, self.mesh, chip)
-        if chip is not None and slice_.chip is not chip:
-            raise InvalidInput(f"hardware = {self.hardware!r} is of {chip.name}, slice of {slice_.chip.name}")
-        check_devices(slice_.chip, slice_.num_devices)
-        return slice_
+        return slice_of(self.slice, self.mesh, self.hardware)
 
     def config(self) -> ModelConfig:
         return load_model_config(self.model)

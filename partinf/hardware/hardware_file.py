@@ -24,6 +24,7 @@ from partinf.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import NOT_IN_FILES, Chip, chips
 from partinf.hardware.platform import PLATFORMS
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.slices import Slice, parse_slice
 from partinf.limits import MAX_DEVICES
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
@@ -103,6 +104,20 @@ def write_hardware(chip: Chip) -> str:
     lines += ["", "[spread]  # half the distance of the quartiles of repeated measurements over their median"]
     lines += [f"{json.dumps(name)} = {_value(value)}" for name, value in rates.spread]
     return "\n".join(lines) + "\n"
+
+
+def slice_of(text: str, mesh: str | None = None, hardware: str | Path | None = None) -> Slice:
+    """A slice by name, of the chip of a hardware file where one is named.
+
+    Raises:
+        InvalidInput: as `parse_slice` and `read_hardware`, or a file of another chip or number of devices.
+    """
+    chip = None if hardware is None else read_hardware(Path(hardware))
+    found = parse_slice(text, mesh, chip)
+    if chip is not None and found.chip is not chip:
+        raise InvalidInput(f"hardware file {hardware} is of {chip.name}, slice {text} of {found.chip.name}")
+    check_devices(found.chip, found.num_devices)
+    return found
 
 
 def check_devices(chip: Chip, devices: int) -> None:

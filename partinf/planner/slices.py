@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from partinf.cost.roofline import shapes
-from partinf.errors import InvalidInput
-from partinf.hardware.chips import Chip
+from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.hardware.chips import Chip, chips
 from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
 from partinf.model.weights import num_params
 from partinf.planner.options import BestSoFar
@@ -54,6 +54,25 @@ class Trial:
         if workload.phase or prefill is None or decode is None:
             return best.asked.step_seconds
         return count * prefill.step_seconds + workload.output_len * decode.step_seconds
+
+
+def one_chip(name: str, measured: Chip | None = None) -> Slice:
+    """A slice of one chip, for a search over slices of that kind.
+
+    Args:
+        measured: the chip of a hardware file, which stands for the table's chip of its name.
+
+    Raises:
+        InvalidInput: an unknown chip (nearest one), or a measured one whose figures hold for one number of devices alone.
+    """
+    known = {**chips(), measured.name: measured} if measured is not None else chips()
+    offences = []
+    if name not in known:
+        offences.append(f"slice auto:{name}: expected auto:CHIP{nearest(name, known)}")
+    if measured is not None and measured.platform.virtual:
+        offences.append(f"slice auto:{name}: a hardware file of a CPU holds for its number of devices alone, and auto tries many")
+    raise_offences(offences)
+    return make_slice(known[name], (1,) * (known[name].torus_dims or 1))
 
 
 def cheapest(question: Question, chip: Chip) -> list[Trial]:

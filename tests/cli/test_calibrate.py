@@ -60,7 +60,7 @@ def test_plan_and_simulate_use_a_hardware_file_and_say_so(hardware: Path, capsys
 
 @pytest.mark.parametrize(
     "slice_, offence",
-    [("v4:2x2x2", "is of cpu, --slice v4:2x2x2 of v4"), ("cpu:4", "8 devices, which share one CPU; the slice has 4"), ("auto:cpu", "auto")],
+    [("v4:2x2x2", "is of cpu, slice v4:2x2x2 of v4"), ("cpu:4", "8 devices, which share one CPU; the slice has 4"), ("auto:cpu", "auto")],
 )
 def test_a_hardware_file_of_other_devices_is_refused(hardware: Path, capsys: pytest.CaptureFixture[str], slice_: str, offence: str) -> None:
     flags = ["--slice", slice_, "--hardware", str(hardware), "--phase", "decode", "--context", "64", "--max-latency-ms", "50"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from partinf import resources
-from partinf.cli.running import read_lines
+from partinf.cli.model_place import read_lines
 from partinf.errors import InvalidInput
 from partinf.experiment.description import read_experiment
 from partinf.hardware.hardware_file import read_hardware, write_hardware

@@ -117,7 +117,9 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path:
     assert figures["requests"] == {"finished": 12, "refused": 0}
     assert figures["counters"]["generated_tokens"] == 60
     assert figures["compiled_while_serving"] == 0
-    monkeypatch.setattr("partinf.cli.bench._page_seconds", lambda runner: 1e-6)  # on a busy machine computing again may seem cheaper
+    monkeypatch.setattr(
+        "partinf.measure.estimates._page_seconds", lambda runner: 1e-6
+    )  # on a busy machine computing again may seem cheaper
     swapping = ["--scheduler", "mlfq", "--eviction", "reactive", "--max-batch", "2", "--lengths", "fixed:6:20"]
     assert main([*flags, *swapping, "--host-pages", "24", "--format", "json"]) == 0
     figures = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""What commands that run a model of the user's share: their flags, their texts, the plan, and loading it with a progress bar."""
+"""A model of the user's and the place where it is to run: the flags of commands that run one, their texts, the plan, and loading it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from partinf import documents
 from partinf.cli.arguments import add_where, named_layout, named_slice
-from partinf.errors import InvalidInput, collect, raise_offences
+from partinf.cli.flags import Flags
+from partinf.errors import InvalidInput
+from partinf.limits import MAX_LEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") ->
     """The model, where it runs, and how it is stored; `length` is the flag of the longest context."""
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model with weights")
     add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
-    parser.add_argument("--weights", choices=("f32", "bf16", "int8"), help="storage of the weights (default: f32 on CPU, bf16 elsewhere)")
-    parser.add_argument("--kv", choices=("f32", "bf16", "int8"), help="storage of the KV cache (default: as the activations)")
+    types = "f32, bf16 or int8"
+    parser.add_argument("--weights", metavar="TYPE", help=f"storage of the weights: {types} (default: f32 on CPU, bf16 elsewhere)")
+    parser.add_argument("--kv", metavar="TYPE", help=f"storage of the KV cache: {types} (default: as the activations)")
     parser.add_argument(
-        length, dest="max_len", type=int, default=0, metavar="N", help="longest context to serve (default: the model's, at most 2048)"
+        length, dest="max_len", default="0", metavar="N", help="longest context to serve (default: the model's, at most 2048)"
     )
-    parser.set_defaults(max_len_flag=length)
 
 
 def read_lines(given: list[str] | None, file: str | None, flag: str) -> list[str]:
@@ -53,25 +55,26 @@ def read_lines(given: list[str] | None, file: str | None, flag: str) -> list[str
     return lines
 
 
-class Running:
+class ModelPlace:
     """A model and a place for it, checked before any device is touched.
 
     Attributes:
-        offences: everything that is wrong so far; the command adds its own and calls `plan`.
+        flags: with everything that is wrong so far; the command adds its own and calls `plan`.
     """
 
-    def __init__(self, args: argparse.Namespace, num_processes: int = 1) -> None:
+    def __init__(self, flags: Flags, num_processes: int = 1) -> None:
         from partinf import api
         from partinf.cli import devices
+        from partinf.workload import DType
 
-        self.args = args
-        self.offences: list[str] = []
-        self._target: Slice | None = collect(self.offences, lambda: named_slice(args.slice, args.mesh, args.hardware))
-        devices.prepare(self._target, num_processes=num_processes)
-        self._layout: Layout | None = collect(self.offences, lambda: named_layout(args.layout))
-        self._config: ModelConfig | None = collect(self.offences, lambda: api.check_loadable(args.model))
-        if args.max_len < 0:
-            self.offences.append(f"{args.max_len_flag} {args.max_len}; it must not be negative")
+        self.flags, self.args = flags, flags.args
+        args = flags.args
+        self._target: Slice | None = flags.collect(lambda: named_slice(args.slice, args.mesh, args.hardware))
+        flags.collect(lambda: devices.prepare(self._target, num_processes=num_processes))
+        self._layout: Layout | None = flags.collect(lambda: named_layout(args.layout))
+        self._config: ModelConfig | None = flags.collect(lambda: api.check_loadable(args.model))
+        self._weights, self._kv = (flags.optional_member(name, DType) for name in ("weights", "kv"))
+        self._max_len = flags.whole("max_len", high=MAX_LEN)
 
     def plan(self, rows: int, random: bool, prefill_tokens: int = 256, rich: bool = False) -> Plan:
         """A plan for so many texts at once, and so many prompt tokens per step.
@@ -79,7 +82,7 @@ class Running:
         Raises:
             InvalidInput: all offences so far, or why there is no plan.
         """
-        raise_offences(self.offences)
+        self.flags.check()
         from partinf import api
         from partinf.buckets import Capacity
         from partinf.workload import DType, Workload
@@ -87,9 +90,9 @@ class Running:
         args, config = self.args, self._config
         assert config is not None
         where = self._target if self._target is not None else api.find_slice("local", args.mesh, args.hardware)
-        dtype = DType(args.weights or where.chip.platform.default_type)
-        kv = DType(args.kv) if args.kv else dtype.activations
-        max_len = args.max_len or min(config.longest_context or 2048, 2048)
+        dtype = self._weights or DType(where.chip.platform.default_type)
+        kv = self._kv or dtype.activations
+        max_len = self._max_len or min(config.longest_context or 2048, 2048)
         workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
         capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), random=random, rich=rich)
         return api.plan(config, where, workload, layout=self._layout, capacity=capacity)
