@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,8 +95,6 @@ def random_params(config: ModelConfig, *, stacked: bool = False) -> Any:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    """Equal structure, types and every number."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    """Equal structure, shapes, types and every number; a failure names the leaf."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(expected))

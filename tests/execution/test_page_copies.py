@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -44,9 +45,8 @@ def test_pages_dealt_over_parts_come_back_to_theirs() -> None:
     assert copies.num_bytes == sum(leaf.nbytes // 2 for leaf in jax.tree.leaves(kv)) * 2 * PAGES // per_part  # nothing twice, nothing else
     after = jax.device_get(copies.back(kv, there, range(count)))
     rest = sorted(set(range(2 * 4 * per_part)) - set(there))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(new[there], old[pages])
-        np.testing.assert_array_equal(new[rest], old[rest])
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[there], after), jax.tree.map(lambda leaf: leaf[pages], before))
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[rest], after), jax.tree.map(lambda leaf: leaf[rest], before))
 
 
 @pytest.mark.parametrize("kv_dtype", [DType.F32, DType.INT8])
@@ -76,8 +76,7 @@ def test_pages_come_back_to_their_shard(kv_dtype: DType, unrolled: bool) -> None
     there = [PER_SHARD + page for page in rng.permutation(PER_SHARD)[:count].tolist()]
     after = jax.device_get(copies.back(kv, there, range(7, 7 + count)))
     rest = sorted(set(range(2 * PER_SHARD)) - set(there))
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(new[at(there)], old[at(pages)])
-        np.testing.assert_array_equal(new[at(rest)], old[at(rest)])
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[at(there)], after), jax.tree.map(lambda leaf: leaf[at(pages)], before))
+    chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[at(rest)], after), jax.tree.map(lambda leaf: leaf[at(rest)], before))
     assert copies.num_bytes == 0
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(kv))
