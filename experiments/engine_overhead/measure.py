@@ -28,7 +28,7 @@ import jax
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.engine import Engine, Orca, SamplingParams
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.step import Step, StepOutput
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
@@ -67,7 +67,7 @@ class Stopwatch:
 def run_engine(runner: JaxRunner, steps: list[Step] | None = None) -> Times:
     """Time for all requests; the steps are recorded if a list is given."""
 
-    def record(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def record(batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         assert steps is not None
         steps.append(batch.step)
 

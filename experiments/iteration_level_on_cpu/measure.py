@@ -30,7 +30,7 @@ from experiments.scheduling_on_cpu.calibrated import calibrated_price, calibrate
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.engine import Engine, Orca, Policy, RequestLevel, SamplingParams, request_level_iterations
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.step import Step, StepOutput
 from partinf.execution.runner import JaxRunner
 from partinf.simulation.step_price import StepPrice
@@ -59,7 +59,7 @@ def requests(vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
 def serve(runner: JaxRunner, name: str, steps: list[Step], clock: Clock) -> float:
     """Seconds for all requests; the steps are added to the list."""
 
-    def record(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def record(batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         steps.append(batch.step)
 
     prompts, params = requests(runner.limits.vocab_size)

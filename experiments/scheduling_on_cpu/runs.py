@@ -23,7 +23,7 @@ from partinf import api
 from partinf.buckets import Capacity
 from partinf.demo_tasks import MAX_NUMBER, Task, after_solved, make_task
 from partinf.engine import Engine, Policy, RequestOutput
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.step import Step, StepOutput
 from partinf.plans import Bucket
 from partinf.simulation.arrivals import Arrival
@@ -75,7 +75,7 @@ class StepTimes:
         """Another run, on another clock."""
         self._before = -math.inf
 
-    def on_step(self, batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def on_step(self, batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         if any(sequence.request.arrival <= self._before for sequence in (*batch.decode, *batch.prefill)):
             self.seconds[self._bucket_of(batch.step)].append(committed - self._before)
         self._before = committed

@@ -1,4 +1,5 @@
-"""One iteration while a policy puts it together: the `Policy` protocol, the `BatchBuilder` that it fills, the `Batch` that comes out.
+"""One iteration while a policy puts it together: the `Policy` protocol, the `BatchBuilder` that it fills, the `ScheduledBatch` that comes
+out.
 
 What a step can hold, slots, pages and positions are settled here, once for all policies; a policy only says who.
 """
@@ -14,7 +15,7 @@ from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, SlotStart, St
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScheduledBatch:
     """A step and the sequences behind its rows, in the same order.
 
     Attributes:
@@ -218,7 +219,7 @@ class BatchBuilder:
         """Let the step spend so many decode rows and prompt tokens on padding, as a batch does that runs to its longest member's end."""
         self._idle = [rows, tokens]
 
-    def build(self) -> Batch | None:
+    def build(self) -> ScheduledBatch | None:
         decode, prefill = tuple(row for _, row, _ in self._decode), tuple(chunk for _, chunk in self._prefill)
         step = Step(decode, prefill, tuple(self._copies[0]), tuple(self._copies[1]), tuple(self._starts), *self._idle)
         for sequence, chunk in self._prefill:
@@ -229,7 +230,7 @@ class BatchBuilder:
             return None
         self._roster.num_steps += 1
         sequences = tuple(sequence for sequence, _, _ in self._decode), tuple(sequence for sequence, _ in self._prefill)
-        return Batch(step, *sequences, tuple(new for _, _, new in self._decode))
+        return ScheduledBatch(step, *sequences, tuple(new for _, _, new in self._decode))
 
     def _admit(self, sequence: Sequence, shards: list[int], reserve: bool, crowd: bool) -> bool:
         if sequence.in_flight or sequence.status is not Status.WAITING:  # preempted; its last token is not known yet

@@ -13,7 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 
 from partinf.engine.admission import Prompt
-from partinf.engine.batch import Batch, Policy
+from partinf.engine.batch import Policy, ScheduledBatch
 from partinf.engine.detokenize import Tokenizer
 from partinf.engine.facts import Facts, Replicas, Telling
 from partinf.engine.intake import Intake, WaitingBound
@@ -29,7 +29,7 @@ from partinf.engine.step import StepOutput
 from partinf.engine.streams import Driver, RequestStream
 from partinf.errors import raise_offences
 
-OnStep = Callable[[Batch, StepOutput, float, float], None]
+OnStep = Callable[[ScheduledBatch, StepOutput, float, float], None]
 
 
 class Engine:
@@ -90,9 +90,9 @@ class Engine:
         self._bound = WaitingBound(max_waiting, max_waiting_tokens)
         self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock)
         self._telling = Telling(replicas)
-        self._in_flight: deque[tuple[Batch, float]] = deque()  # with the time when it was scheduled
+        self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # with the time when it was scheduled
         self._committed = deque([0.0], maxlen=runner.limits.num_stages)  # times of the last commits, as many as there are stages
-        self._uncharged: list[tuple[Batch, float]] = []  # committed, and the seconds not counted yet as attained by its sequences
+        self._uncharged: list[tuple[ScheduledBatch, float]] = []  # committed, and the seconds not counted yet as attained by its sequences
         self._turn = threading.RLock()  # held for an iteration
         self._lock = threading.RLock()  # held to change the state, never while the runner or a callback runs
         self._driver = Driver(self._iterate, self._pending)
@@ -231,7 +231,7 @@ class Engine:
                 self.metrics.busy_seconds += self._clock() - started
                 self._deliver()
 
-    def _schedule(self, wait: bool, facts: Facts | None) -> tuple[Batch | None, bool]:
+    def _schedule(self, wait: bool, facts: Facts | None) -> tuple[ScheduledBatch | None, bool]:
         """The next batch, and whether the iteration waits for the oldest step if there is none."""
         with self._lock:
             facts = facts or self._telling.facts(self._clock(), wait, (seconds for _, seconds in self._uncharged))
@@ -256,7 +256,7 @@ class Engine:
                 self._samples.end([live], reason, error)
         self._samples.end_late(facts.now)
 
-    def _commit(self, batch: Batch, scheduled: float, output: StepOutput) -> None:
+    def _commit(self, batch: ScheduledBatch, scheduled: float, output: StepOutput) -> None:
         now = self._clock()
         seconds = output.seconds or now - max(scheduled, self._committed[0])
         self._committed.append(now)

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live, OnToken
 from partinf.engine.metrics import Metrics
@@ -87,7 +87,7 @@ class Samples:
                 sequence.started = now
                 self._bound.leave(sequence.request.id, now)
 
-    def commit(self, batch: Batch, output: StepOutput, now: float) -> None:
+    def commit(self, batch: ScheduledBatch, output: StepOutput, now: float) -> None:
         """Give a batch its output."""
         self._take_scores(batch, output)
         for sequence, token, new in zip(batch.decode, output.decode, batch.samples, strict=True):
@@ -100,7 +100,7 @@ class Samples:
                 self._accept(sequence, last, now)
         self._return_held()
 
-    def _take_scores(self, batch: Batch, output: StepOutput) -> None:
+    def _take_scores(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Log-probabilities of prompts, before a token ends their request."""
         for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
             known = next((place for place, score in enumerate(scores) if not math.isfinite(score)), len(scores))

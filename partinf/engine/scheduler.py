@@ -7,7 +7,7 @@ runs, in one method.
 
 from __future__ import annotations
 
-from partinf.engine.batch import Batch, BatchBuilder, Policy
+from partinf.engine.batch import BatchBuilder, Policy, ScheduledBatch
 from partinf.engine.metrics import Metrics
 from partinf.engine.roster import Roster
 from partinf.engine.runner import RunnerLimits
@@ -20,7 +20,7 @@ class Scheduler(Roster):
         super().__init__(limits, metrics, prefix_caching)
         self.policy = policy
 
-    def schedule(self, now: float = 0.0) -> Batch | None:
+    def schedule(self, now: float = 0.0) -> ScheduledBatch | None:
         """The next iteration; None when no sequence can run. Positions and iteration counts of those that run move on."""
         builder = BatchBuilder(self, now)
         self.policy.schedule(builder)

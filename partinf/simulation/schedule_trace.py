@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.request import Sequence
 from partinf.engine.step import StepOutput
 
@@ -26,7 +26,7 @@ class ScheduleTrace:
         self._lanes: list[float] = []  # when the last step of each lane ended
         self._committed = 0.0
 
-    def on_step(self, batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def on_step(self, batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         """A step that was committed. Where its own time is not known, it ran after the step before it, however early it was scheduled."""
         step = batch.step
         start = committed - output.seconds if output.seconds else max(scheduled, self._committed)

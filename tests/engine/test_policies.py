@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partinf.engine import Engine, FakeRunner, FirstComeFirstServed, Orca, Policy, RequestLevel, RunnerLimits, SamplingParams
-from partinf.engine.batch import Batch, BatchBuilder
+from partinf.engine.batch import BatchBuilder, ScheduledBatch
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.priority import by_priority
@@ -159,7 +159,7 @@ def test_a_long_request_is_not_starved_by_short_ones() -> None:
     that then stand in the first queue."""
     ran = []
 
-    def on_step(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def on_step(batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         if any(sequence.request.id == "long" for sequence in (*batch.decode, *batch.prefill)):
             ran.append(committed)
 
@@ -186,7 +186,7 @@ def test_nobody_waits_much_longer_than_alpha(seed: int, alpha: float, skip_join:
     policy = MultiLevelFeedbackQueue(ESTIMATES, size, skip_join, alpha)
     longest, most = size * 0.6 + 0.4, 0
 
-    def on_step(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def on_step(batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         nonlocal waited
         for sequence in (*batch.decode, *batch.prefill):
             number = sequence.request.number

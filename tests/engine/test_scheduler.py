@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.engine import FirstComeFirstServed, Policy, RequestLevel, RunnerLimits, SamplingParams, request_level_iterations
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.request import Request, Sequence, Status
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import RowSampling
@@ -24,7 +24,7 @@ def sequence(number: int, prompt_len: int, max_tokens: int) -> Sequence:
     return Sequence(Request(f"request-{number}", number, (1,) * prompt_len, params, max_tokens, RowSampling(), arrival=0.0))
 
 
-def commit(scheduler: Scheduler, batch: Batch) -> None:
+def commit(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     """Give every sampling row a token; those that have all of theirs leave."""
     for row in (*batch.decode, *batch.prefill):
         row.in_flight -= 1

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from partinf.engine.batch import Batch
+from partinf.engine.batch import ScheduledBatch
 from partinf.engine.step import StepOutput
 from tests.serve.support import Serving, events, serving, wait_until
 
@@ -34,7 +34,7 @@ def staged() -> Iterator[Serving]:
     capacity = Capacity(max_rows=6, max_len=32, prefill_tokens=16, random=False)
     model = api.load("demo", api.plan("demo", "cpu:3x2", workload, layout=layout, capacity=capacity))
 
-    def on_step(batch: Batch, output: StepOutput, scheduled: float, committed: float) -> None:
+    def on_step(batch: ScheduledBatch, output: StepOutput, scheduled: float, committed: float) -> None:
         SPANS.append((scheduled, committed, {sequence.request.number for sequence in (*batch.decode, *batch.prefill)}))
 
     policy, options = FirstComeFirstServed(chunk_prefills=True), {"lag": 1, "prefix_caching": True, "check_invariants": True}
