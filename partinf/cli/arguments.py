@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partinf.errors import InvalidInput
-from partinf.hardware.hardware_file import read_hardware, slice_of
-from partinf.hardware.slices import Slice
-from partinf.layout import Layout, load_layout
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a command's help needs none of these
+    from partinf.hardware.slices import Slice
+    from partinf.layout import Layout
     from partinf.model.config import ModelConfig
 
 
@@ -36,6 +35,8 @@ def named_slice(text: str, mesh: str | None, hardware: str | None = None) -> Sli
     Raises:
         InvalidInput: no slice, or a hardware file of another chip or number of devices.
     """
+    from partinf.hardware.hardware_file import slice_of
+
     return None if text == "local" else slice_of(text, mesh, hardware)
 
 
@@ -45,6 +46,8 @@ def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slic
     Raises:
         InvalidInput: what is no slice, or a hardware file of other devices.
     """
+    from partinf.hardware.hardware_file import read_hardware, slice_of
+
     if is_auto(text):
         from partinf.planner.slices import one_chip
 
@@ -72,6 +75,8 @@ def named_layout(text: str) -> Layout | None:
     Raises:
         InvalidInput: an unknown name (nearest one), or what is wrong with the file.
     """
+    from partinf.layout import load_layout
+
     return None if text == "auto" else load_layout(text)
 
 
