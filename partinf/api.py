@@ -30,6 +30,7 @@ from partinf.layout import Layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
+from partinf.rounding import ceil_div
 from partinf.workload import DType, Workload
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _prompt_tokens(workload: Workload, num_stages: int) -> int:
     """Prompt tokens per step. With stages a tick is as long as its longest step, so every step takes what a steady batch sees of them."""
     if num_stages == 1 or not workload.output_len:
         return min(max(workload.input_len, 1), _CHUNK)
-    share = -(-workload.batch * workload.input_len // (workload.output_len * num_stages))
+    share = ceil_div(workload.batch * workload.input_len, workload.output_len * num_stages)
     return min(max(share, 1), _CHUNK)
 
 

@@ -23,6 +23,7 @@ from partinf.errors import InvalidInput, raise_offences
 from partinf.layout import AttentionRole
 from partinf.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
 from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.rounding import ceil_div, round_up
 from partinf.workload import Workload
 
 _RANGES = {
@@ -73,7 +74,7 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
         offences += plan.model.context_offences(f"max_len = {max_len}", max_len)
     raise_offences(offences)
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
-    held, pages = rows_per_stage(plan, capacity.max_rows) * plan.num_stages, _up(-(-max_len // capacity.page_size), plan.num_parts)
+    held, pages = rows_per_stage(plan, capacity.max_rows) * plan.num_stages, round_up(ceil_div(max_len, capacity.page_size), plan.num_parts)
     raise_offences(outside(f"KV pages of {held} sequences of {max_len} tokens", held * pages, 1, MAX_PAGES))
     cache = CacheConfig(capacity.page_size, held // plan.num_shards * pages, rows * plan.num_stages)
     return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
@@ -81,7 +82,7 @@ def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
 
 def rows_per_stage(plan: Plan, sequences: int) -> int:
     """Decode rows of a step when so many sequences are decoded together: those of one stage's batch, padded to what the axes divide."""
-    return plan.decode_rows(-(-sequences // plan.num_stages))
+    return plan.decode_rows(ceil_div(sequences, plan.num_stages))
 
 
 def shape_of(bucket: Bucket, page_size: int) -> StepShape:
@@ -109,14 +110,14 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     one step takes; one of them where the workload is one phase."""
     size = plan.cache.page_size
     rows, held = (rows_per_stage(plan, batch) for batch in (max(workload.batch, least_rows(plan)), workload.batch))
-    pages = _up(-(-max(workload.max_context, workload.decode_context, 1) // size), plan.num_parts)
+    pages = round_up(ceil_div(max(workload.max_context, workload.decode_context, 1), size), plan.num_parts)
     buckets = []
     if workload.phase != "prefill":
-        buckets.append(Bucket(rows, _up(-(-max(workload.decode_context, 1) // size), plan.num_parts)))
+        buckets.append(Bucket(rows, round_up(ceil_div(max(workload.decode_context, 1), size), plan.num_parts)))
     if workload.phase != "decode":
-        prompts = -(-min(workload.prefill_batch or workload.batch, workload.batch) // plan.num_stages)
-        slots = _up(prompts, plan.prefill_slot_multiple())
-        tokens = _up(slots * workload.input_len, plan.prefill_token_multiple())  # every slot holds a whole prompt
+        prompts = ceil_div(min(workload.prefill_batch or workload.batch, workload.batch), plan.num_stages)
+        slots = round_up(prompts, plan.prefill_slot_multiple())
+        tokens = round_up(slots * workload.input_len, plan.prefill_token_multiple())  # every slot holds a whole prompt
         buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=slots))
     cache = CacheConfig(size, held * plan.num_stages // plan.num_shards * pages, rows * plan.num_stages)
     switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
@@ -132,16 +133,16 @@ def least_rows(plan: Plan) -> int:
 
 
 def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[Bucket, ...]:
-    pages = -(-max_len // capacity.page_size)
+    pages = ceil_div(max_len, capacity.page_size)
     shards = plan.prefill_slot_multiple()
-    tokens = _up(max(capacity.prefill_tokens, capacity.max_prompt_len * shards), plan.prefill_token_multiple())
-    slots = _up(min(8, rows), shards)
-    contexts = sorted({-(-pages // _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
+    tokens = round_up(max(capacity.prefill_tokens, capacity.max_prompt_len * shards), plan.prefill_token_multiple())
+    slots = round_up(min(8, rows), shards)
+    contexts = sorted({ceil_div(pages, _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
     for context in contexts:
-        lanes_read, slots_read = _up(context, plan.num_parts), _up(context, plan.prefill_page_multiple())
+        lanes_read, slots_read = round_up(context, plan.num_parts), round_up(context, plan.prefill_page_multiple())
         decode = Bucket(rows, lanes_read, random=capacity.random or capacity.rich, rich=capacity.rich)
-        full = replace(decode, decode_rows=_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
+        full = replace(decode, decode_rows=round_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
         buckets += [decode, *_smaller(plan, full), full]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
             buckets.append(replace(full, prefill_pages=slots_read))
@@ -160,7 +161,7 @@ def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
 
     most = _WORTH_A_COMPILATION * seconds(full)
     for part in (2, 4):
-        smaller = replace(full, prefill_tokens=_up(full.prefill_tokens // part, plan.prefill_token_multiple()))
+        smaller = replace(full, prefill_tokens=round_up(full.prefill_tokens // part, plan.prefill_token_multiple()))
         if seconds(smaller) <= most:
             return (smaller,)
     return ()
@@ -261,7 +262,3 @@ def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
         random=not all(each.greedy for each in how),
         rich=any(each.rich for each in how) or any(chunk.targets for step in steps for chunk in step.prefill),
     )
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -20,8 +20,10 @@ MAX_LEN: Final = 1 << 24
 MAX_BATCH: Final = 1 << 20
 """Sequences decoded together, or resident."""
 
-# Number of tokens from which a plan runs the prefill phase's roles; this many stand for never. A step's rows are 32-bit numbers.
+# Number of tokens from which a plan runs the prefill phase's roles. A step's rows are 32-bit numbers.
 MAX_TOKENS: Final = 1 << 30
+NEVER: Final = MAX_TOKENS
+"""As such a number: no step has as many, so the roles of decode run always."""
 
 # The pool keeps some 44 bytes for each, for its own list of free ones and the count of holders.
 MAX_PAGES: Final = 1 << 23

@@ -17,8 +17,10 @@ from partinf.hardware.slices import Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role, letter_axes
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
+from partinf.limits import NEVER
 from partinf.model.config import ModelConfig
 from partinf.model.weights import layer_params
+from partinf.rounding import round_up
 from partinf.workload import DType
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ class Plan:
     kv: DType = DType.BF16
     max_len: int = 2048
     cache: CacheConfig = field(default_factory=CacheConfig)
-    prefill_from_tokens: int = 1 << 30
+    prefill_from_tokens: int = NEVER
     predicted: tuple[tuple[str, Ledger], ...] = ()
     note: str = ""
     padded_heads: int = 0
@@ -204,11 +206,11 @@ class Plan:
         """Rows of a step that decodes so many sequences and does nothing else, with padding: axes that only prefill gathers do not split
         its tokens. In a pipeline every step has the rows of the others."""
         multiple = self.decode_row_multiple(self.layout.decode)
-        rows = -(-num_sequences // multiple) * multiple
+        rows = round_up(num_sequences, multiple)
         if self.num_stages == 1 and rows < self.prefill_from_tokens:
             return rows
         multiple = self.decode_row_multiple()
-        return -(-num_sequences // multiple) * multiple
+        return round_up(num_sequences, multiple)
 
     def prefill_slot_multiple(self) -> int:
         """Prefill slots of a bucket must be a multiple of this: the batch axes of prefill attention."""
@@ -274,7 +276,7 @@ def _divides(model: ModelConfig, label: str, size: int, axes: tuple[str, ...], s
     ways = math.prod(sizes[axis] for axis in axes)
     if size % ways == 0:
         return []
-    padded = -(-size // ways) * ways
+    padded = round_up(size, ways)
     valid = [str(ways * k) for k in range(max(1, padded // ways - 1), padded // ways + 2)]
     splits = ", ".join(str(k) for k in range(1, min(size, 4096) + 1) if size % k == 0)
     over = "·".join(f"{axis}:{sizes[axis]}" for axis in axes)

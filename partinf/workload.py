@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from partinf.errors import raise_offences
 from partinf.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS, MIN_RATE, not_whole
+from partinf.rounding import ceil_div
 
 
 class Objective(StrEnum):
@@ -106,7 +107,7 @@ class Workload:
     @property
     def num_prefills(self) -> int:
         """Prefill steps that a decoded batch needs."""
-        return -(-self.batch // self.prompts_per_step)
+        return ceil_div(self.batch, self.prompts_per_step)
 
     @property
     def counted_prefills(self) -> int:

@@ -8,6 +8,7 @@ from partinf.caches import XLA, usable
 from partinf.errors import InvalidInput
 from partinf.hardware.platform import CPU, has_accelerator
 from partinf.hardware.slices import Slice
+from partinf.rounding import ceil_div
 
 MAX_VIRTUAL = 1024
 
@@ -24,7 +25,7 @@ def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes
         InvalidInput: more virtual devices than one process can have.
     """
     if slice_ is not None:
-        virtual, count = slice_.chip.platform.virtual, -(-slice_.num_devices // num_processes)
+        virtual, count = slice_.chip.platform.virtual, ceil_div(slice_.num_devices, num_processes)
     else:
         virtual, count = not has_accelerator(), virtual_devices
     if virtual and count > MAX_VIRTUAL:

@@ -26,6 +26,7 @@ from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_em
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
 from partinf.model.config import Block
+from partinf.rounding import ceil_div
 
 _PART = Part.ATTENTION
 
@@ -84,10 +85,10 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     real_rows = shape.decode_rows if shape.real_rows is None else shape.real_rows
     useful = real_rows / shape.decode_rows
     entries = _to_group(split, group, shape.decode_rows, useful, DECODE)
-    rows = -(-shape.decode_rows // split.ways(group.batch))
+    rows = ceil_div(shape.decode_rows, split.ways(group.batch))
     heads = model.num_heads // split.ways(group.heads)
     kv_heads = model.num_kv_heads // split.ways(group.kv)
-    keys = -(-shape.decode_context // split.ways(group.sequence))
+    keys = ceil_div(shape.decode_context, split.ways(group.sequence))
     seen = shape.decode_context if shape.real_context is None else shape.real_context
     share = useful * split.shares.heads * (seen / shape.decode_context if keys else 1.0)
     entries.append(decode_core(split, rows, heads, kv_heads, keys, share))
@@ -115,7 +116,7 @@ def prefill_entries(split: StepSplit) -> list[Entry]:
     useful = real_tokens / shape.prefill_tokens
     entries = _to_group(split, group, shape.prefill_tokens, useful, PREFILL)
     dealt = split.ways(group.batch)
-    slots, tokens = -(-shape.prefill_slots // dealt), -(-shape.prefill_tokens // dealt)
+    slots, tokens = ceil_div(shape.prefill_slots, dealt), ceil_div(shape.prefill_tokens, dealt)
     heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
     entries.append(prefill_core(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads))
     return entries + _from_group(split, group, shape.prefill_tokens, useful, PREFILL)
@@ -188,7 +189,7 @@ def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, item
     model, share = split.model, useful * split.shares.heads
     entries = []
     if group.sequence:
-        rows, heads = -(-tokens // split.ways(group.batch)), model.num_heads // split.ways(group.heads)
+        rows, heads = ceil_div(tokens, split.ways(group.batch)), model.num_heads // split.ways(group.heads)
         size, op = split.ways(group.sequence) * rows * heads * 4, Op.ALL_GATHER
         axes = group.sequence
         entries.append(split.pricing.collective(items.mass, _PART, model.num_layers, op, axes, size, "f32", share))

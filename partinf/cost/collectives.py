@@ -26,6 +26,7 @@ from partinf.cost.ledger import Op
 from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Rates
 from partinf.hardware.slices import Link, MeshAxis, Slice
+from partinf.rounding import ceil_div
 
 # A message between hosts passes two network adapters and a switch.
 _DCN_HOP_SECONDS = 1e-5
@@ -173,7 +174,7 @@ class Network:
         for axis in axes:
             here = min(axis.size, max(1, self.chip.node_size // axis.stride))
             inside *= here
-            outside *= -(-axis.size // here)
+            outside *= ceil_div(axis.size, here)
         levels = []
         if inside > 1:
             levels.append(_direct(inside, self.chip.switch_bandwidth, self.chip.hop_seconds))

@@ -17,6 +17,7 @@ from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role, kv_head_axes, letter_axes
 from partinf.model.config import ModelConfig
 from partinf.model.weights import held_bytes
+from partinf.rounding import ceil_div
 from partinf.workload import DType
 
 _F32 = 4
@@ -58,9 +59,9 @@ def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, conte
     sizes = slice_.axis_sizes
     decode_heads = layout.decode.attention_axes(AttentionRole.HEADS)
     split_heads = tuple(axis for axis in kv_head_axes(layout, sizes, model.num_kv_heads) if axis in decode_heads)
-    lanes = -(-rows // ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
+    lanes = ceil_div(rows, ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
     parts = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
-    tokens = -(-context // (page_size * parts)) * page_size
+    tokens = ceil_div(context, page_size * parts) * page_size
     per_token = 2 * model.num_kv_heads // ways(split_heads, sizes) * model.head_dim * kv.num_bytes
     return model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes) * lanes * tokens * per_token
 
@@ -120,11 +121,11 @@ def _core_bytes(split: StepSplit) -> int:
             continue
         dealt, parts = split.ways(group.batch), split.ways(group.sequence)
         heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
-        local = -(-tokens // dealt)
+        local = ceil_div(tokens, dealt)
         total += local * (3 * heads + 2 * kv_heads) * model.head_dim * act
-        seen = -(-(keys or -(-tokens // max(slots, 1)) + shape.prefill_context) // parts)
+        seen = ceil_div(keys or ceil_div(tokens, max(slots, 1)) + shape.prefill_context, parts)
         if split.pricing.program.blocked_attention:
             total += local * heads * min(seen, _SCORE_BLOCK) * _F32
         else:
-            total += local * heads * (keys or local + -(-slots // dealt) * shape.prefill_context) // parts * (_F32 + act)
+            total += local * heads * (keys or local + ceil_div(slots, dealt) * shape.prefill_context) // parts * (_F32 + act)
     return total

@@ -12,6 +12,7 @@ from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import TILED, Pricing
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model.config import Block, ModelConfig
+from partinf.rounding import ceil_div
 from partinf.workload import DType
 
 
@@ -170,7 +171,7 @@ class StepSplit:
     @property
     def local_tokens(self) -> int:
         """Tokens of the linear layers on one device."""
-        return -(-self.shape.num_tokens // self.ways(self.t))
+        return ceil_div(self.shape.num_tokens, self.ways(self.t))
 
     @property
     def q_projected(self) -> Split:

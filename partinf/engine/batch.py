@@ -12,6 +12,7 @@ from typing import Protocol
 from partinf.engine.request import Sequence, Status
 from partinf.engine.roster import Roster
 from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, SlotStart, Step
+from partinf.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class BatchBuilder:
         stages, so that none stands empty while another is crowded."""
         roster, limits = self._roster, self.limits
         everybody = min(len(roster.running) + len(roster.waiting) + len(roster.swapped), limits.num_slots)
-        return min(max_batch_size or limits.num_slots, max(1, -(-everybody // limits.num_stages)))
+        return min(max_batch_size or limits.num_slots, max(1, ceil_div(everybody, limits.num_stages)))
 
     @property
     def num_rows(self) -> int:

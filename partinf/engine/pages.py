@@ -17,6 +17,7 @@ from partinf.engine.prefix_cache import PrefixCache
 from partinf.engine.request import Sequence
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageCopy
+from partinf.rounding import ceil_div
 
 
 class PagePool:
@@ -224,7 +225,7 @@ class PagePool:
     def _wanted(self, first: int, end: int) -> list[int]:
         """How many of the pages from `first` to before `end` of a sequence lie in each part."""
         parts = self._limits.num_parts
-        return [max(0, -(-(end - part) // parts)) - max(0, -(-(first - part) // parts)) if end > first else 0 for part in range(parts)]
+        return [max(0, ceil_div(end - part, parts)) - max(0, ceil_div(first - part, parts)) if end > first else 0 for part in range(parts)]
 
     def _take(self, shard: int, index: int) -> int:
         """A free page for this place in a sequence."""

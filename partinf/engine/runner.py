@@ -7,6 +7,7 @@ from typing import Protocol
 
 from partinf.engine.step import Step, StepOutput
 from partinf.errors import raise_offences
+from partinf.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class RunnerLimits:
 
     def pages_for(self, num_positions: int) -> int:
         """Pages that hold this many tokens."""
-        return -(-num_positions // self.page_size)
+        return ceil_div(num_positions, self.page_size)
 
 
 class Runner(Protocol):

@@ -24,6 +24,7 @@ from partinf.execution.place import place_step
 from partinf.model.weights import num_params
 from partinf.partition.sharding import whole
 from partinf.plans import Bucket, Plan
+from partinf.rounding import ceil_div
 from partinf.transformer.params import Params
 from partinf.transformer.score import compile_score_step
 from partinf.transformer.step import empty_state
@@ -134,7 +135,7 @@ class Scorer:
             count = self._limits.pages_for(len(tokens) - 1)
             shard = max(range(len(free)), key=lambda one: sum(map(len, free[one])))
             parts = free[shard]
-            if any(len(parts[part]) < -(-(count - part) // len(parts)) for part in range(len(parts))):
+            if any(len(parts[part]) < ceil_div(count - part, len(parts)) for part in range(len(parts))):
                 if not running:
                     raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {self._limits.pages_per_shard}")
                 return

@@ -16,6 +16,7 @@ from partinf import resources
 from partinf.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.platform import Platform, platform_named
 from partinf.hardware.rates import Rates
+from partinf.limits import MAX_DEVICES
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Chip:
     wrap_multiple: int = 0
     sides: tuple[int, ...] = ()
     side_multiple: int = 0
-    max_axis: int = 1 << 20
+    max_axis: int = MAX_DEVICES
     link_bandwidth: float = 0.0
     core_links: float = 6.0
     node_size: int = 0

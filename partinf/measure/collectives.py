@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from partinf.cost.ledger import Op
 from partinf.measure.timing import Call
 from partinf.partition.sharding import over_all
+from partinf.rounding import ceil_div
 
 
 def collective_call(mesh: Mesh, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: jnp.dtype, count: int) -> Call:
@@ -24,7 +25,7 @@ def collective_call(mesh: Mesh, op: Op, axes: tuple[str, ...], num_bytes: int, d
     """
     dtype = jnp.dtype(dtype)
     ways = math.prod(mesh.shape[axis] for axis in axes)
-    each = max(1, -(-num_bytes // dtype.itemsize // ways))
+    each = max(1, ceil_div(num_bytes, dtype.itemsize * ways))
     held = each if op is Op.ALL_GATHER else each * ways
 
     def once(x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from partinf.measure.timing import Call, Timing
 from partinf.model.config import ModelConfig
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.rounding import ceil_div
 from partinf.workload import DType
 
 _CHAIN = 4  # of one entry in a call
@@ -95,7 +96,7 @@ class Entries:
     def _core(self, entry: Entry) -> Alone:
         sequences, tokens, heads, kv_heads, cached = entry.shape
         plan, size, devices = self._plan, self._plan.cache.page_size, self._mesh.size
-        pages = -(-cached // size)
+        pages = ceil_div(cached, size)
         decode, prefill = Bucket(devices, 1), Bucket(prefill_tokens=devices, prefill_slots=devices)
         if entry.item == DECODE.core:
             bucket = decode = Bucket(devices * sequences, pages)

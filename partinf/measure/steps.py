@@ -11,6 +11,7 @@ from partinf.execution.runner import JaxRunner
 from partinf.measure.timing import Call
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.rounding import ceil_div, round_up
 from partinf.transformer.params import prefers_unrolled, random_params
 
 _GREEDY = RowSampling()
@@ -25,9 +26,9 @@ def for_buckets(plan: Plan, buckets: tuple[Bucket, ...]) -> Plan:
     size, shards, prompts = plan.cache.page_size, plan.num_shards, plan.prefill_slot_multiple()
     pages, rows = plan.num_parts, 1
     for bucket in buckets:
-        own = -(-bucket.prefill_tokens // max(bucket.prefill_slots, 1) // size) + 1 + bucket.prefill_pages
-        slots = -(-bucket.prefill_slots // min(shards, prompts))
-        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * -(-own // plan.num_parts) * plan.num_parts)
+        own = ceil_div(bucket.prefill_tokens, max(bucket.prefill_slots, 1) * size) + 1 + bucket.prefill_pages
+        slots = ceil_div(bucket.prefill_slots, min(shards, prompts))
+        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * round_up(own, plan.num_parts))
         rows = max(rows, bucket.decode_rows + bucket.prefill_slots)
     longest = max(max(bucket.decode_pages, bucket.prefill_pages + bucket.prefill_tokens) * size for bucket in buckets)
     return replace(plan, buckets=buckets, cache=CacheConfig(size, pages, rows), max_len=max(longest, plan.max_len))
@@ -84,7 +85,7 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
         owners = [shard for shard in range(shards) if prefill_shard in limits.prefill_shards_of(shard)]
         shard = owners[slot % len(owners)]
         tokens = bucket.prefill_tokens // limits.num_prefill_shards // per_shard
-        pages = _pages(plan, shard, slot // shards if shards > 1 else slot, -(-(start + tokens) // size))
+        pages = _pages(plan, shard, slot // shards if shards > 1 else slot, ceil_div(start + tokens, size))
         chunk = PrefillChunk(bucket.decode_rows + slot, shard, (1,) * tokens, start, pages, True, _GREEDY, prefill_shard)
         chunks.append(chunk)
     return Step(tuple(decode), tuple(chunks))
@@ -93,5 +94,5 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
 def _pages(plan: Plan, shard: int, place: int, count: int) -> tuple[int, ...]:
     """`count` pages of a shard for its `place`-th sequence, from the start again where there are no more."""
     held, parts = plan.cache.pages_per_shard // plan.num_parts, plan.num_parts
-    first = place * -(-count // parts)
+    first = place * ceil_div(count, parts)
     return tuple((shard * parts + number % parts) * held + (first + number // parts) % held for number in range(count))

@@ -12,6 +12,7 @@ from typing import Any
 from partinf.documents import finite, shown
 from partinf.errors import raise_offences
 from partinf.limits import not_whole
+from partinf.rounding import round_up
 
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 # The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and
@@ -119,7 +120,7 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """V rounded up to a multiple that depends on the model alone, so that the same tree of parameters fits every mesh."""
         multiple = _COARSE if self.vocab_size >= _LARGE_VOCAB else _FINE
-        return -(-self.vocab_size // multiple) * multiple
+        return round_up(self.vocab_size, multiple)
 
     @property
     def longest_context(self) -> int:

@@ -16,6 +16,7 @@ from partinf.cost.roofline import critical_batch
 from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
+from partinf.rounding import round_up
 
 _MOST_BATCH = 1 << 14
 
@@ -47,7 +48,7 @@ class BatchAdvice:
     @property
     def lanes(self) -> int:
         """The batch with its padding."""
-        return -(-self.batch // self.multiple) * self.multiple
+        return round_up(self.batch, self.multiple)
 
     def __str__(self) -> str:
         reasons = {

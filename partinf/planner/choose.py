@@ -20,6 +20,7 @@ from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
 from partinf.planner.switch import prefill_from
 from partinf.plans import CacheConfig, Plan
+from partinf.rounding import ceil_div
 from partinf.workload import Workload
 
 
@@ -66,8 +67,8 @@ def plan_of(report: PlanReport, candidate: Candidate) -> Plan:
     page = CacheConfig().page_size
     roles = (AttentionRole.BATCH, AttentionRole.SEQUENCE)
     shards, parts = (ways(candidate.layout.decode.attention_axes(role), report.slice.axis_sizes) for role in roles)
-    lanes = -(-workload.batch // shards)
-    cache = CacheConfig(page, lanes * parts * -(-context // (page * parts)), lanes * shards)
+    lanes = ceil_div(workload.batch, shards)
+    cache = CacheConfig(page, lanes * parts * ceil_div(context, page * parts), lanes * shards)
     predicted = tuple((result.name, result.ledger) for result in candidate.phases)
     layout = running_layout(report, candidate)
     return Plan(

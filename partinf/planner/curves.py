@@ -18,6 +18,7 @@ from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
 from partinf.planner.search import answer
 from partinf.planner.slices import slices_of
+from partinf.rounding import round_up
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 TOKENS = tuple(1 << power for power in range(8, 23, 2))
@@ -87,7 +88,7 @@ def volumes(report: PlanReport) -> dict[str, list[float]]:
 
 def _moved(evaluator: Evaluator, layout: Layout, tokens: int, prompt: int, padded: int, sizes: dict[str, int]) -> float:
     devices = math.prod(sizes.values())
-    slots = -(-max(tokens // prompt, 1) // devices) * devices
+    slots = round_up(max(tokens // prompt, 1), devices)
     shape = StepShape(prefill_tokens=max(tokens, devices), prefill_slots=slots)
     split = evaluator.split(layout, "prefill", padded, shape)
     entries = [entry for entry in linear_part(split) + attention_part(split) if entry.count == split.model.num_layers]

@@ -21,6 +21,7 @@ from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model.config import ModelConfig
 from partinf.planner.candidates import Attention
+from partinf.rounding import ceil_div, round_up
 from partinf.workload import Workload
 
 # Padding heads beyond this factor is refused: another layout is always better.
@@ -144,11 +145,11 @@ class Evaluator:
     def _shape(self, label: str, stages: int, dealt: int, spread: int) -> StepShape:
         """Of a batch in so many stages, dealt over so many owners, whose tokens are spread over so many devices."""
         if label == "decode":
-            batch, context = -(-self.workload.batch // stages), max(self.workload.decode_context, 1)
-            return StepShape(decode_rows=_round_up(batch, spread), decode_context=context, real_rows=batch)
-        batch, length = -(-self.workload.prompts_per_step // stages), self._prompt_len
-        slots = _round_up(batch, dealt)
-        tokens = _round_up(slots * length, spread)
+            batch, context = ceil_div(self.workload.batch, stages), max(self.workload.decode_context, 1)
+            return StepShape(decode_rows=round_up(batch, spread), decode_context=context, real_rows=batch)
+        batch, length = ceil_div(self.workload.prompts_per_step, stages), self._prompt_len
+        slots = round_up(batch, dealt)
+        tokens = round_up(slots * length, spread)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
 
     def stages(self, layout: Layout) -> int:
@@ -187,13 +188,13 @@ class Evaluator:
     def _core(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> float:
         split_heads = [attention.heads >> index & 1 for index in range(len(kv))]
         marked = list(zip(self.sizes.values(), split_heads, kv, strict=True))
-        heads = -(-self.model.num_heads // math.prod(size for size, splits, _ in marked if splits))
-        kv_heads = -(-self.model.num_kv_heads // math.prod(size for size, splits, both in marked if splits and both))
+        heads = ceil_div(self.model.num_heads, math.prod(size for size, splits, _ in marked if splits))
+        kv_heads = ceil_div(self.model.num_kv_heads, math.prod(size for size, splits, both in marked if splits and both))
         if label == "decode":
-            rows = -(-self.workload.batch // (split.num_stages * attention.dealt))
-            keys = -(-max(self.workload.decode_context, 1) // attention.parts)
+            rows = ceil_div(self.workload.batch, split.num_stages * attention.dealt)
+            keys = ceil_div(max(self.workload.decode_context, 1), attention.parts)
             return decode_core(split, rows, heads, kv_heads, keys).seconds
-        slots = -(-self.workload.prompts_per_step // (split.num_stages * attention.dealt))
+        slots = ceil_div(self.workload.prompts_per_step, split.num_stages * attention.dealt)
         return prefill_core(split, slots, slots * self._prompt_len, heads, kv_heads, attention.parts).seconds
 
     def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
@@ -251,9 +252,5 @@ def padded_heads(model: ModelConfig, parts: int) -> int | None:
     if heads % parts == 0:
         return 0
     multiple = parts if kv == heads else math.lcm(parts, kv)
-    padded = -(-heads // multiple) * multiple
+    padded = round_up(heads, multiple)
     return padded if padded <= _MOST_PADDING * heads else None
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

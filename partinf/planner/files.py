@@ -9,7 +9,7 @@ from partinf.documents import Table
 from partinf.errors import collect, raise_offences
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, layout_to_toml
-from partinf.limits import MAX_BATCH, MAX_LEN, MAX_TOKENS
+from partinf.limits import MAX_BATCH, MAX_LEN, NEVER
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Objective, Workload
@@ -70,7 +70,7 @@ def saved_plan(text: str, where: str) -> tuple[Plan, Workload]:
     assert model is not None
     assert slice_ is not None
     assert workload is not None
-    switch, padded = rest.get("prefill_from_tokens", MAX_TOKENS), rest.get("padded_heads", 0)
+    switch, padded = rest.get("prefill_from_tokens", NEVER), rest.get("padded_heads", 0)
     return Plan(model, slice_, layout, weights, kv, prefill_from_tokens=switch, padded_heads=padded), workload
 
 

@@ -14,10 +14,11 @@ from partinf.cost.movement import ways
 from partinf.cost.pricing import TILED
 from partinf.cost.split import StepShape
 from partinf.layout import PHASES, AttentionRole, Layout
+from partinf.limits import NEVER
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
+from partinf.rounding import ceil_div, round_up
 
-NEVER = 1 << 30
 _MOST_TOKENS = 1 << 24
 _APART = 4
 
@@ -79,8 +80,8 @@ def _step_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Call
     dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:
-        prompts = -(-tokens // max(workload.input_len, 1)) if workload.input_len else 1
-        shape = StepShape(prefill_tokens=tokens, prefill_slots=-(-prompts // dealt) * dealt)
+        prompts = ceil_div(tokens, max(workload.input_len, 1)) if workload.input_len else 1
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=round_up(prompts, dealt))
         prefill, decode = (evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
         return prefill, decode
 

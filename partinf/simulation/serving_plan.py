@@ -14,15 +14,16 @@ from partinf.cost.pricing import Pricing
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role
+from partinf.limits import NEVER
 from partinf.model.config import ModelConfig
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
 from partinf.plans import Plan
+from partinf.rounding import ceil_div
 from partinf.simulation.arrivals import Arrival
 from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload
 
-_NEVER = 1 << 30
 _JUDGED = 24  # candidates of the planner that are judged again
 
 
@@ -76,15 +77,15 @@ def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
     """Mean iteration of a full batch, dealt over the pipeline stages, whose ended requests are replaced at once: prompts in the step of
     every stage lengthen a tick no more than one does."""
     price, stages = StepPrice(plan, pricing), plan.num_stages
-    decode = stages * price.decode_seconds(-(-traffic.max_batch_size // stages), traffic.input_len + traffic.output_len // 2)
+    decode = stages * price.decode_seconds(ceil_div(traffic.max_batch_size, stages), traffic.input_len + traffic.output_len // 2)
     return decode + traffic.max_batch_size / traffic.output_len * price.prefill_seconds(traffic.input_len)
 
 
 def _gathering_where_it_pays(plan: Plan, pricing: Pricing) -> Plan:
     """The plan without prefill's FFN roles where they lose once attention is counted in: the planner compares linear layers alone, and
     tokens that are split for them have to be exchanged when attention splits heads."""
-    never = replace(plan, prefill_from_tokens=_NEVER)
-    if plan.prefill_from_tokens >= _NEVER:
+    never = replace(plan, prefill_from_tokens=NEVER)
+    if plan.prefill_from_tokens >= NEVER:
         return never
     length = 2 * plan.prefill_from_tokens
     seconds = [StepPrice(each, pricing).prefill_seconds(length) for each in (plan, never)]

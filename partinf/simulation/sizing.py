@@ -11,6 +11,7 @@ from partinf.cost.split import StepShape, StepSplit
 from partinf.errors import InvalidInput, raise_offences
 from partinf.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS, not_whole, outside
 from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.rounding import ceil_div, round_up
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.step_price import StepPrice
 
@@ -82,13 +83,13 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunne
 def _sized(plan: Plan, sizing: Sizing) -> Plan:
     """The plan with one bucket, which holds all that a step may hold: steps are priced at their own shapes, not at its. Pages are still to
     be counted."""
-    rows, prefill_shards = _up(sizing.max_rows, plan.num_shards), plan.prefill_slot_multiple()
+    rows, prefill_shards = round_up(sizing.max_rows, plan.num_shards), plan.prefill_slot_multiple()
     largest = Bucket(
         decode_rows=rows,
-        decode_pages=-(-sizing.max_len // sizing.page_size),
-        prefill_tokens=_up(sizing.prefill_tokens, prefill_shards),
+        decode_pages=ceil_div(sizing.max_len, sizing.page_size),
+        prefill_tokens=round_up(sizing.prefill_tokens, prefill_shards),
         prefill_slots=rows * prefill_shards,
-        prefill_pages=-(-sizing.max_len // sizing.page_size),
+        prefill_pages=ceil_div(sizing.max_len, sizing.page_size),
         random=True,
         rich=True,
     )
@@ -98,14 +99,10 @@ def _sized(plan: Plan, sizing: Sizing) -> Plan:
 
 def _free_bytes(plan: Plan, pricing: Pricing, price: StepPrice, sizing: Sizing) -> float:
     """Memory of one device beside its weights and the activations of the largest step."""
-    rows = _up(sizing.max_rows, plan.decode_row_multiple())
-    tokens = _up(sizing.prefill_tokens, plan.prefill_token_multiple())
-    slots = _up(max(1, sizing.prefill_tokens // sizing.max_len), plan.prefill_slot_multiple())
+    rows = round_up(sizing.max_rows, plan.decode_row_multiple())
+    tokens = round_up(sizing.prefill_tokens, plan.prefill_token_multiple())
+    slots = round_up(max(1, sizing.prefill_tokens // sizing.max_len), plan.prefill_slot_multiple())
     shape = StepShape(decode_rows=rows, decode_context=sizing.max_len, prefill_tokens=tokens, prefill_slots=slots)
     phase = plan.ffn_phase(shape.num_tokens)
     split = StepSplit(plan.padded_model, plan.layout, phase, shape, pricing, plan.weights, plan.kv, price.shares)
     return usable_bytes(plan.slice) - price.weight_bytes() - activation_bytes(split)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -24,6 +24,7 @@ from partinf.engine.estimates import Estimates
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
 from partinf.plans import Bucket, Plan
+from partinf.rounding import round_up
 
 _ROUND_BITS = 5  # shapes keep so many leading bits beyond the first: within 1/32 of the true size
 
@@ -180,7 +181,7 @@ class StepPrice:
         alike = round(step.num_prefill_tokens**2 / max(1, sum(length * length for length in lens)))
         earlier = sum(chunk.start for chunk in step.prefill) // max(1, len(lens))
         return StepShape(
-            decode_rows=_up(rows, self._row_multiple),
+            decode_rows=round_up(rows, self._row_multiple),
             decode_context=context,
             prefill_tokens=self._tokens(tokens),
             prefill_slots=self._slots(max(1, alike)),
@@ -211,10 +212,10 @@ class StepPrice:
         return max(per_shard) * shards
 
     def _tokens(self, count: int) -> int:
-        return _up(_rounded(count), self._token_multiple)
+        return round_up(_rounded(count), self._token_multiple)
 
     def _slots(self, count: int) -> int:
-        return _up(count, self._slot_multiple)
+        return round_up(count, self._slot_multiple)
 
 
 def _common(shapes: list[StepShape]) -> StepShape:
@@ -235,7 +236,3 @@ def _rounded(size: int) -> int:
     """The size with a few leading bits, rounded to nearest."""
     shift = max(0, size.bit_length() - 1 - _ROUND_BITS)
     return (size + (1 << shift >> 1)) >> shift << shift
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from partinf.errors import InvalidInput
 from partinf.hardware.slices import make_slice
 from partinf.layout import make_layout
+from partinf.limits import NEVER
 from partinf.partition.sharding import dimensions
 from partinf.plans import Bucket, Plan
 from partinf.transformer.attention import rotations_of
@@ -38,7 +39,7 @@ def on_one_device(plan: Plan) -> Plan:
     slice_ = make_slice(chip, (1,) * len(plan.slice.shape))
     names = [axis.name for axis in slice_.axes]
     layout = make_layout(dict.fromkeys(names, "replica"), dict.fromkeys(names, "none"))
-    return replace(plan, slice=slice_, layout=layout, cache=cache, prefill_from_tokens=1 << 30)
+    return replace(plan, slice=slice_, layout=layout, cache=cache, prefill_from_tokens=NEVER)
 
 
 def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_logits: bool = False) -> Any:

@@ -9,12 +9,13 @@ import pytest
 
 from partinf.cli import main
 from partinf.hardware.slices import parse_slice
+from partinf.limits import NEVER
 from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.choose import running_layout
 from partinf.planner.report import PlanReport
 from partinf.planner.slices import Trial
-from partinf.planner.switch import NEVER, prefill_from, switch_table
+from partinf.planner.switch import prefill_from, switch_table
 from partinf.workload import DType, Objective, Workload
 
 SERVING = Workload(64, 1984, 64, weights=DType.INT8, prefill_batch=1)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
+from partinf.limits import NEVER
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import running_layout
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.slices import Trial, price_per_million_tokens
-from partinf.planner.switch import NEVER, prefill_from
+from partinf.planner.switch import prefill_from
 
 # Figures of an entry that are left out where they are zero or empty; a report holds tens of thousands of entries.
 _OPTIONAL = (

@@ -19,6 +19,7 @@ from jax import lax
 
 from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
+from partinf.rounding import ceil_div, round_up
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.linear import dot
@@ -76,7 +77,7 @@ def seen_shares(tokens: int, slots: int, heads: int, tiles: Tiles) -> tuple[floa
         seen += last // size - (first // each * each) // size + 1
         together += last // each - first // each + 1
         count += 1
-    return seen / (count * -(-tokens // size)), together / (count * max(slots, 1))
+    return seen / (count * ceil_div(tokens, size)), together / (count * max(slots, 1))
 
 
 class _Running(NamedTuple):
@@ -157,7 +158,7 @@ def prefill(
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
         length = min(length, x.shape[0])
-        return _pad(x, -(-x.shape[0] // length) * length, fill).reshape(-1, length, *x.shape[1:])
+        return _pad(x, round_up(x.shape[0], length), fill).reshape(-1, length, *x.shape[1:])
 
     length = tiles.queries(q.shape[1])
     halves = (
@@ -291,7 +292,7 @@ def _columns(table: jax.Array, read: Read, keys: int) -> tuple[jax.Array, int]:
     """The page table cut into tiles: ids [tiles, B, pages of a tile], and the keys of one; the last tile is filled with page -1."""
     size = jax.eval_shape(read, table[:, :1]).keys.shape[-2]
     pages = min(max(1, keys // size), table.shape[1])
-    padded = _pad(table.T, -(-table.shape[1] // pages) * pages, -1).T
+    padded = _pad(table.T, round_up(table.shape[1], pages), -1).T
     return jnp.swapaxes(padded.reshape(table.shape[0], -1, pages), 0, 1), pages * size
 
 
