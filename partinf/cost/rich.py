@@ -40,7 +40,10 @@ def rich_entries(split: StepSplit, rows: int, useful: float, logits_of: LogitsOf
 
 
 def _prompt_entries(split: StepSplit, logits_of: LogitsOf) -> list[Entry]:
-    """Log-probabilities of prompt tokens: to the split of the logits, logits chunk by chunk, three sums over V each, and back."""
+    """Log-probabilities of prompt tokens: to the split of the logits, logits chunk by chunk, five reductions over V each, and back.
+
+    Three are those of a token's log-probability, two find the likeliest token in its place.
+    """
     tokens, axes = split.shape.prefill_tokens, split.w_stored
     held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
     entries = [
@@ -51,7 +54,11 @@ def _prompt_entries(split: StepSplit, logits_of: LogitsOf) -> list[Entry]:
     size = max(count for count in range(1, _SCORED_ROWS + 1) if rows % count == 0)
     entries += logits_of(split, size, rows // size, split.shape.useful)
     if axes:
-        entries.append(split.pricing.collective(SCORE, Part.SAMPLING, 3 * rows // size, Op.ALL_REDUCE, axes, size * _F32, "f32"))
+        for dtype, count in (("f32", 4), ("int32", 1)):
+            times = count * rows // size
+            entries.append(split.pricing.collective(SCORE, Part.SAMPLING, times, Op.ALL_REDUCE, axes, size * _F32, dtype))
     if split.replica:
-        entries.append(split.pricing.collective(SCORES, Part.SAMPLING, 1, Op.ALL_GATHER, split.replica, tokens * _F32, "f32"))
+        for dtype, count in (("f32", 2), ("int32", 1)):
+            num_bytes = tokens * _F32
+            entries.append(split.pricing.collective(SCORES, Part.SAMPLING, count, Op.ALL_GATHER, split.replica, num_bytes, dtype))
     return entries

@@ -40,11 +40,11 @@ def _collective(split: StepSplit, item: Item, op: Op, axes: tuple[str, ...], num
 
 
 def _chosen_words(split: StepSplit) -> int:
-    """Tokens and log-probabilities of all rows; alternatives and scores of prompts, where the program has them."""
+    """Tokens and log-probabilities of all rows; alternatives, and of prompts scores and likeliest tokens, where the program has them."""
     shape = split.shape
     rows = shape.decode_rows + shape.prefill_slots
     if not shape.rich:
         return 2 * rows
     vocab = split.model.padded_vocab_size // split.ways(split.w_stored)
     alternatives = min(TOP_LOGPROBS, min(TOP_LOGPROBS, vocab) * split.ways(split.w_stored))
-    return 2 * rows * (1 + alternatives) + shape.prefill_tokens
+    return 2 * rows * (1 + alternatives) + 3 * shape.prefill_tokens

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, SampledToken, SlotStart, Step, StepOutput
+from partinf.engine.step import DecodeRow, PrefillChunk, PromptScore, RowSampling, SampledToken, SlotStart, Step, StepOutput
 
 Rule = Callable[[Sequence[int]], int]
 """Context, first token first → the next token."""
@@ -94,10 +94,11 @@ class FakeRunner:
         for position, token in enumerate(tokens, start):
             self._kv[pages[position // size], position % size] = (token, position)
 
-    def _score(self, chunk: PrefillChunk) -> tuple[float, ...]:
+    def _score(self, chunk: PrefillChunk) -> tuple[PromptScore, ...]:
         context = self._context(chunk.slot, chunk.pages, chunk.end)
         ends = range(chunk.start + 1, chunk.start + 1 + len(chunk.targets))
-        return tuple(-float(self._rule(context[:end]) + target) for end, target in zip(ends, chunk.targets, strict=True))
+        likeliest = [self._rule(context[:end]) for end in ends]
+        return tuple(PromptScore(-float(top + target), top, -float(top)) for top, target in zip(likeliest, chunk.targets, strict=True))
 
     def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling) -> SampledToken:
         token = self._rule(self._context(slot, pages, length))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from partinf.engine.params import SamplingParams as SamplingParams
-from partinf.engine.step import RowSampling, SampledToken
+from partinf.engine.step import PromptScore, RowSampling, SampledToken
 
 
 class FinishReason(StrEnum):
@@ -105,7 +105,7 @@ class Sequence:
         attained: seconds that its steps took so far.
         family: all samples of the request, this one included, the one that computes the prompt first; empty for a single one.
         shared_len: tokens of the prompt whose pages are shared with the first.
-        top_logprobs: of each generated token, if asked for. prompt_logprobs: of each prompt token, None where not known.
+        top_logprobs: of each generated token, if asked for. prompt_scores: of each prompt token, None where not known.
         scoring: log-probabilities of the prompt are still to be computed. started_slot: its slot counts its tokens.
         started, first_token, last_token, finished: times on the engine's clock, in seconds; None until it happens.
     """
@@ -134,7 +134,7 @@ class Sequence:
     family: tuple[Sequence, ...] = ()
     shared_len: int = 0
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    prompt_logprobs: list[float | None] = field(default_factory=list)
+    prompt_scores: list[PromptScore | None] = field(default_factory=list)
     scoring: bool = False
     started_slot: bool = False
     finish_reason: FinishReason | None = None
@@ -149,7 +149,7 @@ class Sequence:
         self.prefill_len = len(self.tokens)
         self.max_positions = self.request.max_positions
         self.scoring = self.request.params.prompt_logprobs and len(self.tokens) > 1 and self.request.sample == 0
-        self.prompt_logprobs = [None] * len(self.tokens) if self.request.params.prompt_logprobs else []
+        self.prompt_scores = [None] * len(self.tokens) if self.request.params.prompt_logprobs else []
         self._table: tuple[int, ...] = ()
 
     def page_table(self, num_pages: int) -> tuple[int, ...]:
@@ -218,6 +218,7 @@ class Sequence:
     def output(self) -> RequestOutput:
         """The answer; only once the sequence has finished."""
         assert self.finish_reason is not None, f"request {self.request.id} has not finished"
+        scores = (self.family or (self,))[0].prompt_scores if self.request.params.prompt_logprobs else None
         return RequestOutput(
             id=self.request.id,
             prompt=self.request.prompt,
@@ -227,7 +228,8 @@ class Sequence:
             logprobs=tuple(self.logprobs) if self.request.params.logprobs else None,
             sample=self.request.sample,
             top_logprobs=tuple(self.top_logprobs) if self.request.params.top_logprobs else None,
-            prompt_logprobs=tuple((self.family or (self,))[0].prompt_logprobs) if self.request.params.prompt_logprobs else None,
+            prompt_logprobs=None if scores is None else tuple(score and score.logprob for score in scores),
+            prompt_top_logprobs=None if scores is None else tuple(score and (score.top_token, score.top_logprob) for score in scores),
             error=self.error,
             times=self.times(),
             num_iterations=self.num_iterations,
@@ -284,7 +286,8 @@ class RequestOutput:
         tokens: every token that was sampled, the one that ended it included.
         text: the tokens as text, without end-of-sequence and stop tokens and only up to the first stop string; "" without a tokenizer.
         logprobs: of `tokens`, when asked for. top_logprobs: per token the most likely ones, most likely first, when asked for.
-        prompt_logprobs: of `prompt`, None for the first token and where the request ended before; when asked for.
+        prompt_logprobs: of `prompt`, None for the first token and where the request ended before; when asked for. prompt_top_logprobs: the
+            likeliest token in the place of each, with its own, in the same way.
         sample: which of the request's n samples.
         error: what went wrong, when finish_reason is FAILED or the request's own callback raised.
         num_iterations: steps that the request took part in.
@@ -303,6 +306,7 @@ class RequestOutput:
     sample: int = 0
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[int, float] | None, ...] | None = None
     num_cached: int = 0
 
     @property

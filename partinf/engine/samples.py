@@ -102,9 +102,9 @@ class Samples:
 
     def _take_scores(self, batch: ScheduledBatch, output: StepOutput) -> None:
         """Log-probabilities of prompts, before a token ends their request."""
-        for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_logprobs, strict=False):
-            known = next((place for place, score in enumerate(scores) if not math.isfinite(score)), len(scores))
-            sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + known] = scores[:known]
+        for sequence, chunk, scores in zip(batch.prefill, batch.step.prefill, output.prompt_scores, strict=False):
+            known = next((place for place, score in enumerate(scores) if not math.isfinite(score.logprob)), len(scores))
+            sequence.prompt_scores[chunk.start + 1 : chunk.start + 1 + known] = scores[:known]
             if known < len(scores) and sequence.request.number in self._live:
                 self._fail(self._live[sequence.request.number], NoNumber(chunk.start + 1 + known))
 

@@ -176,6 +176,14 @@ class SampledToken(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class PromptScore(NamedTuple):
+    """The log-probability of a prompt's token, and the likeliest token in its place with its own."""
+
+    logprob: float
+    top_token: int
+    top_logprob: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """The result of one step.
@@ -183,7 +191,7 @@ class StepOutput:
     Attributes:
         decode: in the order of `Step.decode`.
         prefill: in the order of `Step.prefill`; None for a chunk that was not the last of its prompt.
-        prompt_logprobs: in the order of `Step.prefill`, of each chunk's targets; empty when no chunk has any.
+        prompt_scores: in the order of `Step.prefill`, of each chunk's targets; empty when no chunk has any.
         padded_tokens: tokens that really went through the linear layers, padding included; 0 when the runner does not pad.
         seconds: time that the step took on the device; 0 when the runner does not know it.
         stages: from when to when each pipeline stage worked on the step, on the engine's clock; empty when the runner does not know, or has
@@ -192,7 +200,7 @@ class StepOutput:
 
     decode: tuple[SampledToken, ...] = ()
     prefill: tuple[SampledToken | None, ...] = ()
-    prompt_logprobs: tuple[tuple[float, ...], ...] = ()
+    prompt_scores: tuple[tuple[PromptScore, ...], ...] = ()
     padded_tokens: int = 0
     seconds: float = 0.0
     stages: tuple[tuple[float, float], ...] = ()

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from partinf.buckets import fit, runner_limits, smallest_first
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import SampledToken, Step, StepOutput
+from partinf.engine.step import PromptScore, SampledToken, Step, StepOutput
 from partinf.errors import InvalidInput
 from partinf.execution.place import Placed, place_step
 from partinf.partition.sharding import device_mesh, put, whole
@@ -178,9 +178,8 @@ class JaxRunner:
         out, placed, rich = submitted.out, submitted.placed, submitted.placed.batch.rich
         wanted = None if rich is None or not rich.alternatives.any() else rich.alternatives.tolist()
         scored = rich is not None and (rich.target >= 0).any()
-        fetched = jax.device_get(
-            (out.tokens, out.logprobs, (out.top_tokens, out.top_logprobs) if wanted else (), out.prompt_logprobs if scored else None)
-        )
+        prompts = (out.prompt_logprobs, out.prompt_top_tokens, out.prompt_top_logprobs) if scored else ()
+        fetched = jax.device_get((out.tokens, out.logprobs, (out.top_tokens, out.top_logprobs) if wanted else (), prompts))
         tokens, logprobs = fetched[0].tolist(), fetched[1].tolist()
         tops = [array.tolist() for array in fetched[2]]
 
@@ -192,7 +191,9 @@ class JaxRunner:
         return StepOutput(
             decode=tuple(map(sampled, placed.decode_rows)),
             prefill=tuple(None if row is None else sampled(row) for row in placed.prefill_rows),
-            prompt_logprobs=tuple(tuple(fetched[3][span].tolist()) for span in placed.scored) if scored else (),
+            prompt_scores=tuple(tuple(map(PromptScore, *(part[span].tolist() for part in fetched[3]))) for span in placed.scored)
+            if scored
+            else (),
             padded_tokens=submitted.padded_tokens,
         )
 

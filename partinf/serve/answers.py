@@ -104,9 +104,13 @@ class CompletionAnswer(_Answer):
         found, start = CompletionLogprobs([], [], [], []), 0
         if asked.echoed:
             given = asked.prompts[prompt]
-            nothing = [None] * len(given)  # the engine names no alternatives of prompt tokens
-            values = list(output.prompt_logprobs or nothing)
-            found = completion_logprobs(self._texts, Offsets(tokenizer, continuation=False), given, values, nothing)
+            values = list(output.prompt_logprobs or [None] * len(given))
+            # Of the prompt's tokens the likeliest in each place is known, which is what those who score texts look at.
+            tops = [
+                None if top is None else (top,) * bool(asked.params.top_logprobs)
+                for top in output.prompt_top_logprobs or [None] * len(given)
+            ]
+            found = completion_logprobs(self._texts, Offsets(tokenizer, continuation=False), given, values, tops)
             start = len(asked.echoed[prompt])
         if not asked.only_echo:
             tokens, values = output.tokens, list(output.logprobs or ())

@@ -70,9 +70,9 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
     return ApiError(404, [Offence(message, "model")], code="model_not_found")
 
 
-def failure() -> ApiError:
-    """Something of ours broke; what, is in the log."""
-    return ApiError(500, [Offence("the server failed while it ran this request")], code="internal_error")
+def failure(why: str | None = None) -> ApiError:
+    """Something of ours broke; what, is in the log, unless it can be said."""
+    return ApiError(500, [Offence(why or "the server failed while it ran this request")], code="internal_error")
 
 
 def unavailable(why: str, retry_after: float) -> ApiError:

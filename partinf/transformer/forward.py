@@ -23,6 +23,7 @@ prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.model.config import Position
-from partinf.partition.collectives import Split, move, take_split
+from partinf.partition.collectives import Axes, Split, move, take_split
 from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
@@ -38,7 +39,7 @@ from partinf.transformer.block import block
 from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Group, Routes
-from partinf.transformer.sampling import log_normalizer, logit_of
+from partinf.transformer.sampling import likeliest, log_normalizer, logit_of
 
 _SCORED_ROWS = 128  # rows of logits of given tokens that exist at once
 _LANES = 128  # of a TPU's tiles
@@ -193,7 +194,27 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
 
 
 def token_logprobs(params: Params, x: jax.Array, targets: jax.Array, routes: Routes) -> jax.Array:
-    """Log-probabilities [T] of one token `targets` [T] after each prompt token, whose last layer's output is x [T.t, E.w].
+    """Log-probabilities [T] of one token `targets` [T] after each prompt token, whose last layer's output is x [T.t, E.w]."""
+
+    def score(found: jax.Array, ids: jax.Array, targets: jax.Array, axes: Axes) -> jax.Array:
+        return logit_of(found, ids, targets, axes) - log_normalizer(found, axes)
+
+    return _scored(params, x, targets, routes, score)
+
+
+def prompt_scores(params: Params, x: jax.Array, targets: jax.Array, routes: Routes) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `token_logprobs`, and the likeliest token after each prompt token with its log-probability: [T] each."""
+
+    def score(found: jax.Array, ids: jax.Array, targets: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
+        normalizer = log_normalizer(found, axes)
+        tokens, tops = likeliest(found, ids, axes)
+        return logit_of(found, ids, targets, axes) - normalizer, tokens, tops - normalizer
+
+    return _scored(params, x, targets, routes, score)
+
+
+def _scored(params: Params, x: jax.Array, targets: jax.Array, routes: Routes, score: Callable[..., Any]) -> Any:
+    """What `score` (logits, vocabulary ids, targets, axes that split them) finds for every prompt token, as arrays [T].
 
     Logits are made for a chunk of rows at a time, so nothing of size tokens × vocabulary exists, on any device.
     """
@@ -205,12 +226,12 @@ def token_logprobs(params: Params, x: jax.Array, targets: jax.Array, routes: Rou
     ids = vocabulary_ids(routes)
     size = max(count for count in range(1, _SCORED_ROWS + 1) if x.shape[0] % count == 0)
 
-    def chunk(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        found = logits(params, part[0], routes)
-        return logit_of(found, ids, part[1], axes) - log_normalizer(found, axes)
+    def chunk(part: tuple[jax.Array, jax.Array]) -> Any:
+        return score(logits(params, part[0], routes), ids, part[1], axes)
 
-    scores = lax.map(chunk, (x.reshape(-1, size, x.shape[1]), targets.reshape(-1, size))).reshape(-1)  # [T.r]
-    return move(scores, routes.frame(order, ()), Split(routes.replica), Split())  # [T]
+    found = lax.map(chunk, (x.reshape(-1, size, x.shape[1]), targets.reshape(-1, size)))
+    whole = lambda part: move(part.reshape(-1), routes.frame(order, ()), Split(routes.replica), Split())  # noqa: E731  # [T.r] → [T]
+    return jax.tree.map(whole, found)
 
 
 def vocabulary_ids(routes: Routes) -> jax.Array:

@@ -24,7 +24,7 @@ from partinf.plans import Bucket, Plan
 from partinf.transformer import stages
 from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
 from partinf.transformer.cache import abstract_cache
-from partinf.transformer.forward import hidden, sampled_logits, token_logprobs, vocabulary_ids
+from partinf.transformer.forward import hidden, prompt_scores, sampled_logits, vocabulary_ids
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
 from partinf.transformer.sampling import choose, log_normalizer, logit_of, most_likely
@@ -58,7 +58,8 @@ class Out:
             -1 stands for a row whose logits are no numbers.
         logits: [D + S, V.ef] float32, or None unless it was asked for.
         top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in rich buckets; meaningless in a step whose
-            rows want none. prompt_logprobs: [T] of the targets, in rich buckets with prompt tokens.
+            rows want none. prompt_logprobs: [T] of the targets, in rich buckets with prompt tokens; prompt_top_tokens,
+            prompt_top_logprobs: [T] the likeliest tokens in their places.
     """
 
     tokens: jax.Array
@@ -67,6 +68,8 @@ class Out:
     top_tokens: jax.Array | None = None
     top_logprobs: jax.Array | None = None
     prompt_logprobs: jax.Array | None = None
+    prompt_top_tokens: jax.Array | None = None
+    prompt_top_logprobs: jax.Array | None = None
 
 
 Step = Callable[[Params, State, Batch], tuple[State, Out]]
@@ -126,7 +129,7 @@ def build_step(
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
     batch_specs = jax.tree.map(lambda _: WHOLE, stacked(bucket, plan.num_stages))
     rich = WHOLE if bucket.rich else None
-    out_specs = Out(WHOLE, WHOLE, spec(plan, ".W") if with_logits else None, rich, rich, rich if bucket.prefill_tokens else None)
+    out_specs = Out(WHOLE, WHOLE, spec(plan, ".W") if with_logits else None, rich, rich, *[rich if bucket.prefill_tokens else None] * 3)
 
     def local_step(params: Params, state: State, batches: Batch) -> tuple[State, Out]:
         mine, batch = stages.own(batches, routes), stages.last(batches)
@@ -142,7 +145,8 @@ def build_step(
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, kept, slots, batch, routes)
         if bucket.rich and bucket.prefill_tokens:
-            out = replace(out, prompt_logprobs=_prompt_logprobs(params, x, batch, routes))
+            logprobs, top_tokens, top_logprobs = _prompt_scores(params, x, batch, routes)
+            out = replace(out, prompt_logprobs=logprobs, prompt_top_tokens=top_tokens, prompt_top_logprobs=top_logprobs)
         out = stages.from_last(replace(out, logits=_whole_lanes(logits, routes) if with_logits else None), routes)
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)  # out of range: dropped
         last = state.last_token.at[slots].set(jnp.maximum(out.tokens, 0), mode="drop")
@@ -212,12 +216,13 @@ def _token_or_none(tokens: jax.Array, logprobs: jax.Array, routes: Routes) -> ja
     return jnp.where(jnp.isfinite(logprobs) & (tokens < routes.plan.model.vocab_size), tokens, -1)
 
 
-def _prompt_logprobs(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
-    """Log-probabilities [T] of the targets, where there are any."""
+def _prompt_scores(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the targets and the likeliest tokens in their places with theirs, [T] each, where there are any targets."""
     targets = jnp.asarray(batch.rich.target)
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
-    score = lambda: token_logprobs(params, x[lanes:], targets, routes)  # noqa: E731
-    return lax.cond(jnp.any(targets >= 0), score, lambda: jnp.zeros(targets.shape, jnp.float32))
+    score = lambda: prompt_scores(params, x[lanes:], targets, routes)  # noqa: E731
+    nothing = lambda: tuple(jnp.zeros(targets.shape, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32))  # noqa: E731
+    return lax.cond(jnp.any(targets >= 0), score, nothing)
 
 
 def _whole_lanes(values: jax.Array, routes: Routes) -> jax.Array:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, SamplingParams
-from partinf.engine.step import PrefillChunk, RowSampling, SampledToken
+from partinf.engine.step import PrefillChunk, PromptScore, RowSampling, SampledToken
 from partinf.errors import NoNumber
 from tests.engine.support import ROOMY, make_engine, run_all
 
@@ -22,10 +22,12 @@ class Poisoned(FakeRunner):
         sampled = super()._sample(slot, pages, length, sampling)
         return SampledToken(-1, float("nan")) if POISON in self._context(slot, pages, length) else sampled
 
-    def _score(self, chunk: PrefillChunk) -> tuple[float, ...]:
+    def _score(self, chunk: PrefillChunk) -> tuple[PromptScore, ...]:
         context = self._context(chunk.slot, chunk.pages, chunk.end)
         bad = (POISON in context[: chunk.start + 1 + place] for place in range(len(chunk.targets)))
-        return tuple(float("nan") if lost else score for lost, score in zip(bad, super()._score(chunk), strict=True))
+        return tuple(
+            score._replace(logprob=float("nan")) if lost else score for lost, score in zip(bad, super()._score(chunk), strict=True)
+        )
 
 
 def poisoned(**options: object) -> Engine:

@@ -174,6 +174,7 @@ def check_answer(arrival: Arrival, output: RequestOutput, expected: RequestOutpu
     else:
         assert (count, output.finish_reason) == (len(expected.tokens), expected.finish_reason)
         assert output.prompt_logprobs == expected.prompt_logprobs
+        assert output.prompt_top_logprobs == expected.prompt_top_logprobs
     assert output.tokens == expected.tokens[:count]
     assert output.logprobs == (expected.logprobs and expected.logprobs[:count])
     assert output.top_logprobs == (expected.top_logprobs and expected.top_logprobs[:count])

@@ -126,6 +126,8 @@ def test_log_probabilities_of_prompts_do_not_depend_on_how_they_are_run(policy: 
         assert [output.tokens for output in outputs[2 * index : 2 * index + 2]] == [output.tokens for output in want]
         for output in outputs[2 * index : 2 * index + 2]:
             assert output.prompt_logprobs == want[0].prompt_logprobs
+            assert output.prompt_top_logprobs == want[0].prompt_top_logprobs
+            assert [top is None for top in output.prompt_top_logprobs or ()] == [True] + [False] * (len(prompt) - 1)
             assert output.prompt_logprobs is not None
             assert output.prompt_logprobs[0] is None
             assert None not in output.prompt_logprobs[1:]

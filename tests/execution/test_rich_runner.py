@@ -111,6 +111,11 @@ def test_equal_to_the_reference_and_numpy(slice_name: str) -> None:
             want = logp[np.arange(len(output.prompt) - 1), row[1 : len(output.prompt)]]
             assert output.prompt_logprobs[0] is None
             np.testing.assert_allclose(output.prompt_logprobs[1:], want, atol=TOLERANCE)
+            assert output.prompt_top_logprobs[0] is None
+            tops, values = map(list, zip(*output.prompt_top_logprobs[1:], strict=True))
+            places = logp[: len(output.prompt) - 1]
+            np.testing.assert_allclose(values, places.max(axis=-1), atol=TOLERANCE)
+            np.testing.assert_allclose(np.take_along_axis(places, np.array(tops)[:, None], axis=-1)[:, 0], values, atol=TOLERANCE)
     plain = Engine(runner).generate(PROMPTS[:2], SamplingParams(max_tokens=14, ignore_eos=True))
     assert all(one.tokens != output.tokens for one, output in zip(plain, outputs, strict=False))  # penalties do something
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.engine import FinishReason, SamplingParams
 from tests.serve.support import LIMITS, Serving, Slow, events, fake_engine, fake_serving, serving
 
@@ -137,3 +142,24 @@ def test_the_engines_thread_hands_over_once_per_iteration() -> None:
 
     calls, iterations = asyncio.run(main())
     assert calls <= iterations < 60
+
+
+@pytest.mark.parametrize("prompt", ["e\u0301 x", "x e\u0301e\u0301 \u1e9b\u0323 é", "😀 e\u0301", "plain"])
+@pytest.mark.parametrize("kind", ["NFC", "NFKC", "NFD"])
+def test_offsets_where_the_tokenizer_normalizes(tmp_path: Path, root: Path, prompt: str, kind: str) -> None:
+    """The slices of an echoed text are its tokens."""
+    file = json.loads((root / "tests/fixtures/tokenizer_byte_level/tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file | {"normalizer": {"type": kind}}))
+    tokenizer = load_tokenizer(tmp_path)
+    limits = replace(LIMITS, vocab_size=tokenizer.vocab_size)
+    with serving(fake_engine(Slow(limits), tokenizer=tokenizer), tokenizer) as found:
+        body = {"model": "demo", "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0}
+        status, content, _ = found.post("/v1/completions", body)
+    assert status == 200
+    (choice,) = content["choices"]
+    logprobs, text = choice["logprobs"], choice["text"]
+    ends = [*logprobs["text_offset"][1:], len(text)]
+    spelled = [(token, text[start:end]) for token, start, end in zip(logprobs["tokens"], logprobs["text_offset"], ends, strict=True)]
+    assert all(token == slice for token, slice in spelled if slice and not token.startswith("bytes:")), spelled
+    assert "".join(slice for _, slice in spelled) == text
+    assert text == unicodedata.normalize(kind, prompt)  # type: ignore[arg-type]

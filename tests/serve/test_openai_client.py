@@ -165,6 +165,33 @@ def test_echo_scores_the_prompt(client: Client, demo: Serving) -> None:
         assert values[place] == pytest.approx((output.logprobs or ())[0], abs=1e-4)
 
 
+def test_an_echoed_prompt_of_ids_has_its_likeliest_tokens(client: Client, demo: Serving) -> None:
+    """As those who score texts ask for it: whether greedy generation would have said the same."""
+    prompts = [TOKENIZER.encode(SORT + SORTED), [1, 5, 12, 11, 9]]
+    answer = client.completions.create(model="demo", prompt=prompts, max_tokens=1, temperature=0, logprobs=1, echo=True)
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        found = choice.logprobs
+        assert found is not None
+        tops = found.top_logprobs or []
+        assert tops[0] is None
+        assert len(tops) == len(prompt) + 1
+        for place in range(1, len(prompt)):
+            (best,) = demo.engine.generate([prompt[:place]], SamplingParams(max_tokens=1, logprobs=True, ignore_eos=True))
+            text = TOKENIZER.token_text(best.tokens[0])
+            assert tops[place][text] == pytest.approx((best.logprobs or ())[0], abs=1e-4)
+            assert max(tops[place], key=tops[place].__getitem__) == text
+            assert tops[place][found.tokens[place]] == found.token_logprobs[place]  # type: ignore[index]
+            assert len(tops[place]) == 1 + (text != found.tokens[place])  # type: ignore[index]
+    start = len(TOKENIZER.encode(SORT))
+    sorted_tokens = answer.choices[0].logprobs
+    assert all(
+        max(top, key=top.__getitem__) == token
+        for top, token in zip(sorted_tokens.top_logprobs[start:], sorted_tokens.tokens[start:], strict=True)
+    )  # type: ignore[union-attr, index]
+    (plain,) = client.completions.create(model="demo", prompt=SORT, max_tokens=0, logprobs=0, echo=True).choices
+    assert all(len(top) == 1 for top in plain.logprobs.top_logprobs[1:])  # type: ignore[union-attr, index]
+
+
 def test_echo_and_an_answer(client: Client) -> None:
     (choice,) = client.completions.create(model="demo", prompt=SORT, echo=True, temperature=0, logprobs=1).choices
     assert choice.text == SORT + SORTED
