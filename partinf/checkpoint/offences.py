@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
+_MOST_LINES = 50  # of one kind: a directory of another model has a complaint for every tensor
 _NUMBER = re.compile(r"(?<=[./])\d+(?=[./])")
 
 
@@ -37,7 +38,7 @@ def condense(complaints: Iterable[tuple[str, str]]) -> list[str]:
         else:
             numbers = _ranges(int(match.group()) for match in map(_NUMBER.search, names) if match)
             lines.append(f"{pattern.replace('#', f'[{numbers}]')}: {text} ({len(names)} tensors)")
-    return lines
+    return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more lines of this kind"]
 
 
 def compare_shapes(found: Shapes, expected: Shapes, found_in: str, expected_by: str) -> list[str]:

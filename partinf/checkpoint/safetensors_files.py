@@ -35,6 +35,7 @@ READABLE_DTYPES = {
 }
 _MAX_HEADER_BYTES = 32 << 20  # of a hundred thousand tensors in one file; the format allows three times as many, which nobody writes
 _MAX_DIMS = 16
+_LONGEST_NAME, _LONGEST_TYPE = 512, 16  # characters
 _MOST_LINES = 20  # of entries that contradict themselves
 _COMPARED_AT_ONCE = 1 << 22  # numbers
 _SHARD = re.compile(r"(?P<stem>[\w.-]+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
@@ -84,7 +85,7 @@ def _tensor_bytes(entry: Any) -> int | None:
         return None
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
     lists = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= _MAX_DIMS and len(offsets) == 2
-    if not lists or not isinstance(dtype, str):
+    if not lists or not isinstance(dtype, str) or len(dtype) > _LONGEST_TYPE:
         return None
     if not all(_plain_int(number) for number in (*shape, *offsets)):
         return None
@@ -128,7 +129,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str], bool]:
     cut_off: list[str] = []
     contradictory: list[str] = []
     for name, entry in header.items():
-        if _tensor_bytes(entry) is None:
+        if len(name) > _LONGEST_NAME or _tensor_bytes(entry) is None:
             contradictory.append(name)
             continue
         begin, end = (start + offset for offset in entry["data_offsets"])
@@ -138,7 +139,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], list[str], bool]:
             cut_off.append(name)
     for name in contradictory[:_MOST_LINES]:
         found = f"found {documents.shown(header[name], 120)}; expected type, shape and offsets that agree"
-        offences.append(f"{path}: the header contradicts itself about {name[:200]}: {found}")
+        offences.append(f"{path}: the header contradicts itself about {documents.shown(name)[1:-1]}: {found}")
     if contradictory[_MOST_LINES:]:
         offences.append(f"{path}: the header contradicts itself about {len(contradictory) - _MOST_LINES} more tensors")
     if cut_off:
@@ -188,9 +189,14 @@ def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     if not isinstance(weight_map, dict):
         return {}, [f"{path}: 'weight_map' is a {type(weight_map).__name__}; expected an object of tensor → file"]
     # A path out of the directory would let a downloaded index read any file.
-    bad = sorted({str(file) for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file})
-    offences = [f"{path}: names the file {file!r}; expected the plain name of a file beside the index" for file in bad]
-    return {name: file for name, file in weight_map.items() if str(file) not in bad}, offences
+    bad = {name: file for name, file in weight_map.items() if not _is_plain_name(file) or len(name) > _LONGEST_NAME}
+    named = list(dict.fromkeys(documents.shown(file) for file in bad.values()))
+    offences = [f"{path}: names the file {file}; expected the plain name of a file beside the index" for file in named[:_MOST_LINES]]
+    return {name: file for name, file in weight_map.items() if name not in bad}, offences
+
+
+def _is_plain_name(file: Any) -> bool:
+    return isinstance(file, str) and 0 < len(file.encode()) < 256 and "\0" not in file and Path(file).name == file
 
 
 def _from_index(path: Path) -> Inventory:

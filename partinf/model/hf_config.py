@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from partinf.documents import finite
+from partinf.documents import finite, shown
 from partinf.errors import InvalidInput, raise_offences
 from partinf.model.config import ModelConfig, Position, RopeScaling
 from partinf.model.families import FAMILIES, HARMLESS, ONLY, Family
@@ -94,7 +94,8 @@ class _File:
         found = named[0] if named else None
         if found is None or None in named:
             described = next((one for one in (*architectures, model_type) if one not in (*by_architecture, *FAMILIES)), None)
-            raise InvalidInput(f"{self.where} describes {described!r}; supported architectures: {', '.join(by_architecture)}")
+            what = "names no architecture" if described is None else f"describes {shown(described)}"
+            raise InvalidInput(f"{self.where} {what}; supported architectures: {', '.join(by_architecture)}")
         if any(family is not found for family in named):
             both = f"architectures = {_shown(architectures)} and model_type = {_shown(model_type)}"
             raise InvalidInput(f"{self.where}: {both} name different families; correct the one that is wrong")
@@ -222,9 +223,10 @@ class _File:
             self.offences.append(f"{self.where}: {key} has a rotation for each of {', '.join(nested)}; one for all layers is supported")
             return theta, None
         kind = rope.get("rope_type", rope.get("type")) or "default"
-        if not isinstance(kind, str) or kind not in _ROPE_TYPES or rope.get("type", kind) != kind:
+        known_kind = isinstance(kind, str) and kind in _ROPE_TYPES
+        if not known_kind or rope.get("type", kind) != kind:
             supported = ", ".join(map(repr, _ROPE_TYPES))
-            wrong = rope["type"] if kind in _ROPE_TYPES else kind
+            wrong = rope["type"] if known_kind else kind
             self.offences.append(f"{self.where}: {key}: rope type {_shown(wrong)} is not supported; supported: {supported}")
             return theta, None
         self._whole_heads(rope, f"{key}: ")

@@ -101,6 +101,7 @@ def test_a_file_of_another_kind_does_not_fill_the_screen() -> None:
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "rope_scaling: mrope_section = [1, 1, 2] is not known"),
         ({"rope_scaling": LLAMA3 | {"attention_factor": 1.2}}, "rope_scaling: attention_factor = 1.2 is not known"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor = 4.0; it must be below high_freq_factor = 4.0"),
+        ({"rope_scaling": {"type": ["llama3"]}}, 'rope type ["llama3"] is not supported'),
         ({"rope_scaling": "linear"}, 'rope_scaling = "linear"; an object is needed'),
         ({"rope_scaling": LLAMA3 | {"factor": None}}, "rope_scaling: factor = null; a number is needed"),
         ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": float("inf")}}, "original_max_position_embeddings = Infinity"),
