@@ -64,3 +64,17 @@ def test_the_lowest_floor_needs_the_standard_library_only(run_python: Run, modul
     bare = {name.partition(".")[0] for name in _loaded(run_python, "")}
     standard = set(__import__("sys").stdlib_module_names)
     assert loaded - bare - standard <= {"partinf"}
+
+
+@pytest.mark.parametrize("command", ["simulate", "run"])
+def test_a_simulation_never_loads_jax(run_python: Run, tmp_path: Path, command: str) -> None:
+    described = tmp_path / "some.toml"
+    described.write_text('model = "demo"\nslice = "cpu:2x2x2"\nlayout = "ws-2d"\nweights = "f32"\nrequests = 2\nrounds = 0\n')
+    flags = {
+        "simulate": ["--model", "demo", "--slice", "cpu:2x2x2", "--layout", "ws-2d", "--requests", "2", "--lengths", "fixed:4:4"],
+        "run": [str(described), "--on", "simulator"],
+    }[command]
+    done = run_python("-c", f"import sys\nfrom partinf.cli import main\nassert main({[command, *flags]}) == 0\nprint(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & set(_HEAVY)
+    assert "partinf.simulation.cost_runner" in done.stdout.split()

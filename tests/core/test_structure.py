@@ -14,8 +14,8 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     assert not circles(rooms(graph))
 
 
-def test_the_engine_takes_errors_and_limits_of_the_library_and_nothing_else() -> None:
-    assert rooms(imports())["engine"] == {"errors", "limits"}
+def test_the_engine_knows_nothing_of_models_slices_and_costs() -> None:
+    assert rooms(imports())["engine"] == {"errors", "limits", "rounding"}
 
 
 def test_a_circle_is_found_also_through_others_and_through_imports_for_type_checkers(tmp_path: Path) -> None:
