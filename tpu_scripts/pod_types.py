@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -53,7 +52,6 @@ class TpuType:
         return self.num_chips // self.num_hosts
 
 
-@functools.cache
 def generations() -> Mapping[str, tuple[str, CloudType]]:
     """Prefix of the type → chip of the hardware table, and how its types are named."""
     return {chip.cloud.prefix: (name, chip.cloud) for name, chip in chips().items() if chip.cloud is not None}

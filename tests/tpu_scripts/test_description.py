@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from partinf import resources
 from partinf.errors import InvalidInput
+from partinf.hardware.chips import TABLE, chip_of_kind, chips
 from partinf.hardware.slices import parse_slice
+from partinf.proof.topology import describe
 from tests.tpu_scripts.support import SCRIPTS
 
 
@@ -110,6 +113,27 @@ def test_a_slice_that_no_type_gives_is_refused() -> None:
             pod_types.type_of_slice(parse_slice(name))
 
 
+def test_a_section_of_the_hardware_table_makes_a_chip_known_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To planner, proof, devices, cloud and prices: no other file has to change."""
+    import pod_types
+
+    text = resources.package_file(TABLE).read_text()
+    begin, end = text.index("[v6e]"), text.index("[tpu7x]")
+    section = text[begin:end].replace("v6e", "v9x").replace('device_kinds = ["tpu v6 lite", "tpu v9x"]', 'device_kinds = ["tpu v9"]')
+    (tmp_path / "table.toml").write_text(text + "\n" + section)
+    monkeypatch.setattr(resources, "package_file", lambda _: tmp_path / "table.toml")
+    chips.cache_clear()
+    try:
+        slice_ = parse_slice("v9x:2x4")
+        assert chip_of_kind("TPU v9") is slice_.chip
+        assert describe(slice_) == ("v9x:2x4", {})
+        assert pod_types.type_of_slice(slice_).name == "v9x-8"
+        assert pod_types.parse_type("v9x-8").cloud.runtime == "v2-alpha-tpuv9x"
+        assert slice_.chip.price is not None
+    finally:
+        chips.cache_clear()
+
+
 def test_the_cost_is_an_upper_bound_that_names_its_source(cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     description = cloud.describe(type="v5litepod-16", time_to_live="2h", spot=True)
     assert cloud.pod("check", description) == 0
@@ -125,6 +149,13 @@ def test_the_cost_is_an_upper_bound_that_names_its_source(cloud, tmp_path: Path,
     mine.write_text(head + "[chip_hour.v4]\non_demand = 2.0\n")
     assert cloud.pod("launch", description, "--prices", str(mine)) == 2
     assert "no price for 'v5e'" in capsys.readouterr().err
+    mine.write_text(head + "[chip_hour.v5e]\nspot = 'cheap'\n")
+    assert cloud.pod("launch", description, "--prices", str(mine)) == 2
+    said = capsys.readouterr().err
+    assert "chip_hour.v5e needs a number for 'on_demand'" in said
+    assert "chip_hour.v5e needs a number for 'spot'" in said
+    assert cloud.pod("launch", cloud.describe(type="tpu7x-8")) == 2  # nothing is created whose price nobody knows
+    assert "there is no list price for 'tpu7x'; give one with --prices FILE" in capsys.readouterr().err
     assert cloud.calls == []
 
 
