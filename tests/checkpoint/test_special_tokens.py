@@ -130,6 +130,9 @@ def test_ids_that_end_a_text_are_said_where_files_differ(tmp_path: Path) -> None
     none = copy("byte_level", tmp_path / "c", generation_config=None, tokenizer_config=None)
     assert none.eos_note == "no file names a token that ends a text; texts end at their greatest length"
     assert none.eos_ids == set()
+    absent = copy("sentencepiece", tmp_path / "d", tokenizer_config=settings(eos_token=IM_END))
+    assert absent.eos_note == f"the tokenizer's EOS '{IM_END}' is no token of its vocabulary, and is left out"
+    assert absent.eos_ids == {2}
 
 
 @pytest.mark.parametrize(

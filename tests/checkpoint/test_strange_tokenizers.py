@@ -228,3 +228,15 @@ def test_ids_with_gaps(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 901
     assert tokenizer.token_text(900) != ""
     assert tokenizer.token_text(800) == ""
+
+
+@pytest.mark.parametrize("kind, name", [("byte_level", "tokenizer.json"), ("demo", "tokenizer.model")])
+@pytest.mark.parametrize(
+    "content, what",
+    [(b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"), (b"<!DOCTYPE html>", "an HTML or XML page")],
+)
+def test_what_a_download_left_instead(tmp_path: Path, kind: str, name: str, content: bytes, what: str) -> None:
+    lay_out(kind, tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(InvalidInput, match=f"{name}: not a .* that can be read; it looks like {what}"):
+        load_tokenizer(tmp_path / "model")

@@ -51,7 +51,10 @@ def ends_of_text(directory: Path, settings: Settings, vocabulary: Vocabulary) ->
     sources["the tokenizer"] = [] if own is None else [own]
     raise_offences(offences)
     ids = frozenset(token for found in sources.values() for token in found)
-    return Ends(ids, _note(sources, ids, vocabulary))
+    notes = [_note(sources, ids, vocabulary)]
+    if named is not None and vocabulary.find(named) is None:
+        notes.append(f"the tokenizer's EOS {shown(named)} is no token of its vocabulary, and is left out")
+    return Ends(ids, "; ".join(filter(None, notes)) or None)
 
 
 def _vocabulary_size(config: dict[str, Any]) -> int | None:

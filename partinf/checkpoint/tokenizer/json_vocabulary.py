@@ -12,7 +12,7 @@ from typing import Any
 from partinf.checkpoint.tokenizer.length import LengthBound
 from partinf.checkpoint.tokenizer.pieces import byte_level_alphabet, piece_bytes
 from partinf.checkpoint.tokenizer.settings import Settings, refusing
-from partinf.documents import read_text
+from partinf.documents import looks_like, read_text
 from partinf.errors import InvalidInput, raise_offences
 
 _MAX_BYTES = 1 << 28
@@ -27,7 +27,7 @@ class JsonVocabulary:
         from tokenizers import Tokenizer as Backend
 
         text = read_text(path, most=_MAX_BYTES)
-        with refusing(f"{path}: not a tokenizer that can be read"):
+        with refusing(f"{path}: not a tokenizer that can be read{looks_like(text[:64].encode())}"):
             self._backend: Any = Backend.from_str(text)
             # A file may carry the limits of some training run, which would cut prompts silently.
             self._backend.no_truncation()
@@ -110,8 +110,8 @@ class JsonVocabulary:
         alphabet = byte_level_alphabet()
         if byte_level:
             counted = {byte for character, byte in alphabet.items() if character in vocab}
-            plain = (piece for piece in vocab if piece not in added)
-            tokens = [bytes(alphabet[character] for character in piece if character in alphabet) for piece in plain]
+            table = str.maketrans({character: chr(byte) for character, byte in alphabet.items()})
+            tokens = [piece.translate(table).encode("latin-1", "ignore") for piece in vocab if piece not in added]
         else:
             spelled = {byte for byte in range(256) if f"<0x{byte:02X}>" in vocab} if self._backend.model.byte_fallback else set()
             counted = {byte for byte in range(128) if byte in spelled or chr(byte) in vocab}

@@ -12,7 +12,7 @@ Both hold for any part of the bytes as well, so bytes of which it is not certain
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from math import ceil
 
 import numpy as np
@@ -28,18 +28,17 @@ class LengthBound:
         counted: the byte values that always end up in a token.
     """
 
-    def __init__(self, tokens: Iterable[bytes], counted: Collection[int]) -> None:
-        longest, most = [1] * 256, [1] * 256
-        for token in tokens:
-            length = len(token)
-            for byte in set(token):
-                longest[byte] = max(longest[byte], length)
-                if length > most[byte]:
-                    most[byte] = max(most[byte], token.count(byte))
+    def __init__(self, tokens: Collection[bytes], counted: Collection[int]) -> None:
+        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        data = np.frombuffer(b"".join(tokens), np.uint8).astype(np.int64)
+        owners = np.repeat(np.arange(len(tokens)), lengths)
+        longest, self._most = np.ones(256, np.int64), np.ones(256, np.int64)
+        np.maximum.at(longest, data, lengths[owners])
+        pairs, times = np.unique(owners * 256 + data, return_counts=True)
+        np.maximum.at(self._most, pairs % 256, times)
+        self._weights = 1 / longest
         self._counted = np.zeros(256, np.int64)
         self._counted[list(counted)] = 1
-        self._weights = 1 / np.array(longest, np.float64)
-        self._most = np.array(most, np.int64)
 
     def least(self, *parts: bytes) -> int:
         """The fewest tokens of a text that is cut into these parts before anything else."""

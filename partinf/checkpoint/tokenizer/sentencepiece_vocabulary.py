@@ -14,7 +14,7 @@ from typing import Any
 from partinf.checkpoint.tokenizer.length import LengthBound
 from partinf.checkpoint.tokenizer.pieces import SPACE, piece_bytes
 from partinf.checkpoint.tokenizer.settings import AddedToken, Settings, refusing
-from partinf.documents import read_bytes
+from partinf.documents import looks_like, read_bytes
 
 _MAX_BYTES = 1 << 28
 # Protocol buffers read a field that is given again as an amendment: these bytes after a model are its normalizer's `add_dummy_prefix`.
@@ -34,7 +34,7 @@ class SentencePieceVocabulary:
         import sentencepiece
 
         data = read_bytes(path, most=_MAX_BYTES)
-        with refusing(f"{path}: not a sentencepiece model that can be read"):
+        with refusing(f"{path}: not a sentencepiece model that can be read{looks_like(data[:64])}"):
             self._backend: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
             self._pieces: list[str] = self._backend.id_to_piece(list(range(self._backend.get_piece_size())))
             own = self._backend.encode("a", out_type=str)[0].startswith(SPACE)
@@ -96,7 +96,7 @@ class SentencePieceVocabulary:
         if len({piece for token, piece in used if backend.is_byte(token)}) < 256:
             # Several characters without a piece become one unknown token.
             counted = {ord(piece) for _, piece in used if len(piece) == 1 and piece.isascii()}
-        return LengthBound((piece.encode() for _, piece in used), counted)
+        return LengthBound([piece.encode() for _, piece in used], counted)
 
     def name(self, token: int) -> str:
         if token in self._added:
