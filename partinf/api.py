@@ -158,6 +158,7 @@ def load(
         told = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in ("slice", "predicted", "note")}
         group.agree("the plan", (plan.slice.name, plan.slice.mesh, told))
     directory = weights_directory(model)
+    tokenizer = load_tokenizer(directory) if directory is not None else None
     mesh = device_mesh(plan)
     if unrolled is None:
         unrolled = prefers_unrolled(plan, mesh)
@@ -165,7 +166,6 @@ def load(
         params = random_params(plan, mesh, unrolled, seed)
     else:
         params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
-    tokenizer = load_tokenizer(directory) if directory is not None else None
     runner = JaxRunner(plan, params, mesh, num_host_pages=num_host_pages, executables=executables)
     if compile_steps:
         runner.warm_up(on_compiled)

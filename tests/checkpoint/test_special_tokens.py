@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from partinf.errors import InvalidInput
@@ -156,3 +159,28 @@ def test_a_padded_vocabulary_may_end_a_text(tmp_path: Path) -> None:
     tokenizer = copy("sentencepiece", tmp_path, config={"vocab_size": 512, "eos_token_id": 511})
     assert tokenizer.eos_ids == {2, 511}
     assert TOKENIZERS["sentencepiece"].eos_ids == {2}
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    root = tmp_path_factory.mktemp("copies")
+    added = {"added_tokens_decoder": {"400": FLAGS | {"content": IM_END}, "401": FLAGS | {"content": "ab", "special": False}}}
+    made = {name: settings(legacy=legacy, **added) for name, legacy in (("first", False), ("all", True))}
+    made["none"] = settings(legacy=False, add_prefix_space=False, **added)
+    found = {name: copy("sentencepiece", root / name, tokenizer_config=config) for name, config in made.items()}
+    composing = content_of("byte_level") | {"normalizer": {"type": "NFC"}}
+    return found | {"composing": copy("byte_level", root / "composing", tokenizer=composing)}
+
+
+@given(text=st.text("abe \n\u0301\u0308é東🦊", max_size=30), cut=st.integers(0, 30))
+def test_any_text_survives_added_tokens_and_composing(copies: dict[str, Tokenizer], text: str, cut: int) -> None:
+    for name, tokenizer in copies.items():
+        # Where every stretch of text begins with a space of its own, one after a token keeps it: no tokens for that one.
+        prompt = text.replace("b", "") if name == "all" else text
+        ids = tokenizer.encode(prompt)
+        whole = tokenizer.decode(ids)
+        assert whole == (unicodedata.normalize("NFC", prompt) if name == "composing" else prompt)
+        stream = tokenizer.stream()
+        pieces = [stream.push(token) for token in ids]
+        assert "".join(pieces) + stream.finish() == whole
+        assert whole.startswith("".join(pieces[:cut]))

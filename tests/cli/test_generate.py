@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from partinf import resources
+from partinf import api, resources
+from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.cli import main
+from partinf.cli.model_place import ModelPlace
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "llama_gqa"
 
@@ -67,6 +71,23 @@ def test_three_pipeline_stages(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert figures["compiled_while_serving"] == 0
     assert main(["score", *arguments, "--text", "sort: d b a c ="]) == 2
     assert "not scored in 3 pipeline stages" in capsys.readouterr().err
+
+
+def test_a_text_ends_at_what_any_file_of_the_model_names(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, names = tmp_path / "model", tmp_path / "model" / "generation_config.json"
+    shutil.copytree(resources.find("models", "demo"), model)
+    names.write_text('{"eos_token_id": 3}')
+    with monkeypatch.context() as patched:
+        patched.setattr(api, "load", lambda *_, **__: SimpleNamespace(tokenizer=load_tokenizer(model)))
+        place = ModelPlace.__new__(ModelPlace)
+        place.args = Namespace(model=str(model))
+        assert place.load(api.plan("demo", "cpu:1")).tokenizer.eos_ids == {2, 3}
+    assert "\na text ends at 2 </s>, 3 <pad>: all that generation_config.json, config.json, the tokenizer name\n" in capsys.readouterr().err
+    names.write_text('{"eos_token_id": 200}')
+    assert main(["generate", "--model", str(model), "--slice", "cpu:1", "--prompt", "sort: d b a c ="]) == 2
+    assert "generation_config.json: eos_token_id holds 200, which is no token; the ids are 0 to 95" in capsys.readouterr().err
 
 
 BAD = [
