@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from partinf.cost.ledger import Ledger
     from partinf.cost.split import StepSplit
     from partinf.layout import Layout
+    from partinf.model.config import ModelConfig
     from partinf.planner.show.explain import Line
 
 
@@ -38,11 +39,25 @@ def run(args: argparse.Namespace) -> int:
     console = wide_console()
     name = readable_name(layout, asked.slice.axis_sizes)
     console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
+    if padded_heads:
+        console.print(_padding(asked.model, padded_heads), highlight=False)
     evaluator = Evaluator(asked.model, asked.question.pricing(asked.slice), asked.workload)
     for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
         print_step(console, label, split, step_ledger(split))
     return 0
+
+
+def _padding(model: ModelConfig, heads: int) -> str:
+    """What padding of heads adds, in a line."""
+    from partinf.model.weights import num_params
+
+    padded = model.with_padded_heads(heads)
+    kv = f", key-value heads from {model.num_kv_heads} to {padded.num_kv_heads}" if padded.num_kv_heads != model.num_kv_heads else ""
+    more = num_params(padded) - num_params(model)
+    return (
+        f"query heads are padded from {model.num_heads} to {heads}{kv}: {more / 1e6:.4g} M parameters more ({more / num_params(model):.1%})"
+    )
 
 
 def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:

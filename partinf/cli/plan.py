@@ -11,9 +11,9 @@ from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
-    from partinf.cli.plan_proof import Proofs
     from partinf.planner.report import PlanReport
     from partinf.planner.slices import Trial
+    from partinf.proof.candidates import Proofs
 
 
 _MOST_SHOWN = 10_000
@@ -82,8 +82,8 @@ def _proven(report: PlanReport, count: int | None) -> tuple[PlanReport, Proofs]:
     """The report in the compiler's order, if that was asked for."""
     if count is None:
         return report, {}
-    from partinf.cli.plan_proof import prove_candidates
     from partinf.cli.progress import progress_bar
+    from partinf.proof.candidates import prove_candidates
 
     with progress_bar(f"proving candidates for {report.slice.name}", count) as advance:
         return prove_candidates(report, count, _PROOF_SECONDS, advance)
@@ -93,8 +93,8 @@ def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]
     """Proofs by the candidate's place."""
     if not proofs:
         return {}
-    from partinf.cli.plan_proof import key
     from partinf.proof import proof_json
+    from partinf.proof.candidates import key
 
     return {index: proof_json(proofs[key(c)]) for index, c in enumerate(report.candidates) if key(c) in proofs}
 
@@ -125,9 +125,11 @@ def _read(flags: Flags) -> tuple[int, int | None, float | None]:
     for name in ("save", "html"):
         flags.target(name)
     if args.plot:
-        from partinf.planner.show.plot import plot_offences
+        from partinf.planner.show.plot import KINDS, plot_offences
 
-        flags.offences += plot_offences(Path(args.plot), args.plot_kind)
+        flags.word("plot_kind", KINDS)
+        flags.offences += plot_offences(Path(args.plot))
+        flags.target("plot")
     if is_auto(args.slice) and args.mesh == "auto":
         flags.offences.append(f"--mesh auto: a mesh belongs to one slice, and --slice {args.slice} tries many")
     if is_auto(args.slice) and args.max_latency_ms is None:

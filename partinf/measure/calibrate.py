@@ -68,7 +68,7 @@ class Measured:
 
     def __init__(self, types: Sequence[DType]) -> None:
         if DType.INT8 in types and DType.BF16 not in types:
-            raise InvalidInput("--types int8: its activations are bf16; measure bf16 too")
+            raise InvalidInput("int8: its activations are bf16; measure bf16 too")
         self._devices = devices_here()
         self._types = tuple(types)
         self._virtual = platform_named(self._devices[0].platform).virtual

@@ -49,7 +49,7 @@ def device_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh
         here = f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
         raise InvalidInput(
             f"slice {plan.slice.name} needs {count} devices, here are {here}; "
-            f"use --slice local, or set JAX_NUM_CPU_DEVICES={count} for virtual ones"
+            f"use slice local, or set JAX_NUM_CPU_DEVICES={count} for virtual ones"
         )
     if platform_named(devices[0].platform).coordinates and plan.slice.chip.platform.coordinates and len(devices) == count:
         devices = by_place(plan.slice, devices)

@@ -169,6 +169,25 @@ def test_all_offences_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().err.splitlines()) == 5
 
 
+def test_explain_says_how_heads_are_padded(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--slice", "v4:4x4x4", "--phase", "decode", "--batch", "64", "--context", "2048", "--layout", "ws-2d"]
+    assert main(["explain", "--model", "palm-62b", *flags]) == 0
+    assert "query heads are padded from 32 to 64: 8590 M parameters more (13.7%)" in capsys.readouterr().out
+    assert main(["explain", "--model", "palm-540b", *flags, "--batch", "32"]) == 0
+    found = capsys.readouterr()
+    assert "padded from 48 to 64" in found.out
+    assert found.err == "partinf: note: --batch was given more than once; 32 counts, 64 does not\n"
+
+
+def test_lengths_beyond_the_models_context_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", "llama-3-8b", "--slice", "v5e:2x2", "--phase", "decode", "--context", "9000"]
+    for command in (["plan", "--top", "1"], ["explain"]):
+        assert main([*command, *asked]) == 0
+        assert "requests of 9000 tokens; model llama-3-8b has a context of 8192 tokens" in capsys.readouterr().err
+    assert main(["plan", *asked[:-1], "8192", "--top", "1"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_what_no_layout_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "palm-540b", "--slice", "cpu:5", "--phase", "decode", "--context", "8"]) == 0
     assert main(["explain", *DECODE, "--slice", "v5e:4x4", "--layout", "ws-2d"]) == 2

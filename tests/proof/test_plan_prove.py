@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from partinf.cli.plan_proof import key, proven_seconds, reordered
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import search
 from partinf.proof import Proof, StepProof
+from partinf.proof.candidates import key, proven_seconds, reordered
 from partinf.proof.report import Estimate, Memory
 from partinf.workload import Workload
 from tests.proof.test_slices import needs_compiler

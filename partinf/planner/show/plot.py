@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.errors import nearest
 from partinf.planner.curves import TOKENS, front, volumes
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.show.work import COLOURS, by_work, roles_of
@@ -23,17 +22,13 @@ SUFFIXES = (".png", ".svg", ".pdf")
 _BAR_INCHES = 0.42
 
 
-def plot_offences(path: Path, kind: str = "ledger") -> list[str]:
-    """What keeps a picture from being written there: no matplotlib, an unknown kind of picture or of file, no directory."""
+def plot_offences(path: Path) -> list[str]:
+    """What keeps a picture from being drawn into this file: no matplotlib, or no kind of file that it writes."""
     offences = []
-    if kind not in KINDS:
-        offences.append(f"--plot-kind {kind}: unknown{nearest(kind, KINDS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        offences.append("--plot needs matplotlib, which is not installed: pip install 'partinf[plot]'")
+        offences.append("plots need matplotlib, which is not installed: pip install 'partinf[plot]'")
     if path.suffix not in SUFFIXES:
-        offences.append(f"--plot {path}: the name must end in one of {', '.join(SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        offences.append(f"--plot {path}: there is no directory {path.absolute().parent}")
+        offences.append(f"plot {path}: the name must end in one of {', '.join(SUFFIXES)}")
     return offences
 
 
