@@ -143,7 +143,7 @@ def save_hf(
     config_fields: Mapping[str, Any] | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read, for the Llama family and Qwen 3.
+    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read, for the families that are written.
 
     Args:
         params: The whole tree; its padding of the vocabulary is dropped and its types are kept.
