@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -241,6 +242,23 @@ def test_qwen3_is_saved_and_loaded_unchanged(tmp_path: Path, stacked: bool) -> N
     save_hf(params, config, tmp_path / config.name)
     assert load_model_config(tmp_path / config.name) == config
     assert_same(load_hf(tmp_path / config.name, config, abstract_tree(config, make_mesh(1, 1), stacked=stacked)), params)
+
+
+def test_a_model_is_saved_as_the_family_that_its_source_named(tmp_path: Path) -> None:
+    """Mistral's blocks and tensors are Llama's; its window is not."""
+    llama = load_model_config(FIXTURES / "llama_gqa")
+    mistral = dataclasses.replace(llama, name="mistral", family="mistral", window=16)
+    params = random_params(mistral)
+    save_hf(params, mistral, tmp_path / "mistral")
+    assert load_model_config(tmp_path / "mistral") == mistral
+    assert json.loads((tmp_path / "mistral" / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+    assert_same(load_hf(tmp_path / "mistral", mistral, abstract_tree(mistral, make_mesh(1, 1))), params)
+
+
+def test_a_family_names_every_weight_that_is_wanted() -> None:
+    untied = dataclasses.replace(load_model_config(FIXTURES / "gpt2_small"), tied_embeddings=False)
+    with pytest.raises(InvalidInput, match="GPT-2 directories have no tensor for the weight unembed"):
+        leaf_sources(untied)
 
 
 def test_blocks_that_no_family_has() -> None:
