@@ -116,8 +116,10 @@ class Front:
         async def handler(request: Request) -> ASGIApp:
             running = self._ready()
             raw = await self._bodies.read(request)
-            asked = await _asked(kind, ask, raw, running.served)
-            self._ready()  # reading takes time
+            try:
+                asked = await _asked(kind, ask, raw, running.served)
+            finally:
+                self._ready()  # reading takes time, and ends early when the server does
             inbox = _submit(running.engine, asked)
             answer = answers(asked, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
             if asked.stream:

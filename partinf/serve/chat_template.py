@@ -22,6 +22,7 @@ import jinja2.sandbox
 
 from partinf.documents import read_bytes, read_text
 from partinf.errors import InvalidInput, raise_offences
+from partinf.serve.content_form import content_form
 
 TEMPLATE_FILE, SETTINGS_FILE, TOKENS_FILE = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 PROCESSOR_FILE = "chat_template.json"  # where processors kept theirs before they had a file of its own
@@ -37,6 +38,7 @@ class ChatTemplate:
 
     Attributes:
         source: the template's text. tokens: by the names of their variables. where: the file that it comes from, for messages.
+        form: in which it reads contents.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None, where: str = "chat template") -> None:
@@ -55,19 +57,21 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         self._environment = environment
         try:
-            self.parsed = environment.parse(self.source)
+            self._parsed = environment.parse(self.source)
+            self.form = content_form(self._parsed)
+            unknown = list(self._unknown())
         except jinja2.TemplateSyntaxError as error:
             raise InvalidInput(f"{where}: line {error.lineno}: {error.message}") from error
         except RecursionError as error:
             raise InvalidInput(f"{where}: it is nested too deeply to be read") from error
-        raise_offences(f"{where}: line {line}: no {kind} named {name!r}" for line, kind, name in self._unknown())
+        raise_offences(f"{where}: line {line}: no {kind} named {name!r}" for line, kind, name in unknown)
 
     def _unknown(self) -> Iterator[tuple[int, str, str]]:
         """Filters and tests that nobody knows, with their lines."""
-        for node in self.parsed.find_all(jinja2.nodes.Filter):
+        for node in self._parsed.find_all(jinja2.nodes.Filter):
             if node.name not in self._environment.filters:
                 yield node.lineno, "filter", node.name
-        for test in self.parsed.find_all(jinja2.nodes.Test):
+        for test in self._parsed.find_all(jinja2.nodes.Test):
             if test.name not in self._environment.tests:
                 yield test.lineno, "test", test.name
 

@@ -11,10 +11,9 @@ from typing import Any
 import msgspec
 
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
-from partinf.serve.content_form import content_form
 from partinf.serve.errors import Offence
 from partinf.serve.protocol import ChatBody, Message, TextPart
-from partinf.serve.template_processes import TemplateProcesses
+from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
 
 _RESERVED = ("messages", "add_generation_prompt")
 
@@ -22,9 +21,9 @@ _RESERVED = ("messages", "add_generation_prompt")
 class Conversations:
     """Writes conversations by one template."""
 
-    def __init__(self, template: ChatTemplate) -> None:
-        self._form = content_form(template.parsed)
-        self._processes = TemplateProcesses(template)
+    def __init__(self, template: ChatTemplate, bounds: TemplateBounds) -> None:
+        self._form = template.form
+        self._processes = TemplateProcesses(template, bounds)
 
     def read(self, body: ChatBody, offences: list[Offence]) -> bytes | None:
         """What `text` takes of a conversation; None where that is wrong, for the reasons that joined the offences."""

@@ -30,6 +30,7 @@ from partinf.serve.connections import bounded_protocol
 from partinf.serve.conversations import Conversations
 from partinf.serve.engine_thread import EngineThread, log_failure
 from partinf.serve.prompts import Served
+from partinf.serve.template_processes import TemplateBounds
 
 _IDLE_SECONDS = 30  # that a connection is kept between two requests
 _CLOSING_SECONDS = 2.0  # for connections to close once their answers are sent
@@ -63,6 +64,7 @@ class Options:
     names: Sequence[str]
     api_keys: Sequence[str] = ()
     bounds: Bounds = field(default_factory=Bounds)
+    template_bounds: TemplateBounds = field(default_factory=TemplateBounds)
     max_connections: int = 1024
     drain_seconds: float = 20.0
     head_seconds: float = 10.0
@@ -156,7 +158,8 @@ class Server(uvicorn.Server):
         if self.front.draining:
             thread.stop()
         limits, tokenizer = loaded.engine.limits, loaded.tokenizer
-        self._conversations = None if loaded.chat_template is None else Conversations(loaded.chat_template)
+        template = loaded.chat_template
+        self._conversations = None if template is None else Conversations(template, self._options.template_bounds)
         served = Served(tuple(self._options.names), limits, RequestCheck(limits, tokenizer, seed=0), tokenizer, self._conversations)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")

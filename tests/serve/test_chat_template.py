@@ -74,6 +74,46 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path, tmp_path / "mine").render([]) == "4"  # type: ignore[union-attr]
 
 
+def test_which_form_was_found(tmp_path: Path) -> None:
+    """Of several files and names the one that counts, and which that was; a byte order mark is no part of a template."""
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<B>", "eos_token": {"content": "<E>"}}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ bos_token }}{{ eos_token }}"}))
+
+    def found() -> tuple[str, str]:
+        template = load_chat_template(tmp_path)
+        assert template is not None
+        return template.render([]), template.where.replace(str(tmp_path), "")
+
+    assert found() == ("<B><E>", "/chat_template.json: chat_template")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"bos_token": "<C>", "chat_template": "{{ bos_token }}{{ eos_token }}"}))
+    assert found() == ("<C><E>", "/tokenizer_config.json: chat_template")
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "\ufeff2"}]
+    settings.write_text(json.dumps({"chat_template": named}))
+    assert found() == ("2", "/tokenizer_config.json: chat_template, of tool_use, default the one called default")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf3")
+    assert found() == ("3", "/chat_template.jinja")
+
+
+@pytest.mark.parametrize(
+    "held, said",
+    [
+        ([{"name": "tool_use", "template": "no"}], "holds tool_use, and none called default"),
+        ([], "holds no template"),
+        (3, "is a JSON int"),
+        ({"default": "x"}, "is a JSON dict"),
+        ("{{ 'x' | no_such_filter }}", "line 1: no filter named 'no_such_filter'"),
+        ("{{ 'x' is no_such_test }}", "line 1: no test named 'no_such_test'"),
+        ("{{ x" + ".y" * 5000 + " }}", "nested too deeply"),
+        ("{{ " + "(" * 5000 + " }}", "nested too deeply"),
+    ],
+)
+def test_what_is_no_template(tmp_path: Path, held: object, said: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
+    with pytest.raises(InvalidInput, match=said):
+        load_chat_template(tmp_path)
+
+
 def test_templates_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("line\n{% for %}")
     with pytest.raises(InvalidInput, match=r"chat_template\.jinja: line 2"):

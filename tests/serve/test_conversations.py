@@ -15,7 +15,8 @@ import pytest
 
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.serve.chat_template import ChatTemplate, load_chat_template
-from partinf.serve.content_form import ContentForm, content_form
+from partinf.serve.content_form import ContentForm
+from partinf.serve.template_processes import TemplateBounds
 from tests.serve.support import DEMO, Serving, fake_engine, serving
 from tests.serve.test_life import BODY, process
 
@@ -27,8 +28,8 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{%
 
 
 @contextlib.contextmanager
-def chatting(source: str) -> Iterator[Serving]:
-    with serving(fake_engine(), load_tokenizer(DEMO), ChatTemplate(source, {"bos_token": "<s>"})) as found:
+def chatting(source: str, **options: Any) -> Iterator[Serving]:
+    with serving(fake_engine(), load_tokenizer(DEMO), ChatTemplate(source, {"bos_token": "<s>"}), **options) as found:
         yield found
 
 
@@ -61,7 +62,7 @@ def test_contents_as_text_and_as_parts_say_the_same(source: str) -> None:
     ],
 )  # fmt: skip
 def test_the_form_that_a_template_reads(source: str, walks: bool, tests: bool) -> None:
-    assert content_form(ChatTemplate(source).parsed) == ContentForm(walks, tests)
+    assert ChatTemplate(source).form == ContentForm(walks, tests)
 
 
 def test_what_transformers_gives() -> None:
@@ -119,7 +120,7 @@ def test_a_part_within_a_part(fake: Serving) -> None:
 
 
 def test_a_template_without_end_silences_nobody() -> None:
-    with chatting(ENDLESS) as found, concurrent.futures.ThreadPoolExecutor() as pool:
+    with chatting(ENDLESS, template_bounds=TemplateBounds(seconds=0.8)) as found, concurrent.futures.ThreadPoolExecutor() as pool:
         hostile = [pool.submit(chat, found, {"role": "user", "content": "x"}) for _ in range(3)]
         while not all(one.done() for one in hostile):
             started = time.monotonic()

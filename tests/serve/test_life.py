@@ -224,5 +224,6 @@ def test_the_command_serves_the_demo_model(root: Path) -> None:
         server.child.send_signal(signal.SIGTERM)
         code, printed = server.end()
     assert code == 0
+    assert re.search(r"; chat template: \S*demo/\w+", printed)
     assert re.search(r"ready: [1-9] programs compiled, 0 loaded in \d+\.\d s", printed)
     assert "e c r" not in printed

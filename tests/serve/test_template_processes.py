@@ -18,7 +18,7 @@ from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
 from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
 
 T = TypeVar("T")
-BOUNDS = TemplateBounds(seconds=0.5, waiting_seconds=20)
+BOUNDS = TemplateBounds(seconds=0.4, waiting_seconds=20)
 MESSAGES = [{"role": "user", "content": "hi"}]
 GOOD = "{% if messages[0].content == 'hi' %}good{% endif %}"
 BIG = {"big": 10**9, "nine": 9}
@@ -71,7 +71,7 @@ def test_why_a_template_was_ended() -> None:
     endless, large, long, half = run(
         rendered(ENDLESS, "{{ 'x'|center(10 ** 9)|length }}", "{% for i in range(9) %}{{ 'x' * 10 ** 6 }}{% endfor %}", r"{{ '\ud83d' }}")
     )
-    assert "more than 0.5 s" in endless
+    assert "more than 0.4 s" in endless
     assert "too much memory" in large
     assert "more than 8388608 characters" in long
     assert r"writes \ud83d, half of a surrogate pair" in half
@@ -98,13 +98,13 @@ def test_the_event_loop_is_free_while_a_template_runs() -> None:
         return slowest, time.monotonic() - started
 
     slowest, whole = run(main())
-    assert whole > 0.4
+    assert whole > 0.3
     assert slowest < 0.3
 
 
 def test_who_waits_too_long_for_a_process_is_told() -> None:
     async def main() -> list[str | BaseException]:
-        bounds = TemplateBounds(seconds=2.0, processes=1, waiting_seconds=0.2)
+        bounds = TemplateBounds(seconds=1.0, processes=1, waiting_seconds=0.2)
         processes = TemplateProcesses(ChatTemplate(ENDLESS), bounds)
         try:
             asked = processes.read(MESSAGES, True, {})
