@@ -68,6 +68,25 @@ def test_no_text_is_refused_that_fits(several: dict[str, Tokenizer], text: str, 
         assert tokenizer.encode_marked(text * repeats, limit=len(ids)) == ids
 
 
+# Text that is normalized is measured part by part: what joins must not lie on two sides of a cut.
+@pytest.mark.parametrize(
+    "unit", ["é", "e\u0301", "\u1100\u1161\u11a8", "\u3131\u314f", "か\u3099", "東", "<|eot_id|>\u0338", "\u212b", "ﬁ", "🦊"]
+)
+@pytest.mark.parametrize("name", ["nfc", "nfkd", "lower"])
+def test_normalized_text_is_measured_as_it_is_encoded(several: dict[str, Tokenizer], name: str, unit: str) -> None:
+    tokenizer = several[name]
+    for shift in range(3):
+        text = "x" * shift + unit * (20_000 // len(unit))
+        least, ids = tokenizer._vocabulary.least_tokens(text, 10**9), tokenizer.encode_marked(text)
+        assert least <= len(ids)
+        if name != "lower":
+            assert least > len(ids) / 8
+
+
+def test_a_stretch_that_cannot_be_cut_is_left_out(several: dict[str, Tokenizer]) -> None:
+    assert several["nfc"]._vocabulary.least_tokens("a" + "\u0301" * 200_000 + "xyz", 10**9) in range(1, 10)
+
+
 @given(tokens=st.lists(st.binary(min_size=1, max_size=6), min_size=1, max_size=6), data=st.data())
 def test_the_bound_holds_for_every_way_to_cut(tokens: list[bytes], data: st.DataObject) -> None:
     bound = LengthBound(tokens, data.draw(st.sets(st.integers(0, 255)) | st.just(set(range(256)))))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from partinf.checkpoint.tokenizer.length import LengthBound
 from partinf.checkpoint.tokenizer.pieces import byte_level_alphabet, piece_bytes
+from partinf.checkpoint.tokenizer.seen import seen_by_model, steps
 from partinf.checkpoint.tokenizer.settings import Settings, refusing
 from partinf.documents import looks_like, read_text
 from partinf.errors import InvalidInput, raise_offences
@@ -62,14 +61,16 @@ class JsonVocabulary:
         self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in plain])
 
     def _read_decoder(self, path: Path) -> None:
-        steps = _steps(self._backend.decoder, "decoders")
-        kinds = {step["type"] for step in steps}
+        decoders = steps(self._backend.decoder, "decoders")
+        kinds = {step["type"] for step in decoders}
         unsupported = sorted(kinds & _DECODERS_OF_WORDS)
         if unsupported:
             raise InvalidInput(f"{path}: the decoder {', '.join(unsupported)} is not supported; expected ByteLevel or ByteFallback")
         self._alphabet = byte_level_alphabet() if "ByteLevel" in kinds else None
         self._has_byte_pieces = "ByteFallback" in kinds
-        self.strip_start = "Strip" in kinds or any(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
+        self.strip_start = "Strip" in kinds or any(
+            step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in decoders
+        )
 
     def _put_by_post_processor(self) -> tuple[int | None, int | None]:
         """The first of the ids that the file's post-processor puts before a text, and the last of those that it puts after it."""
@@ -93,20 +94,21 @@ class JsonVocabulary:
             return long
 
     def least_tokens(self, text: str, enough: int) -> int:
-        if self._bound is None:
-            return 0
-        bound, seen = self._bound
-        return bound.least(seen(text).encode())
+        with refusing("the tokenizer cannot measure this text"):
+            if self._bound is None:
+                return 0
+            bound, seen = self._bound
+            return bound.least(seen(text).encode())
 
     @functools.cached_property
     def _bound(self) -> tuple[LengthBound, Callable[[str], str]] | None:
         """The bound, and how the model sees a text; None where text may vanish, or many characters become one unknown token."""
-        seen = _seen_by_model(self._backend)
+        seen = seen_by_model(self._backend)
         if seen is None:
             return None
         vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         added = {token.content for token in self._added.values()}
-        byte_level = any(step["type"] == "ByteLevel" for step in _steps(self._backend.pre_tokenizer, "pretokenizers"))
+        byte_level = any(step["type"] == "ByteLevel" for step in steps(self._backend.pre_tokenizer, "pretokenizers"))
         alphabet = byte_level_alphabet()
         if byte_level:
             counted = {byte for character, byte in alphabet.items() if character in vocab}
@@ -140,52 +142,3 @@ class JsonVocabulary:
         # A token added outside the alphabet stands for itself.
         known = all(character in self._alphabet for character in piece)
         return bytes(self._alphabet[character] for character in piece) if known else piece.encode()
-
-
-def _steps(part: Any, inner: str) -> list[Mapping[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder in order, sequences unrolled."""
-
-    def unrolled(step: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        return [one for each in step[inner] for one in unrolled(each)] if step["type"] == "Sequence" else [step]
-
-    return [] if part is None else unrolled(json.loads(part.__getstate__()))
-
-
-def _seen_by_model(backend: Any) -> Callable[[str], str] | None:
-    """A text as the model of the tokenizer sees it, or less of it: what it certainly sees. None where that is not known."""
-    from tokenizers.models import BPE
-
-    model = backend.model
-    if not isinstance(model, BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
-        return None
-    steps = [*_steps(backend.normalizer, "normalizers"), *_steps(backend.pre_tokenizer, "pretokenizers")]
-    views = [_view(step) for step in steps]
-    known = [view for view in views if view is not None]
-    return functools.partial(_through, known) if len(known) == len(views) else None
-
-
-def _through(views: list[Callable[[str], str]], text: str) -> str:
-    for view in views:
-        text = view(text)
-    return text
-
-
-def _view(step: Mapping[str, Any]) -> Callable[[str], str] | None:
-    """What one step makes of a text, or less than that; None where it may take any part of it away."""
-    kind = step["type"]
-    if kind in ("NFC", "NFKC", "NFD", "NFKD"):
-        # They leave ASCII alone, except that a letter may join with accents that follow it.
-        return functools.partial(re.compile(r"[\x00-\x7f]?[^\x00-\x7f]+").sub, "")
-    if kind == "Lowercase":
-        return lambda text: re.sub(r"[^\x00-\x7f]+", "", text).lower()
-    if kind == "Replace" and len(step["pattern"].get("String", "")) == 1:
-        return lambda text: text.replace(step["pattern"]["String"], step["content"])
-    if kind == "Metaspace":
-        return lambda text: text.replace(" ", step["replacement"])
-    only_adds = kind in ("Prepend", "ByteLevel", "Digits", "UnicodeScripts")
-    only_cuts = kind in ("Split", "Punctuation") and step["behavior"] != "Removed"
-    return _unchanged if only_adds or only_cuts else None
-
-
-def _unchanged(text: str) -> str:
-    return text

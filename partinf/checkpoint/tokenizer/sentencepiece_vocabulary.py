@@ -6,12 +6,12 @@ sentencepiece knows no special tokens in a text, so a text is cut at their names
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from partinf.checkpoint.tokenizer.length import LengthBound
+from partinf.checkpoint.tokenizer.marks import Marks
 from partinf.checkpoint.tokenizer.pieces import SPACE, piece_bytes
 from partinf.checkpoint.tokenizer.settings import AddedToken, Settings, refusing
 from partinf.documents import looks_like, read_bytes
@@ -19,8 +19,6 @@ from partinf.documents import looks_like, read_bytes
 _MAX_BYTES = 1 << 28
 # Protocol buffers read a field that is given again as an amendment: these bytes after a model are its normalizer's `add_dummy_prefix`.
 _WITH_PREFIX, _WITHOUT_PREFIX = b"\x1a\x02\x18\x01", b"\x1a\x02\x18\x00"
-_BLANKS = re.compile(r"\s*")
-_WINDOW = 1 << 18  # characters that are searched for names of tokens at once, so that other threads get their turn
 
 
 class SentencePieceVocabulary:
@@ -55,7 +53,7 @@ class SentencePieceVocabulary:
         if (unknown := self._backend.unk_id()) >= 0 and self._pieces[unknown]:
             found[self._pieces[unknown]] = AddedToken(unknown, self._pieces[unknown], True)
         with refusing(f"{path.parent}: special tokens that cannot be searched for"):
-            self._marks = _Marks(found | {token.content: token for token in settings.added})
+            self._marks = Marks(found | {token.content: token for token in settings.added})
         self.bos_id, self.eos_id = self._role(settings, "bos_token"), self._role(settings, "eos_token")
         # transformers adds BOS for sentencepiece models unless it is told not to.
         self.adds_bos = self.bos_id is not None and settings.add_bos is not False
@@ -119,52 +117,3 @@ class SentencePieceVocabulary:
         if self._backend.is_unknown(token):
             return self._backend.decode([token]).encode()
         return piece_bytes(self._pieces[token], self._backend.is_byte(token))
-
-
-class _Marks:
-    """Finds tokens by their names in a text, the leftmost first, and of several the longest."""
-
-    def __init__(self, tokens: dict[str, AddedToken]) -> None:
-        self._tokens = tokens
-        self._longest = max(map(len, tokens), default=0)
-        self._pattern = re.compile(_alternatives(tokens)) if tokens else None
-
-    def split(self, text: str) -> Iterator[str | int]:
-        """The stretches of text between tokens, some of them empty, and the ids of the tokens, in order."""
-        start = place = 0
-        while self._pattern is not None and place < len(text):
-            match = self._pattern.search(text, place, place + _WINDOW + self._longest)
-            if match is None or match.start() >= place + _WINDOW:
-                place += _WINDOW
-                continue
-            token = self._tokens[match.group()]
-            if token.single_word and _beside_word(text, match):
-                place = match.start() + 1
-                continue
-            before = text[start : match.start()]
-            yield before.rstrip() if token.lstrip else before
-            yield token.id
-            start = match.end()
-            if token.rstrip and (blanks := _BLANKS.match(text, start)):
-                start = blanks.end()
-            place = start
-        yield text[start:]
-
-
-def _beside_word(text: str, match: re.Match[str]) -> bool:
-    return any(re.match(r"\w", character) for character in (text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]))
-
-
-def _alternatives(names: Iterable[str]) -> str:
-    """A pattern of any of the names that tries every character once, however many names there are: a tree of their beginnings."""
-    given = list(names)
-    low, high = min(given), max(given)
-    common = low[: next((place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))]
-    rest: dict[str, list[str]] = {}
-    for name in given:
-        if len(name) > len(common):
-            rest.setdefault(name[len(common)], []).append(name[len(common) :])
-    if not rest:
-        return re.escape(common)
-    branches = "|".join(_alternatives(tails) for _, tails in sorted(rest.items()))
-    return f"{re.escape(common)}(?:{branches}){'?' if common in given else ''}"
