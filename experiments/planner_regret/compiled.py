@@ -28,7 +28,7 @@ def compiled_rows(drawn: Sequence[Case]) -> Iterator[dict[str, Any]]:
     for case in drawn:
         kind = case.slice.partition(":")[0], case.workload.phase
         report = search(load_model_config(case.model), parse_slice(case.slice), case.workload)
-        if kind in seen or report.slice.chip.family != "tpu" or not report.best.fits:
+        if kind in seen or not report.slice.chip.platform.described or not report.best.fits:
             continue
         seen.add(kind)
         yield _row(case, report)
