@@ -28,11 +28,11 @@ from partinf.model.weights import num_params
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival, read_trace
 from partinf.simulation.play import play
-from partinf.simulation.report import Bounds, Machine, RunReport
+from partinf.simulation.report import LatencyBounds, Machine, RunReport
 from partinf.simulation.serving_plan import Traffic, serving_plan
 from partinf.simulation.sizing import Sizing, cost_runner
 
-BOUNDS = Bounds(ttft=1.0, time_per_token=0.05)
+BOUNDS = LatencyBounds(ttft=1.0, time_per_token=0.05)
 # Model, slice, batch, of how many equal replicas this is one (it gets every n-th request), and pipeline stages (None: as many as the
 # planner likes).
 CASES: list[tuple[str, str, int, int, int | None]] = [

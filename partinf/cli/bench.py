@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from partinf.cli.arguments import add_where, named_layout, named_slice
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
-from partinf.cli.load import Load, add_load_arguments, read_load
+from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
 from partinf.errors import raise_offences
 from partinf.limits import MAX_PAGES
 
@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if about.failed else 0
 
 
-def _plan(args: argparse.Namespace, load: Load, longest: int, target: Slice | None, layout: Layout | None, asked: DType | None) -> Plan:
+def _plan(
+    args: argparse.Namespace, load: OfferedLoad, longest: int, target: Slice | None, layout: Layout | None, asked: DType | None
+) -> Plan:
     from partinf import api
     from partinf.buckets import Capacity
     from partinf.engine.policies.registry import resident_batches
@@ -127,7 +129,7 @@ class _About:
     failed: int
 
 
-def _bench(args: argparse.Namespace, load: Load, model: Model, lag: int) -> tuple[_About, RunReport]:
+def _bench(args: argparse.Namespace, load: OfferedLoad, model: Model, lag: int) -> tuple[_About, RunReport]:
     from partinf.cli.progress import progress_bar
     from partinf.cost.calibration import calibration_for
     from partinf.engine.engine import Engine

@@ -12,17 +12,17 @@ from partinf.limits import MAX_BATCH, MAX_REQUESTS, MAX_SECONDS
 if TYPE_CHECKING:
     from partinf.engine.policies.registry import PolicyOptions
     from partinf.simulation.arrivals import Arrival
-    from partinf.simulation.report import Bounds
+    from partinf.simulation.report import LatencyBounds
 
 
 @dataclass(frozen=True)
-class Load:
+class OfferedLoad:
     """Scheduler, requests and bounds, read and checked."""
 
     scheduler: str
     options: PolicyOptions
     arrivals: list[Arrival]
-    bounds: Bounds
+    bounds: LatencyBounds
 
 
 def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: str) -> None:
@@ -47,12 +47,12 @@ def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: 
     parser.set_defaults(default_requests=requests)
 
 
-def read_load(flags: Flags, default_batch: int) -> Load | None:
+def read_load(flags: Flags, default_batch: int) -> OfferedLoad | None:
     """What `add_load_arguments` declared; None where some of it is wrong, which the flags' offences say."""
     from partinf.engine.policies.ranked import Eviction
     from partinf.engine.policies.registry import POLICIES, PREEMPTIVE, PolicyOptions
     from partinf.simulation.arrivals import parse_arrivals, parse_lengths
-    from partinf.simulation.report import Bounds
+    from partinf.simulation.report import LatencyBounds
 
     args, before = flags.args, len(flags.offences)
     scheduler, eviction = flags.word("scheduler", POLICIES), flags.member("eviction", Eviction)
@@ -70,5 +70,5 @@ def read_load(flags: Flags, default_batch: int) -> Load | None:
     arrivals = flags.collect(lambda: parse_arrivals(args.arrivals, lengths, count, seed))
     if arrivals is None:
         return None
-    bounds = Bounds(None if ttft is None else ttft / 1e3, None if tpot is None else tpot / 1e3)
-    return Load(scheduler, PolicyOptions(batch or default_batch, alpha / 1e3, eviction), arrivals, bounds)
+    bounds = LatencyBounds(None if ttft is None else ttft / 1e3, None if tpot is None else tpot / 1e3)
+    return OfferedLoad(scheduler, PolicyOptions(batch or default_batch, alpha / 1e3, eviction), arrivals, bounds)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from partinf.cli.arguments import add_hardware, named_layout, read_slice, say_lengths
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
-from partinf.cli.load import Load, add_load_arguments, read_load
+from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
 from partinf.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bind(flags: Flags, load: Load | None, stages: int) -> tuple[Plan, Pricing] | None:
+def _bind(flags: Flags, load: OfferedLoad | None, stages: int) -> tuple[Plan, Pricing] | None:
     """The plan and how it is priced; None where something is wrong, which the flags' offences say."""
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import PROGRAMS, Pricing
@@ -141,7 +141,7 @@ class _About:
     wall_seconds: float
 
 
-def _simulate(args: argparse.Namespace, load: Load, plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[_About, RunReport]:
+def _simulate(args: argparse.Namespace, load: OfferedLoad, plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[_About, RunReport]:
     from partinf.cli.progress import progress_bar
     from partinf.engine.engine import Engine
     from partinf.engine.policies.registry import make_policy

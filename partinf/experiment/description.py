@@ -39,7 +39,7 @@ RANGES = {
 
 
 @dataclass(frozen=True)
-class Request:
+class DrawnRequest:
     """One request: its prompt as token ids, and how many tokens it generates."""
 
     prompt: tuple[int, ...]
@@ -86,7 +86,7 @@ class Experiment:
     def config(self) -> ModelConfig:
         return load_model_config(self.model)
 
-    def drawn(self) -> list[Request]:
+    def drawn(self) -> list[DrawnRequest]:
         """The requests, from the seed.
 
         Raises:
@@ -95,7 +95,7 @@ class Experiment:
         draw, rng, vocab = parse_lengths(self.lengths), random.Random(self.seed), self.config().vocab_size
         lens = [draw(rng) for _ in range(self.requests)]
         raise_offences(outside("requests and lengths: prompt tokens in all", sum(inputs for inputs, _ in lens), 1, MAX_PROMPT_TOKENS))
-        return [Request(tuple(rng.choices(range(vocab), k=inputs)), outputs) for inputs, outputs in lens]
+        return [DrawnRequest(tuple(rng.choices(range(vocab), k=inputs)), outputs) for inputs, outputs in lens]
 
     def plan(self) -> Plan:
         """The plan of its layout, or of the planner's choice, with buckets; the same wherever it is made.

@@ -27,7 +27,7 @@ _COUNTERS = (
 
 
 @dataclass(frozen=True)
-class Bounds:
+class LatencyBounds:
     """What a request must meet to count as good: seconds to its first token, seconds per token after that; None for no bound."""
 
     ttft: float | None = None
@@ -67,11 +67,11 @@ class RunReport:
     refused: int
     num_good: int
     seconds: float
-    bounds: Bounds
+    bounds: LatencyBounds
     machine: Machine
 
     @classmethod
-    def of(cls, metrics: Metrics, seconds: float, refused: int, bounds: Bounds, machine: Machine) -> RunReport:
+    def of(cls, metrics: Metrics, seconds: float, refused: int, bounds: LatencyBounds, machine: Machine) -> RunReport:
         return cls(metrics.summary(), refused, sum(bounds.met(times) for times in metrics.times), seconds, bounds, machine)
 
     @property

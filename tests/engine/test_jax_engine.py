@@ -25,7 +25,7 @@ from partinf.layout import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
-from partinf.simulation.report import Bounds, Machine, RunReport
+from partinf.simulation.report import LatencyBounds, Machine, RunReport
 from partinf.transformer.params import abstract_params
 from partinf.workload import DType
 
@@ -101,7 +101,7 @@ def test_bench_and_simulate_print_the_same(capsys: pytest.CaptureFixture[str]) -
         labels.append([line.split("  ")[0] for line in lines if "  " in line.strip()])
     assert labels[0] == labels[1]
     assert {"time to first token", "goodput, TPOT ≤ 900 ms", "queue, mean and longest", "MFU"} <= set(labels[0])
-    wanted = keys(RunReport.of(Metrics(1), 1.0, 0, Bounds(), Machine(1, 1, 1.0)).as_json())
+    wanted = keys(RunReport.of(Metrics(1), 1.0, 0, LatencyBounds(), Machine(1, 1, 1.0)).as_json())
     assert main(["simulate", *flags, "--format", "json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert {key: keys(figures[key]) for key in wanted} == wanted
@@ -112,7 +112,7 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path:
     assert main([*flags, "--lengths", "fixed:6:5", "--format", "json", "--trace", str(tmp_path / "trace.json")]) == 0
     figures = json.loads(capsys.readouterr().out)
     check_lanes(json.loads((tmp_path / "trace.json").read_text())["traceEvents"], figures["counters"]["iterations"])
-    wanted = keys(RunReport.of(Metrics(1), 1.0, 0, Bounds(), Machine(1, 1, 1.0)).as_json())
+    wanted = keys(RunReport.of(Metrics(1), 1.0, 0, LatencyBounds(), Machine(1, 1, 1.0)).as_json())
     assert {key: keys(figures[key]) for key in wanted} == wanted
     assert figures["requests"] == {"finished": 12, "refused": 0}
     assert figures["counters"]["generated_tokens"] == 60

@@ -7,7 +7,7 @@ import pytest
 from partinf.engine import Engine, SamplingParams
 from partinf.engine.step import Step
 from partinf.simulation.cost_runner import CostRunner
-from partinf.simulation.report import Bounds, Machine, RunReport
+from partinf.simulation.report import LatencyBounds, Machine, RunReport
 from partinf.simulation.step_price import Price
 from tests.engine.support import ROOMY, run_all
 
@@ -19,7 +19,7 @@ def padded_to_eight(step: Step) -> Price:
     return Price(2.0 if step.prefill else 1.0, 8)
 
 
-def reported(bounds: Bounds) -> RunReport:
+def reported(bounds: LatencyBounds) -> RunReport:
     runner = CostRunner(ROOMY, padded_to_eight)
     engine = Engine(runner, clock=runner.clock)
     engine.add_request([1, 2, 3], SamplingParams(max_tokens=3), "a")
@@ -31,7 +31,7 @@ def reported(bounds: Bounds) -> RunReport:
 
 def test_throughput_utilisation_and_padding() -> None:
     # Steps end at 2 (a's prompt), 4 (a decodes, b's prompt) and 5 s (both decode).
-    found = reported(Bounds())
+    found = reported(LatencyBounds())
     assert found.seconds == 5.0
     assert found.as_json()["throughput"] == {
         "requests_per_second": found.requests_per_second,
@@ -49,7 +49,12 @@ def test_throughput_utilisation_and_padding() -> None:
 
 def test_goodput_counts_what_meets_both_bounds_and_refusals_against_it() -> None:
     # First tokens after 2 and 2 s; a takes (5 - 2) / 2 s per further token, b 1 s.
-    for bounds, good in ((Bounds(2.0, 1.5), 2), (Bounds(2.0, 1.0), 1), (Bounds(1.9), 0), (Bounds(time_per_token=1.2), 1)):
+    for bounds, good in (
+        (LatencyBounds(2.0, 1.5), 2),
+        (LatencyBounds(2.0, 1.0), 1),
+        (LatencyBounds(1.9), 0),
+        (LatencyBounds(time_per_token=1.2), 1),
+    ):
         found = reported(bounds)
         assert found.goodput == pytest.approx(good / 3)
         assert found.good_requests_per_second == pytest.approx(good / 5)
@@ -64,7 +69,7 @@ def test_goodput_counts_what_meets_both_bounds_and_refusals_against_it() -> None
 
 def test_what_cannot_be_said_is_null() -> None:
     engine = Engine(CostRunner(ROOMY, padded_to_eight))
-    found = RunReport.of(engine.metrics, 0.0, 0, Bounds(), MACHINE)
+    found = RunReport.of(engine.metrics, 0.0, 0, LatencyBounds(), MACHINE)
     assert found.mfu is found.chip_ms_per_token is found.goodput is None
     figures = found.as_json()
     assert figures["mfu"] is figures["chip_ms_per_token"] is figures["goodput"]["share"] is None
