@@ -16,7 +16,8 @@ import numpy as np
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.errors import raise_offences
 from partinf.model.config import ModelConfig
-from partinf.model.families import Naming, Stored, family_of
+from partinf.model.families import family_of
+from partinf.model.family import Naming, Stored
 from partinf.model.weights import leaf_names
 
 _HEAD = "lm_head.weight"

@@ -13,7 +13,8 @@ from typing import Any
 from partinf.documents import finite, shown
 from partinf.errors import InvalidInput, raise_offences
 from partinf.model.config import ModelConfig, Position, RopeScaling
-from partinf.model.families import FAMILIES, HARMLESS, ONLY, Family
+from partinf.model.families import FAMILIES, HARMLESS, ONLY
+from partinf.model.family import Family
 
 _WEIGHTS = ("quantization_config", "compression_config", "quantization")  # where quantised checkpoints describe how they are stored
 _NAMES = ("architectures", "model_type", "auto_map", "tie_word_embeddings", *_WEIGHTS)
@@ -313,10 +314,8 @@ def _written(config: ModelConfig) -> Family:
     Raises:
         InvalidInput: none is written that has.
     """
-    if config.family and not (FAMILIES[config.family].differences(config)) and FAMILIES[config.family].written:
-        return FAMILIES[config.family]
     written = [family for family in FAMILIES.values() if family.written]
-    for family in written:
+    for family in sorted(written, key=lambda family: family.model_type != config.family):  # its own comes first
         if not family.differences(config) and (family.window or not config.window):
             return family
     titles = ", ".join(family.title for family in written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,5 @@ def test_a_family_is_written_as_itself(family: Any) -> None:
     model = ModelConfig("mine", 2, 64, 128, 8, 4, 8, 96, max_len=64, family=family.model_type, source="config.json", **family.block)
     assert config_to_hf(model)["architectures"] == [family.architecture]
     assert config_from_hf(config_to_hf(model), "mine") == model
+    windowed = replace(model, window=16)  # which Llama has no key for
+    assert config_from_hf(config_to_hf(windowed), "mine") == replace(windowed, family=model.family if family.window else "mistral")
