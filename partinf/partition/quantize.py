@@ -47,7 +47,10 @@ def quantize(array: Any, contracted: tuple[int, ...]) -> Quantized:
     """
     library: Any = np if isinstance(array, np.ndarray) else jnp
     wide = array.astype(np.float32)
-    largest = library.max(library.abs(wide), axis=contracted, keepdims=True)
+    magnitude = library.abs(wide)
+    if library is jnp:  # whose maximum may pass over NaN on a CPU; numpy's does not
+        magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)
+    largest = library.max(magnitude, axis=contracted, keepdims=True)
     scale = library.where(library.isfinite(largest), largest / _LARGEST, np.float32(np.nan))
     scale = library.where(largest == 0, 1.0, scale).astype(np.float32)
     levels = library.where(library.isnan(scale), 0.0, library.rint(wide / scale))

@@ -184,18 +184,18 @@ def _to_group(
         q, keys = head_norm(q, weights["q_norm"], model), head_norm(keys, weights["k_norm"], model)
     if by is not None:
         q, keys = rotate(q, by), rotate(keys, by)
-    return q, _contained(jnp.stack([keys, values], axis=1))
+    return q, _contained(keys, values)
 
 
-def _contained(new: jax.Array) -> jax.Array:
-    """Keys and values [T, 2, K, Q] such that one that is no number reaches nobody but those that may see it.
+def _contained(keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Keys and values [T, K, Q] as [T, 2, K, Q], such that what is no number reaches nobody but those that may see it.
 
     Rows of many requests meet the same keys and values. What a row may not see is masked in its scores by choice, so a key may be anything;
-    but its weight of 0 times a value of NaN is NaN. So a head of a token that holds anything but numbers gets values of 0 and keys of NaN,
-    which say the same to whoever sees them. Nothing else has to be asked of a page that is read, or used again.
+    but its weight of 0 times a value of NaN is NaN. So where a key or a value is no number the key becomes NaN and the value 0: one NaN is
+    enough for the score, and so says the same to whoever sees it. Nothing else has to be asked of a page that is read, or used again.
     """
-    numbers = jnp.all(jnp.abs(new) <= _LARGEST, axis=(1, 3), keepdims=True)  # [T, 1, K, 1]
-    return jnp.where(numbers, new, jnp.asarray([jnp.nan, 0.0], new.dtype)[None, :, None, None])
+    numbers = (jnp.abs(keys) <= _LARGEST) & (jnp.abs(values) <= _LARGEST)
+    return jnp.stack([jnp.where(numbers, keys, jnp.nan), jnp.where(numbers, values, 0.0)], axis=1)
 
 
 def _from_group(found: kernels.Attended, group: Group, routes: Routes) -> jax.Array:

@@ -31,3 +31,14 @@ def test_rows_of_the_table(slice_name: str, columns: int, multiplied: bool) -> N
     assert found.dtype == table.dtype
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(table[tokens], np.float32))
     assert ("dot_general" in str(jax.make_jaxpr(look_up)(table, tokens))) == multiplied
+
+
+@pytest.mark.parametrize(("slice_name", "columns"), [("v4:2x2x1", 72), ("cpu:4", 72)])
+def test_a_row_that_is_no_number_is_found_by_its_token_alone(slice_name: str, columns: int) -> None:
+    table = np.array(jax.random.normal(jax.random.key(0), (512, columns)), jnp.bfloat16)
+    clean, tokens = table.copy(), jnp.asarray([0, 3, 499, 3, 511, 1, 1, 2])
+    table[3, 5], table[2, 0], table[400] = np.nan, -np.inf, np.nan
+    found, want = (np.asarray(_looked_up(jnp.asarray(each), tokens, routes(slice_name)), np.float32) for each in (table, clean))
+    lost = np.isin(np.asarray(tokens), [2, 3])
+    np.testing.assert_array_equal(found[~lost], want[~lost])
+    assert (~np.isfinite(found[lost])).any(axis=1).all()
