@@ -11,12 +11,11 @@ import pytest
 from tests.serve.support import Serving, events
 
 GUARD = {"model": "demo", "prompt": "sort: d b a c =", "temperature": 0, "max_tokens": 6, "logprobs": 1}
-WHOLE = "0 1 -1 2 95 96 97 127 128 129 2147483646 2147483647 2147483648 4294967295 4294967296 -2147483648 -2147483649".split()
-WHOLE += ["9223372036854775807", "9223372036854775808", "-9223372036854775809", "18446744073709551616", "1" + "0" * 400, "1" + "0" * 5000]
-REAL = (
-    "0.0 -0.0 1e-46 1e-45 1e-38 1.2e-38 1e-7 0.5 0.9999999999 1.0000000001 1.9999 2.0000001 -2 2 100 -100 3.4e38 3.5e38 1e300 1e400".split()
-)
-REAL += ["-1e400", "5e-324", "NaN", "Infinity", "-Infinity", "true", "null", '"1"', "[]", "1e-400"]
+WHOLE = [str(sign * (2**bits + more)) for bits in (31, 32, 63, 64) for more in (-1, 0, 1) for sign in (1, -1)]
+WHOLE += [*map(str, (0, 1, -1, 2, 95, 96, 97, 127, 128, 129)), "1" + "0" * 400, "1" + "0" * 5000]
+REAL = [*map(str, (0.0, -0.0, 1e-46, 1e-45, 1e-38, 1.2e-38, 1e-7, 0.5, 0.9999999999, 1.0000000001, 1.9999, 2.0000001))]
+REAL += [*map(str, (-2, 2, 100, -100, 3.4e38, 3.5e38, 1e300, 5e-324))]
+REAL += ["1e400", "-1e400", "1e-400", "NaN", "Infinity", "-Infinity", "true", "null", '"1"', "[]"]
 FIELDS = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "top_k", "n", "seed", "priority"]
 FIELDS += ["max_tokens", "logprobs", "stop_token_ids", "logit_bias"]
 
