@@ -4,7 +4,8 @@ Owns what the two formats have in common for the Llama family: an id stands for 
 jax is not imported.
 
 * `settings` reads the files that stand beside a vocabulary; `ends` says which ids end a text.
-* `json_vocabulary` and `sentencepiece_vocabulary` are the two formats; `length` bounds how few tokens a text can have.
+* `json_vocabulary` and `sentencepiece_vocabulary` are the two formats; `pieces` is how they write bytes, `marks` finds tokens by name.
+* `length` bounds how few tokens a text can have; `seen` says what of a text a tokenizer.json certainly keeps.
 * `text` is what everybody else uses: encoding, decoding, and decoding of a stream.
 """
 
