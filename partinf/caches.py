@@ -7,7 +7,6 @@ settled before jax is imported.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import tempfile
@@ -43,9 +42,12 @@ def usable(kind: str) -> Path | None:
     if directory is None:
         return None
     try:
+        named = cache_directory(EXECUTABLES)
+        if named == directory.parent:  # whoever may write there could put another directory in the place of this one
+            own(named)
         return own(directory)
     except InvalidInput as error:
-        _warn(str(error))
+        _warn_once(str(error))
         return None
 
 
@@ -71,12 +73,18 @@ def own(directory: Path) -> Path:
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.stat()
     except OSError as error:
-        raise InvalidInput(f"cache {directory}: {error.strerror}; name another directory, or '{OFF}'") from error
+        what = "not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise InvalidInput(f"cache {directory}: {what}; name another directory, or '{OFF}'") from error
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise InvalidInput(f"cache {directory}: others may write to it, and what it holds is run; make it yours, mode 700")
     return directory
 
 
-@functools.cache
-def _warn(reason: str) -> None:
+_warned: list[str] = []  # what was said: one directory is the reason for every kind of cache
+
+
+def _warn_once(reason: str) -> None:
+    if _warned:
+        return
+    _warned.append(reason)
     logging.getLogger(__name__).warning("partinf: nothing is kept for the next start: %s", reason)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,13 @@ KINDS = (caches.EXECUTABLES, caches.XLA, caches.NATIVE)
 
 
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of this process, and all that is set is put back; warnings come again."""
     for name in ("PARTINF_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
-    caches._warn.cache_clear()
-    yield
-    caches._warn.cache_clear()
+    monkeypatch.setattr(caches, "_warned", [])
 
 
 def test_caches_lie_in_the_users_own_directory_or_in_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +68,7 @@ def test_a_directory_that_cannot_be_used_is_one_warning(
         place.touch()
     monkeypatch.setenv("PARTINF_CACHE_DIR", str(place / "below" if fault == "below a file" else place))
     with caplog.at_level(logging.WARNING):
-        assert [caches.usable(caches.EXECUTABLES) for _ in range(3)] == [None] * 3
+        assert [caches.usable(kind) for kind in (*KINDS, *KINDS)] == [None] * 6
     (line,) = caplog.messages
     assert "nothing is kept for the next start" in line
     with pytest.raises(InvalidInput, match="cache "):
