@@ -26,6 +26,7 @@ from pod_failures import reason
 from pod_jobset import manifest, run_jobset
 from pod_life import Pod, Preempted, StepFailed, create, launch
 
+from partinf import documents
 from partinf.errors import InvalidInput, raise_offences
 from partinf.planner.files import plan_from_toml
 from partinf.plans import Plan
@@ -249,10 +250,7 @@ def _follow(pod: Pod, signals: Signals) -> int:
 
 def read_text(path: Path, what: str) -> str:
     """A file that the user named."""
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise InvalidInput(f"{what} '{path}': {error.strerror}") from None
+    return documents.read_text(path, f"{what} '{path}'", documents.TOML_BYTES)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pod_description import Description
 
+from partinf import documents
+from partinf.documents import finite, shown
 from partinf.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Price
 
@@ -59,17 +60,16 @@ def _price(path: Path, chip: str) -> Price:
     if chip not in rows:
         raise InvalidInput(f"{path}: no price for '{chip}'{nearest(chip, rows)}")
     row = rows[chip]
-    wrong = [kind for kind in ("on_demand", "spot") if not isinstance(row.get(kind, 0), int | float)]
+    if not isinstance(row, dict):
+        raise InvalidInput(f"{path}: chip_hour.{chip} = {shown(row)}; expected a table")
+    wrong = [kind for kind in ("on_demand", "spot") if (finite(row.get(kind, 0)) or 0) < 0 or finite(row.get(kind, 0)) is None]
     wrong += [] if "on_demand" in row else ["on_demand"]
     raise_offences(f"{path}: chip_hour.{chip} needs a number for '{kind}'" for kind in wrong)
     return Price(on_demand=row["on_demand"], spot=row.get("spot"), **table)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise InvalidInput(f"--prices {path}: {error}") from None
+    table = documents.read_toml(path, f"--prices {path}")
     offences = [f"{path}: unknown key '{key}'{nearest(key, _HEAD)}" for key in table if key not in _HEAD]
     offences += [f"{path}: '{key}' must be {kind.__name__}" for key, kind in _HEAD.items() if not isinstance(table.get(key), kind)]
     raise_offences(offences)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -12,6 +11,8 @@ from typing import Any
 
 from pod_types import TpuType, parse_type, type_of_slice
 
+from partinf import documents
+from partinf.documents import shown
 from partinf.errors import InvalidInput, collect, nearest, raise_offences
 from partinf.plans import Plan
 
@@ -84,10 +85,7 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
     Raises:
         InvalidInput: everything that is wrong with it, each with what would be valid.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidInput(f"{where}: not TOML: {error}") from None
+    table = documents.toml_of(text, where)
     offences = [f"unknown key '{key}'{nearest(key, _KEYS)}" for key in table if key not in _KEYS]
     table = {key: value for key, value in table.items() if key in _KEYS}
     if command is not None:
@@ -99,7 +97,7 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
     offences += _name_offences(table) + _scalar_offences(table)
     times: dict[str, Any] = {}
     for key in ("time_to_live", "wait"):
-        if table.get(key):
+        if table.get(key) not in (None, ""):
             times[key] = collect(offences, partial(_seconds, key, table[key]))
     lists: dict[str, Any] = {key: tuple(table[key]) for key in ("command", "setup") if _is_argument_list(table, key, offences)}
     gke = collect(offences, lambda: _gke(table.get("gke", {})))
@@ -134,42 +132,43 @@ def _name_offences(table: dict[str, Any]) -> list[str]:
     patterns = {
         "name": (r"[a-z]([a-z0-9-]{0,28}[a-z0-9])?", "lower-case letters, digits and '-', at most 30, for example my-run"),
         "project": (r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", "a project id such as my-project"),
-        "zone": (r"[a-z]+-[a-z]+\d+-[a-z]", "a zone such as us-west4-a"),
+        "zone": (r"[a-z]+-[a-z]+[0-9]+-[a-z]", "a zone such as us-west4-a"),
     }
-    wrong = [key for key, (pattern, _) in patterns.items() if table.get(key) and not re.fullmatch(pattern, str(table[key]))]
-    return [f"{key} '{table[key]}': expected {patterns[key][1]}" for key in wrong]
+    given = {key: table[key] for key in patterns if table.get(key) and isinstance(table[key], str)}
+    return [f"{key} '{text}': expected {patterns[key][1]}" for key, text in given.items() if not re.fullmatch(patterns[key][0], text)]
 
 
 def _scalar_offences(table: dict[str, Any]) -> list[str]:
     kinds = {"spot": bool, "retries": int, "confirm_above_chips": int, "commit": str, "repository": str, "runtime": str, "type": str}
     kinds |= {"topology": str, "name": str, "project": str, "zone": str}
     wrong = [key for key, kind in kinds.items() if table.get(key) is not None and type(table[key]) is not kind]
-    offences = [f"{key} = {table[key]!r}: expected {kinds[key].__name__}" for key in wrong]
+    offences = [f"{key} = {shown(table[key])}: expected {kinds[key].__name__}" for key in wrong]
     if "retries" not in wrong and not 0 <= table.get("retries", 0) <= 20:
-        offences.append(f"retries = {table['retries']}: expected 0 to 20")
-    return offences
+        offences.append(f"retries = {shown(table['retries'])}: expected 0 to 20")
+    texts = [key for key in kinds if isinstance(table.get(key), str) and "\0" in table[key]]
+    return offences + [f"{key} = {shown(table[key])}: no such name" for key in texts]
 
 
 def _is_argument_list(table: dict[str, Any], key: str, offences: list[str]) -> bool:
-    if not table.get(key):
+    if table.get(key, []) in ([], None, ""):  # missing, which is said elsewhere
         return False
     good = isinstance(table[key], list) and all(isinstance(word, str) for word in table[key])
     if not good:
-        offences.append(f"{key} = {table[key]!r}: expected a list of words, one per argument; a shell line is ['bash', '-c', '…']")
+        offences.append(f"{key} = {shown(table[key])}: expected a list of words, one per argument; a shell line is ['bash', '-c', '…']")
     return good
 
 
 def _seconds(key: str, value: Any) -> int:
-    match = re.fullmatch(r"(\d+)([smhd])", str(value))
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", value if isinstance(value, str) else "")
     if match is None or int(match[1]) == 0:
-        raise InvalidInput(f"{key} = {value!r}: expected a number and a unit, such as '90m', '2h' or '1d'")
+        raise InvalidInput(f"{key} = {shown(value)}: expected a number and a unit, such as '90m', '2h' or '1d'")
     return int(match[1]) * _UNITS[match[2]]
 
 
 def _gke(table: Any) -> Gke:
     known = {key.name for key in fields(Gke)}
     if not isinstance(table, dict):
-        raise InvalidInput(f"gke = {table!r}: expected a table with {', '.join(sorted(known))}")
+        raise InvalidInput(f"gke = {shown(table)}: expected a table with {', '.join(sorted(known))}")
     raise_offences(f"unknown key 'gke.{key}'{nearest(key, known)}" for key in table if key not in known)
-    raise_offences(f"gke.{key} = {value!r}: expected text" for key, value in table.items() if not isinstance(value, str))
+    raise_offences(f"gke.{key} = {shown(value)}: expected text" for key, value in table.items() if not isinstance(value, str))
     return Gke(**table)

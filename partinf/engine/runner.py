@@ -7,6 +7,7 @@ from typing import Protocol
 
 from partinf.engine.step import Step, StepOutput
 from partinf.errors import raise_offences
+from partinf.limits import MAX_BATCH, MAX_PAGES, outside
 from partinf.rounding import ceil_div
 
 
@@ -63,6 +64,9 @@ class RunnerLimits:
         for shard, allowed in enumerate(self.prefill_shards):
             if not allowed or not set(allowed) <= set(range(self.num_prefill_shards)):
                 offences.append(f"prefill_shards[{shard}] = {allowed}; valid: some of 0..{self.num_prefill_shards - 1}")
+        if not offences:  # the pool keeps lists of so many
+            offences += outside("pages of all shards", self.pages_per_shard * self.num_shards, 1, MAX_PAGES)
+            offences += outside("num_host_pages", self.num_host_pages, 0, MAX_PAGES) + outside("num_slots", self.num_slots, 1, MAX_BATCH)
         raise_offences(f"runner limits: {offence}" for offence in offences)
 
     @property

@@ -19,6 +19,7 @@ from partinf.hardware.hardware_file import write_hardware
 from partinf.hardware.rates import CollectiveRate
 from partinf.planner.files import saved_plan
 from tests.core.test_hardware_file import CHIP, RATES
+from tests.tpu_scripts.support import GOOD, to_toml
 
 # Of every type, and at the ends of the ranges of floats, of machine integers and of our own.
 VALUES = [
@@ -89,8 +90,15 @@ def kinds() -> list[Kind]:
         Kind("plan", plan, lambda path: refused(lambda: saved_plan(path.read_bytes().decode(), str(path)))),
         Kind("description", EXPERIMENT, lambda path: refused(lambda: read_experiment(path))),
         Kind("hardware", write_hardware(measured), lambda path: quiet([*explain, *llama, *on_cpu, *roles, "--hardware", str(path)])),
+        Kind("pod", to_toml(GOOD), lambda path: refused(lambda: _pod(path))),
         Kind("trace", TRACE, lambda path: quiet([*simulate, "--arrivals", f"trace:{path}"])),
     ]
+
+
+def _pod(path: Path) -> None:
+    import pod_description
+
+    pod_description.read_description(path.read_bytes().decode(), str(path), path.parent)
 
 
 def quiet(arguments: list[str]) -> int:

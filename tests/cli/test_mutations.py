@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from partinf.buckets import Capacity, with_capacity
+from partinf.errors import InvalidInput
+from partinf.hardware.slices import parse_slice
+from partinf.layout import make_layout
+from partinf.limits import MAX_LEN
+from partinf.model.load import load_model_config
+from partinf.plans import Plan
+from partinf.simulation.sizing import Sizing
+from partinf.workload import Workload
 from tests.cli.mutations import kinds, mutate_command_lines, mutate_files, quiet
+from tests.engine.support import ROOMY
 
 _GIB_IN_KIB = 1 << 20
 
@@ -51,11 +63,40 @@ def test_numbers_that_are_too_large(capsys: pytest.CaptureFixture[str], argument
     assert words in capsys.readouterr().err
 
 
+def test_the_library_holds_sizes_to_the_same_ranges() -> None:
+    huge = 1_000_000_000
+    for make in (
+        lambda: Sizing(kv_pages=huge),
+        lambda: Sizing(host_bytes=math.inf),
+        lambda: Sizing(max_rows=2.0),  # type: ignore[arg-type]
+        lambda: Workload(batch=huge, input_len=1),
+        lambda: Workload(batch=1, input_len=MAX_LEN, output_len=1),
+        lambda: Workload(batch=1, input_len=1, max_latency=math.nan),
+        lambda: Workload(batch=1, input_len=1, output_len=1, arrival_rate=1e-300),
+        lambda: replace(ROOMY, num_slots=huge),
+        lambda: replace(ROOMY, pages_per_shard=huge),
+        lambda: replace(ROOMY, num_host_pages=huge),
+        lambda: parse_slice(f"cpu:{huge}"),
+        lambda: parse_slice("v4:4x4x4", f"x:{huge},y:{huge},z:{huge}"),
+    ):
+        with pytest.raises(InvalidInput):
+            make()
+    plan = Plan(load_model_config("demo"), parse_slice("cpu:1"), make_layout({"x": "ffn"}, {"x": "heads"}))
+    for capacity in (
+        Capacity(max_rows=huge),
+        Capacity(prefill_tokens=huge),
+        Capacity(page_size=huge),
+        Capacity(max_rows=1 << 20, page_size=1),
+    ):
+        with pytest.raises(InvalidInput):
+            with_capacity(plan, capacity)
+
+
 @pytest.mark.slow
 def test_thousands_of_them(tmp_path: Path) -> None:
     quiet(["plan", "--model", "demo", "--slice", "cpu:1", "--input", "1"])  # what an idle process has loaded
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for tally in (mutate_files(2, 2520, tmp_path), mutate_command_lines(2, 1000, tmp_path)):
+    for tally in (mutate_files(2, 2940, tmp_path), mutate_command_lines(2, 1000, tmp_path)):
         more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / _GIB_IN_KIB
         print(f"exit codes {tally.codes}; longest {tally.seconds:.1f} s ({tally.slowest}); {more:.2f} GiB above an idle process")
         assert tally.seconds < 30, tally.slowest

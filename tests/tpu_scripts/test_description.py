@@ -53,6 +53,10 @@ def test_all_offences_are_said_before_any_command(cloud, capsys: pytest.CaptureF
         ({"zone": "us-west4"}, "zone 'us-west4': expected a zone such as us-west4-a"),
         ({"project": "my project"}, "project 'my project': expected a project id"),
         ({"type": 16}, "type = 16: expected str"),
+        ({"command": {}}, "command = {}: expected a list of words"),
+        ({"setup": {}}, "setup = {}: expected a list of words"),
+        ({"wait": []}, "wait = []: expected a number and a unit"),
+        ({"name": 3}, "name = 3: expected str"),
         ({"gke": 3}, "gke = 3: expected a table"),
     ],
 )
