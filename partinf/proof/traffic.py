@@ -1,7 +1,8 @@
 """HBM traffic of a scheduled instruction: what it reads and writes, where slices of stacked arrays count as what they touch.
 
 A fusion that slices one layer out of stacked weights reads that layer alone, one that updates a page of the cache in place writes that
-page alone. Arrays in on-chip memory count nothing.
+page alone. A transfer that runs beside other work (`copy-start`, `slice-start`) is charged where it starts, for the part that it moves.
+Arrays in on-chip memory count nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import re
 from partinf.proof.hlo import Computation, Instruction, Module
 
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all", "opt-barrier"}
-_FREE |= {"partition-id", "replica-id", "iota", "reshape", "call-start", "async-start", "send", "recv"}
+_FREE |= {"partition-id", "replica-id", "iota", "reshape", "call-start", "send", "recv"}
+# Custom calls of the compiler that name memory anew, or only promise something.
+_FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound")
+_SEMAPHORE = 2  # the memory space of what a transfer signals with
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BETWEEN_SLICES = {"ONE_TO_ONE": "collective-permute"}  # the others have the names of collectives
 _VIEWS = {"bitcast", "reshape", "transpose", "copy"}
+_SLICES = ("dynamic-slice", "slice", "gather")
 # Which operand of an update in place holds the new values.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 _DEEPEST = 6  # views and fusions within fusions that are followed
@@ -83,18 +88,27 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     stage = stage_of(module, instruction)
     if stage is not None and stage[0] == "done":
         return 0
+    if any(f'custom_call_target="{target}"' in instruction.rest for target in _FREE_CALLS):
+        return 0
     operands = [computation.by_name.get(name) for name in instruction.operands]
-    sizes = [sum(shape.hbm_bytes for shape in operand.shapes) if operand else 0 for operand in operands]
-    written = sum(shape.hbm_bytes for shape in instruction.shapes)
-    called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
-    if called is not None:
+    given = [operand.shapes if operand else () for operand in operands]
+    sizes = [sum(shape.hbm_bytes for shape in shapes) for shapes in given]
+    op, results = instruction.opcode, instruction.shapes
+    called = module.computations.get(instruction.called("calls") or "")
+    if op == "async-start":  # whatever it wraps
+        return sum(hbm_bytes(module, called, inner) for inner in called.instructions) if called else 0
+    if op == "copy-start":  # (target, source, semaphore)
+        results = results[:1]
+    elif op.endswith("-start"):  # ((sources), target, semaphore)
+        op, results = op.removesuffix("-start"), tuple(s for s in results[sum(map(len, given)) :] if s.space != _SEMAPHORE)
+    written = sum(shape.hbm_bytes for shape in results)
+    if called is not None and op == "fusion":
         return _fusion_bytes(module, called, sizes, written - _handed_on(called, instruction))
-    if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * written
-    if instruction.opcode in _UPDATES:
-        return 2 * sizes[_UPDATES[instruction.opcode]]
-    if instruction.opcode == "copy-start":
-        return sizes[0] if sizes else 0
+    if op in _SLICES:
+        return (sum(shape.num_bytes for shape in results) if sizes and sizes[0] else 0) + written
+    if op in _UPDATES:
+        index = _UPDATES[op]
+        return sizes[index] + (sum(shape.num_bytes for shape in given[index]) if written else 0)
     return sum(sizes) + written
 
 
@@ -132,7 +146,7 @@ def _touched(module: Module, called: Computation, name: str, depth: int = 0) -> 
         if name not in user.operands or collective_op(user) or (user.root and user.opcode == "tuple"):
             continue  # a collective is priced elsewhere, and what is handed on is not read
         inner: tuple[int | None, int] = None, 0
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+        if user.opcode in _SLICES and user.operands[0] == name:
             inner = sum(shape.num_bytes for shape in user.shapes), 0
         elif user.opcode in _UPDATES and user.operands[0] == name:
             update = called.by_name.get(user.operands[_UPDATES[user.opcode]])
