@@ -25,7 +25,7 @@ from typing import Any
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import LOOPED, Pricing
+from partinf.cost.pricing import LOOPED, TILED, Pricing, Program
 from partinf.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import Step
@@ -81,12 +81,13 @@ def simulate(
     prefill_tokens: int = WHOLE_PROMPTS,
     trace: ScheduleTrace | None = None,
     padding: Padding = Padding.NONE,
+    program: Program = LOOPED,
 ) -> dict[str, float]:
     """One point of a curve."""
     slice_ = parse_slice(SLICES[model])
     layout = make_layout({"dcn": "stage", "x": "ffn"}, {"dcn": "none", "x": "heads"})
     plan = Plan(load_model_config(model), slice_, layout)
-    pricing = Pricing(slice_, calibration_for(slice_.chip), program=LOOPED)
+    pricing = Pricing(slice_, calibration_for(slice_.chip), program=program)
     sizing = Sizing(max_rows=size, max_len=2048, prefill_tokens=prefill_tokens or 512 * size)
     runner, price = cost_runner(plan, pricing, sizing)
     if padding is not Padding.NONE:
@@ -209,7 +210,7 @@ def low_load() -> dict[str, dict[str, float]]:
     return {lengths: {name: simulate(name, 8, LOW, lengths)["latency"] for name in SCHEDULERS} for lengths in (MIXED, SAME)}
 
 
-def near_target() -> dict[str, dict[str, Any]]:
+def near_target(program: Program = LOOPED) -> dict[str, dict[str, Any]]:
     """Both models around 190 ms per token: a few loads of the best batch sizes, without the whole curves, and the load at the target."""
     asked = {
         "gpt3-175b": {("orca", 32): (9.0, 11.0, 13.0), ("fastertransformer", 1): (0.25, 0.3, 0.35), ("request-level", 16): (1.5, 1.9, 2.3)},
@@ -217,13 +218,17 @@ def near_target() -> dict[str, dict[str, Any]]:
     }
     found: dict[str, dict[str, Any]] = {}
     for model, ways in asked.items():
-        points = {f"{name} {size}": [simulate(name, size, rate, model=model) for rate in rates] for (name, size), rates in ways.items()}
+        points = {
+            f"{name} {size}": [simulate(name, size, rate, model=model, program=program) for rate in rates]
+            for (name, size), rates in ways.items()
+        }
         found[model] = {"points": points, "compared": compare(points, TARGET)}
     return found
 
 
 PARTS: dict[str, Callable[[], Any]] = {
     "near 190 ms": near_target,
+    "near 190 ms, tiled": partial(near_target, TILED),
     **{f"175b {name}": partial(curves, name, MIXED, 3.0, (1, 8, 16, 32)) for name in SCHEDULERS},
     **{f"same {name}": partial(curves, name, SAME, 0.5, (8, 16, 32)) for name in SCHEDULERS},
     **{f"341b {name}": partial(curves, name, MIXED, 1.0, (1, 8, 16, 32), "gpt3-341b") for name in SCHEDULERS},
