@@ -34,6 +34,7 @@ from partinf.serve.protocol import ChatBody, CompletionBody, ModelCard, ModelLis
 from partinf.serve.token_texts import TokenTexts
 
 _LARGE = 1 << 13  # bytes of a body that is read by another thread: encoding so many takes some milliseconds
+_HUGE, _HUGE_SECONDS = 1 << 20, 10.0  # bytes of a body that waits for others of its size, and how long it does
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ class Front:
         self.draining = False
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._bodies = BodyReader(bounds or Bounds())
+        self._huge = asyncio.Semaphore(2)
         completion = self._generates("cmpl", CompletionBody, ask_completion, CompletionAnswer)
         chat = self._generates("chatcmpl", ChatBody, ask_chat, ChatAnswer)
         self.app = Starlette(
@@ -117,7 +119,7 @@ class Front:
             running = self._ready()
             raw = await self._bodies.read(request)
             try:
-                asked = await _asked(kind, ask, raw, running.served)
+                asked = await self._asked(kind, ask, raw, running.served)
             finally:
                 self._ready()  # reading takes time, and ends early when the server does
             inbox = _submit(running.engine, asked)
@@ -134,6 +136,20 @@ class Front:
             return Response(answer.whole(outputs), media_type="application/json")
 
         return handler
+
+    async def _asked(self, kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Asked:
+        """What a body asks for; few that are huge are read at a time, because of the time and memory that each takes of all."""
+        if len(raw) <= _HUGE:
+            return await _asked(kind, ask, raw, served)
+        try:
+            async with asyncio.timeout(_HUGE_SECONDS):
+                await self._huge.acquire()
+        except TimeoutError:
+            raise _overloaded(Overloaded("too many large requests wait to be read", retry_after=_HUGE_SECONDS)) from None
+        try:
+            return await _asked(kind, ask, raw, served)
+        finally:
+            self._huge.release()
 
     async def _models(self, request: Request) -> ASGIApp:
         return _json(ModelList(self._cards()))
@@ -195,7 +211,7 @@ async def _asked(kind: type[Body], ask: AskFunction, raw: bytes, served: Served)
 
 def _read(kind: type[Body], raw: bytes, served: Served) -> tuple[Body, list[Offence], bytes | None]:
     """A body, its offences, and the conversation in it."""
-    body, offences = decode(kind, raw)
+    body, offences = decode(kind, raw, served.max_choices * served.limits.max_prompt_len)
     return body, offences, conversation(body, served, offences) if isinstance(body, ChatBody) else None
 
 

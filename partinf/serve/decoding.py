@@ -20,6 +20,10 @@ from partinf.serve.errors import Offence, invalid
 T = TypeVar("T", bound="Body")
 Idle = dict[str, tuple[object, ...]]
 
+# What a body may hold: each takes many times the memory of its characters, and time of the interpreter, which is everybody's.
+_CONTAINERS = 1 << 16  # lists and objects
+_STRINGS = 1 << 18
+_VALUES = 1 << 20  # beside the ids of prompts that can be answered
 _NAMED = 20  # unknown parameters that are answered by name
 _SHOWN = 60  # characters of a wrong value that an error repeats
 _PATH = re.compile(r" - at `(?:key` in `)?\$(.*)`$")
@@ -51,12 +55,16 @@ class Body(Fields, frozen=True, kw_only=True):
         return ""
 
 
-def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
+def decode(kind: type[T], body: bytes, num_ids: int = 0) -> tuple[T, list[Offence]]:
     """The body as `kind`, and the offences of those parameters that were left out of it for being wrong.
 
+    Args:
+        num_ids: token ids that prompts may hold.
+
     Raises:
-        ApiError: what is no JSON object, or lacks a parameter that is required; with all offences.
+        ApiError: what is no JSON object, holds too many values to be looked at, or lacks a parameter that is required; with all offences.
     """
+    _check_amount(body, _VALUES + num_ids)
     try:
         given = msgspec.json.decode(body)
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
@@ -83,6 +91,23 @@ def decode(kind: type[T], body: bytes) -> tuple[T, list[Offence]]:
     if missing:
         raise invalid(offences)
     return kind(**values), offences
+
+
+def _check_amount(body: bytes, most: int) -> None:
+    """Raise a 400 for a body of very many values. Only where it may be one its strings are told from the rest, which takes time."""
+    bounds = {'"': 2 * _STRINGS, "[": _CONTAINERS, "{": _CONTAINERS, ",": most}
+    if all(body.count(sign.encode()) <= bound for sign, bound in bounds.items()):
+        return
+    body = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    strings = body.count(b'"') // 2
+    if strings <= _STRINGS:
+        body = b"".join(body.split(b'"')[::2])
+        containers, values = body.count(b"[") + body.count(b"{"), body.count(b",")
+        if containers <= _CONTAINERS and values <= most:
+            return
+    raise invalid(
+        [Offence(f"the body holds too much: {_CONTAINERS} lists and objects, {_STRINGS} strings and {most} values are read")], "too_large"
+    )
 
 
 @functools.cache  # resolving annotations takes longer than all the rest of a request
