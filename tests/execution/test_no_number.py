@@ -41,6 +41,7 @@ from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.tiles import Tiles
 from partinf.transformer.params import abstract_params
 from partinf.workload import DType
+from tests.execution.harness import TOLERANCE
 
 POISON = 70  # the token whose embedding holds NaN
 NATIVE = Tiles(64, 128, 1 << 18, native=True)
@@ -192,7 +193,7 @@ CASES = {
     "batch and heads, without kernels": Case("cpu:2x2", HEADS_OF_BATCHES, native=False),
     "sequence": Case("cpu:2x2", SEQUENCES),
     "sequence, int8, without kernels": Case("cpu:2x2", SEQUENCES, DType.INT8, native=False),
-    "stages": Case("cpu:2x2", STAGES),
+    "stages": Case("cpu:3x2", STAGES),
 }
 MAX_LEN = 28
 
@@ -245,6 +246,25 @@ def finite(output: RequestOutput) -> bool:
     return bool(np.isfinite(given).all()) and all(0 <= token < 96 for token in output.tokens)
 
 
+def check_answer(output: RequestOutput, alone: RequestOutput, kv: DType) -> None:
+    """One answer among others: failed if it fed the poisoned token and only then, and as it is alone.
+
+    With a narrow cache tokens depend a little on what a step computes and what it reads back; there log-probabilities are compared, as far
+    as the tokens are the same.
+    """
+    fed = (*output.prompt, *output.tokens[:-1])
+    failed = output.finish_reason is FinishReason.FAILED
+    assert failed == isinstance(output.error, NoNumber)
+    assert failed == (POISON in fed) or (failed and output.tokens[-1:] == (POISON,))
+    assert finite(output)
+    same = next((place for place, (a, b) in enumerate(zip(output.tokens, alone.tokens, strict=False)) if a != b), None)
+    if kv is DType.F32:
+        assert (output.tokens, output.finish_reason) == (alone.tokens, alone.finish_reason)
+    shared = min(len(output.tokens), len(alone.tokens)) if same is None else same
+    atol, rtol = (1e-3, 0.0) if kv is DType.F32 else (TOLERANCE[kv.value], 0.05)  # the demo's reach -20, far from the harness's order of 1
+    np.testing.assert_allclose(output.logprobs[:shared], alone.logprobs[:shared], atol=atol, rtol=rtol)
+
+
 def check_mixed(name: str, count: int, seed: int) -> tuple[int, int]:
     """Serve them together, with preemption, swapping, cached prefixes and a step ahead; returns how many failed, and how many did not."""
     runner, rng = poisoned(name), random.Random(seed)
@@ -266,19 +286,13 @@ def check_mixed(name: str, count: int, seed: int) -> tuple[int, int]:
                 found.setdefault(output.id, []).append(output)
         for request_id in names:
             for one, output in zip(alone[int(request_id.split()[0])], sorted(found[request_id], key=lambda o: o.sample), strict=True):
-                assert (output.tokens, output.finish_reason) == (one.tokens, one.finish_reason), request_id
-                assert finite(output)
-                np.testing.assert_allclose(output.logprobs or (), one.logprobs or (), atol=1e-3)
+                check_answer(output, one, CASES[name].kv)
         counts = engine.metrics
         assert counts.preemptions + counts.swap_outs > 0
         assert counts.cached_tokens > 0
         pool = engine._scheduler.pool
         assert pool.num_free_pages == runner.limits.num_shards * runner.limits.pages_per_shard
     outputs = [output for each in alone for output in each]
-    for output in outputs:
-        touched = POISON in (*output.prompt, *output.tokens)
-        assert (output.finish_reason is FinishReason.FAILED) == touched or output.tokens[-1:] == (POISON,)
-        assert isinstance(output.error, NoNumber) == (output.finish_reason is FinishReason.FAILED)
     return sum(output.finish_reason is FinishReason.FAILED for output in outputs), len(outputs)
 
 
