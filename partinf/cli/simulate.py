@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
     residents = numbers["residents"] or min(MAX_BATCH, resident_batches(load.scheduler) * load.options.max_batch_size)
     sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, host * 1e9, overhead / 1e6)
-    say_lengths(plan.model, max_len)
+    say_lengths(plan.model, max(longest, max_len))
     about, report = _simulate(args, load, plan, pricing, sizing)
     show(about, report, args.format, _heading(about))
     return 0
