@@ -14,12 +14,12 @@ _WHERE = {
     "Chip": "hardware.slices",
     "DType": "workload",
     "Engine": "engine.engine",
-    "InvalidInput": "errors",
+    "InvalidInput": "foundation.errors",
     "Layout": "layout",
     "Model": "api",
     "ModelConfig": "model.config",
     "Objective": "workload",
-    "Overloaded": "errors",
+    "Overloaded": "foundation.errors",
     "Phase": "layout",
     "Plan": "plans",
     "Proof": "proof",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from partinf.buckets import Capacity, with_capacity
     from partinf.engine.engine import Engine
     from partinf.engine.request import RequestOutput, SamplingParams
-    from partinf.errors import InvalidInput, Overloaded
+    from partinf.foundation.errors import InvalidInput, Overloaded
     from partinf.hardware.chips import Chip
     from partinf.hardware.slices import Slice, parse_slice
     from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout

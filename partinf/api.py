@@ -17,20 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partinf import planner, resources
+from partinf import planner
 from partinf.buckets import Capacity, runner_limits, with_capacity
 from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
-from partinf.errors import InvalidInput, collect, raise_offences
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput, collect, raise_offences
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
-from partinf.rounding import ceil_div
 from partinf.workload import DType, Workload
 
 if TYPE_CHECKING:

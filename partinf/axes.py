@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 LETTERS: Mapping[str, str] = {
     "B": "batch: sequences of one pass",

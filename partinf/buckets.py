@@ -19,11 +19,11 @@ from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole
-from partinf.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.rounding import ceil_div, round_up
 from partinf.workload import Workload
 
 _RANGES = {

@@ -14,11 +14,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from partinf import documents, resources
 from partinf.axes import is_axis_name
-from partinf.documents import Table
-from partinf.errors import collect, nearest, raise_offences
-from partinf.limits import MAX_AXES, MAX_SIZE, MAX_TOKENS
+from partinf.foundation import documents, resources
+from partinf.foundation.documents import Table
+from partinf.foundation.errors import collect, nearest, raise_offences
+from partinf.foundation.limits import MAX_AXES, MAX_SIZE, MAX_TOKENS
 from partinf.workload import DType
 
 _R = TypeVar("_R", bound=StrEnum)

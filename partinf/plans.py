@@ -12,15 +12,15 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import NEVER
+from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role, letter_axes
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
-from partinf.limits import NEVER
 from partinf.model.config import ModelConfig
 from partinf.model.weights import layer_params
-from partinf.rounding import round_up
 from partinf.workload import DType
 
 if TYPE_CHECKING:

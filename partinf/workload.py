@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from partinf.errors import raise_offences
-from partinf.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS, MIN_RATE, not_whole
-from partinf.rounding import ceil_div
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS, MIN_RATE, not_whole
+from partinf.foundation.rounding import ceil_div
 
 
 class Objective(StrEnum):

@@ -26,8 +26,8 @@ from pod_failures import reason
 from pod_jobset import manifest, run_jobset
 from pod_life import Pod, Preempted, StepFailed, create, launch
 
-from partinf import documents
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation import documents
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.planner.files import plan_from_toml
 from partinf.plans import Plan
 

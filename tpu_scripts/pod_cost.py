@@ -8,9 +8,9 @@ from typing import Any
 
 from pod_description import Description
 
-from partinf import documents
-from partinf.documents import finite, shown
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation import documents
+from partinf.foundation.documents import finite, shown
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Price
 
 _HEAD = {"currency": str, "date": str, "source": str, "checked": bool, "chip_hour": dict}

@@ -11,9 +11,9 @@ from typing import Any
 
 from pod_types import TpuType, parse_type, type_of_slice
 
-from partinf import documents
-from partinf.documents import shown
-from partinf.errors import InvalidInput, collect, nearest, raise_offences
+from partinf.foundation import documents
+from partinf.foundation.documents import shown
+from partinf.foundation.errors import InvalidInput, collect, nearest, raise_offences
 from partinf.plans import Plan
 
 # TPU images carry a Python that may be older than partinf needs, hence uv; libtpu comes with the extra.

@@ -18,7 +18,7 @@ from pod_deletion import Deletion, say
 from pod_description import Description
 from pod_failures import reason
 
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
 
 _POLLS_WITHOUT_ANSWER = 10
 # What kubectl says of a JobSet that it has not sent, or that the cluster did not take.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from partinf.errors import InvalidInput, nearest
+from partinf.foundation.errors import InvalidInput, nearest
 from partinf.hardware.chips import CloudType, chips
 from partinf.hardware.slices import Slice, parse_slice
 

@@ -18,7 +18,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.tokenizer import load_tokenizer
@@ -26,6 +25,7 @@ from partinf.demo_tasks import check, mixed_tasks
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
 from partinf.execution.runner import JaxRunner
+from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from experiments.soak.traffic import Known
 from partinf.demo_tasks import check
 from partinf.engine import Engine, FinishReason, RequestOutput, TokenEvent
-from partinf.errors import InvalidInput, Overloaded
+from partinf.foundation.errors import InvalidInput, Overloaded
 
 ENDED = (FinishReason.STOP, FinishReason.LENGTH)
 SHARE_CANCELLED, SHARE_LEAVING, SHARE_TIMED, SHARE_INVALID = 0.08, 0.08, 0.1, 0.02

@@ -17,7 +17,7 @@ from typing import Any
 
 from flax import nnx
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 
 def to_nnx_state(params: Any) -> nnx.State:

@@ -21,7 +21,7 @@ from partinf.checkpoint.hf_names import LeafSource, leaf_sources, naming_of, rea
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
 from partinf.model.config import ModelConfig
 from partinf.model.hf_config import config_to_hf
 from partinf.partition.quantize import Quantized, quantize

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from partinf.checkpoint.safetensors_files import TensorReader
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
 from partinf.model.config import ModelConfig
 from partinf.model.families import family_of
 from partinf.model.family import Naming, Stored

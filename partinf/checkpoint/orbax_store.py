@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.tree_paths import shapes_by_path
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
 
 
 def save(params: Any, path: str | Path) -> None:

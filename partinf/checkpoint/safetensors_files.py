@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from partinf import documents
 from partinf.checkpoint.offences import condense
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation import documents
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

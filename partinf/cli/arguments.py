@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 if TYPE_CHECKING:  # a command's help needs none of these
     from partinf.hardware.slices import Slice

@@ -13,8 +13,8 @@ from partinf.cli.arguments import add_where, named_layout, named_slice
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
-from partinf.errors import raise_offences
-from partinf.limits import MAX_PAGES
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import MAX_PAGES
 
 if TYPE_CHECKING:
     from partinf.api import Model

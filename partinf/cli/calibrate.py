@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.flags import FORMATS, Flags
-from partinf.limits import MAX_SECONDS
+from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.hardware.chips import Chip

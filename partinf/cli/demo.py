@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from partinf.cli.flags import Flags
-from partinf.limits import MAX_REQUESTS
+from partinf.foundation.limits import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from rich.console import Console

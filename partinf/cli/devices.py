@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from partinf.caches import XLA, usable
-from partinf.errors import InvalidInput
+from partinf.foundation.caches import XLA, usable
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.platform import CPU, has_accelerator
 from partinf.hardware.slices import Slice
-from partinf.rounding import ceil_div
 
 MAX_VIRTUAL = 1024
 

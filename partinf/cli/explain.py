@@ -67,7 +67,7 @@ def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
         InvalidInput: an unknown layout, one for other axes, or one that cannot hold the model.
     """
     from partinf.cli.arguments import named_layout
-    from partinf.errors import raise_offences
+    from partinf.foundation.errors import raise_offences
     from partinf.planner.evaluate import heads_for
     from partinf.planner.search import answer
     from partinf.plans import layout_offences

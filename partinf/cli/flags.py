@@ -14,8 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from partinf.errors import T, collect, nearest, raise_offences
-from partinf.limits import number_of, whole_of
+from partinf.foundation.errors import T, collect, nearest, raise_offences
+from partinf.foundation.limits import number_of, whole_of
 
 E = TypeVar("E", bound=StrEnum)
 FORMATS = ("table", "json")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.flags import Flags
-from partinf.limits import MAX_SECONDS
+from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.plans import Plan
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from partinf.errors import InvalidInput
+    from partinf.foundation.errors import InvalidInput
 
     flags = Flags(args)
     args.poll_seconds = flags.number("poll_seconds", high=MAX_SECONDS)

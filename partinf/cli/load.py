@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from partinf.cli.flags import FORMATS, Flags
-from partinf.limits import MAX_BATCH, MAX_REQUESTS, MAX_SECONDS
+from partinf.foundation.limits import MAX_BATCH, MAX_REQUESTS, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.engine.policies.registry import PolicyOptions

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf import documents
 from partinf.cli.arguments import add_where, named_layout, named_slice
 from partinf.cli.flags import Flags
-from partinf.errors import InvalidInput
-from partinf.limits import MAX_LEN
+from partinf.foundation import documents
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import MAX_LEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -143,7 +143,7 @@ def _save(report: PlanReport, asked: Asked, path: Path) -> None:
     Raises:
         InvalidInput: nothing fits.
     """
-    from partinf.errors import InvalidInput
+    from partinf.foundation.errors import InvalidInput
     from partinf.planner.choose import misfit, plan_of
     from partinf.planner.files import plan_to_toml
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import add_model_arguments
-from partinf.limits import MAX_SECONDS
+from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from partinf.errors import raise_offences
+    from partinf.foundation.errors import raise_offences
     from partinf.proof import unavailable
 
     flags = Flags(args)
@@ -72,7 +72,7 @@ def _read(flags: Flags) -> float:
 
 def _saved(flags: Flags) -> tuple[Plan, Workload]:
     """A saved plan and the workload that it was chosen for."""
-    from partinf import documents
+    from partinf.foundation import documents
     from partinf.planner.files import saved_plan
 
     file = flags.args.plan

@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partinf import documents
 from partinf.cli.flags import FORMATS, Flags
-from partinf.errors import InvalidInput
-from partinf.limits import MAX_SECONDS
+from partinf.foundation import documents
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.experiment.description import Experiment

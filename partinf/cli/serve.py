@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from partinf.cli.flags import Flags
 from partinf.cli.model_place import ModelPlace
 from partinf.cli.model_place import add_arguments as add_arguments_of_place
-from partinf.errors import InvalidInput
-from partinf.limits import MAX_BATCH, MAX_LEN, MAX_REQUESTS, MAX_SECONDS
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_REQUESTS, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.api import Model

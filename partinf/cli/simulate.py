@@ -12,7 +12,7 @@ from partinf.cli.arguments import add_hardware, named_layout, read_slice, say_le
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
-from partinf.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS
+from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing

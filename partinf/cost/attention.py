@@ -25,8 +25,8 @@ from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
+from partinf.foundation.rounding import ceil_div
 from partinf.model.config import Block
-from partinf.rounding import ceil_div
 
 _PART = Part.ATTENTION
 

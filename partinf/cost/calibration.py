@@ -11,8 +11,8 @@ import functools
 import tomllib
 from dataclasses import dataclass, fields
 
-from partinf import resources
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Rates
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from partinf.cost.ledger import Op
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Rates
 from partinf.hardware.slices import Link, MeshAxis, Slice
-from partinf.rounding import ceil_div
 
 # A message between hosts passes two network adapters and a switch.
 _DCN_HOP_SECONDS = 1e-5

@@ -13,11 +13,11 @@ from partinf.cost.ffn import ffn_weights, matrices_in
 from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role, kv_head_axes, letter_axes
 from partinf.model.config import ModelConfig
 from partinf.model.weights import held_bytes
-from partinf.rounding import ceil_div
 from partinf.workload import DType
 
 _F32 = 4

@@ -12,7 +12,7 @@ from partinf.cost.items import ALTERNATIVES, CHOSEN, COUNTS, PROMPT_TO_LOGITS, S
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
-from partinf.limits import TOP_LOGPROBS
+from partinf.foundation.limits import TOP_LOGPROBS
 
 _F32 = 4
 _SCORED_ROWS = 128  # rows of a prompt whose logits exist at once

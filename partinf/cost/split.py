@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import TILED, Pricing
+from partinf.foundation.rounding import ceil_div
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model.config import Block, ModelConfig
-from partinf.rounding import ceil_div
 from partinf.workload import DType
 
 

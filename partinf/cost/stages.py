@@ -10,7 +10,7 @@ from partinf.cost.items import CHOSEN_TO_STAGES, DECODE, NEXT_STAGE, PREFILL, It
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
-from partinf.limits import TOP_LOGPROBS
+from partinf.foundation.limits import TOP_LOGPROBS
 
 _WORD = 4
 

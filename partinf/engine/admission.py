@@ -11,7 +11,7 @@ from partinf.engine.params import MAX_SEED, is_number, is_unicode, is_whole, sho
 from partinf.engine.request import Request, SamplingParams
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
 
 Prompt = str | Sequence[int]
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from partinf.engine.request import Sequence, Status
 from partinf.engine.roster import Roster
 from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, SlotStart, Step
-from partinf.rounding import ceil_div
+from partinf.foundation.rounding import ceil_div
 
 
 @dataclass(frozen=True)

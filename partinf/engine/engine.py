@@ -27,7 +27,7 @@ from partinf.engine.samples import Samples
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import StepOutput
 from partinf.engine.streams import Driver, RequestStream
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
 
 OnStep = Callable[[ScheduledBatch, StepOutput, float, float], None]
 

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from partinf.engine.request import FinishReason, Request
 from partinf.engine.step import Step, StepOutput
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from partinf.engine.detokenize import TextReader, Tokenizer
 from partinf.engine.live import Live, OnToken
 from partinf.engine.request import Request, SamplingParams, Sequence
 from partinf.engine.runner import RunnerLimits
-from partinf.errors import InvalidInput, Overloaded, raise_offences
+from partinf.foundation.errors import InvalidInput, Overloaded, raise_offences
 
 _REMEMBERED = 64  # starts from which the speed of the queue is estimated
 _UNKNOWN_WAIT = 1.0  # seconds, before anything has started

@@ -17,7 +17,7 @@ from partinf.engine.prefix_cache import PrefixCache
 from partinf.engine.request import Sequence
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageCopy
-from partinf.rounding import ceil_div
+from partinf.foundation.rounding import ceil_div
 
 
 class PagePool:

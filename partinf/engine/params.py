@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from partinf.errors import raise_offences
-from partinf.limits import MAX_BIASES, TOP_LOGPROBS
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import MAX_BIASES, TOP_LOGPROBS
 
 MAX_SEED = 2**32 - 1
 MAX_SAMPLES = 128

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from partinf.engine.step import Step, StepOutput
-from partinf.errors import raise_offences
-from partinf.limits import MAX_BATCH, MAX_PAGES, outside
-from partinf.rounding import ceil_div
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import MAX_BATCH, MAX_PAGES, outside
+from partinf.foundation.rounding import ceil_div
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from partinf.engine.metrics import Metrics
 from partinf.engine.request import FinishReason, Request, Sequence, Status, TokenEvent
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import SampledToken, StepOutput
-from partinf.errors import NoNumber
+from partinf.foundation.errors import NoNumber
 
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 

@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from partinf.buckets import fit, runner_limits, smallest_first
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PromptScore, SampledToken, Step, StepOutput
-from partinf.errors import InvalidInput
 from partinf.execution.place import Placed, place_step
+from partinf.foundation.errors import InvalidInput
 from partinf.partition.sharding import device_mesh, put, whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import empty_batch, pack

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PrefillChunk, RowSampling, Step
-from partinf.errors import InvalidInput, NoNumber, raise_offences
 from partinf.execution.place import place_step
+from partinf.foundation.errors import InvalidInput, NoNumber, raise_offences
+from partinf.foundation.rounding import ceil_div
 from partinf.model.weights import num_params
 from partinf.partition.sharding import whole
 from partinf.plans import Bucket, Plan
-from partinf.rounding import ceil_div
 from partinf.transformer.params import Params
 from partinf.transformer.score import compile_score_step
 from partinf.transformer.step import empty_state

@@ -11,15 +11,15 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from partinf import documents
 from partinf.buckets import Capacity
-from partinf.documents import Table
 from partinf.engine.policies.registry import POLICIES, TIMELESS
-from partinf.errors import collect, raise_offences
+from partinf.foundation import documents
+from partinf.foundation.documents import Table
+from partinf.foundation.errors import collect, raise_offences
+from partinf.foundation.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
 from partinf.hardware.hardware_file import slice_of
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout, load_layout
-from partinf.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.plans import Plan

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from partinf.errors import InvalidInput, collect, raise_offences
 from partinf.experiment.description import Experiment
+from partinf.foundation.errors import InvalidInput, collect, raise_offences
 
 
 def launch(experiment: Experiment, file: Path, description: Path, options: Any) -> Path | None:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from partinf import resources
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation.limits import MAX_DEVICES
 from partinf.hardware.platform import Platform, platform_named
 from partinf.hardware.rates import Rates
-from partinf.limits import MAX_DEVICES
 
 
 @dataclass(frozen=True)

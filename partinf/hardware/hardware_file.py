@@ -18,14 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from partinf import documents
-from partinf.documents import Table, shown
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation import documents
+from partinf.foundation.documents import Table, shown
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation.limits import MAX_DEVICES
 from partinf.hardware.chips import NOT_IN_FILES, Chip, chips
 from partinf.hardware.platform import PLATFORMS
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.hardware.slices import Slice, parse_slice
-from partinf.limits import MAX_DEVICES
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
 _STATED = ("sides", "side_multiple", "core_links", "clock", "host_shape", "compiler_config")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from partinf.errors import InvalidInput, nearest
+from partinf.foundation.errors import InvalidInput, nearest
 
 
 @dataclass(frozen=True)

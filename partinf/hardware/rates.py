@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from partinf.errors import InvalidInput, T
+from partinf.foundation.errors import InvalidInput, T
 
 _PERMUTE, _ALL_GATHER = "collective-permute", "all-gather"
 

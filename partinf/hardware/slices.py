@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from partinf.axes import is_axis_name
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation.limits import MAX_AXES, MAX_DEVICES
 from partinf.hardware.chips import Chip, chips
-from partinf.limits import MAX_AXES, MAX_DEVICES
 
 TORUS_NAMES = ("x", "y", "z")
 DCN_AXIS = "dcn"

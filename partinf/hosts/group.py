@@ -14,7 +14,7 @@ from partinf.engine.facts import Facts
 from partinf.engine.request import Request
 from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.step import Step, StepOutput
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hosts.watch import Bounds, Watch, end_process
 from partinf.hosts.wire import Kind, Link, Purpose
 

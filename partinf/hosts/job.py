@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.hardware.platform import PLATFORMS
 from partinf.hosts.group import Group
 from partinf.hosts.watch import Bounds

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
 from partinf.hosts.wire import Kind, Link
 
 _BEAT = struct.Struct("!q8sQ?")

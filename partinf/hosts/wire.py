@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 TOKEN_BYTES = 16
 _HEAD = struct.Struct("!BI")

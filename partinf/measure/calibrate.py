@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import Chip, chip_of_kind
 from partinf.hardware.platform import platform_named
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates

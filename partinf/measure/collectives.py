@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from partinf.cost.ledger import Op
+from partinf.foundation.rounding import ceil_div
 from partinf.measure.timing import Call
 from partinf.partition.sharding import over_all
-from partinf.rounding import ceil_div
 
 
 def collective_call(mesh: Mesh, op: Op, axes: tuple[str, ...], num_bytes: int, dtype: jnp.dtype, count: int) -> Call:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from partinf.cost.items import DECODE, What
 from partinf.cost.ledger import Entry, Kind
+from partinf.foundation.rounding import ceil_div
 from partinf.layout import make_layout
 from partinf.measure.collectives import collective_call
 from partinf.measure.products import product_call
@@ -23,7 +24,6 @@ from partinf.measure.timing import Call, Timing
 from partinf.model.config import ModelConfig
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.rounding import ceil_div
 from partinf.workload import DType
 
 _CHAIN = 4  # of one entry in a call

@@ -8,10 +8,10 @@ from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
 from partinf.execution.runner import JaxRunner
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.measure.timing import Call
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.rounding import ceil_div, round_up
 from partinf.transformer.params import prefers_unrolled, random_params
 
 _GREEDY = RowSampling()

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from partinf.documents import finite, shown
-from partinf.errors import raise_offences
-from partinf.limits import not_whole
-from partinf.rounding import round_up
+from partinf.foundation.documents import finite, shown
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import not_whole
+from partinf.foundation.rounding import round_up
 
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 # The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from partinf.errors import InvalidInput, nearest
+from partinf.foundation.errors import InvalidInput, nearest
 from partinf.model.config import MATRICES, Activation, ModelConfig, Norm, Position
 from partinf.model.family import Family, Naming, Size, Stored, Window
 

@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from partinf.documents import finite, shown
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.documents import finite, shown
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.model.config import ModelConfig, Position, RopeScaling
 from partinf.model.families import FAMILIES, HARMLESS, ONLY
 from partinf.model.family import Family

@@ -9,9 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from partinf import documents, resources
-from partinf.documents import Table
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation import documents, resources
+from partinf.foundation.documents import Table
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position, RopeScaling
 from partinf.model.families import family_offences
 from partinf.model.hf_config import config_from_hf

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import Chip, chip_of_kind
 from partinf.hardware.hardware_file import default_path, read_hardware
 from partinf.hardware.platform import CPU, Platform, has_accelerator, platform_named

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.movement import ways
 from partinf.cost.roofline import critical_batch
+from partinf.foundation.rounding import round_up
 from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
-from partinf.rounding import round_up
 
 _MOST_BATCH = 1 << 14
 

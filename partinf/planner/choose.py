@@ -10,7 +10,8 @@ from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing, Program
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
 from partinf.model.config import Block, ModelConfig
@@ -20,7 +21,6 @@ from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
 from partinf.planner.switch import prefill_from
 from partinf.plans import CacheConfig, Plan
-from partinf.rounding import ceil_div
 from partinf.workload import Workload
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from partinf.cost.ledger import Entry, Op
 from partinf.cost.split import StepShape
 from partinf.cost.step import attention_part, linear_part
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.rounding import round_up
 from partinf.layout import Layout, Role, ffn_name, make_layout
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
 from partinf.planner.search import answer
 from partinf.planner.slices import slices_of
-from partinf.rounding import round_up
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 TOKENS = tuple(1 << power for power in range(8, 23, 2))

@@ -18,10 +18,10 @@ from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model.config import ModelConfig
 from partinf.planner.candidates import Attention
-from partinf.rounding import ceil_div, round_up
 from partinf.workload import Workload
 
 # Padding heads beyond this factor is refused: another layout is always better.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from partinf.documents import Table
-from partinf.errors import collect, raise_offences
+from partinf.foundation.documents import Table
+from partinf.foundation.errors import collect, raise_offences
+from partinf.foundation.limits import MAX_BATCH, MAX_LEN, NEVER
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, layout_to_toml
-from partinf.limits import MAX_BATCH, MAX_LEN, NEVER
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Objective, Workload

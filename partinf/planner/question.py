@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.pricing import Pricing, Program
-from partinf.errors import raise_offences
+from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
 from partinf.workload import Workload

@@ -19,7 +19,7 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.pricing import Program
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
 from partinf.model.config import ModelConfig

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from partinf.cost.roofline import shapes
-from partinf.errors import InvalidInput, nearest, raise_offences
+from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Chip, chips
 from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
 from partinf.model.weights import num_params

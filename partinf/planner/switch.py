@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from partinf.cost.movement import ways
 from partinf.cost.pricing import TILED
 from partinf.cost.split import StepShape
+from partinf.foundation.limits import NEVER
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import PHASES, AttentionRole, Layout
-from partinf.limits import NEVER
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
-from partinf.rounding import ceil_div, round_up
 
 _MOST_TOKENS = 1 << 24
 _APART = 4

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.platform import CPU, TPU, Platform
 from partinf.hardware.slices import Slice
 from partinf.plans import Bucket, Plan

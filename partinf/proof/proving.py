@@ -20,7 +20,7 @@ from partinf.cost.items import DECODE
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import PLAIN, TILED, Pricing
 from partinf.cost.step import step_ledger
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.proof.compare import differences, extra_copies, planned_collectives, stored_padding

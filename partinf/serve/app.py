@@ -19,8 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from partinf import resources
-from partinf.errors import InvalidInput, Overloaded
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion, conversation
 from partinf.serve.bodies import BodyReader, Bounds

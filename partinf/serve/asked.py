@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partinf.engine.params import MAX_SEED, SamplingParams
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
 from partinf.serve.prompts import Served, as_text, encoded, encoded_marked, given_prompts, length_offence
 from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody

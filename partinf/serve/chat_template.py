@@ -20,8 +20,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from partinf.documents import read_bytes, read_text
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.documents import read_bytes, read_text
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.serve.content_form import content_form
 
 TEMPLATE_FILE, SETTINGS_FILE, TOKENS_FILE = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"

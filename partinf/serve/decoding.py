@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from partinf.errors import nearest
+from partinf.foundation.errors import nearest
 from partinf.serve.errors import Offence, invalid
 
 T = TypeVar("T", bound="Body")

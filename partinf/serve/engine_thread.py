@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from partinf.engine.engine import Engine
 from partinf.engine.request import FinishReason, RequestOutput, SamplingParams, TokenEvent
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.hosts import JobEnded
 
 logger = logging.getLogger("partinf.serve")

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from partinf.engine.request import RequestOutput
-from partinf.errors import NoNumber
+from partinf.foundation.errors import NoNumber
 from partinf.serve.answers import Answer
 from partinf.serve.connections import body_writer
 from partinf.serve.engine_thread import Inbox, Item, ended_well, log_failure

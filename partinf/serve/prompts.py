@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from partinf.checkpoint.tokenizer import Tokenizer, TooLong
 from partinf.engine.admission import RequestCheck
 from partinf.engine.runner import RunnerLimits
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.serve.conversations import Conversations
 from partinf.serve.errors import Offence
 from partinf.serve.protocol import CompletionBody

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from partinf.engine.params import MAX_SAMPLES
-from partinf.limits import MAX_BIASES, TOP_LOGPROBS
+from partinf.foundation.limits import MAX_BIASES, TOP_LOGPROBS
 from partinf.serve.decoding import Body, Fields, Idle
 
 MAX_STOPS = 16

@@ -22,7 +22,7 @@ import uvicorn
 from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.engine.admission import RequestCheck
 from partinf.engine.engine import Engine
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.serve.app import Front, Running
 from partinf.serve.bodies import Bounds
 from partinf.serve.chat_template import ChatTemplate

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 import partinf
-from partinf.errors import Overloaded
+from partinf.foundation.errors import Overloaded
 from partinf.serve.chat_template import MOST_CHARACTERS, ChatTemplate, TemplateRefusal
 from partinf.serve.template_process import ENDED_FOR_MEMORY, LENGTH, Conversation, Rendered, Template, frame
 

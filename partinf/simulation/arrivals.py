@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from partinf import documents
-from partinf.documents import shown
-from partinf.errors import InvalidInput, raise_offences
-from partinf.limits import (
+from partinf.foundation import documents
+from partinf.foundation.documents import shown
+from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.limits import (
     MAX_LEN,
     MAX_RATE,
     MAX_REQUESTS,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.simulation.arrivals import Arrival
 
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import NEVER
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role
-from partinf.limits import NEVER
 from partinf.model.config import ModelConfig
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.search import search
 from partinf.plans import Plan
-from partinf.rounding import ceil_div
 from partinf.simulation.arrivals import Arrival
 from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload

@@ -8,10 +8,10 @@ from partinf.buckets import runner_limits
 from partinf.cost.memory import activation_bytes, usable_bytes
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import StepShape, StepSplit
-from partinf.errors import InvalidInput, raise_offences
-from partinf.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS, not_whole, outside
+from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS, not_whole, outside
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.rounding import ceil_div, round_up
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.step_price import StepPrice
 

@@ -23,8 +23,8 @@ from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.engine.estimates import Estimates
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
+from partinf.foundation.rounding import round_up
 from partinf.plans import Bucket, Plan
-from partinf.rounding import round_up
 
 _ROUND_BITS = 5  # shapes keep so many leading bits beyond the first: within 1/32 of the true size
 

@@ -16,10 +16,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import NEVER
 from partinf.hardware.slices import make_slice
 from partinf.layout import make_layout
-from partinf.limits import NEVER
 from partinf.partition.sharding import dimensions
 from partinf.plans import Bucket, Plan
 from partinf.transformer.attention import rotations_of

@@ -26,7 +26,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from partinf.caches import EXECUTABLES, OFF, own, usable
+from partinf.foundation.caches import EXECUTABLES, OFF, own, usable
 from partinf.partition.sharding import platform_of
 from partinf.plans import Plan
 from partinf.transformer.kernels import cpu as cpu_kernels

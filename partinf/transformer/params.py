@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.weights import Declared, declare_ends, declare_layers, held_bytes
 from partinf.partition.quantize import Quantized, quantize

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.limits import MAX_BIASES
+from partinf.foundation.limits import MAX_BIASES
 from partinf.partition.collectives import take_split
 from partinf.partition.sharding import WHOLE, sharding, whole
 from partinf.plans import Plan

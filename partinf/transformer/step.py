@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.errors import raise_offences
-from partinf.limits import TOP_LOGPROBS
+from partinf.foundation.errors import raise_offences
+from partinf.foundation.limits import TOP_LOGPROBS
 from partinf.partition.collectives import Split, move
 from partinf.partition.sharding import WHOLE, platform_of, sharding, spec, whole
 from partinf.plans import Bucket, Plan

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from partinf.checkpoint.hf import check_hf, load_hf
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES

@@ -18,7 +18,7 @@ from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
 from partinf.checkpoint.hf_names import leaf_sources, naming_of, read_leaf
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.transformer.params import declare

@@ -15,7 +15,7 @@ from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
 from partinf.checkpoint.hf_names import leaf_sources, read_leaf, tensor_shapes
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.hf_config import config_from_hf
 from partinf.model.load import load_model_config

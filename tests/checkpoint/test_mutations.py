@@ -21,7 +21,7 @@ import pytest
 from partinf.checkpoint.hf import check_hf
 from partinf.checkpoint.hf_names import leaf_sources, naming_of, read_leaf, tensor_shapes, tolerated
 from partinf.checkpoint.safetensors_files import TensorReader
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from partinf.errors import InvalidInput
-from partinf.resources import find
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.resources import find
 from tests.checkpoint.tokenizer_files import TOKENIZERS, content_of, copy, each_kind
 
 IM_END = "<|im_end|>"

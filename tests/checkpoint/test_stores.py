@@ -13,7 +13,7 @@ from partinf.checkpoint import orbax_store
 from partinf.checkpoint.flax_state import from_nnx_state, to_nnx_state
 from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.hf_names import leaf_sources
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from tests.checkpoint.paths import FIXTURES

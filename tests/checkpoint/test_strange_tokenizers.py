@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from partinf.checkpoint.tokenizer import load_tokenizer
-from partinf.errors import InvalidInput
-from partinf.resources import find
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.resources import find
 from tests.checkpoint.tokenizer_files import KINDS
 
 DIRECTORIES = KINDS | {"demo": find("models", "demo")}

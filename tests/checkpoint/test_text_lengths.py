@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.checkpoint.tokenizer.length import LengthBound
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from tests.checkpoint.tokenizer_files import TOKENIZERS, content_of, copy, each_kind
 from tests.engine.support import make_engine
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from tests.checkpoint.tokenizer_files import KINDS, TOKENIZERS, copy, each_kind
 
 TEXTS = ["the lazy dog", "a", " leading and  double spaces ", "naïve 東京 привет", "\n\ttabs\n", "<0x41> <s>", ""]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from partinf import resources
 from partinf.cli import main
-from partinf.errors import InvalidInput
 from partinf.experiment.description import read_experiment
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.hardware_file import write_hardware
 from partinf.hardware.rates import CollectiveRate
 from partinf.planner.files import saved_plan

@@ -8,7 +8,7 @@ import pytest
 
 from partinf.cli import main
 from partinf.cli.flags import Flags, register
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.workload import DType
 
 

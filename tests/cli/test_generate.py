@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from partinf import api, resources
+from partinf import api
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.cli import main
 from partinf.cli.model_place import ModelPlace
+from partinf.foundation import resources
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "llama_gqa"
 

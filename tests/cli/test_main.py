@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from partinf.cli import dispatch, main
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from partinf.buckets import Capacity, with_capacity
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import MAX_LEN
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
-from partinf.limits import MAX_LEN
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.sizing import Sizing

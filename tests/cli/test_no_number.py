@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from partinf import resources
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.cli import main
+from partinf.foundation import resources
 
 SORT = "sort: d b a c ="
 WHERE = ["--slice", "cpu:1", "--max-len", "24", "--format", "json"]

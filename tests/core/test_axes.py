@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partinf.axes import LETTERS, ShardedShape, is_axis_name, join_axes, parse_shape, split_axes
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 
 def test_the_papers_shapes() -> None:

@@ -9,7 +9,7 @@ import pytest
 from partinf.buckets import Capacity, fit, runner_limits, serving_steps, smallest_first, with_capacity
 from partinf.cost.pricing import Pricing
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config

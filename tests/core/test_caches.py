@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from partinf import caches
 from partinf.cli import devices
-from partinf.errors import InvalidInput
+from partinf.foundation import caches
+from partinf.foundation.errors import InvalidInput
 
 KINDS = (caches.EXECUTABLES, caches.XLA, caches.NATIVE)
 

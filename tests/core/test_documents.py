@@ -8,8 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from partinf.documents import MAX_NESTING, TOML_BYTES, Table, is_file, json_of, read_bytes, read_json, read_text, read_toml, shown, toml_of
-from partinf.errors import InvalidInput
+from partinf.foundation.documents import (
+    MAX_NESTING,
+    TOML_BYTES,
+    Table,
+    is_file,
+    json_of,
+    read_bytes,
+    read_json,
+    read_text,
+    read_toml,
+    shown,
+    toml_of,
+)
+from partinf.foundation.errors import InvalidInput
 
 
 class Colour(StrEnum):

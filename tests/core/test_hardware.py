@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partinf import resources
-from partinf.errors import InvalidInput
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import TABLE, Chip, CloudType, Price, chip_of_kind, chips
 from partinf.hardware.slices import Link, parse_slice, valid_sides
 

@@ -12,7 +12,7 @@ from partinf.cost.calibration import calibration_for
 from partinf.cost.items import LOGITS as ITEM
 from partinf.cost.ledger import Kind, Op, Part
 from partinf.cost.pricing import Pricing
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import check_devices, default_path, read_hardware, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates

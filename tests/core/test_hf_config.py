@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import MATRICES, Activation, ModelConfig, Norm, Position
 from partinf.model.hf_config import config_from_hf, config_to_hf
 from partinf.model.load import config_from_toml, load_model_config

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from partinf.buckets import Capacity, with_capacity
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml
 from partinf.model.config import ModelConfig

@@ -51,16 +51,16 @@ def test_importing_the_package_loads_nothing(run_python: Run) -> None:
 
 def test_the_pure_column_never_loads_jax(run_python: Run, root: Path) -> None:
     pure = [module for module in _modules(root) if _is_pure(module)]
-    assert "partinf.resources" in pure
+    assert "partinf.foundation.resources" in pure
     loaded = _loaded(run_python, "\n".join(f"import {module}" for module in pure))
     assert set(pure) <= loaded
     guilty = [module for module in pure if loaded & set(_HEAVY) and _loaded(run_python, f"import {module}") & set(_HEAVY)]
     assert not guilty
 
 
-@pytest.mark.parametrize("module", ["errors", "resources"])
+@pytest.mark.parametrize("module", ["errors", "limits", "rounding", "documents", "caches", "resources"])
 def test_the_lowest_floor_needs_the_standard_library_only(run_python: Run, module: str) -> None:
-    loaded = {name.partition(".")[0] for name in _loaded(run_python, f"import partinf.{module}")}
+    loaded = {name.partition(".")[0] for name in _loaded(run_python, f"import partinf.foundation.{module}")}
     bare = {name.partition(".")[0] for name in _loaded(run_python, "")}
     standard = set(__import__("sys").stdlib_module_names)
     assert loaded - bare - standard <= {"partinf"}

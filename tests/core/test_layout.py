@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partinf import resources
-from partinf.errors import InvalidInput
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.layout import (
     AttentionRole,
     Role,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from partinf import resources
-from partinf.errors import InvalidInput
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.load import config_from_toml, config_to_toml, load_model_config
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import ModelConfig

@@ -11,7 +11,7 @@ import pytest
 
 import partinf
 from partinf.cost.pricing import PROGRAMS
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.platform import CPU, GPU, PLATFORMS, TPU, platform_named
 from partinf.workload import DType

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from partinf import resources
-from partinf.errors import InvalidInput
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_unknown_names_are_bad_input(checkout: Path, name: str, message: str) ->
 
 
 def test_package_file_finds_what_lives_inside_the_package() -> None:
-    assert resources.package_file("resources.py").read_text() == Path(resources.__file__).read_text()
+    assert resources.package_file("foundation/resources.py").read_text() == Path(resources.__file__).read_text()
     with pytest.raises(FileNotFoundError, match=r"nothing\.toml is missing from the installed package"):
         resources.package_file("nothing.toml")
 

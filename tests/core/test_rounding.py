@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import partinf
-from partinf.rounding import ceil_div, round_up
+from partinf.foundation.rounding import ceil_div, round_up
 
 # Where a quotient may be rounded up by hand, and why.
 ELSEWHERE = {"checkpoint/tokenizer/length.py": "of an array of counts by an array of sizes"}
@@ -35,4 +35,4 @@ def test_no_other_module_rounds_up_by_hand() -> None:
         ]
         if quotients:
             found[path.relative_to(package).as_posix()] = quotients
-    assert found.keys() == ELSEWHERE.keys() | {"rounding.py"}, found
+    assert found.keys() == ELSEWHERE.keys() | {"foundation/rounding.py"}, found

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from partinf import resources
 from partinf.cli.model_place import read_lines
-from partinf.errors import InvalidInput
 from partinf.experiment.description import read_experiment
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.hardware_file import read_hardware, write_hardware
 from partinf.layout import layout_from_toml, load_layout
 from partinf.model.load import config_from_toml, load_model_config

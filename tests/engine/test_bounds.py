@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, RequestLevel, SamplingParams
-from partinf.errors import InvalidInput, Overloaded
+from partinf.foundation.errors import InvalidInput, Overloaded
 from tests.engine.support import LETTERS, ROOMY, Ticks, count_up, make_engine, run_all
 
 LONG = SamplingParams(max_tokens=20)

@@ -6,7 +6,7 @@ import pytest
 
 from partinf.engine import FakeRunner, FinishReason, RequestLevel, SamplingParams, TokenEvent
 from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from tests.engine.support import LETTERS, ROOMY, Pieces, make_engine, run_all
 
 

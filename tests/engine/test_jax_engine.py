@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.cli import main
@@ -20,6 +19,7 @@ from partinf.engine.metrics import Metrics
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.execution.runner import JaxRunner
+from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config

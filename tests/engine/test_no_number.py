@@ -8,7 +8,7 @@ import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, SamplingParams
 from partinf.engine.step import PrefillChunk, PromptScore, RowSampling, SampledToken
-from partinf.errors import NoNumber
+from partinf.foundation.errors import NoNumber
 from tests.engine.support import ROOMY, make_engine, run_all
 
 POISON = 13

@@ -20,7 +20,7 @@ from partinf.engine.policies.registry import POLICIES, PolicyOptions, make_polic
 from partinf.engine.policies.srpt import shortest_remaining_first
 from partinf.engine.request import Sequence, Status
 from partinf.engine.step import Step, StepOutput
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.step_price import Price
 from tests.engine.support import ROOMY, VOCAB, alone, make_engine, run_all

@@ -10,7 +10,7 @@ import pytest
 
 from partinf.engine import SamplingParams
 from partinf.engine.admission import derived_seed
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from tests.engine.support import LETTERS, ROOMY, VOCAB, make_engine, run_all
 
 

@@ -13,7 +13,7 @@ from partinf.engine import Engine, FakeRunner, FinishReason, FirstComeFirstServe
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from tests.engine.support import ROOMY, all_alone, make_engine
 
 STEERED = SamplingParams(max_tokens=9, presence_penalty=1.0, frequency_penalty=2.0, repetition_penalty=3.0, logit_bias={4: 2.0})

@@ -15,7 +15,7 @@ from partinf.engine.batch import ScheduledBatch
 from partinf.engine.request import Request, Sequence, Status
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import RowSampling
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from tests.engine.support import ROOMY
 
 

@@ -18,7 +18,7 @@ from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
 from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
 from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, Step
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config

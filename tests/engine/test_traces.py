@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from partinf.errors import InvalidInput
-from partinf.limits import MAX_LEN
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import MAX_LEN
 from partinf.simulation.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"

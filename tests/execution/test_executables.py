@@ -21,9 +21,9 @@ from jax.sharding import AxisType
 from partinf.buckets import Capacity, with_capacity
 from partinf.engine import Engine, SamplingParams
 from partinf.engine.step import PrefillChunk, RowSampling, Step
-from partinf.errors import InvalidInput
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
+from partinf.foundation.errors import InvalidInput
 from partinf.layout import make_layout
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan

@@ -11,7 +11,7 @@ from partinf.buckets import split_of
 from partinf.cost.memory import activation_bytes
 from partinf.cost.pricing import TILED, Pricing
 from partinf.cost.step import step_ledger
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
 from partinf.model.config import Block

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import pytest
 
-from partinf import resources
 from partinf.buckets import Capacity, split_of, with_capacity
 from partinf.cost.memory import weight_bytes
 from partinf.cost.pricing import PLAIN, Pricing
+from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, make_layout
 from partinf.model.load import load_model_config

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, Loop, Ring, layout_from_toml, layout_to_toml, make_layout
 from partinf.partition.collective_matmul import gather_multiply, multiply_scatter

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.engine import Engine, FinishReason, FirstComeFirstServed, RequestOutput, SamplingParams
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.errors import NoNumber
 from partinf.execution.runner import JaxRunner
 from partinf.execution.score import Scorer
+from partinf.foundation import resources
+from partinf.foundation.errors import NoNumber
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.load import load_model_config

@@ -14,8 +14,8 @@ from partinf.buckets import runner_limits
 from partinf.engine.admission import RequestCheck
 from partinf.engine.params import MAX_TEMPERATURE, SamplingParams
 from partinf.engine.step import PrefillChunk, SlotStart, Step
-from partinf.errors import collect
 from partinf.execution.place import place_step
+from partinf.foundation.errors import collect
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import ModelConfig

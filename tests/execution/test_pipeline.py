@@ -17,8 +17,8 @@ from partinf.engine import Engine, FirstComeFirstServed, Policy, SamplingParams
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
-from partinf.errors import InvalidInput
 from partinf.execution.runner import JaxRunner
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import ModelConfig

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint import hf
 from partinf.checkpoint.hf import load_hf
@@ -21,6 +20,7 @@ from partinf.demo_tasks import check, mixed_tasks
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
 from partinf.execution.runner import JaxRunner
+from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.config import ModelConfig

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from partinf import resources
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.tokenizer import load_tokenizer
@@ -18,8 +17,9 @@ from partinf.demo_tasks import check, mixed_tasks
 from partinf.engine.engine import Engine
 from partinf.engine.request import FinishReason, SamplingParams
 from partinf.engine.step import Step
-from partinf.errors import InvalidInput
 from partinf.execution.runner import JaxRunner
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.load import load_model_config

@@ -14,8 +14,8 @@ import pytest
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
-from partinf.errors import InvalidInput
 from partinf.execution.score import Scorer
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.load import load_model_config

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import partinf
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.partition.sharding import by_place, device_mesh

@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 
-from partinf import resources
 from partinf.buckets import split_of
 from partinf.cost.pricing import PLAIN, Pricing
 from partinf.cost.step import step_ledger
+from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.config import ModelConfig

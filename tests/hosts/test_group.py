@@ -17,7 +17,7 @@ from partinf.engine.estimates import Estimates
 from partinf.engine.policies.ranked import Eviction
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import SampledToken, Step, StepOutput
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hosts import Bounds, Group, Job, JobEnded
 from partinf.hosts.wire import Door, Kind, Link, Purpose, connect
 from tests.engine.support import ROOMY

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from partinf.experiment.together import free_port
+from partinf.foundation.resources import find
 from partinf.hosts.job import NAMES
 from partinf.model.load import load_model_config
 from partinf.model.weights import num_params
-from partinf.resources import find
 from tests.hosts import worker
 
 COUNT = 18

@@ -13,8 +13,8 @@ import pytest
 from partinf.api import find_slice
 from partinf.buckets import runner_limits
 from partinf.cost.ledger import Kind, Op
-from partinf.errors import InvalidInput
 from partinf.experiment.result import ledger_of
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import default_path, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates

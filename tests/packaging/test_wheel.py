@@ -15,7 +15,7 @@ import pytest
 _LIST = """
 import json, os
 from pathlib import Path
-from partinf import resources
+from partinf.foundation import resources
 found = {}
 for kind in ("models", "layouts"):
     for name in resources.names(kind):

@@ -10,8 +10,8 @@ import pytest
 
 from experiments.calibrate_v4.fit import checks, serving
 from experiments.calibrate_v4.measured import COLUMNS, Column, mfu, predict
-from partinf import resources
 from partinf.cost.calibration import calibration_for
+from partinf.foundation import resources
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config

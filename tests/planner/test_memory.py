@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partinf import resources
 from partinf.cost.memory import kv_bytes, weight_bytes
 from partinf.cost.split import StepShape
+from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config

@@ -8,7 +8,7 @@ import pytest
 
 from partinf.cost.pricing import LOOPED, TILED, Pricing
 from partinf.cost.step import step_ledger
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes
 from partinf.model.config import ModelConfig

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from partinf.cli import main
+from partinf.foundation.limits import NEVER
 from partinf.hardware.slices import parse_slice
-from partinf.limits import NEVER
 from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.choose import running_layout

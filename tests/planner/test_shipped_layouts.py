@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.shipped_layouts.regenerate import CHOSEN, LAYOUTS, texts
-from partinf import resources
+from partinf.foundation import resources
 from partinf.planner.files import plan_from_toml
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from partinf.engine.policies.registry import POLICIES
-from partinf.errors import InvalidInput
 from partinf.experiment.description import Experiment, read_experiment
 from partinf.experiment.execute import execute
 from partinf.experiment.result import deterministic
 from partinf.experiment.simulate import simulate
 from partinf.experiment.together import ProcessFailed, run_local
+from partinf.foundation.errors import InvalidInput
 
 TEXT = """
 model = "demo"

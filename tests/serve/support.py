@@ -13,7 +13,7 @@ from typing import Any
 from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from partinf.engine import Engine, FakeRunner, RunnerLimits
 from partinf.engine.step import Step
-from partinf.resources import find
+from partinf.foundation.resources import find
 from partinf.serve.chat_template import ChatTemplate, load_chat_template
 from partinf.serve.server import Loaded, Options, Server, listen
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal, load_chat_template
 
 MESSAGES = [{"role": "user", "content": "a <b> ü"}, {"role": "assistant", "content": "c"}]

@@ -20,7 +20,7 @@ import pytest
 
 from partinf.cli import main
 from partinf.engine.admission import derived_seed
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 from partinf.serve.server import Loaded, Options, listen, serve
 from tests.serve.support import events, wait_until
 

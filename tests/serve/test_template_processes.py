@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from partinf.errors import Overloaded
+from partinf.foundation.errors import Overloaded
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
 from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
 

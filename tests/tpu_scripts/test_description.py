@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from partinf import resources
-from partinf.errors import InvalidInput
+from partinf.foundation import resources
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import TABLE, chip_of_kind, chips
 from partinf.hardware.slices import parse_slice
 from partinf.proof.topology import describe

@@ -8,8 +8,8 @@ from typing import Any
 
 from partinf.checkpoint.tokenizer.settings import Settings, read_optional
 from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
-from partinf.documents import shown
-from partinf.errors import raise_offences
+from partinf.foundation.documents import shown
+from partinf.foundation.errors import raise_offences
 
 _FILES = ("generation_config.json", "config.json")
 

@@ -11,8 +11,8 @@ from partinf.checkpoint.tokenizer.length import LengthBound
 from partinf.checkpoint.tokenizer.pieces import byte_level_alphabet, piece_bytes
 from partinf.checkpoint.tokenizer.seen import seen_by_model, steps
 from partinf.checkpoint.tokenizer.settings import Settings, refusing
-from partinf.documents import looks_like, read_text
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.documents import looks_like, read_text
+from partinf.foundation.errors import InvalidInput, raise_offences
 
 _MAX_BYTES = 1 << 28
 _DECODERS_OF_WORDS = {"WordPiece", "CTC", "BPEDecoder"}  # they join words by rules that bytes per id do not express

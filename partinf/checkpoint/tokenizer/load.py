@@ -10,7 +10,7 @@ from partinf.checkpoint.tokenizer.sentencepiece_vocabulary import SentencePieceV
 from partinf.checkpoint.tokenizer.settings import is_present, read_settings
 from partinf.checkpoint.tokenizer.text import Tokenizer
 from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 

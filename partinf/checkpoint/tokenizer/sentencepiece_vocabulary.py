@@ -14,7 +14,7 @@ from partinf.checkpoint.tokenizer.length import LengthBound
 from partinf.checkpoint.tokenizer.marks import Marks
 from partinf.checkpoint.tokenizer.pieces import SPACE, piece_bytes
 from partinf.checkpoint.tokenizer.settings import AddedToken, Settings, refusing
-from partinf.documents import looks_like, read_bytes
+from partinf.foundation.documents import looks_like, read_bytes
 
 _MAX_BYTES = 1 << 28
 # Protocol buffers read a field that is given again as an amendment: these bytes after a model are its normalizer's `add_dummy_prefix`.

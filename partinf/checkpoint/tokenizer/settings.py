@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partinf.documents import Table, read_json, shown
-from partinf.errors import InvalidInput, raise_offences
+from partinf.foundation.documents import Table, read_json, shown
+from partinf.foundation.errors import InvalidInput, raise_offences
 
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from partinf.checkpoint.tokenizer.ends import Ends
 from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 _PLAIN_CHARACTERS = 4  # per token: a text that is no longer than that is encoded as it is, a longer one is measured first
 

@@ -14,7 +14,7 @@ from partinf.engine.policies.priority import by_priority
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.request_level import RequestLevel
 from partinf.engine.policies.srpt import shortest_remaining_first
-from partinf.errors import InvalidInput, nearest
+from partinf.foundation.errors import InvalidInput, nearest
 
 
 @dataclass(frozen=True)

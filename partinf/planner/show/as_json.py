@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
-from partinf.limits import NEVER
+from partinf.foundation.limits import NEVER
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import running_layout
 from partinf.planner.report import Candidate, PhaseResult, PlanReport

@@ -1,7 +1,7 @@
 """What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products of a few rows (`cpu_products.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
-for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.caches`).
+for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.foundation.caches`).
 Without a compiler XLA's forms are used, which give the same and take longer; a warning says so once.
 """
 
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import jaxlib
 from absl import logging
 
-from partinf.caches import NATIVE, OFF, temporary, usable
-from partinf.errors import InvalidInput
+from partinf.foundation.caches import NATIVE, OFF, temporary, usable
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.platform import CPU
 from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import KeysValues, Stored

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
-from partinf.rounding import ceil_div, round_up
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.linear import dot

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from partinf.errors import InvalidInput, nearest
+from partinf.foundation.errors import InvalidInput, nearest
 
 Kind = Literal["models", "layouts"]
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from partinf.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput
 
 DIRECTORY_VARIABLE = "PARTINF_CACHE_DIR"
 OFF = "off"

@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any, Final
 
-from partinf.documents import shown
+from partinf.foundation.documents import shown
 
 # Positions are counted in float32 by the rotation, which holds whole numbers exactly up to here.
 MAX_LEN: Final = 1 << 24

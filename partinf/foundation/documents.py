@@ -24,7 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
 
-from partinf.errors import InvalidInput, nearest
+from partinf.foundation.errors import InvalidInput, nearest
 
 E = TypeVar("E", bound=StrEnum)
 
