@@ -24,6 +24,7 @@ from partinf.planner.report import PlanReport
 from partinf.planner.search import MOST_AXES, TIE, answer
 
 MOST_CHIPS = 512
+MOST_MESHES = 128  # of one slice; each is a search of its own, of a tenth of a second and more
 _SECONDS_PER_HOUR = 3600
 
 
@@ -154,6 +155,9 @@ def meshes_of(slice_: Slice, num_kv_heads: int = 1) -> list[Slice]:
 
     Equal torus axes are split once where there is one key-value head; several are dealt over the axes in mesh order, so that it matters
     which of two equal axes comes in parts.
+
+    Raises:
+        InvalidInput: more of them than anybody would wait for.
     """
     others = sum(axis.size > 1 for axis in slice_.axes if axis.link not in (Link.TORUS, Link.SWITCH))
     sides = _sides(slice_)
@@ -167,6 +171,8 @@ def meshes_of(slice_: Slice, num_kv_heads: int = 1) -> list[Slice]:
         seen.add(signature)
         mesh = slice_.with_mesh(",".join(_named(name, factors) for (name, _, _), factors in zip(sides, parts, strict=True)))
         found.setdefault(tuple(mesh.axis_sizes.values()), mesh)
+        if len(found) > MOST_MESHES:
+            raise InvalidInput(f"slice {slice_.name}: more than {MOST_MESHES} meshes of at most {MOST_AXES} axes; name one of them")
     return list(found.values())
 
 
@@ -178,12 +184,12 @@ def _sides(slice_: Slice) -> list[tuple[str, int, bool]]:
     return [(axis.torus, axis.torus_size, axis.wraps) for axis in {axis.torus: axis for axis in free}.values()]
 
 
-def _factorings(size: int) -> Iterator[tuple[int, ...]]:
-    """The ways to write a size as an ordered product of factors above 1, the size itself first."""
+def _factorings(size: int, most: int = MOST_AXES) -> Iterator[tuple[int, ...]]:
+    """The ways to write a size as an ordered product of at most so many factors above 1, the size itself first."""
     yield (size,)
-    for first in range(2, size // 2 + 1):
+    for first in range(2, size // 2 + 1) if most > 1 else ():
         if size % first == 0:
-            yield from ((first, *rest) for rest in _factorings(size // first))
+            yield from ((first, *rest) for rest in _factorings(size // first, most - 1))
 
 
 def _named(name: str, factors: tuple[int, ...]) -> str:

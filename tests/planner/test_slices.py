@@ -82,6 +82,7 @@ def test_shapes_that_are_tried() -> None:
         ([*ASKED, "--slice", "auto:v5", "--max-latency-ms", "9"], "expected auto:CHIP; did you mean 'v5"),
         ([*ASKED, "--slice", "auto", "--max-latency-ms", "9"], "expected auto:CHIP; known: "),
         (["explain", *AUTO[1:]], "explained on one slice"),
+        ([*ASKED, "--slice", "cpu:720720", "--mesh", "auto"], "more than 128 meshes of at most 4 axes"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], flags: list[str], words: str) -> None:
