@@ -84,8 +84,9 @@ def _tensor_bytes(entry: Any) -> int | None:
     if not isinstance(entry, dict):
         return None
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
-    lists = isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= _MAX_DIMS and len(offsets) == 2
-    if not lists or not isinstance(dtype, str) or len(dtype) > _LONGEST_TYPE:
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > _MAX_DIMS or len(offsets) != 2:
+        return None
+    if not isinstance(dtype, str) or len(dtype) > _LONGEST_TYPE:
         return None
     if not all(_plain_int(number) for number in (*shape, *offsets)):
         return None

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     flags = Flags(args)
     seconds = _read(flags)
     plan, workload = _saved(flags) if args.plan else _asked(flags)
-    reason = unavailable(plan.slice.chip.family)
+    reason = unavailable(plan.slice.chip.platform)
     raise_offences([reason] if reason else [])
     from partinf.buckets import serving_steps
     from partinf.cli.progress import progress_bar

@@ -47,6 +47,7 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple
         batch.decode.pages[lane, : len(row.pages)] = row.pages
         _place_sampling(batch, lane, row.sampling, row.position + 1)
         if row.counts:
+            assert batch.rich is not None  # such a step goes into a rich bucket
             batch.rich.counted[lane] = 1
         rows.append(lane)
     return tuple(rows)
@@ -74,6 +75,7 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
         prefill.pages[slot, :earlier] = chunk.pages[:earlier]
         scored.append(slice(first, first + len(chunk.targets)))
         if chunk.targets:
+            assert batch.rich is not None
             batch.rich.target[scored[-1]] = chunk.targets
         if chunk.last:
             prefill.last[slot], prefill.slot[slot] = first + count - 1, chunk.slot

@@ -101,7 +101,7 @@ class Module:
     def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        lines, name = [], ""
+        lines, name = list[str](), ""
         for line in text.split("\n"):
             header = _HEADER.match(line)
             if header and not line.startswith(" "):
@@ -179,7 +179,7 @@ class Module:
     def source(self, instruction: Instruction) -> tuple[Frame, ...]:
         """The stack of source lines that an instruction comes from, innermost first; empty where the compiler made it up."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
-        stack, index = [], int(found[1]) if found else 0
+        stack, index = list[Frame](), int(found[1]) if found else 0
         while index in self._frames and len(stack) < 32:
             frame, parent = self._frames[index]
             stack.append(frame)

@@ -42,7 +42,7 @@ class Schedule:
     """
 
     compute_seconds: float
-    hbm_bytes: int
+    hbm_bytes: float
     collectives: tuple[Collective, ...]
     work: tuple[Work, ...]
     unestimated: tuple[str, ...]
@@ -65,7 +65,7 @@ class Reader:
 
     def read(self) -> Schedule:
         """The whole program."""
-        seconds, moved = 0.0, 0
+        seconds = moved = 0.0
         collectives: list[Collective] = []
         work: list[Work] = []
         unestimated: list[str] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jax import lax
 
 from partinf.plans import Bucket
 
-Array = jax.Array | np.ndarray
+Array: TypeAlias = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def read_house(root: Path = ROOT) -> House:
             if room_of(file) != room_of(other):
                 arrows.setdefault((room_of(file), room_of(other)), []).append((file, other))
     rooms = tuple(sorted({room_of(file) for file in files}))
-    circles = _circles({file: others if file != _FACE else frozenset() for file, others in files.items()})
+    circles = circles_of({file: others if file != _FACE else frozenset() for file, others in files.items()})
     return House(files, rooms, {pair: tuple(found) for pair, found in sorted(arrows.items())}, circles)
 
 
@@ -80,7 +80,7 @@ def _imported(source: str, modules: Mapping[str, Path]) -> Iterator[Path]:
                 yield modules[name]
 
 
-def _circles(files: Mapping[str, frozenset[str]]) -> tuple[tuple[str, ...], ...]:
+def circles_of(files: Mapping[str, Iterable[str]]) -> tuple[tuple[str, ...], ...]:
     """Strongly connected sets of more than one file (Tarjan's algorithm)."""
     order: dict[str, int] = {}
     low: dict[str, int] = {}

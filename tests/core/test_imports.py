@@ -5,7 +5,10 @@ import-linter checks the same rules on the text of the imports; this checks what
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,3 +81,28 @@ def test_a_simulation_never_loads_jax(run_python: Run, tmp_path: Path, command: 
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & set(_HEAVY)
     assert "partinf.simulation.cost_runner" in done.stdout.split()
+
+
+def _file(root: Path, module: str) -> Path:
+    path = root.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _imports_jax(path: Path) -> bool:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return any(name.partition(".")[0] in _HEAVY for name in named)
+
+
+def test_mypy_checks_every_file_that_imports_no_jax(root: Path) -> None:
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["files"] == ["partinf"]
+    assert settings["strict"] is True
+    assert "exclude" not in settings
+    unchecked = {name for table in settings["overrides"] if table.get("ignore_errors") for name in table["module"]}
+    skipped = {name for table in settings["overrides"] if not table.get("ignore_errors") for name in table["module"]}
+    assert not [name for name in skipped if name.startswith("partinf")]
+    files = {module: _file(root, module) for module in _modules(root)}
+    assert unchecked <= {name for name, path in files.items() if _imports_jax(path)}
+    assert not [name for name, path in files.items() if re.search(r"#\s*mypy:", path.read_text())]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from partinf.cli import main
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner.report import Candidate, PlanReport
@@ -64,3 +66,13 @@ def test_a_wrong_number_is_refused(run_python: Callable[..., subprocess.Complete
     done = run_python("-m", "partinf", "plan", "--model", "llama-125m", "--slice", "v5e:2x2", "--batch", "8", "--prove", count)
     assert done.returncode == 2
     assert f"--prove {count}" in done.stderr
+
+
+def test_a_slice_whose_compiler_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("partinf.proof.process.metadata.version", missing)
+    asked = ["--model", "llama-125m", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64"]
+    assert main(["prove", *asked]) == 2
+    assert "the TPU compiler is not installed" in capsys.readouterr().err

@@ -50,11 +50,11 @@ def ends_of_text(directory: Path, settings: Settings, vocabulary: Vocabulary) ->
         offences.append(f"{directory}: the tokenizer's EOS {shown(named)} is id {own}; the ids of the model are 0 to {size - 1}")
     sources["the tokenizer"] = [] if own is None else [own]
     raise_offences(offences)
-    ids = frozenset(token for found in sources.values() for token in found)
-    notes = [_note(sources, ids, vocabulary)]
+    ends = frozenset(token for found in sources.values() for token in found)
+    notes = [_note(sources, ends, vocabulary)]
     if named is not None and vocabulary.find(named) is None:
         notes.append(f"the tokenizer's EOS {shown(named)} is no token of its vocabulary, and is left out")
-    return Ends(ids, "; ".join(filter(None, notes)) or None)
+    return Ends(ends, "; ".join(filter(None, notes)) or None)
 
 
 def _vocabulary_size(config: dict[str, Any]) -> int | None:

@@ -39,7 +39,9 @@ class SentencePieceVocabulary:
             self.strip_start = own if settings.add_prefix_space is None else settings.add_prefix_space
             later = self.strip_start and settings.legacy is not False
             variant = _WITHOUT_PREFIX if own else _WITH_PREFIX
-            other = sentencepiece.SentencePieceProcessor(model_proto=data + variant) if own != self.strip_start or own != later else None
+            other = self._backend
+            if own != self.strip_start or own != later:
+                other = sentencepiece.SentencePieceProcessor(model_proto=data + variant)
         self._first, self._later = (self._backend if wanted == own else other for wanted in (self.strip_start, later))
         marks = [piece for token, piece in enumerate(self._pieces) if piece and self._backend.is_control(token)]
         self._added = {token.id: token for token in settings.added}
