@@ -99,18 +99,16 @@ def _plan(model: ModelConfig, slice_name: str, mesh: str | None, workload: Workl
 
 
 def _explain_choice(console: Console, plan: Plan, workload: Workload) -> None:
-    from partinf.cli.explain import print_step
-    from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import TILED, Pricing
+    from partinf.cost.pricing import TILED
     from partinf.cost.step import step_ledger
     from partinf.layout import readable_name
     from partinf.model.weights import num_params
-    from partinf.planner.evaluate import Evaluator
+    from partinf.planner.question import Question
+    from partinf.planner.show.table import print_step
 
     console.print(f"[bold]{plan.model.name}[/], {num_params(plan.model) / 1e3:.0f} k parameters, on {plan.slice.name} ({plan.slice.mesh})")
     console.print(f"chosen: [bold]{readable_name(plan.layout, plan.axis_sizes)}[/]. {plan.note}", soft_wrap=True)
-    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip, "fitted"), program=TILED)
-    split = Evaluator(plan.model, pricing, workload).split(plan.layout, "decode", 0)
+    split = Question(plan.model, workload, program=TILED).evaluator(plan.slice).split(plan.layout, "decode", 0)
     print_step(console, "decode", split, step_ledger(split))
     console.print(
         "\nA model this small gains nothing from being split: one device holds it many times over, and every collective costs more than\n"

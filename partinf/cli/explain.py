@@ -10,13 +10,8 @@ from partinf.cli.flags import Flags
 from partinf.cli.planning import Asked, add_model_arguments, read
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from partinf.cost.ledger import Ledger
-    from partinf.cost.split import StepSplit
     from partinf.layout import Layout
     from partinf.model.config import ModelConfig
-    from partinf.planner.show.explain import Line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,15 +28,14 @@ def run(args: argparse.Namespace) -> int:
     layout, padded_heads = named_or_chosen(asked, args.layout)
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name
-    from partinf.planner.evaluate import Evaluator
-    from partinf.planner.show.table import wide_console
+    from partinf.planner.show.table import print_step, wide_console
 
     console = wide_console()
     name = readable_name(layout, asked.slice.axis_sizes)
     console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
     if padded_heads:
         console.print(_padding(asked.model, padded_heads), highlight=False)
-    evaluator = Evaluator(asked.model, asked.question.pricing(asked.slice), asked.workload)
+    evaluator = asked.question.evaluator(asked.slice)
     for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
         print_step(console, label, split, step_ledger(split))
@@ -83,36 +77,3 @@ def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
         offences = layout_offences(asked.model, asked.slice, layout, padded)
     raise_offences(offences)
     return layout, padded
-
-
-def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -> None:
-    """Print the lines of one step, section by section, numbered through."""
-    from rich.table import Table
-
-    from partinf.planner.show.explain import explain
-    from partinf.planner.show.work import moved_bytes, readable_bytes
-
-    number = 0
-    step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
-    title = f"[bold]{label} {step}[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
-    console.print(f"\n{title}", highlight=False)
-    for section in explain(split, ledger):
-        table = Table(box=None, pad_edge=False, show_header=number == 0, header_style="bold")
-        table.add_column("", justify="right")
-        for name in ("", "then", "here"):
-            table.add_column(name)
-        for name in ("bytes", "µs"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for line in section.lines:
-            number += 1
-            table.add_row(str(number), line.what, line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _time(line))
-        start = f", from {section.start}" if section.start else ""
-        times = f" (×{split.model.num_layers})" if section.per_layer else ""
-        console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
-        console.print(table, markup=False)
-
-
-def _time(line: Line) -> str:
-    entry = line.entry
-    hidden = f" ({entry.overlapped * 1e6:.1f} hidden)" if entry.overlapped else ""
-    return f"{(entry.seconds - entry.overlapped) * 1e6:.1f}{hidden}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
 from partinf.model.weights import num_params
-from partinf.planner.evaluate import Evaluator, padded_heads
+from partinf.planner.evaluate import padded_heads
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
 from partinf.planner.slices import slices_of
@@ -64,7 +64,7 @@ def _changed(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _memory(report: PlanReport, candidate: Candidate, workload: Workload) -> MemoryBudget:
-    evaluator = Evaluator(report.model, report.pricing, workload)
+    evaluator = report.evaluator.under(workload)
     priced = [evaluator.price(candidate.layout, result.name, candidate.padded_heads) for result in candidate.phases]
     return evaluator.memory(candidate.layout, priced, candidate.padded_heads)
 

@@ -89,15 +89,18 @@ class _Steps:
 
     def __init__(self, report: PlanReport) -> None:
         self.report, self.best = report, report.best
-        self.pricing = report.pricing
+        self._known: dict[int, Evaluator] = {}
         layout = self.best.layout
         split = {*layout.decode.attention_axes(AttentionRole.BATCH), *layout.token_axes(layout.decode)}
         self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), report.slice.axis_sizes)
 
     def _at(self, batch: int) -> Evaluator:
-        workload = self.report.workload
-        together = None if workload.prefill_batch is None else min(workload.prefill_batch, batch)
-        return Evaluator(self.report.model, self.pricing, replace(workload, batch=batch, prefill_batch=together))
+        found = self._known.get(batch)
+        if found is None:
+            workload = self.report.workload
+            together = None if workload.prefill_batch is None else min(workload.prefill_batch, batch)
+            found = self._known[batch] = self.report.evaluator.under(replace(workload, batch=batch, prefill_batch=together))
+        return found
 
     def memory(self, batch: int) -> MemoryBudget:
         evaluator, best = self._at(batch), self.best

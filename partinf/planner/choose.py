@@ -9,13 +9,12 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
-from partinf.cost.pricing import Pricing, Program
+from partinf.cost.pricing import Program
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
 from partinf.model.config import Block, ModelConfig
-from partinf.planner.evaluate import Evaluator
 from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
@@ -96,12 +95,11 @@ def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
     layout, held = candidate.layout, candidate.memory
     if not report.slice.chip.platform.gathers_beside_products or report.model.block is Block.PARALLEL:
         return layout
-    evaluator = Evaluator(report.model, Pricing(report.slice, program=report.program), report.workload)
     for label in PHASES:
         phase = layout.phase(label)
         changed: dict[str, Any] = {label: replace(phase, ahead=bool(phase.gather))}
         ahead = replace(layout, **changed)
-        activations = activation_bytes(evaluator.split(ahead, label, candidate.padded_heads))
+        activations = activation_bytes(report.evaluator.split(ahead, label, candidate.padded_heads))
         if held.weights + held.kv + activations <= held.usable:
             layout = ahead
     return layout

@@ -77,12 +77,11 @@ def volumes(report: PlanReport) -> dict[str, list[float]]:
     order = [a for role in (Role.EMBED, Role.FFN) for a in best.layout.storage_axes(role) if sizes[a] > 1]
     batch = dict.fromkeys(stored, "batch")
     prompt = report.workload.input_len or report.workload.decode_context or 1
-    evaluator = Evaluator(report.model, report.pricing, report.workload)
     found = {}
     for count in range(len(order) + 1):
         layout = make_layout(stored, batch, batch, order[:count], order[:count])
         name = ffn_name(layout, layout.prefill, sizes) + (f" ({''.join(order[:count])})" if count else "")
-        found[name] = [_moved(evaluator, layout, tokens, prompt, best.padded_heads, sizes) for tokens in TOKENS]
+        found[name] = [_moved(report.evaluator, layout, tokens, prompt, best.padded_heads, sizes) for tokens in TOKENS]
     return found
 
 

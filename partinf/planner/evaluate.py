@@ -112,6 +112,10 @@ class Evaluator:
         self._shapes: dict[tuple[str, int, int, int], StepShape] = {}
         self._weight_bytes: dict[object, int] = {}
 
+    def under(self, workload: Workload) -> Evaluator:
+        """The same for another workload."""
+        return Evaluator(self.model, self.pricing, workload)
+
     def padded_heads(self, parts: int) -> int | None:
         """Query heads padded so that they split into `parts`; 0 when they do as they are, None when that would be absurd."""
         return padded_heads(self.model, parts)

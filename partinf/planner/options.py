@@ -26,7 +26,7 @@ from partinf.planner.candidates import (
     gathers,
     option_signature,
 )
-from partinf.planner.evaluate import NOTHING, Evaluator, Least, Priced
+from partinf.planner.evaluate import NOTHING, Least, Priced
 from partinf.planner.question import Question
 
 
@@ -73,7 +73,7 @@ class Space:
         self._between = [index for index, axis in enumerate(slice_.axes) if axis.link is Link.DCN]
         self.table = axis_table(slice_)
         self.heads = HeadSplits(self.table, self.model.num_kv_heads)
-        self.evaluator = Evaluator(self.model, question.pricing(slice_), question.workload)
+        self.evaluator = question.evaluator(slice_)
         self.refused: Counter[str] = Counter()
 
     def limit(self, storage: Storage) -> BestSoFar:

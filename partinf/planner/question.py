@@ -10,6 +10,7 @@ from partinf.cost.pricing import Pricing, Program
 from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
+from partinf.planner.evaluate import Evaluator
 from partinf.workload import Workload
 
 
@@ -43,3 +44,11 @@ class Question:
             InvalidInput: an unknown calibration.
         """
         return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, self.program)
+
+    def evaluator(self, slice_: Slice) -> Evaluator:
+        """What prices steps of this slice.
+
+        Raises:
+            InvalidInput: an unknown calibration.
+        """
+        return Evaluator(self.model, self.pricing(slice_), self.workload)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from partinf.cost.calibration import Calibration
@@ -12,10 +12,11 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.overlap import hide_gathers
-from partinf.cost.pricing import Pricing, Program
+from partinf.cost.pricing import TILED, Pricing, Program
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout, Phase, attention_name, ffn_name, readable_name
 from partinf.model.config import ModelConfig
+from partinf.planner.evaluate import Evaluator
 from partinf.planner.question import Question
 from partinf.workload import Workload
 
@@ -143,10 +144,20 @@ class PlanReport:
     def program(self) -> Program:
         return self.pricing.program
 
-    @cached_property
+    @property
     def pricing(self) -> Pricing:
         """What its steps were priced with."""
-        return self.question.pricing(self.slice)
+        return self.evaluator.pricing
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What prices further steps as those of the report were."""
+        return self.question.evaluator(self.slice)
+
+    @cached_property
+    def engine_evaluator(self) -> Evaluator:
+        """The same for steps as an engine runs them, whatever program the layouts were chosen for."""
+        return replace(self.question, program=TILED).evaluator(self.slice)
 
     @property
     def calibration(self) -> Calibration:

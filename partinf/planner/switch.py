@@ -8,15 +8,13 @@ weights hide behind products only where the layout has them go ahead.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from partinf.cost.movement import ways
-from partinf.cost.pricing import TILED
 from partinf.cost.split import StepShape
 from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import PHASES, AttentionRole, Layout
-from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport
 
 _MOST_TOKENS = 1 << 24
@@ -76,13 +74,12 @@ def _multiple(report: PlanReport, layout: Layout) -> int:
 def _step_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
     """A function of the tokens: seconds of a step of prompts under prefill's and under decode's FFN roles."""
     workload = report.workload
-    evaluator = Evaluator(report.model, replace(report.question, program=TILED).pricing(report.slice), workload)
     dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:
         prompts = ceil_div(tokens, max(workload.input_len, 1)) if workload.input_len else 1
         shape = StepShape(prefill_tokens=tokens, prefill_slots=round_up(prompts, dealt))
-        prefill, decode = (evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
+        prefill, decode = (report.engine_evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
         return prefill, decode
 
     return seconds

@@ -23,7 +23,6 @@ _TITLES = {
     Part.SAMPLING: "Choice of tokens",
     Part.STAGES: "Between pipeline stages",
 }
-# What follows the core although it is priced with the projections.
 
 
 @dataclass(frozen=True)

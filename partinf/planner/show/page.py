@@ -13,7 +13,6 @@ from html import escape
 from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
-from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import COLOURS, by_work, moved_bytes, readable_bytes, readable_seconds, roles_of
@@ -116,7 +115,7 @@ def _note(candidate: Candidate) -> str:
 def _lines(report: PlanReport, result: PhaseResult) -> str:
     """Every entry of the ledger once, numbered, under the part of the step that it belongs to."""
     best = report.best
-    split = Evaluator(report.model, report.pricing, report.workload).split(best.layout, result.name, best.padded_heads)
+    split = report.evaluator.split(best.layout, result.name, best.padded_heads)
     rows: list[Sequence[str]] = []
     number = 0
     for section in explain(split, result.ledger):

@@ -1,4 +1,4 @@
-"""A search's report in the terminal: candidates, the chosen roles and why, its memory, and what its step spends time on."""
+"""In the terminal: a report's candidates, the chosen roles and why, its memory, what its step spends time on; and steps line by line."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from partinf.cost.ledger import Entry
+from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.split import StepSplit
 from partinf.layout import PHASES
 from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
-from partinf.planner.show.work import moved_bytes
+from partinf.planner.show.explain import Line, explain
+from partinf.planner.show.work import moved_bytes, readable_bytes
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import switch_table
 from partinf.plans import Plan
@@ -188,3 +190,31 @@ def _ledger(result: PhaseResult) -> Table:
 def _megabytes(entry: Entry) -> float:
     """Bytes of all occurrences: the payload of a collective, HBM traffic of the rest."""
     return moved_bytes(entry) * entry.count / 1e6
+
+
+def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -> None:
+    """Print the lines of one step, section by section, numbered through."""
+    number = 0
+    step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
+    title = f"[bold]{label} {step}[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
+    console.print(f"\n{title}", highlight=False)
+    for section in explain(split, ledger):
+        table = Table(box=None, pad_edge=False, show_header=number == 0, header_style="bold")
+        table.add_column("", justify="right")
+        for name in ("", "then", "here"):
+            table.add_column(name)
+        for name in ("bytes", "µs"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for line in section.lines:
+            number += 1
+            table.add_row(str(number), line.what, line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _occurrence(line))
+        start = f", from {section.start}" if section.start else ""
+        times = f" (×{split.model.num_layers})" if section.per_layer else ""
+        console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
+        console.print(table, markup=False)
+
+
+def _occurrence(line: Line) -> str:
+    entry = line.entry
+    hidden = f" ({entry.overlapped * 1e6:.1f} hidden)" if entry.overlapped else ""
+    return f"{(entry.seconds - entry.overlapped) * 1e6:.1f}{hidden}"
