@@ -49,6 +49,7 @@ class Capacity:
         random: whether requests may sample; False compiles greedy selection alone.
         rich: whether requests may also have penalties, logit biases, alternatives (`top_logprobs`) and log-probabilities of their prompts.
             The programs are as many and larger; every slot keeps counts and biases of the whole vocabulary on the devices.
+        constrained: whether requests may be held to a grammar, by a mask of the tokens that may come next.
         max_prompt_len: longest prompt that will come; one step then holds such a prompt whole on every shard that prefills. 0: any prompt
             may come, and those that are longer than a shard's share of a step are cut over several.
     """
@@ -59,6 +60,7 @@ class Capacity:
     page_size: int = 16
     random: bool = True
     rich: bool = False
+    constrained: bool = False
     max_prompt_len: int = 0
 
 
@@ -95,6 +97,7 @@ def shape_of(bucket: Bucket, page_size: int) -> StepShape:
         prefill_context=bucket.prefill_pages * page_size,
         sampling=bucket.random,
         rich=bucket.rich,
+        constrained=bucket.constrained,
     )
 
 
@@ -141,7 +144,8 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     buckets = []
     for context in contexts:
         lanes_read, slots_read = round_up(context, plan.num_parts), round_up(context, plan.prefill_page_multiple())
-        decode = Bucket(rows, lanes_read, random=capacity.random or capacity.rich, rich=capacity.rich)
+        kinds = {"random": capacity.random or capacity.rich, "rich": capacity.rich, "constrained": capacity.constrained}
+        decode = Bucket(rows, lanes_read, **kinds)
         full = replace(decode, decode_rows=round_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
         buckets += [decode, *_smaller(plan, full), full]
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
@@ -193,6 +197,7 @@ def runner_limits(plan: Plan, num_host_pages: int = 0) -> RunnerLimits:
         chunks=any(bucket.prefill_pages for bucket in plan.buckets),
         random=all(bucket.random for bucket in plan.buckets),
         rich=all(bucket.rich for bucket in plan.buckets),
+        constrained=all(bucket.constrained for bucket in plan.buckets),
         num_stages=plan.num_stages,
         num_host_pages=num_host_pages,
     )
@@ -261,4 +266,5 @@ def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
         prefill_pages=limits.pages_for(earlier),
         random=not all(each.greedy for each in how),
         rich=any(each.rich for each in how) or any(chunk.targets for step in steps for chunk in step.prefill),
+        constrained=any(row.mask is not None for step in steps for row in step.rows),
     )

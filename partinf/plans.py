@@ -39,6 +39,7 @@ class Bucket:
         random: whether the program can sample, when some row of a step wants it; False compiles greedy selection alone.
         rich: whether it can do what few requests ask for: penalties, logit biases, alternatives, log-probabilities of prompts. Such work
             is skipped at run time by steps in which nobody asks for it.
+        constrained: whether rows may be held to a mask of tokens; likewise skipped where none is.
     """
 
     decode_rows: int = 0
@@ -48,6 +49,7 @@ class Bucket:
     prefill_pages: int = 0
     random: bool = False
     rich: bool = False
+    constrained: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,7 @@ class Bucket:
             and self.prefill_pages >= other.prefill_pages
             and self.random >= other.random
             and self.rich >= other.rich
+            and self.constrained >= other.constrained
         )
 
     def __str__(self) -> str:
@@ -72,7 +75,8 @@ class Bucket:
             parts.append(f"decode {self.decode_rows} × {self.decode_pages} pages")
         if self.prefill_tokens:
             parts.append(f"prefill {self.prefill_tokens} in {self.prefill_slots} slots, {self.prefill_pages} pages before")
-        return "; ".join(parts) + (", sampling" if self.random else ", greedy") + (", rich" if self.rich else "")
+        kinds = ("sampling" if self.random else "greedy", "rich" if self.rich else "", "constrained" if self.constrained else "")
+        return ", ".join(["; ".join(parts), *filter(None, kinds)])
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,11 @@ class Plan:
     def rich(self) -> bool:
         """Whether penalty counts and logit biases of every slot are kept on the devices, because some bucket needs them."""
         return any(bucket.rich for bucket in self.buckets)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether masks of tokens of every slot are kept on the devices, because some bucket reads them."""
+        return any(bucket.constrained for bucket in self.buckets)
 
     def ways(self, axes: tuple[str, ...]) -> int:
         """Product of the sizes of these axes."""

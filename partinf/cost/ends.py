@@ -15,6 +15,7 @@ from partinf.cost.items import (
     LOGITS,
     LOGITS_INTO_V,
     LOOKUP,
+    MASKS,
     PICK,
     PREFILL,
     READ_LOGITS,
@@ -26,8 +27,10 @@ from partinf.cost.linear import norm
 from partinf.cost.movement import Split
 from partinf.cost.rich import rich_entries
 from partinf.cost.split import StepSplit
+from partinf.foundation.rounding import ceil_div
 
 _F32 = 4
+_MASK_BITS = 32  # of a word of masks
 # Greedy selection asks for the largest logit (twice: for the choice and for the log-sum-exp), the lowest entry that has it, the
 # log-sum-exp and the chosen logit.
 _GREEDY_F32, _GREEDY_INT32 = 4, 1
@@ -114,6 +117,9 @@ def _choice(split: StepSplit, rows: int, useful: float) -> list[Entry]:
     local = split.model.padded_vocab_size // split.ways(axes)
     passes = 3 + (2 * _BITS if shape.sampling else 0)
     entries = [split.pricing.traffic(READ_LOGITS, Part.SAMPLING, 1, passes * rows * local * _F32)]
+    if shape.constrained:  # a bit per logit, which is read and written
+        masked = ceil_div(local, _MASK_BITS) * _MASK_BITS // 8 + 2 * local * _F32
+        entries.append(split.pricing.traffic(MASKS, Part.SAMPLING, 1, rows * masked))
     if axes:
         floats = _GREEDY_F32 + (_SAMPLING_F32 if shape.sampling else 0)
         ints = _GREEDY_INT32 + (_SAMPLING_INT32 if shape.sampling else 0)

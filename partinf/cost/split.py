@@ -27,7 +27,7 @@ class StepShape:
         real_rows, real_tokens, real_slots: how many of them are not padding; None for all.
         real_context: keys of a lane that are not masked; None for all.
         sampling: the program can sample; False for greedy selection alone.
-        rich: its rows ask for everything that a rich program can do.
+        rich: its rows ask for everything that a rich program can do. constrained: and have masks.
     """
 
     decode_rows: int = 0
@@ -41,6 +41,7 @@ class StepShape:
     real_context: int | None = None
     sampling: bool = False
     rich: bool = False
+    constrained: bool = False
 
     @property
     def num_tokens(self) -> int:

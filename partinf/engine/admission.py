@@ -60,6 +60,7 @@ class RequestCheck:
                 steered=_steered(params),
             ),
             arrival=arrival,
+            mask=None if params.constraint is None else params.constraint.first_mask,
         )
 
     def _encode(self, prompt: Prompt) -> tuple[list[str], list[int]]:
@@ -106,6 +107,8 @@ class RequestCheck:
                 for name, off in _RICH.items()
                 if getattr(params, name) != off
             ]
+        if params.constraint is not None and not self._limits.constrained:
+            offences.append("constraint is given, but the steps take any token; plan with Capacity(constrained=True)")
         if params.stop and self._tokenizer is None:
             offences.append("stop strings need a tokenizer, and the engine has none; use stop_token_ids")
         return offences

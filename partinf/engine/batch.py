@@ -105,9 +105,10 @@ class BatchBuilder:
         return len(self._decode) + len(self._prefill)
 
     def ready(self, sequence: Sequence) -> bool:
-        """Whether a resident has something to run now: its next token is known, or will have come out of the pipeline when it is fed."""
+        """Whether a resident has something to run now: its next token is known, or will have come out of the pipeline when it is fed. Under
+        a grammar it must be known: what may follow depends on it."""
         known = not sequence.in_flight or sequence.num_scheduled < len(sequence.tokens)
-        fed = known or self._number - sequence.last_step >= self.limits.num_stages
+        fed = known or (sequence.mask is None and self._number - sequence.last_step >= self.limits.num_stages)
         return fed and sequence.num_scheduled < sequence.max_positions
 
     def taken(self, sequence: Sequence) -> bool:
@@ -181,8 +182,10 @@ class BatchBuilder:
         token = sequence.tokens[position] if position < len(sequence.tokens) else None
         sampling = sequence.request.sampling
         counts = sampling.steered and position >= sequence.prefill_len
-        row = DecodeRow(sequence.slot, shard, token, position, sequence.page_table(num_pages), sampling, counts)
-        self._decode.append((sequence, row, position + 1 >= sequence.prefill_len))
+        new = position + 1 >= sequence.prefill_len
+        mask = sequence.mask if new else None
+        row = DecodeRow(sequence.slot, shard, token, position, sequence.page_table(num_pages), sampling, counts, mask)
+        self._decode.append((sequence, row, new))
         self._decode_rows[shard] -= 1
         self._advance(sequence, 1)
         return True
@@ -267,6 +270,7 @@ class BatchBuilder:
             sampling=sequence.request.sampling,
             prefill_shard=prefill_shard,
             targets=targets,
+            mask=sequence.mask if end == sequence.prefill_len else None,
         )
         self._prefill.append((sequence, chunk))
         self._prefill_tokens[prefill_shard] -= length

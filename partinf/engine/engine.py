@@ -254,6 +254,10 @@ class Engine:
             live, error = self._samples.get(number), self._telling.error(number)
             if live is not None:
                 self._samples.end([live], reason, error)
+        for number, mask in facts.masks:
+            live = self._samples.get(number)
+            if live is not None:
+                live.sequence.mask = mask
         self._samples.end_late(facts.now)
 
     def _commit(self, batch: ScheduledBatch, scheduled: float, output: StepOutput) -> None:
@@ -265,6 +269,9 @@ class Engine:
             self._uncharged.append((batch, seconds))
             self._telling.committed(output)
             self._samples.commit(batch, output, now)
+            self._telling.restrict(self._samples.take_masks())
+            for live, reason, error in self._samples.take_over():
+                self._end([live], reason, error)
             if self._check_invariants:
                 self._scheduler.check()
         if self._on_step is not None:

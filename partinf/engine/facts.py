@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
 
@@ -33,6 +33,7 @@ class Facts:
         seconds: time that each step took which was committed since the last iteration, in order.
         arrivals: requests, in order.
         ends: samples in flight that end now, by `Request.number`, with the reason; in order.
+        masks: the tokens that may come next in samples that are held to grammars, by number, where that is new.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Facts:
     seconds: tuple[float, ...] = ()
     arrivals: tuple[Request, ...] = ()
     ends: tuple[tuple[int, FinishReason], ...] = ()
+    masks: tuple[tuple[int, bytes], ...] = ()
 
 
 class Replicas(Protocol):
@@ -75,6 +77,7 @@ class Telling:
         self._replicas = replicas
         self._arrivals: list[Request] = []
         self._ends: list[tuple[int, FinishReason]] = []
+        self._masks: list[tuple[int, bytes]] = []
         self._errors: dict[int, BaseException] = {}  # of samples that end as FAILED; they stay here
         self._digest = ScheduleDigest()
         self._number = 0
@@ -93,9 +96,14 @@ class Telling:
         self._replicas.check(requests)
 
     def arrive(self, requests: Sequence[Request]) -> None:
-        """These requests have arrived here."""
+        """These requests have arrived here. The others are told of their masks, and need no grammars."""
         if self._replicas is not None:
-            self._arrivals += requests
+            self._arrivals += [replace(request, params=replace(request.params, constraint=None)) for request in requests]
+
+    def restrict(self, masks: Iterable[tuple[int, bytes]]) -> None:
+        """These samples, by number, may go on with the tokens of these masks."""
+        if self._replicas is not None:
+            self._masks += masks
 
     def end(self, number: int, reason: FinishReason, error: BaseException | None) -> None:
         """A sample is to end in the next iteration."""
@@ -105,10 +113,11 @@ class Telling:
 
     def facts(self, now: float, wait: bool, seconds: Iterable[float]) -> Facts:
         """All of it for the next iteration, told to the others."""
-        facts = Facts(self._number, now, wait, tuple(seconds), tuple(self._arrivals), tuple(self._ends))
+        facts = Facts(self._number, now, wait, tuple(seconds), tuple(self._arrivals), tuple(self._ends), tuple(self._masks))
         self._number += 1
         self._arrivals.clear()
         self._ends.clear()
+        self._masks.clear()
         if self._replicas is not None:
             self._replicas.tell(facts)
         return facts
@@ -145,6 +154,9 @@ class ScheduleDigest:
     def add_step(self, step: Step) -> bytes:
         """The digest with another step."""
         self._hash.update(array("q", _numbers(step)).tobytes())
+        for row in step.rows:
+            if row.mask is not None:
+                self._hash.update(row.mask)
         return self._hash.digest()
 
     def add_output(self, output: StepOutput) -> None:

@@ -2,7 +2,7 @@
 
 It keeps, per place of the KV cache, the token written there, and reads the context of every row back through its page table. A page
 that is wrong, shared, stale or missing therefore gives another token or an error. Penalties and biases shift the token by what their
-slot has counted, so a count that is lost or doubled shows as well.
+slot has counted, so a count that is lost or doubled shows as well. A mask lets the next token pass that it has.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from partinf.engine.constraint import allows
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PrefillChunk, PromptScore, RowSampling, SampledToken, SlotStart, Step, StepOutput
 
@@ -66,8 +67,10 @@ class FakeRunner:
                 self._counted[row.slot][1].append(token)
         for chunk in step.prefill:
             self._write(chunk.pages, chunk.start, chunk.tokens)
-        decode = tuple(self._sample(row.slot, row.pages, row.position + 1, row.sampling) for row in step.decode)
-        prefill = tuple(self._sample(chunk.slot, chunk.pages, chunk.end, chunk.sampling) if chunk.last else None for chunk in step.prefill)
+        decode = tuple(self._sample(row.slot, row.pages, row.position + 1, row.sampling, row.mask) for row in step.decode)
+        prefill = tuple(
+            self._sample(chunk.slot, chunk.pages, chunk.end, chunk.sampling, chunk.mask) if chunk.last else None for chunk in step.prefill
+        )
         scores = tuple(self._score(chunk) for chunk in step.prefill)
         self._done.append(StepOutput(decode, prefill, scores if any(scores) else ()))
 
@@ -100,7 +103,7 @@ class FakeRunner:
         likeliest = [self._rule(context[:end]) for end in ends]
         return tuple(PromptScore(-float(top + target), top, -float(top)) for top, target in zip(likeliest, chunk.targets, strict=True))
 
-    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling) -> SampledToken:
+    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling, mask: bytes | None) -> SampledToken:
         token = self._rule(self._context(slot, pages, length))
         if not sampling.greedy:
             key = f"{sampling.seed}/{sampling.sample_index}/{length}"
@@ -112,6 +115,9 @@ class FakeRunner:
             shift += sampling.repetition * len({*start.prompt, *generated}) + sum(bias for _, bias in start.logit_bias)
             token += int(shift)
         token %= self._limits.vocab_size
+        if mask is not None:
+            following = ((token + other) % self._limits.vocab_size for other in range(self._limits.vocab_size))
+            token = next(other for other in following if allows(mask, other))
         self._last[slot], self._sampled[slot] = token, self._submitted
         top = tuple(((token + other) % self._limits.vocab_size, -float(token + other)) for other in range(sampling.top_logprobs))
         return SampledToken(token, -float(token), top)

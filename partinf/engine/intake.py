@@ -80,7 +80,11 @@ class Intake:
                 sequence.family = tuple(sequences)
                 sequence.shared_len = (len(request.prompt) - 1) // size * size
         full_len = len(request.prompt) + request.max_tokens
-        return [Live(sequence, self._reader(params), frozenset(ends), full_len, on_token, reported) for sequence in sequences]
+        grammar, lives = params.constraint, []
+        for sequence in sequences:
+            constraint = None if grammar is None else grammar.start()
+            lives.append(Live(sequence, self._reader(params), frozenset(ends), full_len, on_token, reported, constraint))
+        return lives
 
     def _sample(self, request: Request, index: int) -> Request:
         return replace(request, number=next(self._numbers), sample=index, sampling=replace(request.sampling, sample_index=index))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from partinf.engine.constraint import Constraint
 from partinf.engine.detokenize import TextReader
 from partinf.engine.request import FinishReason, Sequence, TokenEvent
 
@@ -17,6 +18,7 @@ class Live:
 
     Attributes:
         reader: None without a tokenizer. full_len: length of `Sequence.tokens` at which it ends. reported: `step` returns its output.
+        constraint: to what it is held, in the process that takes the requests.
     """
 
     sequence: Sequence
@@ -25,6 +27,7 @@ class Live:
     full_len: int
     on_token: OnToken | None
     reported: bool
+    constraint: Constraint | None = None
 
     def rest(self) -> str:
         """The text that was held back because it might have become a character, or a stop string."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from partinf.engine.constraint import Grammar
 from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import MAX_BIASES, TOP_LOGPROBS
 
@@ -96,6 +97,8 @@ class SamplingParams:
         prompt_logprobs: return the log-probability of every token of the prompt after the first.
         timeout: seconds from arrival after which the request ends with what it has, > 0; None for no bound.
         priority: the lowest runs first under the `priority` policy; others ignore it.
+        constraint: a compiled grammar (`partinf.structured`) to which every answer is held; it ends where the grammar allows nothing more,
+            or, where it may, with an end-of-sequence token.
 
     Raises:
         InvalidInput: every value out of range, with the valid range.
@@ -120,6 +123,7 @@ class SamplingParams:
     prompt_logprobs: bool = False
     timeout: float | None = None
     priority: int = 0
+    constraint: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -156,6 +160,11 @@ class SamplingParams:
             ),
             ("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "True or False"),
             ("timeout", self.timeout is None or (is_number(self.timeout) and self.timeout > 0), "seconds, greater than 0, or None"),
+            (
+                "constraint",
+                self.constraint is None or isinstance(self.constraint, Grammar),
+                "a compiled grammar of partinf.structured, or None",
+            ),
             ("priority", is_whole(self.priority, -MAX_SEED, MAX_SEED), f"a whole number from {-MAX_SEED} to {MAX_SEED}"),
         )
         return [f"{name} = {shown(getattr(self, name))}; valid: {valid}" for name, fine, valid in checks if not fine]

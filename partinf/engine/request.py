@@ -54,6 +54,7 @@ class Request:
         sampling: what the runner needs of `params`, the seed chosen.
         arrival: time of `Engine.add_request` on the engine's clock, in seconds.
         sample: which of `params.n`.
+        mask: of the tokens that may come first (`engine.constraint`); None where all may, now and later.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Request:
     sampling: RowSampling
     arrival: float
     sample: int = 0
+    mask: bytes | None = None
 
     @property
     def max_positions(self) -> int:
@@ -147,6 +149,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prefill_len = len(self.tokens)
+        self.mask = self.request.mask
         self.max_positions = self.request.max_positions
         self.scoring = self.request.params.prompt_logprobs and len(self.tokens) > 1 and self.request.sample == 0
         self.prompt_scores = [None] * len(self.tokens) if self.request.params.prompt_logprobs else []

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from partinf.engine.batch import ScheduledBatch
+from partinf.engine.constraint import Constraint
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live, OnToken
 from partinf.engine.metrics import Metrics
@@ -39,6 +40,8 @@ class Samples:
         self._held: list[Live] = []
         self._events: deque[tuple[Live, TokenEvent]] = deque()  # not delivered yet
         self._ended: list[Sequence] = []  # not returned yet
+        self._over: list[tuple[Live, FinishReason, BaseException | None]] = []  # by their grammars
+        self._masks: list[tuple[int, bytes]] = []  # new ones, by number
 
     def __len__(self) -> int:
         return len(self._live)
@@ -113,6 +116,7 @@ class Samples:
         for live in list(lives):
             if live.sequence.status is not Status.FINISHED:
                 self._end(live, reason, error=error)
+        self._return_held()
 
     def end_late(self, now: float) -> None:
         """End the samples whose time is over, with what they have; a complete one that is held is just returned."""
@@ -151,6 +155,16 @@ class Samples:
         ended, self._ended = self._ended, []
         return ended
 
+    def take_over(self) -> list[tuple[Live, FinishReason, BaseException | None]]:
+        """Those that end since the last call because of their grammars: complete ones, and those for which none can be followed."""
+        over, self._over = self._over, []
+        return over
+
+    def take_masks(self) -> list[tuple[int, bytes]]:
+        """Masks that are new since the last call, by `Request.number`; they stand in their sequences already."""
+        masks, self._masks = self._masks, []
+        return masks
+
     def _accept(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
         """Give a sampled token to its sequence, and end that if it was the last. One that has ended meanwhile drops it."""
         if sequence.status in (Status.FINISHED, Status.HELD):
@@ -169,8 +183,25 @@ class Samples:
             return
         if reason is not None:
             self._end(live, reason, text=text, token=sampled)
-        elif text or live.on_token is not None:
+            return
+        if live.constraint is not None:
+            text += self._constrain(live, live.constraint, sampled.token)
+        if text or live.on_token is not None:
             self._tell(live, sampled, text)
+
+    def _constrain(self, live: Live, constraint: Constraint, token: int) -> str:
+        """Find out what may follow a token. Where nothing may, the text that was held back."""
+        try:
+            mask = constraint.accept(token)
+        except Exception as error:
+            self._over.append((live, FinishReason.FAILED, error))
+            return ""
+        if mask is None:
+            self._over.append((live, FinishReason.STOP, None))
+            return live.rest()
+        live.sequence.mask = mask
+        self._masks.append((live.sequence.request.number, mask))
+        return ""
 
     def _fail(self, live: Live, error: NoNumber) -> None:
         """End a sample whose keys and values may be no numbers; nobody shall find them."""
@@ -190,7 +221,8 @@ class Samples:
         if self._returns_whole_batches and reason in _COMPLETE and sequence.status is not Status.HELD:
             self._scheduler.finish(sequence, Status.HELD)
             sequence.finish_reason = reason
-            self._tell(live, token, text)
+            if token is not None or text:
+                self._tell(live, token, text)
             self._held.append(live)
             return
         self._scheduler.finish(sequence)

@@ -70,6 +70,8 @@ class DecodeRow(NamedTuple):
         token: the token fed; None takes the one last sampled in this slot, which the host has not seen yet.
         pages: the pages of positions 0..position, in order.
         counts: the token fed is one that its slot has not counted yet: sampled since the slot was started. Only if `sampling.steered`.
+        mask: the tokens that may be sampled: bit i modulo 8 of byte i // 8 stands for token i, and those beyond its end may not. None
+            where all may.
     """
 
     slot: int
@@ -79,6 +81,7 @@ class DecodeRow(NamedTuple):
     pages: tuple[int, ...]
     sampling: RowSampling
     counts: bool = False
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class PrefillChunk:
         prefill_shard: the shard of the prefill batch axes that computes this chunk, one of `RunnerLimits.prefill_shards_of(shard)`.
         targets: prompt tokens that follow each of `tokens`, where their log-probabilities are wanted; as long as `tokens`, or one shorter
             where the prompt ends. Empty for none.
+        mask: as `DecodeRow.mask`; of a chunk that is the last.
     """
 
     slot: int
@@ -104,6 +108,7 @@ class PrefillChunk:
     sampling: RowSampling
     prefill_shard: int = 0
     targets: tuple[int, ...] = ()
+    mask: bytes | None = None
 
     @property
     def end(self) -> int:
@@ -144,6 +149,11 @@ class Step:
     starts: tuple[SlotStart, ...] = ()
     idle_rows: int = 0
     idle_tokens: int = 0
+
+    @property
+    def rows(self) -> tuple[DecodeRow | PrefillChunk, ...]:
+        """Decode rows, then chunks."""
+        return (*self.decode, *self.prefill)
 
     @property
     def num_prefill_tokens(self) -> int:

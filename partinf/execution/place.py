@@ -45,7 +45,7 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple
         batch.decode.slot[lane] = row.slot
         batch.decode.position[lane] = row.position
         batch.decode.pages[lane, : len(row.pages)] = row.pages
-        _place_sampling(batch, lane, row.sampling, row.position + 1)
+        _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
         if row.counts:
             assert batch.rich is not None  # such a step goes into a rich bucket
             batch.rich.counted[lane] = 1
@@ -79,17 +79,20 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
             batch.rich.target[scored[-1]] = chunk.targets
         if chunk.last:
             prefill.last[slot], prefill.slot[slot] = first + count - 1, chunk.slot
-            _place_sampling(batch, bucket.decode_rows + slot, chunk.sampling, chunk.end)
+            _place_sampling(batch, bucket.decode_rows + slot, chunk.sampling, chunk.end, chunk.mask is not None)
         rows.append(bucket.decode_rows + slot if chunk.last else None)
     return tuple(rows), tuple(scored)
 
 
-def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int) -> None:
+def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int, constrained: bool) -> None:
     sampling, rich = batch.sampling, batch.rich
     if not how.greedy:
         sampling.temperature[row], sampling.top_k[row] = how.temperature, how.top_k
         sampling.top_p[row], sampling.min_p[row] = how.top_p, how.min_p
         sampling.seed[row], sampling.sample[row], sampling.position[row] = how.seed, how.sample_index, position
+    if constrained:
+        assert batch.constrained is not None  # such a step goes into a constrained bucket
+        batch.constrained[row] = 1
     if rich is not None and how.rich:
         rich.steered[row], rich.alternatives[row] = how.steered, how.top_logprobs
         rich.presence[row], rich.frequency[row], rich.repetition[row] = how.presence, how.frequency, how.repetition

@@ -29,6 +29,7 @@ from partinf.partition.sharding import device_mesh, put, whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import empty_batch, pack
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
+from partinf.transformer.masks import abstract_masks, laid_out
 from partinf.transformer.page_copies import HostPages, compile_put, compile_take
 from partinf.transformer.params import Params
 from partinf.transformer.slots import compile_start, pack_start
@@ -94,6 +95,7 @@ class JaxRunner:
         self._unrolled = isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
         self._batch_sharding = whole(self.mesh)
+        self._mask_sharding = abstract_masks(plan, self.mesh).sharding
         self._in_flight: deque[_Submitted] = deque()  # not collected
         self._pipeline: deque[_Submitted | None] = deque([None] * plan.num_stages, maxlen=plan.num_stages)  # by stage
         self._buckets = smallest_first(plan.buckets)
@@ -161,6 +163,9 @@ class JaxRunner:
             for start in leaving.step.starts if leaving is not None else ():
                 packed = put(pack_start(*start, self.plan.max_len), self._batch_sharding)
                 self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
+            masks = {} if leaving is None else {row.slot: row.mask for row in leaving.step.rows if row.mask is not None}
+            if masks:  # read where tokens are chosen, on the last stage
+                self._state = replace(self._state, masks=put(laid_out(masks, self.plan), self._mask_sharding))
             placed = [None if each is None else each.place(bucket, self.plan, self._limits) for each in self._pipeline]
             batches = [empty_batch(bucket) if each is None else each.batch for each in placed]
             self._state, out = self._steps[bucket](self.params, self._state, put(pack(batches), self._batch_sharding))

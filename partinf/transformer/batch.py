@@ -99,10 +99,17 @@ class RichBatch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
+    """All of it.
+
+    Attributes:
+        constrained: [D + S] 1 where the mask of the row's slot applies; in the batches of constrained buckets alone.
+    """
+
     decode: DecodeBatch
     prefill: PrefillBatch
     sampling: SamplingBatch
     rich: RichBatch | None = None
+    constrained: Array | None = None
 
 
 def empty_batch(bucket: Bucket) -> Batch:
@@ -124,6 +131,7 @@ def empty_batch(bucket: Bucket) -> Batch:
         ),
         SamplingBatch(floats(0), fill(0, rows), floats(1), floats(0), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)),
         RichBatch(fill(0, rows), floats(0), floats(0), floats(1), fill(0, rows), fill(0, lanes), fill(-1, tokens)) if bucket.rich else None,
+        fill(0, rows) if bucket.constrained else None,
     )  # fmt: skip
 
 

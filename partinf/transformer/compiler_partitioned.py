@@ -72,7 +72,7 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
             kv = KeysValues(kv.keys, kv.values)
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
-        out = choose_tokens(logits, None, slots, batch, routes)
+        out = choose_tokens(logits, State(kv, state.last_token), slots, batch, routes)
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)
         last = state.last_token.at[slots].set(jnp.maximum(out.tokens, 0), mode="drop")
         return State(kv, last), replace(out, logits=logits if with_logits else None)

@@ -183,7 +183,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         (mesh.axis_names, mesh.devices.shape, jax.process_index(), jax.process_count()),
         (host(), cpu_kernels.available()) if platform_of(mesh).host_code else "",  # which also lets XLA find it in what is loaded
         replace(plan, predicted=(), note="", buckets=()),
-        (plan.rich, plan.carried_rows, *program),
+        (plan.rich, plan.constrained, plan.carried_rows, *program),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
 

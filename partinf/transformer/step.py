@@ -1,8 +1,9 @@
 """The compiled step: `step(params, state, batches) → (state, out)`, one program per bucket.
 
-The state (KV pages, the last token of every slot, and in rich plans its counts and biases) is donated and updated in place; a sampled
-token is fed to the next step on the device unless the host sends another. A step is one tick of the pipeline (`transformer.stages`): it
-takes one batch per stage and gives the tokens of the last stage's. With one stage that is the batch that it takes.
+The state (KV pages, the last token of every slot, in rich plans its counts and biases, in constrained ones its mask of tokens) is
+donated and updated in place; a sampled token is fed to the next step on the device unless the host sends another.
+A step is one tick of the pipeline (`transformer.stages`): it takes one batch per stage and gives the tokens of the last stage's. With
+one stage that is the batch that it takes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from partinf.transformer import stages
 from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
 from partinf.transformer.cache import abstract_cache
 from partinf.transformer.forward import hidden, prompt_scores, sampled_logits, vocabulary_ids
+from partinf.transformer.masks import abstract_masks, restrict
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
 from partinf.transformer.sampling import choose, log_normalizer, logit_of, most_likely
@@ -39,13 +41,14 @@ class State:
     Attributes:
         kv: the paged cache. last_token: [slots] the last token sampled for each slot.
         slots: for penalties and biases, in rich plans alone. carried: activations that the next tick's stages begin with, if there are
-            several.
+            several. masks: the tokens that constrained rows may choose, in constrained plans alone (`transformer.masks`).
     """
 
     kv: Any
     last_token: jax.Array
     slots: Slots | None = None
     carried: jax.Array | None = None
+    masks: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +82,8 @@ def abstract_state(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Sta
     """The state as `jax.ShapeDtypeStruct`s with shardings."""
     last = jax.ShapeDtypeStruct((plan.cache.num_slots,), jnp.int32, sharding=sharding(plan, mesh, "."))
     slots = abstract_slots(plan, mesh) if plan.rich else None
-    return State(abstract_cache(plan, mesh, unrolled), last, slots, stages.abstract_carried(plan, mesh))
+    masks = abstract_masks(plan, mesh) if plan.constrained else None
+    return State(abstract_cache(plan, mesh, unrolled), last, slots, stages.abstract_carried(plan, mesh), masks)
 
 
 def empty_state(plan: Plan, mesh: Mesh, unrolled: bool) -> State:
@@ -111,6 +115,8 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         offences.append(f"bucket {bucket}: prefill tokens and prefill slots go together")
     if bucket.rich and not plan.rich:
         offences.append(f"bucket {bucket}: the plan has no rich bucket, so its slots keep no counts")
+    if bucket.constrained and not plan.constrained:
+        offences.append(f"bucket {bucket}: the plan has no constrained bucket, so its slots keep no masks")
     carried = zip((bucket.decode_rows, bucket.prefill_tokens), plan.carried_rows, strict=True)
     if plan.num_stages > 1 and any(rows not in (0, kept) for rows, kept in carried):
         offences.append(
@@ -143,14 +149,14 @@ def build_step(
             )
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
-        out = choose_tokens(logits, kept, slots, batch, routes)
+        out = choose_tokens(logits, replace(state, slots=kept), slots, batch, routes)
         if bucket.rich and bucket.prefill_tokens:
             logprobs, top_tokens, top_logprobs = _prompt_scores(params, x, batch, routes)
             out = replace(out, prompt_logprobs=logprobs, prompt_top_tokens=top_tokens, prompt_top_logprobs=top_logprobs)
         out = stages.from_last(replace(out, logits=_whole_lanes(logits, routes) if with_logits else None), routes)
         slots = jnp.where(slots >= 0, slots, plan.cache.num_slots)  # out of range: dropped
         last = state.last_token.at[slots].set(jnp.maximum(out.tokens, 0), mode="drop")
-        return State(kv, last, kept, carried), out
+        return State(kv, last, kept, carried, state.masks), out
 
     in_specs = (params_specs, state_specs, batch_specs)
     return jax.shard_map(local_step, mesh=mesh, in_specs=in_specs, out_specs=(state_specs, out_specs), check_vma=False)
@@ -179,8 +185,12 @@ def _fed(batch: Batch, state: State) -> jax.Array:
     return jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
 
 
-def choose_tokens(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch: Batch, routes: Routes) -> Out:
-    """Tokens and log-probabilities of all rows [D + S] on every device, and the most likely tokens where any row wants them."""
+def choose_tokens(logits: jax.Array, state: State, slots: jax.Array, batch: Batch, routes: Routes) -> Out:
+    """Tokens and log-probabilities of all rows [D + S] on every device, and the most likely tokens where any row wants them.
+
+    Args:
+        state: of which the rows' slots are read. slots: [D + S], of the rows.
+    """
     axes = tuple(axis for axis in routes.weight_stored if routes.sizes[axis] > 1)
     lanes = routes.bucket.decode_rows
     frame = routes.frame(routes.decode.order, ())
@@ -191,12 +201,16 @@ def choose_tokens(logits: jax.Array, kept: Slots | None, slots: jax.Array, batch
 
     ids, how = vocabulary_ids(routes), jax.tree.map(local, batch.sampling)
     random = jnp.any(jnp.asarray(batch.sampling.temperature) > 0) if routes.bucket.random else None
+    choices = logits  # what is chosen from; log-probabilities are the model's own
+    if routes.bucket.rich:
+        rows = replace(batch.rich, counted=None, target=None)
+        choices = steer(choices, state.slots, local(slots), jax.tree.map(local, rows))
+    if routes.bucket.constrained:
+        choices = restrict(choices, state.masks, local(slots), local(batch.constrained))
+    tokens = choose(choices, ids, how, axes, random)
     if not routes.bucket.rich:
-        tokens = choose(logits, ids, how, axes, random)
         logprobs = logit_of(logits, ids, tokens, axes) - log_normalizer(logits, axes)
         return Out(_whole_lanes(_token_or_none(tokens, logprobs, routes), routes), _whole_lanes(logprobs, routes))
-    rows = replace(batch.rich, counted=None, target=None)
-    tokens = choose(steer(logits, kept, local(slots), jax.tree.map(local, rows)), ids, how, axes, random)
     normalizer = log_normalizer(logits, axes)
     logprobs = logit_of(logits, ids, tokens, axes) - normalizer
 

@@ -63,7 +63,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 @cache
 def make_runner(slice_name: str) -> JaxRunner:
     plan = Plan(load_model_config("demo"), parse_slice(slice_name), LAYOUTS[slice_name], weights=DType.F32, kv=DType.F32)
-    plan = with_capacity(plan, Capacity(max_rows=8, max_len=28, prefill_tokens=16, page_size=4, rich=True))
+    plan = with_capacity(plan, Capacity(max_rows=8, max_len=28, prefill_tokens=16, page_size=4, rich=True, constrained=True))
     plan = replace(plan, buckets=plan.buckets[-1:], cache=replace(plan.cache, pages_per_shard=16 // plan.num_shards))
     mesh = device_mesh(plan)
     runner = JaxRunner(plan, load_hf(resources.find("models", "demo"), plan.model, abstract_params(plan, mesh, False)), mesh, 40)

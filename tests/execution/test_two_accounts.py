@@ -33,6 +33,7 @@ BUCKETS = {
     "mixed": Bucket(8, 16, 64, 16, 8),
     "sampling": Bucket(8, 8, random=True),
     "rich": Bucket(8, 8, 64, 16, 8, random=True, rich=True),
+    "constrained": Bucket(8, 8, 64, 16, 8, random=True, constrained=True),
 }
 
 
