@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +9,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+from experiments.results import beside, read
 
 
 def _case(run: dict[str, Any]) -> tuple[str, ...]:
@@ -20,7 +18,7 @@ def _case(run: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> int:
-    runs = json.loads((HERE / "results.json").read_text())["runs"]
+    runs = read(__file__)["runs"]
     cases = list(dict.fromkeys(_case(run) for run in runs))
     schedulers = list(dict.fromkeys(run["scheduler"] for run in runs))
     figure, axes = plt.subplots(2, 1, figsize=(10, 6), sharex=True, layout="constrained")
@@ -35,7 +33,7 @@ def main() -> int:
     axes[0].legend(ncols=5, fontsize=8)
     axes[1].set(ylabel="P95 time to first token, s", yscale="log")
     axes[1].set_xticks([n + 0.3 for n in range(len(cases))], ["\n".join(case).replace(", ", "\n") for case in cases], fontsize=6)
-    figure.savefig(HERE / "azure.png", dpi=110)
+    figure.savefig(beside(__file__, "azure.png"), dpi=110)
     print(f"| model | slice | batch | {' | '.join(schedulers)} | chip·ms per token |\n|---|---|---|{'---|' * (len(schedulers) + 1)}")
     for case in cases:
         mine = {run["scheduler"]: run for run in runs if _case(run) == case}

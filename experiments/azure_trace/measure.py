@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import sys
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.results import read, write
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
 from partinf.engine import Engine
@@ -81,14 +81,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, help="only the first so many")
     parser.add_argument("--missing", action="store_true", help="run only what results.json lacks")
     args = parser.parse_args()
-    arrivals, path = read_trace(args.trace, args.requests), Path(__file__).with_name("results.json")
-    kept = json.loads(path.read_text())["runs"] if args.missing else []
+    arrivals = read_trace(args.trace, args.requests)
+    kept = read(__file__)["runs"] if args.missing else []
     known = {_place(run) for run in kept}
     jobs = [(*case, name, arrivals) for x, case in enumerate(CASES) for y, name in enumerate(SCHEDULERS) if (x, y) not in known]
     with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
         runs = sorted([*kept, *pool.map(simulate, jobs)], key=_place)
     results = {"trace": args.trace.name, "requests": len(arrivals), "seconds": arrivals[-1].time, "runs": runs}
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     return 0
 
 

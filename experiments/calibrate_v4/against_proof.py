@@ -8,11 +8,11 @@ the hops of the collectives that it finds in the compiled text.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
-from experiments.palm_540b_on_64_v4.measure import CASES, RESULTS, Case, plan_of
+from experiments.palm_540b_on_64_v4 import measure
+from experiments.palm_540b_on_64_v4.measure import CASES, Case, plan_of
+from experiments.results import read, write
 from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration, calibration_for
 from partinf.cost.ledger import Kind, Ledger
@@ -53,9 +53,9 @@ def row(case: Case, proof: dict[str, object]) -> dict[str, float]:
 
 
 def main() -> None:
-    proofs = json.loads(RESULTS.read_text())
+    proofs = read(measure.__file__)
     found = {case.name: row(case, proofs[case.name]) for case in CASES if case.name in NAMES}
-    Path(__file__).with_name("against_proof.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found, "against_proof.json")
     for name, values in found.items():
         print(name, *(f"  {what:28}{value:7.1f} ms" for what, value in values.items()), sep="\n")
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 from experiments.calibrated_cpu.measure import models
+from experiments.results import write
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.measure.steps import Steps, for_buckets
@@ -38,7 +38,7 @@ def main() -> None:
     timings = alternate(calls, 15.0)
     found = {name: {"seconds": timing.seconds, "spread": timing.spread, "repeats": timing.repeats} for name, timing in timings.items()}
     found["load_average"] = os.getloadavg()[0]
-    (Path(__file__).parent / "cache_size.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found, "cache_size.json")
     print(json.dumps(found, indent=1))
 
 

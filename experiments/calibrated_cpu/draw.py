@@ -5,26 +5,24 @@ python -m experiments.calibrated_cpu.draw        writes calibrated.png beside th
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+from experiments.results import AMBER, BLUE, PURPLE, RED, beside, read
+
 COLOURS = {
-    ("llama-125m", "f32"): "#3b6ea5",
-    ("llama-125m", "bf16"): "#e0a030",
-    ("llama-26m", "f32"): "#7a4f9a",
-    ("llama-26m", "bf16"): "#b5483a",
+    ("llama-125m", "f32"): BLUE,
+    ("llama-125m", "bf16"): AMBER,
+    ("llama-26m", "f32"): PURPLE,
+    ("llama-26m", "bf16"): RED,
 }
 MARKS = {"decode": "o", "prefill": "s"}
 
 
 def main() -> None:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
     rows = results["f32"]["steps"] + results["bf16"]["steps"]
     for (model, dtype), colour in COLOURS.items():
@@ -37,7 +35,7 @@ def main() -> None:
     left.legend(fontsize=7, frameon=False)
     layouts = results["eight_devices"]["layouts"]
     xs, ys = [row["measured"] for row in layouts], [row["predicted"] for row in layouts]
-    right.scatter(xs, ys, color="#3b6ea5", s=30)
+    right.scatter(xs, ys, color=BLUE, s=30)
     for row in layouts:
         right.annotate(row["rank"], (row["measured"], row["predicted"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
     _diagonal(right, xs + ys, 0.15)
@@ -47,7 +45,7 @@ def main() -> None:
         panel.set_ylabel(f"predicted, {unit}", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.2, which="both")
-    figure.savefig(HERE / "calibrated.png", dpi=110)
+    figure.savefig(beside(__file__, "calibrated.png"), dpi=110)
 
 
 def _diagonal(panel: plt.Axes, values: list[float], band: float) -> None:

@@ -20,10 +20,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results.json"
+from experiments.results import read, write
+
 PARTS = {"f32": "1", "bf16": "1", "eight_devices": "8"}  # and how many devices each has
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 256
@@ -238,11 +238,11 @@ def main() -> None:
         return
     if args.again:
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        results = json.loads(RESULTS.read_text())
+        results = read(__file__)
         results |= {part: predict(part, results[part]) for part in ("f32", "bf16")}
         _write(results)
         return
-    results = json.loads(RESULTS.read_text()) if args.part else {}
+    results = read(__file__) if args.part else {}
     for part in (args.part,) if args.part else PARTS:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": PARTS[part]}
         command = [sys.executable, "-m", "experiments.calibrated_cpu.measure", "--here", "--part", part]
@@ -254,7 +254,7 @@ def main() -> None:
 def _write(results: dict[str, Any]) -> None:
     if set(PARTS) <= set(results):
         results["summary"] = summary(results)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     print(json.dumps(results.get("summary", {}), indent=1))
 
 

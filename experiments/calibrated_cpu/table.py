@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results.json"
+from experiments.results import read
+
 Row = dict[str, Any]
 
 GROUPS: dict[str, Callable[[Row], bool]] = {
@@ -47,7 +46,7 @@ def layouts(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    found = json.loads(RESULTS.read_text())
+    found = read(__file__)
     print(steps(found["f32"]["steps"] + found["bf16"]["steps"]), layouts(found["eight_devices"]["layouts"]), sep="\n\n")
 
 

@@ -11,20 +11,19 @@ both less.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import statistics
 import sys
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from experiments.results import write
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.engine import Engine, Orca, SamplingParams
@@ -140,7 +139,7 @@ def main() -> int:
         "host_milliseconds_per_step": {way: 1e3 * statistics.median(each.host for each in times[way]) / len(steps) for way in ways},
         "seconds": {way: [each._asdict() for each in values] for way, values in times.items()},
     }
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     return 0
 
 

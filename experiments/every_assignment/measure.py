@@ -8,9 +8,7 @@ counted by mesh and by how attention runs. Fails where a test fails.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,12 +20,13 @@ from xml.etree import ElementTree
 
 import jax
 
+from experiments.results import machine, write
+
 ATTENDS = "equal to the reference"  # the accounts know one form of attention only
 TESTS = {
     ATTENDS: "tests/execution/test_equivalence.py",
     "accounts equal": "tests/execution/test_two_accounts.py",
 }
-RESULTS = Path(__file__).with_name("results.json")
 
 
 def run(path: str) -> tuple[list[tuple[str, bool]], float]:
@@ -51,7 +50,7 @@ def kind(name: str) -> str:
 def main() -> None:
     found: dict[str, object] = {
         "date": str(date.today()),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
+        "machine": f"{machine()}, jax {jax.__version__}",
     }
     failed = []
     for what, path in TESTS.items():
@@ -67,7 +66,7 @@ def main() -> None:
         for name, counts in sorted(counted.items()):
             print(f"{what:24} {name:16} {counts['passed']:5} passed {counts['failed']:3} failed", flush=True)
     found["failed"] = failed
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found)
     if failed:
         raise SystemExit(f"{len(failed)} failed")
 

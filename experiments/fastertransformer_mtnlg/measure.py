@@ -8,10 +8,9 @@ python -m experiments.fastertransformer_mtnlg.measure     writes results.json be
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
+from experiments.results import write
 from partinf.cost.calibration import ROOFLINE
 from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.pricing import Pricing, Program
@@ -78,7 +77,7 @@ def main() -> None:
         rows.append({"ways": row.ways, "batch": row.batch, "measured_ms": row.measured_ms, "ratio": row.measured_ms / found["total"]})
         rows[-1]["predicted_ms"] = found
         print(f"TP{row.ways} batch {row.batch:3}: {found['total']:7.0f} ms, measured {row.measured_ms:.0f}, ratio {rows[-1]['ratio']:.2f}")
-    Path(__file__).with_name("results.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(__file__, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +9,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+from experiments.results import beside, read
+
 _TICKS = (1, 1.5, 2, 3, 4, 6, 10)
 _SHOWN = (("per_token", 1e3, 0), ("completion", 1.0, 1))
 COLOURS = {
@@ -76,11 +75,11 @@ def draw(curves: list[dict[str, Any]]) -> None:
     figure.suptitle("400 requests; dashed: swapped when another needs room (reactive), dotted: recomputed", fontsize=10)
     axes[0][0].set_ylabel("mean latency per generated token, s")
     axes[1][0].set_ylabel("mean completion time, s")
-    figure.savefig(HERE / "fastserve.png", dpi=110)
+    figure.savefig(beside(__file__, "fastserve.png"), dpi=110)
 
 
 def main() -> int:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     models = [curve for part in results if part.startswith("opt-") for curve in results[part].values()]
     draw(models + list(results.get("evictions", {}).values()))
     for part, curves in results.items():

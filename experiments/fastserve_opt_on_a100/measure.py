@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from experiments.results import read, write
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import LOOPED, Pricing
 from partinf.engine import Engine, Policy
@@ -38,7 +37,6 @@ from partinf.simulation.sizing import Sizing, cost_runner
 REQUESTS, BATCH, TARGET = 400, 16, 0.3
 HOST_BYTES = 128e9  # per GPU, for swapped pages
 PUBLISHED = "mlfq, as published"  # promotes those who wait for 3 s, every 1000 iterations
-RESULTS = Path(__file__).with_name("results.json")
 
 
 @dataclass(frozen=True)
@@ -188,9 +186,9 @@ def main() -> int:
         for curve in PARTS[part]:
             if args.only in curve.name:
                 found = measured(curve)
-                results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+                results: dict[str, Any] = read(__file__, missing={})
                 results.setdefault(part, {})[curve.name] = found
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                write(__file__, results)
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
+from experiments.results import write
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.checkpoint.tokenizer import load_tokenizer
@@ -96,7 +96,7 @@ def main() -> None:
             "cache_bytes_per_token": cache_bytes_per_device(plan) / (plan.cache.pages_per_shard * plan.cache.page_size),
         }
         print(name, json.dumps(results[name]), flush=True)
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
 
 
 if __name__ == "__main__":

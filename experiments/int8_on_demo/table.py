@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-RESULTS = Path(__file__).with_name("results.json")
+from experiments.results import read
 
 
 def main() -> None:
     print("| | right answers | same first choice | logit error, root mean square | largest | parameters, kB | cache, bytes per token |")
     print("|---|---|---|---|---|---|---|")
-    for name, row in json.loads(RESULTS.read_text()).items():
+    for name, row in read(__file__).items():
         shares, errors = (
             f"{row['right_answers']:.1%} | {row['same_first_choice']:.2%}",
             (row["root_mean_square_error"], row["largest_error"]),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-COLOURS = ("#3b6ea5", "#b5483a", "#d99a6c")  # steps that decode, with the most prompt tokens, with fewer
+from experiments.results import BLUE, RED, beside, read
+
+COLOURS = (BLUE, RED, "#d99a6c")  # steps that decode, with the most prompt tokens, with fewer
 
 
 def main() -> int:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     rounds = results["rounds"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     kinds = sorted({kind for counts in results["steps"].values() for kind in counts}, key=lambda kind: (kind != "decode", kind))
@@ -44,7 +42,7 @@ def main() -> int:
     figure.suptitle(
         f"{results['model']}, {results['rows']} sequences per iteration, Orca's lengths / {results['lengths']['scale']}", fontsize=10
     )
-    figure.savefig(HERE / "iteration_level.png", dpi=110)
+    figure.savefig(beside(__file__, "iteration_level.png"), dpi=110)
     return 0
 
 

@@ -21,11 +21,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from experiments.results import write
 from experiments.scheduling_on_cpu.calibrated import calibrated_price, calibrated_slice
 from partinf import api
 from partinf.buckets import Capacity
@@ -161,7 +161,7 @@ def main() -> int:
         "calibrated_ratio": prices["request-level"] / prices["iteration-level"],
         "rounds": rounds,
     }
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     print(json.dumps({key: value for key, value in results.items() if key != "rounds"}, indent=1))
     return 0
 

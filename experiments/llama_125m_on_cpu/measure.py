@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,9 +26,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from experiments.results import machine, write
 from partinf.model.weights import num_params
 
-RESULTS = Path(__file__).parent / "results.json"
 CASES = [("decode", 1), ("decode", 8), ("decode", 32), ("prefill", 512)]
 DTYPES = ("float32", "bfloat16")
 CONTEXT, PAGE, ROUNDS, CALLS = 256, 64, 7, 3
@@ -216,7 +215,7 @@ def main() -> None:
     matrices = num_params(config) - config.vocab_size * config.embed_dim  # the table is looked up
     of_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim  # keys and values
     rates = []
-    found: dict[str, Any] = {"date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.machine()}", "dtypes": {}}
+    found: dict[str, Any] = {"date": str(date.today()), "machine": machine(), "dtypes": {}}
     for dtype in DTYPES:
         sides = [Side(sys.executable, "ours", dtype, spread), Side(args.torch_python, "theirs", dtype, spread)]
         rounds: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in CASES}
@@ -247,7 +246,7 @@ def main() -> None:
                 flush=True,
             )
     found["reading_gb_s"] = statistics.median(rates) / 1e9
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ memory and not from a cache.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.results import write
 from partinf.hardware.platform import CPU
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
@@ -148,7 +147,7 @@ def main() -> None:
     }
     for name, times in found.items():
         print(f"{name:52}", "  ".join(f"{way} {milliseconds:7.2f} ms" for way, milliseconds in times.items()))
-    Path(__file__).with_name("parts.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found, "parts.json")
 
 
 if __name__ == "__main__":

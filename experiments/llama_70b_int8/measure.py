@@ -10,9 +10,9 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from experiments.results import read, write
 from partinf.buckets import serving_steps
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import Slice
@@ -24,7 +24,6 @@ from partinf.planner.slices import slices_of
 from partinf.proof import CompilerFailed, Limits, prove
 from partinf.workload import DType, Workload
 
-HERE = Path(__file__).parent
 CHIPS = ("v5e", "v6e", "v5p")
 MOST = 16  # chips
 WORKLOAD = Workload(batch=32, input_len=1920, output_len=128, prefill_batch=1, weights=DType.INT8, kv=DType.BF16)
@@ -66,7 +65,7 @@ def tried(slice_: Slice) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     if arguments == ["--table"]:
         for name in ("results_before.json", "results.json"):
-            print(f"{name}\n\n{table(json.loads((HERE / name).read_text()))}\n")
+            print(f"{name}\n\n{table(read(__file__, name))}\n")
         return
     found: dict[str, list[dict[str, Any]]] = {}
     for name in CHIPS:
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
             print(json.dumps(found[name][-1]), flush=True)
             if found[name][-1].get("fits"):
                 break
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found)
     print(table(found))
 
 

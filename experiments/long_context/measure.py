@@ -5,10 +5,9 @@ python -m experiments.long_context.measure     writes results.json beside this f
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
+from experiments.results import write
 from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole
 from partinf.model.load import load_model_config
@@ -42,7 +41,7 @@ def main() -> None:
                 undealt = next(c for c in found if not c.layout.decode.attention_axes(AttentionRole.SEQUENCE))
                 cases.append({"model": name, "batch": batch, "context": context, "best": _figures(found[0]), "undealt": _figures(undealt)})
     results = {"slice": SLICE, "weights": "int8", "kv": "bf16", "cases": cases}
-    (Path(__file__).parent / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
 
 
 if __name__ == "__main__":

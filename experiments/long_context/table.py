@@ -5,12 +5,11 @@ python -m experiments.long_context.table
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from experiments.results import read
 
 
 def main() -> None:
-    results = json.loads((Path(__file__).parent / "results.json").read_text())
+    results = read(__file__)
     print("| model | batch | context | the planner's choice | ms | KV GB | without sequence axes | ms | KV GB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in results["cases"]:

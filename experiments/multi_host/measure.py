@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.results import write
 from partinf.engine import Engine, RunnerLimits, SamplingParams
 from partinf.engine.facts import Facts
 from partinf.engine.step import SampledToken, Step, StepOutput
@@ -28,7 +29,6 @@ from partinf.experiment.together import run_local
 from partinf.hosts import Group
 from partinf.hosts.wire import Door, connect
 
-HERE = Path(__file__).parent
 ITERATIONS = 400
 STEP_SECONDS = 0.010
 PROMPT, OUTPUT = 200, 100
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str]) -> None:
         rows += [one(batch, others) for others in (1, 3, 7)]
     found = {"cores": os.cpu_count(), "python": platform.python_version(), "step_ms": 1e3 * STEP_SECONDS, "without_model": rows}
     found["demo_model"] = on_the_demo_model()
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found)
     print(
         "| batch | other processes | iteration ms | told, bytes | telling µs | its P99 | last one ready after µs | share of the iteration |"
     )

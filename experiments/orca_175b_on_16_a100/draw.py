@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,8 +10,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from experiments.orca_175b_on_16_a100.measure import whole_curves
+from experiments.results import beside, read
 
-HERE = Path(__file__).parent
 STYLE = {"orca": ("tab:blue", "-"), "fastertransformer": ("tab:red", "--"), "request-level": ("tab:gray", ":")}
 MARKER = {1: "o", 8: "s", 16: "^", 32: "D"}
 
@@ -33,7 +31,7 @@ def print_loads(results: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     print_loads(results)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True, layout="constrained")
     panels = {
@@ -52,7 +50,7 @@ def main() -> int:
     axes[0].set_ylabel("median latency per generated token, ms")
     axes[0].legend(fontsize=7)
     figure.suptitle("GPT-3 on pipeline stages of 8 A100-40GB, simulated; the line is 190 ms per token")
-    figure.savefig(HERE / "orca.png", dpi=110)
+    figure.savefig(beside(__file__, "orca.png"), dpi=110)
     return 0
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
+from experiments.results import write
 from partinf.buckets import split_of
 from partinf.cost.calibration import ROOFLINE
 from partinf.cost.collectives import BandwidthModel, Network
@@ -78,7 +78,7 @@ def main() -> None:
         row |= {name: compiled(plan, Bucket(ROWS, CONTEXT // PAGE), tiles) for name, tiles in ways.items()}
         found["steps"].append(row)
         print(json.dumps(row), flush=True)
-    Path(__file__).with_name("results.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(__file__, found)
 
 
 if __name__ == "__main__":

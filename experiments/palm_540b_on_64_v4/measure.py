@@ -7,13 +7,12 @@ One compilation at a time, each in its own process. Measured latencies are the p
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from experiments.results import read, write
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.load import load_model_config
@@ -21,7 +20,6 @@ from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof import CompilerFailed, Limits, Proof, proof_json, prove
 from partinf.workload import DType
 
-RESULTS = Path(__file__).parent / "results.json"
 _PAGE, _CONTEXT = 16, 2048
 _TWO_D = {"x": "embed", "y": "ffn", "z": "ffn"}
 _ONE_D = dict.fromkeys("xyz", "ffn")
@@ -129,7 +127,7 @@ def run(case: Case) -> dict[str, Any]:
 
 def results() -> dict[str, Any]:
     """What was found so far."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found: dict[str, Any] = read(__file__, missing={})
     return found
 
 
@@ -140,7 +138,7 @@ def main(names: list[str]) -> None:
         if case.name in names or (not names and case.name not in known):
             found = run(case)
             kept = results() | {case.name: found}
-            RESULTS.write_text(json.dumps({case.name: kept[case.name] for case in CASES if case.name in kept}, indent=1) + "\n")
+            write(__file__, {case.name: kept[case.name] for case in CASES if case.name in kept})
             print(case.name, found.get("fits"), found.get("step_seconds_estimate"), found.get("failed", ""), flush=True)
 
 

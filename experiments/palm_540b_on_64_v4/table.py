@@ -5,10 +5,10 @@ python -m experiments.palm_540b_on_64_v4.table
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from experiments.palm_540b_on_64_v4.measure import CASES, RESULTS
+from experiments.palm_540b_on_64_v4.measure import CASES
+from experiments.results import read
 
 _HEAD = "| program | GiB per chip | estimate ms | paper ms | | compute | collectives | hidden | copies | all-reduces | cost model |"
 _HIDDEN = "| program | hidden ms | of | collective | axes | bytes | times | from |"
@@ -76,7 +76,7 @@ def change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    results, earlier = (json.loads(file.read_text()) for file in (RESULTS, RESULTS.with_stem("results_before")))
+    results, earlier = (read(__file__, name) for name in ("results.json", "results_before.json"))
     mine = [case.name for case in CASES if case.name in results]
     print(_HEAD, "|---" * 11 + "|", *(line(name, results[name]) for name in mine), error(results), sep="\n", end="\n\n")
     print(

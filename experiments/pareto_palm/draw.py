@@ -5,16 +5,14 @@ python -m experiments.pareto_palm.draw        writes pareto.png beside this file
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-COLOURS = {"palm-8b": "#3b6ea5", "palm-62b": "#e0a030", "palm-540b": "#b5483a"}
+from experiments.results import AMBER, BLUE, RED, beside, read
+
+COLOURS = {"palm-8b": BLUE, "palm-62b": AMBER, "palm-540b": RED}
 # Pope et al. (2023), tables 2 and 3: model, phase, latency of the step, chips, tokens of the step.
 PUBLISHED = (
     ("palm-540b", "decode", 1.82 / 64, 64, 64),
@@ -33,7 +31,7 @@ def coordinates(points: list[dict[str, float]]) -> tuple[list[float], list[float
 
 
 def main() -> None:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
     for panel, phase in zip(panels, ("decode", "prefill"), strict=True):
         for model, colour in COLOURS.items():
@@ -62,7 +60,7 @@ def main() -> None:
         panel.grid(True, which="both", alpha=0.15)
     panels[0].legend(fontsize=7, frameon=False)
     figure.suptitle("Latency against cost on TPU v4 (predicted): lines are the fronts over batches and slices", fontsize=11)
-    figure.savefig(HERE / "pareto.png", dpi=100)
+    figure.savefig(beside(__file__, "pareto.png"), dpi=100)
 
 
 if __name__ == "__main__":

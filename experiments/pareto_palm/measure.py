@@ -5,9 +5,7 @@ python -m experiments.pareto_palm.measure     writes results.json beside this fi
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
+from experiments.results import write
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
@@ -61,7 +59,7 @@ def main() -> None:
     points = [found for one in asked if (found := point(*one)) is not None]
     mark_front(points)
     results = {"context": CONTEXT, "points": points}
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
 
 
 if __name__ == "__main__":

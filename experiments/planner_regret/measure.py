@@ -7,15 +7,14 @@ python -m experiments.planner_regret.measure --only v4:2x2x4       judges some c
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from experiments.planner_regret.cases import SEED, Case, cases
 from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
+from experiments.results import read, write
 from partinf.cost.pricing import PLAIN, TILED
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Role
@@ -24,7 +23,6 @@ from partinf.planner import search
 from partinf.planner.report import Candidate, PlanReport
 
 CASES = 30
-RESULTS = Path(__file__).with_name("results.json")
 
 
 def able(report: PlanReport) -> list[Candidate]:
@@ -132,11 +130,11 @@ def main() -> None:
 
 def _kept() -> dict[str, Any]:
     empty: dict[str, Any] = {"rows": [], "compiled": []}
-    return empty | (json.loads(RESULTS.read_text()) if RESULTS.is_file() else {})
+    return empty | read(__file__, missing={})
 
 
 def _keep(found: dict[str, Any]) -> None:
-    RESULTS.write_text(json.dumps(_kept() | found, indent=1) + "\n")
+    write(__file__, _kept() | found)
 
 
 if __name__ == "__main__":

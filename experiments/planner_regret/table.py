@@ -5,11 +5,10 @@ python -m experiments.planner_regret.table
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.planner_regret.measure import RESULTS
+from experiments.results import read
 
 _KINDS = ("regret", "regret_for_tiled", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
 
@@ -24,7 +23,7 @@ def roles(line: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text())
+    results = read(__file__)
     print(
         "| case | judged | choice | its ms | best ms | regret | for tiled | at stated rates | for plain | unfused |",
         "|---" * 10 + "|",

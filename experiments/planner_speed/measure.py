@@ -10,14 +10,13 @@ under 5 s.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from experiments.results import write
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
@@ -85,7 +84,7 @@ def main() -> int:
     for row in rows:
         within = "" if row["bound"] is None else "within" if row["seconds"] <= row["bound"] else "OVER"
         print(f"{row['what']:50} {row['as']:8} {row['seconds']:7.3f} s  {within} {row['bound'] or ''}")
-    Path(__file__).with_name("results.json").write_text(json.dumps({"runs": runs, "rows": rows}, indent=1) + "\n")
+    write(__file__, {"runs": runs, "rows": rows})
     return 0
 
 

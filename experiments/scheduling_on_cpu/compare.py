@@ -12,17 +12,16 @@ With `--clock cpu` seconds are those of CPU that the process uses, for a machine
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from experiments.scheduling_on_cpu.runs import CLOCKS, ROWS, add_clock, load_demo, medians, real
+from experiments.results import medians, read, write
+from experiments.scheduling_on_cpu.runs import CLOCKS, ROWS, add_clock, load_demo, real
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.engine.estimates import Estimates
@@ -57,7 +56,6 @@ _BOTH = (
     Traffic("fastserve", scaled_chat, ("fcfs", "orca", "mlfq", "mlfq 30", "mlfq-naive", "srpt")),
 )
 TRAFFIC = {traffic.name: traffic for traffic in _BOTH}
-RESULTS = Path(__file__).with_name("policies.json")
 
 
 def run(model: api.Model, policy: str, arrivals: list[Any], estimates: Estimates, clock: Clock) -> dict[str, float]:
@@ -108,8 +106,8 @@ def main() -> int:
     model = load_demo(capacity, residents=4 * ROWS, num_host_pages=512)
     for name in args.traffic or TRAFFIC:
         found = compare(model, TRAFFIC[name], CLOCKS[args.clock])
-        results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        RESULTS.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
+        results: dict[str, Any] = read(__file__, "policies.json", missing={})
+        write(__file__, results | {name: found}, "policies.json")
     return 0
 
 

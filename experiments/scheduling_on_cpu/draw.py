@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +9,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+from experiments.results import beside, read
+
 COLOURS = {
     "request-level": "tab:gray",
     "fastertransformer": "tab:red",
@@ -25,15 +24,15 @@ COLOURS = {
 
 
 def main() -> int:
-    policies = json.loads((HERE / "policies.json").read_text())
-    simulator = json.loads((HERE / "results.json").read_text())["simulator"]
+    policies = read(__file__, "policies.json")
+    simulator = read(__file__)["simulator"]
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     _curves(axes[0], policies["orca"], "p50_per_token", "Orca's lengths / 8: median latency per token, ms")
     _curves(axes[1], policies["fastserve"], "mean_per_token", "conversations / 16: mean latency per token, ms")
     _curves(axes[2], policies["fastserve"], "mean_completion", "conversations / 16: mean completion time, ms")
     _errors(axes[3], simulator)
     figure.suptitle("Policies over load on the real engine (demo model, one CPU device), and the simulator's error", fontsize=11)
-    figure.savefig(HERE / "scheduling.png", dpi=110)
+    figure.savefig(beside(__file__, "scheduling.png"), dpi=110)
     print_table(policies["orca"], "p50_per_token")
     for key in ("mean_per_token", "mean_completion", "mean_ttft"):
         print_table(policies["fastserve"], key)

@@ -11,15 +11,14 @@ With `--clock cpu` seconds are those of CPU that the process uses, for a machine
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+from experiments.results import medians, write
 from experiments.scheduling_on_cpu.calibrated import calibrated_buckets, calibrated_price, calibrated_slice
-from experiments.scheduling_on_cpu.runs import ROWS, StepTimes, at, clock_named_on_the_command_line, load_demo, medians, real, simulated
+from experiments.scheduling_on_cpu.runs import ROWS, StepTimes, at, clock_named_on_the_command_line, load_demo, real, simulated
 from partinf.buckets import Capacity
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.registry import PolicyOptions, make_policy
@@ -79,7 +78,7 @@ def main() -> int:
         "calibrated_step_seconds": calibrated_buckets(model.plan, slice_),
         "simulator": comparison,
     }
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     return 0
 
 

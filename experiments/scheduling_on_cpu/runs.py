@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -176,7 +175,3 @@ def at(model: api.Model, seconds: dict[Bucket, float]) -> Callable[[Step], Price
         return Price(seconds[bucket], bucket.num_tokens)
 
     return price
-
-
-def medians(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from experiments.results import medians, read, write
+
 MODEL, ROWS, MAX_LEN, PROMPT = "llama-125m", 32, 512, 128
 
 
@@ -65,8 +67,7 @@ def main() -> int:
     if args.child:
         print(json.dumps(child(args.child)))
         return 0
-    path = Path(__file__).with_name("results.json")
-    starts: dict[str, list[dict[str, float]]] = json.loads(path.read_text())["starts"] if args.add else {"first": [], "second": []}
+    starts: dict[str, list[dict[str, float]]] = read(__file__)["starts"] if args.add else {"first": [], "second": []}
     size = 0
     for number in range(args.pairs):
         with tempfile.TemporaryDirectory() as directory:
@@ -74,7 +75,6 @@ def main() -> int:
                 runs.append(start(directory))
                 print(number, which, runs[-1], file=sys.stderr)
             size = sum(path.stat().st_size for path in Path(directory).iterdir())
-    medians = {which: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for which, runs in starts.items()}
     ratios = [a["compile_phase_seconds"] / b["compile_phase_seconds"] for a, b in zip(*starts.values(), strict=True)]
     results = {
         "model": MODEL,
@@ -83,12 +83,12 @@ def main() -> int:
         "pairs": len(ratios),
         "load_average": os.getloadavg()[0],
         "bytes_on_disk": size,
-        "medians": medians,
+        "medians": {which: medians(runs) for which, runs in starts.items()},
         "compile_phase_ratio": statistics.median(ratios),
         "compile_phase_ratios": ratios,
         "starts": starts,
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     return 0
 
 

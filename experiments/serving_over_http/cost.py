@@ -8,12 +8,11 @@ difference between answering through `Engine.generate` and through HTTP is the f
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import deque
-from pathlib import Path
 
+from experiments.results import write
 from experiments.serving_over_http.measure import ROWS, WAYS, Client, requests, served, through_engine, word_tokenizer
 from partinf.engine import Engine, RunnerLimits
 from partinf.engine.step import SampledToken, Step, StepOutput
@@ -81,7 +80,7 @@ def main() -> int:
         "front_end_us_per_token": {way: server[way] - server["engine"] for way in WAYS[1:]},
         "client_us_per_token": {way: 1e6 * statistics.median(client_cpu[way]) / tokens for way in WAYS[1:]},
     }
-    Path(__file__).with_name("cost.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results, "cost.json")
     print(results)
     return 0
 

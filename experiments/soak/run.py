@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import sys
@@ -20,7 +19,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import psutil
 
+from experiments.results import write
 from experiments.soak.checks import growth, left_over, thinned, uncounted
 from experiments.soak.clients import Tally, offer
 from experiments.soak.traffic import Known, known_requests
@@ -184,7 +183,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     results = soak(60 * args.minutes, seed=args.seed)
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     show(results)
     return 1 if results["problems"] else 0
 

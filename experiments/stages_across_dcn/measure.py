@@ -8,11 +8,10 @@ over the prompts of a prefill step, with where the time goes. Nothing is run.
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from experiments.results import write
 from partinf.cost.ledger import Kind, Op
 from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import Role
@@ -89,7 +88,7 @@ def table(case: str, found: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     results = {f"{model} on {slice_}, {weights}": rows(model, slice_, weights) for model, slice_, weights in CASES}
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
     print("\n\n".join(table(case, found) for case, found in results.items()))
     return 0
 

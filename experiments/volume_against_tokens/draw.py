@@ -5,20 +5,18 @@ python -m experiments.volume_against_tokens.draw        writes volume.png beside
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-COLOURS = {"ws-2d": "#3b6ea5", "wg-x": "#e0a030", "wg-xy": "#b5483a", "wg-xyz": "#7a4f9a"}
+from experiments.results import AMBER, BLUE, GREY, PURPLE, RED, beside, read
+
+COLOURS = {"ws-2d": BLUE, "wg-x": AMBER, "wg-xy": RED, "wg-xyz": PURPLE}
 
 
 def main() -> None:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True, sharey=True)
     for panel, (block, volumes) in zip(panels, results["bytes_per_chip_and_layer"].items(), strict=True):
         for name, values in volumes.items():
@@ -29,12 +27,12 @@ def main() -> None:
         panel.set_xlabel("tokens in the batch", fontsize=8)
         panel.grid(True, which="both", alpha=0.15)
     for crossing in results["crossings"]:
-        panels[0].axvline(crossing["tokens"], color="#9a9a9a", linewidth=0.8, linestyle=":")
+        panels[0].axvline(crossing["tokens"], color=GREY, linewidth=0.8, linestyle=":")
         panels[0].text(crossing["tokens"], 12, f" {crossing['tokens']:,}", fontsize=7, rotation=90, va="bottom")
     panels[0].set_ylabel("MB through one chip, per layer", fontsize=8)
     panels[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{results['model']} on {results['slice']}: communication volume against tokens", fontsize=11)
-    figure.savefig(HERE / "volume.png", dpi=100)
+    figure.savefig(beside(__file__, "volume.png"), dpi=100)
 
 
 if __name__ == "__main__":

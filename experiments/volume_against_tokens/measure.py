@@ -9,11 +9,10 @@ python -m experiments.volume_against_tokens.measure     writes results.json besi
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
+from experiments.results import write
 from partinf.cost.ffn import ffn_entries
 from partinf.cost.items import What
 from partinf.cost.ledger import Entry, Op
@@ -84,7 +83,7 @@ def main() -> None:
         "least_moved": best,
         "crossings": crossings(two),
     }
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(__file__, results)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
 """Draw results.json as stacked bars.
 
-python experiments/ways_to_split_palm_540b/draw.py        writes layouts.png beside this file
+python -m experiments.ways_to_split_palm_540b.draw        writes layouts.png beside this file
 """
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+from experiments.results import AMBER, BLUE, GREY, PURPLE, RED, beside, read
+
 ORDER = ("ws-1d", "ws-2d", "wg-x", "wg-xy", "wg-xyz")
 COLOURS = {
-    "matmuls": "#3b6ea5",
-    "attention core": "#e0a030",
-    "activation collectives": "#b5483a",
-    "weight gathers": "#7a4f9a",
-    "other": "#9a9a9a",
+    "matmuls": BLUE,
+    "attention core": AMBER,
+    "activation collectives": RED,
+    "weight gathers": PURPLE,
+    "other": GREY,
 }
 
 
@@ -32,7 +30,7 @@ def time(milliseconds: float) -> str:
 
 
 def main() -> None:
-    results = json.loads((HERE / "results.json").read_text())
+    results = read(__file__)
     figure, axes = plt.subplots(1, len(results["steps"]), figsize=(15, 3.6), constrained_layout=True)
     for axis, step in zip(axes, results["steps"], strict=True):
         names = [name for name in ORDER if name in step["best"]]
@@ -59,7 +57,7 @@ def main() -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.suptitle(f"{results['model']} on {results['slice']}: the best layout of each kind, and where its time goes", fontsize=11)
-    figure.savefig(HERE / "layouts.png", dpi=110)
+    figure.savefig(beside(__file__, "layouts.png"), dpi=110)
 
 
 if __name__ == "__main__":

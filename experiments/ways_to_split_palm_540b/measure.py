@@ -1,13 +1,11 @@
 """The best layout of every FFN kind for PaLM 540B on 64 TPU v4 chips, in decode and in prefill, with its time by kind of work.
 
-python experiments/ways_to_split_palm_540b/measure.py     writes results.json beside this file
+python -m experiments.ways_to_split_palm_540b.measure     writes results.json beside this file
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
+from experiments.results import write
 from partinf.cost.items import What
 from partinf.cost.ledger import Kind, Ledger
 from partinf.hardware.slices import parse_slice
@@ -57,9 +55,7 @@ def main() -> None:
                     "parts": shares(phase.ledger),
                 }
         results.append({"step": label, "best": best})
-    (Path(__file__).parent / "results.json").write_text(
-        json.dumps({"model": model.name, "slice": slice_.name, "steps": results}, indent=1) + "\n"
-    )
+    write(__file__, {"model": model.name, "slice": slice_.name, "steps": results})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""What experiments share: results beside their scripts, the machine, medians, and the colours of pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BLUE, AMBER, RED, PURPLE, GREY = "#3b6ea5", "#e0a030", "#b5483a", "#7a4f9a", "#9a9a9a"
+
+
+def beside(script: str, name: str = "results.json") -> Path:
+    """A file in the folder of a script, which is given as its `__file__`."""
+    return Path(script).with_name(name)
+
+
+def read(script: str, name: str = "results.json", missing: Any = None) -> Any:
+    """What an experiment wrote, or `missing`, where that is given and there is no file."""
+    path = beside(script, name)
+    return missing if missing is not None and not path.exists() else json.loads(path.read_text())
+
+
+def write(script: str, found: Any, name: str = "results.json") -> None:
+    """Write figures beside the script."""
+    beside(script, name).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def machine() -> str:
+    """What an experiment ran on: `2 cores, x86_64`."""
+    return f"{os.cpu_count()} cores, {platform.machine()}"
+
+
+def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of every figure over runs that have the same ones."""
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
