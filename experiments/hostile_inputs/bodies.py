@@ -124,7 +124,9 @@ FIELDS: dict[str, Make] = {
     **dict.fromkeys(
         ("n", "best_of", "seed", "priority", "max_tokens", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs"), number
     ),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens"), number),
     **dict.fromkeys(("stream", "echo", "ignore_eos", "store", "skip_special_tokens", "add_generation_prompt"), _flag),
+    **dict.fromkeys(("continue_final_message", "add_special_tokens"), _flag),
     **dict.fromkeys(
         ("suffix", "user", "prompt_cache_key", "x", "timeout", "metadata", "tools", "response_format", "service_tier"), anything
     ),

@@ -12,6 +12,7 @@ from partinf.engine.request import Request, SamplingParams
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling
 from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.limits import MAX_ENDS
 
 Prompt = str | Sequence[int]
 
@@ -34,7 +35,8 @@ class RequestCheck:
                 tokenizer, text or an id that is no Unicode.
         """
         offences, tokens = self._encode(prompt)
-        offences += self._params_offences(params)
+        ends = self._ends(params)
+        offences += self._params_offences(params, ends)
         if not is_unicode(request_id):
             offences.append("the id is no Unicode text")
         if not is_number(arrival):
@@ -57,9 +59,11 @@ class RequestCheck:
                 frequency=float(params.frequency_penalty),
                 repetition=float(params.repetition_penalty),
                 top_logprobs=min(params.top_logprobs, self._limits.vocab_size),
-                steered=_steered(params),
+                steered=_steered(params, ends),
+                ends_from=len(tokens) + params.min_tokens,
             ),
             arrival=arrival,
+            ends=ends,
             mask=None if params.constraint is None else params.constraint.first_mask,
         )
 
@@ -92,7 +96,14 @@ class RequestCheck:
         why = "leaves one token to generate" if longest == context - 1 else "fits one step"
         return [f"the prompt has {len(tokens)} tokens, the context {context}; the longest prompt is {longest}, which {why}"]
 
-    def _params_offences(self, params: SamplingParams) -> list[str]:
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """Token ids that end a text."""
+        if not isinstance(params, SamplingParams):
+            return ()
+        eos = () if self._tokenizer is None or params.ignore_eos else self._tokenizer.eos_ids
+        return tuple(sorted({*params.stop_token_ids, *eos}))
+
+    def _params_offences(self, params: SamplingParams, ends: tuple[int, ...]) -> list[str]:
         if not isinstance(params, SamplingParams):
             return [f"params is of type {type(params).__name__}; give SamplingParams"]
         offences = self._token_offences("stop_token_ids", list(params.stop_token_ids))
@@ -101,14 +112,20 @@ class RequestCheck:
             offences.append(
                 f"temperature = {params.temperature}, but the steps take the most likely token; plan with Capacity(random=True)"
             )
+        if params.min_tokens and len(ends) > (most := min(MAX_ENDS, self._limits.vocab_size - 1)):
+            offences.append(f"min_tokens = {params.min_tokens} with {len(ends)} tokens that end the text; at most {most} can be held back")
         if not self._limits.rich:
             offences += [
                 f"{name} = {shown(getattr(params, name))}, but the steps cannot do that; plan with Capacity(rich=True)"
                 for name, off in _RICH.items()
-                if getattr(params, name) != off
+                if getattr(params, name) != off and (name != "min_tokens" or ends)
             ]
         if params.constraint is not None and not self._limits.constrained:
             offences.append("constraint is given, but the steps take any token; plan with Capacity(constrained=True)")
+        if params.constraint is not None and params.min_tokens:
+            offences.append(
+                f"min_tokens = {params.min_tokens}, but an answer that is held to a grammar ends where that does; leave one out"
+            )
         if params.stop and self._tokenizer is None:
             offences.append("stop strings need a tokenizer, and the engine has none; use stop_token_ids")
         return offences
@@ -126,11 +143,11 @@ class RequestCheck:
 
 # Parameters that take rich steps, and their values when off.
 _STEERING: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": ()}
-_RICH: dict[str, Any] = _STEERING | {"top_logprobs": 0, "prompt_logprobs": False}
+_RICH: dict[str, Any] = _STEERING | {"min_tokens": 0, "top_logprobs": 0, "prompt_logprobs": False}
 
 
-def _steered(params: SamplingParams) -> bool:
-    return any(getattr(params, name) != off for name, off in _STEERING.items())
+def _steered(params: SamplingParams, ends: tuple[int, ...]) -> bool:
+    return bool(params.min_tokens and ends) or any(getattr(params, name) != off for name, off in _STEERING.items())
 
 
 def _plain(token: Any) -> Any:

@@ -301,5 +301,6 @@ class BatchBuilder:
         """Tell the runner what a sequence has so far. All of it is known: nobody becomes resident while a step of its is in flight."""
         request, known = sequence.request, max(sequence.prefill_len, sequence.num_scheduled)
         generated = tuple(sequence.tokens[len(request.prompt) : known])
-        self._starts.append(SlotStart(sequence.slot, request.prompt, generated, request.params.logit_bias))
+        ends = request.ends if request.params.min_tokens else ()
+        self._starts.append(SlotStart(sequence.slot, request.prompt, generated, request.params.logit_bias, ends))
         sequence.started_slot = True

@@ -24,8 +24,9 @@ class Tokenizer(Protocol):
         """Ids of a text. `InvalidInput` if it cannot be encoded, and, at once, if it is sure to have more than `limit`."""
         ...
 
-    def stream(self, *, continuation: bool) -> TokenStream:
-        """`continuation`: the tokens go on after other text, so a space before the first word is text."""
+    def stream(self, *, continuation: bool, special: bool = False) -> TokenStream:
+        """`continuation`: the tokens go on after other text, so a space before the first word is text. `special`: special tokens are
+        written by their names."""
         ...
 
 
@@ -41,13 +42,17 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def push(self, piece: str) -> str:
-        """The text that is certain to stand before any stop string. After the end of a stop string there is none."""
+    def push(self, piece: str, may_end: bool = True) -> str:
+        """The text that is certain to stand before any stop string. After the end of a stop string there is none.
+
+        Args:
+            may_end: whether a stop string that is complete with this piece ends the text.
+        """
         if self.found:
             return ""
         text = self._held + piece
         ends = [(start + len(string), start) for string in self._strings if (start := text.find(string)) >= 0]
-        if ends:
+        if ends and may_end:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
         keep = max((_overlap(text, string) for string in self._strings), default=0)
@@ -78,9 +83,9 @@ class TextReader:
         """A stop string is complete."""
         return self._stop.found
 
-    def push(self, token: int) -> str:
-        return "" if self._stream is None else self._stop.push(self._stream.push(token))
+    def push(self, token: int, may_end: bool = True) -> str:
+        return "" if self._stream is None else self._stop.push(self._stream.push(token), may_end)
 
-    def finish(self) -> str:
+    def finish(self, may_end: bool = True) -> str:
         """The rest of the text: bytes that never became a character, and what was held back for a stop string."""
-        return "" if self._stream is None else self._stop.push(self._stream.finish()) + self._stop.finish()
+        return "" if self._stream is None else self._stop.push(self._stream.finish(), may_end) + self._stop.finish()

@@ -112,9 +112,11 @@ class FakeRunner:
             start, counted = self._counted[slot]
             generated = (*start.generated, *counted)
             shift = sampling.presence * len(set(generated)) + sampling.frequency * sum(generated)
-            shift += sampling.repetition * len({*start.prompt, *generated}) + sum(bias for _, bias in start.logit_bias)
+            shift += (sampling.repetition - 1) * len({*start.prompt, *generated}) + sum(bias for _, bias in start.logit_bias)
             token += int(shift)
         token %= self._limits.vocab_size
+        while length < sampling.ends_from and sampling.steered and token in self._counted[slot][0].ends:
+            token = (token + 1) % self._limits.vocab_size
         if mask is not None:
             following = ((token + other) % self._limits.vocab_size for other in range(self._limits.vocab_size))
             token = next(other for other in following if allows(mask, other))

@@ -70,9 +70,7 @@ class Intake:
     def samples(self, request: Request, on_token: OnToken | None, reported: bool) -> list[Live]:
         """The samples of a request, numbered in order; those after the first share the pages of its prompt."""
         params = request.params
-        ends = set(params.stop_token_ids)
-        if self._tokenizer is not None and not params.ignore_eos:
-            ends |= set(self._tokenizer.eos_ids)
+        ends = frozenset(request.ends)
         sequences = [Sequence(self._sample(request, index)) for index in range(params.n)]
         if params.n > 1:
             size = self._limits.page_size if self._limits.chunks else self._limits.max_len + 1
@@ -83,14 +81,17 @@ class Intake:
         grammar, lives = params.constraint, []
         for sequence in sequences:
             constraint = None if grammar is None else grammar.start()
-            lives.append(Live(sequence, self._reader(params), frozenset(ends), full_len, on_token, reported, constraint))
+            lives.append(Live(sequence, self._reader(params), ends, full_len, on_token, reported, constraint))
         return lives
 
     def _sample(self, request: Request, index: int) -> Request:
         return replace(request, number=next(self._numbers), sample=index, sampling=replace(request.sampling, sample_index=index))
 
     def _reader(self, params: SamplingParams) -> TextReader | None:
-        return None if self._tokenizer is None else TextReader(self._tokenizer.stream(continuation=True), params.stop)
+        if self._tokenizer is None:
+            return None
+        named = {} if params.skip_special_tokens else {"special": True}
+        return TextReader(self._tokenizer.stream(continuation=True, **named), params.stop)
 
 
 class WaitingBound:

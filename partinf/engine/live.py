@@ -40,7 +40,7 @@ class Live:
             return self.rest(), FinishReason.STOP
         if reader is None:
             return "", FinishReason.LENGTH if full else None
-        text = reader.push(token)
+        text = reader.push(token, self.sequence.num_generated > self.sequence.request.params.min_tokens)
         if reader.stopped:
             return text, FinishReason.STOP
         return (text + reader.finish(), FinishReason.LENGTH) if full else (text, None)

@@ -70,6 +70,10 @@ def _biases(values: Any) -> bool:
     return len(values) <= MAX_BIASES and len({token for token, _ in values}) == len(values)
 
 
+def _more(value: int, most: Any) -> bool:
+    return is_whole(most, 1) and value > most
+
+
 def _all_of(values: Any, fine: Callable[[Any], bool]) -> bool:
     return isinstance(values, tuple) and all(fine(value) for value in values)
 
@@ -89,9 +93,12 @@ class SamplingParams:
         logit_bias: token → what is added to its logit, -100..100; a mapping or pairs, kept as pairs in order of the tokens.
         n: answers to generate, which share the prompt's pages and differ in their random numbers; 1..128. Each is an output of its own.
         seed: 0..2³² - 1. The same seed gives the same tokens whatever else runs. None: derived from the engine's seed and the request id.
+        min_tokens: tokens to generate before a stop string, a stop token or an end of sequence may end the text; at most max_tokens. Until
+            then those tokens are not chosen, and stop strings are text. The context still ends it.
         stop: strings that end the text; the text before the first of them is returned. One string may be given bare.
         stop_token_ids: tokens that end the text, besides those that the tokenizer names as end of sequence.
         ignore_eos: go on after the tokenizer's end-of-sequence tokens.
+        skip_special_tokens: leave special tokens out of the text; otherwise they stand in it by their names.
         logprobs: return the log-probability of every token.
         top_logprobs: return so many of the most likely tokens, with their log-probabilities, for every generated one; at most 20.
         prompt_logprobs: return the log-probability of every token of the prompt after the first.
@@ -115,9 +122,11 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     n: int = 1
     seed: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
@@ -149,9 +158,15 @@ class SamplingParams:
             ("logit_bias", _biases(self.logit_bias), f"at most {MAX_BIASES} token ids, each once, with values from -100 to 100"),
             ("n", is_whole(self.n, 1, MAX_SAMPLES), f"a whole number from 1 to {MAX_SAMPLES}"),
             ("seed", self.seed is None or is_whole(self.seed, 0, MAX_SEED), f"a whole number from 0 to {MAX_SEED}, or None"),
+            (
+                "min_tokens",
+                is_whole(self.min_tokens, 0) and not _more(self.min_tokens, self.max_tokens),
+                "a whole number from 0 to max_tokens",
+            ),
             ("stop", _all_of(self.stop, lambda text: is_unicode(text) and text != ""), "strings that are not empty"),
             ("stop_token_ids", _all_of(self.stop_token_ids, lambda token: is_whole(token, 0)), "token ids, at least 0"),
             ("ignore_eos", isinstance(self.ignore_eos, bool), "True or False"),
+            ("skip_special_tokens", isinstance(self.skip_special_tokens, bool), "True or False"),
             ("logprobs", isinstance(self.logprobs, bool), "True or False"),
             (
                 "top_logprobs",
@@ -172,7 +187,7 @@ class SamplingParams:
 
 _NUMBERS = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("n", "seed", "top_logprobs", "timeout", "priority"),
+    *("n", "seed", "min_tokens", "top_logprobs", "timeout", "priority"),
 )
 
 

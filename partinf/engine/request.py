@@ -30,6 +30,7 @@ class TokenEvent:
         index: which of the generated tokens, from 0.
         text: what this token adds to the text; may be empty (part of a character, or of a possible stop string), may hold the text of
             earlier tokens. The texts of all events joined are the text of the output.
+        prompt_scores: of the prompt's tokens, with the first event of a sample, if they were asked for.
         finish_reason: set on the last event of a sample. error: what went wrong, when it is FAILED.
     """
 
@@ -42,6 +43,7 @@ class TokenEvent:
     error: BaseException | None = None
     sample: int = 0
     top_logprobs: tuple[tuple[int, float], ...] | None = None
+    prompt_scores: tuple[PromptScore | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Request:
         max_tokens: `params.max_tokens`, or what the context leaves if less.
         sampling: what the runner needs of `params`, the seed chosen.
         arrival: time of `Engine.add_request` on the engine's clock, in seconds.
-        sample: which of `params.n`.
+        ends: token ids that end its text. sample: which of `params.n`.
         mask: of the tokens that may come first (`engine.constraint`); None where all may, now and later.
     """
 
@@ -64,6 +66,7 @@ class Request:
     max_tokens: int
     sampling: RowSampling
     arrival: float
+    ends: tuple[int, ...] = ()
     sample: int = 0
     mask: bytes | None = None
 
@@ -185,7 +188,8 @@ class Sequence:
         if not self.family:
             return False
         first = self.family[0]
-        done = first.num_generated or first.num_readable >= self.shared_len or first.status in (Status.FINISHED, Status.HELD)
+        read = first.num_readable >= self.shared_len and not first.scoring  # what the prompt scores, all samples tell
+        done = first.num_generated or read or first.status in (Status.FINISHED, Status.HELD)
         return first is not self and not done
 
     @property
@@ -206,22 +210,28 @@ class Sequence:
 
     def event(self, sampled: SampledToken | None, text: str, reason: FinishReason | None, error: BaseException | None) -> TokenEvent:
         """What a stream is told of the last token, or of an end without one."""
+        index = self.num_generated - (sampled is not None)
         return TokenEvent(
             request_id=self.request.id,
             token=None if sampled is None else sampled.token,
-            index=self.num_generated - (sampled is not None),
+            index=index,
             text=text,
             logprob=None if sampled is None else sampled.logprob,
             finish_reason=reason,
             error=error,
             sample=self.request.sample,
             top_logprobs=sampled.top if sampled is not None and self.request.params.top_logprobs else None,
+            prompt_scores=None if index else self._scores(),
         )
+
+    def _scores(self) -> tuple[PromptScore | None, ...] | None:
+        """Of the prompt, which the first sample of the request computes; None where nobody asked."""
+        return tuple((self.family or (self,))[0].prompt_scores) if self.request.params.prompt_logprobs else None
 
     def output(self) -> RequestOutput:
         """The answer; only once the sequence has finished."""
         assert self.finish_reason is not None, f"request {self.request.id} has not finished"
-        scores = (self.family or (self,))[0].prompt_scores if self.request.params.prompt_logprobs else None
+        scores = self._scores()
         return RequestOutput(
             id=self.request.id,
             prompt=self.request.prompt,
@@ -311,6 +321,14 @@ class RequestOutput:
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[tuple[int, float] | None, ...] | None = None
     num_cached: int = 0
+
+    @property
+    def prompt_scores(self) -> tuple[PromptScore | None, ...] | None:
+        """`prompt_logprobs` and `prompt_top_logprobs` in one."""
+        if self.prompt_logprobs is None or self.prompt_top_logprobs is None:
+            return None
+        pairs = zip(self.prompt_logprobs, self.prompt_top_logprobs, strict=True)
+        return tuple(None if value is None or top is None else PromptScore(value, *top) for value, top in pairs)
 
     @property
     def ttft(self) -> float | None:

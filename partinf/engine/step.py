@@ -22,7 +22,8 @@ class RowSampling:
         temperature: 0 picks the most likely token. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
         seed: 0 ≤ seed < 2³². sample_index: which of a request's parallel samples this is.
         presence, frequency, repetition: penalties. top_logprobs: alternatives that are wanted with the token.
-        steered: it has penalties or biases, so its slot is started (`SlotStart`) before it runs and counts what it feeds.
+        steered: it has penalties, biases or a least length, so its slot is started (`SlotStart`) before it runs and counts what it feeds.
+        ends_from: position of the first token that may be one of `SlotStart.ends`.
     """
 
     temperature: float = 0.0
@@ -36,6 +37,7 @@ class RowSampling:
     repetition: float = 1.0
     top_logprobs: int = 0
     steered: bool = False
+    ends_from: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -48,17 +50,18 @@ class RowSampling:
 
 
 class SlotStart(NamedTuple):
-    """What a runner must know of a sequence with penalties or biases that became resident, before its first row.
+    """What a runner must know of a sequence that is steered and became resident, before its first row.
 
     Attributes:
         prompt, generated: its tokens so far, those that are to be computed again included. Later ones are counted as they are fed.
-        logit_bias: token and value, each token once.
+        logit_bias: token and value, each token once. ends: tokens that are not chosen before `RowSampling.ends_from`, at most MAX_ENDS.
     """
 
     slot: int
     prompt: tuple[int, ...]
     generated: tuple[int, ...]
     logit_bias: tuple[tuple[int, float], ...]
+    ends: tuple[int, ...] = ()
 
 
 class DecodeRow(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import RowSampling, Step
 from partinf.plans import Bucket, Plan
-from partinf.transformer.batch import Batch, empty_batch
+from partinf.transformer.batch import ENDS_LATER, STEERED, Batch, empty_batch
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,5 @@ def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int, con
         assert batch.constrained is not None  # such a step goes into a constrained bucket
         batch.constrained[row] = 1
     if rich is not None and how.rich:
-        rich.steered[row], rich.alternatives[row] = how.steered, how.top_logprobs
+        rich.steered[row], rich.alternatives[row] = how.steered * (ENDS_LATER if position < how.ends_from else STEERED), how.top_logprobs
         rich.presence[row], rich.frequency[row], rich.repetition[row] = how.presence, how.frequency, how.repetition

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from partinf.engine.request import FinishReason, RequestOutput, TokenEvent
+from partinf.engine.step import PromptScore
 from partinf.serve.asked import Asked
 from partinf.serve.protocol import (
     CachedTokens,
@@ -22,7 +23,7 @@ from partinf.serve.protocol import (
     CompletionLogprobs,
     Usage,
 )
-from partinf.serve.token_texts import Offsets, TokenTexts, completion_logprobs
+from partinf.serve.token_texts import Offsets, TokenTexts, completion_logprobs, prompt_logprobs
 
 _LENGTH = (FinishReason.LENGTH, FinishReason.TIMEOUT)
 
@@ -67,60 +68,77 @@ class CompletionAnswer(_Answer):
         self._offsets: dict[int, Offsets] = {}
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
-        choices = [self._choice(prompt, output) for prompt, samples in enumerate(outputs) for output in samples]
+        best = [self._asked.best(samples) for samples in outputs]
+        choices = [self._choice(prompt, place, output) for prompt, samples in enumerate(best) for place, output in enumerate(samples)]
         return msgspec.json.encode(self._body(choices, usage(self._asked, outputs)))
 
     def opening(self) -> Iterator[Completion]:
-        for prompt, text in enumerate(self._asked.echoed):
+        for prompt, text in enumerate(() if self._asked.scored else self._asked.echoed):
             for sample in range(self._asked.params.n):
                 reason = "length" if self._asked.only_echo else None
                 yield self._event(CompletionChoice(self._index(prompt, sample), text, finish_reason=reason))
 
     def event(self, prompt: int, event: TokenEvent) -> Completion | None:
         if self._asked.only_echo:
-            return None
+            return self._event(self._echo(prompt, event)) if self._asked.scored and not event.index else None
         self._generated += event.token is not None
         index, logprobs = self._index(prompt, event.sample), None
-        if self._asked.params.logprobs:
+        if self._asked.logprobs:
             start = len(self._asked.echoed[prompt]) if self._asked.echoed else 0
-            offsets = self._offsets.setdefault(index, Offsets(self._texts.tokenizer, start))
+            offsets = self._offsets.setdefault(index, self._offsets_from(start))
             logprobs = completion_logprobs(self._texts, offsets, *_sampled(event))
         elif not event.text and event.finish_reason is None:
             return None
-        return self._event(CompletionChoice(index, event.text, logprobs, finish_reason(event.finish_reason)))
+        choice = CompletionChoice(index, event.text, logprobs, finish_reason(event.finish_reason))
+        return self._event(self._echo(prompt, event, choice) if self._asked.scored and not event.index else choice)
+
+    def _echo(self, prompt: int, event: TokenEvent, then: CompletionChoice | None = None) -> CompletionChoice:
+        """The prompt with its log-probabilities, which are there with the first token, and what comes with that token."""
+        logprobs = self._scored(prompt, event.prompt_scores)
+        text = self._asked.echoed[prompt]
+        if then is None or then.logprobs is None:
+            return CompletionChoice(self._index(prompt, event.sample), text, logprobs, "length")
+        _extend(logprobs, then.logprobs)
+        return CompletionChoice(then.index, text + then.text, logprobs, then.finish_reason)
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> Completion:
         return self._body([], usage(self._asked, outputs))
 
-    def _choice(self, prompt: int, output: RequestOutput) -> CompletionChoice:
+    def _choice(self, prompt: int, place: int, output: RequestOutput) -> CompletionChoice:
         asked = self._asked
         text = (asked.echoed[prompt] if asked.echoed else "") + ("" if asked.only_echo else output.text)
         reason = "length" if asked.only_echo else finish_reason(output.finish_reason)
-        logprobs = self._logprobs(prompt, output) if asked.params.logprobs else None
-        return CompletionChoice(self._index(prompt, output.sample), text, logprobs, reason)
+        logprobs = self._logprobs(prompt, output) if asked.logprobs else None
+        choice = CompletionChoice(self._index(prompt, place), text, logprobs, reason)
+        if asked.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(self._texts, output.prompt, output.prompt_scores or (), asked.prompt_logprobs)
+        return choice
 
     def _logprobs(self, prompt: int, output: RequestOutput) -> CompletionLogprobs:
-        asked, tokenizer = self._asked, self._texts.tokenizer
+        asked = self._asked
         found, start = CompletionLogprobs([], [], [], []), 0
         if asked.echoed:
-            given = asked.prompts[prompt]
-            values = list(output.prompt_logprobs or [None] * len(given))
-            # Of the prompt's tokens the likeliest in each place is known, which is what those who score texts look at.
-            tops = [
-                None if top is None else (top,) * bool(asked.params.top_logprobs)
-                for top in output.prompt_top_logprobs or [None] * len(given)
-            ]
-            found = completion_logprobs(self._texts, Offsets(tokenizer, continuation=False), given, values, tops)
-            start = len(asked.echoed[prompt])
+            found, start = self._scored(prompt, output.prompt_scores), len(asked.echoed[prompt])
         if not asked.only_echo:
             tokens, values = output.tokens, list(output.logprobs or ())
-            new = completion_logprobs(self._texts, Offsets(tokenizer, start), tokens, values, output.top_logprobs or [()] * len(tokens))
-            for old, more in zip(_lists(found), _lists(new), strict=True):
-                old += more
+            new = completion_logprobs(self._texts, self._offsets_from(start), tokens, values, output.top_logprobs or [()] * len(tokens))
+            _extend(found, new)
         return found
 
+    def _scored(self, prompt: int, scores: Sequence[PromptScore | None] | None) -> CompletionLogprobs:
+        """Of the prompt's tokens. The likeliest in each place is known, which is what those who score texts look at."""
+        given, wanted = self._asked.prompts[prompt], bool(self._asked.params.top_logprobs)
+        scores = scores or [None] * len(given)
+        values = [score and score.logprob for score in scores]
+        tops = [None if score is None else ((score.top_token, score.top_logprob),) * wanted for score in scores]
+        offsets = Offsets(self._texts.tokenizer, continuation=False, special=not self._asked.params.skip_special_tokens)
+        return completion_logprobs(self._texts, offsets, given, values, tops)
+
+    def _offsets_from(self, start: int) -> Offsets:
+        return Offsets(self._texts.tokenizer, start, special=not self._asked.params.skip_special_tokens)
+
     def _index(self, prompt: int, sample: int) -> int:
-        return prompt * self._asked.params.n + sample
+        return prompt * self._asked.num_choices + sample
 
     def _event(self, choice: CompletionChoice) -> Completion:
         return self._body([choice], self._usage_so_far())
@@ -142,7 +160,11 @@ class ChatAnswer(_Answer):
             )
             for output in outputs[0]
         ]
-        return msgspec.json.encode(self._body("chat.completion", choices, usage(self._asked, outputs)))
+        body, asked = self._body("chat.completion", choices, usage(self._asked, outputs)), self._asked
+        if asked.prompt_logprobs is not None:
+            first = outputs[0][0]
+            body.prompt_logprobs = prompt_logprobs(self._texts, first.prompt, first.prompt_scores or (), asked.prompt_logprobs)
+        return msgspec.json.encode(body)
 
     def opening(self) -> Iterator[ChatCompletion]:
         for sample in range(self._asked.params.n):
@@ -151,7 +173,7 @@ class ChatAnswer(_Answer):
     def event(self, prompt: int, event: TokenEvent) -> ChatCompletion | None:
         self._generated += event.token is not None
         logprobs = None
-        if self._asked.params.logprobs:
+        if self._asked.logprobs:
             logprobs = self._logprobs(*_sampled(event))
         elif not event.text and event.finish_reason is None:
             return None
@@ -164,7 +186,7 @@ class ChatAnswer(_Answer):
     def _logprobs(
         self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Sequence[tuple[int, float]]]
     ) -> ChatLogprobs | None:
-        return ChatLogprobs(self._texts.chat(tokens, logprobs, tops)) if self._asked.params.logprobs else None
+        return ChatLogprobs(self._texts.chat(tokens, logprobs, tops)) if self._asked.logprobs else None
 
     def _event(self, choice: ChatChoice) -> ChatCompletion:
         return self._body("chat.completion.chunk", [choice], self._usage_so_far())
@@ -198,5 +220,8 @@ def _sampled(event: TokenEvent) -> tuple[list[int], list[float], list[Sequence[t
     return ([], [], []) if event.token is None else ([event.token], [event.logprob or 0.0], [event.top_logprobs or ()])
 
 
-def _lists(logprobs: CompletionLogprobs) -> tuple[list, list, list, list]:  # type: ignore[type-arg]
-    return logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset
+def _extend(logprobs: CompletionLogprobs, more: CompletionLogprobs) -> None:
+    logprobs.tokens += more.tokens
+    logprobs.token_logprobs += more.token_logprobs
+    logprobs.top_logprobs += more.top_logprobs
+    logprobs.text_offset += more.text_offset

@@ -24,6 +24,7 @@ from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
 from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion, conversation
 from partinf.serve.bodies import BodyReader, Bounds
+from partinf.serve.conversations import Conversation
 from partinf.serve.decoding import Body, decode
 from partinf.serve.engine_thread import EngineThread, Inbox, ended_well, log_failure
 from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailable, unknown_model
@@ -209,7 +210,7 @@ async def _asked(kind: type[Body], ask: AskFunction, raw: bytes, served: Served)
     return await _beside(len(raw) + len(text or ""), ask, body, served, offences, text)
 
 
-def _read(kind: type[Body], raw: bytes, served: Served) -> tuple[Body, list[Offence], bytes | None]:
+def _read(kind: type[Body], raw: bytes, served: Served) -> tuple[Body, list[Offence], Conversation | None]:
     """A body, its offences, and the conversation in it."""
     body, offences = decode(kind, raw, served.max_choices * served.limits.max_prompt_len)
     return body, offences, conversation(body, served, offences) if isinstance(body, ChatBody) else None

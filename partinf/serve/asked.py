@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from partinf.engine.params import MAX_SEED, SamplingParams
+from partinf.engine.request import RequestOutput
 from partinf.foundation.errors import InvalidInput
+from partinf.serve.conversations import Conversation
 from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
-from partinf.serve.prompts import Served, as_text, encoded, encoded_marked, given_prompts, length_offence
+from partinf.serve.prompts import Served, as_text, encoded, given_prompts, kept_tokens, length_offence
 from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody
 
 _NAME = re.compile(r"\w+")
@@ -23,6 +25,8 @@ class Asked:
 
     Attributes:
         prompts: token ids. echoed: per prompt the text to repeat, empty without `echo`.
+        num_choices: of each prompt; where more are sampled, the likeliest. logprobs: whether answers tell those of tokens.
+        prompt_logprobs: how many of the likeliest tokens are told in the place of each of the prompt's besides it; None for no list.
         include_usage: a stream ends with the usage. usage_so_far: and each of its events has what there has been.
         only_echo: nothing is to be generated; the engine generates a token all the same, which is dropped.
     """
@@ -34,6 +38,24 @@ class Asked:
     usage_so_far: bool
     echoed: list[str]
     only_echo: bool
+    num_choices: int
+    logprobs: bool = False
+    prompt_logprobs: int | None = None
+
+    @property
+    def scored(self) -> bool:
+        """Whether prompts are repeated with their log-probabilities."""
+        return self.logprobs and bool(self.echoed)
+
+    def best(self, samples: Sequence[RequestOutput]) -> Sequence[RequestOutput]:
+        """The samples of a prompt that are answered: those whose tokens are the likeliest on average, if more were made."""
+        if len(samples) == self.num_choices:
+            return samples
+        return sorted(samples, key=_mean_logprob, reverse=True)[: self.num_choices]
+
+
+def _mean_logprob(output: RequestOutput) -> float:
+    return sum(output.logprobs or ()) / max(1, len(output.tokens))
 
 
 def ask_completion(body: CompletionBody, served: Served, offences: list[Offence], text: str | None = None) -> Asked:
@@ -47,36 +69,43 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
     """
     check_model(body.model, served)
     offences = offences + _offences(body, body.max_tokens)
-    if body.best_of not in (None, body.n):
-        offences.append(Offence(f"best_of = {body.best_of} is not supported; leave it out, or give n, which is {body.n}", "best_of"))
+    samples = body.n if body.best_of is None else body.best_of
+    if samples < body.n:
+        offences.append(Offence(f"best_of = {samples} is less than n, which is {body.n}", "best_of"))
+    if samples > body.n and body.stream:
+        offences.append(Offence("best_of beyond n is not streamed: which are the best is known in the end", "best_of"))
     if body.max_tokens == 0 and not body.echo:
         offences.append(Offence("max_tokens = 0 makes sense with echo only; at least 1 is needed without it", "max_tokens"))
-    if body.echo and body.stream and body.logprobs is not None:
-        offences.append(Offence("echo with logprobs is not streamed; leave one of the three out", "echo"))
     given, lengths = given_prompts(body, served, offences), list[Offence]()
     names = [f"prompt[{place}]" if len(given) > 1 else "prompt" for place in range(len(given))]
-    prompts = [encoded(prompt, name, served, offences, lengths) for prompt, name in zip(given, names, strict=True)]
+    kept = kept_tokens(body.truncate_prompt_tokens, body.max_tokens, served.limits)
+    prompts = [
+        encoded(prompt, name, served, offences, lengths, kept, body.add_special_tokens) for prompt, name in zip(given, names, strict=True)
+    ]
+    scored = body.logprobs is not None
     params = _params(
         body,
         offences,
-        {},
+        {"n": "best_of"} if samples > body.n else {},
+        n=samples,
         max_tokens=max(1, body.max_tokens),
-        logprobs=body.logprobs is not None,
+        logprobs=scored or samples > body.n,
         top_logprobs=body.logprobs or 0,
-        prompt_logprobs=body.echo and body.logprobs is not None,
+        prompt_logprobs=(body.echo and scored) or body.prompt_logprobs is not None,
     )
-    if len(prompts) * body.n > served.max_choices:
-        offences.append(Offence(f"{len(prompts)} prompts × n = {body.n} are too many; at most {served.max_choices} choices", "n"))
+    if len(prompts) * samples > served.max_choices:
+        name = "n" if samples <= body.n else "best_of"
+        offences.append(Offence(f"{len(prompts)} prompts × {name} = {samples} are too many; at most {served.max_choices} choices", name))
     called = {"prompt": "prompt", "max_tokens": "max_tokens"}
     params = _checked(prompts, params, max(1, body.max_tokens), called, served, offences, lengths)
     # Beside log-probabilities the text is that of the tokens, which a tokenizer that normalizes may spell otherwise: offsets point into it.
-    spelled = prompts if body.logprobs is not None else given
-    echoed = [as_text(prompt, served) for prompt in spelled] if body.echo else []
+    spelled = prompts if scored or kept is not None else given
+    echoed = [as_text(prompt, served, special=not body.skip_special_tokens) for prompt in spelled] if body.echo else []
     only_echo = body.max_tokens == 0
-    return Asked(prompts, params, body.stream, *_usage(body), echoed, only_echo)
+    return Asked(prompts, params, body.stream, *_usage(body), echoed, only_echo, body.n, scored, body.prompt_logprobs)
 
 
-def conversation(body: ChatBody, served: Served, offences: list[Offence]) -> bytes | None:
+def conversation(body: ChatBody, served: Served, offences: list[Offence]) -> Conversation | None:
     """What the model's template is to write, for `ask_chat`; None where that is wrong, for the reasons that joined the offences.
 
     Raises:
@@ -106,17 +135,21 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str 
     if body.n > served.max_choices:
         offences.append(Offence(f"n = {body.n} is too many; at most {served.max_choices} choices", "n"))
     lengths: list[Offence] = []
-    prompts = [] if text is None else [encoded_marked(text, served, offences, lengths)]
+    kept = kept_tokens(body.truncate_prompt_tokens, limit or 1, served.limits)
+    prompts = [] if text is None else [encoded(text, "messages", served, offences, lengths, kept, body.add_special_tokens)]
     params = _params(
         body,
         offences,
         {"max_tokens": name},
+        n=body.n,
         max_tokens=limit or served.limits.max_context,
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
+        prompt_logprobs=body.prompt_logprobs is not None,
     )
-    params = _checked(prompts, params, limit or 1, {"prompt": "messages", "max_tokens": name}, served, offences, lengths)
-    return Asked(prompts, params, body.stream, *_usage(body), [], False)
+    least, name = (limit, name) if limit is not None or not body.min_tokens else (body.min_tokens, "min_tokens")
+    params = _checked(prompts, params, least or 1, {"prompt": "messages", "max_tokens": name}, served, offences, lengths)
+    return Asked(prompts, params, body.stream, *_usage(body), [], False, body.n, body.logprobs, body.prompt_logprobs)
 
 
 def check_model(name: str, served: Served) -> None:
@@ -134,9 +167,10 @@ def _offences(body: SamplingBody, max_tokens: int | None) -> list[Offence]:
         offences.append(Offence("include_obfuscation is not supported", "stream_options.include_obfuscation"))
     if max_tokens is not None and body.min_tokens > max_tokens:
         offences.append(Offence(f"min_tokens = {body.min_tokens} is more than the most tokens, {max_tokens}", "min_tokens"))
-    elif body.min_tokens and not (body.ignore_eos and not body.stop and not body.stop_token_ids):
-        ways = "leave it out, or set ignore_eos and leave out stop and stop_token_ids, so that nothing can end the text before"
-        offences.append(Offence(f"min_tokens = {body.min_tokens} is not supported; {ways}", "min_tokens"))
+    if body.truncate_prompt_tokens == 0:
+        offences.append(Offence("truncate_prompt_tokens = 0 leaves no prompt; give at least 1, or -1", "truncate_prompt_tokens"))
+    if body.prompt_logprobs is not None and body.stream:
+        offences.append(Offence("prompt_logprobs are not streamed; leave out one of both", "prompt_logprobs"))
     return offences
 
 
@@ -159,11 +193,12 @@ def _params(body: SamplingBody, offences: list[Offence], names: dict[str, str], 
             frequency_penalty=body.frequency_penalty,
             repetition_penalty=body.repetition_penalty,
             logit_bias=tuple(body.logit_bias.items()),
-            n=body.n,
+            min_tokens=min(body.min_tokens, more["max_tokens"]),
             seed=_seed(body.seed),
             stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
+            skip_special_tokens=body.skip_special_tokens,
             priority=body.priority,
             **more,
         )

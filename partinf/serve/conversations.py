@@ -6,6 +6,7 @@ as a text or as a list of parts, and the arguments of tool calls, which are JSON
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,6 +19,18 @@ from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
 _RESERVED = ("messages", "add_generation_prompt")
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation for the template.
+
+    Attributes:
+        frame: as the process that renders it takes it. final: the text of the last message, where the answer is to continue it.
+    """
+
+    frame: bytes
+    final: str | None = None
+
+
 class Conversations:
     """Writes conversations by one template."""
 
@@ -25,26 +38,39 @@ class Conversations:
         self._form = template.form
         self._processes = TemplateProcesses(template, bounds)
 
-    def read(self, body: ChatBody, offences: list[Offence]) -> bytes | None:
+    def read(self, body: ChatBody, offences: list[Offence]) -> Conversation | None:
         """What `text` takes of a conversation; None where that is wrong, for the reasons that joined the offences."""
         found: list[Offence] = []
         messages = [self._plain(message, f"messages[{place}]", found) for place, message in enumerate(body.messages)]
         if reserved := [name for name in _RESERVED if name in body.chat_template_kwargs]:
             found.append(Offence(f"chat_template_kwargs may not hold {' or '.join(reserved)}", "chat_template_kwargs"))
+        final = _text(body.messages[-1]) if body.continue_final_message else None
+        if body.continue_final_message and body.add_generation_prompt:
+            found.append(Offence("continue_final_message and add_generation_prompt exclude each other", "continue_final_message"))
+        elif final is not None and not final.strip():
+            found.append(Offence("continue_final_message needs a last message with a text", "continue_final_message"))
         offences += found
-        return None if found else self._processes.read(messages, body.add_generation_prompt, body.chat_template_kwargs)
+        if found:
+            return None
+        prompts = body.add_generation_prompt is not False and final is None
+        return Conversation(self._processes.read(messages, prompts, body.chat_template_kwargs), final)
 
-    async def text(self, conversation: bytes, offences: list[Offence]) -> str | None:
+    async def text(self, conversation: Conversation, offences: list[Offence]) -> str | None:
         """The prompt of a conversation; None where the template makes none, for the reason that joined the offences.
 
         Raises:
             Overloaded: too many are being written already.
         """
         try:
-            return await self._processes.render(conversation)
+            text = await self._processes.render(conversation.frame)
         except TemplateRefusal as refusal:
             offences.append(Offence(str(refusal), "messages"))
             return None
+        if conversation.final is None:
+            return text
+        if (cut := _up_to(text, conversation.final)) is None:
+            offences.append(Offence("the model's chat template does not write the last message as it is", "continue_final_message"))
+        return cut
 
     def close(self) -> None:
         """Stop writing, at once."""
@@ -69,6 +95,23 @@ class Conversations:
         if isinstance(content, list):
             return [_part(part.text) for part in content] if self._form.walks else "\n".join(part.text for part in content)
         return [_part(content)] if self._form.walks and not self._form.tests else content
+
+
+def _text(message: Message) -> str:
+    """The text of a message, the last part's where it has several."""
+    content = message.content
+    return (content[-1].text if content else "") if isinstance(content, list) else content or ""
+
+
+def _up_to(text: str, final: str) -> str | None:
+    """A conversation up to the end of its last message, without the blanks there if the template leaves them out; None if that is not
+    in it."""
+    bare = final.strip()
+    start = text.rfind(bare)
+    if start < 0:
+        return None
+    whole = final.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else bare)]
 
 
 def _part(text: str) -> dict[str, str]:

@@ -13,6 +13,8 @@ from partinf.serve.conversations import Conversations
 from partinf.serve.errors import Offence
 from partinf.serve.protocol import CompletionBody
 
+MOST_CUT = 1 << 16  # tokens of a text beyond those that fit, where it is to be cut: encoding takes time in proportion to them
+
 
 @dataclass(frozen=True)
 class Served:
@@ -48,28 +50,51 @@ def given_prompts(body: CompletionBody, served: Served, offences: list[Offence])
     return [item for item in prompt if not isinstance(item, int)]
 
 
-def encoded(prompt: str | list[int], name: str, served: Served, offences: list[Offence], lengths: list[Offence]) -> list[int]:
-    """The ids of a prompt; nothing where there is an offence. What is wrong with ids the engine says."""
+def kept_tokens(asked: int | None, max_tokens: int, limits: RunnerLimits) -> int | None:
+    """How many of a prompt's last tokens are kept, by `truncate_prompt_tokens`; None for all."""
+    if asked == -1:
+        return max(1, min(limits.max_context - max_tokens, limits.max_prompt_len))
+    return asked or None
+
+
+def encoded(
+    prompt: str | list[int],
+    name: str,
+    served: Served,
+    offences: list[Offence],
+    lengths: list[Offence],
+    kept: int | None = None,
+    special: bool = True,
+) -> list[int]:
+    """The ids of a prompt; nothing where there is an offence. What is wrong with ids the engine says.
+
+    Args:
+        kept: how many of the last ids; None for all. special: begin and end a text as the tokenizer does; not where it names all of its
+            special tokens itself.
+    """
     if isinstance(prompt, list):
-        return prompt
+        return prompt if kept is None else prompt[-kept:]
     if served.tokenizer is None:
         offences.append(Offence("this model has no tokenizer; give the prompt as token ids", name))
         return []
-    return _ids(served.tokenizer.encode, prompt, name, served.limits, offences, lengths) if prompt else []
-
-
-def encoded_marked(text: str, served: Served, offences: list[Offence], lengths: list[Offence]) -> list[int]:
-    """The ids of a conversation; nothing where there is an offence."""
-    assert served.tokenizer is not None
-    return _ids(served.tokenizer.encode_marked, text, "messages", served.limits, offences, lengths)
+    encode = served.tokenizer.encode if special else served.tokenizer.encode_marked
+    room = served.limits.max_prompt_len + (0 if kept is None else MOST_CUT)
+    found = _ids(encode, prompt, name, room, served.limits, offences, lengths) if prompt else []
+    return found if kept is None else found[-kept:]
 
 
 def _ids(
-    encode: Callable[..., list[int]], text: str, name: str, limits: RunnerLimits, offences: list[Offence], lengths: list[Offence]
+    encode: Callable[..., list[int]],
+    text: str,
+    name: str,
+    room: int,
+    limits: RunnerLimits,
+    offences: list[Offence],
+    lengths: list[Offence],
 ) -> list[int]:
     """What `encode` makes of a text, which takes time in proportion to it; one that is sure not to fit is refused before."""
     try:
-        return encode(text, limit=limits.max_prompt_len)
+        return encode(text, limit=room)
     except TooLong as error:
         lengths += [Offence(f"{name}: {offence}; the context holds {limits.max_context}", name) for offence in error.offences]
     except InvalidInput as error:
@@ -77,10 +102,11 @@ def _ids(
     return []
 
 
-def as_text(prompt: str | list[int], served: Served) -> str:
+def as_text(prompt: str | list[int], served: Served, special: bool = False) -> str:
+    """`special`: special tokens are written by their names."""
     if isinstance(prompt, str):
         return prompt
-    return "" if served.tokenizer is None else served.tokenizer.decode(prompt)
+    return "" if served.tokenizer is None else served.tokenizer.decode(prompt, special=special)
 
 
 def length_offence(prompt: list[int], name: str, max_tokens: int, max_name: str, limits: RunnerLimits) -> Offence | None:

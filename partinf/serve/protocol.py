@@ -53,16 +53,13 @@ _REFUSED: Idle = {
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
     "request_id": (),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 
@@ -70,9 +67,10 @@ _REFUSED: Idle = {
 class SamplingBody(Body, frozen=True, kw_only=True):
     """What both endpoints take.
 
-    `top_k`, `min_p`, `min_tokens`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `priority` are vLLM's; `min_tokens` is taken
-    where it changes nothing. `metadata`, `parallel_tool_calls`, `prompt_cache_key`, `prompt_cache_retention`, `safety_identifier`, `store`
-    and `user` are hints: they are accepted, and nothing is done with them.
+    `top_k`, `min_p`, `min_tokens`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `priority`, `prompt_logprobs` (how many of the
+    likeliest tokens besides the prompt's own, 0 or 1), `skip_special_tokens` and `truncate_prompt_tokens` (keep so many of the last tokens
+    of a prompt; -1: as many as leave room for the answer) are vLLM's. `metadata`, `parallel_tool_calls`, `prompt_cache_key`,
+    `prompt_cache_retention`, `safety_identifier`, `store` and `user` are hints: they are accepted, and nothing is done with them.
     """
 
     model: str
@@ -90,9 +88,11 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] = 1.0
     safety_identifier: str | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    skip_special_tokens: bool = True
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] = msgspec.field(default_factory=list)
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] = msgspec.field(default_factory=list)
     store: bool | None = None
@@ -101,6 +101,7 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_k: Annotated[int, Meta(ge=-1)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     user: str | None = None
 
     @classmethod
@@ -113,17 +114,21 @@ class SamplingBody(Body, frozen=True, kw_only=True):
 
 
 class CompletionBody(SamplingBody, frozen=True, kw_only=True):
-    """POST /v1/completions."""
+    """POST /v1/completions. Of `best_of` samples the `n` are returned whose tokens are the likeliest on average.
+
+    `add_special_tokens` (vLLM's): begin and end the prompt as the tokenizer does, or take it as it is.
+    """
 
     prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
-    best_of: Count | None = None
+    add_special_tokens: bool = True
+    best_of: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)] | None = None
     echo: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Meta(ge=0)] = 16
 
     @classmethod
     def refused(cls) -> Idle:
-        return _REFUSED | {"add_special_tokens": (True,), "suffix": ("",)}
+        return _REFUSED | {"suffix": ("",)}
 
 
 class TextPart(Fields, frozen=True, tag_field="type", tag="text"):
@@ -155,11 +160,18 @@ class Message(Fields, frozen=True, omit_defaults=True):
 
 
 class ChatBody(SamplingBody, frozen=True, kw_only=True):
-    """POST /v1/chat/completions. `add_generation_prompt` and `chat_template_kwargs` are vLLM's, given to the template."""
+    """POST /v1/chat/completions.
+
+    `add_generation_prompt` (true unless the final message is continued) and `chat_template_kwargs` are vLLM's, given to the template;
+    `continue_final_message` lets the answer go on where the last message ends, and `add_special_tokens` lets the tokenizer add those that
+    the template does not write.
+    """
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    continue_final_message: bool = False
     logprobs: bool = False
     max_completion_tokens: Count | None = None
     max_tokens: Count | None = None
@@ -168,11 +180,9 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     @classmethod
     def refused(cls) -> Idle:
         return _REFUSED | {
-            "add_special_tokens": (False,),
             "audio": (),
             "best_of": (1,),
             "chat_template": (),
-            "continue_final_message": (False,),
             "documents": ([],),
             "echo": (False,),
             "function_call": ("none", "auto"),
@@ -224,11 +234,24 @@ class CompletionLogprobs(Struct):
     text_offset: list[int]
 
 
+class PromptLogprob(Struct):
+    """vLLM's: `rank` is 1 for the likeliest token, and null where it is not known."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""Per token of a prompt, by token ids; null for the first."""
+
+
 class CompletionChoice(Struct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct):
@@ -285,6 +308,7 @@ class ChatCompletion(Struct):
     model: str
     choices: list[ChatChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ModelCard(Struct, frozen=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from partinf.checkpoint.tokenizer import Tokenizer
-from partinf.serve.protocol import CompletionLogprobs, TokenLogprob, TokenLogprobs
+from partinf.engine.step import PromptScore
+from partinf.serve.protocol import CompletionLogprobs, PromptLogprob, PromptLogprobs, TokenLogprob, TokenLogprobs
 
 _LOWEST = -9999.0  # JSON knows no infinity; OpenAI's servers write this
 
@@ -48,9 +49,9 @@ class Offsets:
     Bytes that turn out to be no character are replaced in the text when the next token shows it; they stay the earlier token's.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, start: int = 0, continuation: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, start: int = 0, continuation: bool = True, special: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._stream = None if tokenizer is None else tokenizer.stream(continuation=continuation)
+        self._stream = None if tokenizer is None else tokenizer.stream(continuation=continuation, special=special)
         self._next = start
 
     def push(self, token: int) -> int:
@@ -83,6 +84,20 @@ def completion_logprobs(
         top_logprobs=alternatives,
         text_offset=[offsets.push(token) for token in tokens],
     )
+
+
+def prompt_logprobs(texts: TokenTexts, prompt: Sequence[int], scores: Sequence[PromptScore | None], count: int) -> PromptLogprobs:
+    """vLLM's list: each token of the prompt, and, where `count` is 1, the likeliest in its place."""
+    found: PromptLogprobs = []
+    for token, score in zip(prompt, scores, strict=False):
+        if score is None:
+            found.append(None)
+            continue
+        told = {token: PromptLogprob(_finite(score.logprob), 1 if score.top_token == token else None, texts.text(token))}
+        if count:
+            told[score.top_token] = PromptLogprob(_finite(score.top_logprob), 1, texts.text(score.top_token))
+        found.append({str(name): entry for name, entry in told.items()})
+    return found
 
 
 def _finite(logprob: float) -> float:

@@ -17,6 +17,8 @@ from partinf.plans import Bucket
 
 Array: TypeAlias = jax.Array | np.ndarray
 
+STEERED, ENDS_LATER = 1, 2  # values of `RichBatch.steered`
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class RichBatch:
     """What few requests ask for: in the batches of rich buckets alone.
 
     Attributes:
-        steered: [D + S] 1 where penalties and biases of the row's slot apply. presence, frequency, repetition: [D + S] its penalties.
+        steered: [D + S] STEERED where penalties and biases of the row's slot apply, ENDS_LATER where besides the tokens that end its text
+            must not be chosen yet. presence, frequency, repetition: [D + S] its penalties.
         alternatives: [D + S] how many of the most likely tokens are wanted.
         counted: [D] 1 where the token that is fed was sampled, and is not in its slot's counts yet.
         target: [T] the token whose log-probability after this prompt token is wanted, -1 for none.

@@ -1,9 +1,10 @@
-"""Penalties and logit biases: what each slot remembers of its sequence on the devices, and how it changes logits.
+"""Penalties, logit biases and least lengths: what each slot remembers of its sequence on the devices, and how it changes logits.
 
-Every slot of a rich plan keeps, for every entry of the vocabulary, how often the sequence generated it, whether its prompt holds it, and
-its bias; all split over the vocabulary as the logits are, so nothing is exchanged. A slot is started, from what the host knows, whenever
-a sequence with penalties or biases becomes resident in it (`compile_start`): when it begins, after preemption, from a shared prefix, back
-from host memory. From then on each sampled token is counted on the device when it is fed, which the host may not have seen yet.
+Every slot of a rich plan keeps, for every entry of the vocabulary, how often the sequence generated it, whether its prompt holds it,
+whether it ends the text, and its bias; all split over the vocabulary as the logits are, so nothing is exchanged. A slot is started, from
+what the host knows, whenever a sequence that is steered becomes resident in it (`compile_start`): when it begins, after preemption, from a
+shared prefix, back from host memory. From then on each sampled token is counted on the device when it is fed, which the host may not have
+seen yet.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
-from partinf.foundation.limits import MAX_BIASES
+from partinf.foundation.limits import MAX_BIASES, MAX_ENDS
 from partinf.partition.collectives import take_split
 from partinf.partition.sharding import WHOLE, sharding, whole
 from partinf.plans import Plan
-from partinf.transformer.batch import RichBatch
+from partinf.transformer.batch import ENDS_LATER, RichBatch
+
+PROMPTED, ENDS = 1, 2  # bits of `Slots.marks`
 
 
 @jax.tree_util.register_dataclass
@@ -31,25 +34,26 @@ class Slots:
     """What penalties and biases need.
 
     Attributes:
-        generated: int32 [slots, V.ef] how often the sequence generated an entry. prompted: bool [slots, V.ef] its prompt holds it.
+        generated: int32 [slots, V.ef] how often the sequence generated an entry.
+        marks: uint8 [slots, V.ef] PROMPTED where its prompt holds an entry, ENDS where it ends the text: bits.
         bias: float32 [slots, V.ef].
     """
 
     generated: jax.Array
-    prompted: jax.Array
+    marks: jax.Array
     bias: jax.Array
 
 
 def abstract_slots(plan: Plan, mesh: Mesh | AbstractMesh) -> Slots:
     """The slots as `jax.ShapeDtypeStruct`s with shardings."""
     shape, split = (plan.cache.num_slots, plan.model.padded_vocab_size), sharding(plan, mesh, ".W")
-    return Slots(*(jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in (jnp.int32, jnp.bool, jnp.float32)))
+    return Slots(*(jax.ShapeDtypeStruct(shape, dtype, sharding=split) for dtype in (jnp.int32, jnp.uint8, jnp.float32)))
 
 
 def count_fed(slots: Slots, slot: jax.Array, tokens: jax.Array, counted: jax.Array, ids: jax.Array) -> Slots:
     """Count the tokens [D] that decode lanes feed for their slots [D], where `counted` [D] says so."""
     places = _places(jnp.where(counted == 1, tokens, -1), ids)
-    return Slots(slots.generated.at[slot, places].add(1, mode="drop"), slots.prompted, slots.bias)
+    return Slots(slots.generated.at[slot, places].add(1, mode="drop"), slots.marks, slots.bias)
 
 
 def steer(logits: jax.Array, slots: Slots, slot: jax.Array, how: RichBatch) -> jax.Array:
@@ -58,16 +62,18 @@ def steer(logits: jax.Array, slots: Slots, slot: jax.Array, how: RichBatch) -> j
     Frequency and presence count generated tokens alone, as OpenAI's do; repetition divides positive logits and multiplies the others
     for every token of prompt and output, as Hugging Face's does.
     """
-    steered = jnp.asarray(how.steered) == 1
+    steered = jnp.asarray(how.steered) > 0
+    ends_later = jnp.asarray(how.steered) == ENDS_LATER
 
     def changed(logits: jax.Array) -> jax.Array:
         at = lambda array: array.at[slot].get(mode="clip")  # noqa: E731  # [R, V.ef]
-        generated = at(slots.generated)
+        generated, marks = at(slots.generated), at(slots.marks)
         x = logits + at(slots.bias)
         repetition = jnp.asarray(how.repetition)[:, None]
-        x = jnp.where(at(slots.prompted) | (generated > 0), jnp.where(x > 0, x / repetition, x * repetition), x)
+        x = jnp.where((marks & PROMPTED > 0) | (generated > 0), jnp.where(x > 0, x / repetition, x * repetition), x)
         x -= jnp.asarray(how.frequency)[:, None] * generated.astype(jnp.float32)
         x -= jnp.asarray(how.presence)[:, None] * (generated > 0).astype(jnp.float32)
+        x = jnp.where((marks & ENDS > 0) & ends_later[:, None], -jnp.inf, x)
         return jnp.where(steered[:, None], x, logits)
 
     return lax.cond(jnp.any(steered), changed, lambda x: x, logits)
@@ -79,8 +85,10 @@ def steer_plain(
     generated: Sequence[int],
     bias: dict[int, float],
     penalties: tuple[float, float, float] = (0.0, 0.0, 1.0),
+    ends: Sequence[int] = (),
 ) -> np.ndarray:
-    """The twin of `steer` for one row of whole logits [V], from the tokens themselves; penalties: presence, frequency, repetition."""
+    """The twin of `steer` for one row of whole logits [V], from the tokens themselves; penalties: presence, frequency, repetition; ends:
+    tokens that must not be chosen yet."""
     presence, frequency, repetition = penalties
     x = np.array(logits, np.float64)
     for token, value in bias.items():
@@ -89,15 +97,21 @@ def steer_plain(
         x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
     for token in set(generated):
         x[token] -= frequency * list(generated).count(token) + presence
+    x[list(ends)] = -np.inf
     return x
 
 
-def pack_start(slot: int, prompt: Sequence[int], generated: Sequence[int], bias: Sequence[tuple[int, float]], max_len: int) -> np.ndarray:
-    """The argument of the program that starts a slot: slot, length of the prompt, all tokens known, entries and values of the biases."""
-    packed = np.full(2 + max_len + 2 * MAX_BIASES, -1, np.int32)
+def pack_start(
+    slot: int, prompt: Sequence[int], generated: Sequence[int], bias: Sequence[tuple[int, float]], ends: Sequence[int], max_len: int
+) -> np.ndarray:
+    """The argument of the program that starts a slot: slot, length of the prompt, all tokens known, those that end the text, entries and
+    values of the biases."""
+    packed = np.full(_start_size(max_len), -1, np.int32)
     known = [*prompt, *generated]
     packed[:2], packed[2 : 2 + len(known)] = (slot, len(prompt)), known
-    entries, values = packed[2 + max_len : 2 + max_len + MAX_BIASES], packed[2 + max_len + MAX_BIASES :].view(np.float32)
+    packed[2 + max_len : 2 + max_len + len(ends)] = ends
+    entries, values = np.split(packed[2 + max_len + MAX_ENDS :], 2)
+    values = values.view(np.float32)
     entries[: len(bias)], values[: len(bias)] = [token for token, _ in bias], [value for _, value in bias]
     return packed
 
@@ -110,19 +124,25 @@ def compile_start(plan: Plan, mesh: Mesh) -> Callable[[Slots, Any], Slots]:
     def local_start(slots: Slots, packed: jax.Array) -> Slots:
         ids = take_split(jnp.arange(plan.model.padded_vocab_size), 0, axes, axes, sizes)
         slot, num_prompt = packed[0], packed[1]
-        tokens, entries, values = jnp.split(packed[2:], (plan.max_len, plan.max_len + MAX_BIASES))
+        parts = (plan.max_len, plan.max_len + MAX_ENDS, plan.max_len + MAX_ENDS + MAX_BIASES)
+        tokens, ends, entries, values = jnp.split(packed[2:], parts)
         in_prompt = jnp.arange(plan.max_len) < num_prompt
         empty = Slots(*(jnp.zeros(ids.shape, leaf.dtype) for leaf in jax.tree.leaves(slots)))
+        prompted = empty.marks.at[_places(jnp.where(in_prompt, tokens, -1), ids)].set(PROMPTED, mode="drop")
         new = Slots(
             empty.generated.at[_places(jnp.where(in_prompt, -1, tokens), ids)].add(1, mode="drop"),
-            empty.prompted.at[_places(jnp.where(in_prompt, tokens, -1), ids)].set(True, mode="drop"),
+            prompted | empty.marks.at[_places(ends, ids)].set(ENDS, mode="drop"),
             empty.bias.at[_places(entries, ids)].set(lax.bitcast_convert_type(values, jnp.float32), mode="drop"),
         )
         return jax.tree.map(lambda all_slots, one: all_slots.at[slot].set(one), slots, new)
 
     mapped = jax.shard_map(local_start, mesh=mesh, in_specs=(specs, WHOLE), out_specs=specs, check_vma=False)
-    packed = jax.ShapeDtypeStruct((2 + plan.max_len + 2 * MAX_BIASES,), jnp.int32, sharding=whole(mesh))
+    packed = jax.ShapeDtypeStruct((_start_size(plan.max_len),), jnp.int32, sharding=whole(mesh))
     return jax.jit(mapped, donate_argnums=0).lower(slots, packed).compile()
+
+
+def _start_size(max_len: int) -> int:
+    return 2 + max_len + MAX_ENDS + 2 * MAX_BIASES
 
 
 def _places(tokens: jax.Array, ids: jax.Array) -> jax.Array:

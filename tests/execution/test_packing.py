@@ -52,7 +52,7 @@ def test_accepted_parameters_fit(values: dict[str, Any]) -> None:
         return
     how = request.sampling
     chunk = PrefillChunk(0, 0, request.prompt, 0, (0,), True, replace(how, sample_index=request.params.n - 1))
-    start = SlotStart(0, request.prompt, (), request.params.logit_bias)
+    start = SlotStart(0, request.prompt, (), request.params.logit_bias, request.ends)
     placed = place_step(Step(prefill=(chunk,), starts=(start,)), BUCKET, PLAN, LIMITS)
     (row,) = placed.prefill_rows
     sampling, rich = placed.batch.sampling, placed.batch.rich

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from partinf.engine.params import MAX_TEMPERATURE
-from partinf.transformer.batch import RichBatch, SamplingBatch
+from partinf.transformer.batch import ENDS_LATER, RichBatch, SamplingBatch
 from partinf.transformer.sampling import _uniform, choose, keep, keep_plain, log_normalizer, logit_of, most_likely
-from partinf.transformer.slots import Slots, count_fed, steer, steer_plain
+from partinf.transformer.slots import ENDS, PROMPTED, Slots, count_fed, steer, steer_plain
 
 VOCAB = 64
 
@@ -152,13 +152,14 @@ def test_the_most_likely_come_in_order_whatever_the_mesh(seed: int, ways: int, c
 
 
 def steered_rows(ways: int, logits: np.ndarray, prompts: list[list[int]], fed: list[list[int]], how: RichBatch) -> np.ndarray:
-    """Rows steered on a split vocabulary, after tokens were fed one by one to slots in reverse order; every slot has biases."""
+    """Rows steered on a split vocabulary, after tokens were fed one by one to slots in reverse order; every slot has biases, and ends."""
     mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
     rows = len(prompts)
     slot = jnp.arange(rows)[::-1]
-    prompted, bias = np.zeros((rows, VOCAB), bool), np.zeros((rows, VOCAB), np.float32)
+    marks, bias = np.zeros((rows, VOCAB), np.uint8), np.zeros((rows, VOCAB), np.float32)
     for row, prompt in enumerate(prompts):
-        prompted[rows - 1 - row, prompt] = True
+        marks[rows - 1 - row, prompt] = PROMPTED
+        marks[rows - 1 - row, [7, 50]] |= ENDS
         bias[rows - 1 - row, [3, 50]] = 1.5, -2.0
     length = max(map(len, fed))
     tokens = np.array([each + [0] * (length - len(each)) for each in fed])
@@ -172,7 +173,7 @@ def steered_rows(ways: int, logits: np.ndarray, prompts: list[list[int]], fed: l
     split = P(None, "x")
     specs = (split, P("x"), Slots(split, split, split))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    slots = Slots(jnp.zeros((rows, VOCAB), jnp.int32), jnp.asarray(prompted), jnp.asarray(bias))
+    slots = Slots(jnp.zeros((rows, VOCAB), jnp.int32), jnp.asarray(marks), jnp.asarray(bias))
     return np.asarray(jax.jit(mapped)(logits, jnp.arange(VOCAB), slots))
 
 
@@ -184,11 +185,13 @@ def test_penalties_and_biases_equal_the_plain_twin(ways: int) -> None:
     fed = [rng.integers(0, 9, size=size).tolist() for size in (0, 1, 4, 7, 7, 3)]
     penalties = [(0.5, 0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.0, 1.3), (1.0, -0.5, 0.8), (-2.0, 2.0, 2.0), (1.0, 1.0, 2.0)]
     presence, frequency, repetition = (np.array(values, np.float32) for values in zip(*penalties, strict=True))
-    steered = np.array([1, 1, 1, 1, 1, 0], np.int32)
+    steered = np.array([1, 1, 2, 2, 1, 0], np.int32)
     none = np.zeros(6, np.int32)
     found = steered_rows(ways, logits, prompts, fed, RichBatch(steered, presence, frequency, repetition, none, none, none))
     for row in range(5):
-        want = steer_plain(logits[row], prompts[row], fed[row], {3: 1.5, 50: -2.0}, penalties[row])
+        want = steer_plain(
+            logits[row], prompts[row], fed[row], {3: 1.5, 50: -2.0}, penalties[row], [7, 50] if steered[row] == ENDS_LATER else []
+        )
         np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[5], logits[5])  # not steered, whatever its slot holds
 

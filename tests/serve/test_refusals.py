@@ -45,7 +45,7 @@ def test_every_offence_is_listed(fake: Serving) -> None:
         "seed": True,
         "suffix": "s",
         "temprature": 1,
-        "best_of": 5,
+        "best_of": 129,
         "stream_options": {"include_usage": True},
     }
     wrong |= {"prompt": [5, 96], "stop_token_ids": [97]}  # what the engine knows is found together with what the types know
@@ -75,7 +75,7 @@ def test_every_offence_is_listed(fake: Serving) -> None:
         ("completions", GOOD | {"prompt": [[5]] * 100, "n": 3}, "n"),
         ("completions", GOOD | {"prompt": [[5]] * 257}, "prompt"),
         ("completions", GOOD | {"logit_bias": {"a": 1}}, "logit_bias"),
-        ("completions", GOOD | {"echo": True, "stream": True, "logprobs": 1}, "echo"),
+        ("completions", GOOD | {"best_of": 2, "stream": True}, "best_of"),
         ("completions", GOOD | {"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ("completions", GOOD | {"stream": True, "stream_options": {"usage": True}}, "stream_options"),
         ("chat/completions", CHAT | {"messages": []}, "messages"),

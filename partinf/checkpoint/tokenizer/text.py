@@ -19,14 +19,16 @@ _PLAIN_CHARACTERS = 4  # per token: a text that is no longer than that is encode
 class TokenStream:
     """Detokenizes one sequence as its ids arrive, in constant time per id."""
 
-    def __init__(self, vocabulary: Vocabulary, continuation: bool) -> None:
-        self._vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, continuation: bool, special: bool = False) -> None:
+        self._bytes = (
+            (lambda token: vocabulary.token_bytes(token) or vocabulary.name(token).encode()) if special else vocabulary.token_bytes
+        )
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_next = vocabulary.strip_start and not continuation
 
     def push(self, token: int) -> str:
         """The text that this id completes: empty while a character's bytes are still arriving."""
-        return self._emit(self._decoder.decode(self._vocabulary.token_bytes(token)))
+        return self._emit(self._decoder.decode(self._bytes(token)))
 
     def finish(self) -> str:
         """What is left when the sequence ends: a replacement character where it ends inside a character, and otherwise nothing."""
@@ -110,17 +112,18 @@ class Tokenizer:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
-    def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
-        """Text of ids, special tokens left out; bytes that are no UTF-8 become replacement characters.
+    def decode(self, ids: Iterable[int], *, continuation: bool = False, special: bool = False) -> str:
+        """Text of ids, special tokens left out, or written by their names where `special`; bytes that are no UTF-8 become replacement
+        characters.
 
         Where encoding puts a space before the first word (sentencepiece), it is taken away again, unless the ids continue other text.
         """
-        stream = self.stream(continuation=continuation)
+        stream = self.stream(continuation=continuation, special=special)
         return "".join([*(stream.push(token) for token in ids), stream.finish()])
 
-    def stream(self, *, continuation: bool = False) -> TokenStream:
+    def stream(self, *, continuation: bool = False, special: bool = False) -> TokenStream:
         """An incremental `decode`: the pushed pieces and `finish()` add up to it."""
-        return TokenStream(self._vocabulary, continuation)
+        return TokenStream(self._vocabulary, continuation, special)
 
 
 def _is_unicode(text: str) -> bool:
