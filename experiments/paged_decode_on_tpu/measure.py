@@ -28,6 +28,7 @@ from partinf.layout import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof.hlo import Module
+from partinf.proof.pace import pace_of
 from partinf.proof.schedule import Reader
 from partinf.proof.topology import mesh_of
 from partinf.transformer.kernels import tiles as kernels
@@ -51,14 +52,16 @@ def compiled(plan: Plan, bucket: Bucket, tiles: kernels.Tiles) -> dict[str, Any]
     """What the compiler says of everything but collectives; kernels priced from the ledger."""
     PLATFORMS["tpu"] = replace(TPU, tiles=tiles)
     program = compile_step(plan, mesh_of(plan), bucket, unrolled=False)
-    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, plan.slice.chip.hop_seconds)
-    schedule = Reader(Module(program.as_text()), plan.slice, network).read()
+    pace = pace_of(plan.slice)
+    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, pace.hop_seconds)
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
     core = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == DECODE.core)
-    names = sorted(set(schedule.unestimated))
-    assert names == (["paged_decode"] if tiles.paged else [])
-    seconds = schedule.compute_seconds + (core if names else 0.0)
-    return {"seconds": seconds, "of_kernels": core if names else 0.0, "temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+    kernels = {"paged_decode": lambda _, runs: core / runs}
+    schedule = Reader(Module(program.as_text()), plan.slice, network, kernels=kernels, pace=pace).read()
+    assert list(schedule.kernels) == (["paged_decode"] if tiles.paged else [])
+    of_kernels = sum(kernel.seconds for kernel in schedule.kernels.values())
+    memory = program.memory_analysis().temp_size_in_bytes
+    return {"seconds": schedule.compute_seconds, "of_kernels": of_kernels, "temporary_bytes": memory}
 
 
 def read_tokens(tiles: kernels.Tiles) -> float:

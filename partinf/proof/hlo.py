@@ -141,8 +141,13 @@ class Module:
         elif instruction.opcode == "call":
             yield from self._blocks(instruction.called("to_apply") or "", times, depth, taken)
         elif instruction.opcode == "conditional":
-            for branch in re.findall(r"%([\w.\-]+)", _braced(instruction.rest, "branch_computations")):
+            for branch in self.branches(instruction):
                 yield from self._blocks(branch, times * taken(instruction), depth, taken)
+
+    @staticmethod
+    def branches(conditional: Instruction) -> list[str]:
+        """The computations among which a conditional chooses."""
+        return re.findall(r"%([\w.\-]+)", _braced(conditional.rest, "branch_computations"))
 
     def trip_count(self, loop: Instruction) -> int:
         """How often a counted loop runs: what the compiler notes, or the bound that its condition compares with."""

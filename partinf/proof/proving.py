@@ -1,8 +1,8 @@
 """`prove` compiles the steps of a plan for its slice and reads what came out.
 
-The time of a step is an estimate: per block the longer of the compiler's cycles and the bytes at the full rate of HBM, plus every
-collective of the compiled text by the analytic model of the network (one hop latency per hop added, nothing fitted), less what the
-schedule hides; never below one read of weights and cache.
+The time of a step is an estimate: a walk over the compiled schedule (`partinf.proof.walk`) with the compiler's cycles, the transfers of HBM
+beside them and every collective by the analytic model of the network (one hop latency per hop added), corrected by what was read from
+traces of the chip (`partinf.proof.pace`) and fitted to nothing; never below one read of weights and cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from partinf.buckets import split_of
 from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
-from partinf.cost.items import DECODE
+from partinf.cost.items import DECODE, Item
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import PLAIN, TILED, Pricing
 from partinf.cost.step import step_ledger
@@ -24,10 +24,11 @@ from partinf.foundation.errors import InvalidInput
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.proof.compare import differences, extra_copies, planned_collectives, stored_padding
-from partinf.proof.hlo import Frame, Module
+from partinf.proof.hlo import Frame, Instruction, Module
+from partinf.proof.pace import pace_of, stated_byte_rate
 from partinf.proof.process import Compiled, Limits, compile_bucket
-from partinf.proof.report import Estimate, Memory, Proof, StepProof
-from partinf.proof.schedule import Reader, Schedule, byte_rate
+from partinf.proof.report import Estimate, Memory, Proof, StepProof, Work
+from partinf.proof.schedule import KernelTime, Reader, Schedule
 from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
@@ -81,9 +82,11 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         said = compiled.refusal.splitlines()[0]
         return StepProof(str(bucket), False, held, compiled.seconds, refusal=said, advice=_advice(plan, bucket, held))
     held = _memory(compiled.memory, usable)
-    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, plan.slice.chip.hop_seconds)
-    schedule = Reader(Module(compiled.program), plan.slice, network, _taken(plan, bucket)).read()
+    pace = pace_of(plan.slice)
+    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, pace.hop_seconds)
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
+    kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
+    schedule = Reader(Module(compiled.program), plan.slice, network, _taken(plan, bucket), kernels, pace).read()
     estimate = _estimate(plan, ledger, schedule)
 
     def seconds(op: str, axes: tuple[str, ...], num_bytes: int) -> float:
@@ -99,7 +102,7 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         compiled.seconds,
         schedule.collectives,
         tuple(sorted(found, key=lambda d: -abs(d.seconds))),
-        schedule.work[:_LISTED],
+        _listed(schedule.work),
         estimate,
         _planned_seconds(plan, bucket),
     )
@@ -132,20 +135,36 @@ def _memory(kinds: dict[str, int], usable: int) -> Memory:
     return Memory(kinds["argument"], kinds["temp"], kinds["output"], kinds["alias"], kinds["generated_code"], needed, usable)
 
 
+def _listed(work: Sequence[Work]) -> tuple[Work, ...]:
+    """The dearest, and the others as one, so that they sum to the whole."""
+    rest = work[_LISTED:]
+    what = f"{len(rest)} instructions that take less"
+    others = [Work(what, 1, sum(one.seconds * one.count for one in rest), 0, False, "")] if rest else []
+    return (*work[:_LISTED], *others)
+
+
+def _from_ledger(ledger: Ledger, item: Item) -> Callable[[Instruction, float], float]:
+    """The time of one run of a kernel that does the work of an entry."""
+    total = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == item)
+    return lambda _, runs: total / runs
+
+
 def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
     hidden = sum(c.seconds * c.count * c.overlapped_fraction for c in schedule.collectives)
     exposed = sum(c.exposed_seconds for c in schedule.collectives)
-    floor = (ledger.weight_bytes + ledger.kv_bytes) / byte_rate(plan.slice.chip)
+    floor = (ledger.weight_bytes + ledger.kv_bytes) / stated_byte_rate(plan.slice.chip)
     compute, notes = schedule.compute_seconds, []
     if not plan.slice.chip.clock:
         compute = max(compute, sum(e.exposed_seconds for e in ledger.entries if e.op is None))
         notes.append(f"the clock of {plan.slice.chip.name} is not known: compute is that of the plan's roofline")
-    for name in sorted(set(schedule.unestimated)):
-        seconds = sum(e.exposed_seconds for e in ledger.entries if e.item == _KERNELS.get(name))
-        compute += seconds
-        priced = f"priced from the ledger, {1e3 * seconds:.3g} ms in all" if seconds else "without an estimate"
-        notes.append(f"kernel {name}: {priced}")
-    return Estimate(compute, exposed, hidden, floor, _ERROR, "; ".join(notes))
+    notes += [f"kernel {name}: {_said_of(kernel)}" for name, kernel in sorted(schedule.kernels.items())]
+    of_kernels = sum(kernel.seconds for kernel in schedule.kernels.values())
+    return Estimate(compute, exposed, hidden, floor, _ERROR, "; ".join(notes), of_kernels)
+
+
+def _said_of(kernel: KernelTime) -> str:
+    how = "priced from the ledger" if kernel.known else "no time is known, priced at one read of all that it is handed"
+    return f"{how}, {1e3 * kernel.seconds:.3g} ms in all"
 
 
 def _planned_seconds(plan: Plan, bucket: Bucket) -> float:

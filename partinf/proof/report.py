@@ -92,9 +92,10 @@ class Estimate:
     """Time of one step.
 
     Attributes:
-        compute: per block the longer of its cycles and its bytes, summed. collectives: exposed time. overlapped: hidden time.
+        compute: what the core does and waits for, but for collectives. collectives: exposed time. overlapped: hidden time.
         floor: weights and cache read once at the full bandwidth of HBM; no step is shorter.
         error: relative error to expect. note: what the estimate leaves out or borrows.
+        kernels: the part of `compute` behind which no cycles of the compiler stand, but a rate or the ledger; `note` says which.
     """
 
     compute: float
@@ -103,6 +104,7 @@ class Estimate:
     floor: float
     error: float
     note: str = ""
+    kernels: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -115,7 +117,7 @@ class StepProof:
 
     Attributes:
         refusal: the compiler's message when it does not fit. advice: the smallest change that would make it fit.
-        work: the dearest instructions beside collectives. estimate: None when it does not fit.
+        work: the dearest instructions beside collectives, and all others as one. estimate: None when it does not fit.
         planned_seconds: what the plan's own account says for the same bucket.
     """
 

@@ -1,31 +1,31 @@
-"""What runs when: collectives of the compiled program with their axes and sources, what hides them, and the time of everything else.
+"""What a compiled program does and how long each piece takes: collectives with their axes, sources and hidden parts, and all other work.
 
-The text is in schedule order. A collective is hidden only where its start and its done enclose work of the same block, and only by as
-much time as that work takes; each piece of work hides one collective at most. Where the compiler carries a collective forward inside other
-fusions, only those count.
+The text is in schedule order; the time of each piece comes from a walk over it (`partinf.proof.walk`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from partinf.cost.collectives import Network
 from partinf.cost.ledger import Op
-from partinf.hardware.chips import Chip
 from partinf.hardware.slices import DCN_AXIS, Slice
 from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Module, Shape, groups
+from partinf.proof.pace import Pace, pace_of
 from partinf.proof.report import Collective, Work
-from partinf.proof.traffic import collective_of, collective_op, hbm_bytes, is_kernel, stage_of
+from partinf.proof.traffic import collective_of, collective_op, is_kernel
+from partinf.proof.walk import Walk
 
 # Modules that move or multiply for others, as paths in the compiled text: the line that called them says more.
 CARRIERS = tuple(
     f"partinf/{name}.py" for name in ("partition/collectives", "partition/collective_matmul", "partition/quantize", "transformer/linear")
 )
 
-_RUN = ("while", "call", "conditional")  # what runs computations of its own
 _FED_BY = 3  # how many instructions back the source of a nameless one is looked for
 # jax's names of collectives → ours.
 _ASKED = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_to_all": "all-to-all", "ppermute": "collective-permute"}
@@ -34,102 +34,115 @@ _ASKED |= {"psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"}
 
 @dataclass(frozen=True)
 class Schedule:
-    """A compiled program, read.
+    """A compiled program, read. `seconds` is the time of all `work` and of the exposed parts of all `collectives`.
 
     Attributes:
-        compute_seconds: per block the longer of cycles and bytes, times how often it runs. work: what takes it, the dearest first.
-        unestimated: names of kernels for which the compiler gives no cycles.
+        work: what takes the time beside collectives, waiting for transfers included; the dearest first.
+        kernels: those for which the compiler gives no cycles, by name.
     """
 
-    compute_seconds: float
+    seconds: float
     hbm_bytes: float
     collectives: tuple[Collective, ...]
     work: tuple[Work, ...]
-    unestimated: tuple[str, ...]
+    kernels: Mapping[str, KernelTime]
+
+    @property
+    def compute_seconds(self) -> float:
+        """The part that is not exposed time of collectives."""
+        return sum(one.seconds * one.count for one in self.work)
+
+
+class KernelTime(NamedTuple):
+    """Of all runs of a kernel.
+
+    Attributes:
+        known: whether somebody gave it a time; else it takes as long as it takes to move all that it is handed.
+    """
+
+    seconds: float
+    runs: int
+    known: bool
 
 
 class Reader:
     """Reads a module for one slice."""
 
-    def __init__(self, module: Module, slice_: Slice, network: Network, taken: Callable[[Sequence[Frame]], float] = lambda _: 1.0) -> None:
+    def __init__(
+        self,
+        module: Module,
+        slice_: Slice,
+        network: Network,
+        taken: Callable[[Sequence[Frame]], float] = lambda _: 1.0,
+        kernels: Mapping[str, Callable[[Instruction, float], float]] | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         """
         Args:
             taken: how often of all times the branches of a conditional run, by the lines that it comes from.
+            kernels: seconds of one run of a kernel without cycles, by the name that its instructions begin with; given the instruction and
+                how many of that name run.
+            pace: constants beside the compiler's account; those of the chip by default.
         """
         self._module = module
         self._taken = lambda conditional: taken(module.source(conditional))
         self._sizes = slice_.axis_sizes
         self._network = network
-        self._clock = slice_.chip.clock
-        self._byte_rate = byte_rate(slice_.chip)
+        self._kernels = kernels or {}
+        self._pace = pace or pace_of(slice_)
+        self._times: dict[str, float] = defaultdict(float)
+        for block, times in module.blocks(self._taken):
+            self._times[block.name] += times
+        self._runs: dict[str, float] = defaultdict(float)
+        for block, kernel in self._every(is_kernel):
+            self._runs[kernel_name(kernel)] += self._times[block.name]
+
+    def _every(self, wanted: Callable[[Instruction], bool]) -> Iterator[tuple[Computation, Instruction]]:
+        for name in self._times:
+            block = self._module.computations[name]
+            yield from ((block, instruction) for instruction in block.instructions if wanted(instruction))
 
     def read(self) -> Schedule:
         """The whole program."""
-        seconds = moved = 0.0
+        walk = Walk(self._module, self._pace, self._priced, self._kernel_seconds, self._taken)
         collectives: list[Collective] = []
         work: list[Work] = []
-        unestimated: list[str] = []
-        for block, times in self._module.blocks(self._taken):
-            spent, num_bytes = self._block(block)
-            seconds += times * spent
-            moved += times * num_bytes
-            hidden = self._hidden(block)
-            for instruction in block.instructions:
-                if collective_of(self._module, block, instruction):
-                    collectives += self._collectives(block, instruction, times, hidden.get(instruction.name, 0.0))
-                elif instruction.cycles:
-                    work.append(self._work(block, instruction, times))
-                elif is_kernel(instruction):
-                    unestimated.append(instruction.name.partition(".")[0])
+        kernels: dict[str, KernelTime] = {}
+        for block, instruction in self._every(lambda _: True):
+            times, spent = self._times[block.name], walk.spent.get((block.name, instruction.name), 0.0)
+            if collective_of(self._module, block, instruction):
+                collectives += self._collectives(block, instruction, times, spent)
+            elif spent or instruction.cycles:
+                work.append(self._work(block, instruction, times, spent))
+            if is_kernel(instruction):
+                name = kernel_name(instruction)
+                before = kernels.get(name, KernelTime(0.0, 0, name in self._kernels))
+                kernels[name] = before._replace(seconds=before.seconds + spent, runs=before.runs + round(times))
         dearest = sorted(work, key=lambda one: -one.seconds * one.count)
-        return Schedule(seconds, moved, _summed(collectives), tuple(dearest), tuple(unestimated))
+        return Schedule(walk.seconds, walk.moved, _summed(collectives), tuple(dearest), kernels)
 
-    def _block(self, block: Computation) -> tuple[float, int]:
-        """Seconds of one run of a block without its collectives, the longer of cycles and bytes; and the bytes."""
-        cycles = sum(instruction.cycles for instruction in block.instructions)
-        num_bytes = sum(hbm_bytes(self._module, block, instruction) for instruction in block.instructions)
-        return max(cycles / self._clock if self._clock else 0.0, num_bytes / self._byte_rate), num_bytes
+    def _kernel_seconds(self, kernel: Instruction) -> float | None:
+        name = kernel_name(kernel)
+        return self._kernels[name](kernel, self._runs[name]) if name in self._kernels else None
 
-    def time(self, block: Computation, instruction: Instruction) -> float:
-        """Seconds of one instruction that is no collective; of a loop, those of all that it runs and that hides nothing within it."""
-        inside = list(self._module.within(instruction, self._taken))
-        if inside:
-            return sum(times * max(0.0, self._block(part)[0] - sum(self._hidden(part).values())) for part, times in inside)
-        cycles = instruction.cycles / self._clock if self._clock else 0.0
-        return max(cycles, hbm_bytes(self._module, block, instruction) / self._byte_rate)
+    def _priced(self, block: Computation, instruction: Instruction) -> tuple[tuple[str, ...], float]:
+        """Axes and seconds of a collective."""
+        op, axes, payloads, _ = self._described(block, instruction)
+        return axes, self._seconds(op, axes, sum(shape.num_bytes for shape in payloads))
 
-    def _hidden(self, block: Computation) -> dict[str, float]:
-        """Time of the work that each open collective encloses; of one that fusions carry forward, the time of those fusions."""
-        open_: dict[str, float] = {}
-        closed: dict[str, float] = {}
-        carried: dict[str, str] = {}  # channel → the fusion that started its collective
-        for instruction in block.instructions:
-            stage = stage_of(self._module, instruction)
-            if stage is not None and stage[0] == "start":
-                carried[stage[1]] = instruction.name
-                closed[instruction.name] = 0.0
-            elif stage is not None and stage[0] == "step":
-                closed[carried[stage[1]]] += self.time(block, instruction)
-            elif instruction.opcode.endswith("-start") and collective_of(self._module, block, instruction):
-                open_[instruction.name] = 0.0
-            elif instruction.opcode.endswith("-done") and instruction.operands and instruction.operands[0] in open_:
-                closed[instruction.operands[0]] = open_.pop(instruction.operands[0])
-            elif open_ and (instruction.cycles or instruction.opcode in _RUN):
-                first = next(iter(open_))  # work hides the collective that has been open longest
-                open_[first] += self.time(block, instruction)
-        return closed
-
-    def _collectives(self, block: Computation, instruction: Instruction, times: float, hidden: float) -> list[Collective]:
+    def _described(self, block: Computation, instruction: Instruction) -> tuple[str, tuple[str, ...], list[Shape], Instruction]:
         home, inner = collective_of(self._module, block, instruction) or (block, instruction)
         op = collective_op(inner) or ""
         if op == "all-reduce" and home.name.startswith("all-reduce-scatter"):  # fused with the slice of its result
             op = "reduce-scatter"
         axes = (DCN_AXIS,) if inner.opcode == "send" else axes_of(groups(inner), self._sizes)
-        payloads = _payloads(home, inner, op)
-        source = self._source(block, instruction)
-        asked = self._asked(inner)
+        return op, axes, _payloads(home, inner, op), inner
+
+    def _collectives(self, block: Computation, instruction: Instruction, times: float, exposed: float) -> list[Collective]:
+        op, axes, payloads, inner = self._described(block, instruction)
+        source, asked = self._source(block, instruction), self._asked(inner)
         total = self._seconds(op, axes, sum(shape.num_bytes for shape in payloads))
-        fraction = min(1.0, hidden / total) if total else 0.0
+        fraction = round(max(0.0, 1 - exposed / (total * times)), 9) if total and times else 0.0
         share = sum(shape.num_bytes for shape in payloads) or 1
         return [
             Collective(
@@ -167,12 +180,16 @@ class Reader:
         moving = {"parameter", "constant", "dynamic-slice", "bitcast", "copy", "transpose", "slice", "reshape", "tuple"}
         return called is not None and all(inner.opcode in moving for inner in called.instructions)
 
-    def _work(self, block: Computation, instruction: Instruction, times: float) -> Work:
-        shape = instruction.shapes[0]
+    def _work(self, block: Computation, instruction: Instruction, times: float, spent: float) -> Work:
+        shape, count = instruction.shapes[0], max(round(times), 1)
         argument = self._module.argument(block, instruction)
         what = f"{instruction.opcode} of {argument + ' ' if argument else ''}{shape.dtype}{list(shape.dims)}"
+        if is_kernel(instruction):
+            what = f"kernel {kernel_name(instruction)}, {shape.dtype}{list(shape.dims)}"
+        elif instruction.opcode.endswith("-done"):
+            what = f"waiting in {what}"
         source, moves = self._source(block, instruction), self._only_moves(instruction)
-        return Work(what, max(round(times), 1), self.time(block, instruction), shape.num_bytes, moves, source)
+        return Work(what, count, spent / count, shape.num_bytes, moves, source)
 
 
 def _payloads(home: Computation, collective: Instruction, op: str) -> list[Shape]:
@@ -186,9 +203,9 @@ def _payloads(home: Computation, collective: Instruction, op: str) -> list[Shape
     return list(collective.shapes[len(operands) : 2 * len(operands)])  # (inputs, outputs, …)
 
 
-def byte_rate(chip: Chip) -> float:
-    """Bytes per second of HBM of one device."""
-    return chip.hbm_bandwidth / chip.devices_per_chip
+def kernel_name(kernel: Instruction) -> str:
+    """The name of a kernel, without the number that tells its instructions apart."""
+    return kernel.name.partition(".")[0]
 
 
 def axes_of(members: Sequence[tuple[int, ...]], sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Arrays in on-chip memory count nothing.
 
 from __future__ import annotations
 
+import math
 import re
 
 from partinf.proof.hlo import Computation, Instruction, Module
@@ -19,9 +20,11 @@ _SEMAPHORE = 2  # the memory space of what a transfer signals with
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BETWEEN_SLICES = {"ONE_TO_ONE": "collective-permute"}  # the others have the names of collectives
 _VIEWS = {"bitcast", "reshape", "transpose", "copy"}
+_MOVING = {*_VIEWS, "convert", "broadcast", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate"}
 _SLICES = ("dynamic-slice", "slice", "gather")
 # Which operand of an update in place holds the new values.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+_INTEGERS = {"s8", "u8"}
 _DEEPEST = 6  # views and fusions within fusions that are followed
 
 
@@ -74,6 +77,45 @@ def stage_of(module: Module, instruction: Instruction) -> tuple[str, str] | None
 def is_kernel(instruction: Instruction) -> bool:
     """A program of its own within the program, of which the compiler knows neither cycles nor what it reads of its operands."""
     return instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest and not instruction.cycles
+
+
+def kernel_bytes(computation: Computation, kernel: Instruction) -> int:
+    """Bytes of HBM that a kernel is handed and makes: more than it moves where it picks, and all that can be said of one unknown."""
+    operands = [computation.by_name[name] for name in kernel.operands if name in computation.by_name]
+    return sum(shape.hbm_bytes for one in (*operands, kernel) for shape in one.shapes)
+
+
+def product_of(module: Module, computation: Computation, instruction: Instruction) -> tuple[float, bool] | None:
+    """Multiplications and additions of a product, alone or fused with what stands around it, and whether of integers; None for others.
+
+    An upper bound where a product has dimensions of a batch.
+    """
+    found = _products(module, computation, instruction)
+    if not found:
+        return None
+    total, integers = 0.0, True
+    for home, product in found:
+        sides = [home.by_name[name].shapes[0] for name in product.operands[:2] if name in home.by_name and home.by_name[name].shapes]
+        total += 2 * math.sqrt(math.prod(math.prod(shape.dims) for shape in (*sides, product.shapes[0])))
+        integers = integers and all(shape.dtype in _INTEGERS for shape in sides)
+    return total, integers
+
+
+def _products(module: Module, home: Computation, instruction: Instruction, depth: int = 0) -> list[tuple[Computation, Instruction]]:
+    if instruction.opcode in ("convolution", "dot"):
+        return [(home, instruction)]
+    called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
+    if called is None or depth >= _DEEPEST:
+        return []
+    return [found for inner in called.instructions for found in _products(module, called, inner, depth + 1)]
+
+
+def only_moves(module: Module, instruction: Instruction) -> bool:
+    """Whether an operation, alone or fused, computes nothing: it copies, picks, lays out anew or converts."""
+    if instruction.opcode in _MOVING:
+        return True
+    called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None
+    return called is not None and all(inner.opcode in _MOVING | {"parameter", "constant", "tuple"} for inner in called.instructions)
 
 
 def hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:

@@ -1,0 +1,100 @@
+"""Constants of a chip beside the TPU compiler's own account of a program: what separates its cycles from what was seen in traces.
+
+The compiler expects too much of small operations, and of products whose weights lie on the chip already; how much was read from profiler
+traces where there are any (`hardware/pace.toml`, with the evidence of each row). A chip without a row takes that of its family.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from partinf.foundation import resources
+from partinf.foundation.errors import raise_offences
+from partinf.hardware.chips import Chip
+from partinf.hardware.slices import Slice
+
+_TABLE = "hardware/pace.toml"
+_OPTIONAL = "hop_seconds"
+_KEYS = {"hbm_share", "product_share", "moving_share", "least_seconds", "small_seconds", "evidence"}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Rates of one device.
+
+    Attributes:
+        clock: of the compiler's cycles; 0 where it is not known, and cycles take no time then.
+        byte_rate: bytes/s between HBM and the device that transfers reach.
+        product_share: share of the compiler's cycles that a product takes, beside the bytes that it moves.
+        moving_share: the same for an operation that only moves or converts what it is given.
+        flops, int8_flops: FLOP/s of its matrix unit, below whose time that share takes no product.
+        least_seconds: the least that the compiler says of an operation that passes over arrays. small_seconds: what the least takes.
+        hop_seconds: time of one hop of a collective, added to that of its bytes.
+        evidence: where these come from.
+    """
+
+    clock: float
+    byte_rate: float
+    product_share: float
+    moving_share: float
+    flops: float
+    int8_flops: float
+    least_seconds: float
+    small_seconds: float
+    hop_seconds: float
+    evidence: str
+
+    def product(self, cycles: int, operations: float, integers: bool) -> float:
+        """Seconds of a product, from the compiler's cycles and its multiplications and additions."""
+        said = self._said(cycles)
+        peak = self.int8_flops if integers else self.flops
+        return min(said, max(self.product_share * said, operations / peak))
+
+    def moving(self, cycles: int) -> float:
+        """Seconds of an operation that only moves or converts; its bytes may take longer."""
+        said = self._said(cycles)
+        return min(said, max(self.small_seconds, self.moving_share * said))
+
+    def other(self, cycles: int) -> float:
+        """Seconds of any other operation: the compiler's, less what it says too much of the least one."""
+        said = self._said(cycles)
+        return min(said, max(self.small_seconds, said - (self.least_seconds - self.small_seconds)))
+
+    def _said(self, cycles: int) -> float:
+        return cycles / self.clock if self.clock else 0.0
+
+
+@functools.cache
+def _rows() -> Mapping[str, Mapping[str, float | str]]:
+    rows = tomllib.loads(resources.package_file(_TABLE).read_text())
+    offences = [f"{_TABLE} [{name}]: {key}: missing" for name, row in rows.items() for key in sorted(_KEYS - set(row))]
+    offences += [f"{_TABLE} [{name}]: unknown key '{key}'" for name, row in rows.items() for key in row if key not in _KEYS | {_OPTIONAL}]
+    raise_offences(offences)
+    return rows
+
+
+def pace_of(slice_: Slice) -> Pace:
+    """The constants of one device of a slice."""
+    chip, rows = slice_.chip, _rows()
+    row = rows.get(chip.name) or rows[chip.family]
+    share = chip.devices_per_chip
+    return Pace(
+        clock=chip.clock,
+        byte_rate=stated_byte_rate(chip) * float(row["hbm_share"]),
+        product_share=float(row["product_share"]),
+        moving_share=float(row["moving_share"]),
+        flops=chip.peak_bf16 / share,
+        int8_flops=chip.peak_int8 / share,
+        least_seconds=float(row["least_seconds"]),
+        small_seconds=float(row["small_seconds"]),
+        hop_seconds=float(row.get(_OPTIONAL, chip.hop_seconds)),
+        evidence=str(row["evidence"]),
+    )
+
+
+def stated_byte_rate(chip: Chip) -> float:
+    """Bytes per second of HBM of one device, as the maker states it."""
+    return chip.hbm_bandwidth / chip.devices_per_chip
