@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
     flags.check()
     devices.prepare(None, virtual_devices=max(1, count))
     from partinf.hardware.hardware_file import default_path, write_hardware
-    from partinf.measure.calibrate import calibrate
-    from partinf.measure.probes import price
-    from partinf.partition.sharding import local_slice
+    from partinf.measure.calibrate import calibrate, predicted_seconds
 
     started = time.perf_counter()
     say = lambda stage: print(stage, file=sys.stderr)  # noqa: E731
@@ -54,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output) if args.output else default_path(rates.device_kind, rates.devices)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(write_hardware(chip))
-    slice_ = local_slice(chip=chip)
-    predicted = [price(probe, slice_, rates, rates.type(probe.plan.weights.value)) for probe in probes]
+    predicted = predicted_seconds(chip, probes)
     if args.format == "json":
         print(json.dumps(_json(chip, path, probes, predicted, time.perf_counter() - started), indent=2))
     else:

@@ -192,11 +192,6 @@ class Sequence:
         done = first.num_generated or read or first.status in (Status.FINISHED, Status.HELD)
         return first is not self and not done
 
-    @property
-    def exhausted(self) -> bool:
-        """Every token that may be sampled has been scheduled; the sequence only waits for its output."""
-        return self.num_scheduled >= self.max_positions
-
     def append(self, sampled: SampledToken, now: float) -> None:
         """Take a token that was sampled, with what was asked for beside it."""
         self.tokens.append(sampled.token)

@@ -7,6 +7,7 @@ Everything is returned as a real path, since weights are mapped into memory from
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,11 @@ def package_file(name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{name} is missing from the installed package at {path.parent}")
     return path
+
+
+def python_path() -> str:
+    """The PYTHONPATH with which a process that is started finds this very package, wherever it runs."""
+    return os.pathsep.join([str(_package().parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _package() -> Path:

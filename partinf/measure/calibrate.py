@@ -22,7 +22,7 @@ from partinf.hardware.platform import platform_named
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.hardware.slices import Slice
 from partinf.measure.collectives import collective_call
-from partinf.measure.probes import Probe, declared, fit, prepare
+from partinf.measure.probes import Probe, declared, fit, prepare, price
 from partinf.measure.products import memory_call, products_call, weight_matrices
 from partinf.measure.timing import Call, Timing, alternate
 from partinf.partition.sharding import by_place, devices_here, local_slice, mesh_in_order
@@ -61,6 +61,13 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
     calls = measured.calls(on_stage)
     on_stage("timing all of them in turn")
     return measured.chip(alternate(calls, budget))
+
+
+def predicted_seconds(chip: Chip, probes: Sequence[Probe]) -> list[float]:
+    """What the probes would take on the devices here by the rates of a chip that `calibrate` returns."""
+    rates, slice_ = chip.rates, local_slice(chip=chip)
+    assert rates is not None
+    return [price(probe, slice_, rates, rates.type(probe.plan.weights.value)) for probe in probes]
 
 
 class Measured:

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.platform import CPU, TPU, Platform
 from partinf.hardware.slices import Slice
@@ -114,12 +115,8 @@ def _environment(slice_: Slice) -> dict[str, str]:
 
 def _run(directory: Path, seconds: float, environment: dict[str, str]) -> tuple[int, str]:
     """Run the worker in a session of its own, so that whatever it starts ends with it; its exit code and the end of its errors."""
-    import partinf
-
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)}
-    root = str(Path(partinf.__file__).parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**kept, **environment, "TMPDIR": str(directory), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**kept, **environment, "TMPDIR": str(directory), "PYTHONPATH": resources.python_path()}
     with (directory / "errors").open("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *_WORKER, str(directory)],

@@ -16,12 +16,11 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-import partinf
+from partinf.foundation import resources
 from partinf.foundation.errors import Overloaded
 from partinf.serve.chat_template import MOST_CHARACTERS, ChatTemplate, TemplateRefusal
 from partinf.serve.template_process import ENDED_FOR_MEMORY, LENGTH, Conversation, Rendered, Template, frame
@@ -104,8 +103,6 @@ class _Process:
     def __init__(self, template: Template) -> None:
         """Starts it, which does not wait until it has come up."""
         self._socket, theirs = socket.socketpair()
-        root = str(Path(partinf.__file__).parents[1])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with theirs:
             try:
                 self._child = subprocess.Popen(
@@ -113,7 +110,7 @@ class _Process:
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,  # it would repeat what clients send
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                    env={**os.environ, "PYTHONPATH": resources.python_path()},
                 )
             except BaseException:
                 self._socket.close()

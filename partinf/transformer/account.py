@@ -89,10 +89,6 @@ class Account:
     def num_collectives(self) -> int:
         return sum(self.collectives.values())
 
-    @property
-    def collective_bytes(self) -> int:
-        return sum(collective.num_bytes * count for collective, count in self.collectives.items())
-
 
 def trace_account(plan: Plan, bucket: Bucket) -> Account:
     """Count the step of one bucket, traced over the plan's mesh without devices."""

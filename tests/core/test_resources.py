@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,10 @@ def test_package_file_finds_what_lives_inside_the_package() -> None:
 def test_every_shipped_name_is_found(kind: resources.Kind) -> None:
     for name in resources.names(kind):
         assert resources.find(kind, name).exists()
+
+
+def test_a_process_that_is_started_finds_this_package_first(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert resources.python_path() == str(checkout)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert resources.python_path() == os.pathsep.join([str(checkout), "elsewhere"])
