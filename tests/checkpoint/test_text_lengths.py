@@ -180,6 +180,17 @@ def test_the_engine_refuses_a_text_that_cannot_fit() -> None:
     assert time.process_time() - start < 3
 
 
+def test_a_text_without_a_bound_is_judged_by_its_beginning(several: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accents without letters, which NFC may put in another order: the whole of them would be millions of ids."""
+    tokenizer, encoded = several["nfc"], []
+    vocabulary = tokenizer._vocabulary
+    encode = vocabulary.encode
+    monkeypatch.setattr(vocabulary, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    with pytest.raises(InvalidInput, match="more than the 100 that fit"):
+        tokenizer.encode("\u0301\u0323" * 1_000_000, limit=100)
+    assert 0 < max(encoded) < 100_000
+
+
 def test_where_text_may_vanish_nothing_is_refused(several: dict[str, Tokenizer]) -> None:
     text = "the lazy dog b c" * 99
     unbounded = {name for name, tokenizer in several.items() if not tokenizer._vocabulary.least_tokens(text, 10**9)}

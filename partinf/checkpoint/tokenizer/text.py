@@ -14,6 +14,9 @@ from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
 from partinf.foundation.errors import InvalidInput
 
 _PLAIN_CHARACTERS = 4  # per token: a text that is no longer than that is encoded as it is, a longer one is measured first
+# A text of which no bound is known (accents without letters that a normalizer puts in order) is judged by its beginning: so many
+# characters at least, and so many per token of room.
+_BEGINNING, _BEGINNING_PER_TOKEN = 1 << 16, 4
 
 
 class TokenStream:
@@ -96,6 +99,10 @@ class Tokenizer:
             raise InvalidInput("the text holds half of a surrogate pair, which is no Unicode text")
         if room is not None and len(text) > _PLAIN_CHARACTERS * max(room, 0):
             least = self._vocabulary.least_tokens(text, room)
+            beginning = max(_BEGINNING, _BEGINNING_PER_TOKEN * room)
+            if least <= room and len(text) > 4 * beginning:
+                # The ids of a beginning are those of the text but for the last few, so half of them is a safe bound.
+                least = max(least, len(self._vocabulary.encode(text[:beginning])) // 2)
             if least > room:
                 raise TooLong(f"the text has at least {least + added} tokens, more than the {room + added} that fit")
         return self._vocabulary.encode(text)
