@@ -31,30 +31,10 @@ LETTERS: Mapping[str, str] = {
 
 _AXIS = re.compile(r"[a-z][0-9]*")
 _NAME = re.compile(r"[a-z][a-z0-9]*")
-_DIM = re.compile(r"(?P<letter>[A-Z])(?:_(?P<axes>(?:\{[a-z0-9]+\}|[a-z][0-9]*)+))?$")
-
-
-def split_axes(text: str) -> tuple[str, ...]:
-    """`"x0yz"` → `("x0", "y", "z")`; names of several letters stand in braces: `"{dcn}x"` → `("dcn", "x")`.
-
-    Raises:
-        InvalidInput: if something in `text` is not an axis name.
-    """
-    names: list[str] = []
-    rest = text
-    while rest:
-        braced = re.match(r"\{([a-z][a-z0-9]*)\}", rest)
-        match = braced or _AXIS.match(rest)
-        if match is None:
-            form = "a letter with an optional number, or a name in braces"
-            raise InvalidInput(f"'{text}': '{rest}' does not begin with an axis name ({form})")
-        names.append(match.group(1) if braced else match.group(0))
-        rest = rest[match.end() :]
-    return tuple(names)
 
 
 def join_axes(names: tuple[str, ...]) -> str:
-    """The inverse of `split_axes`."""
+    """`("x0", "y", "dcn")` → `"x0y{dcn}"`: names of several letters stand in braces."""
     return "".join(name if _AXIS.fullmatch(name) else f"{{{name}}}" for name in names)
 
 
@@ -88,45 +68,3 @@ class ShardedShape:
         words = [letter + (f"_{join_axes(axes)}" if axes else "") for letter, axes in self.dims]
         tail = f" {{{join_axes(self.unreduced)} unreduced}}" if self.unreduced else ""
         return " ".join(words) + tail
-
-    def local_shape(self, sizes: Mapping[str, int], axis_sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape on one device, from the size of each letter and of each axis.
-
-        Raises:
-            InvalidInput: for every dimension that its axes do not divide.
-        """
-        shape, offences = [], []
-        for letter, axes in self.dims:
-            parts = 1
-            for axis in axes:
-                parts *= axis_sizes[axis]
-            if sizes[letter] % parts:
-                offences.append(f"'{self}': {letter} = {sizes[letter]} does not divide into {parts} parts")
-            shape.append(sizes[letter] // parts)
-        if offences:
-            raise InvalidInput(offences)
-        return tuple(shape)
-
-
-def parse_shape(text: str) -> ShardedShape:
-    """Read `"B_x L E_yz {z unreduced}"`; the inverse of `str(ShardedShape)`.
-
-    Raises:
-        InvalidInput: naming every word that is not of that form.
-    """
-    unreduced: tuple[str, ...] = ()
-    body = text.strip()
-    tail = re.search(r"\{([^\s]+) unreduced\}$", body)
-    if tail:
-        unreduced = split_axes(tail.group(1))
-        body = body[: tail.start()].strip()
-    dims, offences = [], []
-    for word in body.split():
-        match = _DIM.match(word)
-        if match is None:
-            offences.append(f"'{text}': '{word}' is not a dimension such as L or E_yz")
-        else:
-            dims.append((match["letter"], split_axes(match["axes"] or "")))
-    if offences:
-        raise InvalidInput(offences)
-    return ShardedShape(tuple(dims), unreduced)

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     plans += [(label, _plan(model, where.name, where.mesh, workload, layout)) for label, layout in _forced(tuple(where.axis_sizes)).items()]
     if where.num_devices > 1:
         plans.append(("one device, not split", _plan(model, f"{where.chip.name}:1", None, workload, None)))
-    results = [_run_one(console, label, plan, tasks) for label, plan in plans]
+    results = [_run_one(label, plan, tasks) for label, plan in plans]
     _show_results(console, results, chosen)
     return 0 if all(result.num_right == results[0].num_right for result in results) else 1
 
@@ -117,7 +117,7 @@ def _explain_choice(console: Console, plan: Plan, workload: Workload) -> None:
     )
 
 
-def _run_one(console: Console, label: str, plan: Plan, tasks: list[Task]) -> Result:
+def _run_one(label: str, plan: Plan, tasks: list[Task]) -> Result:
     from partinf import api
     from partinf.cli.progress import progress_bar
     from partinf.demo_tasks import check

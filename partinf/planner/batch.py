@@ -65,11 +65,13 @@ class BatchAdvice:
         return text
 
 
-def batch_advice(report: PlanReport) -> BatchAdvice:
-    """The largest batch worth decoding together under the best candidate's roles.
+def batch_advice(report: PlanReport) -> BatchAdvice | None:
+    """The largest batch worth decoding together under the best candidate's roles; None where nothing decodes or nothing fits.
 
     The critical batch is that of the chip; the latency bound is that of a decode step when one phase was asked for.
     """
+    if not report.best.fits or report.best.phase("decode") is None:
+        return None
     workload, steps = report.workload, _Steps(report)
     critical = critical_batch(report.slice.chip, workload.weights)
     by_memory = _largest(lambda batch: steps.memory(batch).fits)

@@ -88,7 +88,7 @@ class HostPages:
         shard, groups = pages[0] // self._held_by_each // self._parts, []
         for ids in self._groups(pages, stage):
             taken = jax.tree.leaves(self._take(kv, ids))
-            groups.append([_Part(array, self._of(array, stage, shard), self._pinned) for array in taken])
+            groups.append([_Part(self._of(array, stage, shard), self._pinned) for array in taken])
         self._held[stage, host_pages[0]] = groups
 
     def back(self, kv: Any, pages: Sequence[int], host_pages: Sequence[int], stage: int = 0) -> Any:
@@ -133,7 +133,7 @@ class HostPages:
 class _Part:
     """This process's part of the pages of one leaf, each different piece once."""
 
-    def __init__(self, array: jax.Array, shards: list[Any], pinned: bool) -> None:
+    def __init__(self, shards: list[Any], pinned: bool) -> None:
         self._pieces: dict[str, Any] = {}
         self._places = {each.device: str(each.index) for each in shards}
         for each in shards:

@@ -20,7 +20,7 @@ from partinf.hardware.hardware_file import default_path, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.hardware.slices import make_slice, parse_slice
 from partinf.layout import make_layout
-from partinf.measure.calibrate import ROWS, calibrate
+from partinf.measure.calibrate import ROWS, calibrate, predicted_seconds
 from partinf.measure.collectives import collective_call
 from partinf.measure.entries import Alone, Entries
 from partinf.measure.probes import Probe, Size, fit, price, probes
@@ -160,6 +160,9 @@ def test_calibrating_these_devices() -> None:
     assert {(rate.op, rate.ways) for rate in rates.collectives} == {(op.value, ways) for op in Op for ways in (2, 4, 8)}
     assert all(0 < rate < math.inf for rate in rates.product("f32").rates)
     assert len(timed) == sum(len(buckets) for _, buckets in probes(Size()))
+    predicted = predicted_seconds(chip, timed)
+    assert len(predicted) == len(timed)
+    assert all(0 < seconds < math.inf for seconds in predicted)
 
 
 def test_entries_of_a_ledger_are_timed_at_their_shapes() -> None:

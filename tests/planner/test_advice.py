@@ -92,3 +92,8 @@ def test_heads_that_do_not_split_evenly() -> None:
     assert "1, 2, 3, 4, 6, 8, 12, 16, 24, 48 parts" in said
     assert "padded to 64: 17.8 B parameters more" in said  # as the paper says
     assert head_splits(search(palm, parse_slice("v4:4x4x1"), Workload(1, context_len=128, phase="decode"))) == ""
+
+
+def test_there_is_no_advice_where_nothing_decodes_or_nothing_fits() -> None:
+    assert batch_advice(search(LLAMA, parse_slice("v5e:4x4"), Workload(8, 512, phase="prefill"))) is None
+    assert batch_advice(search(LLAMA, parse_slice("v5e:2x4"), DECODE)) is None

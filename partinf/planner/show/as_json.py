@@ -71,10 +71,9 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
 
 
 def _batch_advice(report: PlanReport) -> dict[str, Any] | None:
-    """How large a decode batch is worth having and what limits it; None where nothing decodes or fits."""
-    if not report.best.fits or report.best.phase("decode") is None:
-        return None
     advice = batch_advice(report)
+    if advice is None:
+        return None
     return {
         "batch": advice.batch,
         "limit": advice.limit,

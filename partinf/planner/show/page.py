@@ -74,8 +74,8 @@ def _verdict(report: PlanReport) -> list[str]:
         rows.append((result.name, roles_of(result), readable_seconds(result.step_seconds), f"{result.mfu:.1%}", rate, cost))
     titles = ("step", "FFN, attention", "takes", "MFU", "tokens per second", "chip·ms per token")
     said = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(plan_of(report, best).note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
-    if best.phase("decode"):
-        said.append(f"<p>Largest batch worth decoding together under these roles: {escape(str(batch_advice(report)))}.</p>")
+    if advice := batch_advice(report):
+        said.append(f"<p>Largest batch worth decoding together under these roles: {escape(str(advice))}.</p>")
     return said
 
 

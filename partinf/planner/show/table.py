@@ -139,8 +139,8 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     if report.workload.phase is None:
         _show_switch(console, report, plan)
     console.print(_memory_bar(best), highlight=False)
-    if best.phase("decode"):
-        console.print(f"Largest batch worth decoding together under these roles: {batch_advice(report)}.", highlight=False)
+    if advice := batch_advice(report):
+        console.print(f"Largest batch worth decoding together under these roles: {advice}.", highlight=False)
     if best.padded_heads:
         console.print(f"{head_splits(report)}.", highlight=False)
     for result in best.phases:
