@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
+OTHER_PATHS = ("/tokenize", "/detokenize")
 
 _NUMBERS = (
     *("0", "-0", "-0.0", "1", "-1", "2", "3", "20", "21", "128", "129", "255", "256", "257", "65535", "65536"),
@@ -140,11 +141,22 @@ FIELDS: dict[str, Make] = {
 }
 
 
+_TOKENIZING: dict[str, Make] = {
+    "prompt": _prompt,
+    "messages": _messages,
+    "tokens": _numbers,
+    "model": lambda rng: rng.choice(('"demo"', "null", "3", "[]")),
+    **dict.fromkeys(("add_special_tokens", "add_generation_prompt", "continue_final_message", "return_token_strs"), _flag),
+    "chat_template_kwargs": anything,
+}
 _NUMBERED = sorted(name for name, make in FIELDS.items() if make in (number, _flag))
 
 
 def body(rng: random.Random) -> tuple[str, bytes]:
     """A path and a body, which may be no JSON; one in three holds but one strange value, so that much of it is looked at."""
+    if rng.random() < 0.1:
+        fields = {name: make(rng) for name, make in _TOKENIZING.items() if rng.random() < 0.3}
+        return rng.choice(OTHER_PATHS), ("{" + ",".join(f'"{name}": {value}' for name, value in fields.items()) + "}").encode()
     path = rng.choice(PATHS)
     own = {"prompt": _prompt(rng)} if path == PATHS[0] else {"messages": _messages(rng)}
     plain = {"prompt": '"sort: b a ="'} if path == PATHS[0] else {"messages": '[{"role": "user", "content": "sort: b a ="}]'}

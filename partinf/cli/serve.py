@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from partinf.serve.server import Loaded, Options
 
 _NEEDED = ("jinja2", "prometheus_client", "starlette", "uvicorn")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _KEY_VARIABLE = "PARTINF_API_KEY"
 _WHOLE = {
     "port": (0, (1 << 16) - 1),
@@ -49,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names to answer to, the first in answers (default: --model)")
     where.add_argument("--chat-template", metavar="FILE", help="instead of the model's own")
+    where.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="answer to pages of this origin in browsers, https://chat.example.org; several may be given; * for all (default: none)",
+    )
     from partinf.engine.policies.registry import described
 
     batch = parser.add_argument_group("the engine")
@@ -166,6 +175,11 @@ def _read(flags: Flags) -> None:
     tokens, rows = args.max_num_batched_tokens, args.max_num_seqs
     if tokens is not None and rows is not None and tokens <= rows:
         flags.offences.append(f"--max-num-batched-tokens {tokens}; it must be above --max-num-seqs, which is {rows}")
+    flags.offences += [
+        f"--cors-origin {origin}: it is no origin; write it as browsers do, https://chat.example.org or http://localhost:3000, or * for all"
+        for origin in args.cors_origin
+        if origin != "*" and _ORIGIN.fullmatch(origin) is None
+    ]
     if any(not key for key in args.api_key):
         flags.offences.append("--api-key: an empty key would let everybody in; leave it out for that")
 
@@ -197,6 +211,7 @@ def _options(args: argparse.Namespace) -> Options:
         max_connections=args.max_connections,
         drain_seconds=args.shutdown_timeout,
         access_log=args.access_log,
+        cors_origins=args.cors_origin,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import importlib.metadata
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -31,8 +34,10 @@ from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailabl
 from partinf.serve.event_stream import ClientGone, EventStream, broken_off, unless_gone
 from partinf.serve.metrics import ServerMetrics
 from partinf.serve.prompts import Served
-from partinf.serve.protocol import ChatBody, CompletionBody, ModelCard, ModelList
+from partinf.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ModelCard, ModelList, TokenizeBody, Version
+from partinf.serve.request_ids import HEADER, RequestIds, log_refusal
 from partinf.serve.token_texts import TokenTexts
+from partinf.serve.tokenizing import ask_text, ask_tokens
 
 _LARGE = 1 << 13  # bytes of a body that is read by another thread: encoding so many takes some milliseconds
 _HUGE, _HUGE_SECONDS = 1 << 20, 10.0  # bytes of a body that waits for others of its size, and how long it does
@@ -68,7 +73,9 @@ class Front:
         running: None until the model is warm. draining: nothing new is taken.
     """
 
-    def __init__(self, names: Sequence[str], api_keys: Sequence[str] = (), bounds: Bounds | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], api_keys: Sequence[str] = (), bounds: Bounds | None = None, cors_origins: Sequence[str] = ()
+    ) -> None:
         self.names = tuple(names)
         self.running: Running | None = None
         self.draining = False
@@ -83,11 +90,16 @@ class Front:
                 Route("/v1/chat/completions", self._guarded(chat), methods=["POST"]),
                 Route("/v1/models", self._guarded(self._models), methods=["GET"]),
                 Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
-                Route("/health", _Endpoint(self._health), methods=["GET"]),
-                Route("/metrics", _Endpoint(self._metrics), methods=["GET"]),
+                Route("/tokenize", self._guarded(self._at_once(TokenizeBody, ask_tokens)), methods=["POST"]),
+                Route("/detokenize", self._guarded(self._at_once(DetokenizeBody, ask_text)), methods=["POST"]),
+                Route("/health", _Endpoint(self._health, probe=True), methods=["GET"]),
+                Route("/ping", _Endpoint(self._ping, probe=True), methods=["GET", "POST"]),
+                Route("/version", _Endpoint(self._version), methods=["GET"]),
+                Route("/metrics", _Endpoint(self._metrics, probe=True), methods=["GET"]),
                 Route("/openapi.json", _Endpoint(self._openapi), methods=["GET"]),
             ],
             exception_handlers={HTTPException: _of_starlette},
+            middleware=[Middleware(RequestIds), *_cors(cors_origins)],
         )
 
     def _ready(self) -> Running:
@@ -113,16 +125,12 @@ class Front:
             what = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
             raise ApiError(401, [Offence(what)], code="invalid_api_key", www_authenticate="Bearer")
 
-    def _generates(self, prefix: str, kind: type[Body], ask: AskFunction, answers: MakeAnswer) -> Handler:
+    def _generates(self, prefix: str, kind: type[Body], ask: AskFunction[Asked], answers: MakeAnswer) -> Handler:
         """A handler that reads a body, asks the engine, and answers whole or by events."""
 
         async def handler(request: Request) -> ASGIApp:
             running = self._ready()
-            raw = await self._bodies.read(request)
-            try:
-                asked = await self._asked(kind, ask, raw, running.served)
-            finally:
-                self._ready()  # reading takes time, and ends early when the server does
+            asked = await self._read(kind, ask, request, running.served)
             inbox = _submit(running.engine, asked)
             answer = answers(asked, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
             if asked.stream:
@@ -138,7 +146,23 @@ class Front:
 
         return handler
 
-    async def _asked(self, kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Asked:
+    def _at_once(self, kind: type[Body], ask: AskFunction[msgspec.Struct]) -> Handler:
+        """A handler that reads a body and answers without the engine."""
+
+        async def handler(request: Request) -> ASGIApp:
+            return _json(await self._read(kind, ask, request, self._ready().served))
+
+        return handler
+
+    async def _read(self, kind: type[Body], ask: AskFunction[T], request: Request, served: Served) -> T:
+        """What a request asks for."""
+        raw = await self._bodies.read(request)
+        try:
+            return await self._asked(kind, ask, raw, served)
+        finally:
+            self._ready()  # reading takes time, and ends early when the server does
+
+    async def _asked(self, kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
         """What a body asks for; few that are huge are read at a time, because of the time and memory that each takes of all."""
         if len(raw) <= _HUGE:
             return await _asked(kind, ask, raw, served)
@@ -170,6 +194,13 @@ class Front:
         self._ready()
         return _json({"status": "ready"})
 
+    async def _ping(self, request: Request) -> ASGIApp:
+        self._ready()
+        return Response()
+
+    async def _version(self, request: Request) -> ASGIApp:
+        return _json(Version(_version()))
+
     async def _metrics(self, request: Request) -> ASGIApp:
         if self.running is None:
             raise unavailable("the model is being loaded and compiled", retry_after=5)
@@ -180,25 +211,29 @@ class Front:
 
 
 class _Endpoint:
-    """An ASGI application of one handler, which turns what the handler raises into answers."""
+    """An ASGI application of one handler, which turns what the handler raises into answers.
 
-    def __init__(self, handler: Handler) -> None:
+    A probe asks whether the server is ready, again and again; that it is not is no refusal, and not logged.
+    """
+
+    def __init__(self, handler: Handler, probe: bool = False) -> None:
         self._handler = handler
+        self._probe = probe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             response = await self._handler(Request(scope, receive, send))
         except ApiError as error:
-            response = _refusal(error)
+            response = _answer(error) if self._probe else _refusal(error, scope)
         except (ClientGone, ClientDisconnect):
             return
         except Exception as error:
             log_failure(f"{scope['method']} {scope['path']}", error)
-            response = _refusal(failure())
+            response = _refusal(failure(), scope)
         await response(scope, receive, send)
 
 
-async def _asked(kind: type[Body], ask: AskFunction, raw: bytes, served: Served) -> Asked:
+async def _asked(kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
     """What a body asks for."""
     body, offences, written = await _beside(len(raw), _read, kind, raw, served)
     text = None
@@ -213,7 +248,21 @@ async def _asked(kind: type[Body], ask: AskFunction, raw: bytes, served: Served)
 def _read(kind: type[Body], raw: bytes, served: Served) -> tuple[Body, list[Offence], Conversation | None]:
     """A body, its offences, and the conversation in it."""
     body, offences = decode(kind, raw, served.max_choices * served.limits.max_prompt_len)
-    return body, offences, conversation(body, served, offences) if isinstance(body, ChatBody) else None
+    chat = body if isinstance(body, ChatBody) else body.chat(served.names[0]) if isinstance(body, TokenizeBody) else None
+    return body, offences, None if chat is None else conversation(chat, served, offences)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("partinf")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Answers to browsers that run pages of these origins; nothing without any."""
+    told = (HEADER, "retry-after")
+    return [Middleware(CORSMiddleware, origins, ("GET", "POST"), ("*",), expose_headers=told)] if origins else []
 
 
 async def _beside(size: int, work: Callable[..., T], *given: Any) -> T:
@@ -237,12 +286,17 @@ def _overloaded(error: Overloaded) -> ApiError:
 async def _of_starlette(request: Request, error: Exception) -> Response:
     """A path or a method that is not here."""
     assert isinstance(error, HTTPException)
-    response = _refusal(ApiError(error.status_code, [Offence(f"{request.method} {request.url.path}: {error.detail}")]))
+    response = _refusal(ApiError(error.status_code, [Offence(f"{request.method} {request.url.path}: {error.detail}")]), request.scope)
     response.headers.update(error.headers or {})
     return response
 
 
-def _refusal(error: ApiError) -> Response:
+def _refusal(error: ApiError, scope: Scope) -> Response:
+    log_refusal(scope, error)
+    return _answer(error)
+
+
+def _answer(error: ApiError) -> Response:
     return Response(msgspec.json.encode(error.content), error.status, error.headers, "application/json")
 
 

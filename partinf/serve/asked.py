@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from partinf.engine.params import MAX_SEED, SamplingParams
 from partinf.engine.request import RequestOutput
@@ -15,6 +15,8 @@ from partinf.serve.conversations import Conversation
 from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
 from partinf.serve.prompts import Served, as_text, encoded, given_prompts, kept_tokens, length_offence
 from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"\w+")
 
@@ -259,4 +261,4 @@ def _named(message: str, names: dict[str, str], prompt: str | None) -> Offence:
     return Offence(names.get(name, name) + message[len(name) :], names.get(name, name))
 
 
-AskFunction = Callable[[Any, Served, list[Offence], str | None], Asked]
+AskFunction = Callable[[Any, Served, list[Offence], str | None], T]

@@ -12,6 +12,7 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from partinf.serve.errors import unavailable
+from partinf.serve.request_ids import HEADER, log_reason, new_id
 
 _OUTLET = "outlet"  # its name in the state of a connection's requests
 
@@ -128,8 +129,15 @@ def bounded_protocol(max_connections: int, head_seconds: float, stall_seconds: f
 
 
 def _refusal(max_connections: int) -> bytes:
-    error = unavailable(f"there are {max_connections} connections already", retry_after=1)
+    error, name = unavailable(f"there are {max_connections} connections already", retry_after=1), new_id()
+    log_reason(name, "a connection", error)
     body: bytes = msgspec.json.encode(error.content)
-    head: dict[str, Any] = {"content-type": "application/json", "content-length": len(body), "connection": "close", **error.headers}
+    head: dict[str, Any] = {
+        "content-type": "application/json",
+        "content-length": len(body),
+        "connection": "close",
+        HEADER: name,
+        **error.headers,
+    }
     lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
     return f"HTTP/1.1 503 Service Unavailable\r\n{lines}\r\n".encode() + body

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
-from partinf.serve.errors import Offence
+from partinf.serve.errors import Offence, Quoting
 from partinf.serve.protocol import ChatBody, Message, TextPart
 from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
 
@@ -64,7 +64,7 @@ class Conversations:
         try:
             text = await self._processes.render(conversation.frame)
         except TemplateRefusal as refusal:
-            offences.append(Offence(str(refusal), "messages"))
+            offences.append(Quoting(str(refusal), "messages", "the model's chat template does not take the messages"))
             return None
         if conversation.final is None:
             return text

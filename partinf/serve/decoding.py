@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 
 from partinf.foundation.errors import nearest
-from partinf.serve.errors import Offence, invalid
+from partinf.serve.errors import Offence, Quoting, invalid
 
 T = TypeVar("T", bound="Body")
 Idle = dict[str, tuple[object, ...]]
@@ -27,6 +27,7 @@ _VALUES = 1 << 20  # beside the ids of prompts that can be answered
 _NAMED = 20  # unknown parameters that are answered by name
 _SHOWN = 60  # characters of a wrong value that an error repeats
 _PATH = re.compile(r" - at `(?:key` in `)?\$(.*)`$")
+_QUOTED = re.compile(r"'.*'", re.DOTALL)
 _HALF_A_PAIR = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
@@ -135,7 +136,8 @@ def _unknown(kind: type[Fields], given: dict[str, Any], where: str) -> list[Offe
 
 @functools.cache
 def _names(kind: type[Fields]) -> frozenset[str]:
-    return frozenset(kind.__struct_fields__) | {str(kind.__struct_config__.tag_field)}
+    tag = kind.__struct_config__.tag_field
+    return frozenset(kind.__struct_fields__) | ({tag} if tag else set())
 
 
 def _within(where: str, name: str) -> str:
@@ -155,7 +157,8 @@ def _wrong(kind: type[Body], name: str, value: object, message: str) -> Offence:
     where = "" if match is None else match.group(1)
     what = message if match is None else message[: match.start()]
     given = "" if where else f", not {_short(value)}"
-    return Offence(f"{name}{where}: {what[:1].lower()}{what[1:]}{given}{kind.advice(f'{name}{where}')}", f"{name}{where}")
+    what = f"{name}{where}: {what[:1].lower()}{what[1:]}"
+    return Quoting(f"{what}{given}{kind.advice(f'{name}{where}')}", f"{name}{where}", _QUOTED.sub("…", what))
 
 
 def _short(value: object) -> str:

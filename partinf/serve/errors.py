@@ -20,6 +20,13 @@ class Offence:
     param: str | None = None
 
 
+@dataclass(frozen=True)
+class Quoting(Offence):
+    """An offence whose message repeats what the client wrote; `logged` does not."""
+
+    logged: str = ""
+
+
 class ApiError(Exception):
     """Ends a request with a status and a body in OpenAI's form.
 
@@ -39,6 +46,11 @@ class ApiError(Exception):
         if retry_after is not None:
             self.headers["retry-after"] = str(max(1, round(retry_after)))
         super().__init__("\n".join(offence.message for offence in self.offences))
+
+    @property
+    def reason(self) -> str:
+        """The offences for the log, which holds nothing of what clients write in prompts."""
+        return "; ".join(offence.logged if isinstance(offence, Quoting) else offence.message for offence in self.offences)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from partinf.serve.answers import Answer
 from partinf.serve.connections import body_writer
 from partinf.serve.engine_thread import Inbox, Item, ended_well, log_failure
 from partinf.serve.errors import ApiError, failure, unavailable
+from partinf.serve.request_ids import log_refusal
 
 T = TypeVar("T")
 
@@ -58,8 +59,10 @@ class EventStream:
         self._inbox = inbox
         self._outputs: list[list[RequestOutput]] = [[] for _ in range(num_prompts)]
         self._include_usage = include_usage
+        self._scope: Scope = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await unless_gone(receive, self._send_all(body_writer(scope), send))
@@ -98,7 +101,9 @@ class EventStream:
             elif ended_well(item) and (event := self._answer.event(prompt, item)) is not None:
                 parts.append(_event(event))
         if broken:
-            parts += [_event(broken_off([output for samples in self._outputs for output in samples]).content), DONE]
+            error = broken_off([output for samples in self._outputs for output in samples])
+            log_refusal(self._scope, error)
+            parts += [_event(error.content), DONE]
         elif self._inbox.complete:
             parts += [_event(self._answer.closing(self._outputs)) if self._include_usage else b"", DONE]
         return b"".join(parts), broken or self._inbox.complete

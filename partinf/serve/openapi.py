@@ -9,10 +9,22 @@ from typing import Any
 import msgspec
 
 from partinf.serve.errors import Offence
-from partinf.serve.protocol import ChatBody, ChatCompletion, Completion, CompletionBody, ModelCard, ModelList
+from partinf.serve.protocol import (
+    ChatBody,
+    ChatCompletion,
+    Completion,
+    CompletionBody,
+    DetokenizeBody,
+    ModelCard,
+    ModelList,
+    Text,
+    TokenizeBody,
+    Tokens,
+    Version,
+)
 
 FILE = Path(__file__).with_name("openapi.json")
-_BODIES = (CompletionBody, ChatBody)
+_BODIES = (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 _ERRORS = {
     400: "Every offence, each with its parameter.",
     401: "No API key, or a wrong one.",
@@ -42,11 +54,12 @@ class ErrorBody(msgspec.Struct):
 
 def description() -> dict[str, Any]:
     """The document."""
-    kinds = (*_BODIES, Completion, ChatCompletion, ModelCard, ModelList, ErrorBody)
+    kinds = (*_BODIES, Completion, ChatCompletion, Tokens, Text, Version, ModelCard, ModelList, ErrorBody)
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for body in _BODIES:
         schemas[body.__name__]["additionalProperties"] = False
-        schemas[body.__name__]["properties"]["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}  # token ids
+        if "logit_bias" in schemas[body.__name__]["properties"]:
+            schemas[body.__name__]["properties"]["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}  # token ids
         if refused := body.refused():
             schemas[body.__name__]["description"] += f"\n\nNot supported: {', '.join(sorted(refused))}."
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
@@ -63,6 +76,10 @@ def description() -> dict[str, Any]:
             "/v1/chat/completions": {"post": _generating("chat", "Answer a conversation", ChatBody, ChatCompletion)},
             "/v1/models": {"get": _reading("models", "The names of the model", ModelList, 401, 503)},
             "/v1/models/{name}": {"get": _reading("model", "One name of the model", ModelCard, 401, 404, 503) | {"parameters": [name]}},
+            "/tokenize": {"post": _computing("tokenize", "The tokens of a text or of a conversation", TokenizeBody, Tokens)},
+            "/detokenize": {"post": _computing("detokenize", "The text of tokens", DetokenizeBody, Text)},
+            "/ping": {"get": _empty("ping", "Whether requests are taken"), "post": _empty("pinged", "Whether requests are taken")},
+            "/version": {"get": _open("version", "Of the library", "application/json", _schema(Version))},
             "/health": {"get": _open("health", "Whether requests are taken", "application/json", {"type": "object"})},
             "/metrics": {"get": _open("metrics", "Prometheus' text format", "text/plain", {"type": "string"})},
         },
@@ -98,12 +115,27 @@ def _open(name: str, summary: str, media: str, schema: dict[str, Any]) -> dict[s
     return {"operationId": name, "summary": summary, "responses": responses}
 
 
+def _computing(name: str, summary: str, body: type, answer: type) -> dict[str, Any]:
+    """As `_generating`, without a stream."""
+    found = _generating(name, summary, body, answer)
+    found["responses"]["200"]["content"] = _json(answer)
+    return found
+
+
+def _empty(name: str, summary: str) -> dict[str, Any]:
+    return {"operationId": name, "summary": summary, "responses": {"200": {"description": summary}} | _errors(503)}
+
+
 def _errors(*statuses: int) -> dict[str, Any]:
     return {str(status): {"description": _ERRORS[status], "content": _json(ErrorBody)} for status in statuses}
 
 
 def _json(kind: type) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+    return {"application/json": {"schema": _schema(kind)}}
+
+
+def _schema(kind: type) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
 if __name__ == "__main__":

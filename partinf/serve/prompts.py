@@ -10,7 +10,7 @@ from partinf.engine.admission import RequestCheck
 from partinf.engine.runner import RunnerLimits
 from partinf.foundation.errors import InvalidInput
 from partinf.serve.conversations import Conversations
-from partinf.serve.errors import Offence
+from partinf.serve.errors import Offence, raise_invalid
 from partinf.serve.protocol import CompletionBody
 
 MOST_CUT = 1 << 16  # tokens of a text beyond those that fit, where it is to be cut: encoding takes time in proportion to them
@@ -81,6 +81,18 @@ def encoded(
     room = served.limits.max_prompt_len + (0 if kept is None else MOST_CUT)
     found = _ids(encode, prompt, name, room, served.limits, offences, lengths) if prompt else []
     return found if kept is None else found[-kept:]
+
+
+def all_tokens(text: str, name: str, served: Served, special: bool) -> list[int]:
+    """The ids of a text that need not fit the context.
+
+    Raises:
+        ApiError: a 400: no tokenizer, far too many ids, or no text.
+    """
+    offences: list[Offence] = []
+    found = encoded(text, name, served, offences, offences, kept=served.limits.max_prompt_len + MOST_CUT, special=special)
+    raise_invalid(offences)
+    return found
 
 
 def _ids(

@@ -159,6 +159,16 @@ class Message(Fields, frozen=True, omit_defaults=True):
         return {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
 
 
+def _inner_messages(given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
+    messages = given.get("messages")
+    for place, message in enumerate(messages if isinstance(messages, list) else ()):
+        yield f"messages[{place}]", Message, message
+        content = message.get("content") if isinstance(message, dict) else None
+        for number, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and part.get("type", "text") == "text":
+                yield f"messages[{place}].content[{number}]", TextPart, part
+
+
 class ChatBody(SamplingBody, frozen=True, kw_only=True):
     """POST /v1/chat/completions.
 
@@ -200,17 +210,55 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     @classmethod
     def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
         yield from super().inner(given)
-        messages = given.get("messages")
-        for place, message in enumerate(messages if isinstance(messages, list) else ()):
-            yield f"messages[{place}]", Message, message
-            content = message.get("content") if isinstance(message, dict) else None
-            for number, part in enumerate(content if isinstance(content, list) else ()):
-                if isinstance(part, dict) and part.get("type", "text") == "text":
-                    yield f"messages[{place}].content[{number}]", TextPart, part
+        yield from _inner_messages(given)
 
     @classmethod
     def advice(cls, path: str) -> str:
         return '; a content is a text, or a list of parts {"type": "text", "text": "…"}' if _CONTENT.match(path) else ""
+
+
+class TokenizeBody(Body, frozen=True, kw_only=True):
+    """POST /tokenize, vLLM's: of a `prompt`, or of `messages` as the chat template writes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    continue_final_message: bool = False
+    return_token_strs: bool = False
+
+    @classmethod
+    def refused(cls) -> Idle:
+        return {"chat_template": (), "media_io_kwargs": (), "mm_processor_kwargs": ()}
+
+    @classmethod
+    def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
+        yield from _inner_messages(given)
+
+    @classmethod
+    def advice(cls, path: str) -> str:
+        return ChatBody.advice(path)
+
+    def chat(self, model: str) -> ChatBody | None:
+        """The request whose prompt this is; None where it is no conversation."""
+        if self.messages is None:
+            return None
+        return ChatBody(
+            model=self.model or model,
+            messages=self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
+            continue_final_message=self.continue_final_message,
+        )
+
+
+class DetokenizeBody(Body, frozen=True, kw_only=True):
+    """POST /detokenize, vLLM's. Special tokens are written by their names."""
+
+    tokens: Annotated[list[TokenId], Meta(max_length=1 << 18)]
+    model: str | None = None
 
 
 # What goes out. UNSET is left out of the JSON, None is null.
@@ -322,3 +370,22 @@ class ModelCard(Struct, frozen=True):
 class ModelList(Struct, frozen=True):
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class Tokens(Struct, frozen=True):
+    """The answer of /tokenize; `token_strs` where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(Struct, frozen=True):
+    """The answer of /detokenize."""
+
+    prompt: str
+
+
+class Version(Struct, frozen=True):
+    version: str

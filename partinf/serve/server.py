@@ -59,6 +59,7 @@ class Options:
         max_connections: open at once. drain_seconds: for requests in flight when the server is told to stop.
         head_seconds: for a client to say what it wants.
         access_log: a line per request, with its path and nothing of its body.
+        cors_origins: of pages that may ask from browsers, or `*` for all; none unless given.
     """
 
     names: Sequence[str]
@@ -69,6 +70,7 @@ class Options:
     drain_seconds: float = 20.0
     head_seconds: float = 10.0
     access_log: bool = False
+    cors_origins: Sequence[str] = ()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -106,7 +108,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, load: Callable[[], Loaded], options: Options) -> None:
-        self.front = Front(options.names, options.api_keys, options.bounds)
+        self.front = Front(options.names, options.api_keys, options.bounds, options.cors_origins)
         super().__init__(
             uvicorn.Config(
                 self.front.app,

@@ -32,12 +32,15 @@ def answerable() -> dict[str, Any]:
     found = copy.deepcopy(description())
     schemas = found["components"]["schemas"]
     token, few = {"type": "integer", "minimum": 0, "maximum": 95}, {"type": "integer", "minimum": 1, "maximum": 8}
+    schemas["TokenizeBody"]["properties"] |= {"model": {"enum": ["demo"]}, "messages": {"type": "null"}, "prompt": {"type": "string"}}
+    schemas["TokenizeBody"]["required"] = ["prompt"]
+    schemas["DetokenizeBody"]["properties"] |= {"model": {"enum": ["demo"]}, "tokens": {"type": "array", "items": token}}
     for name in ("CompletionBody", "ChatBody"):
         properties = schemas[name]["properties"]
         properties |= {"model": {"enum": ["demo"]}, "n": {"enum": [1, 3]}, "max_tokens": few}
         properties["stop_token_ids"]["items"] = token
         properties["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]$"}
-        for other in ("best_of", "max_completion_tokens", "stream_options"):  # must agree with others
+        for other in ("best_of", "max_completion_tokens", "min_tokens", "prompt_logprobs", "stream_options"):  # must agree with others
             properties.pop(other, None)
     schemas["CompletionBody"]["properties"]["prompt"] = {"type": "array", "items": token, "minItems": 1, "maxItems": 20}
     schemas["ChatBody"]["properties"]["messages"]["maxItems"] = 3
@@ -78,7 +81,7 @@ def statuses(serving: Serving, document: dict[str, Any], mode: GenerationMode, e
         operation = each.ok()
         if mode is GenerationMode.POSITIVE or operation.body:
             found[operation.label.lower()] = statuses_of(operation, mode, serving.url, examples if operation.body else 2)
-    assert len([name for name in found if name.startswith("post")]) == 2
+    assert len([name for name in found if name.startswith("post")]) == (5 if mode is GenerationMode.POSITIVE else 4)
     serving.wait_idle()
     return found
 
