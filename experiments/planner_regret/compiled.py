@@ -1,7 +1,7 @@
 """A third opinion, where it is cheap: the program of a candidate, compiled for its TPU slice by the real compiler and read.
 
-The step that an engine would run is compiled whole and its schedule priced (`partinf.proof`): per block the longer of the compiler's cycles
-and its bytes, plus every collective of the compiled text, less what the schedule hides. Nothing is fitted.
+The step that an engine would run is compiled whole and its schedule priced (`partinf.proof`): a walk over the compiler's cycles, the
+transfers beside them and every collective of the compiled text. Nothing is fitted.
 """
 
 from __future__ import annotations
