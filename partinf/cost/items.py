@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 
 class What(StrEnum):
-    """PRODUCT: with a matrix of a layer. TABLE: with the table of logits. CORE: with keys and values. WEIGHTS: matrices and their scales
-    gathered. NORM: sums for a norm. MOVE: activations brought to another split. CHOICE: the selection of tokens. OTHER: anything else."""
+    """PRODUCT: with a matrix of a layer. TABLE: with the table of logits. CORE: with keys and values. WEIGHTS: matrices gathered.
+    SCALES: those of int8 matrices gathered. NORM: sums for a norm. MOVE: activations brought to another split. CHOICE: the selection of
+    tokens. OTHER: anything else."""
 
     PRODUCT = "product"
     TABLE = "table"
     CORE = "core"
     WEIGHTS = "weights"
+    SCALES = "scales"
     NORM = "norm"
     MOVE = "move"
     CHOICE = "choice"
@@ -61,7 +63,7 @@ def matrix(tensor: str, name: str, side: Side) -> Matrix:
     return Matrix(
         Item(What.PRODUCT, f"× {name}", tensor, side),
         Item(What.WEIGHTS, f"weights {name}", tensor),
-        Item(What.WEIGHTS, f"scales of {name}", tensor),
+        Item(What.SCALES, f"scales of {name}", tensor),
     )
 
 

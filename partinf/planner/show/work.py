@@ -21,7 +21,7 @@ def by_work(ledger: Ledger) -> dict[str, float]:
     sums = dict.fromkeys(COLOURS, 0.0)
     names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention core", Kind.MEMORY: "other memory traffic"}
     for entry in ledger.entries:
-        moved = "weight gathers" if entry.item.what is What.WEIGHTS else "activation collectives"
+        moved = "weight gathers" if entry.item.what in (What.WEIGHTS, What.SCALES) else "activation collectives"
         sums[names.get(entry.kind, moved)] += entry.exposed_seconds
     return sums
 
