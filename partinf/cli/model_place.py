@@ -76,7 +76,7 @@ class ModelPlace:
         self._weights, self._kv = (flags.optional_member(name, DType) for name in ("weights", "kv"))
         self._max_len = flags.whole("max_len", high=MAX_LEN)
 
-    def plan(self, rows: int, random: bool, prefill_tokens: int = 256, rich: bool = False) -> Plan:
+    def plan(self, rows: int, random: bool, prefill_tokens: int = 256, rich: bool = False, constrained: bool = False) -> Plan:
         """A plan for so many texts at once, and so many prompt tokens per step.
 
         Raises:
@@ -94,7 +94,8 @@ class ModelPlace:
         kv = self._kv or dtype.activations
         max_len = self._max_len or min(config.longest_context or 2048, 2048)
         workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
-        capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), random=random, rich=rich)
+        kinds = {"random": random, "rich": rich, "constrained": constrained}
+        capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), **kinds)
         return api.plan(config, where, workload, layout=self._layout, capacity=capacity)
 
     def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:

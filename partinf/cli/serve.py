@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     template = flags.collect(lambda: _chat_template(args))
     flags.check()
     group = join(job, bounds) if args.multi_host or (job.count or 1) > 1 else None
-    plan = place.plan(args.max_num_seqs, random=True, prefill_tokens=_prompt_tokens(args), rich=True)
+    plan = place.plan(args.max_num_seqs, random=True, prefill_tokens=_prompt_tokens(args), rich=True, constrained=True)
     if group is not None and not group.leads:
         return _follow(args, place, plan, group)
     return _serve(args, place, plan, template, group)

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from partinf.engine.constraint import Grammar
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
@@ -34,7 +35,7 @@ from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailabl
 from partinf.serve.event_stream import ClientGone, EventStream, broken_off, unless_gone
 from partinf.serve.metrics import ServerMetrics
 from partinf.serve.prompts import Served
-from partinf.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ModelCard, ModelList, TokenizeBody, Version
+from partinf.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ModelCard, ModelList, SamplingBody, TokenizeBody, Version
 from partinf.serve.request_ids import HEADER, RequestIds, log_refusal
 from partinf.serve.token_texts import TokenTexts
 from partinf.serve.tokenizing import ask_text, ask_tokens
@@ -242,7 +243,18 @@ async def _asked(kind: type[Body], ask: AskFunction[T], raw: bytes, served: Serv
             text = await served.conversations.text(written, offences)
         except Overloaded as error:
             raise _overloaded(error) from None
-    return await _beside(len(raw) + len(text or ""), ask, body, served, offences, text)
+    constraint = await _constraint(body, served, offences)
+    return await _beside(len(raw) + len(text or ""), ask, body, served, offences, text, constraint)
+
+
+async def _constraint(body: Body, served: Served, offences: list[Offence]) -> Grammar | None:
+    """What the answer is held to, compiled."""
+    if served.structures is None or not isinstance(body, SamplingBody):
+        return None
+    try:
+        return await served.structures.compile(body, offences)
+    except Overloaded as error:
+        raise _overloaded(error) from None
 
 
 def _read(kind: type[Body], raw: bytes, served: Served) -> tuple[Body, list[Offence], Conversation | None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from partinf.engine.constraint import Grammar
 from partinf.engine.params import MAX_SEED, SamplingParams
 from partinf.engine.request import RequestOutput
 from partinf.foundation.errors import InvalidInput
@@ -60,11 +61,13 @@ def _mean_logprob(output: RequestOutput) -> float:
     return sum(output.logprobs or ()) / max(1, len(output.tokens))
 
 
-def ask_completion(body: CompletionBody, served: Served, offences: list[Offence], text: str | None = None) -> Asked:
+def ask_completion(
+    body: CompletionBody, served: Served, offences: list[Offence], text: str | None = None, constraint: Grammar | None = None
+) -> Asked:
     """Of POST /v1/completions.
 
     Args:
-        offences: what was found already.
+        offences: what was found already. constraint: what the answer is held to.
 
     Raises:
         ApiError: 404 for another model; 400 with all offences.
@@ -94,6 +97,7 @@ def ask_completion(body: CompletionBody, served: Served, offences: list[Offence]
         logprobs=scored or samples > body.n,
         top_logprobs=body.logprobs or 0,
         prompt_logprobs=(body.echo and scored) or body.prompt_logprobs is not None,
+        constraint=constraint,
     )
     if len(prompts) * samples > served.max_choices:
         name = "n" if samples <= body.n else "best_of"
@@ -120,7 +124,7 @@ def conversation(body: ChatBody, served: Served, offences: list[Offence]) -> Con
     return served.conversations.read(body, offences)
 
 
-def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str | None) -> Asked:
+def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str | None, constraint: Grammar | None = None) -> Asked:
     """Of POST /v1/chat/completions; as `ask_completion`.
 
     Args:
@@ -147,6 +151,7 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str 
         max_tokens=limit or served.limits.max_context,
         logprobs=body.logprobs,
         top_logprobs=body.top_logprobs,
+        constraint=constraint,
         prompt_logprobs=body.prompt_logprobs is not None,
     )
     least, name = (limit, name) if limit is not None or not body.min_tokens else (body.min_tokens, "min_tokens")
@@ -261,4 +266,4 @@ def _named(message: str, names: dict[str, str], prompt: str | None) -> Offence:
     return Offence(names.get(name, name) + message[len(name) :], names.get(name, name))
 
 
-AskFunction = Callable[[Any, Served, list[Offence], str | None], T]
+AskFunction = Callable[[Any, Served, list[Offence], str | None, Grammar | None], T]

@@ -12,6 +12,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.serve.conversations import Conversations
 from partinf.serve.errors import Offence, raise_invalid
 from partinf.serve.protocol import CompletionBody
+from partinf.serve.structures import Structures
 
 MOST_CUT = 1 << 16  # tokens of a text beyond those that fit, where it is to be cut: encoding takes time in proportion to them
 
@@ -23,6 +24,7 @@ class Served:
     Attributes:
         names: of the model, the first is the one that answers bear. check: what the engine takes. conversations: how the model's template
             writes them, if it has one.
+        structures: compiles what answers are held to; None where nothing can be.
         max_choices: prompts times samples of one request.
     """
 
@@ -31,6 +33,7 @@ class Served:
     check: RequestCheck
     tokenizer: Tokenizer | None
     conversations: Conversations | None
+    structures: Structures | None = None
     max_choices: int = 256
 
 

@@ -38,6 +38,37 @@ class StreamOptions(Fields, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchema(Fields, frozen=True):
+    """A schema and its name; an answer is always held to it, whatever `strict` says."""
+
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields, frozen=True):
+    """OpenAI's: any text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Fields, frozen=True):
+    """vLLM's: one of `json` (a schema, or one as text), `regex`, `choice`, `grammar` (Lark's notation or GBNF) and `json_object`."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    @classmethod
+    def refused(cls) -> Idle:
+        return {"disable_additional_properties": (False,), "disable_fallback": (), "structural_tag": (), "whitespace_pattern": ()}
+
+
 # Of vLLM's and others' parameters those that this server does not have, with their values there for doing nothing.
 _REFUSED: Idle = {
     "allowed_token_ids": (),
@@ -54,12 +85,10 @@ _REFUSED: Idle = {
     "length_penalty": (1,),
     "logits_processors": ([],),
     "request_id": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "use_beam_search": (False,),
 }
 
@@ -90,6 +119,7 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     prompt_cache_retention: str | None = None
     prompt_logprobs: Annotated[int, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] = 1.0
+    response_format: ResponseFormat | None = None
     safety_identifier: str | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     skip_special_tokens: bool = True
@@ -98,6 +128,7 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     store: bool | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_k: Annotated[int, Meta(ge=-1)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -111,6 +142,10 @@ class SamplingBody(Body, frozen=True, kw_only=True):
     @classmethod
     def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
         yield "stream_options", StreamOptions, given.get("stream_options")
+        yield "structured_outputs", StructuredOutputs, given.get("structured_outputs")
+        form = given.get("response_format")
+        yield "response_format", ResponseFormat, form
+        yield "response_format.json_schema", JsonSchema, form.get("json_schema") if isinstance(form, dict) else None
 
 
 class CompletionBody(SamplingBody, frozen=True, kw_only=True):

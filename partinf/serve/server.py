@@ -30,6 +30,7 @@ from partinf.serve.connections import bounded_protocol
 from partinf.serve.conversations import Conversations
 from partinf.serve.engine_thread import EngineThread, log_failure
 from partinf.serve.prompts import Served
+from partinf.serve.structures import Structures
 from partinf.serve.template_processes import TemplateBounds
 
 _IDLE_SECONDS = 30  # that a connection is kept between two requests
@@ -162,7 +163,8 @@ class Server(uvicorn.Server):
         limits, tokenizer = loaded.engine.limits, loaded.tokenizer
         template = loaded.chat_template
         self._conversations = None if template is None else Conversations(template, self._options.template_bounds)
-        served = Served(tuple(self._options.names), limits, RequestCheck(limits, tokenizer, seed=0), tokenizer, self._conversations)
+        check, structures = RequestCheck(limits, tokenizer, seed=0), Structures(limits, tokenizer)
+        served = Served(tuple(self._options.names), limits, check, tokenizer, self._conversations, structures)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread

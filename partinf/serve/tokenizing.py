@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from partinf.engine.constraint import Grammar
 from partinf.serve.asked import check_model
 from partinf.serve.errors import Offence, invalid, raise_invalid
 from partinf.serve.prompts import Served, all_tokens
 from partinf.serve.protocol import DetokenizeBody, Text, TokenizeBody, Tokens
 
 
-def ask_tokens(body: TokenizeBody, served: Served, offences: list[Offence], text: str | None) -> Tokens:
+def ask_tokens(body: TokenizeBody, served: Served, offences: list[Offence], text: str | None, constraint: Grammar | None = None) -> Tokens:
     """Of POST /tokenize.
 
     Args:
         offences: what was found already. text: the conversation as the model's template writes it, if there is one.
+        constraint: nothing is generated, so nothing is held to it.
 
     Raises:
         ApiError: 404 for another model; 400 with all offences.
@@ -29,7 +31,7 @@ def ask_tokens(body: TokenizeBody, served: Served, offences: list[Offence], text
     return Tokens(len(tokens), served.limits.max_context, tokens, strings)
 
 
-def ask_text(body: DetokenizeBody, served: Served, offences: list[Offence], text: str | None) -> Text:
+def ask_text(body: DetokenizeBody, served: Served, offences: list[Offence], text: str | None, constraint: Grammar | None = None) -> Text:
     """Of POST /detokenize; as `ask_tokens`."""
     check_model(body.model or served.names[0], served)
     size = served.limits.vocab_size

@@ -1,0 +1,113 @@
+"""What clients ask of the form of an answer, compiled: OpenAI's `response_format` and vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+from partinf.checkpoint.tokenizer import Tokenizer
+from partinf.engine.constraint import Grammar
+from partinf.engine.runner import RunnerLimits
+from partinf.foundation.errors import InvalidInput, Overloaded
+from partinf.serve.errors import Offence
+from partinf.serve.protocol import SamplingBody
+from partinf.structured import Grammars, Structure, missing
+
+_AT_ONCE = 2  # structures that are compiled: each takes up to a second of a core
+_SECONDS = 10.0  # that one waits for its turn
+_WAYS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+class Structures:
+    """Compiles what requests ask for, beside the event loop, few at a time."""
+
+    def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, limits.vocab_size
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._missing: str | None = None
+        if not limits.constrained:
+            self._missing = "structured output is not supported here: the steps were compiled without it"
+        elif tokenizer is None:
+            self._missing = "structured output needs a tokenizer, and this model has none"
+        else:
+            self._missing = missing()
+
+    async def compile(self, body: SamplingBody, offences: list[Offence]) -> Grammar | None:
+        """What the answer is held to; None where nothing is asked for, or it is wrong, for the reasons that joined the offences.
+
+        Raises:
+            Overloaded: too many are being compiled already.
+        """
+        asked = _asked(body, offences)
+        if asked is None:
+            return None
+        where, structure = asked
+        if self._missing is not None:
+            offences.append(Offence(f"{where}: {self._missing}", where))
+            return None
+        try:
+            async with asyncio.timeout(_SECONDS):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise Overloaded("too many structures wait to be compiled", retry_after=_SECONDS) from None
+        try:
+            return await asyncio.to_thread(self._compile, structure)
+        except InvalidInput as error:
+            offences += [Offence(f"{where}: {offence}", where) for offence in error.offences]
+            return None
+        finally:
+            self._turns.release()
+
+    def _compile(self, structure: Structure) -> Grammar:
+        with self._lock:  # reading a vocabulary takes some tenths of a second, once
+            if self._grammars is None:
+                assert self._tokenizer is not None
+                self._grammars = Grammars(self._tokenizer, self._vocab_size)
+        return self._grammars(structure)
+
+
+def _asked(body: SamplingBody, offences: list[Offence]) -> tuple[str, Structure] | None:
+    """The one structure that a body asks for, with the parameter that does."""
+    ways = list(_ways(body, offences))
+    if len(ways) > 1:
+        names = " and ".join(where for where, _ in ways)
+        offences.append(Offence(f"{names} are given; an answer has one form, give one of them", ways[-1][0]))
+        return None
+    return ways[0] if ways else None
+
+
+def _ways(body: SamplingBody, offences: list[Offence]) -> Iterator[tuple[str, Structure]]:
+    """Everything that a body asks for, with the parameter that does; what is wrong joins the offences."""
+    form, outputs = body.response_format, body.structured_outputs
+    asked: list[tuple[str, object]] = []
+    if form is not None and form.type == "json_object":
+        asked.append(("response_format", True))
+    if form is not None and form.type == "json_schema":
+        if form.json_schema is None:
+            offences.append(Offence("response_format.json_schema is missing; it is required", "response_format.json_schema"))
+        else:
+            asked.append(("response_format.json_schema", form.json_schema.schema))
+    if outputs is not None:
+        given = [(name, getattr(outputs, name)) for name in _WAYS]
+        asked += [(f"structured_outputs.{name}", value) for name, value in given if value not in (None, False)]
+        if not asked:
+            offences.append(Offence(f"structured_outputs asks for nothing; give one of {', '.join(_WAYS)}", "structured_outputs"))
+    spaces = outputs is None or not outputs.disable_any_whitespace
+    for where, value in asked:
+        try:
+            yield where, _structure(where.rpartition(".")[2], value, spaces)
+        except InvalidInput as error:
+            offences += [Offence(f"{where}: {offence}", where) for offence in error.offences]
+
+
+def _structure(way: str, value: object, spaces: bool) -> Structure:
+    if value is True:
+        return Structure.json_object(spaces)
+    if isinstance(value, list):
+        return Structure.choice(value)
+    if isinstance(value, dict) or way == "json":
+        return Structure.json_schema(value, spaces)  # type: ignore[arg-type]
+    return Structure.regex(str(value)) if way == "regex" else Structure.grammar(str(value))
