@@ -16,7 +16,8 @@ from experiments.results import read, write
 from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration, calibration_for
 from partinf.cost.ledger import Kind, Ledger
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 
 NAMES = ("540B low-latency decode", "540B high-throughput decode")
@@ -32,7 +33,7 @@ def row(case: Case, proof: dict[str, object]) -> dict[str, float]:
     """Milliseconds of both accounts."""
     fitted = calibration_for(plan_of(case)[0].slice.chip)
     ours = ledger(case, fitted)
-    hops = ledger(case, replace(fitted, hop_seconds=1e-6)).of(kind=Kind.COLLECTIVE).seconds
+    hops = ledger(case, replace(fitted, hop_seconds=1e-6, collective_seconds=0.0)).of(kind=Kind.COLLECTIVE).seconds
     estimate = proof["estimate"]
     assert isinstance(estimate, dict)
     work = [(one["what"], one["count"] * one["seconds"]) for one in proof["work"]]  # type: ignore[attr-defined]

@@ -1,15 +1,19 @@
-"""What was measured on TPU v4: the eight columns of Pope et al. (2023), tables 2 and 3, and other figures of their text as checks.
+"""What was measured on TPU v4: the eight columns of Pope et al. (2023), tables 2 and 3 (`experiments/published`), and other figures of
+their text as checks.
 
 Slice shapes are assumed (the paper names chip counts); 540B runs with 48 heads padded to 64, as the paper says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from experiments.published.sets import sets
 from partinf.cost.calibration import Calibration
 from partinf.cost.ledger import Ledger
-from partinf.cost.pricing import LOOPED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import LOOPED
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import parse_slice
@@ -40,16 +44,14 @@ class Column:
     serial: bool = False
 
 
-COLUMNS = (
-    Column("540B low-latency prefill", "palm-540b", "v4:4x4x4", "prefill", 1, "", "heads", DType.INT8, 0.29, 0.43),
-    Column("540B low-latency decode", "palm-540b", "v4:4x4x4", "decode", 64, "", "batch", DType.INT8, 1.82 / 64, 0.14),
-    Column("540B high-throughput prefill", "palm-540b", "v4:4x4x4", "prefill", 512, "xyz", "batch", DType.BF16, 85.2, 0.76),
-    Column("540B high-throughput decode", "palm-540b", "v4:4x4x4", "decode", 512, "", "batch", DType.BF16, 6.0 / 64, 0.33),
-    Column("62B low-latency prefill", "palm-62b", "v4:2x2x4", "prefill", 1, "", "heads", DType.INT8, 0.16, 0.36),
-    Column("62B low-latency decode", "palm-62b", "v4:2x2x4", "decode", 32, "", "batch", DType.INT8, 0.73 / 64, 0.08),
-    Column("62B high-throughput prefill", "palm-62b", "v4:2x4x4", "prefill", 512, "xyz", "batch", DType.BF16, 20.2, 0.73),
-    Column("62B high-throughput decode", "palm-62b", "v4:2x2x2", "decode", 512, "", "batch", DType.BF16, 5.1 / 64, 0.37),
-)
+def _columns() -> Iterator[Column]:
+    for one in sets():
+        for row in one["rows"] if one["kind"] == "paper" else ():
+            yield Column(row["column"], *(row[key] for key in _KEYS), DType(row["weights"]), row["seconds"], row["mfu"])
+
+
+_KEYS = ("model", "slice", "phase", "batch", "gather", "attention")
+COLUMNS = tuple(_columns())
 # The paper's text: 28.5 ms per token with int8 weights and 36.9 ms with bf16, batch 64.
 INT8_STEP, BF16_STEP = 28.5e-3, 36.9e-3
 

@@ -95,7 +95,7 @@ def predict(part: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def eight_devices() -> dict[str, Any]:
     """Ten layouts of a small model over eight virtual devices: the planner's order and the measured one."""
-    from partinf.cost.pricing import TILED
+    from partinf.cost.program import TILED
     from partinf.measure.calibrate import Measured
     from partinf.measure.steps import Steps, for_buckets
     from partinf.measure.timing import alternate
@@ -184,7 +184,8 @@ def _buckets(plan: Any) -> tuple[Any, Any]:
 def _price(plan: Any, bucket: Any) -> float:
     from partinf.buckets import split_of
     from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import TILED, Pricing
+    from partinf.cost.pricing import Pricing
+    from partinf.cost.program import TILED
     from partinf.cost.step import step_ledger
 
     return step_ledger(split_of(plan, bucket, Pricing(plan.slice, calibration_for(plan.slice.chip), program=TILED))).seconds

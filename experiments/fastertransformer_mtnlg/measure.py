@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from experiments.results import write
 from partinf.cost.calibration import ROOFLINE
 from partinf.cost.ledger import Kind, Ledger
-from partinf.cost.pricing import Pricing, Program
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import Program
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout

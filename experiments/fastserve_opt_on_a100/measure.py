@@ -20,7 +20,8 @@ from typing import Any
 
 from experiments.results import read, write
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import LOOPED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import LOOPED
 from partinf.engine import Engine, Policy
 from partinf.engine.estimates import Estimates
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue

@@ -25,7 +25,8 @@ from typing import Any
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import LOOPED, TILED, Pricing, Program
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import LOOPED, TILED, Program
 from partinf.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import Step

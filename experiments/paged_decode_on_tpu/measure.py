@@ -20,7 +20,8 @@ from partinf.buckets import split_of
 from partinf.cost.calibration import ROOFLINE
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.items import DECODE
-from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import PLAIN
 from partinf.cost.step import step_ledger
 from partinf.hardware.platform import PLATFORMS, TPU
 from partinf.hardware.slices import parse_slice

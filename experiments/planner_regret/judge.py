@@ -62,7 +62,8 @@ def price(account: Account, slice_: Slice, constants: Calibration = ROOFLINE, fu
         times = dot.flops / flop_rate, (dot.stored_bytes if fused else dot.num_bytes) / byte_rate
         dots += count * (max(times) if constants.hides_memory else sum(times))
     hop = constants.hop_seconds or HOP_SECONDS
-    return dots + sum(n * collective_seconds(collective, slice_, hop) for collective, n in account.collectives.items())
+    fixed = constants.collective_seconds
+    return dots + sum(n * (fixed + collective_seconds(collective, slice_, hop)) for collective, n in account.collectives.items())
 
 
 def collective_seconds(collective: Collective, slice_: Slice, hop: float = HOP_SECONDS) -> float:

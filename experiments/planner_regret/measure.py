@@ -15,7 +15,7 @@ from experiments.planner_regret.cases import SEED, Case, cases
 from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
 from experiments.results import read, write
-from partinf.cost.pricing import PLAIN, TILED
+from partinf.cost.program import PLAIN, TILED
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Role
 from partinf.model.load import load_model_config

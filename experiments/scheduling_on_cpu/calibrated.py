@@ -12,7 +12,8 @@ from pathlib import Path
 from partinf import api
 from partinf.buckets import split_of
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import Slice
 from partinf.plans import Plan

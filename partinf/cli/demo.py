@@ -99,7 +99,7 @@ def _plan(model: ModelConfig, slice_name: str, mesh: str | None, workload: Workl
 
 
 def _explain_choice(console: Console, plan: Plan, workload: Workload) -> None:
-    from partinf.cost.pricing import TILED
+    from partinf.cost.program import TILED
     from partinf.cost.step import step_ledger
     from partinf.layout import readable_name
     from partinf.model.weights import num_params

@@ -58,7 +58,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument(
         "--program",
         metavar="KIND",
-        help="looped: collectives unrolled into matmuls (the paper; default for TPUs); tiled: what runs today (elsewhere); plain",
+        help="tiled: what runs (default); plain; or a published one: looped (the paper's), jax-llm-examples, tensor-parallel",
     )
 
 
@@ -69,7 +69,7 @@ def read(flags: Flags) -> Asked:
         InvalidInput: every offence of every flag, one line each.
     """
     from partinf.cost.collectives import BandwidthModel
-    from partinf.cost.pricing import PROGRAMS
+    from partinf.cost.program import PROGRAMS
     from partinf.model.load import load_model_config
     from partinf.planner.question import Question
 

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
     parser.add_argument(
-        "--program", metavar="KIND", help="looped (the paper's; default for TPUs), tiled (what runs today; default elsewhere) or plain"
+        "--program",
+        metavar="KIND",
+        help="tiled (what runs; default), plain, or a published one: looped (the paper's), jax-llm-examples, tensor-parallel",
     )
     add_load_arguments(parser, requests=1000, lengths="chat")
     parser.add_argument("--max-len", default="0", metavar="N", help="longest context (default: the longest request)")
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
 def _bind(flags: Flags, load: OfferedLoad | None, stages: int) -> tuple[Plan, Pricing] | None:
     """The plan and how it is priced; None where something is wrong, which the flags' offences say."""
     from partinf.cost.calibration import calibration_for
-    from partinf.cost.pricing import PROGRAMS, Pricing
+    from partinf.cost.pricing import Pricing
+    from partinf.cost.program import PROGRAMS
     from partinf.model.load import load_model_config
     from partinf.plans import Plan
     from partinf.workload import DType

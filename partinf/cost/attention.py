@@ -15,6 +15,7 @@ from partinf.cost.items import (
     HEADS_BEFORE_O,
     NEW_TO_CACHE,
     PREFILL,
+    SMALL,
     W_KV,
     W_O,
     W_Q,
@@ -48,7 +49,8 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     FFN's are left out.
     """
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
-    entries = norm(split, _PART, tokens, split.w, model.num_layers, useful)
+    entries = split.pricing.small(SMALL, _PART, model.num_layers)
+    entries += norm(split, _PART, tokens, split.between, model.num_layers, useful)
     query, key, out = projection_weights(split)
     for weight in (query, key, out):
         entries += weight.gathers(_PART)
@@ -104,7 +106,10 @@ def decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: in
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + act)  # scores in float32, probabilities: each written and read
     core = (rows, rows, heads, kv_heads, keys)
-    return split.pricing.product(DECODE.core, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core)
+    beside = split.pricing.kernel(rows) + rows * (split.shape.allocated or keys) * split.pricing.program.position_seconds
+    return split.pricing.product(
+        DECODE.core, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, core_seconds=beside
+    )
 
 
 def prefill_entries(split: StepSplit) -> list[Entry]:

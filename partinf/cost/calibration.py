@@ -1,7 +1,8 @@
 """Measured constants of chips: what separates a roofline from a program that somebody timed.
 
-Four constants per chip, in `calibration.toml` with the source of each. A chip without measurements borrows them and says so: its
-figures carry a wider error. `ROOFLINE` takes the maker's figures, and for every op the larger of its compute and memory time.
+Few constants per chip, in `calibration.toml` with the source of each. A chip without measurements borrows them and says so: its
+figures carry a wider error. What the sources leave open is an interval, beside the value that is used. `ROOFLINE` takes the maker's
+figures, and for every op the larger of its compute and memory time.
 A chip that `partinf calibrate` measured brings rates of its own, and these alone make its prices.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, nearest, raise_offences
@@ -27,11 +29,19 @@ class Calibration:
         collective_factor: measured over modelled time of a collective's bytes.
         hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added
             up. 0 takes the chip's hop latency as a lower bound instead of adding it.
+        collective_seconds: time of one collective beside its hops and bytes.
+        looped_hop_seconds: `hop_seconds` of a program that goes around its rings in loops of its own, where every hop is an operation that
+            is issued and waited for; 0 for the same.
+        least_rows: rows below which a product takes no less time on the core: its weights have to pass into the matrix unit anyway.
+        kernel_seconds, row_seconds: what the kernel of decode takes on the core to begin, and for each row, whatever the context.
+        layer_seconds: what the small operations of a layer take together: norms, rotations, residuals.
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.
         rates: measured rates, which stand in place of the other constants.
         hides_memory: an op's memory traffic runs behind its compute, so that the longer of the two counts; else their sum does.
+        intervals: constant → what the sources leave open of it, lowest and highest.
+        left_out: median and worst relative error of measured times that the constants had not seen; None where there were none.
     """
 
     name: str
@@ -44,6 +54,28 @@ class Calibration:
     source: str
     rates: Rates | None = None
     hides_memory: bool = True
+    collective_seconds: float = 0.0
+    looped_hop_seconds: float = 0.0
+    least_rows: float = 0.0
+    layer_seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    row_seconds: float = 0.0
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    left_out: tuple[float, float] | None = None
+
+    @property
+    def evidence(self) -> str:
+        """What the constants were held to, in a few words."""
+        if not self.measured:
+            return "not measured on this chip"
+        if self.left_out is None:
+            return "from single operations: no step was timed without an engine"
+        median, worst = self.left_out
+        return f"steps that the fit had not seen predicted within {median:.0%} in the median, {worst:.0%} at worst"
+
+    def hop(self, looped: bool) -> float:
+        """Time of a hop in a looped program or another."""
+        return self.looped_hop_seconds if looped and self.looped_hop_seconds else self.hop_seconds
 
 
 ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline from the maker's figures")
@@ -52,9 +84,12 @@ ROOFLINE = Calibration("none", 1.0, 1.0, 1.0, 0.0, False, 1.0, "pure roofline fr
 @functools.cache
 def _table() -> dict[str, Calibration]:
     data = tomllib.loads(resources.package_file("hardware/calibration.toml").read_text())
-    known = {field.name for field in fields(Calibration)} - {"rates"}
+    known = {one.name for one in fields(Calibration)} - {"rates"}
     unknown = [(name, key) for name, row in data.items() for key in row if key not in known]
     raise_offences(f"calibration.toml [{name}]: unknown key '{key}'{nearest(key, known)}" for name, key in unknown)
+    for row in data.values():
+        row["intervals"] = {key: tuple(ends) for key, ends in row.get("intervals", {}).items()}
+        row["left_out"] = tuple(row["left_out"]) if "left_out" in row else None
     return {name: Calibration(name=name, **row) for name, row in data.items()}
 
 

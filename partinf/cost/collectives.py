@@ -10,10 +10,10 @@ Two bandwidth models, and every figure says which one it uses:
 All-gather and reduce-scatter move D · (K-1)/K bytes through each device, where D is the output of the former and the input of the
 latter; an all-reduce is one of each. An all-to-all of b bytes per device on a ring of K loads its links with b · K / 4 (scaling book,
 chapter 3). A permute sends b to the next device along the axes, over one link one way, or through the slowest network that any of them
-crosses. Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added: a ring waits at
-every hop, an all-to-all on a torus sends at once and waits for the chip's own latency alone, and through a switch every collective is one
-step. On devices that were measured, each kind of collective
-has a time of its own by the number of devices, and a factor on that of its bytes.
+crosses. Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added, and a fixed time of
+the collective to it: a ring waits at every hop, an all-to-all on a torus sends at once and waits for the chip's own latency alone, and
+through a switch every collective is one step. On devices that were measured, each kind of collective has a time of its own by the number of
+devices, and a factor on that of its bytes.
 """
 
 from __future__ import annotations
@@ -69,17 +69,20 @@ class Network:
         factor: float = 1.0,
         hop_seconds: float = 0.0,
         rates: Rates | None = None,
+        fixed_seconds: float = 0.0,
     ) -> None:
         """
         Args:
             factor: calibrated ratio of measured to modelled time of the bytes.
             hop_seconds: calibrated time per step of a ring, added to that of the bytes; 0 takes the chip's as a lower bound instead.
-            rates: measured ones, instead of both.
+            rates: measured ones, instead of all the others.
+            fixed_seconds: calibrated time of a collective beside its hops and bytes.
         """
         self.chip: Chip = slice_.chip
         self.model = model
         self.factor = factor
         self._hop_scale = hop_seconds / slice_.chip.hop_seconds
+        self._fixed_seconds = fixed_seconds
         self._axes = {axis.name: axis for axis in slice_.axes}
         self._rates = rates
         self._known: dict[tuple[Op, tuple[str, ...]], tuple[float, float]] = {}  # measured seconds and factor
@@ -96,7 +99,7 @@ class Network:
                 known = self._known[op, axes] = self._rates.collective(op.value, math.prod(level.ways for level in levels))
             return known[0] + known[1] * self._transfer(op, levels, num_bytes)
         if op is Op.PERMUTE:
-            return max(self._onward(level, num_bytes) for level in levels)
+            return self._fixed_seconds + max(self._onward(level, num_bytes) for level in levels)
         spent, payload = 0.0, num_bytes
         for level in levels:  # innermost first: it moves the whole payload, the next one 1/ways of it
             if op is Op.ALL_TO_ALL:
@@ -108,7 +111,7 @@ class Network:
                 spent += transfer + level.hop_seconds * (1.0 if op is Op.ALL_TO_ALL and level.rings else self._hop_scale)
             else:
                 spent += max(transfer, level.hop_seconds)
-        return 2 * spent if op is Op.ALL_REDUCE else spent
+        return self._fixed_seconds + (2 * spent if op is Op.ALL_REDUCE else spent)
 
     def _onward(self, level: _Level, num_bytes: float) -> float:
         transfer = num_bytes / level.onward * self.factor

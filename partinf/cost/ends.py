@@ -45,7 +45,7 @@ def embedding_entries(split: StepSplit) -> list[Entry]:
     entries: list[Entry] = []
     looked_up = shape.num_tokens // split.ways(split.replica) * model.embed_dim // split.ways(split.w_stored)
     entries.append(split.pricing.traffic(LOOKUP, Part.EMBEDDING, 1, 2 * looked_up * split.act_bytes))
-    stored, used = Split(split.replica, split.w_stored), Split(split.t, split.w)
+    stored, used = Split(split.replica, split.w_stored), Split(split.t, split.between)
     for tokens, group in ((shape.decode_rows, DECODE), (shape.prefill_tokens, PREFILL)):
         if not tokens:
             continue
@@ -89,12 +89,12 @@ def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[E
 
 def _sampled_rows(split: StepSplit) -> list[Entry]:
     shape, model = split.shape, split.model
-    held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
+    held, wanted = Split(split.t, split.between), Split(split.replica, split.logit_cols)
     entries = []
     if shape.decode_rows:
         entries += _moved(split, Part.LOGITS, ROWS_TO_LOGITS, shape.decode_rows * model.embed_dim, held, wanted, 1.0)
     if shape.prefill_slots:
-        embed, tokens = model.embed_dim // split.ways(split.w), shape.prefill_tokens // split.ways(split.t)
+        embed, tokens = model.embed_dim // split.ways(split.between), shape.prefill_tokens // split.ways(split.t)
         flops = 2.0 * shape.prefill_slots * tokens * embed
         passed = tokens * embed * split.act_bytes
         if not split.pricing.program.per_prompt_attention:

@@ -34,7 +34,7 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
     inner = matrices_in(split)
     serial = model.block is Block.SERIAL
-    entries = norm(split, _PART, tokens, split.w, model.num_layers, useful) if serial else []
+    entries = norm(split, _PART, tokens, split.between, model.num_layers, useful) if serial else []
     w_in, w_out = ffn_weights(split)
     entries += w_in.gathers(_PART) + w_out.gathers(_PART)
     if serial:

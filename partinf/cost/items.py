@@ -72,6 +72,7 @@ W_IN, W_OUT = matrix("w_in", "W_in", Side.IN), matrix("w_out", "W_out", Side.OUT
 
 DISPATCH = Item(What.OTHER, "dispatch")
 LOOKUP = Item(What.OTHER, "lookup", "embed")
+SMALL = Item(What.OTHER, "small operations")
 NORM = Item(What.NORM, "norm: sum over E")
 BEFORE = Item(What.MOVE, "E before the sublayer", "E", Side.IN)
 AFTER = Item(What.MOVE, "E after the sublayer", "E", Side.OUT)

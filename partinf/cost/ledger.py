@@ -59,6 +59,8 @@ class Entry(NamedTuple):
         padding_bytes: the part of `bytes` that carries padding.
         seconds: time of one occurrence. overlapped: the part of it that is hidden behind other entries.
         ahead: the part that may run behind whatever the layer before computes; `partinf.cost.overlap` works out how much does.
+        early: the part that waits for HBM alone, and may pass while others leave HBM alone. free: the part that leaves HBM alone. Both are
+            0 in a program whose layers are not compiled one by one.
         shape: on one device, so that it can be timed alone: of a product with weights rows, inputs and outputs; of a core sequences, their
             tokens, query heads, key-value heads, and positions of each sequence in the cache; else empty.
     """
@@ -80,6 +82,8 @@ class Entry(NamedTuple):
     seconds: float = 0.0
     overlapped: float = 0.0
     ahead: float = 0.0
+    early: float = 0.0
+    free: float = 0.0
     shape: tuple[int, ...] = ()
 
     @property

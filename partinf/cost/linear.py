@@ -27,15 +27,15 @@ def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful
 
 
 def gather_embed(split: StepSplit, part: Part) -> list[Entry]:
-    """[T.t, E.w] → [T.t, E.e] before a sublayer's first product."""
+    """[T.t, E.between] → [T.t, E.e] before a sublayer's first product."""
     elements = split.shape.num_tokens * split.model.embed_dim
-    return movement(split, part, BEFORE, elements, Split(split.t, split.w), Split(split.t, split.e))
+    return movement(split, part, BEFORE, elements, Split(split.t, split.between), Split(split.t, split.e))
 
 
 def scatter_embed(split: StepSplit, part: Part) -> list[Entry]:
-    """[T.t, E.e] {f unreduced} → [T.t, E.w] after a sublayer's last product."""
+    """[T.t, E.e] {f unreduced} → [T.t, E.between] after a sublayer's last product."""
     elements = split.shape.num_tokens * split.model.embed_dim
-    source, target = Split(split.t, split.e, split.f), Split(split.t, split.w)
+    source, target = Split(split.t, split.e, split.f), Split(split.t, split.between)
     return movement(split, part, AFTER, elements, source, target, dtype=split.wide_dtype)
 
 

@@ -84,7 +84,7 @@ def linear_set(split: StepSplit) -> LinearSet:
     """The part of `activation_bytes` that all attention roles share."""
     model, shape, act = split.model, split.shape, split.act_bytes
     tokens = split.local_tokens
-    embed_spread, embed = model.embed_dim // split.ways(split.w), model.embed_dim // split.ways(split.e)
+    embed_spread, embed = model.embed_dim // split.ways(split.between), model.embed_dim // split.ways(split.e)
     hidden = tokens * model.ffn_dim // split.ways(split.f)
     w_in, w_out = ffn_weights(split)
     query, key, out = projection_weights(split)

@@ -3,6 +3,10 @@
 A looped collective matmul cuts a product into as many partial ones as its axis has devices and moves one part while the next is
 multiplied (Wang et al., 2023; Pope et al., 2023, section 3.5). It goes around one axis, so beside every product one collective over one
 axis can run: the dearest. The first (or last) partial product has nothing beside it, and the steps of the ring are not hidden.
+
+Where layers are compiled one by one, core and HBM are two queues: what a product waits for HBM passes while others (collectives, the core's
+own work) leave HBM alone. All together take what the longer queue takes: with c and m of every entry,
+Σ max(c, m) - min(Σ max(m - c, 0), Σ max(c - m, 0)) = max(Σ c, Σ m), as long as what is read early finds room on the chip.
 """
 
 from __future__ import annotations
@@ -59,13 +63,36 @@ def _moving(entry: Entry, pricing: Pricing) -> float:
 
 
 def hide_gathers(entries: Iterable[Entry]) -> Ledger:
-    """A ledger in which gathers of weights run behind the layers' compute: no more of them than loops leave of it."""
+    """A ledger in which gathers of weights run behind the layers' compute, no more of them than loops leave of it, and waits for HBM
+    behind what leaves HBM alone."""
     kept = tuple(entries)
     ahead = sum(entry.ahead * entry.count for entry in kept)
-    if ahead == 0:
+    early, free = fetches(kept)
+    if ahead == 0 and early == 0:
         return Ledger(kept)
-    share = min(1.0, max(0.0, compute_left(kept)) / ahead)
-    return Ledger(tuple(e._replace(overlapped=e.ahead * share) if e.ahead else e for e in kept))
+    share = min(1.0, max(0.0, compute_left(kept)) / ahead) if ahead else 0.0
+    fetched = min(1.0, free / early) if early else 0.0
+    return Ledger(
+        tuple(e._replace(overlapped=e.overlapped + e.ahead * share + e.early * fetched) if e.ahead or e.early else e for e in kept)
+    )
+
+
+def bound_fetches(entries: list[Entry], pricing: Pricing) -> list[Entry]:
+    """The entries of one layer, with no more of their waits for HBM early than the program has room for what is read."""
+    early = sum(entry.early for entry in entries)
+    if early <= pricing.fetch_seconds:
+        return entries
+    share = pricing.fetch_seconds / early
+    return [entry._replace(early=entry.early * share) if entry.early else entry for entry in entries]
+
+
+def fetches(entries: Iterable[Entry]) -> tuple[float, float]:
+    """Seconds that wait for HBM alone, and seconds that leave it alone and that nothing else is to hide."""
+    early = free = 0.0
+    for entry in entries:
+        early += entry.early * entry.count
+        free += (entry.free - min(entry.free, entry.ahead + entry.overlapped)) * entry.count
+    return early, free
 
 
 def compute_left(entries: Iterable[Entry]) -> float:

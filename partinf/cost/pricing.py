@@ -1,11 +1,4 @@
-"""Seconds for FLOPs and bytes: a chip, its calibration, a bandwidth model, and what kind of program is priced.
-
-`Program` says what is credited. The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of
-a shard attend to each other under a mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs:
-the same with attention tile by tile, in which a prompt sees itself alone, and on TPUs with a parallel block's gathers of weights behind its
-products. The looped program is the one that the paper measured, as its released code and its appendix describe it; `Program.looped` lists
-what sets it apart.
-"""
+"""Seconds for FLOPs and bytes: a chip, its calibration, a bandwidth model, and what kind of program is priced (`partinf.cost.program`)."""
 
 from __future__ import annotations
 
@@ -17,46 +10,10 @@ from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.items import DISPATCH, Item
 from partinf.cost.ledger import Entry, Kind, Op, Part
 from partinf.cost.movement import Axes, Group, Moved, Split
-from partinf.hardware.chips import Chip
+from partinf.cost.program import Program, program_for
 from partinf.hardware.rates import Curve, TypeRates
 from partinf.hardware.slices import Slice
 from partinf.workload import DType
-
-
-@dataclass(frozen=True)
-class Program:
-    """What the priced program does beyond the plainest one.
-
-    Attributes:
-        per_prompt_attention: prompt tokens attend within their own prompt only, instead of to all tokens of the shard under a mask.
-        blocked_attention: scores are made block by block and never stored whole.
-        looped: the paper's program (Pope et al., 2023, section 3.5, and its released code):
-            * a collective goes around one ring, so over one axis, at a time;
-            * beside the product with W_in (fused with W_Q in a parallel block), and beside that with W_out (W_O), one of them is unrolled
-              into partial products and runs behind them (`partinf.cost.overlap`);
-            * queries are reduce-scattered over E's axes in the loop of F, whatever attention does with them next;
-            * gathers of weights run behind the compute of the layer before;
-            * a norm's sums are taken when all but the looped axis have been gathered;
-            * int8 weights have float32 scales, so what was scaled travels as float32: into W_out and W_O, and out of them;
-            * the table of logits is split as W_in is, V over F's axes and E over E's.
-    """
-
-    name: str
-    per_prompt_attention: bool
-    blocked_attention: bool
-    looped: bool
-
-
-PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False, looped=False)
-TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, looped=False)
-LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
-PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED)}
-
-
-def program_for(chip: Chip) -> Program:
-    """The program that is priced unless somebody says otherwise, when a layout is chosen and when it is simulated: that of the chip's
-    platform."""
-    return PROGRAMS[chip.platform.default_program]
 
 
 class Pricing:
@@ -77,7 +34,9 @@ class Pricing:
         self.slice = slice_
         self.calibration = calibration
         self.program = program or program_for(chip)
-        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, calibration.hop_seconds, calibration.rates)
+        hop = calibration.hop(self.program.looped)
+        fixed = calibration.collective_seconds
+        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, hop, calibration.rates, fixed)
         self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
         # A search asks for few of these many times.
@@ -102,6 +61,16 @@ class Pricing:
         compute, memory = flops / self._flop_rate, num_bytes / self._byte_rate
         return max(compute, memory) if self.calibration.hides_memory else compute + memory
 
+    def _queued(self, entry: Entry, core: float, memory: float) -> Entry:
+        """The entry with its time, from what it takes of the core and of HBM. In an unrolled program the longer one leaves room for the
+        other of a neighbour."""
+        if not self.calibration.hides_memory:
+            return entry._replace(seconds=core + memory)
+        if not self.program.unrolled:
+            return entry._replace(seconds=max(core, memory))
+        early = max(memory - core, 0.0) if entry.weight_bytes else 0.0  # keys and values are read by the kernel that wants them
+        return entry._replace(seconds=max(core, memory), early=early, free=max(core - memory, 0.0))
+
     def product(
         self,
         item: Item,
@@ -115,31 +84,22 @@ class Pricing:
         kind: Kind = Kind.MATMUL,
         shape: tuple[int, ...] = (),
         prompt: bool = False,
+        core_seconds: float = 0.0,
     ) -> Entry:
         """A dot product of `flops`, of which the share `useful` is not padding.
 
         Args:
-            shape: as in `Entry`. prompt: the core is that of prompts.
+            shape: as in `Entry`. prompt: the core is that of prompts. core_seconds: what a kernel takes on the core beside its products.
         """
-        if self._measured is None:
-            seconds = self.compute_seconds(flops, weight_bytes + kv_bytes + activation_bytes)
-        elif kind is Kind.ATTENTION:
-            seconds = self._measured.core(flops, kv_bytes, prompt)
-        else:
-            seconds = self._measured.product(flops, weight_bytes, activation_bytes, shape[0])
-        return Entry(
-            item,
-            part,
-            kind,
-            count,
-            flops * useful,
-            flops * (1 - useful),
-            weight_bytes,
-            kv_bytes,
-            activation_bytes,
-            seconds=seconds,
-            shape=shape,
-        )
+        entry = Entry(item, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, shape=shape)
+        if self._measured is not None:
+            if kind is Kind.ATTENTION:
+                return entry._replace(seconds=self._measured.core(flops, kv_bytes, prompt))
+            return entry._replace(seconds=self._measured.product(flops, weight_bytes, activation_bytes, shape[0]))
+        core = flops / self._flop_rate + core_seconds
+        if weight_bytes and shape:
+            core *= max(1.0, self.calibration.least_rows / shape[0])
+        return self._queued(entry, core, (weight_bytes + kv_bytes + activation_bytes) / self._byte_rate)
 
     def traffic(self, item: Item, part: Part, count: int, num_bytes: float) -> Entry:
         """Activations that pass through HBM without a product."""
@@ -149,6 +109,21 @@ class Pricing:
             rates = self._measured.rates
             seconds = num_bytes / (rates.choice if part is Part.SAMPLING else rates.activations)
         return Entry(item, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=seconds)
+
+    @property
+    def fetch_seconds(self) -> float:
+        """How long HBM is read for what the program can hold ahead of its use."""
+        return self.program.fetched_bytes / self._byte_rate
+
+    def kernel(self, rows: int) -> float:
+        """What decode's kernel takes on the core for so many rows, beside its products."""
+        return self.calibration.kernel_seconds + rows * self.calibration.row_seconds if self.program.decode_kernel else 0.0
+
+    def small(self, item: Item, part: Part, count: int) -> list[Entry]:
+        """The small operations of each of so many layers, where their time is known."""
+        seconds = self.calibration.layer_seconds
+        free = seconds if self.program.unrolled else 0.0
+        return [Entry(item, part, Kind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
 
     def dispatch(self) -> list[Entry]:
         """What a step takes beside all its work, where that was measured."""
@@ -176,8 +151,19 @@ class Pricing:
         seconds, padding = self.network.seconds(op, axes, num_bytes), num_bytes * (1 - useful)
         if rides:
             seconds -= self.network.seconds(op, axes, 0)
+        free = seconds if self.program.unrolled else 0.0
         return Entry(
-            item, part, Kind.COLLECTIVE, count, op=op, axes=axes, bytes=num_bytes, dtype=dtype, padding_bytes=padding, seconds=seconds
+            item,
+            part,
+            Kind.COLLECTIVE,
+            count,
+            op=op,
+            axes=axes,
+            bytes=num_bytes,
+            dtype=dtype,
+            padding_bytes=padding,
+            seconds=seconds,
+            free=free,
         )
 
 

@@ -45,7 +45,7 @@ def _prompt_entries(split: StepSplit, logits_of: LogitsOf) -> list[Entry]:
     Three are those of a token's log-probability, two find the likeliest token in its place.
     """
     tokens, axes = split.shape.prefill_tokens, split.w_stored
-    held, wanted = Split(split.t, split.w), Split(split.replica, split.logit_cols)
+    held, wanted = Split(split.t, split.between), Split(split.replica, split.logit_cols)
     entries = [
         split.pricing.collective(PROMPT_TO_LOGITS, Part.LOGITS, 1, op, over, count * split.act_bytes, split.act_dtype.value)
         for op, over, count in split.moves(tokens * split.model.embed_dim, held, wanted)

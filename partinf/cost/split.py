@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.pricing import Pricing
 from partinf.foundation.rounding import ceil_div
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model.config import Block, ModelConfig
@@ -25,7 +25,8 @@ class StepShape:
         prefill_tokens: prompt tokens, flat. prefill_slots: prompts (or chunks) that share them evenly.
         prefill_context: keys of earlier context that each slot reads.
         real_rows, real_tokens, real_slots: how many of them are not padding; None for all.
-        real_context: keys of a lane that are not masked; None for all.
+        real_context: keys of a lane that are not masked; None for all. allocated: positions that a lane holds, filled or not; None for
+            those that it reads.
         sampling: the program can sample; False for greedy selection alone.
         rich: its rows ask for everything that a rich program can do. constrained: and have masks.
     """
@@ -39,6 +40,7 @@ class StepShape:
     real_tokens: int | None = None
     real_slots: int | None = None
     real_context: int | None = None
+    allocated: int | None = None
     sampling: bool = False
     rich: bool = False
     constrained: bool = False
@@ -73,7 +75,8 @@ class StepSplit:
 
     Attributes:
         e_stored, f_stored: axes that split E, and F and query heads, in the stored weights. kv_stored: those of f that split K.
-        e, f, kv: what is left of them after gathering. w: e and f, which split E of the activations between sublayers.
+        e, f, kv: what is left of them after gathering. w: e and f. between: those of w that split E of the activations between sublayers.
+        whole: those are e alone (`Residual.WHOLE`).
         t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t. ahead: the phase gathers weights ahead.
         stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
@@ -107,6 +110,8 @@ class StepSplit:
         self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
         self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
         self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
+        self.whole = pricing.program.residual is Residual.WHOLE
+        self.between = self.e if self.whole else self.w
         self.act_dtype = weights.activations
         self.pricing = pricing.of_types(weights, self.act_dtype)
         self.weight_dtype = weights
@@ -149,7 +154,7 @@ class StepSplit:
     def gathers_behind(self) -> bool:
         """Whether gathers of weights run behind products: those that are issued ahead, and all of a parallel block's in the program that
         TPUs run, whose compiler gathers for later products beside earlier ones (`experiments/palm_540b_on_64_v4`)."""
-        runs_beside = self.parallel and self.pricing.program == TILED and self.pricing.slice.chip.platform.gathers_beside_products
+        runs_beside = self.parallel and self.pricing.program.gathers_beside and self.pricing.slice.chip.platform.gathers_beside_products
         return self.looped or self.ahead or runs_beside
 
     @property
@@ -164,7 +169,7 @@ class StepSplit:
     @property
     def logit_cols(self) -> Axes:
         """The axes over which E is split in the product that makes logits."""
-        return self.e_stored if self.looped else self.w_stored
+        return self.e_stored if self.looped or self.whole else self.w_stored
 
     def ways(self, axes: Axes) -> int:
         return ways(axes, self.sizes)

@@ -16,11 +16,11 @@ _WORD = 4
 
 
 def stage_entries(split: StepSplit) -> list[Entry]:
-    """[T.t, E.w] → [T.r, E.ef] of every stage, which the next one begins its next tick with; and the chosen tokens."""
+    """[T.t, E.between] → [T.r, E.ef] of every stage, which the next one begins its next tick with; and the chosen tokens."""
     if not split.stages:
         return []
     shape, entries = split.shape, []
-    used, stored = Split(split.t, split.w), Split(split.replica, split.w_stored)
+    used, stored = Split(split.t, split.between), Split(split.replica, split.w_stored)
     for tokens, group in ((shape.decode_rows, DECODE), (shape.prefill_tokens, PREFILL)):
         for op, axes, count in split.moves(tokens * split.model.embed_dim, used, stored) if tokens else ():
             entries.append(_collective(split, group.leaving, op, axes, count * split.act_bytes))

@@ -10,7 +10,7 @@ from partinf.cost.attention import cache_entries, decode_entries, linear_entries
 from partinf.cost.ends import embedding_entries, logits_entries
 from partinf.cost.ffn import ffn_entries
 from partinf.cost.ledger import Entry, Ledger
-from partinf.cost.overlap import hide_gathers, run_loops
+from partinf.cost.overlap import bound_fetches, hide_gathers, run_loops
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import stage_entries
 
@@ -20,6 +20,7 @@ def linear_part(split: StepSplit) -> tuple[Entry, ...]:
     layers = linear_entries(split) + ffn_entries(split)
     if split.looped:
         layers = run_loops(layers, split.pricing, split.parallel)
+    layers = bound_fetches(layers, split.pricing)
     return tuple(split.pricing.dispatch() + embedding_entries(split) + layers + logits_entries(split) + stage_entries(split))
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from partinf.buckets import split_of
 from partinf.cost.calibration import calibration_for
 from partinf.cost.ledger import Entry, Ledger
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.engine.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy

@@ -60,8 +60,7 @@ class Platform:
         wide_activation: nonlinearities are computed in float32, where that is one pass with what stands around it and bfloat16 is four.
         stacked_rotations: cosines and sines are stacked before the barrier that keeps them out of the loop over heads.
         multiplied_look_up: a table whose columns fill no whole lanes is read by a product, since a look-up would lay all of it out anew.
-        default_program: name of the program for which layouts are chosen (`partinf.cost.pricing.PROGRAMS`): the looped one where the
-            constants were measured with it, else the one that runs.
+        default_program: name of the program for which layouts are chosen (`partinf.cost.program.PROGRAMS`): the one that runs.
         gathers_beside_products: the compiler runs a gather of weights beside products that do not wait for it.
         compiler_options: what the compiler is asked for beyond its defaults.
         described: the compiler describes slices that are not here (libtpu), so that a proof needs no device.
@@ -165,7 +164,7 @@ TPU = Platform(
     wide_activation=False,
     stacked_rotations=False,
     multiplied_look_up=True,
-    default_program="looped",
+    default_program="tiled",
     gathers_beside_products=True,
     # A TPU does one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
     compiler_options={"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"},

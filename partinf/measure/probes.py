@@ -15,7 +15,8 @@ from scipy.optimize import nnls
 
 from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.hardware.rates import Rates, TypeRates
 from partinf.hardware.slices import Slice

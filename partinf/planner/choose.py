@@ -9,7 +9,7 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
 from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
-from partinf.cost.pricing import Program
+from partinf.cost.program import Program
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Link, Slice

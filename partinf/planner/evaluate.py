@@ -14,7 +14,7 @@ from partinf.cost.attention import decode_core, prefill_core
 from partinf.cost.ledger import Entry, Ledger, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
-from partinf.cost.overlap import compute_left
+from partinf.cost.overlap import compute_left, fetches
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
@@ -42,12 +42,15 @@ class Priced(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Entries and their sums: seconds of what is not gathered ahead, seconds of what is, and compute that this can run behind."""
+    """Entries and their sums: seconds of what is not gathered ahead, seconds of what is, and compute that this can run behind; of the
+    first, seconds that wait for HBM alone, and seconds that leave it alone."""
 
     entries: tuple[Entry, ...]
     seconds: float
     ahead: float
     left: float
+    early: float = 0.0
+    free: float = 0.0
 
     @classmethod
     def of(cls, entries: tuple[Entry, ...], times: int) -> _Part:
@@ -55,11 +58,13 @@ class _Part(NamedTuple):
         if times > 1:
             entries = tuple(entry._replace(count=entry.count * times) for entry in entries)
         ahead = sum(entry.ahead * entry.count for entry in entries)
-        return cls(entries, total_seconds(entries) - ahead, ahead, compute_left(entries))
+        return cls(entries, total_seconds(entries) - ahead, ahead, compute_left(entries), *fetches(entries))
 
-    def beside(self, seconds: float, left: float) -> float:
-        """Seconds together with other work, which gathers nothing ahead and leaves some compute for those that do."""
-        return self.seconds + seconds + self.ahead - min(self.ahead, max(0.0, self.left + left))
+    def beside(self, seconds: float, left: float, early: float = 0.0, free: float = 0.0) -> float:
+        """Seconds together with other work, which gathers nothing ahead, leaves some compute for those that do, waits for HBM and leaves it
+        alone for so long."""
+        fetched = min(self.early + early, self.free + free)
+        return self.seconds + seconds + self.ahead - min(self.ahead, max(0.0, self.left + left)) - fetched
 
 
 class _Linear(NamedTuple):
@@ -83,7 +88,7 @@ class Least(NamedTuple):
 
     def with_core(self, core: float) -> float:
         """The same with a core of so many seconds, whose compute may hide gathers too."""
-        return self.part.beside(core, core)
+        return self.part.beside(core, core, free=core)
 
 
 NOTHING = Least(_Part((), 0.0, 0.0, 0.0), None)
@@ -207,7 +212,7 @@ class Evaluator:
 
     def _priced(self, split: StepSplit, label: str) -> Priced:
         linear, attention = self.linear(split), self._attend(split, label)
-        seconds = linear.part.beside(attention.seconds, attention.left)
+        seconds = linear.part.beside(attention.seconds, attention.left, attention.early, attention.free)
         return Priced(split.shape, seconds, activation_bytes(split, linear.working_set), (linear.part.entries, attention.entries))
 
     def _attend(self, split: StepSplit, label: str) -> _Part:

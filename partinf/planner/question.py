@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.pricing import Pricing, Program
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import Program
 from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig

@@ -12,7 +12,8 @@ from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.overlap import hide_gathers
-from partinf.cost.pricing import TILED, Pricing, Program
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED, Program
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout, Phase, attention_name, ffn_name, readable_name
 from partinf.model.config import ModelConfig

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
-from partinf.cost.pricing import Program
+from partinf.cost.program import Program
 from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role

@@ -18,7 +18,8 @@ from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.items import DECODE, Item
 from partinf.cost.ledger import Ledger, Op
-from partinf.cost.pricing import PLAIN, TILED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import PLAIN, TILED
 from partinf.cost.step import step_ledger
 from partinf.foundation.errors import InvalidInput
 from partinf.layout import AttentionRole

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import partinf
-from partinf.cost.pricing import PROGRAMS
+from partinf.cost.program import PROGRAMS
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.platform import CPU, GPU, PLATFORMS, TPU, platform_named

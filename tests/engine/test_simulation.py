@@ -13,7 +13,8 @@ import pytest
 
 from partinf.cli import main
 from partinf.cost.calibration import calibration_for
-from partinf.cost.pricing import Pricing, program_for
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import program_for
 from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
 from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
@@ -260,7 +261,7 @@ def test_simulate_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-@pytest.mark.parametrize(("slice_", "program"), [("a100-80:1", "tiled"), ("v4:1x1x1", "looped")])
+@pytest.mark.parametrize(("slice_", "program"), [("a100-80:1", "tiled"), ("v4:1x1x1", "tiled")])
 def test_what_is_simulated_is_the_program_for_which_layouts_are_chosen(
     slice_: str, program: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

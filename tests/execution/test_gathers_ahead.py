@@ -9,7 +9,8 @@ import pytest
 
 from partinf.buckets import split_of
 from partinf.cost.memory import activation_bytes
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
@@ -73,7 +74,7 @@ def test_a_plan_gathers_ahead_where_that_helps_and_memory_allows() -> None:
         return plan(load_model_config(name), parse_slice(slice_name), workload).layout.prefill
 
     llama, longer, palm = (
-        prefill("llama-3-70b", "v5e:4x2", 4096, DType.INT8),
+        prefill("llama-3-70b", "v5e:4x2", 8192, DType.INT8),
         prefill("llama-3-70b", "v5e:4x2", 98304, DType.INT8),
         prefill("palm-62b", "v4:2x4x4", 1 << 16, DType.BF16),
     )

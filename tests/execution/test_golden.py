@@ -16,7 +16,8 @@ import pytest
 
 from partinf.buckets import Capacity, split_of, with_capacity
 from partinf.cost.memory import weight_bytes
-from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import PLAIN
 from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml, make_layout

@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 
 from partinf.buckets import split_of
-from partinf.cost.pricing import PLAIN, Pricing
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import PLAIN
 from partinf.cost.step import step_ledger
 from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice

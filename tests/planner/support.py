@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from partinf.cost.ledger import Entry, Op
-from partinf.cost.pricing import LOOPED, Pricing, Program
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import LOOPED, Program
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.hardware.slices import Slice, parse_slice
 from partinf.layout import Layout, make_layout

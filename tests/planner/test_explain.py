@@ -7,7 +7,7 @@ import math
 import pytest
 
 from partinf.cost.ledger import Op
-from partinf.cost.pricing import LOOPED, PLAIN
+from partinf.cost.program import LOOPED, PLAIN
 from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
 from partinf.model.config import ModelConfig

@@ -11,6 +11,7 @@ import pytest
 from experiments.calibrate_v4.fit import checks, serving
 from experiments.calibrate_v4.measured import COLUMNS, Column, mfu, predict
 from partinf.cost.calibration import calibration_for
+from partinf.cost.program import LOOPED
 from partinf.foundation import resources
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
@@ -57,7 +58,7 @@ def test_shipped_constants_are_those_of_the_experiment() -> None:
 def ranked(column: Column) -> PlanReport:
     length = column.context if column.phase == "prefill" else 0
     workload = Workload(column.batch, length, context_len=None if length else column.context, phase=column.phase, weights=column.weights)
-    return search(load_model_config(column.model), parse_slice(column.slice), workload)
+    return search(load_model_config(column.model), parse_slice(column.slice), workload, program=LOOPED)
 
 
 @pytest.mark.parametrize("column", [c for c in COLUMNS if c.name not in (ALONE, TIE)], ids=lambda column: column.name)
@@ -79,7 +80,7 @@ def test_on_eight_chips_the_papers_layout_is_a_tie() -> None:
 def test_a_prefill_of_one_prompt_shares_the_storage_that_decode_wants() -> None:
     """Alone it would copy the weights, which no decode step could afford; beside decode the paper's layouts are first or a tie."""
     found = serving()
-    assert found["540B"]["first"] == "E_x F_yz, prefill ws-2d/heads, decode ws-2d/batch"
+    assert found["540B"]["first"] == "E_x F_yz, prefill ws-2d/mixed, decode ws-2d/batch"
     for model in ("540B", "62B"):
         assert found[model]["first"].startswith("E_x F_yz, ")
         assert max(found[model][gap] for gap in ("gap", "prefill_gap", "decode_gap")) <= 0.05

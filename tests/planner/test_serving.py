@@ -66,7 +66,7 @@ def test_switch_of_the_ffn_roles() -> None:
 
 def test_gathers_that_do_not_go_ahead_pay_later() -> None:
     """Where nothing hides them they are paid in full, so that it takes more tokens to win them back."""
-    report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), Workload(8, 256, 64, weights=DType.INT8))
+    report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), Workload(8, 1024, 64, weights=DType.INT8))
     layout = running_layout(report, report.best)
     assert layout.prefill.gather
     assert layout.prefill.ahead

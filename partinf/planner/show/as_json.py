@@ -61,6 +61,8 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
             "measured": report.calibration.measured,
             "error": report.calibration.error,
             "source": report.calibration.source,
+            "left_out": report.calibration.left_out,
+            "intervals": dict(report.calibration.intervals),
         },
         "best": candidates[0],
         "batch_advice": _batch_advice(report),

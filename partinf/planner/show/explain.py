@@ -68,7 +68,7 @@ def explain(split: StepSplit, ledger: Ledger) -> list[Section]:
         entries = sorted(ledger.of(part=part).entries, key=lambda e: part is Part.ATTENTION and e.item.side is Side.OUT)
         current: dict[Item, Split] = {}
         lines = tuple(_line(split, entry, tensors.get(entry.item), current) for entry in entries)
-        start = _shape(split, tensors[items.BEFORE], Split(split.t, split.w))[0] if part in (Part.ATTENTION, Part.FFN) else ""
+        start = _shape(split, tensors[items.BEFORE], Split(split.t, split.between))[0] if part in (Part.ATTENTION, Part.FFN) else ""
         if lines:
             sections.append(Section(title, start, lines, part in (Part.ATTENTION, Part.FFN)))
     return sections
@@ -76,7 +76,7 @@ def explain(split: StepSplit, ledger: Ledger) -> list[Section]:
 
 def _tensors(split: StepSplit) -> dict[Item, _Tensor]:
     """The tensor that each entry moves or makes, by the entry's item."""
-    stored, used = split.w_stored, Split(split.t, split.w)
+    stored, used = split.w_stored, Split(split.t, split.between)
     whole_e, partial_e = Split(split.t, split.e), Split(split.t, split.e, split.f)
     hidden, partial = Split(split.t, split.f + split.e), Split(split.t, split.f, split.e)
     table_of_v = tuple(axis for axis in stored if axis not in split.logit_cols)

@@ -82,13 +82,11 @@ def _heading(report: PlanReport) -> str:
     prompt, cached = f", input {workload.input_len or workload.context_len}", f", context {workload.decode_context}"
     context = prompt if workload.phase == "prefill" else cached
     constants = "pure roofline" if calibration.name == "none" else f"constants of {calibration.name}"
-    measured = "" if calibration.measured else ", not measured on this chip"
-    if calibration.rates is not None:
-        measured = f", {calibration.source}"
-    error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}{measured}"
+    evidence = calibration.source if calibration.rates is not None else calibration.evidence
+    error = "" if calibration.name == "none" else f", ±{calibration.error:.0%}: {evidence}"
     return (
         f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{prompts}{context}, "
-        f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}; bandwidth model '{report.bandwidth_model}', program "
+        f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}\nbandwidth model '{report.bandwidth_model}', program "
         f"'{report.program.name}'; {len(report.candidates)} role assignments"
     )
 

@@ -1,0 +1,88 @@
+"""Kinds of programs, as data: what a priced step does beyond the plainest one, and what of it runs beside what.
+
+The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of a shard attend to each other under a
+mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs: the same with attention tile by tile, in
+which a prompt sees itself alone. It is the one that is priced unless somebody says otherwise. Two published programs stand beside them, to
+hold the model of cost to what was timed: the one that the paper measured, as its released code and its appendix describe it
+(`Program.looped`), and that of jax-llm-examples for Llama 3, which keeps the residual whole and compiles its layers one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from partinf.hardware.chips import Chip
+
+
+class Residual(StrEnum):
+    """How activations are split between sublayers. SPLIT: E over all axes that split weights, so that a sublayer begins with an all-gather,
+    ends with a reduce-scatter, and a norm sums over devices. WHOLE: E over the axes that split it in the stored weights, so that a
+    sublayer ends with an all-reduce over F's axes, and nothing else passes between devices."""
+
+    SPLIT = "split"
+    WHOLE = "whole"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the priced program does beyond the plainest one.
+
+    Attributes:
+        per_prompt_attention: prompt tokens attend within their own prompt only, instead of to all tokens of the shard under a mask.
+        blocked_attention: scores are made block by block and never stored whole.
+        looped: the paper's program (Pope et al., 2023, section 3.5, and its released code):
+            * a collective goes around one ring, so over one axis, at a time;
+            * beside the product with W_in (fused with W_Q in a parallel block), and beside that with W_out (W_O), one of them is unrolled
+              into partial products and runs behind them (`partinf.cost.overlap`);
+            * queries are reduce-scattered over E's axes in the loop of F, whatever attention does with them next;
+            * gathers of weights run behind the compute of the layer before;
+            * a norm's sums are taken when all but the looped axis have been gathered;
+            * int8 weights have float32 scales, so what was scaled travels as float32: into W_out and W_O, and out of them;
+            * the table of logits is split as W_in is, V over F's axes and E over E's.
+        residual: see `Residual`.
+        unrolled: layers are compiled one by one, so that the weights of a product come from HBM while the core does something else that
+            leaves HBM alone: a layer takes the longer of the core's time and HBM's. In a loop over layers every product reads its own.
+        gathers_beside: gathers of a parallel block's weights run beside products where the platform's compiler does that.
+        fetched_bytes: of a layer's weights in an unrolled program, those that are read before their product begins, at most: they lie in
+            VMEM until then.
+        decode_kernel: decode's core is a kernel that takes time for every row, whatever it reads; the chip says how much
+            (`Calibration.kernel_seconds`).
+        position_seconds: what else is done for one position of one row in one layer, filled or not.
+    """
+
+    name: str
+    per_prompt_attention: bool
+    blocked_attention: bool
+    looped: bool = False
+    residual: Residual = Residual.SPLIT
+    unrolled: bool = False
+    gathers_beside: bool = False
+    fetched_bytes: float = 0.0
+    decode_kernel: bool = False
+    position_seconds: float = 0.0
+
+
+PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False)
+TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, gathers_beside=True, decode_kernel=True)
+LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
+JAX_LLM_EXAMPLES = Program(
+    "jax-llm-examples",
+    per_prompt_attention=True,
+    blocked_attention=True,
+    residual=Residual.WHOLE,
+    unrolled=True,
+    fetched_bytes=2.0**25,  # a quarter of the VMEM of the chip that it was timed on
+    decode_kernel=True,
+    # Its profiler trace: 15.2 us per layer to bring the scales of 16 x 8192 positions into the kernel's form.
+    position_seconds=15.2e-6 / (16 * 8192),
+)
+# What serving engines for TPUs run: the residual whole, layers in a loop or too many small pieces for anything to be fetched ahead.
+TENSOR_PARALLEL = Program("tensor-parallel", per_prompt_attention=True, blocked_attention=True, residual=Residual.WHOLE, decode_kernel=True)
+PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED, JAX_LLM_EXAMPLES, TENSOR_PARALLEL)}
+
+
+def program_for(chip: Chip) -> Program:
+    """The program that is priced unless somebody says otherwise, when a layout is chosen and when it is simulated: the one that runs on the
+    chip's platform."""
+    return PROGRAMS[chip.platform.default_program]
