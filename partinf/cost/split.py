@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import Pricing
+from partinf.cost.program import Residual
 from partinf.foundation.rounding import ceil_div
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model.config import Block, ModelConfig
