@@ -21,7 +21,7 @@ class Question:
 
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).
-        program: what is credited, see `partinf.cost.pricing`; None for that of the chip.
+        program: what is credited, see `partinf.cost.program`; None for that of the chip.
 
     Raises:
         InvalidInput: contexts beyond the model's sliding window.

@@ -61,7 +61,7 @@ def search(
 
     Args:
         calibration: `fitted` or `none` (the pure roofline).
-        program: what is credited, see `partinf.cost.pricing`; that of the chip if not given.
+        program: what is credited, see `partinf.cost.program`; that of the chip if not given.
 
     Raises:
         InvalidInput: when no assignment can hold the model at all, with the reasons, or when the mesh has too many axes to try all.
