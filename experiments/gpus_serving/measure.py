@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, median, quantiles
@@ -29,7 +29,10 @@ import numpy as np
 from scipy.optimize import nnls
 
 from experiments.gpus_serving.operations import rounded
-from experiments.gpus_serving.rows import SELECTION, Kernels, Row, compared, read, select
+from experiments.gpus_serving.rows import SELECTION, Row, compared, read, select
+from partinf.cost.calibration import Calibration, calibration_for
+from partinf.cost.program import program_for
+from partinf.hardware.chips import chips
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -73,12 +76,14 @@ def layers(row: Row) -> float:
     return row.config.num_layers * (1 + row.prompts_per_token)
 
 
-def kernels(chip: str, kind: str, share: float) -> Kernels:
-    """The engines' kernels on a chip, as single operations show them, with a share of HBM."""
+def kernels(chip: str, kind: str, share: float = 1.0) -> Calibration:
+    """The engines' kernels on a chip, as single operations show them; with a share of HBM, and nothing beside them."""
     found = OPERATIONS[chip]
     efficiency = found["fp8_efficiency" if kind == "fp8" else "matmul_efficiency"]
-    around = (found["engines"][name] for name in ("collective_seconds", "hop_seconds", "collective_factor"))
-    return Kernels(efficiency, share, *around)
+    around = {name: found["engines"][name] for name in ("collective_seconds", "collective_factor", "hop_seconds")}
+    return Calibration(
+        f"{chip}, engines", efficiency, share, measured=True, error=0.0, source="operations.json", switch_rings=True, **around
+    )
 
 
 @cache
@@ -189,6 +194,18 @@ def by_chip(pairs: Sequence[tuple[Row, float]]) -> dict[str, Any]:
     return {chip: summary(pair for pair in pairs if pair[0].chip == chip) for chip in sorted({row.chip for row, _ in pairs})}
 
 
+def library(row: Row) -> float:
+    """Seconds per output token by the library's constants and program: its collectives are NCCL's, and no engine takes time."""
+    chip = chips()[row.chip]
+    return row.work(calibration_for(chip), program_for(chip))
+
+
+def assumed(row: Row) -> float:
+    """The same by the constants of a GPU of which nothing was measured."""
+    chip = chips()[row.chip]
+    return row.work(calibration_for(replace(chip, name=chip.family)), program_for(chip))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, metavar="PATH", help="silicon_sample.csv")
@@ -214,6 +231,10 @@ def main() -> int:
         },
         "left out": {name: by_chip(pairs) for name, pairs in halves.items()},
         "left out, together": by_chip([pair for pairs in halves.values() for pair in pairs]),
+        "the library's program, no engine": {
+            name: grouped(rows, predicted, lambda row: row.chip) | grouped(rows, predicted, lambda row: f"{row.chip}, {row.ways}")
+            for name, predicted in (("constants of the chip", library), ("constants of an unknown GPU", assumed))
+        },
     }
     RESULTS.write_text(json.dumps(rounded(results), indent=1) + "\n")
     for name, pairs in halves.items():

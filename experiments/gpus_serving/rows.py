@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from partinf.cost.calibration import Calibration
-from partinf.cost.items import NORM
-from partinf.cost.ledger import Entry, Op, Part
-from partinf.cost.pricing import TILED, Pricing
+from partinf.cost.calibration import ROOFLINE, Calibration
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TENSOR_PARALLEL, Program
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.hardware.chips import chips
@@ -46,32 +45,6 @@ ONE_BYTE_CACHE = ("llama-3-70b",)
 MEMORY_SHARE, BESIDE = 0.9, 3e9  # what the engines use of a GPU's memory by default; buffers and code
 COLUMNS = ("id", "backend", "backend_version", "model_path", "system", "isl", "osl", "gemm_quant_mode", "batch_size", "tp_size")
 TIMES = ("silicon_ttft_ms", "silicon_tpot_ms")
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """The engines' kernels on a chip. Their program keeps the residual whole: a sublayer ends with an all-reduce, where the library's has a
-    reduce-scatter and an all-gather, no norm sums over devices, and logits stay split.
-
-    Attributes:
-        efficiency: of products, as a share of the bfloat16 peak. hbm_share: of the stated bandwidth.
-        collective_seconds, hop_seconds, collective_factor: of an all-reduce, of each further device on either way around, and measured over
-            modelled time of the bytes.
-    """
-
-    efficiency: float
-    hbm_share: float
-    collective_seconds: float
-    hop_seconds: float
-    collective_factor: float
-
-    def collective(self, entry: Entry, ways: int, link: float) -> float:
-        """Seconds of one collective of the library's program as the engines have it."""
-        if entry.part is Part.LOGITS or entry.item is NORM:
-            return 0.0
-        passes = 2 if entry.op is Op.ALL_REDUCE else 1
-        fixed = 0.0 if entry.op is Op.ALL_GATHER else self.collective_seconds  # it belongs to the reduce-scatter before it
-        return fixed + passes * (ways - 1) * (self.hop_seconds + self.collective_factor * entry.bytes / ways / link)
 
 
 @dataclass(frozen=True)
@@ -125,31 +98,26 @@ class Row:
         """Prompts of others that pass while one token of a request is made: as many requests as are there begin while one lasts."""
         return (self.requests - 1) / (self.output_len - 1)
 
-    def seconds(self, shape: StepShape, kernels: Kernels) -> float:
-        """One step of the engines' program, without what the engine takes."""
+    def seconds(self, shape: StepShape, calibration: Calibration, program: Program = TENSOR_PARALLEL) -> float:
+        """One step under these constants, without what the engine takes."""
         slice_ = parse_slice(f"{self.chip}:{self.ways}")
-        constants = Calibration("engines", kernels.efficiency, kernels.hbm_share, 1.0, 0.0, True, 0.0, "operations.json")
-        pricing = Pricing(slice_, constants, program=TILED)
+        pricing = Pricing(slice_, calibration, program=program)
         layout = make_layout(dict.fromkeys(slice_.axis_sizes, "ffn"), dict.fromkeys(slice_.axis_sizes, "heads"))
         phase = layout.decode if shape.decode_rows else layout.prefill
-        split = StepSplit(self.config, layout, phase, shape, pricing, self.weights, self.kv, Shares(1.0))
-        return sum(
-            entry.exposed_seconds if entry.op is None else entry.count * kernels.collective(entry, self.ways, slice_.chip.switch_bandwidth)
-            for entry in step_ledger(split).entries
-        )
+        return step_ledger(StepSplit(self.config, layout, phase, shape, pricing, self.weights, self.kv, Shares(1.0))).seconds
 
-    def work(self, kernels: Kernels) -> float:
+    def work(self, calibration: Calibration, program: Program = TENSOR_PARALLEL) -> float:
         """Seconds per output token: a step that decodes all requests halfway through their output, and the prompts that pass meanwhile."""
         decode = StepShape(decode_rows=self.requests, decode_context=self.input_len + self.output_len // 2)
         prompt = StepShape(prefill_tokens=self.input_len, prefill_slots=1)
-        return self.seconds(decode, kernels) + self.prompts_per_token * self.seconds(prompt, kernels)
+        return self.seconds(decode, calibration, program) + self.prompts_per_token * self.seconds(prompt, calibration, program)
 
     @cached_property
     def floor(self) -> float:
         """Seconds per output token by the maker's figures alone: products at the peak of their type, nothing beside them."""
         chip = chips()[self.chip]
         peak = chip.peak_int8 / chip.peak_bf16 if self.type == "fp8" else 1.0
-        return self.work(Kernels(peak, 1.0, 0.0, 0.0, 1.0))
+        return self.work(Calibration(ROOFLINE.name, peak, 1.0, 1.0, 0.0, False, 1.0, ROOFLINE.source))
 
 
 @cache

@@ -63,18 +63,19 @@ def price(account: Account, slice_: Slice, constants: Calibration = ROOFLINE, fu
         dots += count * (max(times) if constants.hides_memory else sum(times))
     hop = constants.hop_seconds or HOP_SECONDS
     fixed = constants.collective_seconds
-    return dots + sum(n * (fixed + collective_seconds(collective, slice_, hop)) for collective, n in account.collectives.items())
+    rings = constants.switch_rings
+    return dots + sum(n * (fixed + collective_seconds(collective, slice_, hop, rings)) for collective, n in account.collectives.items())
 
 
-def collective_seconds(collective: Collective, slice_: Slice, hop: float = HOP_SECONDS) -> float:
-    """One collective: bytes over links, and one hop at a time to the farthest chip."""
+def collective_seconds(collective: Collective, slice_: Slice, hop: float = HOP_SECONDS, switch_rings: bool = False) -> float:
+    """One collective: bytes over links, and one hop at a time to the farthest chip; through a switch one, or one per further device."""
     chip, axes = slice_.chip, [axis for axis in slice_.axes if axis.name in collective.axes]
     ways = math.prod(axis.size for axis in axes)
     if collective.op == "collective-permute":
         return collective.num_bytes / (chip.link_bandwidth if chip.torus_dims else chip.switch_bandwidth) + hop
     if chip.torus_dims == 0:
         passes = 2 if collective.op == "all-reduce" else 1
-        return passes * (collective.num_bytes * (ways - 1) / ways / chip.switch_bandwidth + hop)
+        return passes * (collective.num_bytes * (ways - 1) / ways / chip.switch_bandwidth + hop * (ways - 1 if switch_rings else 1))
     links = {axis.name: 2 if axis.wraps else 1 for axis in axes}
     hops = hop * sum(axis.size // 2 if axis.wraps else axis.size - 1 for axis in axes)
     if collective.op == "all-to-all":

@@ -30,6 +30,7 @@ class Calibration:
         hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added
             up. 0 takes the chip's hop latency as a lower bound instead of adding it.
         collective_seconds: time of one collective beside its hops and bytes.
+        switch_rings: collectives within a node go around its devices, so that each further one is a hop; else one hop reaches all.
         looped_hop_seconds: `hop_seconds` of a program that goes around its rings in loops of its own, where every hop is an operation that
             is issued and waited for; 0 for the same.
         least_rows: rows below which a product takes no less time on the core: its weights have to pass into the matrix unit anyway.
@@ -55,6 +56,7 @@ class Calibration:
     rates: Rates | None = None
     hides_memory: bool = True
     collective_seconds: float = 0.0
+    switch_rings: bool = False
     looped_hop_seconds: float = 0.0
     least_rows: float = 0.0
     layer_seconds: float = 0.0

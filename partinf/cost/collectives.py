@@ -12,8 +12,9 @@ latter; an all-reduce is one of each. An all-to-all of b bytes per device on a r
 chapter 3). A permute sends b to the next device along the axes, over one link one way, or through the slowest network that any of them
 crosses. Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added, and a fixed time of
 the collective to it: a ring waits at every hop, an all-to-all on a torus sends at once and waits for the chip's own latency alone, and
-through a switch every collective is one step. On devices that were measured, each kind of collective has a time of its own by the number of
-devices, and a factor on that of its bytes.
+through a switch every collective is one step, or where that was measured a ring as well, with a hop for each further device. On devices
+that were measured with `partinf calibrate`, each kind of collective has a time of its own by the number of devices, and a factor on that of
+its bytes.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Network:
         hop_seconds: float = 0.0,
         rates: Rates | None = None,
         fixed_seconds: float = 0.0,
+        switch_rings: bool = False,
     ) -> None:
         """
         Args:
@@ -77,12 +79,14 @@ class Network:
             hop_seconds: calibrated time per step of a ring, added to that of the bytes; 0 takes the chip's as a lower bound instead.
             rates: measured ones, instead of all the others.
             fixed_seconds: calibrated time of a collective beside its hops and bytes.
+            switch_rings: devices behind a switch wait for each other one by one, not for all at once.
         """
         self.chip: Chip = slice_.chip
         self.model = model
         self.factor = factor
         self._hop_scale = hop_seconds / slice_.chip.hop_seconds
         self._fixed_seconds = fixed_seconds
+        self._switch_rings = switch_rings
         self._axes = {axis.name: axis for axis in slice_.axes}
         self._rates = rates
         self._known: dict[tuple[Op, tuple[str, ...]], tuple[float, float]] = {}  # measured seconds and factor
@@ -180,7 +184,8 @@ class Network:
             outside *= ceil_div(axis.size, here)
         levels = []
         if inside > 1:
-            levels.append(_direct(inside, self.chip.switch_bandwidth, self.chip.hop_seconds))
+            hops = inside - 1 if self._switch_rings else 1
+            levels.append(_direct(inside, self.chip.switch_bandwidth, hops * self.chip.hop_seconds))
         if outside > 1:
             levels.append(_direct(outside, self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
         return levels

@@ -35,8 +35,8 @@ class Pricing:
         self.calibration = calibration
         self.program = program or program_for(chip)
         hop = calibration.hop(self.program.looped)
-        fixed = calibration.collective_seconds
-        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, hop, calibration.rates, fixed)
+        fixed, rings = calibration.collective_seconds, calibration.switch_rings
+        self.network = Network(slice_, bandwidth_model, calibration.collective_factor, hop, calibration.rates, fixed, rings)
         self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
         # A search asks for few of these many times.

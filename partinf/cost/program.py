@@ -77,7 +77,7 @@ JAX_LLM_EXAMPLES = Program(
     # Its profiler trace: 15.2 us per layer to bring the scales of 16 x 8192 positions into the kernel's form.
     position_seconds=15.2e-6 / (16 * 8192),
 )
-# What serving engines for TPUs run: the residual whole, layers in a loop or too many small pieces for anything to be fetched ahead.
+# What serving engines run: the residual whole, layers in a loop or too many small pieces for anything to be fetched ahead.
 TENSOR_PARALLEL = Program("tensor-parallel", per_prompt_attention=True, blocked_attention=True, residual=Residual.WHOLE, decode_kernel=True)
 PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED, JAX_LLM_EXAMPLES, TENSOR_PARALLEL)}
 

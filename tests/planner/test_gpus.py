@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
+import tomllib
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 
 from experiments.gpus_serving.measure import Fitted, fit, grouped
-from experiments.gpus_serving.operations import CHIPS, collective_errors, collectives
+from experiments.gpus_serving.operations import CHIPS, collectives
 from experiments.gpus_serving.rows import SELECTION, Row, compared, read
+from partinf.cost.collectives import Network
+from partinf.cost.ledger import Op
+from partinf.foundation import resources
+from partinf.hardware.slices import parse_slice
 
 HERE = Path(__file__).parents[2] / "experiments" / "gpus_serving"
 RESULTS = json.loads((HERE / "results.json").read_text())
@@ -51,12 +54,38 @@ def test_rows_left_out_of_the_fit_are_met_in_the_median_on_h100_and_h200() -> No
     assert all(0.9 < median < 1.1 for median in medians)
 
 
-def test_collectives_of_a_node_take_a_fixed_time_and_one_for_each_further_device() -> None:
+def test_the_table_of_constants_holds_what_was_fitted() -> None:
+    table = tomllib.loads(resources.package_file("hardware/calibration.toml").read_text())
+    operations = json.loads((HERE / "operations.json").read_text())
+    for chip in CHIPS:
+        found = operations[chip]
+        gpu = {"h200": "h100"}.get(chip, chip)
+        whole = {name: RESULTS["constants"][name].get(gpu, found[name]) for name in ("hbm_share", "layer_seconds")}
+        around = {name: found["nccl"][name] for name in ("collective_seconds", "hop_seconds", "collective_factor")}
+        expected = {"matmul_efficiency": found["matmul_efficiency"], "switch_rings": True} | whole | around
+        assert {name: table[chip][name] for name in expected} == expected
+        if gpu in RESULTS["intervals"]:
+            assert table[chip]["intervals"] == RESULTS["intervals"][gpu]
+            unseen = RESULTS["left out, together"][chip]
+            worst = max(unseen["most"] - 1, 1 - unseen["least"])
+            assert table[chip]["left_out"] == pytest.approx([unseen["median_error"], worst])
+        else:
+            assert table[chip]["intervals"] == {name: found["between engines"][name] for name in table[chip]["intervals"]}
+
+
+def test_collectives_of_a_node_take_a_hop_for_each_further_device_where_that_was_measured() -> None:
+    slice_ = parse_slice("h100:8")
+    axes = tuple(slice_.axis_sizes)
+    at_once = Network(slice_, hop_seconds=1e-6, fixed_seconds=5e-6)
+    around = Network(slice_, hop_seconds=1e-6, fixed_seconds=5e-6, switch_rings=True)
+    assert [n.seconds(Op.ALL_REDUCE, axes, 0) for n in (at_once, around)] == pytest.approx([7e-6, 19e-6])
+    assert [n.seconds(Op.ALL_GATHER, axes, 0) for n in (at_once, around)] == pytest.approx([6e-6, 12e-6])
+    moved = around.seconds(Op.ALL_GATHER, axes, 8e6) - around.seconds(Op.ALL_GATHER, axes, 0)
+    assert moved == pytest.approx(7e6 / slice_.chip.switch_bandwidth)  # rings change the waiting, not the bytes
     for chip in CHIPS:
         fixed, hop, factor = collectives(chip, "nccl")
         assert fixed > hop > 0
         assert factor > 1
-        assert median(abs(math.log(error)) for error in collective_errors(chip, "nccl")) < 0.11
 
 
 def test_rows_that_cannot_be_the_work_that_they_state_are_not_compared(rows: list[Row]) -> None:
