@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from partinf.foundation.rounding import round_up
+
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 DTYPE_NAMES = {"pred": "bool", "s8": "int8", "u8": "uint8", "bf16": "bfloat16", "f16": "float16"}
 DTYPE_NAMES |= {"s32": "int32", "u32": "uint32", "f32": "float32"}
@@ -23,20 +25,31 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 
 @dataclass(frozen=True)
 class Shape:
-    """One array: element type, dimensions, and the memory space that its layout names (0 is HBM, the others are on the chip)."""
+    """One array: element type, dimensions, and what its layout says.
+
+    Attributes:
+        space: the memory that it lies in; 0 is HBM, the others are on the chip.
+        stored: its elements and what fills its tiles up; 0 where nothing does.
+    """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+    stored: int = 0
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.dims) * _BYTES.get(self.dtype, 1)
 
     @property
+    def stored_bytes(self) -> int:
+        """Its bytes in tiles, which are moved whole: 16 elements in a row of 128 take eight times their size."""
+        return max(self.num_bytes, self.stored * _BYTES.get(self.dtype, 1))
+
+    @property
     def hbm_bytes(self) -> int:
-        """Its bytes if it lies in HBM, otherwise 0."""
-        return 0 if self.space else self.num_bytes
+        """Its bytes in tiles if it lies in HBM, otherwise 0."""
+        return 0 if self.space else self.stored_bytes
 
 
 @dataclass(frozen=True)
@@ -212,8 +225,22 @@ def shapes(text: str) -> tuple[Shape, ...]:
     found = []
     for dtype, dims, layout in _SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(Shape(dtype, tuple(int(d) for d in dims.split(",") if d), int(space[1]) if space else 0))
+        sizes = tuple(int(d) for d in dims.split(",") if d)
+        found.append(Shape(dtype, sizes, int(space[1]) if space else 0, _stored(sizes, layout)))
     return tuple(found)
+
+
+def _stored(dims: tuple[int, ...], layout: str) -> int:
+    """Elements of an array with its tiles filled up, from a layout such as `1,0:T(8,128)(2,1)`: the dimensions from the least one on, and
+    the tile of the least of them. 0 without tiles."""
+    tile = re.search(r":T\(([\d,]+)\)", layout)
+    order = [int(d) for d in layout.partition(":")[0].split(",") if d]
+    if tile is None or not dims or len(order) != len(dims):
+        return 0
+    sizes = [dims[dim] for dim in order]
+    for place, side in enumerate(reversed([int(d) for d in tile[1].split(",")][-len(sizes) :])):
+        sizes[place] = round_up(sizes[place], side)
+    return math.prod(sizes)
 
 
 def _closing(text: str, start: int) -> int:

@@ -147,7 +147,7 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     if called is not None and op == "fusion":
         return _fusion_bytes(module, called, sizes, written - _handed_on(called, instruction))
     if op in _SLICES:
-        return (sum(shape.num_bytes for shape in results) if sizes and sizes[0] else 0) + written
+        return (sum(shape.stored_bytes for shape in results) if sizes and sizes[0] else 0) + written
     if op in _UPDATES:
         index = _UPDATES[op]
         return sizes[index] + (sum(shape.num_bytes for shape in given[index]) if written else 0)
@@ -189,7 +189,7 @@ def _touched(module: Module, called: Computation, name: str, depth: int = 0) -> 
             continue  # a collective is priced elsewhere, and what is handed on is not read
         inner: tuple[int | None, int] = None, 0
         if user.opcode in _SLICES and user.operands[0] == name:
-            inner = sum(shape.num_bytes for shape in user.shapes), 0
+            inner = sum(shape.stored_bytes for shape in user.shapes), 0
         elif user.opcode in _UPDATES and user.operands[0] == name:
             update = called.by_name.get(user.operands[_UPDATES[user.opcode]])
             inner = 0, sum(shape.num_bytes for shape in update.shapes) if update else 0

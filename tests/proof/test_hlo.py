@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 
@@ -194,4 +195,24 @@ def test_transfers_between_slices_are_collectives() -> None:
 def test_shapes_know_their_memory() -> None:
     on_chip, in_hbm = shapes("(bf16[2,64]{1,0:T(8,128)(2,1)S(3)}, s8[4,4]{1,0:T(32,128)(4,1)})")
     assert (on_chip.num_bytes, on_chip.hbm_bytes) == (256, 0)
-    assert (in_hbm.num_bytes, in_hbm.hbm_bytes) == (16, 16)
+    assert in_hbm.num_bytes == 16
+    assert in_hbm.hbm_bytes == 32 * 128  # a tile is moved whole
+
+
+@pytest.mark.parametrize(
+    ("text", "elements"),
+    [
+        ("f32[655360,16]{1,0:T(8,128)}", 655360 * 128),  # rows of 16 in rows of 128
+        ("f32[655360,16]{0,1:T(8,128)}", 655360 * 16),  # the other way about nothing is lost
+        ("f16[8,1,2048]{2,1,0:T(2,128)(2,1)}", 8 * 2 * 2048),
+        ("f16[8,1,2048]{2,0,1:T(8,128)(2,1)}", 8 * 2048),
+        ("bf16[8200]{0:T(1024)(128)(2,1)}", 9 * 1024),
+        ("s32[5]{0:T(8,128)}", 128),
+        ("s32[]{:T(128)}", 1),
+        ("f32[3,5]{1,0}", 15),
+        ("f32[3,5]", 15),
+    ],
+)
+def test_tiles_are_filled_up(text: str, elements: int) -> None:
+    (shape,) = shapes(text)
+    assert shape.stored_bytes == elements * (shape.num_bytes // max(1, math.prod(shape.dims)))

@@ -21,6 +21,7 @@ ENTRY %main (w: s8[8192,512], i: s32[]) -> s8[8192,512] {
   %i = s32[]{:T(128)S(6)} parameter(1)
   %here = s8[8192,512]{1,0:T(32,128)(4,1)S(1)} parameter(2)
   %row = s8[1,512]{1,0:T(32,128)(4,1)S(1)} parameter(3)
+  %narrow = f32[64,16]{1,0:T(8,128)} parameter(4)
   @LINE@
 }
 """
@@ -53,6 +54,9 @@ def part(space: str = "S(1)") -> str:
         (f"{part('')} slice(%w), slice={{[0:2048], [0:512]}}", 2 * PART),
         (f"{part('')} slice(%here), slice={{[0:2048], [0:512]}}", PART),
         (f"{part()} slice(%here), slice={{[0:2048], [0:512]}}", 0),
+        # Sixteen elements fill a row of 128.
+        ("f32[64,16]{0,1:T(8,128)S(1)} copy(%narrow)", 64 * 128 * 4),
+        ("f32[8,16]{1,0:T(8,128)S(1)} slice(%narrow), slice={[0:8], [0:16]}", 8 * 128 * 4),
         # What is updated in place is written where it is updated, wherever the new values come from.
         (f"{WHOLE_TEXT} dynamic-update-slice(%w, %row, %i, %i)", 512),
         (f"{ON_CHIP_TEXT} dynamic-update-slice(%here, %row, %i, %i)", 0),
