@@ -115,6 +115,15 @@ def _options(rng: random.Random) -> str:
     )
 
 
+def _tools(rng: random.Random) -> str:
+    kinds = (
+        f'{{"type": "function", "function": {{"name": {text(rng)}, "parameters": {anything(rng)}}}}}',
+        '{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}',
+        f'{{"type": {text(rng)}}}',
+    )
+    return "[" + ",".join(rng.choice(kinds) for _ in range(rng.choice((0, 1, 2, 129, 3000)))) + "]"
+
+
 def _flag(rng: random.Random) -> str:
     return rng.choice(("true", "false", "null", "1"))
 
@@ -128,13 +137,13 @@ FIELDS: dict[str, Make] = {
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens"), number),
     **dict.fromkeys(("stream", "echo", "ignore_eos", "store", "skip_special_tokens", "add_generation_prompt"), _flag),
     **dict.fromkeys(("continue_final_message", "add_special_tokens"), _flag),
-    **dict.fromkeys(
-        ("suffix", "user", "prompt_cache_key", "x", "timeout", "metadata", "tools", "response_format", "service_tier"), anything
-    ),
+    **dict.fromkeys(("suffix", "user", "prompt_cache_key", "x", "timeout", "metadata", "response_format", "service_tier"), anything),
     "stop": lambda rng: rng.choice((text, _stops))(rng),
     "stop_token_ids": _numbers,
     "logit_bias": _biases,
     "stream_options": _options,
+    "tools": lambda rng: rng.choice((anything, _tools, _tools))(rng),
+    "tool_choice": lambda rng: rng.choice(('"auto"', '"none"', '"required"', '{"type": "function", "function": {"name": "f"}}', "{}", "1")),
     "chat_template_kwargs": lambda rng: rng.choice(
         ("{}", "null", f'{{"a": {anything(rng)}, "messages": 1}}', f'{{"tools": {anything(rng)}}}')
     ),

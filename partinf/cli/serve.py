@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="answer to pages of this origin in browsers, https://chat.example.org; several may be given; * for all (default: none)",
     )
+    where.add_argument(
+        "--tool-call-parser",
+        default="auto",
+        metavar="NAME",
+        help="how the model writes calls of tools: hermes, llama3_json, mistral, pythonic, or auto by its chat template (default: auto)",
+    )
     from partinf.engine.policies.registry import described
 
     batch = parser.add_argument_group("the engine")
@@ -165,9 +171,11 @@ def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: Ch
 def _read(flags: Flags) -> None:
     """Put the numbers in the place of their texts; what is wrong joins the flags' offences."""
     from partinf.engine.policies.registry import POLICIES
+    from partinf.serve.tool_calls import FORMATS
 
     args = flags.args
     flags.word("scheduler", POLICIES)
+    flags.word("tool_call_parser", ("auto", *FORMATS))
     for name, (low, high) in _WHOLE.items():
         setattr(args, name, flags.optional_whole(name, low, high))
     for name in ("shutdown_timeout", "stall_timeout"):
@@ -202,6 +210,7 @@ def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
 def _options(args: argparse.Namespace) -> Options:
     from partinf.serve.bodies import Bounds
     from partinf.serve.server import Options
+    from partinf.serve.tool_calls import FORMATS
 
     keys = [*args.api_key, *([key] if (key := os.environ.get(_KEY_VARIABLE)) else [])]
     return Options(
@@ -211,6 +220,7 @@ def _options(args: argparse.Namespace) -> Options:
         max_connections=args.max_connections,
         drain_seconds=args.shutdown_timeout,
         access_log=args.access_log,
+        tool_format=FORMATS.get(args.tool_call_parser),
         cors_origins=args.cors_origin,
     )
 

@@ -55,7 +55,7 @@ class StopStrings:
         if ends and may_end:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
-        keep = max((_overlap(text, string) for string in self._strings), default=0)
+        keep = max((longest_beginning(text, string) for string in self._strings), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -65,7 +65,7 @@ class StopStrings:
         return text
 
 
-def _overlap(text: str, string: str) -> int:
+def longest_beginning(text: str, string: str) -> int:
     """Length of the longest end of `text` that is a beginning of `string`, but not all of it."""
     lengths = range(min(len(text), len(string) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(string[:length])), 0)

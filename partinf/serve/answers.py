@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -14,6 +15,7 @@ from partinf.engine.step import PromptScore
 from partinf.serve.asked import Asked
 from partinf.serve.protocol import (
     CachedTokens,
+    CalledFunction,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
@@ -21,10 +23,14 @@ from partinf.serve.protocol import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    ToolCall,
     Usage,
 )
+from partinf.serve.replies import ReplyReader
 from partinf.serve.token_texts import Offsets, TokenTexts, completion_logprobs, prompt_logprobs
+from partinf.serve.tool_calls import CallPart
 
+_NOTHING = ChatText()
 _LENGTH = (FinishReason.LENGTH, FinishReason.TIMEOUT)
 
 
@@ -150,13 +156,17 @@ class CompletionAnswer(_Answer):
 class ChatAnswer(_Answer):
     """Of POST /v1/chat/completions."""
 
+    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
+        super().__init__(asked, request_id, model, texts)
+        self._readers: dict[int, ReplyReader] = {}
+
     def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
         choices = [
             ChatChoice(
                 output.sample,
-                message=ChatText("assistant", output.text, None),
+                message=self._message(output),
                 logprobs=self._logprobs(output.tokens, output.logprobs or (), output.top_logprobs or [()] * len(output.tokens)),
-                finish_reason=finish_reason(output.finish_reason),
+                finish_reason=self._reason(output.sample, output.finish_reason),
             )
             for output in outputs[0]
         ]
@@ -178,7 +188,60 @@ class ChatAnswer(_Answer):
         elif not event.text and event.finish_reason is None:
             return None
         delta = ChatText(content=event.text) if event.text else ChatText()
-        return self._event(ChatChoice(event.sample, delta=delta, logprobs=logprobs, finish_reason=finish_reason(event.finish_reason)))
+        if self._asked.reader is not None:
+            delta = self._delta(event.sample, event.text, event.finish_reason is not None)
+            if delta == _NOTHING and logprobs is None and event.finish_reason is None:
+                return None
+        return self._event(
+            ChatChoice(event.sample, delta=delta, logprobs=logprobs, finish_reason=self._reason(event.sample, event.finish_reason))
+        )
+
+    def _reason(self, sample: int, reason: FinishReason | None) -> str | None:
+        """Why an answer ended: one that calls tools waits for what they say."""
+        calls = sample in self._readers and self._readers[sample].num_calls
+        return "tool_calls" if calls and reason is FinishReason.STOP else finish_reason(reason)
+
+    def _message(self, output: RequestOutput) -> ChatText:
+        if self._asked.reader is None:
+            return ChatText("assistant", output.text, None)
+        reader = self._readers[output.sample] = self._asked.reader()
+        part = reader.push(output.text)
+        reader.finish(part)
+        message = ChatText("assistant", part.content or (None if part.calls else ""), None)
+        if part.reasoning:
+            message.reasoning_content = part.reasoning
+        calls: dict[int, ToolCall] = {}
+        for piece in part.calls:
+            call = calls.setdefault(
+                piece.index, ToolCall(CalledFunction(piece.name or UNSET, ""), id=new_call_id(self._asked.call_id_len), type="function")
+            )
+            call.function.arguments = f"{call.function.arguments}{piece.arguments}"
+        if calls:
+            message.tool_calls = list(calls.values())
+        return message
+
+    def _delta(self, sample: int, text: str, last: bool) -> ChatText:
+        """What more text of an answer adds to its message."""
+        assert self._asked.reader is not None
+        reader = self._readers.get(sample)
+        if reader is None:
+            reader = self._readers[sample] = self._asked.reader()
+        part = reader.push(text)
+        if last:
+            reader.finish(part)
+        delta = ChatText()
+        if part.content:
+            delta.content = part.content
+        if part.reasoning:
+            delta.reasoning_content = part.reasoning
+        if part.calls:
+            delta.tool_calls = list(map(self._call_delta, part.calls))
+        return delta
+
+    def _call_delta(self, piece: CallPart) -> ToolCall:
+        if piece.name is None:
+            return ToolCall(CalledFunction(arguments=piece.arguments), piece.index)
+        return ToolCall(CalledFunction(piece.name, piece.arguments), piece.index, new_call_id(self._asked.call_id_len), "function")
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> ChatCompletion:
         return self._body("chat.completion.chunk", [], usage(self._asked, outputs))
@@ -206,6 +269,12 @@ def usage(asked: Asked, outputs: Sequence[Sequence[RequestOutput]]) -> Usage:
     cached = sum(output.num_cached for samples in outputs for output in samples if output.sample == 0)
     generated = 0 if asked.only_echo else sum(len(output.tokens) for samples in outputs for output in samples)
     return Usage(prompt, generated, prompt + generated, CachedTokens(cached))
+
+
+def new_call_id(length: int) -> str:
+    """A name for a call, as templates of the model take it back."""
+    name = uuid.uuid4().hex
+    return name[:length] if length < len(name) - len("call_") else f"call_{name[: length - len('call_')]}"
 
 
 def finish_reason(reason: FinishReason | None) -> str | None:

@@ -16,6 +16,7 @@ from partinf.serve.conversations import Conversation
 from partinf.serve.errors import Offence, invalid, raise_invalid, unknown_model
 from partinf.serve.prompts import Served, as_text, encoded, given_prompts, kept_tokens, length_offence
 from partinf.serve.protocol import ChatBody, CompletionBody, SamplingBody
+from partinf.serve.replies import ReplyReader
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class Asked:
     Attributes:
         prompts: token ids. echoed: per prompt the text to repeat, empty without `echo`.
         num_choices: of each prompt; where more are sampled, the likeliest. logprobs: whether answers tell those of tokens.
+        reader: makes what reads an answer, where that is more than text. call_id_len: characters of the ids of calls.
         prompt_logprobs: how many of the likeliest tokens are told in the place of each of the prompt's besides it; None for no list.
         include_usage: a stream ends with the usage. usage_so_far: and each of its events has what there has been.
         only_echo: nothing is to be generated; the engine generates a token all the same, which is dropped.
@@ -44,6 +46,8 @@ class Asked:
     num_choices: int
     logprobs: bool = False
     prompt_logprobs: int | None = None
+    reader: Callable[[], ReplyReader] | None = None
+    call_id_len: int = 29
 
     @property
     def scored(self) -> bool:
@@ -153,10 +157,27 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str 
         top_logprobs=body.top_logprobs,
         constraint=constraint,
         prompt_logprobs=body.prompt_logprobs is not None,
+        skip_special_tokens=body.skip_special_tokens and not _calls_are_special(body, served),
     )
+    reader = None
+    if served.conversations is not None and text is not None:
+        reader = served.conversations.reader(body, text)
     least, name = (limit, name) if limit is not None or not body.min_tokens else (body.min_tokens, "min_tokens")
     params = _checked(prompts, params, least or 1, {"prompt": "messages", "max_tokens": name}, served, offences, lengths)
-    return Asked(prompts, params, body.stream, *_usage(body), [], False, body.n, body.logprobs, body.prompt_logprobs)
+    return Asked(
+        prompts, params, body.stream, *_usage(body), [], False, body.n, body.logprobs, body.prompt_logprobs, reader, _call_id_len(served)
+    )
+
+
+def _calls_are_special(body: ChatBody, served: Served) -> bool:
+    """Whether calls are marked by special tokens, which the text must hold then."""
+    form = None if served.conversations is None else served.conversations.tool_format
+    return form is not None and form.special and bool(body.offered)
+
+
+def _call_id_len(served: Served) -> int:
+    form = None if served.conversations is None else served.conversations.tool_format
+    return Asked.call_id_len if form is None else form.id_len
 
 
 def check_model(name: str, served: Served) -> None:
@@ -205,7 +226,7 @@ def _params(body: SamplingBody, offences: list[Offence], names: dict[str, str], 
             stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
-            skip_special_tokens=body.skip_special_tokens,
+            skip_special_tokens=more.pop("skip_special_tokens", body.skip_special_tokens),
             priority=body.priority,
             **more,
         )

@@ -38,7 +38,7 @@ class ChatTemplate:
 
     Attributes:
         source: the template's text. tokens: by the names of their variables. where: the file that it comes from, for messages.
-        form: in which it reads contents.
+        form: in which it reads contents. knows_tools: whether it shows tools to the model.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None, where: str = "chat template") -> None:
@@ -59,6 +59,7 @@ class ChatTemplate:
         try:
             self._parsed = environment.parse(self.source)
             self.form = content_form(self._parsed)
+            self.knows_tools = any(name.name == "tools" and name.ctx == "load" for name in self._parsed.find_all(jinja2.nodes.Name))
             unknown = list(self._unknown())
         except jinja2.TemplateSyntaxError as error:
             raise InvalidInput(f"{where}: line {error.lineno}: {error.message}") from error

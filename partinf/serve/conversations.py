@@ -6,6 +6,7 @@ as a text or as a list of parts, and the arguments of tool calls, which are JSON
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,12 @@ import msgspec
 
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
 from partinf.serve.errors import Offence, Quoting
-from partinf.serve.protocol import ChatBody, Message, TextPart
+from partinf.serve.protocol import ChatBody, Message, TextPart, ToolChoice
+from partinf.serve.replies import THINK, THOUGHT, ReplyReader
 from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
+from partinf.serve.tool_calls import FORMATS, CallReader, ToolFormat, format_of
 
-_RESERVED = ("messages", "add_generation_prompt")
+_RESERVED = ("messages", "add_generation_prompt", "tools")
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,22 @@ class Conversation:
 
 
 class Conversations:
-    """Writes conversations by one template."""
+    """Writes conversations by one template.
 
-    def __init__(self, template: ChatTemplate, bounds: TemplateBounds) -> None:
+    Attributes:
+        tool_format: in which the model writes calls; None where it is not known, or the template knows no tools.
+        thinks: whether the template marks reasoning.
+    """
+
+    def __init__(self, template: ChatTemplate, bounds: TemplateBounds, tool_format: ToolFormat | None = None) -> None:
+        """
+        Args:
+            tool_format: if it is not to be found out from the template.
+        """
         self._form = template.form
+        self._knows_tools = template.knows_tools
+        self.tool_format = (tool_format or format_of(template.source)) if template.knows_tools else None
+        self.thinks = THOUGHT in template.source
         self._processes = TemplateProcesses(template, bounds)
 
     def read(self, body: ChatBody, offences: list[Offence]) -> Conversation | None:
@@ -44,6 +59,7 @@ class Conversations:
         messages = [self._plain(message, f"messages[{place}]", found) for place, message in enumerate(body.messages)]
         if reserved := [name for name in _RESERVED if name in body.chat_template_kwargs]:
             found.append(Offence(f"chat_template_kwargs may not hold {' or '.join(reserved)}", "chat_template_kwargs"))
+        found += self._tool_offences(body)
         final = _text(body.messages[-1]) if body.continue_final_message else None
         if body.continue_final_message and body.add_generation_prompt:
             found.append(Offence("continue_final_message and add_generation_prompt exclude each other", "continue_final_message"))
@@ -53,7 +69,39 @@ class Conversations:
         if found:
             return None
         prompts = body.add_generation_prompt is not False and final is None
-        return Conversation(self._processes.read(messages, prompts, body.chat_template_kwargs), final)
+        more = body.chat_template_kwargs
+        if body.offered:
+            more = more | {"tools": [msgspec.to_builtins(tool) for tool in body.offered]}
+        return Conversation(self._processes.read(messages, prompts, more), final)
+
+    def reader(self, body: ChatBody, prompt: str) -> Callable[[], ReplyReader] | None:
+        """Makes what reads an answer to this prompt; None where it is nothing but text."""
+        inside = self.thinks and prompt.rstrip().endswith(THINK)
+        form, names = self.tool_format, frozenset(tool.function.name for tool in body.offered)
+        if form is None or not names:
+            return (lambda: ReplyReader(True, inside, None)) if self.thinks else None
+        parallel = body.parallel_tool_calls is not False
+        return lambda: ReplyReader(self.thinks, inside, CallReader(form, names, parallel))
+
+    def _tool_offences(self, body: ChatBody) -> Iterator[Offence]:
+        """What is asked of tools, and cannot be done."""
+        choice = body.tool_choice
+        if not body.tools:
+            if choice not in (None, "none", "auto"):
+                yield Offence("tool_choice needs tools", "tool_choice")
+            return
+        if choice == "required" or isinstance(choice, ToolChoice):
+            yield Offence("tool_choice other than none and auto is not supported", "tool_choice")
+        names = [tool.function.name for tool in body.tools]
+        if len(set(names)) < len(names):
+            yield Offence("tools holds the same name more than once", "tools")
+        if choice == "none":
+            return
+        if not self._knows_tools:
+            yield Offence("tools: the model's chat template knows none", "tools")
+        elif self.tool_format is None:
+            known = ", ".join(FORMATS)
+            yield Offence(f"tools: how the model writes calls is not known; partinf serve --tool-call-parser says it: {known}", "tools")
 
     async def text(self, conversation: Conversation, offences: list[Offence]) -> str | None:
         """The prompt of a conversation; None where the template makes none, for the reason that joined the offences.

@@ -18,6 +18,7 @@ from partinf.foundation.limits import MAX_BIASES, TOP_LOGPROBS
 from partinf.serve.decoding import Body, Fields, Idle
 
 MAX_STOPS = 16
+MAX_TOOLS = 128
 _CONTENT = re.compile(r"messages\[\d+\]\.content")
 
 Count = Annotated[int, Meta(ge=1)]
@@ -166,6 +167,34 @@ class CompletionBody(SamplingBody, frozen=True, kw_only=True):
         return _REFUSED | {"suffix": ("",)}
 
 
+class ToolFunction(Fields, frozen=True, omit_defaults=True):
+    """What a tool takes: a JSON schema, which the template shows to the model."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    @classmethod
+    def refused(cls) -> Idle:
+        return {"strict": (False,)}
+
+
+class Tool(Fields, frozen=True):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChosenFunction(Fields, frozen=True):
+    name: str
+
+
+class ToolChoice(Fields, frozen=True):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
 class TextPart(Fields, frozen=True, tag_field="type", tag="text"):
     """A piece of a content. `cache_control` is a hint for the caches of others."""
 
@@ -204,12 +233,20 @@ def _inner_messages(given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], 
                 yield f"messages[{place}].content[{number}]", TextPart, part
 
 
+def _inner_tools(given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
+    tools = given.get("tools")
+    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
+        yield f"tools[{place}]", Tool, tool
+        yield f"tools[{place}].function", ToolFunction, tool.get("function") if isinstance(tool, dict) else None
+
+
 class ChatBody(SamplingBody, frozen=True, kw_only=True):
     """POST /v1/chat/completions.
 
     `add_generation_prompt` (true unless the final message is continued) and `chat_template_kwargs` are vLLM's, given to the template;
     `continue_final_message` lets the answer go on where the last message ends, and `add_special_tokens` lets the tokenizer add those that
-    the template does not write.
+    the template does not write. `tools` are shown to the model, whose calls are told apart from its text, the first alone where
+    `parallel_tool_calls` is false; so is what it writes between `<think>` and `</think>`, as `reasoning_content`.
     """
 
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -220,7 +257,14 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     logprobs: bool = False
     max_completion_tokens: Count | None = None
     max_tokens: Count | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS)] = 0
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools
 
     @classmethod
     def refused(cls) -> Idle:
@@ -236,8 +280,6 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
             "modalities": (["text"],),
             "prediction": (),
             "reasoning_effort": (),
-            "tool_choice": ("none", "auto"),
-            "tools": ([],),
             "verbosity": ("medium",),
             "web_search_options": (),
         }
@@ -246,6 +288,8 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
         yield from super().inner(given)
         yield from _inner_messages(given)
+        yield from _inner_tools(given)
+        yield "tool_choice", ToolChoice, given.get("tool_choice")
 
     @classmethod
     def advice(cls, path: str) -> str:
@@ -263,6 +307,7 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     continue_final_message: bool = False
     return_token_strs: bool = False
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
 
     @classmethod
     def refused(cls) -> Idle:
@@ -271,6 +316,7 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
     @classmethod
     def inner(cls, given: dict[str, Any]) -> Iterator[tuple[str, type[Fields], Any]]:
         yield from _inner_messages(given)
+        yield from _inner_tools(given)
 
     @classmethod
     def advice(cls, path: str) -> str:
@@ -286,6 +332,7 @@ class TokenizeBody(Body, frozen=True, kw_only=True):
             add_generation_prompt=self.add_generation_prompt,
             chat_template_kwargs=self.chat_template_kwargs,
             continue_final_message=self.continue_final_message,
+            tools=self.tools,
         )
 
 
@@ -366,12 +413,30 @@ class ChatLogprobs(Struct):
     refusal: None = None
 
 
+class CalledFunction(Struct, omit_defaults=True):
+    """`arguments` are the model's own text: JSON, if it wrote that to its end."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCall(Struct, omit_defaults=True):
+    """A call, or what an event adds to the one of its `index`."""
+
+    function: CalledFunction
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatText(Struct, omit_defaults=True):
     """A message of ours, or what an event adds to it."""
 
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     refusal: UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):

@@ -32,6 +32,7 @@ from partinf.serve.engine_thread import EngineThread, log_failure
 from partinf.serve.prompts import Served
 from partinf.serve.structures import Structures
 from partinf.serve.template_processes import TemplateBounds
+from partinf.serve.tool_calls import ToolFormat
 
 _IDLE_SECONDS = 30  # that a connection is kept between two requests
 _CLOSING_SECONDS = 2.0  # for connections to close once their answers are sent
@@ -60,6 +61,7 @@ class Options:
         max_connections: open at once. drain_seconds: for requests in flight when the server is told to stop.
         head_seconds: for a client to say what it wants.
         access_log: a line per request, with its path and nothing of its body.
+        tool_format: in which the model writes calls of tools, where its template does not tell.
         cors_origins: of pages that may ask from browsers, or `*` for all; none unless given.
     """
 
@@ -71,6 +73,7 @@ class Options:
     drain_seconds: float = 20.0
     head_seconds: float = 10.0
     access_log: bool = False
+    tool_format: ToolFormat | None = None
     cors_origins: Sequence[str] = ()
 
 
@@ -162,7 +165,9 @@ class Server(uvicorn.Server):
             thread.stop()
         limits, tokenizer = loaded.engine.limits, loaded.tokenizer
         template = loaded.chat_template
-        self._conversations = None if template is None else Conversations(template, self._options.template_bounds)
+        self._conversations = (
+            None if template is None else Conversations(template, self._options.template_bounds, self._options.tool_format)
+        )
         check, structures = RequestCheck(limits, tokenizer, seed=0), Structures(limits, tokenizer)
         served = Served(tuple(self._options.names), limits, check, tokenizer, self._conversations, structures)
         self.front.running = Running.of(served, thread)
