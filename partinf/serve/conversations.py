@@ -14,6 +14,7 @@ import msgspec
 
 from partinf.serve.chat_template import ChatTemplate, TemplateRefusal
 from partinf.serve.errors import Offence, Quoting
+from partinf.serve.forced_calls import forced, forced_reader
 from partinf.serve.protocol import ChatBody, Message, TextPart, ToolChoice
 from partinf.serve.replies import THINK, THOUGHT, ReplyReader
 from partinf.serve.template_processes import TemplateBounds, TemplateProcesses
@@ -76,6 +77,8 @@ class Conversations:
 
     def reader(self, body: ChatBody, prompt: str) -> Callable[[], ReplyReader] | None:
         """Makes what reads an answer to this prompt; None where it is nothing but text."""
+        if forced(body):
+            return lambda: ReplyReader(False, False, forced_reader(body))
         inside = self.thinks and prompt.rstrip().endswith(THINK)
         form, names = self.tool_format, frozenset(tool.function.name for tool in body.offered)
         if form is None or not names:
@@ -90,16 +93,16 @@ class Conversations:
             if choice not in (None, "none", "auto"):
                 yield Offence("tool_choice needs tools", "tool_choice")
             return
-        if choice == "required" or isinstance(choice, ToolChoice):
-            yield Offence("tool_choice other than none and auto is not supported", "tool_choice")
         names = [tool.function.name for tool in body.tools]
+        if isinstance(choice, ToolChoice) and choice.function.name not in names:
+            yield Offence(f"tool_choice names {choice.function.name[:80]!r}, which is not among the tools", "tool_choice")
         if len(set(names)) < len(names):
             yield Offence("tools holds the same name more than once", "tools")
         if choice == "none":
             return
         if not self._knows_tools:
             yield Offence("tools: the model's chat template knows none", "tools")
-        elif self.tool_format is None:
+        elif self.tool_format is None and not forced(body):
             known = ", ".join(FORMATS)
             yield Offence(f"tools: how the model writes calls is not known; partinf serve --tool-call-parser says it: {known}", "tools")
 

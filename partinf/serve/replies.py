@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from partinf.engine.detokenize import longest_beginning
+from partinf.serve.forced_calls import NamedCall
 from partinf.serve.tool_calls import CallReader, Part
 
 THINK, THOUGHT = "<think>", "</think>"  # around reasoning, in the templates of models that reason
@@ -14,7 +15,7 @@ class ReplyReader:
     Reasoning stands at the beginning, between its marks, of which the prompt may hold the first. Blank lines around it are no text.
     """
 
-    def __init__(self, thinks: bool, inside: bool, calls: CallReader | None) -> None:
+    def __init__(self, thinks: bool, inside: bool, calls: CallReader | NamedCall | None) -> None:
         """
         Args:
             thinks: the answer may begin with reasoning. inside: the prompt has begun it. calls: reads the text after it.

@@ -11,7 +11,8 @@ from partinf.engine.constraint import Grammar
 from partinf.engine.runner import RunnerLimits
 from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.serve.errors import Offence
-from partinf.serve.protocol import SamplingBody
+from partinf.serve.forced_calls import forced, forced_schema
+from partinf.serve.protocol import ChatBody, SamplingBody
 from partinf.structured import Grammars, Structure, missing
 
 _AT_ONCE = 2  # structures that are compiled: each takes up to a second of a core
@@ -95,6 +96,11 @@ def _ways(body: SamplingBody, offences: list[Offence]) -> Iterator[tuple[str, St
         asked += [(f"structured_outputs.{name}", value) for name, value in given if value not in (None, False)]
         if not asked:
             offences.append(Offence(f"structured_outputs asks for nothing; give one of {', '.join(_WAYS)}", "structured_outputs"))
+    if isinstance(body, ChatBody) and forced(body):
+        try:
+            yield "tool_choice", Structure.json_schema(forced_schema(body))
+        except InvalidInput as error:
+            offences += [Offence(f"tool_choice: {offence}", "tool_choice") for offence in error.offences]
     spaces = outputs is None or not outputs.disable_any_whitespace
     for where, value in asked:
         try:

@@ -13,14 +13,17 @@ import pytest
 
 from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.engine import FakeRunner
+from partinf.foundation.errors import InvalidInput
 from partinf.serve.chat_template import ChatTemplate
+from partinf.serve.forced_calls import forced_schema
+from partinf.serve.protocol import ChatBody, Message, Tool, ToolFunction
 from partinf.serve.tool_calls import FORMATS
 from tests.serve.support import LIMITS, Serving, events, fake_engine, serving
 from tests.serve.test_openai_client import openai as openai  # the client in both majors
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = load_tokenizer(ROOT / "tests/fixtures/tokenizer_byte_level")
-ROOMY = replace(LIMITS, vocab_size=TOKENIZER.vocab_size, max_len=4096, pages_per_shard=4096)
+ROOMY = replace(LIMITS, vocab_size=TOKENIZER.vocab_size, max_len=4096, pages_per_shard=4096, constrained=True)
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }} answer by <tool_call>{% endif %}{% for message in messages %}{{ message.role }}: "
     "{{ message.content or '' }}{% for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments.city }})"
@@ -167,8 +170,8 @@ def test_samples_and_log_probabilities_beside_calls(told: Told) -> None:
 @pytest.mark.parametrize(
     "more, param",
     [
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "response_format"),
         ({"tool_choice": "some"}, "tool_choice"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
         ({"tools": [OTHER, OTHER]}, "tools"),
@@ -186,6 +189,36 @@ def test_what_is_not_supported_is_refused_by_name(told: Told, more: dict[str, An
     status, answer, _ = told[0].post("/v1/chat/completions", CHAT | more)
     assert status == 400, answer
     assert answer["error"]["param"].startswith(param), answer
+
+
+CITY = '{"city": "Zürich"}'
+LISTED = [{"name": "get_weather", "parameters": {"city": "Zürich"}}, {"name": "f", "parameters": {}}]
+
+
+def test_calls_that_are_insisted_on(told: Told) -> None:
+    """The answer is held to them, whatever the model would say."""
+    pytest.importorskip("llguidance")
+    message, reason = same(told, CITY, tool_choice={"type": "function", "function": {"name": "get_weather"}})
+    assert message["tool_calls"] == [{"function": {"name": "get_weather", "arguments": CITY}}]
+    assert (message.get("content"), reason) == (None, "tool_calls")
+    message, _ = same(told, json.dumps(LISTED, ensure_ascii=False), tool_choice="required")
+    found = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message["tool_calls"]]
+    assert found == [(one["name"], one["parameters"]) for one in LISTED]
+    message, _ = same(told, json.dumps(LISTED[1:]), tool_choice="required", parallel_tool_calls=False)
+    assert [call["function"] for call in message["tool_calls"]] == [{"name": "f", "arguments": "{}"}]
+    stubborn = whole(told, "No, I will not.", tool_choice="required", max_tokens=60)["message"]
+    assert "No," not in (stubborn["content"] or "")
+
+
+def test_definitions_that_tools_share() -> None:
+    tool = Tool(type="function", function=ToolFunction(name="a", parameters={"$ref": "#/$defs/x", "$defs": {"x": {"type": "object"}}}))
+    other = Tool(type="function", function=ToolFunction(name="b", parameters={"$ref": "#/$defs/x", "$defs": {"x": {"type": "string"}}}))
+    ask = {"model": "demo", "messages": [Message(role="user", content="a")], "tool_choice": "required"}
+    schema = forced_schema(ChatBody(**ask, tools=[tool]))  # type: ignore[arg-type]
+    assert schema["$defs"] == {"x": {"type": "object"}}
+    assert schema["items"]["anyOf"][0]["properties"]["parameters"] == {"$ref": "#/$defs/x"}
+    with pytest.raises(InvalidInput, match="more than one way"):
+        forced_schema(ChatBody(**ask, tools=[tool, other]))  # type: ignore[arg-type]
 
 
 def test_templates_that_know_no_tools_or_no_format(shared: Serving) -> None:
