@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from partinf.foundation.errors import InvalidInput
 from partinf.structured.asked import Kind, Structure
 
-_PACKAGE = "llguidance"
 _REMEMBERED = 64  # compiled structures: clients send the same one with each request
 _SHOWN = 300  # characters of an error
 _COMPLETE = ("NoExtension", "EndOfSentence")  # why llguidance stops when all is well
@@ -53,9 +52,9 @@ class Tokenizer(Protocol):
 
 def missing() -> str | None:
     """Why no grammar can be compiled, if the package is not installed."""
-    if importlib.util.find_spec(_PACKAGE) is not None:
+    if importlib.util.find_spec("llguidance") is not None:
         return None
-    return f"structured output needs {_PACKAGE}: pip install 'partinf[serve]'"
+    return "structured output needs llguidance: pip install 'partinf[serve]'"
 
 
 class Grammars:
@@ -71,7 +70,7 @@ class Grammars:
         """
         if (why := missing()) is not None:
             raise InvalidInput(why)
-        llguidance: Any = importlib.import_module(_PACKAGE)
+        llguidance: Any = importlib.import_module("llguidance")
         ends = sorted(token for token in tokenizer.eos_ids if token < vocab_size)
         if not ends:
             raise InvalidInput("structured output: the tokenizer names no token that ends a text")

@@ -20,7 +20,7 @@ OWN = {
     *(path.stem for folder in ("tpu_scripts", "experiments/train_demo", "tests/tpu_scripts") for path in (ROOT / folder).glob("*.py")),
 }
 # Parts of partinf/ that need an extra, by the extra's name. Everything else has to do with what every installation has.
-ROOMS = {"serve": ("partinf/serve/",), "plot": ("partinf/planner/show/plot.py",)}
+ROOMS = {"serve": ("partinf/serve/", "partinf/structured/"), "plot": ("partinf/planner/show/plot.py",)}
 # What nothing imports, with the file that runs it and the words that do.
 TOOLS = {
     "hatchling": ("tests/packaging/test_wheel.py", "from hatchling import build"),

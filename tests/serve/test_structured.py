@@ -17,8 +17,6 @@ from partinf.serve.chat_template import ChatTemplate
 from tests.serve.support import LIMITS, Serving, events, serving
 from tests.structured.support import TOKENIZER, in_doubt
 
-pytest.importorskip("llguidance")
-
 ROOM = replace(LIMITS, vocab_size=300, max_len=1024, pages_per_shard=8 * 256)
 PROMPT: dict[str, Any] = {"model": "demo", "prompt": "an answer:", "max_tokens": 900, "temperature": 0}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "answer"}], "max_tokens": 900, "temperature": 0}

@@ -10,6 +10,7 @@ from collections import Counter
 from decimal import Decimal
 from typing import Any
 
+import jsonschema_rs as jsonschema
 import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, RequestOutput, RunnerLimits, SamplingParams
@@ -18,9 +19,6 @@ from partinf.foundation.errors import InvalidInput
 from partinf.structured import Grammars, Structure
 from tests.structured.schemas import random_schema
 from tests.structured.support import EOS, TOKENIZER, in_doubt
-
-pytest.importorskip("llguidance")
-jsonschema = pytest.importorskip("jsonschema_rs")
 
 VOCAB = 300  # the model's, beyond the tokenizer's
 LIMITS = RunnerLimits(

@@ -13,8 +13,6 @@ from partinf.engine.step import Step, StepOutput
 from partinf.structured import Grammars, Structure
 from tests.structured.support import TOKENIZER
 
-pytest.importorskip("llguidance")
-
 LIMITS = RunnerLimits(
     max_decode_rows_per_shard=36,
     max_prefill_tokens=128,
