@@ -7,7 +7,6 @@ python -m experiments.published.accuracy --fit  # fits again what is fitted, and
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 from experiments.published.fit import engines, engines_held_out, fit, held_out, summary, timed
 from experiments.published.rows import Engine, Row, least, predicted, rows, unpriced
+from experiments.results import read, write
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.json"
 STEPS = ("decode", "prefill")
 
 
@@ -32,14 +31,18 @@ def figures(row: Row, known: dict[str, Engine], proofs: dict[str, float]) -> dic
 
 
 def proved() -> dict[str, float]:
-    """Seconds of the proofs that experiments hold: of the library's own program for the paper's columns."""
-    found = json.loads((HERE.parent / "palm_540b_on_64_v4" / "results.json").read_text())
-    columns = [row for row in rows() if row.set == "PaLM"]
-    return {
-        f"{row.set}: {row.what}, {row.label}": found[row.label]["step_seconds_estimate"]
-        for row in columns
-        if "step_seconds_estimate" in found.get(row.label, {})
-    }
+    """Seconds of the proofs that experiments hold: of the library's program for the paper's columns, of jax-llm-examples' for its own."""
+    columns, timed_programs = (read(str(HERE.parent / name / "measure.py")) for name in ("palm_540b_on_64_v4", "timed_programs"))
+    cells = {(one["copies"], one["batch"], one["context"]): one for one in timed_programs["rows"]}
+    found: dict[str, float] = {}
+    for row in rows():
+        fields, key = row.fields, f"{row.set}: {row.what}, {row.label}"
+        if "step_seconds_estimate" in columns.get(row.label, {}):
+            found[key] = columns[row.label]["step_seconds_estimate"]
+        elif row.what == "decode" and "allocated" in fields:
+            cell = cells.get((2 if "replica" in fields["storage"].values() else 1, fields["batch"], fields["allocated"]))
+            found |= {key: cell["estimate"] / 1e3} if cell else {}
+    return found
 
 
 def groups(found: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -73,11 +76,12 @@ def draw(found: list[dict[str, Any]]) -> None:
     for marker, (name, members) in zip(markers, groups(found).items(), strict=False):
         panel.plot([1e3 * r["measured"] for r in members], [r["planner"] / r["measured"] for r in members], marker, ms=5, label=name)
     proofs = [row for row in found if "proof" in row]
-    panel.plot([1e3 * r["measured"] for r in proofs], [r["proof"] / r["measured"] for r in proofs], "k+", ms=8, label="proof (own program)")
+    panel.plot([1e3 * r["measured"] for r in proofs], [r["proof"] / r["measured"] for r in proofs], "k+", ms=8, label="proof")
     panel.axhspan(1 / 1.12, 1.12, color="#3b6ea5", alpha=0.12, lw=0)
     panel.axhline(1, color="#555555", lw=0.8)
     panel.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted / measured", ylim=(0.1, 3))
     panel.set_yticks([0.1, 0.25, 0.5, 0.8, 1, 1.25, 2], ["0.1", "0.25", "0.5", "0.8", "1", "1.25", "2"])
+    panel.minorticks_off()
     panel.legend(fontsize=7, ncols=2, frameon=False)
     figure.savefig(HERE / "accuracy.png", dpi=130)
 
@@ -93,7 +97,7 @@ def fitted() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fit", action="store_true")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read(__file__, missing={})
     fits = fitted() if parser.parse_args().fit or "fits" not in results else results["fits"]
     known = {name: Engine(**values) for name, values in fits["engines"].items()}
     proofs = proved()
@@ -103,9 +107,13 @@ def main() -> None:
         print(f"{row['set'][:34]:34} {row['what']:10} {row['row'][:46]:46} {row['measured'] * 1e3:10.4g} {row['planner'] * 1e3:10.4g} "
               f"{row['error']:+7.1%} {proof}")  # fmt: skip
     summaries = {name: summary(row["error"] for row in members) for name, members in groups(found).items()}
+    proven = {name: [row["proof_error"] for row in members if "proof" in row] for name, members in groups(found).items()}
+    of_proofs = {name: summary(errors) for name, errors in proven.items() if errors}
     print("\nerrors of the planner: rows, median, ninth decile, worst")
     for name, one in summaries.items():
         print(f"{name:24} {one['rows']:3} {one['median']:7.1%} {one['ninth_decile']:7.1%} {one['worst']:7.1%}")
+    for name, one in of_proofs.items():
+        print(f"proof: {name:24} {one['rows']:3} {one['median']:7.1%} {one['ninth_decile']:7.1%} {one['worst']:7.1%}")
     for name, one in (fits["v5e_held_out"] | fits["engines_held_out"]).items():
         print(f"held out: {name:30} {one['rows']:3} {one['median']:7.1%} {one['ninth_decile']:7.1%} {one['worst']:7.1%}")
     choices = list(faster(found))
@@ -113,8 +121,8 @@ def main() -> None:
         print(f"{batch}: faster {measured}, predicted {said}")
     for one in unpriced():
         print(f"not priced: {one['name']}: {one['note']}")
-    result = {"fits": fits, "errors": summaries, "faster_layout": choices, "rows": found}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"fits": fits, "errors": summaries, "errors_of_proofs": of_proofs, "faster_layout": choices, "rows": found}
+    write(__file__, result)
     draw(found)
 
 
