@@ -10,10 +10,10 @@ or a stack of such; GPT-2's matrices are transposed first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from partinf.model.config import Activation, Block, ModelConfig, Norm, Position
+from partinf.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,9 @@ class Naming:
         return {*self.layer_weights, *self.model_weights}
 
 
-# What the blocks of a family are where its declaration does not say.
-_PLAIN: Mapping[str, Any] = {
-    "block": Block.SERIAL,
-    "gated": True,
-    "activation": Activation.SILU,
-    "norm": Norm.RMS,
-    "position": Position.ROPE,
-    "biases": (),
-    "qk_norm": False,
-}
+# What the blocks of a family are where its declaration does not say: what `ModelConfig` says.
+_FEATURES = ("block", "gated", "activation", "norm", "position", "biases", "qk_norm")
+_PLAIN: Mapping[str, Any] = {field.name: field.default for field in fields(ModelConfig) if field.name in _FEATURES}
 
 
 @dataclass(frozen=True)

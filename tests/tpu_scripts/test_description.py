@@ -123,16 +123,16 @@ def test_a_section_of_the_hardware_table_makes_a_chip_known_everywhere(tmp_path:
 
     text = resources.package_file(TABLE).read_text()
     begin, end = text.index("[v6e]"), text.index("[tpu7x]")
-    section = text[begin:end].replace("v6e", "v9x").replace('device_kinds = ["tpu v6 lite", "tpu v9x"]', 'device_kinds = ["tpu v9"]')
+    section = text[begin:end].replace("v6e", "v77q").replace('device_kinds = ["tpu v6 lite", "tpu v77q"]', 'device_kinds = ["tpu v77"]')
     (tmp_path / "table.toml").write_text(text + "\n" + section)
     monkeypatch.setattr(resources, "package_file", lambda _: tmp_path / "table.toml")
     chips.cache_clear()
     try:
-        slice_ = parse_slice("v9x:2x4")
-        assert chip_of_kind("TPU v9") is slice_.chip
-        assert describe(slice_) == ("v9x:2x4", {})
-        assert pod_types.type_of_slice(slice_).name == "v9x-8"
-        assert pod_types.parse_type("v9x-8").cloud.runtime == "v2-alpha-tpuv9x"
+        slice_ = parse_slice("v77q:2x4")
+        assert chip_of_kind("TPU v77") is slice_.chip
+        assert describe(slice_) == ("v77q:2x4", {})
+        assert pod_types.type_of_slice(slice_).name == "v77q-8"
+        assert pod_types.parse_type("v77q-8").cloud.runtime == "v2-alpha-tpuv77q"
         assert slice_.chip.price is not None
     finally:
         chips.cache_clear()

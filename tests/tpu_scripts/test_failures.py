@@ -258,6 +258,7 @@ def test_a_request_that_is_killed_and_accepted_leaves_no_machine(cloud, monkeypa
         return Done(124, "", f"no answer after {command.timeout:.0f} s") if "create" in command.argv else done
 
     monkeypatch.setattr(pod_commands, "_execute", killed)
+    monkeypatch.setattr(pod_deletion, "LOOK_SECONDS", 60.0)  # it ends when the machine is found
     cloud.script(appears=3)
     assert cloud.pod("launch", cloud.describe(), "--run-id", "r1") == 1
     assert (cloud.state["created"], cloud.state["machines"]) == (1, {})

@@ -1,4 +1,7 @@
-"""The table of policies: what the command line, its checks, descriptions of experiments and the tests know of each."""
+"""The table of policies: what the command line, its checks, descriptions of experiments and the tests know of each.
+
+A new policy is a file (`priority.py` shows one that is a rank for `Ranked`) and a row here; the property tests draw from this table.
+"""
 
 from __future__ import annotations
 
