@@ -18,8 +18,8 @@ FOUR = SamplingParams(max_tokens=4)
 class Poisoned(FakeRunner):
     """Gives no token after, and no log-probability of, what follows token `POISON`."""
 
-    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling) -> SampledToken:
-        sampled = super()._sample(slot, pages, length, sampling)
+    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling, mask: bytes | None) -> SampledToken:
+        sampled = super()._sample(slot, pages, length, sampling, mask)
         return SampledToken(-1, float("nan")) if POISON in self._context(slot, pages, length) else sampled
 
     def _score(self, chunk: PrefillChunk) -> tuple[PromptScore, ...]:
