@@ -93,12 +93,12 @@ class Telling:
             return
         if not self._replicas.leads:
             raise InvalidInput("this process follows another one, which takes the requests")
-        self._replicas.check(requests)
+        self._replicas.check([_told(request) for request in requests])
 
     def arrive(self, requests: Sequence[Request]) -> None:
         """These requests have arrived here. The others are told of their masks, and need no grammars."""
         if self._replicas is not None:
-            self._arrivals += [replace(request, params=replace(request.params, constraint=None)) for request in requests]
+            self._arrivals += map(_told, requests)
 
     def restrict(self, masks: Iterable[tuple[int, bytes]]) -> None:
         """These samples, by number, may go on with the tokens of these masks."""
@@ -140,6 +140,11 @@ class Telling:
         """The engine of this process cannot go on."""
         if self._replicas is not None:
             self._replicas.failed(error)
+
+
+def _told(request: Request) -> Request:
+    """A request as it crosses over: without its grammar, which only this process needs."""
+    return request if request.params.constraint is None else replace(request, params=replace(request.params, constraint=None))
 
 
 class ScheduleDigest:

@@ -89,9 +89,10 @@ class Grammars:
             InvalidInput: it is wrong, holds what is not supported, is too complex, or nothing in the vocabulary begins it.
         """
         with self._lock:
-            if structure in self._compiled:
+            known = self._compiled.get(structure)
+            if known is not None and not known.worn:
                 self._compiled.move_to_end(structure)
-                return self._compiled[structure]
+                return known
         compiled = self._compile(structure)
         with self._lock:
             self._compiled[structure] = compiled
@@ -127,21 +128,26 @@ class Grammars:
 
 
 class Compiled:
-    """A compiled structure (`partinf.engine.constraint.Grammar`)."""
+    """A compiled structure (`partinf.engine.constraint.Grammar`).
+
+    Attributes:
+        worn: an answer has failed, perhaps for the states that all of its answers share; later ones begin with new ones.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._size = matcher, vocab_size
         self.first_mask = _mask(matcher, vocab_size)
+        self.worn = False
 
     def start(self) -> _Answer:
-        return _Answer(self._matcher.deep_copy(), self._size)
+        return _Answer(self, self._matcher.deep_copy(), self._size)
 
 
 class _Answer:
     """The state of one answer (`partinf.engine.constraint.Constraint`)."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._size = matcher, vocab_size
+    def __init__(self, compiled: Compiled, matcher: Any, vocab_size: int) -> None:
+        self._compiled, self._matcher, self._size = compiled, matcher, vocab_size
 
     def accept(self, token: int) -> bytes | None:
         """As the protocol has it.
@@ -156,6 +162,7 @@ class _Answer:
                 return mask
         if matcher.is_stopped() and not matcher.is_error() and matcher.stop_reason() in _COMPLETE:
             return None
+        self._compiled.worn = True
         why = matcher.get_error() or (matcher.stop_reason() if matcher.is_stopped() else "no token of the vocabulary can come next")
         raise RuntimeError(f"the answer cannot go on within its structure: {_short(why)}")
 

@@ -168,7 +168,8 @@ class Wire:
         self.facts: list[Facts] = []
         self.digests: list[bytes] = []
 
-    def check(self, requests: list[Request]) -> None: ...
+    def check(self, requests: list[Request]) -> None:
+        assert all(request.params.constraint is None for request in requests)
 
     def tell(self, facts: Facts) -> None:
         assert all(request.params.constraint is None for request in facts.arrivals)

@@ -32,8 +32,29 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
         params: dict[str, Any] = {"max_tokens": rng.choice([3, 8, 16]), "ignore_eos": number % 4 != 0}
         if number % 3 == 1:
             params |= {"temperature": 1.0, "seed": number, "n": 1 + number % 2}
+        if number % 5 == 1:
+            params["constraint"] = Alternating()
         found.append((f"{task}: {text} =", params))
     return found
+
+
+class Alternating:
+    """A grammar of even and odd tokens by turns, 9 of them, as only the process that takes requests knows it."""
+
+    def __init__(self) -> None:
+        self.first_mask = bytes([0b10101010] * 12)
+
+    def start(self) -> Any:
+        masks = [self.first_mask, bytes([0b01010101] * 12)] * 4
+        return _Turns(masks[1:])
+
+
+class _Turns:
+    def __init__(self, masks: list[bytes]) -> None:
+        self._masks = masks
+
+    def accept(self, token: int) -> bytes | None:
+        return self._masks.pop(0) if self._masks else None
 
 
 SLICES = {"ws-2d": "cpu:2x2x2", "long-context": "cpu:2x2x2", "stages": "cpu:3x2"}
@@ -55,7 +76,7 @@ def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
     from partinf.workload import DType, Workload
 
     workload = Workload(batch=ROWS, input_len=24, output_len=24, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, random=True, page_size=8)
+    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, random=True, constrained=True, page_size=8)
     staged = make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "heads"})
     bound = staged if layout == "stages" else named_layout(layout)
     plan = partinf.plan("demo", SLICES[layout], workload, layout=bound, capacity=capacity)

@@ -151,6 +151,15 @@ def test_what_cannot_be_held_to_is_refused_with_the_reason(grammars: Grammars, s
         grammars(structure())
 
 
+def test_a_structure_whose_states_are_used_up_is_compiled_anew(grammars: Grammars) -> None:
+    structure = Structure.regex("([ab]*a[ab]{16}c?)+d")
+    compiled = grammars(structure)
+    with pytest.raises(RuntimeError, match="the answer cannot go on"):
+        compiled.start().accept(2 + ord("z"))
+    assert grammars(structure) is not compiled
+    assert follows(grammars, structure, "a" * 17 + "d")
+
+
 class Letters:
     """A vocabulary that cannot write most texts."""
 
