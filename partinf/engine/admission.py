@@ -60,7 +60,7 @@ class RequestCheck:
                 repetition=float(params.repetition_penalty),
                 top_logprobs=min(params.top_logprobs, self._limits.vocab_size),
                 steered=_steered(params, ends),
-                ends_from=len(tokens) + params.min_tokens,
+                ends_from=len(tokens) + params.min_tokens if params.min_tokens else 0,
             ),
             arrival=arrival,
             ends=ends,

@@ -97,6 +97,7 @@ NOTHING = Least(_Part((), 0.0, 0.0, 0.0), None)
 class _Key(NamedTuple):
     storage: tuple[object, ...]
     gather: tuple[str, ...]
+    ahead: bool
     kv_stored: tuple[str, ...]
     shape: StepShape
     heads: int
@@ -131,7 +132,7 @@ class Evaluator:
         model = self.model.with_padded_heads(padded_heads)
         shares = Shares(heads=self.model.num_heads / model.num_heads)
         shape = shape or self.shape(layout, phase, label)
-        key = (layout.storage, phase.gather, padded_heads, shape)
+        key = (layout.storage, phase.gather, phase.ahead, padded_heads, shape)
         known = self._splits.get(key)
         if known is not None:
             return known.with_attention(layout)
@@ -167,7 +168,7 @@ class Evaluator:
 
     def linear(self, split: StepSplit) -> _Linear:
         """What does not depend on attention roles."""
-        key = _Key(split.layout.storage, split.gathered, split.kv_stored, split.shape, split.model.num_heads)
+        key = _Key(split.layout.storage, split.gathered, split.ahead, split.kv_stored, split.shape, split.model.num_heads)
         found = self._linear.get(key)
         if found is None:
             found = self._linear[key] = _Linear(_Part.of(linear_part(split), split.num_stages), linear_set(split))
