@@ -42,7 +42,7 @@ class Calibration:
         rates: measured rates, which stand in place of the other constants.
         hides_memory: an op's memory traffic runs behind its compute, so that the longer of the two counts; else their sum does.
         intervals: constant → what the sources leave open of it, lowest and highest.
-        left_out: median and worst relative error of measured times that the constants had not seen; None where there were none.
+        left_out: median and worst relative error of measured times that were left out of the fit; None where there were none.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Calibration:
         if self.left_out is None:
             return "from single operations: no step was timed without an engine"
         median, worst = self.left_out
-        return f"steps that the fit had not seen predicted within {median:.0%} in the median, {worst:.0%} at worst"
+        return f"steps left out of the fit are predicted within {median:.0%} in the median, {worst:.0%} at worst"
 
     def hop(self, looped: bool) -> float:
         """Time of a hop in a looped program or another."""

@@ -1,8 +1,8 @@
 """Structures compiled for the vocabulary of one model.
 
-llguidance counts what it does, in compiling as in every mask, and stops at a bound: what a hostile schema can take is some hundred
-milliseconds and some ten megabytes once, and a few milliseconds per token. Only such tokens are allowed whose bytes the grammar takes; a
-text that leaves no choice comes in the tokens by which the tokenizer writes it.
+llguidance counts what it does, in compiling as in every mask, and stops at a bound: a hostile schema can take some hundred milliseconds
+and some fifty megabytes once, and for a token mostly a few milliseconds, at worst more than a hundred. Only tokens are allowed whose bytes
+the grammar takes; a text that leaves no choice comes in the tokens by which the tokenizer writes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from partinf.foundation.errors import InvalidInput
 from partinf.structured.asked import Kind, Structure
 
-_REMEMBERED = 64  # compiled structures: clients send the same one with each request
+# Compiled structures: clients send the same one with each request, and a hostile one takes some 50 MB.
+_REMEMBERED = 16
 _SHOWN = 300  # characters of an error
 _COMPLETE = ("NoExtension", "EndOfSentence")  # why llguidance stops when all is well
 # Of llguidance: lexer fuel goes at some 50,000 per millisecond in compiling and 14,000 in a mask, items at 20,000, states take 2 kB.
