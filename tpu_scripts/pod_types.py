@@ -82,7 +82,10 @@ def parse_type(name: str, topology: str | None = None) -> TpuType:
     count = math.prod(int(side) for side in topology.split("x"))
     if count != default.num_chips:
         raise InvalidInput(f"topology '{topology}': {count} chips, but {usual}")
-    return TpuType(name, parse_slice(f"{chip}:{topology}"), False)
+    slice_ = parse_slice(f"{chip}:{topology}")
+    if slice_.not_rented:
+        raise InvalidInput(f"topology '{topology}': other shapes than those of types are made of whole cubes, and {usual}")
+    return TpuType(name, slice_, False)
 
 
 def type_of_slice(slice_: Slice) -> TpuType:
@@ -93,12 +96,10 @@ def type_of_slice(slice_: Slice) -> TpuType:
     """
     cloud = slice_.chip.cloud
     if cloud is not None and slice_.num_slices == 1:
-        shape = "x".join(map(str, slice_.shape))
+        if slice_.cloud_name is not None:
+            return parse_type(slice_.cloud_name)
         number = str(slice_.num_chips * cloud.cores_per_number)
-        topology = dict(cloud.topologies).get(number)
-        if topology in (shape, "x".join(map(str, sorted(slice_.shape)))):
-            return parse_type(f"{cloud.prefix}-{number}")
-        if cloud.free_shape and topology is not None:
-            return parse_type(f"{cloud.prefix}-{number}", shape)
+        if slice_.not_rented is None and number in cloud.shapes:
+            return parse_type(f"{cloud.prefix}-{number}", "x".join(map(str, slice_.shape)))
     known = ", ".join(chip for chip, _ in generations().values())
     raise InvalidInput(f"slice '{slice_.name}': no TPU type gives it; TPU VMs come as one slice of {known} in the shapes of hardware.toml")

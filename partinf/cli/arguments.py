@@ -85,3 +85,9 @@ def say_lengths(model: ModelConfig, longest: int) -> None:
     the same, since sizes alone are asked for."""
     for line in model.context_offences(f"requests of {longest} tokens", longest):
         print(f"partinf: note: {line}", file=sys.stderr)
+
+
+def say_slice(slice_: Slice) -> None:
+    """Say on standard error that nobody rents a slice of this shape, where that is so: it is planned for all the same."""
+    if slice_.not_rented:
+        print(f"partinf: note: {slice_.not_rented}", file=sys.stderr)

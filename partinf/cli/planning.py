@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware, is_auto, read_slice, say_lengths
+from partinf.cli.arguments import add_hardware, is_auto, read_slice, say_lengths, say_slice
 from partinf.cli.flags import ANY, Flags
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Asked:
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The flags that several commands share. Numbers and names are read later, so that every wrong one is reported."""
-    anywhere = "CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8, cpu:2x2x2, or local"
+    anywhere = "CHIP:SHAPE such as v4:4x4x4, h200:8, cpu:2x2x2, a cloud's name such as v5litepod-16, v5p-8 or h100x8, or local"
     known = "a model of models/, a .toml file, or a Hugging Face directory"
     parser.add_argument("--model", required=required, metavar="NAME|DIR", help=known)
     parser.add_argument("--slice", required=required, metavar="SLICE", help=anywhere)
@@ -83,9 +83,10 @@ def read(flags: Flags) -> Asked:
     flags.check()
     model, slice_, workload = flags.need(model), flags.need(slice_), flags.need(workload)
     say_lengths(model, max(workload.max_context, workload.decode_context))
-    return Asked(
-        Question(model, workload, calibration, bandwidth_model, None if program is None else PROGRAMS[program]), slice_, is_auto(args.slice)
-    )
+    auto = is_auto(args.slice)
+    if not auto and args.slice != "local":
+        say_slice(slice_)
+    return Asked(Question(model, workload, calibration, bandwidth_model, None if program is None else PROGRAMS[program]), slice_, auto)
 
 
 def _workload(flags: Flags) -> Workload | None:

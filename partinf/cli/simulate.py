@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware, named_layout, read_slice, say_lengths
+from partinf.cli.arguments import add_hardware, named_layout, read_slice, say_lengths, say_slice
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
@@ -26,7 +26,9 @@ _MOST = {"max_len": MAX_LEN, "prefill_tokens": MAX_LEN, "page_size": MAX_LEN, "k
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
-    parser.add_argument("--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, or CHIP:SHAPE*COUNT slices")
+    parser.add_argument(
+        "--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, a cloud's name such as v5e-16, or either with *COUNT"
+    )
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes")
     add_hardware(parser)
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     residents = numbers["residents"] or min(MAX_BATCH, resident_batches(load.scheduler) * load.options.max_batch_size)
     sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, host * 1e9, overhead / 1e6)
     say_lengths(plan.model, max(longest, max_len))
+    if args.slice != "local":
+        say_slice(plan.slice)
     about, report = _simulate(args, load, plan, pricing, sizing)
     show(about, report, args.format, _heading(about))
     return 0

@@ -8,12 +8,10 @@ All take the maker's figures and the chips of the slice together, no collective 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 
 from partinf.hardware.chips import Chip
-from partinf.hardware.slices import Slice, make_slice, valid_sides
+from partinf.hardware.slices import Slice, make_slice
 from partinf.model.config import ModelConfig
 from partinf.workload import DType
 
@@ -45,23 +43,8 @@ def prefill_seconds(slice_: Slice, num_params: float, tokens: int, mfu: float = 
 
 
 def smallest_slice(chip: Chip, num_bytes: float, most_chips: int = 8192) -> Slice | None:
-    """The slice with the fewest chips whose usable HBM holds this many bytes, the most cubic among equals; None if none does."""
-    for shape in shapes(chip, most_chips):
+    """The slice with the fewest chips, of those that can be rented, whose usable HBM holds this many bytes; None if none does."""
+    for shape in chip.rented_shapes(most_chips):
         if math.prod(shape) * chip.usable_hbm >= num_bytes:
             return make_slice(chip, shape)
     return None
-
-
-def shapes(chip: Chip, most_chips: int) -> Iterator[tuple[int, ...]]:
-    """Shapes in which the chip is offered, fewest chips first, the most cubic first among equals, sides in falling order."""
-    if chip.torus_dims == 0:
-        sizes = [1 << power for power in range(most_chips.bit_length()) if 1 << power <= most_chips]
-        yield from ((size,) for size in sizes)
-        return
-    sides = [side for side in valid_sides(chip) if side <= most_chips]
-    found = [shape for shape in itertools.product(sides, repeat=chip.torus_dims) if math.prod(shape) <= most_chips and _falls(shape)]
-    yield from sorted(found, key=lambda shape: (math.prod(shape), max(shape)))
-
-
-def _falls(shape: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in itertools.pairwise(shape))

@@ -7,8 +7,10 @@ it and what it costs there. A key that a chip does not have, or that nobody has 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -28,7 +30,7 @@ class CloudType:
         cores_per_number: what the number of a type counts per chip: TensorCores for v4, v5p and TPU7x (two), chips for v5e and v6e (one).
         chips_per_host: chips of one virtual machine of a slice that has several.
         whole_host: up to so many chips share one virtual machine.
-        free_shape: another cuboid of as many chips may be asked for by its topology.
+        free_shape: any other shape of whole cubes, every side a multiple of the chip's `wrap_multiple`, may be asked for by its topology.
         runtime: software version of the TPU VM.
         gke_accelerator: the label of its nodes in Kubernetes.
         topologies: numbers of types, each with its chips along each torus axis.
@@ -44,6 +46,20 @@ class CloudType:
     gke_accelerator: str
     topologies: tuple[tuple[str, str], ...]
     source: str
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Number of a type → chips along each torus axis, as the cloud writes them."""
+        return {number: tuple(map(int, topology.split("x"))) for number, topology in self.topologies}
+
+    def number_of(self, shape: tuple[int, ...]) -> str | None:
+        """The number of the type with this shape, whichever way round; None where no type has it."""
+        return next((number for number, sides in self.shapes.items() if sorted(sides) == sorted(shape)), None)
+
+    @property
+    def most_chips(self) -> int:
+        """Chips of the largest slice."""
+        return max(map(math.prod, self.shapes.values()))
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,8 @@ class Chip:
         device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
         provisional: the figures are orders of magnitude, neither published nor measured.
         source: where the figures come from.
-        cloud: how Google Cloud names its slices. price: what one costs. Neither stands in hardware files.
+        cloud: how Google Cloud names its slices. price: what one costs. machines: names of virtual machines with switched chips, each with
+            how many it has. None of these stands in hardware files.
         rates: what was measured on such devices (`partinf.hardware.hardware_file`); None for the shipped table.
     """
 
@@ -117,6 +134,7 @@ class Chip:
     provisional: bool = False
     cloud: CloudType | None = field(default=None, repr=False)
     price: Price | None = field(default=None, repr=False)
+    machines: tuple[tuple[str, int], ...] = ()
     rates: Rates | None = None
 
     @property
@@ -136,6 +154,30 @@ class Chip:
         """Whether slices have a torus axis of so many chips."""
         return size in self.sides or (0 < size <= self.max_axis and self._step > 0 and size % self._step == 0)
 
+    def rents(self, shape: tuple[int, ...]) -> bool:
+        """Whether slices of this shape, whichever way round, can be rented: a shape of the cloud's types, or of whole cubes where those are
+        free; of switched chips, a part of a node or whole nodes. Of a chip that no cloud names, every shape that is a torus."""
+        count = math.prod(shape)
+        if self.torus_dims == 0:
+            return count <= self.node_size or count % self.node_size == 0
+        if self.cloud is None:
+            return all(map(self.offers_side, shape))
+        cubes = self.cloud.free_shape and all(side % self.wrap_multiple == 0 for side in shape)
+        return self.cloud.number_of(shape) is not None or (cubes and count <= self.cloud.most_chips)
+
+    def rented_shapes(self, most_chips: int) -> Iterator[tuple[int, ...]]:
+        """Shapes that can be rented, each the way round that the cloud writes it: fewest chips first, the most cubic first among equals.
+        Of switched chips, powers of two."""
+        if self.torus_dims == 0:
+            sizes = [1 << power for power in range(most_chips.bit_length()) if 1 << power <= most_chips]
+            yield from ((size,) for size in sizes if self.rents((size,)))
+            return
+        sides = [side for side in range(1, min(most_chips, _LONGEST_SIDE) + 1) if self.offers_side(side)]
+        shapes = itertools.combinations_with_replacement(sides, self.torus_dims)
+        found = [shape for shape in shapes if math.prod(shape) <= most_chips and self.rents(shape)]
+        written = {tuple(sorted(shape)): shape for shape in self.cloud.shapes.values()} if self.cloud is not None else {}
+        yield from (written.get(shape, shape) for shape in sorted(found, key=lambda shape: (math.prod(shape), max(shape))))
+
     @property
     def _step(self) -> int:
         return self.side_multiple or (0 if self.sides else 1)
@@ -148,8 +190,9 @@ class Chip:
 
 
 TABLE = "hardware/hardware.toml"
-NOT_IN_FILES = frozenset({"rates", "cloud", "price"})
+NOT_IN_FILES = frozenset({"rates", "cloud", "price", "machines"})
 """Fields of a chip that are no keys of `[chip]` in a hardware file."""
+_LONGEST_SIDE = 64  # of a torus axis
 _PARTS: Mapping[str, type] = {"cloud": CloudType, "price": Price}
 
 
@@ -166,6 +209,7 @@ def chips() -> Mapping[str, Chip]:
 def _row(name: str, row: Mapping[str, Any], offences: list[str]) -> dict[str, Any]:
     """The fields of a chip that are not `false`; unknown keys join `offences`."""
     kept = _known(f"{TABLE} [{name}]", row, Chip, {"name", "rates"}, offences)
+    kept["machines"] = tuple(kept.get("machines", {}).items())
     for key, kind in _PARTS.items():
         if key in kept:
             part = _known(f"{TABLE} [{name}.{key}]", kept[key], kind, set(), offences)

@@ -143,7 +143,7 @@ def _chip(table: Table) -> dict[str, Any]:
     """The fields of a chip. What no measurement finds and the file leaves out is as the hardware table has it for the chip of that name."""
     shipped = chips().get(str(table.data.get("name")))
     stated = {} if shipped is None else {name: getattr(shipped, name) for name in _STATED}
-    named = {} if shipped is None else {"cloud": shipped.cloud, "price": shipped.price}
+    named = {} if shipped is None else {"cloud": shipped.cloud, "price": shipped.price, "machines": shipped.machines}
     return _fields(Chip, table, NOT_IN_FILES, stated) | named
 
 

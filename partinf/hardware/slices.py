@@ -1,6 +1,7 @@
 """Slices: chips joined in one shape, and which mesh axes they offer.
 
-A slice is named `CHIP:SHAPE` (`v4:4x4x4`, `h200:8`, `cpu:2x2x2`), a multi-slice `CHIP:SHAPE*COUNT`. Its mesh axes are its torus axes,
+A slice is named `CHIP:SHAPE` (`v4:4x4x4`, `h200:8`, `cpu:2x2x2`) or as a cloud names it (`v5litepod-16`, `v5e-16`, `h100x8`,
+`a3-highgpu-8g`), a multi-slice `…*COUNT`. Its mesh axes are its torus axes,
 factors of them, or, where a switch joins the devices, any factorisation of their number; the two devices of a TPU7x chip are an axis
 `core` of their own and the network between slices is the axis `dcn`. `MeshAxis` keeps what a cost model must know of an axis: its
 size, its stride along the torus axis that it is cut from, and whether that axis wraps around.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -76,6 +78,29 @@ class Slice:
         return f"{self.chip.name}:{shape}" + (f"*{self.num_slices}" if self.num_slices > 1 else "")
 
     @property
+    def cloud_name(self) -> str | None:
+        """The type by which Google Cloud rents it, `v5litepod-16`; None where no type has this shape, whichever way round."""
+        cloud = self.chip.cloud
+        number = None if cloud is None else cloud.number_of(self.shape)
+        if cloud is None or number is None:
+            return None
+        return f"{cloud.prefix}-{number}" + (f"*{self.num_slices}" if self.num_slices > 1 else "")
+
+    @property
+    def not_rented(self) -> str | None:
+        """Why nobody can rent this slice, in a line; None where somebody can, or where the devices are virtual."""
+        if self.chip.rents(self.shape) or self.chip.platform.virtual:
+            return None
+        count = math.prod(self.shape)
+        if self.chip.torus_dims == 0:
+            node = self.chip.node_size
+            return f"slice {self.name}: {self.chip.name} is rented in nodes of {node}, of which {count} devices fill no whole number"
+        sizes = {math.prod(shape): shape for shape in reversed([*self.chip.rented_shapes(2 * count)])}
+        near = sorted(sizes, key=lambda size: (abs(size - count), size))[:2]
+        names = " or ".join(f"{self.chip.name}:{'x'.join(map(str, sizes[size]))}" for size in sorted(near))
+        return f"slice {self.name}: nobody rents {self.chip.name} in this shape; those nearest in size are {names}"
+
+    @property
     def mesh(self) -> str:
         """The mesh axes as text, `x:4,y:4,z:4`."""
         return ",".join(f"{axis.name}:{axis.size}" for axis in self.axes)
@@ -114,26 +139,53 @@ class Slice:
 
 
 def parse_slice(text: str, mesh: str | None = None, measured: Chip | None = None) -> Slice:
-    """Read `CHIP:SHAPE` or `CHIP:SHAPE*COUNT`, optionally under a factorisation (see `Slice.with_mesh`).
+    """Read `CHIP:SHAPE`, a cloud's name or `CHIPxNUMBER` of switched chips, each with `*COUNT` for several slices, optionally under a
+    factorisation (see `Slice.with_mesh`).
 
     Args:
         measured: a chip of a hardware file, which stands for the table's chip of its name.
 
     Raises:
-        InvalidInput: an unknown chip (nearest name), a shape that is not a torus of the chip (valid sizes), a wrong factorisation.
+        InvalidInput: an unknown chip or name (nearest one), a shape that is not a torus of the chip (valid sizes), a wrong factorisation.
     """
-    match = re.fullmatch(r"(?P<chip>[a-z0-9-]+):(?P<shape>[0-9]{1,18}(?:x[0-9]{1,18})*)(?:\*(?P<count>[0-9]{1,18}))?", text.strip())
-    if match is None:
-        examples = "CHIP:SHAPE such as v4:4x4x4, v5e:4x4, h200:8 or cpu:2x2x2, or local"
-        raise InvalidInput(f"slice '{text}': expected {examples}{nearest_chip(text)}")
     known = {**chips(), measured.name: measured} if measured is not None else chips()
+    name, count = re.fullmatch(r"(.*?)(?:\*([0-9]{1,18}))?", text.strip(), re.DOTALL).groups()  # type: ignore[union-attr]  # takes all
+    spelt = _cloud_names().get(name, name)
+    if switched := re.fullmatch(r"([a-z0-9-]+)x([0-9]{1,18})", name):
+        spelt = f"{switched[1]}:{switched[2]}" if switched[1] in known and known[switched[1]].torus_dims == 0 else name
+    match = re.fullmatch(r"(?P<chip>[a-z0-9-]+):(?P<shape>[0-9]{1,18}(?:x[0-9]{1,18})*)", spelt)
+    if match is None:
+        raise InvalidInput(f"slice '{text}': {_expected(name)}")
     if match["chip"] not in known:
         raise InvalidInput(f"slice '{text}': unknown chip '{match['chip']}'{nearest(match['chip'], known)}")
     chip = known[match["chip"]]
     shape = tuple(int(size) for size in match["shape"].split("x"))
-    count = int(match["count"] or 1)
-    raise_offences(_shape_offences(text, chip, shape, count))
-    return make_slice(chip, shape, count, mesh)
+    slices = int(count or 1)
+    raise_offences(_shape_offences(text, chip, shape, slices))
+    return make_slice(chip, shape, slices, mesh)
+
+
+@functools.cache
+def _cloud_names() -> Mapping[str, str]:
+    """What clouds call slices → `CHIP:SHAPE`: types of TPUs by the cloud's prefix and by the chip's own name, machines with GPUs."""
+    names: dict[str, str] = {}
+    for chip in chips().values():
+        types = chip.cloud.topologies if chip.cloud is not None else ()
+        for prefix in {chip.name, chip.cloud.prefix} if chip.cloud is not None else ():
+            names |= {f"{prefix}-{number}": f"{chip.name}:{topology}" for number, topology in types}
+        names |= {machine: f"{chip.name}:{devices}" for machine, devices in chip.machines}
+    return names
+
+
+def _expected(name: str) -> str:
+    """What a slice may be called, for a name that is none: the types of the chip whose type it might be, or the nearest name."""
+    prefix, dash, _ = name.partition(":")[0].rpartition("-")
+    for chip in chips().values():
+        if dash and ":" not in name and chip.cloud is not None and prefix in (chip.name, chip.cloud.prefix):
+            types = ", ".join(f"{prefix}-{number}" for number in chip.cloud.shapes)
+            return f"no such type; {prefix} comes as {types}, other shapes as {chip.name}:{chip.cloud.topologies[-1][1]}"
+    examples = "CHIP:SHAPE such as v4:4x4x4, h200:8 or cpu:2x2x2, a cloud's name such as v5litepod-16, v6e-8 or h100x8, or local"
+    return f"expected {examples}{nearest_chip(name)}"
 
 
 def make_slice(chip: Chip, shape: tuple[int, ...], num_slices: int = 1, mesh: str | None = None) -> Slice:
@@ -146,7 +198,8 @@ def make_slice(chip: Chip, shape: tuple[int, ...], num_slices: int = 1, mesh: st
 def nearest_chip(text: str) -> str:
     """The hint for a slice whose chip part may be misspelt."""
     head = text.split(":")[0]
-    return "" if head in chips() else nearest(head, chips())
+    near = nearest(head, _cloud_names())
+    return "" if head in chips() else near if near.startswith("; did") and ":" not in text else nearest(head, chips())
 
 
 def _shape_offences(text: str, chip: Chip, shape: tuple[int, ...], count: int) -> list[str]:
@@ -172,11 +225,6 @@ def _shape_offences(text: str, chip: Chip, shape: tuple[int, ...], count: int) -
             no_side = f"{chip.name} has no torus axis of {size} chips; valid sides are {chip.sides_rule}, nearest {near}"
             offences.append(f"slice '{text}': {no_side}")
     return offences
-
-
-def valid_sides(chip: Chip, longest: int = 64) -> list[int]:
-    """Lengths of a torus axis in which the chip is offered, up to `longest`."""
-    return [size for size in range(1, longest + 1) if chip.offers_side(size)]
 
 
 def _torus_names(slice_: Slice) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Searches over slices and meshes: `--slice auto:CHIP`, the cheapest slice that keeps a latency bound, and `--mesh auto`.
 
-One shape per number of chips is tried first, the most cubic with sides that are powers of two: those are what models' dimensions divide,
-and a longer shape of as many chips has fewer links across its middle. Of the cheapest number all shapes are tried. Cost is chip-seconds of
+Only shapes that can be rented are tried (`Chip.rented_shapes`). One per number of chips comes first, the most cubic with sides that are
+powers of two: those are what models' dimensions divide, and a longer shape of as many chips has fewer links across its middle. Of the
+cheapest number all shapes are tried. Cost is chip-seconds of
 the step or the workload that was asked for. A mesh may split every torus axis (or the devices of a switch) into factors, which then have
 roles of their own.
 """
@@ -13,7 +14,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from partinf.cost.roofline import shapes
 from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Chip, chips
 from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
@@ -116,15 +116,15 @@ def _trial(question: Question, slice_: Slice, limit: BestSoFar | None = None) ->
 
 
 def _shapes_of(chip: Chip, num_chips: int) -> list[Slice]:
-    """All shapes of so many chips, sides powers of two."""
-    exact = (shape for shape in shapes(chip, num_chips) if math.prod(shape) == num_chips)
+    """All shapes of so many chips that can be rented, sides powers of two."""
+    exact = (shape for shape in chip.rented_shapes(num_chips) if math.prod(shape) == num_chips)
     return [make_slice(chip, shape) for shape in exact if all(side & (side - 1) == 0 for side in shape)]
 
 
 def slices_of(chip: Chip, most_chips: int = MOST_CHIPS) -> list[Slice]:
-    """The most cubic shape of every number of chips, fewest first, sides powers of two."""
+    """The most cubic shape of every number of chips that can be rented, fewest first, sides powers of two."""
     found: dict[int, tuple[int, ...]] = {}
-    for shape in shapes(chip, most_chips):
+    for shape in chip.rented_shapes(most_chips):
         if all(side & (side - 1) == 0 for side in shape):
             found.setdefault(math.prod(shape), shape)
     return [make_slice(chip, shape) for shape in found.values()]

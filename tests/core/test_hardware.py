@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from dataclasses import fields
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import TABLE, Chip, CloudType, Price, chip_of_kind, chips
-from partinf.hardware.slices import Link, parse_slice, valid_sides
+from partinf.hardware.slices import Link, parse_slice
 
 
 @pytest.mark.parametrize("name", chips())
@@ -32,7 +33,7 @@ def test_the_table_states_every_key_of_a_chip_or_says_that_it_has_none(name: str
     everything = {field.name for field in fields(Chip)} - {"name", "rates"}
     torus = {"torus_dims", "wrap_multiple", "sides", "side_multiple", "max_axis", "link_bandwidth", "devices_per_chip", "core_links"}
     of_the_compiler = {"clock", "host_shape", "compiler_config"}
-    switched = {"node_size", "switch_bandwidth"}
+    switched = {"node_size", "switch_bandwidth", "machines"}
     assert set(row) == everything - (switched if row["family"] == "tpu" else torus | of_the_compiler | {"cloud", "price"})
     for key, kind in (("cloud", CloudType), ("price", Price)):
         if row.get(key):
@@ -106,10 +107,74 @@ def test_refused(text: str, mesh: str | None, words: str) -> None:
 @given(st.sampled_from(["v4", "v5e", "v5p", "v6e", "tpu7x"]), st.data())
 def test_names_are_read_back(name: str, data: st.DataObject) -> None:
     chip = chips()[name]
-    shape = [data.draw(st.sampled_from(valid_sides(chip))) for _ in range(chip.torus_dims)]
+    sides = [side for side in range(1, 65) if chip.offers_side(side)]
+    shape = [data.draw(st.sampled_from(sides)) for _ in range(chip.torus_dims)]
     slice_ = parse_slice(f"{name}:{'x'.join(map(str, shape))}")
     assert slice_.num_devices == math.prod(axis.size for axis in slice_.axes)
     assert parse_slice(slice_.name, None if chip.devices_per_chip > 1 else slice_.mesh) == slice_
+
+
+@pytest.mark.parametrize(
+    ("name", "slice_"),
+    [
+        ("v4-8", "v4:2x2x1"),
+        ("v5e-16", "v5e:4x4"),  # the number counts chips
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5p-8", "v5p:2x2x1"),  # here it counts cores, two per chip
+        ("v5p-12288", "v5p:16x16x24"),
+        ("v6e-8", "v6e:2x4"),
+        ("tpu7x-8", "tpu7x:2x2x1"),
+        ("v5litepod-16*2", "v5e:4x4*2"),
+        ("h100x8", "h100:8"),
+        ("a100-80x4", "a100-80:4"),
+        ("h100x8*2", "h100:8*2"),
+        ("a3-highgpu-8g", "h100:8"),
+        ("p5.48xlarge", "h100:8"),
+    ],
+)
+def test_what_clouds_call_a_slice(name: str, slice_: str) -> None:
+    assert parse_slice(name) == parse_slice(slice_)
+    assert parse_slice(name).not_rented is None
+
+
+@pytest.mark.parametrize("chip", [chip for chip in chips().values() if chip.cloud], ids=lambda chip: chip.name)
+def test_a_slice_knows_its_type(chip: Chip) -> None:
+    for number, topology in chip.cloud.topologies:
+        assert parse_slice(f"{chip.name}:{topology}").cloud_name == f"{chip.cloud.prefix}-{number}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v5e-12", "no such type; v5e comes as v5e-1, v5e-4, v5e-8, v5e-16"),
+        ("v5p-4", "no such type; v5p comes as v5p-8, v5p-16"),
+        ("v5lite-16", "did you mean 'v5litepod-16'"),
+        ("v6ex8", "expected CHIP:SHAPE"),
+        ("h100x", "expected CHIP:SHAPE"),
+        ("h100x0", "at least 1 device"),
+        ("v5litepod-16*0", "0 slices"),
+    ],
+)
+def test_names_that_no_cloud_has(name: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=re.escape(words)):
+        parse_slice(name)
+
+
+def test_shapes_that_can_be_rented() -> None:
+    """Those of the cloud's types, whichever way round, and whole cubes where those are free."""
+    for name in ("v4:4x2x2", "v4:4x4x16", "v5p:4x4x12", "v5e:4x2", "h100:2", "h100:16", "cpu:12", "cpu:2x2x2"):
+        assert parse_slice(name).not_rented is None, name
+    for name, near in {"v5e:2x1": "v5e:1x1 or v5e:2x2", "v5e:1x8": "v5e:2x2 or v5e:2x4", "v4:2x2x8": "v4:2x2x4 or v4:2x4x4"}.items():
+        assert parse_slice(name).not_rented is not None
+        assert near in str(parse_slice(name).not_rented)
+    assert "nodes of 8" in str(parse_slice("h100:12").not_rented)
+    assert {shape for shape in chips()["v4"].rented_shapes(256) if math.prod(shape) == 256} == {(4, 8, 8), (4, 4, 16)}
+    for chip in chips().values():
+        shapes = list(chip.rented_shapes(256))
+        assert all(chip.rents(shape) for shape in shapes)
+        assert [math.prod(shape) for shape in shapes] == sorted(math.prod(shape) for shape in shapes)
+        if chip.cloud is not None:
+            assert {shape for shape in chip.cloud.shapes.values() if math.prod(shape) <= 256} <= set(shapes)
 
 
 @pytest.mark.parametrize(

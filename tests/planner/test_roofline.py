@@ -41,7 +41,7 @@ def test_serving_70b_on_v5e() -> None:
     assert needed == pytest.approx(112e9, rel=0.005)
     small = smallest_slice(V5E, needed)
     assert small is not None
-    assert small.shape == (4, 2)
+    assert small.shape == (2, 4)
     step = step_seconds(small, 70e9, DType.INT8, 32, cache)
     assert round(step * 1e3) == 17
     assert 32 / step / 8 == pytest.approx(235, abs=1)

@@ -40,13 +40,6 @@ def test_a_tighter_bound_never_costs_less(capsys: pytest.CaptureFixture[str]) ->
     assert costs == sorted(costs)
 
 
-def test_all_shapes_of_the_cheapest_number(capsys: pytest.CaptureFixture[str]) -> None:
-    tried = planned(capsys, "--max-latency-ms", "8")["slices"]
-    same = [trial["slice"] for trial in tried if trial["chips"] == tried[0]["chips"]]
-    assert len(same) > 1
-    assert tried[0]["chip_seconds"] == min(trial["chip_seconds"] for trial in tried if trial["meets_bound"])
-
-
 def test_every_mesh_of_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
     assert [slice_.mesh for slice_ in meshes_of(parse_slice("v4:4x4x4"))] == ["x:4,y:4,z:4", "x0:2,x1:2,y:4,z:4"]
     assert [slice_.mesh for slice_ in meshes_of(parse_slice("h200:8"))] == ["x:8", "x0:2,x1:4", "x0:2,x1:2,x2:2", "x0:4,x1:2"]
@@ -66,9 +59,12 @@ def test_every_mesh_of_a_slice(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_shapes_that_are_tried() -> None:
     assert [slice_.name for slice_ in slices_of(chips()["v5e"])] == [
-        f"v5e:{shape}" for shape in ("1x1", "2x1", "2x2", "4x2", "4x4", "8x4", "8x8", "16x8", "16x16")
+        f"v5e:{shape}" for shape in ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
     ]
-    assert "v4:4x4x4" in {slice_.name for slice_ in slices_of(chips()["v4"])}
+    assert [slice_.name for slice_ in slices_of(chips()["v4"], 64)] == [
+        f"v4:{shape}" for shape in ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
+    ]
+    assert all(slice_.not_rented is None for chip in chips().values() for slice_ in slices_of(chip))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ def test_all_offences_are_said_before_any_command(cloud, capsys: pytest.CaptureF
         ),
         ({"type": "v4-128", "topology": "4x4x8"}, "topology '4x4x8': 128 chips, but 'v4-128' is 64 chips as 4x4x4"),
         ({"type": "v4-24"}, "v4 comes as 8, 16, 32"),
+        (
+            {"type": "v4-64", "topology": "2x2x8"},
+            "topology '2x2x8': other shapes than those of types are made of whole cubes, and 'v4-64' is",
+        ),
         ({"type": "v5p-32", "topology": "16x1"}, "v5p is a 3D torus, the shape has 2 axes"),
         ({"type": "v5p-32", "topology": "big"}, "topology 'big': expected chips along each axis"),
         ({"time_to_live": "2"}, "time_to_live = '2': expected a number and a unit"),
@@ -102,17 +106,17 @@ def test_chips_and_hosts(name: str, chips: int, hosts: int) -> None:
 
 
 def test_another_topology_is_asked_for_by_its_shape(cloud, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cloud.pod("create", cloud.describe(type="v4-64", topology="2x2x8", confirm_above_chips=64), "--run-id", "r1") == 0
+    assert cloud.pod("create", cloud.describe(type="v4-512", topology="4x4x16", confirm_above_chips=256), "--run-id", "r1") == 0
     create = cloud.calls[0]
     assert "--type=v4" in create
-    assert "--topology=2x2x8" in create
+    assert "--topology=4x4x16" in create
     assert not any(word.startswith("--accelerator-type") for word in create)
 
 
 def test_a_slice_that_no_type_gives_is_refused() -> None:
     import pod_types
 
-    for name in ("h200:8", "v5e:2x2*2", "v5e:1x8"):
+    for name in ("h200:8", "v5e:2x2*2", "v5e:1x8", "v4:2x2x8"):
         with pytest.raises(InvalidInput, match="no TPU type gives it"):
             pod_types.type_of_slice(parse_slice(name))
 
