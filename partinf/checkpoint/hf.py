@@ -173,16 +173,9 @@ def save_hf(
     files = _assign_files(sources, leaves, max_file_bytes)
     _write_weights(directory, sources, leaves, files)
     dtypes = sorted({str(leaf.dtype) for leaf in leaves.values()})
-    fields = described | _both_versions(config, dtypes[0] if len(dtypes) == 1 else "float32") | dict(config_fields or {})
+    dtype = dtypes[0] if len(dtypes) == 1 else "float32"
+    fields = described | {"dtype": dtype, "torch_dtype": dtype} | dict(config_fields or {})  # of transformers 5, and of 4
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def _both_versions(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The fields that transformers 5 renamed, under both names."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= config_to_hf(config)["rope_scaling"]
-    return {"rope_parameters": rope, "dtype": dtype, "torch_dtype": dtype}
 
 
 def _assign_files(sources: Mapping[str, LeafSource], leaves: Mapping[str, Any], max_file_bytes: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ Sizes carry the letters of `partinf.axes` (E, F, H, K, Q, V, N).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -13,6 +13,7 @@ from partinf.foundation.documents import finite, shown
 from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import not_whole
 from partinf.foundation.rounding import round_up
+from partinf.model.rotation import PLAIN, Rotation
 
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 # The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and
@@ -29,10 +30,8 @@ _WHOLE = {
     "window": (0, 1 << 30),
 }
 _MOST_PARAMS = 10**15
-# Held by float32 with room for what is computed from them: a smaller epsilon vanishes, and theta is the ratio of wavelengths.
+# Held by float32 with room for what is computed from it: a smaller epsilon vanishes.
 _NORM_EPS = (2.0**-120, 1.0)
-_ROPE_THETA = (1.0, 1e30)
-_ROPE_SCALING = (2.0**-20, 2.0**30)
 
 
 class Block(StrEnum):
@@ -59,16 +58,6 @@ class Activation(StrEnum):
     RELU = "relu"
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency scaling: wavelengths beyond original_max_len/low_freq_factor are stretched by `factor`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_len: int
-
-
 MATRICES = ("wq", "wkv", "wo", "w_in", "w_out")
 """The matrices of a layer, by the names under which `partinf.model.weights` declares them."""
 
@@ -81,6 +70,7 @@ class ModelConfig:
         num_layers: N. embed_dim: E. ffn_dim: F. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
         gated: the FFN has a gate and an up matrix (SwiGLU and kin) instead of one input matrix.
         qk_norm: queries and keys are normalised per head before the rotation (Qwen 3).
+        rotation: of queries and keys, where `position` is ROPE.
         biases: of `MATRICES`, those whose product has a bias.
         max_len: longest context in tokens; 0 where the source states none.
         window: positions that every layer, or some, may look back on, itself included; 0 where all see all. Windows are not computed: up
@@ -103,8 +93,7 @@ class ModelConfig:
     norm: Norm = Norm.RMS
     norm_eps: float = 1e-5
     position: Position = Position.ROPE
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rotation: Rotation = PLAIN
     biases: tuple[str, ...] = ()
     tied_embeddings: bool = False
     qk_norm: bool = False
@@ -161,8 +150,8 @@ class ModelConfig:
             offences.append(f"model {self.name}: biases = {self.biases!r}; valid: any of {', '.join(MATRICES)}, in this order")
         if not offences and self.position is Position.LEARNED and self.max_len < 1:
             offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
-        if not offences and self.position is Position.ROPE and self.head_dim % 2:
-            offences.append(f"model {self.name}: rotary positions need an even head_dim, found {self.head_dim}")
+        if not offences and self.position is Position.ROPE:
+            offences += [f"model {self.name}: rotation: {line}" for line in self.rotation.offences(self.head_dim)]
         rows = 0 if offences else self.num_layers * (self.ffn_dim + self.num_heads * self.head_dim) + self.vocab_size
         rows += self.max_len if rows and self.position is Position.LEARNED else 0
         if rows * self.embed_dim > _MOST_PARAMS:
@@ -175,15 +164,6 @@ class ModelConfig:
         for key, (least, most) in _WHOLE.items():
             offences += not_whole(key, getattr(self, key), least, most)
         offences += _number_offences("norm_eps", self.norm_eps, _NORM_EPS)
-        offences += _number_offences("rope_theta", self.rope_theta, _ROPE_THETA)
-        scaling = self.rope_scaling
-        if scaling is not None:
-            found = asdict(scaling)
-            for key, value in found.items():
-                offences += _number_offences(f"rope_scaling: {key}", value, _ROPE_SCALING)
-            if not offences and not scaling.low_freq_factor < scaling.high_freq_factor:
-                low, high = scaling.low_freq_factor, scaling.high_freq_factor
-                offences.append(f"rope_scaling: low_freq_factor = {low}; it must be below high_freq_factor = {high}")
         return offences
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from partinf.model.config import ModelConfig
+from partinf.model.hf_rope import HALVES, Rope
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Family:
         equal: pairs of keys that must agree where the first is given.
         block: fields of `ModelConfig` that the family fixes, where they differ from Llama's.
         window: how it says that layers have a sliding window; None where it has none.
+        rope: how its configuration describes rotations.
         harmless: further keys, of this family alone, that change no result.
         written: whether directories of the family are written as well as read.
     """
@@ -127,6 +129,7 @@ class Family:
     equal: tuple[tuple[str, str], ...] = ()
     block: Mapping[str, Any] = field(default_factory=dict)
     window: Window | None = None
+    rope: Rope = HALVES
     harmless: frozenset[str] = frozenset()
     written: bool = False
 

@@ -10,20 +10,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from partinf.foundation.documents import finite, shown
+from partinf.foundation.documents import shown
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.model.config import ModelConfig, Position, RopeScaling
+from partinf.model.config import ModelConfig, Position
 from partinf.model.families import FAMILIES, HARMLESS, ONLY
 from partinf.model.family import Family
+from partinf.model.hf_file import HfFile, as_written, same
+from partinf.model.hf_rope import RopeReader, rope_to_hf
 
 _WEIGHTS = ("quantization_config", "compression_config", "quantization")  # where quantised checkpoints describe how they are stored
 _NAMES = ("architectures", "model_type", "auto_map", "tie_word_embeddings", *_WEIGHTS)
-_ROPE = ("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor")
-_ROPE_TYPES: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-_MOST_LINES = 20  # of keys that are not known: another kind of file has hundreds
 
 
 def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
@@ -44,39 +40,19 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
         "norm_eps": file.number(eps_key, eps) if eps_key else eps,
         "tied_embeddings": file.flag("tie_word_embeddings", family.tied),
     }
-    if family.features["position"] is Position.ROPE:
-        fields["rope_theta"], fields["rope_scaling"] = file.rope()
     fields["window"] = file.window(family, sizes.get("num_layers"))
+    if family.features["position"] is Position.ROPE:
+        fields["rotation"] = RopeReader(file, family.rope, _head_dim(sizes), sizes.get("max_len") or 0).rotation()
     file.refuse_unknown(family)
     raise_offences(file.offences)
     fields |= {**family.block, **_derived(sizes, name)}
+    if "rotation" in fields:
+        fields["max_len"] = fields["rotation"].longest(fields["max_len"])
     return ModelConfig(name=name, source="config.json", family=family.model_type, **fields)
 
 
-def _shown(value: Any) -> str:
-    """A value as it stands in the file, on one line, cut where it is long."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    """Equality of JSON, where true is not 1."""
-    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
-
-
-class _File:
-    """One `config.json` being read.
-
-    Attributes:
-        data: its object. where: how messages name it. offences: what is wrong so far; whoever asks for a value gets its default then.
-    """
-
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self.data, self.where = data, where
-        self.offences: list[str] = []
+class _File(HfFile):
+    """A `config.json`, read as one family means it."""
 
     def family(self) -> Family:
         """The family that both names mean; either is enough.
@@ -86,9 +62,9 @@ class _File:
         """
         architectures, model_type = self.data.get("architectures") or [], self.data.get("model_type") or ""
         if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
-            raise InvalidInput(f"{self.where}: architectures = {_shown(architectures)}; a list of names is needed")
+            raise InvalidInput(f"{self.where}: architectures = {as_written(architectures)}; a list of names is needed")
         if not isinstance(model_type, str):
-            raise InvalidInput(f"{self.where}: model_type = {_shown(model_type)}; a name is needed")
+            raise InvalidInput(f"{self.where}: model_type = {as_written(model_type)}; a name is needed")
         self._refuse_code()
         by_architecture = {family.architecture: family for family in FAMILIES.values()}
         named = [by_architecture.get(one) for one in architectures] + ([FAMILIES.get(model_type)] if model_type else [])
@@ -98,7 +74,7 @@ class _File:
             what = "names no architecture" if described is None else f"describes {shown(described)}"
             raise InvalidInput(f"{self.where} {what}; supported architectures: {', '.join(by_architecture)}")
         if any(family is not found for family in named):
-            both = f"architectures = {_shown(architectures)} and model_type = {_shown(model_type)}"
+            both = f"architectures = {as_written(architectures)} and model_type = {as_written(model_type)}"
             raise InvalidInput(f"{self.where}: {both} name different families; correct the one that is wrong")
         return found
 
@@ -106,33 +82,7 @@ class _File:
         code = self.data.get("auto_map")
         if code is None or (isinstance(code, dict) and not any(key.startswith(("AutoModel", "AutoConfig")) for key in code)):
             return
-        raise InvalidInput(f"{self.where}: auto_map = {_shown(code)}; models that bring their own code are not supported")
-
-    def whole(self, key: str) -> int | None:
-        value = self.data.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        self.offences.append(f"{self.where}: {key} = {_shown(value)}; a whole number is needed")
-        return None
-
-    def number(self, key: str, default: float) -> float:
-        return self._number(self.data, key, "", default)
-
-    def _number(self, data: Mapping[str, Any], key: str, within: str, default: float) -> float:
-        if key not in data:
-            return default
-        found = finite(data[key])
-        if found is None:
-            self.offences.append(f"{self.where}: {within}{key} = {_shown(data[key])}; a number is needed")
-            return default
-        return found
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.data.get(key, default)
-        if isinstance(value, bool):
-            return value
-        self.offences.append(f"{self.where}: {key} = {_shown(value)}; true or false is needed")
-        return default
+        raise InvalidInput(f"{self.where}: auto_map = {as_written(code)}; models that bring their own code are not supported")
 
     def sizes(self, family: Family) -> dict[str, int | None]:
         """Every size that the file has, or None where it follows from the others."""
@@ -150,18 +100,20 @@ class _File:
         """Keys of which only some values are computed."""
         for key, supported in {**family.only, **ONLY}.items():
             value = self.data.get(key, supported[0])
-            if not any(_same(value, one) for one in supported) and not (value is None and False in supported):
-                values = ", ".join(map(_shown, supported))
-                self.offences.append(f"{self.where}: {key} = {_shown(value)} is not supported; supported: {values}")
+            if not any(same(value, one) for one in supported) and not (value is None and False in supported):
+                values = ", ".join(map(as_written, supported))
+                self.offences.append(f"{self.where}: {key} = {as_written(value)} is not supported; supported: {values}")
         for key, other in family.equal:
             value, wanted = self.data.get(key), self.data.get(other)
-            if value is not None and not _same(value, wanted):
-                self.offences.append(f"{self.where}: {key} = {_shown(value)} is not supported; it must equal {other} = {_shown(wanted)}")
+            if value is not None and not same(value, wanted):
+                self.offences.append(
+                    f"{self.where}: {key} = {as_written(value)} is not supported; it must equal {other} = {as_written(wanted)}"
+                )
         for key in _WEIGHTS:
             if self.data.get(key) is not None:
                 method = self.data[key].get("quant_method") if isinstance(self.data[key], dict) else None
                 self.offences.append(
-                    f"{self.where}: {key} = {_shown(method or self.data[key])}; quantised checkpoints are not read: "
+                    f"{self.where}: {key} = {as_written(method or self.data[key])}; quantised checkpoints are not read: "
                     "take the model's unquantised weights, and quantise with --weights int8"
                 )
 
@@ -184,7 +136,7 @@ class _File:
         if window is None or not slides:
             return 0
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            self.offences.append(f"{self.where}: sliding_window = {_shown(window)}; a whole number of at least 1, or null, is needed")
+            self.offences.append(f"{self.where}: sliding_window = {as_written(window)}; a whole number of at least 1, or null, is needed")
             return 0
         return window
 
@@ -195,81 +147,24 @@ class _File:
         known = ("full_attention", "sliding_attention") if family.window else ("full_attention",)
         if not isinstance(types, list) or any(kind not in known for kind in types):
             strange = next((kind for kind in types if kind not in known), types) if isinstance(types, list) else types
-            self.offences.append(f"{self.where}: layer_types: {_shown(strange)} is not supported; supported: {', '.join(known)}")
+            self.offences.append(f"{self.where}: layer_types: {as_written(strange)} is not supported; supported: {', '.join(known)}")
             return None
         if layers is not None and len(types) != layers:
             self.offences.append(f"{self.where}: layer_types has {len(types)} entries; the model has {layers} layers")
         return types
 
-    def rope(self) -> tuple[float, RopeScaling | None]:
-        """The rotation: theta and its scaling. `rope_parameters` of version 5 and `rope_scaling` of version 4 must agree where both are."""
-        self._whole_heads(self.data, "")
-        theta = self.number("rope_theta", 10000.0)
-        found = [
-            self._rotation(key, self.data[key], theta)
-            for key in ("rope_parameters", "rope_scaling")
-            if self.data.get(key) is not None and self.data[key] != {}
-        ]
-        if len(found) == 2 and found[0] != found[1] and not self.offences:
-            both = "; ".join(f"{key} = {_shown(self.data[key])}" for key in ("rope_parameters", "rope_scaling"))
-            self.offences.append(f"{self.where}: {both} are two rotations; remove the one that is not meant")
-        return found[0] if found else (theta, None)
-
-    def _rotation(self, key: str, rope: Any, theta: float) -> tuple[float, RopeScaling | None]:
-        if not isinstance(rope, dict):
-            self.offences.append(f"{self.where}: {key} = {_shown(rope)}; an object is needed")
-            return theta, None
-        nested = [one for one, value in rope.items() if isinstance(value, dict)]
-        if nested:
-            self.offences.append(f"{self.where}: {key} has a rotation for each of {', '.join(nested)}; one for all layers is supported")
-            return theta, None
-        kind = rope.get("rope_type", rope.get("type")) or "default"
-        known_kind = isinstance(kind, str) and kind in _ROPE_TYPES
-        if not known_kind or rope.get("type", kind) != kind:
-            supported = ", ".join(map(repr, _ROPE_TYPES))
-            wrong = rope["type"] if known_kind else kind
-            self.offences.append(f"{self.where}: {key}: rope type {_shown(wrong)} is not supported; supported: {supported}")
-            return theta, None
-        self._whole_heads(rope, f"{key}: ")
-        own = self._number(rope, "rope_theta", f"{key}: ", theta)
-        if own != theta and "rope_theta" in self.data:
-            self.offences.append(f"{self.where}: rope_theta = {theta:g}, and {own:g} in {key}; remove the one that is not meant")
-        wanted = _ROPE_TYPES[kind]
-        known = {*wanted, "rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-        self._unknown(rope, known, f"{key}: ")
-        missing = [one for one in wanted if one not in rope]
-        if missing:
-            self.offences.append(f"{self.where}: {key}: {kind} rope scaling lacks {', '.join(missing)}")
-        if missing or not wanted:
-            return own, None
-        factor, low, high, length = (self._number(rope, one, f"{key}: ", 1.0) for one in wanted)
-        if length != int(length):
-            self.offences.append(f"{self.where}: {key}: {wanted[3]} = {_shown(rope[wanted[3]])}; a whole number is needed")
-        return own, RopeScaling(factor, low, high, int(length))
-
-    def _whole_heads(self, data: Mapping[str, Any], within: str) -> None:
-        value = data.get("partial_rotary_factor")
-        if value is not None and not _same(value, 1):
-            self.offences.append(
-                f"{self.where}: {within}partial_rotary_factor = {_shown(value)} is not supported; heads are rotated whole, which is 1.0"
-            )
-
     def refuse_unknown(self, family: Family) -> None:
         """An offence for every key that is neither read nor known to change nothing. Null asks for nothing."""
         known = HARMLESS | family.harmless | {size.key for size in family.sizes.values()} | {*family.only, *ONLY, *_NAMES, "layer_types"}
         known |= {family.norm_eps[0], *(key for key, _ in family.equal), *(family.window.keys if family.window else ())}
-        known |= {*_ROPE} if family.features["position"] is Position.ROPE else frozenset()
-        self._unknown(self.data, known - {""}, "")
+        known |= family.rope.keys if family.features["position"] is Position.ROPE else frozenset()
+        self.unknown(known - {""})
 
-    def _unknown(self, data: Mapping[str, Any], known: set[str] | frozenset[str], within: str) -> None:
-        strange = [key for key, value in data.items() if key not in known and value is not None]
-        self.offences += [
-            f"{self.where}: {within}{_shown(key)[1:-1]} = {_shown(data[key])} is not known to partinf and may change the result; "
-            "delete the key if it does not"
-            for key in strange[:_MOST_LINES]
-        ]
-        if strange[_MOST_LINES:]:
-            self.offences.append(f"{self.where}: {len(strange) - _MOST_LINES} more keys are not known")
+
+def _head_dim(sizes: Mapping[str, int | None]) -> int:
+    """Dimensions of a head, 0 where the file is wrong about them."""
+    embed, heads = sizes.get("embed_dim") or 0, sizes.get("num_heads") or 0
+    return sizes.get("head_dim") or (embed // heads if heads > 0 else 0)
 
 
 def _derived(sizes: Mapping[str, int | None], name: str) -> dict[str, int]:
@@ -291,20 +186,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     data: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     data |= {size.key: getattr(config, field) for field, size in family.sizes.items()}
     data |= {key: values[0] for key, values in family.only.items()}
-    data |= {family.norm_eps[0]: config.norm_eps, "rope_theta": config.rope_theta, "tie_word_embeddings": config.tied_embeddings}
+    data |= {family.norm_eps[0]: config.norm_eps, "tie_word_embeddings": config.tied_embeddings}
     if family.window is not None:
         data["sliding_window"] = config.window or None
         data |= {family.window.flag: bool(config.window)} if family.window.flag else {}
         data |= {family.window.first[0]: 0 if config.window else config.num_layers} if family.window.first[0] else {}
-    if config.rope_scaling:
-        scaling = config.rope_scaling
-        data["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_len,
-        }
+    if config.position is Position.ROPE:
+        data["max_position_embeddings"] = config.rotation.trained(config.max_len)
+        data |= rope_to_hf(config.rotation, config.head_dim, config.max_len)
     return data
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from partinf.foundation import documents, resources
 from partinf.foundation.documents import Table
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position, RopeScaling
+from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position
 from partinf.model.families import family_offences
 from partinf.model.hf_config import config_from_hf
+from partinf.model.rotation import PLAIN, Rotation, rotation_from, rotation_to
 
 _CONFIG_BYTES = 4 << 20  # of a config.json
 
@@ -70,28 +71,23 @@ def _value(table: Table, field: Field[Any]) -> Any:
         return table.choice(field.name, _ENUMS[field.name], **default)
     if field.name == "biases":
         return table.subset(field.name, MATRICES, **default)
-    if field.name == "rope_scaling":
-        scaling = table.table(field.name, default=None)
-        return None if scaling is None else _rope_scaling(scaling)
+    if field.name == "rotation":
+        rotation = table.table(field.name, default=None)
+        return PLAIN if rotation is None else rotation_from(rotation)
     read = {"int": table.whole, "float": table.number, "bool": table.flag, "str": table.text}[str(field.type)]
     return read(field.name, **default)
-
-
-def _rope_scaling(table: Table) -> RopeScaling:
-    found = {one.name: (table.whole if one.type == "int" else table.number)(one.name) for one in fields(RopeScaling)}
-    table.refuse_unknown()
-    return RopeScaling(**found)
 
 
 def config_to_toml(config: ModelConfig) -> str:
     """The inverse of `config_from_toml`, defaults left out."""
     defaults = {field.name: field.default for field in fields(ModelConfig)}
     lines = []
-    for key, value in asdict(config).items():
-        if key == "name" or value == defaults[key] or value is None:
+    for key in defaults:
+        value = getattr(config, key)
+        if key == "name" or value == defaults[key]:
             continue
-        if isinstance(value, dict):
-            lines.append(f"{key} = {{ " + ", ".join(f"{k} = {v}" for k, v in value.items()) + " }")
+        if isinstance(value, Rotation):
+            lines.append(f"{key} = {{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in rotation_to(value).items()) + " }")
         else:
             lines.append(f"{key} = {json.dumps(value == MATRICES or value if key == 'biases' else value)}")
     return "\n".join(lines) + "\n"

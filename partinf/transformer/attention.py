@@ -22,7 +22,7 @@ from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.dealt import deal, in_order, num_seen, weighted
 from partinf.transformer.linear import head_norm
 from partinf.transformer.params import Params
-from partinf.transformer.rope import Rotation, frequencies, rotate, rotation
+from partinf.transformer.rope import Angles, angles, rotate
 from partinf.transformer.routes import Group, Routes
 
 _LARGEST = float(jnp.finfo(jnp.bfloat16).max)  # that every type of a cache holds
@@ -31,8 +31,8 @@ _LARGEST = float(jnp.finfo(jnp.bfloat16).max)  # that every type of a cache hold
 class Rotations(NamedTuple):
     """How queries and keys of each token group are rotated, if they are: the same in all layers."""
 
-    decode: Rotation | None = None
-    prefill: Rotation | None = None
+    decode: Angles | None = None
+    prefill: Angles | None = None
 
 
 def rotations_of(batch: Batch, routes: Routes) -> Rotations:
@@ -45,9 +45,9 @@ def rotations_of(batch: Batch, routes: Routes) -> Rotations:
     if model.position is not Position.ROPE:
         return Rotations()
 
-    def of(positions: Any, group: Group) -> Rotation:
-        made: Any = rotation(_rows(positions, group, routes), frequencies(model))
-        return Rotation(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.platform.stacked_rotations else made))
+    def of(positions: Any, group: Group) -> Angles:
+        made: Any = angles(_rows(positions, group, routes), model.rotation, model.head_dim, routes.plan.max_len)
+        return Angles(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.platform.stacked_rotations else made))
 
     return Rotations(
         of(batch.decode.position, routes.decode) if routes.bucket.decode_rows else None,
@@ -80,7 +80,7 @@ def attention(
 
 
 def _decode(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, by: Rotation | None
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, by: Angles | None
 ) -> tuple[jax.Array, Any]:
     group, size = routes.decode, routes.plan.cache.page_size
     position, pages = _rows(batch.position, group, routes), _rows(batch.pages, group, routes)  # [B.b], [B.b, pages]
@@ -99,7 +99,7 @@ def _decode(
 
 
 def _prefill(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, by: Rotation | None
+    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, by: Angles | None
 ) -> tuple[jax.Array, Any]:
     group, plan = routes.prefill, routes.plan
     owner, position = _rows(batch.owner, group, routes), _rows(batch.position, group, routes)  # [T.b]
@@ -169,7 +169,7 @@ def _brought(both: jax.Array, routes: Routes) -> jax.Array:
 
 
 def _to_group(
-    weights: Params, q: jax.Array, new: jax.Array, by: Rotation | None, group: Group, routes: Routes
+    weights: Params, q: jax.Array, new: jax.Array, by: Angles | None, group: Group, routes: Routes
 ) -> tuple[jax.Array, jax.Array]:
     """Projected queries, keys and values as the group attends to them: moved, with bias, normalised and rotated as the model has it."""
     model = routes.plan.model

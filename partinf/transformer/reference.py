@@ -10,17 +10,22 @@ import jax.numpy as jnp
 
 from partinf.model.config import Activation, Block, ModelConfig, Norm, Position
 from partinf.transformer.params import Params
-from partinf.transformer.rope import frequencies, rotate, rotation
+from partinf.transformer.rope import angles, rotate
 
 
-def forward(params: Params, model: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """Logits [B, L, V] (float32, V unpadded) of tokens [B, L], every sequence starting at position 0."""
+def forward(params: Params, model: ModelConfig, tokens: jax.Array, served: int = 0) -> jax.Array:
+    """Logits [B, L, V] (float32, V unpadded) of tokens [B, L], every sequence starting at position 0.
+
+    Args:
+        served: the longest context that the deployment serves, by which some rotations are chosen; L by default.
+    """
+    served = served or tokens.shape[1]
     x = params["embed"][tokens]  # [B, L, E]
     if model.position is Position.LEARNED:
         x = x + params["positions"][None, : tokens.shape[1]]
     for layer in _layers(params, model):
         h = _norm(x, layer, "attention_norm", model)
-        attended = _attention(layer, model, h)
+        attended = _attention(layer, model, h, served)
         if model.block is Block.PARALLEL:
             x = x + attended + _ffn(layer, model, h)
         else:
@@ -42,7 +47,7 @@ def greedy(params: Params, model: ModelConfig, prompt: list[int], count: int) ->
     return tokens[len(prompt) :]
 
 
-def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
+def _attention(layer: Params, model: ModelConfig, x: jax.Array, served: int) -> jax.Array:
     positions = jnp.arange(x.shape[1])[None, :]  # [1, L]
     q = jnp.einsum("ble,hqe->blhq", x, layer["wq"])
     k = jnp.einsum("ble,kqe->blkq", x, layer["wkv"][0])
@@ -54,7 +59,7 @@ def _attention(layer: Params, model: ModelConfig, x: jax.Array) -> jax.Array:
     if model.qk_norm:
         q, k = _rms(q, model) * layer["q_norm"][None, None, None], _rms(k, model) * layer["k_norm"][None, None, None]
     if model.position is Position.ROPE:
-        by = rotation(positions, frequencies(model))
+        by = angles(positions, model.rotation, model.head_dim, served)
         q, k = rotate(q, by), rotate(k, by)
     q = q.reshape(*q.shape[:2], model.num_kv_heads, model.queries_per_kv_head, model.head_dim)  # [B, L, K, G, Q]
     scores = jnp.einsum("blkgq,bmkq->bkglm", q, k, preferred_element_type=jnp.float32) * model.head_dim**-0.5

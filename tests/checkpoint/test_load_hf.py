@@ -126,7 +126,7 @@ def test_save_and_load_is_the_identity(llama: Path, config: ModelConfig, tmp_pat
         assert len(files) > 2
         assert all(file.stat().st_size < 90_000 for file in (tmp_path / "saved").glob("*.safetensors"))
     again = load_model_config(tmp_path / "saved")
-    assert again.rope_scaling == config.rope_scaling
+    assert again.rotation == config.rotation
     assert tensor_shapes(again) == tensor_shapes(config)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["eos_token_id"] == [2, 5]
     assert_same(load_hf(tmp_path / "saved", again, abstract_tree(config, make_mesh(1, 1), stacked=stacked)), params)

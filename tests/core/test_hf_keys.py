@@ -35,6 +35,8 @@ LLAMA = {
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 8}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -94,11 +96,20 @@ def test_a_file_of_another_kind_does_not_fill_the_screen() -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters: partial_rotary_factor = 0.5"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
-            "rope_parameters has a rotation for each of full_attention, sliding_attention; one for all layers is supported",
+            "rope_parameters has a rotation for each of full_attention, sliding_attention; this family has one for all layers",
         ),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "rope_scaling": LLAMA3}, "are two rotations"),
         ({"rope_theta": 500000.0, "rope_parameters": {"rope_theta": 10000.0}}, "rope_theta = 500000, and 10000 in rope_parameters"),
         ({"rope_scaling": {"type": "linear", "rope_type": "default"}}, 'rope type "linear" is not supported'),
+        ({"rope_scaling": {"type": "su"}}, "supported: 'default', 'linear', 'llama3', 'yarn', 'longrope', 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: linear rope scaling lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rotation: factor = 0.0; a number from"),
+        ({"rope_scaling": YARN | {"beta_fast": "x"}}, 'rope_scaling: beta_fast = "x"; a number is needed'),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling: truncate = 1; true or false is needed"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "original_max_len = 0; it must be at least 1"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "yarn scaling needs a theta above 1, found 1"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, "long_factor has 1 factors; one for each of the 4 rotated pairs is needed"),
+        ({"rope_scaling": LONGROPE | {"short_factor": 1.0}}, "rope_scaling: short_factor = 1.0; a list of numbers is needed"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0, None, 1, 1]}}, "short_factor = [1.0, null, 1, 1]; a list of numbers is needed"),
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}, "rope_scaling: mrope_section = [1, 1, 2] is not known"),
         ({"rope_scaling": LLAMA3 | {"attention_factor": 1.2}}, "rope_scaling: attention_factor = 1.2 is not known"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor = 4.0; it must be below high_freq_factor = 4.0"),
@@ -121,6 +132,31 @@ def test_rotations_without_effect_and_in_both_spellings() -> None:
     scaled = config_from_hf(LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 500000.0}, "mine")
     both = {"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}, "rope_theta": 500000.0}
     assert config_from_hf(LLAMA | both, "mine") == scaled != plain
+
+
+def test_of_two_rotations_the_scaling_of_version_4_is_meant() -> None:
+    """As transformers 5 reads such a file; theta then comes from beside, or from the family, not from what is not used."""
+    both = {"rope_scaling": YARN, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}
+    assert config_from_hf(LLAMA | both, "mine") == config_from_hf(LLAMA | {"rope_scaling": YARN}, "mine")
+
+
+def test_lengths_of_the_training_stand_beside_within_or_are_the_longest_context() -> None:
+    def trained(change: dict[str, Any]) -> int:
+        return config_from_hf(LLAMA | change, "mine").rotation.scaling.original_max_len  # type: ignore[union-attr]
+
+    within = {key: value for key, value in YARN.items() if key != "original_max_position_embeddings"}
+    assert trained({"rope_scaling": YARN}) == 32
+    assert trained({"rope_scaling": YARN, "original_max_position_embeddings": 16}) == 16
+    assert trained({"rope_scaling": within, "max_position_embeddings": 64}) == 64
+
+
+def test_what_scaling_makes_of_the_longest_context() -> None:
+    """A file of YaRN may state the length of the training, and one of dynamic scaling always does."""
+    for scaling, stated, longest in ((YARN, 32, 128), (YARN, 256, 256), ({"rope_type": "dynamic", "factor": 2.0}, 32, 64)):
+        found = config_from_hf(LLAMA | {"rope_scaling": scaling, "max_position_embeddings": stated}, "mine")
+        assert found.max_len == longest
+        assert config_from_hf(config_to_hf(found), "mine") == found
+        assert config_from_toml(config_to_toml(found), "mine") == replace(found, name="mine")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +265,7 @@ def test_quantised_checkpoints_are_one_line(method: str, key: str) -> None:
         ({"attention_bias": 0}, "attention_bias = 0 is not supported; supported: false"),
         ({"rope_theta": float("nan")}, "rope_theta = NaN; a number is needed"),
         ({"rms_norm_eps": 1e-38}, "norm_eps = 1e-38; a number from"),
-        ({"rope_theta": 0.0}, "rope_theta = 0.0; a number from 1 to 1e+30"),
+        ({"rope_theta": 0.0}, "rotation: theta = 0.0; a number from 1 to 1e+30"),
         ({"num_hidden_layers": 10**7}, "num_layers = 10000000; it must be at most 4,096"),
         ({"vocab_size": 10**4000}, "it must be at most 16,777,216"),
         ({"num_attention_heads": -8}, "num_heads = -8; it must be at least 1"),

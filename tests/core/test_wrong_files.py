@@ -127,9 +127,11 @@ def test_values_of_another_type_in_a_hardware_file(tmp_path: Path, old: str, new
 
 
 def test_values_of_another_type_in_a_model() -> None:
-    text = resources.find("models", "llama-3-8b").read_text()
-    assert "rope_scaling = 3; expected a table" in offences(config_from_toml, text + "\nrope_scaling = 3\n", "mine")
-    assert "'factor' is missing" in offences(config_from_toml, text + "\nrope_scaling = { facto = 1 }\n", "mine")
+    text = resources.find("models", "llama-3-8b").read_text().replace("rotation = { theta = 500000.0 }\n", "")
+    assert "rotation = 3; expected a table" in offences(config_from_toml, text + "\nrotation = 3\n", "mine")
+    wrong = offences(config_from_toml, text + '\nrotation = { scaling = "linear", facto = 1 }\n', "mine")
+    assert "'factor' is missing" in wrong
+    assert "unknown key 'facto'" in wrong
     assert "norm = ['rms']; expected one of rms, layer" in offences(config_from_toml, text + '\nnorm = ["rms"]\n', "mine")
 
 
