@@ -44,8 +44,7 @@ class TpuType:
     @property
     def num_hosts(self) -> int:
         """Virtual machines, each running one process."""
-        chips: int = self.slice.num_chips
-        return 1 if chips <= self.cloud.whole_host else chips // self.cloud.chips_per_host
+        return self.cloud.num_hosts(self.num_chips)
 
     @property
     def chips_per_host(self) -> int:

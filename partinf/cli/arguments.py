@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from partinf.foundation.errors import InvalidInput
 
 if TYPE_CHECKING:  # a command's help needs none of these
+    from partinf.cli.flags import Flags
     from partinf.hardware.slices import Slice
     from partinf.layout import Layout
     from partinf.model.config import ModelConfig
+    from partinf.plans import Plan
 
 
 def add_where(parser: argparse.ArgumentParser, slice_help: str) -> None:
@@ -21,6 +23,34 @@ def add_where(parser: argparse.ArgumentParser, slice_help: str) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes: 4x2, or x0:2,x1:2,y:4 on a torus")
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
     add_hardware(parser)
+
+
+def add_saved_plan(parser: argparse.ArgumentParser) -> None:
+    """`--plan`."""
+    text = "what partinf plan --save wrote: model, slice, mesh, layout and storage; --model then says where the model lies"
+    parser.add_argument("--plan", metavar="FILE", help=text)
+
+
+def read_saved_plan(flags: Flags) -> Plan | None:
+    """The plan of `--plan`, whose model takes the place of a `--model` that was not given; None where there is none, or where something is
+    wrong with it or with what stands beside it, which the flags' offences say."""
+    args = flags.args
+    if args.plan is None:
+        if args.model is None:
+            flags.offences.append("--model is missing: a model, or --plan FILE, a saved plan that names one")
+        return None
+    from partinf.foundation import documents
+    from partinf.planner.files import model_named, saved_plan
+
+    for name in ("slice", "mesh", "layout", "weights", "kv"):
+        if flags.given(name):
+            flags.refuse(name, f"--plan {args.plan} says that already; leave one of them out")
+    text = flags.collect(lambda: documents.read_text(Path(args.plan), f"plan {args.plan}", documents.TOML_BYTES))
+    found = None if text is None else flags.collect(lambda: saved_plan(text, args.plan, args.model, args.hardware))
+    if text is None or found is None:
+        return None
+    args.model = args.model or model_named(text, args.plan)
+    return found[0]
 
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:

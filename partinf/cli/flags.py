@@ -43,6 +43,10 @@ class Flags:
         """How the flag is spelt."""
         return self._spelt.get(name, f"--{name.replace('_', '-')}")
 
+    def given(self, name: str) -> bool:
+        """Whether a flag of one value stands on the command line."""
+        return name in getattr(self.args, _GIVEN, ())
+
     def whole(self, name: str, low: int = 0, high: int = _MOST) -> int:
         """A whole number of a range, in decimal digits."""
         found = self.optional_whole(name, low, high)

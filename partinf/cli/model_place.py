@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_where, named_layout, named_slice
+from partinf.cli.arguments import add_saved_plan, add_where, named_layout, named_slice, read_saved_plan
 from partinf.cli.flags import Flags
 from partinf.foundation import documents
 from partinf.foundation.errors import InvalidInput
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") -> None:
     """The model, where it runs, and how it is stored; `length` is the flag of the longest context."""
-    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model with weights")
+    parser.add_argument("--model", metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model with weights")
+    add_saved_plan(parser)
     add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
     types = "f32, bf16 or int8"
     parser.add_argument("--weights", metavar="TYPE", help=f"storage of the weights: {types} (default: f32 on CPU, bf16 elsewhere)")
@@ -62,18 +64,33 @@ class ModelPlace:
         flags: with everything that is wrong so far; the command adds its own and calls `plan`.
     """
 
-    def __init__(self, flags: Flags, num_processes: int = 1) -> None:
+    def __init__(self, flags: Flags, num_processes: int = 1, runs: bool = True) -> None:
+        """
+        Args:
+            num_processes: how many have the devices together.
+            runs: whether the model is to run; otherwise it is only planned for, and needs neither weights nor devices of a named slice.
+        """
         from partinf import api
         from partinf.cli import devices
+        from partinf.model.load import load_model_config
         from partinf.workload import DType
 
         self.flags, self.args = flags, flags.args
         args = flags.args
-        self._target: Slice | None = flags.collect(lambda: named_slice(args.slice, args.mesh, args.hardware))
-        flags.collect(lambda: devices.prepare(self._target, num_processes=num_processes))
-        self._layout: Layout | None = flags.collect(lambda: named_layout(args.layout))
-        self._config: ModelConfig | None = flags.collect(lambda: api.check_loadable(args.model))
+        self._saved: Plan | None = read_saved_plan(flags)
+        self._target: Slice | None = None
+        self._layout: Layout | None = None
+        self._config: ModelConfig | None = None
         self._weights, self._kv = (flags.optional_member(name, DType) for name in ("weights", "kv"))
+        if args.plan is None:
+            self._target = flags.collect(lambda: named_slice(args.slice, args.mesh, args.hardware))
+            self._layout = flags.collect(lambda: named_layout(args.layout))
+        elif self._saved is not None:
+            self._target, self._weights, self._kv = self._saved.slice, self._saved.weights, self._saved.kv
+        if runs or self._target is None:
+            flags.collect(lambda: devices.prepare(self._target, num_processes=num_processes))
+        if args.model is not None and (args.plan is None or self._saved is not None):
+            self._config = flags.collect(lambda: api.check_loadable(args.model) if runs else load_model_config(args.model))
         self._max_len = flags.whole("max_len", high=MAX_LEN)
 
     def plan(self, rows: int, random: bool, prefill_tokens: int = 256, rich: bool = False, constrained: bool = False) -> Plan:
@@ -84,7 +101,7 @@ class ModelPlace:
         """
         self.flags.check()
         from partinf import api
-        from partinf.buckets import Capacity
+        from partinf.buckets import Capacity, with_capacity
         from partinf.workload import DType, Workload
 
         args, config = self.args, self._config
@@ -96,6 +113,8 @@ class ModelPlace:
         workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
         kinds = {"random": random, "rich": rich, "constrained": constrained}
         capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), **kinds)
+        if self._saved is not None:
+            return with_capacity(replace(self._saved, model=config), capacity)
         return api.plan(config, where, workload, layout=self._layout, capacity=capacity)
 
     def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:

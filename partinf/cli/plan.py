@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     trials = _trials(asked, all_meshes)
     report, proofs = _proven(trials[0].report, count)
     if args.save:
-        _save(report, asked, Path(args.save))
+        _save(report, asked, Path(args.save), args.model)
     if args.plot:
         from partinf.planner.show.plot import draw
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         show_trials(trials, price)
         if proofs:
             show_proofs(trials[0].report, report, proofs)
-        show(report, top, args.save)
+        show(report, top, args.save, args.model)
     return 0
 
 
@@ -137,7 +137,7 @@ def _read(flags: Flags) -> tuple[int, int | None, float | None]:
     return top, count, price
 
 
-def _save(report: PlanReport, asked: Asked, path: Path) -> None:
+def _save(report: PlanReport, asked: Asked, path: Path, model: str) -> None:
     """Write the best candidate; what does not fit is not saved.
 
     Raises:
@@ -149,4 +149,4 @@ def _save(report: PlanReport, asked: Asked, path: Path) -> None:
 
     if not report.best.fits:
         raise InvalidInput(misfit(report))
-    path.write_text(plan_to_toml(plan_of(report, report.best), asked.workload))
+    path.write_text(plan_to_toml(plan_of(report, report.best), asked.workload, model=model))

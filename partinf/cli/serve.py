@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 from partinf.cli.flags import Flags
 from partinf.cli.model_place import ModelPlace
 from partinf.cli.model_place import add_arguments as add_arguments_of_place
+from partinf.cli.served_engine import SCHEDULER, ServedEngine, add_engine_arguments
 from partinf.foundation.errors import InvalidInput
-from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_REQUESTS, MAX_SECONDS
+from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from partinf.api import Model
     from partinf.engine.engine import Engine
     from partinf.hosts import Group
@@ -25,17 +28,14 @@ if TYPE_CHECKING:
     from partinf.serve.chat_template import ChatTemplate
     from partinf.serve.server import Loaded, Options
 
+    _Make = Callable[[Model], Engine]
+
 _NEEDED = ("jinja2", "prometheus_client", "starlette", "uvicorn")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _KEY_VARIABLE = "PARTINF_API_KEY"
 _WHOLE = {
     "port": (0, (1 << 16) - 1),
-    "max_num_seqs": (1, MAX_BATCH),
-    "max_num_batched_tokens": (1, MAX_LEN),
     "seed": (0, (1 << 63) - 1),
-    "lag": (0, 1024),
-    "max_waiting": (1, MAX_REQUESTS),
-    "max_waiting_tokens": (1, (1 << 63) - 1),
     "max_connections": (1, 1 << 16),
     "max_body_bytes": (1, 1 << 30),
 }
@@ -67,26 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from partinf.engine.policies.registry import described
 
     batch = parser.add_argument_group("the engine")
-    batch.add_argument("--max-num-seqs", default="32", metavar="N", help="sequences per iteration (default: 32)")
-    batch.add_argument(
-        "--max-num-batched-tokens",
-        metavar="N",
-        help="tokens per iteration: one of each sequence, the rest of prompts (default: 256 for prompts)",
-    )
-    batch.add_argument("--scheduler", default="fcfs-chunked", metavar="NAME", help=f"{described()} (default: fcfs-chunked)")
-    batch.add_argument(
-        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="share KV pages of equal prompt beginnings"
-    )
+    batch.add_argument("--scheduler", default=SCHEDULER, metavar="NAME", help=f"{described()} (default: {SCHEDULER})")
+    add_engine_arguments(batch)
     batch.add_argument("--seed", default="0", metavar="N", help="what requests without a seed derive theirs from (default: 0)")
-    batch.add_argument(
-        "--lag",
-        default="1",
-        metavar="N",
-        help="steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)",
-    )
     bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--max-waiting", default="512", metavar="N", help="requests that may wait, then 429 (default: 512)")
-    bounds.add_argument("--max-waiting-tokens", metavar="N", help="prompt tokens that may wait (default: no bound)")
     bounds.add_argument("--max-connections", default="1024", metavar="N", help="open at once, then 503 (default: 1024)")
     bounds.add_argument("--max-body-bytes", default=str(8 << 20), metavar="N", help="of a request, then 413 (default: 8 MiB)")
     bounds.add_argument("--shutdown-timeout", default="20", metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)")
@@ -110,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     flags = Flags(args)
     _read(flags)
+    served = ServedEngine.read(flags)
     names = ("--coordinator", "--num-processes", "--process-id")
     job = flags.collect(lambda: Job.of(args.coordinator, args.num_processes, args.process_id, names)) or Job()
     bounds = flags.collect(lambda: Bounds(stall=args.stall_timeout)) or Bounds()
@@ -119,13 +104,14 @@ def run(args: argparse.Namespace) -> int:
     template = flags.collect(lambda: _chat_template(args))
     flags.check()
     group = join(job, bounds) if args.multi_host or (job.count or 1) > 1 else None
-    plan = place.plan(args.max_num_seqs, random=True, prefill_tokens=_prompt_tokens(args), rich=True, constrained=True)
+    plan = served.plan(place)
+    make = lambda model: _engine(args, served, model, group)  # noqa: E731
     if group is not None and not group.leads:
-        return _follow(args, place, plan, group)
-    return _serve(args, place, plan, template, group)
+        return _follow(place, plan, group, make)
+    return _serve(args, place, plan, template, group, make)
 
 
-def _follow(args: argparse.Namespace, place: ModelPlace, plan: Plan, group: Group) -> int:
+def _follow(place: ModelPlace, plan: Plan, group: Group, make: _Make) -> int:
     """A process that has devices and no clients. Who is told to stop is process 0, which lets this one end when it has drained."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import say
@@ -135,13 +121,13 @@ def _follow(args: argparse.Namespace, place: ModelPlace, plan: Plan, group: Grou
     try:
         model = place.load(plan, group=group)
         say(f"{group.name} of {group.count}, following process 0")
-        group.follow(_engine(args, model, group))
+        group.follow(make(model))
     except JobEnded:  # its reason has been printed
         return 1
     return 0
 
 
-def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None) -> int:
+def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None, make: _Make) -> int:
     """The process that clients know."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import Loaded, listen, serve
@@ -153,7 +139,7 @@ def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: Ch
         if group is not None:
             note += f", {group.count} processes"
         note += "; no chat template" if template is None else f"; chat template: {template.where}"
-        return Loaded(_engine(args, model, group), model.tokenizer, template, note)
+        return Loaded(make(model), model.tokenizer, template, note)
 
     with listen(args.host, args.port) as listener:
         try:
@@ -170,19 +156,14 @@ def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: Ch
 
 def _read(flags: Flags) -> None:
     """Put the numbers in the place of their texts; what is wrong joins the flags' offences."""
-    from partinf.engine.policies.registry import POLICIES
     from partinf.serve.tool_calls import FORMATS
 
     args = flags.args
-    flags.word("scheduler", POLICIES)
     flags.word("tool_call_parser", ("auto", *FORMATS))
     for name, (low, high) in _WHOLE.items():
         setattr(args, name, flags.optional_whole(name, low, high))
     for name in ("shutdown_timeout", "stall_timeout"):
         setattr(args, name, flags.number(name, high=MAX_SECONDS))
-    tokens, rows = args.max_num_batched_tokens, args.max_num_seqs
-    if tokens is not None and rows is not None and tokens <= rows:
-        flags.offences.append(f"--max-num-batched-tokens {tokens}; it must be above --max-num-seqs, which is {rows}")
     flags.offences += [
         f"--cors-origin {origin}: it is no origin; write it as browsers do, https://chat.example.org or http://localhost:3000, or * for all"
         for origin in args.cors_origin
@@ -192,16 +173,12 @@ def _read(flags: Flags) -> None:
         flags.offences.append("--api-key: an empty key would let everybody in; leave it out for that")
 
 
-def _prompt_tokens(args: argparse.Namespace) -> int:
-    return 256 if args.max_num_batched_tokens is None else max(1, args.max_num_batched_tokens - args.max_num_seqs)
-
-
 def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
     from partinf import api
     from partinf.serve.chat_template import load_chat_template
 
     try:
-        directory = api.weights_directory(args.model)
+        directory = None if args.model is None else api.weights_directory(args.model)
     except InvalidInput:  # said already
         return None
     return load_chat_template(directory, None if args.chat_template is None else Path(args.chat_template))
@@ -225,21 +202,11 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _engine(args: argparse.Namespace, model: Model, group: Group | None) -> Engine:
+def _engine(args: argparse.Namespace, served: ServedEngine, model: Model, group: Group | None) -> Engine:
     """An engine whose first iterations have run; all processes of a group make the same."""
-    from partinf.engine.engine import Engine
-    from partinf.engine.policies.registry import PolicyOptions, make_policy
     from partinf.measure.estimates import measured_estimates
 
     estimates = measured_estimates(model.runner, model.plan.buckets, agree=(lambda times: times) if group is None else group.share)
-    return Engine(
-        model.runner if group is None else group.runner(model.runner),
-        tokenizer=model.tokenizer,
-        policy=make_policy(args.scheduler, PolicyOptions(args.max_num_seqs), estimates),
-        seed=args.seed,
-        lag=args.lag,
-        prefix_caching=args.enable_prefix_caching,
-        max_waiting=args.max_waiting,
-        max_waiting_tokens=args.max_waiting_tokens,
-        replicas=None if group is None else group.replicas,
-    )
+    runner = model.runner if group is None else group.runner(model.runner)
+    replicas = None if group is None else group.replicas
+    return served.engine(runner, estimates, tokenizer=model.tokenizer, seed=args.seed, replicas=replicas)

@@ -4,36 +4,56 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware, named_layout, read_slice, say_lengths, say_slice
+from partinf.cli.arguments import add_hardware, add_saved_plan, named_layout, read_saved_plan, read_slice, say_lengths, say_slice
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
+from partinf.cli.model_place import ModelPlace
+from partinf.cli.served_engine import FLAGS, SCHEDULER, ServedEngine, add_engine_arguments
 from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
+    from partinf.engine.engine import Engine
+    from partinf.hardware.slices import Slice
     from partinf.plans import Plan
+    from partinf.simulation.cost_runner import CostRunner
     from partinf.simulation.report import RunReport
-    from partinf.simulation.sizing import Sizing
 
 _DEFAULT_BATCH = 64
+_DEFAULT_SCHEDULER = "fcfs"
 _MOST = {"max_len": MAX_LEN, "prefill_tokens": MAX_LEN, "page_size": MAX_LEN, "kv_pages": MAX_PAGES, "residents": MAX_BATCH, "stages": 4096}
+# Flags of a simulation alone, and what serve has in their place.
+_UNSERVED = {
+    "max_batch": ", it has --max-num-seqs",
+    "prefill_tokens": ", it has --max-num-batched-tokens",
+    "page_size": "",
+    "kv_pages": "",
+    "residents": "",
+    "host_memory": "",
+    "stages": "",
+    "eviction": "",
+    "alpha_ms": "",
+    "prefix_caching": ", it has --enable-prefix-caching",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
-    parser.add_argument(
-        "--slice", required=True, metavar="SLICE", help="CHIP:SHAPE such as v4:4x4x4, a cloud's name such as v5e-16, or either with *COUNT"
-    )
+    parser.add_argument("--model", metavar="NAME|DIR", help="a model of models/, a .toml file, or a Hugging Face directory")
+    add_saved_plan(parser)
+    where = "CHIP:SHAPE such as v4:4x4x4, a cloud's name such as v5e-16, or either with *COUNT"
+    parser.add_argument("--slice", metavar="SLICE", help=where)
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes")
     add_hardware(parser)
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
-    parser.add_argument("--weights", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
-    parser.add_argument("--kv", default="bf16", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
+    parser.add_argument("--weights", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
+    parser.add_argument("--kv", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
     parser.add_argument(
         "--program",
@@ -41,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiled (what runs; default), plain, or a published one: looped (the paper's), jax-llm-examples, tensor-parallel",
     )
     add_load_arguments(parser, requests=1000, lengths="chat")
-    parser.add_argument("--max-len", default="0", metavar="N", help="longest context (default: the longest request)")
+    parser.add_argument("--max-len", "--max-model-len", default="0", metavar="N", help="longest context (default: the longest request)")
     parser.add_argument("--prefill-tokens", default="0", metavar="N", help="prompt tokens per iteration (default: the longest context)")
     parser.add_argument("--page-size", default="16", metavar="N", help="tokens per KV page (default: 16)")
     parser.add_argument("--kv-pages", default="0", metavar="N", help="KV pages per shard (default: what memory is left)")
@@ -54,73 +74,152 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overhead-us", default="0", metavar="US", help="added to every iteration for the host (default: 0)")
     parser.add_argument("--random-weights", action="store_true", help="accepted and repeated: a simulation reads no weights")
+    served = parser.add_argument_group("what serve would do", f"--as-served, with the flags of `partinf serve`; scheduler: {SCHEDULER}")
+    served.add_argument("--as-served", action="store_true", help="the engine, plan, pool and padded steps that serve would have")
+    add_engine_arguments(served)
+    parser.set_defaults(scheduler=None)
     parser.epilog = "Example: partinf simulate --model llama-3-8b --slice v5e:2x4 --scheduler mlfq --arrivals poisson:4 --requests 500"
 
 
 def run(args: argparse.Namespace) -> int:
-    from partinf.engine.policies.registry import resident_batches
-
     flags = Flags(args)
+    args.scheduler = args.scheduler or (SCHEDULER if args.as_served else _DEFAULT_SCHEDULER)
     load = read_load(flags, _DEFAULT_BATCH)
-    numbers = {name: flags.whole(name, high=most) for name, most in _MOST.items()}
-    host, overhead = flags.number("host_memory", high=MAX_HOST_BYTES / 1e9), flags.number("overhead_us", high=1e6 * MAX_SECONDS)
-    bound = _bind(flags, load, numbers["stages"])
-    load, (plan, pricing) = flags.need(load), flags.need(bound)
+    overhead = flags.number("overhead_us", high=1e6 * MAX_SECONDS) / 1e6
+    made = _as_served(flags, load, overhead) if args.as_served else _sized(flags, load, overhead)
+    simulated = flags.need(made)
+    load = flags.need(load)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
-    max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
-    residents = numbers["residents"] or min(MAX_BATCH, resident_batches(load.scheduler) * load.options.max_batch_size)
-    sizing = _sizing(load.options.max_batch_size, residents, max_len, numbers, host * 1e9, overhead / 1e6)
-    say_lengths(plan.model, max(longest, max_len))
-    if args.slice != "local":
-        say_slice(plan.slice)
-    about, report = _simulate(args, load, plan, pricing, sizing)
+    say_lengths(simulated.plan.model, max(longest, simulated.plan.max_len))
+    if args.slice not in (None, "local"):
+        say_slice(simulated.plan.slice)
+    about, report = _simulate(args, load, simulated)
     show(about, report, args.format, _heading(about))
     return 0
 
 
-def _bind(flags: Flags, load: OfferedLoad | None, stages: int) -> tuple[Plan, Pricing] | None:
-    """The plan and how it is priced; None where something is wrong, which the flags' offences say."""
+@dataclass(frozen=True)
+class _Simulated:
+    """What is simulated.
+
+    Attributes:
+        engine: makes it, of what `Engine` takes beside its runner and its policy.
+        max_batch: sequences per iteration.
+    """
+
+    plan: Plan
+    pricing: Pricing
+    runner: CostRunner
+    scheduler: str
+    max_batch: int
+    engine: Callable[..., Engine]
+
+
+def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulated | None:
+    """What `serve` would run for the same flags; None where something is wrong, which the flags' offences say."""
+    from partinf.buckets import runner_limits
+    from partinf.simulation.cost_runner import CostRunner
+    from partinf.simulation.step_price import StepPrice
+
+    args = flags.args
+    flags.offences += [
+        f"{flags.flag(name)}: serve has no such flag{instead}; leave it out, or --as-served"
+        for name, instead in _UNSERVED.items()
+        if flags.given(name) or getattr(args, name) is True
+    ]
+    args.slice = args.slice or "local"
+    served, place = ServedEngine.read(flags), ModelPlace(flags, runs=False)
+    program, calibration = _priced(flags)
+    if flags.offences or load is None:
+        return None
+    plan = served.plan(place)
+    pricing = _pricing(plan.slice, calibration, program)
+    price = StepPrice(plan, pricing, buckets=plan.buckets)
+    runner = CostRunner(runner_limits(plan), price, overhead_seconds=overhead)
+    engine = partial(served.engine, runner, price.estimates(runner.limits))
+    return _Simulated(plan, pricing, runner, served.scheduler, served.rows, engine)
+
+
+def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulated | None:
+    """An engine of the size that the flags say, whose steps are priced at their own shapes; None where something is wrong."""
+    from partinf.engine.engine import Engine
+    from partinf.engine.policies.registry import make_policy, resident_batches
+    from partinf.simulation.sizing import Sizing, cost_runner
+
+    args = flags.args
+    flags.offences += [
+        f"{flags.flag(name)}: it is one of serve's, for --as-served"
+        for name in FLAGS
+        if flags.given(name) or getattr(args, name) is not None
+    ]
+    numbers = {name: flags.whole(name, high=most) for name, most in _MOST.items()}
+    host = flags.number("host_memory", high=MAX_HOST_BYTES / 1e9)
+    program, calibration = _priced(flags)
+    plan = _bind(flags, load, calibration, numbers["stages"])
+    if flags.offences or load is None or plan is None:
+        return None
+    rows = load.options.max_batch_size
+    longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
+    max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
+    sizing = Sizing(
+        max_rows=rows,
+        max_residents=numbers["residents"] or min(MAX_BATCH, resident_batches(load.scheduler) * rows),
+        max_len=max_len,
+        prefill_tokens=numbers["prefill_tokens"] or max_len,
+        page_size=numbers["page_size"] or 16,
+        host_bytes=host * 1e9,
+        kv_pages=numbers["kv_pages"],
+        overhead_seconds=overhead,
+    )
+    pricing = _pricing(plan.slice, calibration, program)
+    runner, price = cost_runner(plan, pricing, sizing)
+    policy = make_policy(load.scheduler, load.options, price.estimates(runner.limits))
+    engine = partial(Engine, runner, policy=policy, prefix_caching=args.prefix_caching)
+    return _Simulated(price.plan, pricing, runner, load.scheduler, rows, engine)
+
+
+def _priced(flags: Flags) -> tuple[str | None, str]:
+    """How steps are priced: the program, and whether by measured constants."""
+    from partinf.cost.program import PROGRAMS
+
+    return flags.optional_word("program", PROGRAMS), flags.word("calibration", ("fitted", "none"))
+
+
+def _pricing(slice_: Slice, calibration: str, program: str | None) -> Pricing:
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import Pricing
     from partinf.cost.program import PROGRAMS
+
+    return Pricing(slice_, calibration_for(slice_.chip, calibration), program=None if program is None else PROGRAMS[program])
+
+
+def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int) -> Plan | None:
+    """The plan; None where something is wrong, which the flags' offences say."""
     from partinf.model.load import load_model_config
     from partinf.plans import Plan
     from partinf.workload import DType
 
     args = flags.args
-    model = flags.collect(lambda: load_model_config(args.model))
+    saved = read_saved_plan(flags)
+    if args.plan is not None:
+        return saved
+    if args.slice is None:
+        flags.offences.append("--slice is missing: CHIP:SHAPE such as v4:4x4x4")
+        return None
+    model = None if args.model is None else flags.collect(lambda: load_model_config(args.model))
     if args.slice.startswith("auto"):
         flags.refuse("slice", "requests are served on one slice; `partinf plan` finds it")
     slice_ = None if args.slice.startswith("auto") else flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))
     layout = flags.collect(lambda: named_layout(args.layout))
-    weights, kv = flags.member("weights", DType), flags.member("kv", DType)
-    program = flags.optional_word("program", PROGRAMS)
-    calibration = None if slice_ is None else flags.collect(lambda: calibration_for(slice_.chip, args.calibration))
-    if flags.offences or model is None or slice_ is None or calibration is None or load is None:
+    weights, kv = (flags.optional_member(name, DType) or DType.BF16 for name in ("weights", "kv"))
+    if flags.offences or model is None or slice_ is None or load is None:
         return None
-    if layout is None:
-        from partinf.simulation.serving_plan import Traffic, serving_plan
+    if layout is not None:
+        return flags.collect(lambda: Plan(model, slice_, layout, weights, kv))
+    from partinf.simulation.serving_plan import Traffic, serving_plan
 
-        traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
-        plan = flags.collect(lambda: serving_plan(model, slice_, traffic, weights, kv, args.calibration, stages or None))
-    else:
-        plan = flags.collect(lambda: Plan(model, slice_, layout, weights, kv))
-    return None if plan is None else (plan, Pricing(slice_, calibration, program=None if program is None else PROGRAMS[program]))
-
-
-def _sizing(rows: int, residents: int, max_len: int, numbers: dict[str, int], host_bytes: float, overhead: float) -> Sizing:
-    from partinf.simulation.sizing import Sizing
-
-    return Sizing(
-        max_rows=rows,
-        max_residents=residents,
-        max_len=max_len,
-        prefill_tokens=numbers["prefill_tokens"] or max_len,
-        page_size=numbers["page_size"] or 16,
-        host_bytes=host_bytes,
-        kv_pages=numbers["kv_pages"],
-        overhead_seconds=overhead,
-    )
+    traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
+    return flags.collect(lambda: serving_plan(model, slice_, traffic, weights, kv, calibration, stages or None))
 
 
 @dataclass(frozen=True)
@@ -136,6 +235,7 @@ class _About:
     kv_tokens: int
     scheduler: str
     max_batch: int
+    as_served: bool
     eviction: str
     arrivals: str
     lengths: str
@@ -148,24 +248,18 @@ class _About:
     wall_seconds: float
 
 
-def _simulate(args: argparse.Namespace, load: OfferedLoad, plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[_About, RunReport]:
+def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated) -> tuple[_About, RunReport]:
     from partinf.cli.progress import progress_bar
-    from partinf.engine.engine import Engine
-    from partinf.engine.policies.registry import make_policy
     from partinf.layout import readable_name
     from partinf.model.weights import num_params
     from partinf.simulation.play import play
     from partinf.simulation.report import Machine, RunReport
     from partinf.simulation.schedule_trace import ScheduleTrace
-    from partinf.simulation.sizing import cost_runner
 
+    plan, pricing, runner = simulated.plan, simulated.pricing, simulated.runner
     started = time.perf_counter()
-    runner, price = cost_runner(plan, pricing, sizing)
-    policy = make_policy(load.scheduler, load.options, price.estimates(runner.limits))
     trace = ScheduleTrace() if args.trace else None
-    engine = Engine(
-        runner, policy=policy, clock=runner.clock, prefix_caching=args.prefix_caching, on_step=None if trace is None else trace.on_step
-    )
+    engine = simulated.engine(clock=runner.clock, on_step=None if trace is None else trace.on_step)
     with progress_bar("simulating", len(load.arrivals)) as advance:
         refused = play(engine, load.arrivals, runner.clock, next_finish=lambda: runner.next_finish, on_finished=advance)
     if trace is not None:
@@ -178,9 +272,10 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, plan: Plan, pricing: 
         bubbles=runner.bubbles,
         mesh=plan.slice.mesh,
         layout=readable_name(plan.layout, plan.axis_sizes),
-        kv_tokens=runner.limits.pages_per_shard * runner.limits.num_shards * sizing.page_size,
-        scheduler=load.scheduler,
-        max_batch=load.options.max_batch_size,
+        kv_tokens=runner.limits.pages_per_shard * runner.limits.num_shards * runner.limits.page_size,
+        scheduler=simulated.scheduler,
+        max_batch=simulated.max_batch,
+        as_served=args.as_served,
         eviction=args.eviction,
         arrivals=arrivals,
         lengths=lengths,
@@ -198,11 +293,12 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, plan: Plan, pricing: 
 
 def _heading(about: _About) -> list[str]:
     stages = f", {about.stages} stages ({about.bubbles:.1%} bubbles)" if about.stages > 1 else ""
+    as_served = "as served: " if about.as_served else ""
     measured = "" if about.calibration_measured else ", nothing measured on this chip"
     if "partinf calibrate" in about.calibration_source:
         measured = f", {about.calibration_source}"
     return [
         f"[bold]{about.model}[/] on {about.slice} ({about.mesh}){stages}: {about.layout}; {about.kv_tokens} tokens of KV",
-        f"{about.scheduler}, at most {about.max_batch} per iteration; {about.arrivals}, lengths {about.lengths}; "
+        f"{as_served}{about.scheduler}, at most {about.max_batch} per iteration; {about.arrivals}, lengths {about.lengths}; "
         f"step times ±{about.calibration_error:.0%}{measured}; simulated in {about.wall_seconds:.1f} s",
     ]

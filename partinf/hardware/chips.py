@@ -61,6 +61,10 @@ class CloudType:
         """Chips of the largest slice."""
         return max(map(math.prod, self.shapes.values()))
 
+    def num_hosts(self, num_chips: int) -> int:
+        """Virtual machines of a slice of so many chips, each running one process."""
+        return 1 if num_chips <= self.whole_host else num_chips // self.chips_per_host
+
 
 @dataclass(frozen=True)
 class Price:

@@ -8,18 +8,22 @@ from typing import Any
 from partinf.foundation.documents import Table
 from partinf.foundation.errors import collect, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, NEVER
-from partinf.hardware.slices import parse_slice
+from partinf.hardware.hardware_file import slice_of
 from partinf.layout import layout_from_toml, layout_to_toml
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Objective, Workload
 
 
-def plan_to_toml(plan: Plan, workload: Workload, description: str = "") -> str:
-    """A layout file: roles, the model and slice they were chosen for, the workload, and the predicted figures."""
+def plan_to_toml(plan: Plan, workload: Workload, description: str = "", model: str = "") -> str:
+    """A layout file: roles, the model and slice they were chosen for, the workload, and the predicted figures.
+
+    Args:
+        model: how the model was named, where that is a path and not the name of a shipped one.
+    """
     head: dict[str, Any] = {
         "description": description or plan.note,
-        "model": plan.model.name,
+        "model": model or plan.model.name,
         "slice": plan.slice.name,
         "mesh": plan.slice.mesh,
         "weights": plan.weights.value,
@@ -53,8 +57,17 @@ def plan_from_toml(text: str, where: str) -> Plan:
     return saved_plan(text, where)[0]
 
 
-def saved_plan(text: str, where: str) -> tuple[Plan, Workload]:
+def model_named(text: str, where: str) -> str | None:
+    """How a layout file names its model; None where it names none."""
+    found: str | None = layout_from_toml(text, where)[1].get("model")
+    return found
+
+
+def saved_plan(text: str, where: str, model: str | None = None, hardware: str | None = None) -> tuple[Plan, Workload]:
     """The same, and the workload that the plan was chosen for: one request of one token where the file names none.
+
+    Args:
+        model: where the model lies here, instead of where it lay when the plan was made. hardware: a file of `partinf calibrate`.
 
     Raises:
         InvalidInput: as `plan_from_toml`, or a workload that is none.
@@ -62,16 +75,16 @@ def saved_plan(text: str, where: str) -> tuple[Plan, Workload]:
     layout, rest = layout_from_toml(text, where)
     offences = [f"{where}: '{key}' is missing; a plan names its model and slice" for key in ("model", "slice") if key not in rest]
     raise_offences(offences)
-    model = collect(offences, lambda: load_model_config(rest["model"]))
-    slice_ = collect(offences, lambda: parse_slice(rest["slice"], rest.get("mesh")))
+    config = collect(offences, lambda: load_model_config(rest["model"] if model is None else model))
+    slice_ = collect(offences, lambda: slice_of(rest["slice"], rest.get("mesh"), hardware))
     weights, kv = DType(rest.get("weights", "bf16")), DType(rest.get("kv", "bf16"))
     workload = _chosen_for(Table(rest.get("chosen_for", {}), f"{where} [chosen_for]", offences), weights, kv)
     raise_offences(offences)
-    assert model is not None
+    assert config is not None
     assert slice_ is not None
     assert workload is not None
     switch, padded = rest.get("prefill_from_tokens", NEVER), rest.get("padded_heads", 0)
-    return Plan(model, slice_, layout, weights, kv, prefill_from_tokens=switch, padded_heads=padded), workload
+    return Plan(config, slice_, layout, weights, kv, prefill_from_tokens=switch, padded_heads=padded), workload
 
 
 def _chosen_for(table: Table, weights: DType, kv: DType) -> Workload | None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
-from partinf.foundation.errors import InvalidInput
+from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.simulation.arrivals import Arrival
 
 
@@ -61,7 +61,7 @@ def play(
             try:
                 params = SamplingParams(max_tokens=arrival.output_len, ignore_eos=True, seed=number)
                 engine.add_request(make(number, arrival.input_len), params, f"arrival-{number}", arrival=start + arrival.time)
-            except InvalidInput:
+            except (InvalidInput, Overloaded):
                 refused += 1
             number += 1
         upcoming = start + coming[-1].time if coming else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.show.commands import serve_command, simulate_command, unservable
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import moved_bytes, readable_bytes
 from partinf.planner.slices import Trial, price_per_million_tokens
@@ -25,11 +27,11 @@ _PIPE_WIDTH = 140
 _ENTRIES = 10
 
 
-def show(report: PlanReport, top: int, saved: str | None = None) -> None:
-    """Print the report.
+def show(report: PlanReport, top: int, saved: str | None = None, model: str = "") -> None:
+    """Print the report, and where something fits the commands that serve and simulate it.
 
     Args:
-        top: candidates to list. saved: the file that the plan was written to, to be named.
+        top: candidates to list. saved: the file that the plan was written to, to be named. model: how it was named.
     """
     console = wide_console()
     console.print(_heading(report), highlight=False)
@@ -45,6 +47,8 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
             console.print(f"{heads}.", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
+    if best.fits:
+        _show_commands(console, report, saved, model or report.model.name)
 
 
 def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
@@ -160,6 +164,19 @@ def _show_switch(console: Console, report: PlanReport, plan: Plan) -> None:
         times = (f"{1e3 * seconds:.4g}" for seconds in (row.prefill_seconds, row.decode_seconds))
         table.add_row(str(row.tokens), *times, names[row.runs])
     console.print(table)
+
+
+def _show_commands(console: Console, report: PlanReport, saved: str | None, model: str) -> None:
+    plan, file = plan_of(report, report.best), saved or "plan.toml"
+    first = "" if saved else f", once --save {file} has written it"
+    if reason := unservable(plan):
+        lines = [f"To simulate serving it{first} (it cannot be served: {reason}):"]
+    else:
+        served = serve_command(file, plan, report.workload, model)
+        everywhere = " on every host" if "--multi-host" in served else ""
+        lines = [f"To serve it{everywhere}{first}:", f"  {shlex.join(served)}", "To simulate what that does under load:"]
+    for line in (*lines, f"  {shlex.join(simulate_command(file, plan, report.workload))}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _memory_bar(best: Candidate) -> str:

@@ -1,0 +1,58 @@
+"""The commands that come after a plan: what serves it, and what simulates what that would do.
+
+`plan` ends with them, and what launches a plan on machines runs the first of them there.
+"""
+
+from __future__ import annotations
+
+from partinf.foundation import resources
+from partinf.foundation.documents import is_directory
+from partinf.model.config import ModelConfig
+from partinf.plans import Plan
+from partinf.workload import Workload
+
+
+def unservable(plan: Plan) -> str | None:
+    """Why a plan can be simulated but not served; None where it can be."""
+    if plan.runnable:
+        return plan.runnable
+    return None if plan.model.family else f"weights of {plan.model.name} come in no form that is read"
+
+
+def has_weights(model: str) -> bool:
+    """Whether a model by name or path comes with weights."""
+    return is_directory(model) or resources.find("models", model).is_dir()
+
+
+def serve_command(file: str, plan: Plan, workload: Workload, model: str) -> list[str]:
+    """`serve` of a saved plan, with as many sequences and as long a context as it was made for. On a slice of several hosts each runs it.
+
+    Args:
+        file: of the plan. model: the name or path by which it was planned; where that has no weights, `path/to/…` stands for a directory.
+    """
+    cloud = plan.slice.chip.cloud
+    several = ["--multi-host"] if cloud is not None and cloud.num_hosts(plan.slice.num_chips) > 1 else []
+    where = [] if has_weights(model) else ["--model", f"path/to/{plan.model.name}"]
+    return ["partinf", "serve", "--plan", file, *where, *_size(plan.model, workload), *several]
+
+
+def simulate_command(file: str, plan: Plan, workload: Workload) -> list[str]:
+    """`simulate` of what `serve_command` does, under requests of the lengths that the plan was made for."""
+    prompt, output = _lengths(plan.model, workload)
+    load = ["--arrivals", f"poisson:{workload.arrival_rate or 1:g}", "--lengths", f"fixed:{prompt}:{output}"]
+    return ["partinf", "simulate", "--as-served", "--plan", file, *_size(plan.model, workload), *load]
+
+
+def _size(model: ModelConfig, workload: Workload) -> list[str]:
+    return ["--max-num-seqs", str(workload.batch), "--max-model-len", str(sum(_lengths(model, workload)))]
+
+
+def _lengths(model: ModelConfig, workload: Workload) -> tuple[int, int]:
+    """Tokens of a prompt and of its answer: those of the workload; where one phase alone was planned, a prompt and one token, or a context
+    of which half was generated. No longer than the model's context."""
+    prompt, output = workload.input_len or workload.context_len or 1, workload.output_len or 1
+    if workload.phase == "decode" and not workload.output_len:
+        prompt, output = workload.decode_context - workload.decode_context // 2, max(1, workload.decode_context // 2)
+    most = model.longest_context or prompt + output
+    output = min(output, max(1, most // 2)) if prompt + output > most else output
+    return max(1, min(prompt, most - output)), output
