@@ -123,13 +123,15 @@ def served(*more: str) -> Any:
     command = [sys.executable, "-m", "partinf", "serve", "--model", "demo", "--slice", "cpu:1", "--port", "0", *more]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert child.stderr is not None
+    rest = None  # reads what it says later, to its end
     try:
         found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", child.stderr.readline())
         assert found is not None, child.stderr.read()
         for line in child.stderr:
             if "ready" in line:
                 break
-        threading.Thread(target=lambda: collections.deque(child.stderr, maxlen=0), daemon=True).start()
+        rest = threading.Thread(target=collections.deque, args=(child.stderr, 0))
+        rest.start()
         yield child, int(found.group(1))
     finally:
         child.terminate()
@@ -138,6 +140,9 @@ def served(*more: str) -> Any:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+        if rest is not None:
+            rest.join()
+        child.stderr.close()
 
 
 def measure(count: int, seed: int) -> dict[str, Any]:
