@@ -43,7 +43,9 @@ class Process:
         assert self.child.stderr is not None
         self.errors = [self.child.stderr.readline()]
         found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.errors[0])
-        assert found is not None, self.errors[0] + self.child.stderr.read()
+        if found is None:
+            self.child.kill()
+            raise AssertionError(self.errors[0] + self.child.communicate()[1])
         self.port = int(found.group(1))
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
@@ -70,11 +72,11 @@ class Process:
 @contextlib.contextmanager
 def process(root: Path, *command: object, **environment: str | None) -> Iterator[Process]:
     found = Process([str(word) for word in command], root, environment)
-    try:
-        yield found
-    finally:
-        found.child.kill()
-        found.child.wait()
+    with found.child:  # which closes its pipes
+        try:
+            yield found
+        finally:
+            found.child.kill()
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def test_two_processes_serve_one_model(root: Path) -> None:
         _, said = other.communicate(timeout=60)
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     assert (code, other.returncode) == (0, 0), printed + said
     assert "2 processes" in printed
     assert re.search("following process 0", said)
