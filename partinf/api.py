@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf import planner
-from partinf.buckets import Capacity, runner_limits, with_capacity
+from partinf.buckets import Capacity, capacity_for, runner_limits, with_capacity
 from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, collect, raise_offences
-from partinf.foundation.rounding import ceil_div
 from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
     from partinf.execution.score import Scores
     from partinf.hosts import Group
-
-_CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 
 DEFAULT_WORKLOAD = Workload(batch=32, input_len=64, output_len=64)
 
@@ -94,19 +91,7 @@ def plan(
         bound = Plan(config, target, layout, weights=workload.weights, kv=workload.kv)
     else:
         bound = planner.plan(config, target, workload)
-    if capacity is None:
-        needed = max(workload.max_context, 1)
-        longest = min(needed, config.longest_context or needed)
-        capacity = Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=_prompt_tokens(workload, bound.num_stages))
-    return with_capacity(bound, capacity)
-
-
-def _prompt_tokens(workload: Workload, num_stages: int) -> int:
-    """Prompt tokens per step. With stages a tick is as long as its longest step, so every step takes what a steady batch sees of them."""
-    if num_stages == 1 or not workload.output_len:
-        return min(max(workload.input_len, 1), _CHUNK)
-    share = ceil_div(workload.batch * workload.input_len, workload.output_len * num_stages)
-    return min(max(share, 1), _CHUNK)
+    return with_capacity(bound, capacity or capacity_for(bound, workload))
 
 
 def load(

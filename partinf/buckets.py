@@ -1,20 +1,26 @@
 """How large the steps of a plan are: the KV pages and the few padded shapes that are compiled before anything is served, what a step may
 hold in all of them, and which of them a step runs in. Whoever executes steps or prices them asks here.
 
+The pages are those that memory holds beside weights, programs and the activations of these steps (`held`), whatever the sequences that run
+together would take at full length: more of them are taken than fit so, and a scheduler preempts or swaps some when pages run out.
+
 A bucket costs a compilation and its padding costs time at every step, so there are few: decode alone, decode with prompts that begin
-in this step, and, where a prompt may be longer than one step's share, decode with chunks that read earlier pages. Each comes with a
-short and a long context when the two differ enough to matter. Prompts that begin have a smaller bucket too, where its step takes much
+in this step, and, where a prompt may be longer than one step's share, decode with chunks that read earlier pages. Each comes with two or
+three lengths of context when they differ enough to matter. Prompts that begin have a smaller bucket too, where its step takes much
 less time: where it is bound by compute and not by reading the weights.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from partinf.cost.calibration import calibration_for
+from partinf.cost.calibration import ROOFLINE, calibration_for
+from partinf.cost.memory import Held, Room, activation_bytes, page_bytes, slot_bytes, usable_bytes, weight_bytes
 from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.engine.runner import RunnerLimits
@@ -32,8 +38,13 @@ _RANGES = {
     "prefill_tokens": (1, MAX_LEN),
     "page_size": (1, MAX_LEN),
     "max_prompt_len": (0, MAX_LEN),
+    "max_residents": (0, MAX_BATCH),
+    "kv_pages": (0, MAX_PAGES),
 }
+_UNKNOWN_CONTEXT = 4096  # of models that name none
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
+_SHORT_PAGES = 128  # from four times as many on there is a third set, which reads so many at most
+_CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 _WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
 
 
@@ -43,7 +54,8 @@ class Capacity:
 
     Attributes:
         max_rows: sequences decoded together, those of all pipeline stages, rounded up to what the plan's axes divide.
-        max_len: longest context in tokens, prompt and output together; 0 takes the model's, at most 4096.
+        max_len: longest context in tokens, prompt and output together; 0 takes the model's, or what the pages hold of one sequence if that
+            is less.
         prefill_tokens: prompt tokens per step, rounded up likewise.
         page_size: tokens per KV page.
         random: whether requests may sample; False compiles greedy selection alone.
@@ -52,6 +64,9 @@ class Capacity:
         constrained: whether requests may be held to a grammar, by a mask of the tokens that may come next.
         max_prompt_len: longest prompt that will come; one step then holds such a prompt whole on every shard that prefills. 0: any prompt
             may come, and those that are longer than a shard's share of a step are cut over several.
+        max_residents: sequences that may hold pages, where some policy gives one's place to another; 0 for those decoded together.
+        kv_pages: pages per shard; 0 for as many as memory holds.
+        memory_share: of the memory that weights, programs and activations leave, the part that becomes pages; 0 for the platform's.
     """
 
     max_rows: int = 32
@@ -62,24 +77,108 @@ class Capacity:
     rich: bool = False
     constrained: bool = False
     max_prompt_len: int = 0
+    max_residents: int = 0
+    kv_pages: int = 0
+    memory_share: float = 0.0
 
 
-def with_capacity(plan: Plan, capacity: Capacity) -> Plan:
+def capacity_for(plan: Plan, workload: Workload) -> Capacity:
+    """What an engine for this workload should hold."""
+    needed = max(workload.max_context, 1)
+    longest = min(needed, plan.model.longest_context or needed)
+    return Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=_prompt_tokens(workload, plan.num_stages))
+
+
+def _prompt_tokens(workload: Workload, num_stages: int) -> int:
+    """Prompt tokens per step. With stages a tick is as long as its longest step, so every step takes what a steady batch sees of them."""
+    if num_stages == 1 or not workload.output_len:
+        return min(max(workload.input_len, 1), _CHUNK)
+    share = ceil_div(workload.batch * workload.input_len, workload.output_len * num_stages)
+    return min(max(share, 1), _CHUNK)
+
+
+def with_capacity(plan: Plan, capacity: Capacity, *, beyond: bool = False) -> Plan:
     """The plan with cache and buckets for this capacity.
 
+    Args:
+        beyond: take contexts beyond the model's, where sizes alone are asked for.
+
     Raises:
-        InvalidInput: sizes out of range, more KV pages than a pool keeps, or a context beyond the model's.
+        InvalidInput: sizes out of range, a context beyond the model's, or memory that does not hold one sequence.
     """
-    max_len = capacity.max_len or min(plan.model.longest_context or 4096, 4096)
+    raise_offences(_capacity_offences(plan, capacity))
+    if not beyond:
+        raise_offences(plan.model.context_offences(f"max_len = {capacity.max_len}", capacity.max_len))
+    longest = capacity.max_len or plan.model.longest_context or _UNKNOWN_CONTEXT
+    sized = _with_pages(plan, capacity, longest)
+    holds = sized.cache.pages_per_shard * capacity.page_size
+    if holds < longest and not capacity.max_len and holds:
+        # Steps that read less take no more, so that what holds this length holds it still.
+        sized = _with_pages(plan, replace(capacity, kv_pages=sized.cache.pages_per_shard), holds)
+    elif holds < longest:
+        raise InvalidInput(_no_room(sized, longest))
+    return sized
+
+
+def _capacity_offences(plan: Plan, capacity: Capacity) -> list[str]:
     offences = [line for name, (low, high) in _RANGES.items() for line in not_whole(name, getattr(capacity, name), low, high)]
-    if not offences:
-        offences += plan.model.context_offences(f"max_len = {max_len}", max_len)
-    raise_offences(offences)
+    offences += outside("memory_share", capacity.memory_share, 0, 1)
+    if offences:
+        return offences
+    if capacity.kv_pages % plan.num_parts:
+        offences.append(f"kv_pages = {capacity.kv_pages}; a multiple of {plan.num_parts} is needed: so many parts share a sequence's pages")
+    return offences + outside("KV pages of all shards", capacity.kv_pages * plan.num_shards, 0, MAX_PAGES)
+
+
+def _with_pages(plan: Plan, capacity: Capacity, max_len: int) -> Plan:
+    """The plan with the buckets for sequences of this length, and as many pages as memory holds beside them; perhaps none."""
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
-    held, pages = rows_per_stage(plan, capacity.max_rows) * plan.num_stages, round_up(ceil_div(max_len, capacity.page_size), plan.num_parts)
-    raise_offences(outside(f"KV pages of {held} sequences of {max_len} tokens", held * pages, 1, MAX_PAGES))
-    cache = CacheConfig(capacity.page_size, held // plan.num_shards * pages, rows * plan.num_stages)
-    return replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
+    slots = max(rows * plan.num_stages, capacity.max_residents)
+    cache = CacheConfig(capacity.page_size, plan.num_parts, slots)
+    sized = replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
+    pages = capacity.kv_pages or _pages_that_fit(sized, capacity)
+    return replace(sized, cache=replace(cache, pages_per_shard=pages))
+
+
+def _pages_that_fit(plan: Plan, capacity: Capacity) -> int:
+    """Pages of one shard. On virtual devices, which share the machine's memory with all that runs on it, no more than the sequences that
+    may hold pages can fill."""
+    platform, found = plan.slice.chip.platform, held(plan)
+    (pages,) = found.room.pages(capacity.memory_share or platform.memory_share, found.page_bytes)
+    most = MAX_PAGES // (plan.num_shards * plan.num_parts)
+    if platform.virtual:
+        residents = max(rows_per_stage(plan, capacity.max_rows) * plan.num_stages, capacity.max_residents)
+        most = min(most, ceil_div(residents, plan.num_shards) * ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_parts))
+    return min(pages, most) * plan.num_parts
+
+
+def _no_room(plan: Plan, longest: int) -> str:
+    """Why memory does not hold one sequence of this length."""
+    room, tokens = held(plan).room, plan.cache.pages_per_shard * plan.cache.page_size
+    beside = f"weights {room.weights / 1e9:.1f} + programs and slots {(room.code + room.state) / 1e9:.1f}"
+    return (
+        f"model {plan.model.name} does not fit {plan.slice.name}: beside {beside} + activations {room.activations / 1e9:.1f} GB of "
+        f"{room.usable / 1e9:.1f} GB per device there is room for {tokens} tokens of KV per shard, and one request of {longest} tokens "
+        f"needs more; a larger slice, int8, a shorter context or a larger share of memory would help"
+    )
+
+
+def held(plan: Plan) -> Held:
+    """What one device holds of an engine of this plan, by the one account that every command takes."""
+    pricing = Pricing(plan.slice, ROOFLINE, program=TILED)
+    splits = [split_of(plan, bucket, pricing) for bucket in plan.buckets]
+    vocabulary = plan.model.padded_vocab_size // plan.ways(plan.layout.weight_axes)
+    room = Room(
+        usable=usable_bytes(plan.slice),
+        weights=weight_bytes(splits[0]),
+        code=plan.slice.chip.platform.code_bytes * len(plan.buckets),
+        state=slot_bytes(vocabulary, plan.rich, plan.constrained) * plan.cache.num_slots,
+        activations=max(map(activation_bytes, splits)),
+    )
+    cache = plan.cache
+    each = page_bytes(plan.padded_model, plan.layout, plan.slice, plan.kv, cache.page_size)
+    tokens = cache.pages_per_shard * plan.num_shards * cache.page_size
+    return Held(room, (each,), (cache.pages_per_shard // plan.num_parts,), tokens)
 
 
 def rows_per_stage(plan: Plan, sequences: int) -> int:
@@ -140,9 +239,8 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     shards = plan.prefill_slot_multiple()
     tokens = round_up(max(capacity.prefill_tokens, capacity.max_prompt_len * shards), plan.prefill_token_multiple())
     slots = round_up(min(8, rows), shards)
-    contexts = sorted({ceil_div(pages, _SHORT_CONTEXT), pages}) if pages > 4 * _SHORT_CONTEXT else [pages]
     buckets = []
-    for context in contexts:
+    for context in _contexts(pages):
         lanes_read, slots_read = round_up(context, plan.num_parts), round_up(context, plan.prefill_page_multiple())
         kinds = {"random": capacity.random or capacity.rich, "rich": capacity.rich, "constrained": capacity.constrained}
         decode = Bucket(rows, lanes_read, **kinds)
@@ -151,6 +249,17 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
             buckets.append(replace(full, prefill_pages=slots_read))
     return tuple(buckets)
+
+
+def _contexts(pages: int) -> list[int]:
+    """Pages that lanes read, in each set of buckets: all of them; a part, where that is worth a compilation; and in very long contexts
+    those of ordinary requests, for a step costs the more the more pages it may read, on the host too."""
+    if pages <= 4 * _SHORT_CONTEXT:
+        return [pages]
+    if pages < _SHORT_CONTEXT * _SHORT_PAGES:
+        return sorted({ceil_div(pages, _SHORT_CONTEXT), pages})
+    short = min(_SHORT_PAGES, pages // _SHORT_CONTEXT**2)
+    return [short, math.isqrt(short * pages), pages]
 
 
 def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:

@@ -1,4 +1,5 @@
-"""Bytes that one device must hold: weights, KV cache, and the largest set of activations that lives at once.
+"""Bytes that one device must hold: weights, KV cache, and the largest set of activations that lives at once; and how many pages of the
+cache fit beside the rest.
 
 Weights and cache are exact, leaf by leaf. Activations are the largest of the sublayers' working sets: what a product reads and writes,
 gathered weights beside it, and the residual stream; a compiler may need less, and the compiled program is what counts in the end.
@@ -6,7 +7,8 @@ gathered weights beside it, and the residual stream; a compiler may need less, a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from partinf.cost.attention import projection_weights
 from partinf.cost.ffn import ffn_weights, matrices_in
@@ -42,6 +44,91 @@ class MemoryBudget(NamedTuple):
         return self.total <= self.usable
 
 
+class Room(NamedTuple):
+    """What one device of an engine holds beside the pages of its cache, in bytes.
+
+    Attributes:
+        usable: what a program may use. weights: of this device. code: of all compiled programs.
+        state: what slots keep beside pages: counts, biases and masks of the vocabulary.
+        activations: of the largest step that is compiled.
+    """
+
+    usable: int
+    weights: int
+    code: int
+    state: int
+    activations: int
+
+    @property
+    def left(self) -> int:
+        """What pages may take; less than 0 where the rest does not fit."""
+        return self.usable - self.weights - self.code - self.state - self.activations
+
+    def pages(self, share: float, page_bytes: Sequence[int], each: Sequence[int] = (1,)) -> tuple[int, ...]:
+        """Pages of every group of the cache, in the proportion in which sequences take them.
+
+        Args:
+            share: of what is left that becomes pages; the rest is for what the compiler needs beyond this account.
+            page_bytes: of one page of each group on a device that has it. each: pages of each group that one sequence takes.
+        """
+        together = sum(size * count for size, count in zip(page_bytes, each, strict=True))
+        return tuple(max(0, int(share * self.left)) * count // together for count in each)
+
+
+class Held(NamedTuple):
+    """What one device of an engine of a given size holds: what plan, proof, simulator and server name.
+
+    Attributes:
+        page_bytes: of one page of each group of the cache. pages: of each group, on one device.
+        tokens: positions that the pages of all devices hold.
+    """
+
+    room: Room
+    page_bytes: tuple[int, ...]
+    pages: tuple[int, ...]
+    tokens: int
+
+    @property
+    def cache(self) -> int:
+        """Bytes of all pages on one device."""
+        return sum(size * count for size, count in zip(self.page_bytes, self.pages, strict=True))
+
+    @property
+    def slack(self) -> int:
+        """What nobody has taken; less than 0 where it does not fit."""
+        return self.room.left - self.cache
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes of one device by what they are for."""
+        return {
+            **self.room._asdict(),
+            "cache": self.cache,
+            "slack": self.slack,
+            "page_bytes": list(self.page_bytes),
+            "pages": list(self.pages),
+            "kv_tokens": self.tokens,
+        }
+
+    def __str__(self) -> str:
+        room = self.room
+        parts = {"weights": room.weights, "programs and slots": room.code + room.state, "activations": room.activations}
+        beside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        return (
+            f"{self.tokens:,} tokens of KV: {self.cache / 1e9:.2f} GB per device beside {beside}; "
+            f"{self.slack / 1e9:.2f} of {room.usable / 1e9:.2f} GB left"
+        )
+
+
+def slot_bytes(vocab_size: int, rich: bool, constrained: bool) -> int:
+    """What one slot keeps on a device beside pages.
+
+    Args:
+        vocab_size: entries of the vocabulary on the device. rich: counts (int32), marks (uint8) and biases (float32) of each.
+        constrained: a mask of them, in words of 32 bits.
+    """
+    return 4 + 9 * vocab_size * rich + 4 * ceil_div(vocab_size, 32) * constrained
+
+
 def usable_bytes(slice_: Slice) -> int:
     """HBM that a program may use on one device."""
     return slice_.chip.usable_hbm_per_device()
@@ -54,16 +141,22 @@ def weight_bytes(split: StepSplit) -> int:
     return held_bytes(split.model, ways, split.weight_dtype)
 
 
-def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, context: int, kv: DType, page_size: int = 16) -> int:
-    """The cache of `rows` sequences of `context` tokens on one device, in whole pages."""
+def page_bytes(model: ModelConfig, layout: Layout, slice_: Slice, kv: DType, page_size: int) -> int:
+    """One page of the cache on a device that has it: keys and values of all its layers and heads; int8 has a float32 scale per head."""
     sizes = slice_.axis_sizes
     decode_heads = layout.decode.attention_axes(AttentionRole.HEADS)
     split_heads = tuple(axis for axis in kv_head_axes(layout, sizes, model.num_kv_heads) if axis in decode_heads)
+    layers, heads = model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes), model.num_kv_heads // ways(split_heads, sizes)
+    per_head = model.head_dim * kv.num_bytes + (_F32 if kv is DType.INT8 else 0)
+    return layers * page_size * 2 * heads * per_head
+
+
+def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, context: int, kv: DType, page_size: int = 16) -> int:
+    """The cache of `rows` sequences of `context` tokens on one device, in whole pages."""
+    sizes = slice_.axis_sizes
     lanes = ceil_div(rows, ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
     parts = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
-    tokens = ceil_div(context, page_size * parts) * page_size
-    per_token = 2 * model.num_kv_heads // ways(split_heads, sizes) * model.head_dim * kv.num_bytes
-    return model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes) * lanes * tokens * per_token
+    return lanes * ceil_div(context, page_size * parts) * page_bytes(model, layout, slice_, kv, page_size)
 
 
 class LinearSet(NamedTuple):

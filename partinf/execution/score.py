@@ -21,7 +21,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.foundation.errors import InvalidInput, NoNumber, raise_offences
-from partinf.foundation.rounding import ceil_div
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.model.weights import num_params
 from partinf.partition.sharding import whole
 from partinf.plans import Bucket, Plan
@@ -83,7 +83,10 @@ class Scorer:
             )
         bucket = max(plan.buckets, key=lambda b: (b.prefill_tokens, b.prefill_pages))
         self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)
-        self.plan = replace(plan, buckets=(replace(self.bucket, decode_rows=plan.decode_row_multiple()),))
+        # Pages of its own, beside the engine's: no more than its texts can fill.
+        full = round_up(ceil_div(plan.max_len, plan.cache.page_size), plan.num_parts) * self.bucket.prefill_slots
+        cache = replace(plan.cache, pages_per_shard=min(full, plan.cache.pages_per_shard))
+        self.plan = replace(plan, cache=cache, buckets=(replace(self.bucket, decode_rows=plan.decode_row_multiple()),))
         self._limits: RunnerLimits = runner_limits(self.plan)
         self._params, self._mesh = params, mesh
         self._unrolled = isinstance(params["layers"], tuple)

@@ -67,6 +67,9 @@ class Platform:
         proof_environment: environment variables of the process that compiles a proof, beside those of every proof.
         host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
         keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.
+        memory_share: of the memory that weights, programs and activations leave, the part that becomes pages of the cache unless another
+            is asked for. Virtual devices share the machine with all else that runs on it, so it is a quarter there.
+        code_bytes: what one compiled step takes beside its data: a round figure above what compilers named.
     """
 
     name: str
@@ -91,6 +94,8 @@ class Platform:
     proof_environment: Mapping[str, str]
     host_code: bool
     keeps_cached: bool
+    memory_share: float
+    code_bytes: int
 
     def environment(self, num_devices: int) -> dict[str, str]:
         """The environment in which jax finds this platform alone: for virtual devices, so many of them.
@@ -123,6 +128,8 @@ CPU = Platform(
     proof_environment={},
     host_code=True,
     keeps_cached=False,
+    memory_share=0.25,
+    code_bytes=4 << 20,
 )
 GPU = Platform(
     name="gpu",
@@ -147,6 +154,8 @@ GPU = Platform(
     proof_environment={"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
     host_code=False,
     keeps_cached=True,
+    memory_share=0.9,
+    code_bytes=16 << 20,
 )
 TPU = Platform(
     name="tpu",
@@ -172,6 +181,8 @@ TPU = Platform(
     proof_environment={},
     host_code=False,
     keeps_cached=True,
+    memory_share=0.9,
+    code_bytes=16 << 20,
 )
 PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (CPU, GPU, TPU)}
 

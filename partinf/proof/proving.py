@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from partinf.buckets import held as held_by
 from partinf.buckets import split_of
 from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
@@ -176,12 +177,8 @@ def _planned_seconds(plan: Plan, bucket: Bucket) -> float:
 
 def _stored(plan: Plan, bucket: Bucket) -> int:
     """Weights and cache on one device, as planned."""
-    weights = memory.weight_bytes(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
-    heads = plan.padded_model
-    lanes = plan.cache.pages_per_shard * plan.num_shards
-    tokens = lanes * plan.cache.page_size
-    cache = memory.kv_bytes(heads, plan.layout, plan.slice, plan.num_shards, tokens // plan.num_shards, plan.kv, plan.cache.page_size)
-    return weights + cache
+    found = held_by(replace(plan, buckets=(bucket,)))
+    return found.room.weights + found.cache
 
 
 def refused_bytes(message: str) -> tuple[int, int]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from partinf.buckets import runner_limits
-from partinf.cost.memory import activation_bytes, usable_bytes
+from partinf.buckets import Capacity, runner_limits, with_capacity
 from partinf.cost.pricing import Pricing
-from partinf.cost.split import StepShape, StepSplit
-from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS, not_whole, outside
 from partinf.foundation.rounding import ceil_div, round_up
-from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, Plan
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.step_price import StepPrice
 
@@ -33,8 +31,9 @@ class Sizing:
         max_rows: sequences decoded by one step. max_residents: sequences that may hold pages; 0 for those of as many steps as there are
             pipeline stages.
         max_len: longest context. prefill_tokens: prompt tokens per step. page_size: tokens per KV page.
-        host_bytes: host memory per chip for swapped pages. kv_pages: pages per shard; 0 takes what memory is left. Neither memory has
-            more pages than a pool keeps (`limits.MAX_PAGES`, of all shards together).
+        host_bytes: host memory per chip for swapped pages. kv_pages, memory_share: as of `Capacity`. Neither memory has more pages than a
+            pool keeps (`limits.MAX_PAGES`, of all shards together).
+        rich: its programs can do all that a server's can.
         overhead_seconds: added to every iteration for the host.
     """
 
@@ -45,17 +44,20 @@ class Sizing:
     page_size: int = 16
     host_bytes: float = 0.0
     kv_pages: int = 0
+    memory_share: float = 0.0
+    rich: bool = True
     overhead_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         offences = [line for name, (low, high) in _RANGES.items() for line in not_whole(name, getattr(self, name), low, high)]
         offences += outside("host_bytes", self.host_bytes, 0, MAX_HOST_BYTES)
+        offences += outside("memory_share", self.memory_share, 0, 1)
         offences += outside("overhead_seconds", self.overhead_seconds, 0, MAX_SECONDS)
         raise_offences(offences)
 
 
 def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunner, StepPrice]:
-    """A runner that simulates this plan, with a pool of as many KV pages as its devices have room for.
+    """A runner that simulates this plan, with the KV pages that an engine of this size has on its devices.
 
     Raises:
         InvalidInput: more pages than a pool keeps, weights that leave no room for one sequence of the longest context, or a context beyond
@@ -63,26 +65,36 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunne
     """
     if plan.model.window:
         raise_offences(plan.model.context_offences(f"max_len = {sizing.max_len}", sizing.max_len))
-    plan = _sized(plan, sizing)
-    price = StepPrice(plan, pricing)
-    chip, page_bytes, page_seconds = plan.slice.chip, price.page_bytes, price.page_seconds
-    raise_offences(outside("KV pages of all shards", sizing.kv_pages * plan.num_shards, 0, MAX_PAGES))
+    sized = sized_plan(plan, sizing)
+    price, chip = StepPrice(sized, pricing), plan.slice.chip
     most = MAX_PAGES // (plan.num_shards * plan.num_parts)  # of one part of a shard
-    pages = sizing.kv_pages or min(int(_free_bytes(plan, pricing, price, sizing) // page_bytes), most) * plan.num_parts
-    if pages * sizing.page_size < sizing.max_len:
-        raise InvalidInput(
-            f"model {plan.model.name} on {plan.slice.name}: beside the weights there is room for {max(pages, 0) * sizing.page_size} tokens "
-            f"of KV per shard, and one request of {sizing.max_len} tokens needs more; a larger slice, int8 or a shorter context would help"
-        )
-    plan = replace(plan, cache=replace(plan.cache, pages_per_shard=pages))
-    host_pages = min(int(sizing.host_bytes / chip.devices_per_chip // page_bytes), most) * plan.num_shards * plan.num_parts
-    limits = runner_limits(plan, host_pages)
-    return CostRunner(limits, price, overhead_seconds=sizing.overhead_seconds, page_seconds=(page_seconds, page_seconds)), price
+    host_pages = min(int(sizing.host_bytes / chip.devices_per_chip // price.page_bytes), most) * plan.num_shards * plan.num_parts
+    limits = runner_limits(_with_one_bucket(sized, sizing), host_pages)
+    return CostRunner(limits, price, overhead_seconds=sizing.overhead_seconds, page_seconds=(price.page_seconds,) * 2), price
 
 
-def _sized(plan: Plan, sizing: Sizing) -> Plan:
-    """The plan with one bucket, which holds all that a step may hold: steps are priced at their own shapes, not at its. Pages are still to
-    be counted."""
+def sized_plan(plan: Plan, sizing: Sizing) -> Plan:
+    """The plan as an engine of this size has it; `partinf.buckets.held` says what its devices hold.
+
+    Raises:
+        InvalidInput: as `cost_runner`.
+    """
+    capacity = Capacity(
+        max_rows=sizing.max_rows,
+        max_len=sizing.max_len,
+        prefill_tokens=sizing.prefill_tokens,
+        page_size=sizing.page_size,
+        rich=sizing.rich,
+        constrained=sizing.rich,
+        max_residents=sizing.max_residents,
+        kv_pages=sizing.kv_pages,
+        memory_share=sizing.memory_share,
+    )
+    return with_capacity(plan, capacity, beyond=True)
+
+
+def _with_one_bucket(plan: Plan, sizing: Sizing) -> Plan:
+    """The plan with one bucket, which holds all that a step may hold: steps are priced at their own shapes, not at its."""
     rows, prefill_shards = round_up(sizing.max_rows, plan.num_shards), plan.prefill_slot_multiple()
     largest = Bucket(
         decode_rows=rows,
@@ -93,16 +105,4 @@ def _sized(plan: Plan, sizing: Sizing) -> Plan:
         random=True,
         rich=True,
     )
-    slots = max(rows * plan.num_stages, sizing.max_residents)
-    return replace(plan, max_len=sizing.max_len, cache=CacheConfig(sizing.page_size, plan.num_parts, slots), buckets=(largest,))
-
-
-def _free_bytes(plan: Plan, pricing: Pricing, price: StepPrice, sizing: Sizing) -> float:
-    """Memory of one device beside its weights and the activations of the largest step."""
-    rows = round_up(sizing.max_rows, plan.decode_row_multiple())
-    tokens = round_up(sizing.prefill_tokens, plan.prefill_token_multiple())
-    slots = round_up(max(1, sizing.prefill_tokens // sizing.max_len), plan.prefill_slot_multiple())
-    shape = StepShape(decode_rows=rows, decode_context=sizing.max_len, prefill_tokens=tokens, prefill_slots=slots)
-    phase = plan.ffn_phase(shape.num_tokens)
-    split = StepSplit(plan.padded_model, plan.layout, phase, shape, pricing, plan.weights, plan.kv, price.shares)
-    return usable_bytes(plan.slice) - price.weight_bytes() - activation_bytes(split)
+    return replace(plan, buckets=(largest,))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from partinf.buckets import fit, runner_limits, shape_of, smallest_first
 from partinf.cost.ledger import Entry, total_seconds
-from partinf.cost.memory import kv_bytes, weight_bytes
+from partinf.cost.memory import page_bytes
 from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
@@ -83,7 +83,7 @@ class StepPrice:
         self._slot_multiple, self._num_shards = plan.prefill_slot_multiple(), plan.num_shards
         self._decode_rows: dict[int, int] = {}
         self._shapes: deque[tuple[Step, StepShape]] = deque(maxlen=2 * plan.num_stages)  # of the last steps: each is priced on every stage
-        self.page_bytes = kv_bytes(plan.padded_model, plan.layout, plan.slice, 1, self._page_size, plan.kv, self._page_size)
+        self.page_bytes = page_bytes(plan.padded_model, plan.layout, plan.slice, plan.kv, self._page_size)
         chip = plan.slice.chip
         self.page_seconds = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
 
@@ -133,10 +133,6 @@ class StepPrice:
         decode = stages * self.decode_seconds(1, limits.page_size)
         first_iteration = cache(lambda tokens: stages * self.prefill_seconds(tokens))
         return Estimates(first_iteration, decode, page, page, limits.pages_for)
-
-    def weight_bytes(self) -> int:
-        """Weights on one device."""
-        return weight_bytes(self._split(StepShape(decode_rows=self.plan.decode_row_multiple(), decode_context=1)))
 
     def _part(
         self,

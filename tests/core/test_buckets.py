@@ -51,7 +51,7 @@ def test_a_single_lane_runs_beside_an_empty_one() -> None:
     )
     wide = with_capacity(plan, Capacity(max_rows=1, max_len=1024))
     assert {bucket.decode_rows for bucket in wide.buckets} == {2}
-    assert wide.cache.pages_per_shard == 1024 // 16
+    assert wide.cache == with_capacity(plan, Capacity(max_rows=2, max_len=1024)).cache
     served, (bucket,) = serving_steps(plan, Workload(1, context_len=1024, phase="decode"))
     assert bucket.decode_rows == 2
     assert served.cache.pages_per_shard == 1024 // 16

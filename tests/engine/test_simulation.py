@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from partinf.buckets import held
 from partinf.cli import main
 from partinf.cost.calibration import calibration_for
 from partinf.cost.pricing import Pricing
@@ -30,7 +31,7 @@ from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.play import play
 from partinf.simulation.schedule_trace import ScheduleTrace
 from partinf.simulation.serving_plan import Traffic, serving_plan
-from partinf.simulation.sizing import Sizing, cost_runner
+from partinf.simulation.sizing import Sizing, cost_runner, sized_plan
 from partinf.simulation.step_price import Price, StepPrice
 from partinf.workload import Workload
 from tests.engine.support import ROOMY, run_all
@@ -157,9 +158,11 @@ def test_an_arrival_fills_the_pipeline_while_a_step_is_in_flight() -> None:
 
 def test_memory_decides_how_many_tokens_are_kept() -> None:
     plan, pricing = plan_on()
-    runner, price = cost_runner(plan, pricing, Sizing(max_rows=32, max_len=2048, page_size=64))
-    held = runner.limits.pages_per_shard * price.page_bytes + price.weight_bytes()
-    assert 0.8 * plan.slice.chip.usable_hbm < held < plan.slice.chip.usable_hbm
+    sizing = Sizing(max_rows=32, max_len=2048, page_size=64)
+    runner, price = cost_runner(plan, pricing, sizing)
+    whole = held(sized_plan(plan, sizing))
+    assert runner.limits.pages_per_shard * price.page_bytes == whole.cache
+    assert 0.8 * plan.slice.chip.usable_hbm < whole.cache + whole.room.weights < plan.slice.chip.usable_hbm
     with pytest.raises(InvalidInput, match="room for 0 tokens"):
         cost_runner(Plan(load_model_config("palm-540b"), plan.slice, plan.layout), pricing, Sizing())
 

@@ -45,7 +45,9 @@ def make_plan(model: str, layout: str) -> Plan:
     roles, _ = layout_from_toml(text, layout)
     config = load_model_config(model)
     plan = Plan(config, parse_slice(slice_name), roles, weights, kv, padded_heads=padded)
-    return with_capacity(plan, Capacity(max_rows=64, max_len=min(2048, config.max_len or 2048)))
+    max_len = min(2048, config.max_len or 2048)
+    pages = 64 // plan.num_shards * max_len // 16  # for 64 full sequences, whatever memory holds
+    return with_capacity(plan, Capacity(max_rows=64, max_len=max_len, kv_pages=pages))
 
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
