@@ -15,7 +15,7 @@ from partinf.cost.ffn import ffn_weights, matrices_in
 from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
-from partinf.foundation.rounding import ceil_div
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role, kv_head_axes, letter_axes
 from partinf.model.config import ModelConfig
@@ -142,13 +142,14 @@ def weight_bytes(split: StepSplit) -> int:
 
 
 def page_bytes(model: ModelConfig, layout: Layout, slice_: Slice, kv: DType, page_size: int) -> int:
-    """One page of the cache on a device that has it: keys and values of all its layers and heads; int8 has a float32 scale per head."""
+    """One page of the cache on a device that has it: keys and values of all its layers and heads; those of int8 each have a row of float32
+    scales, filled up to whole lanes."""
     sizes = slice_.axis_sizes
     decode_heads = layout.decode.attention_axes(AttentionRole.HEADS)
     split_heads = tuple(axis for axis in kv_head_axes(layout, sizes, model.num_kv_heads) if axis in decode_heads)
     layers, heads = model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes), model.num_kv_heads // ways(split_heads, sizes)
-    per_head = model.head_dim * kv.num_bytes + (_F32 if kv is DType.INT8 else 0)
-    return layers * page_size * 2 * heads * per_head
+    scales = _F32 * round_up(heads * page_size, slice_.chip.platform.lanes) if kv is DType.INT8 else 0
+    return layers * 2 * (page_size * heads * model.head_dim * kv.num_bytes + scales)
 
 
 def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, context: int, kv: DType, page_size: int = 16) -> int:

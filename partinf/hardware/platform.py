@@ -53,6 +53,7 @@ class Platform:
             as slow as with two rows on CPUs in bfloat16, twice as slow on TPUs, and four times as slow there in int8.
         bfloat16_as_bits: the cache stores bfloat16 as its bits: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every
             scatter into it; bits it leaves.
+        lanes: the last dimension of an array is kept in runs of so many numbers.
         tiles: of attention.
         unrolled: layers are compiled one by one, where a loop over them runs slower.
         native_products: products of a few rows run in our own kernel (`partinf.transformer.kernels.cpu`).
@@ -80,6 +81,7 @@ class Platform:
     default_type: str
     slow_single_row: frozenset[str]
     bfloat16_as_bits: bool
+    lanes: int
     tiles: Tiles
     unrolled: bool
     native_products: bool
@@ -114,6 +116,7 @@ CPU = Platform(
     default_type="f32",
     slow_single_row=frozenset({"bf16", "int8"}),
     bfloat16_as_bits=True,
+    lanes=1,
     tiles=Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
     unrolled=True,
     native_products=True,
@@ -140,6 +143,7 @@ GPU = Platform(
     default_type="bf16",
     slow_single_row=frozenset(),
     bfloat16_as_bits=False,
+    lanes=1,
     tiles=Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
     unrolled=False,
     native_products=False,
@@ -166,6 +170,7 @@ TPU = Platform(
     default_type="bf16",
     slow_single_row=frozenset({"bf16", "int8", "f32"}),
     bfloat16_as_bits=False,
+    lanes=128,
     tiles=Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
     unrolled=False,
     native_products=False,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from partinf.model.config import Position
@@ -93,7 +94,7 @@ def _decode(
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
     dealt = lambda x: deal(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
     seen = num_seen(position + 1, dealt(jnp.arange(pages.shape[1])), size)  # of the pages of each lane that lie here
-    lying = cache.stored(kv, layer, dealt(pages)) if routes.kv_choice(group) is None else None
+    lying = _lying(kv, layer, dealt(pages), group, routes)
     found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes), lying)  # [B.b, H.h, Q]
     return _from_group(found, group, routes), kv
 
@@ -150,7 +151,7 @@ def _earlier(kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jn
 
 def _context(kv: Any, layer: Any, pages: jax.Array, slots: jax.Array, starts: jax.Array, group: Group, routes: Routes) -> kernels.Context:
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
-    return kernels.Context(read, pages, slots, starts, cache.stored(kv, layer, pages) if routes.kv_choice(group) is None else None)
+    return kernels.Context(read, pages, slots, starts, _lying(kv, layer, pages, group, routes))
 
 
 def _brought(both: jax.Array, routes: Routes) -> jax.Array:
@@ -211,6 +212,18 @@ def _tiles(routes: Routes) -> kernels.Tiles | None:
 def _rows(array: jax.Array, group: Group, routes: Routes) -> jax.Array:
     """This shard's block of a host array whose first dimension runs over the group's tokens."""
     return take_split(jnp.asarray(array), 0, group.order, group.batch, routes.sizes)
+
+
+def _lying(kv: Any, layer: Any, pages: jax.Array, group: Group, routes: Routes) -> cache.Stored | None:
+    """Where pages lie whose heads this device reads, from the first of them on; None if these are no run."""
+    choice = routes.kv_choice(group)
+    if choice is None:
+        return cache.stored(kv, layer, pages)
+    table, count = choice
+    if (table != table[:, :1] + np.arange(count)).any():
+        return None
+    axes = tuple(axis for axis in group.heads if routes.sizes[axis] > 1)
+    return cache.stored(kv, layer, pages, jnp.asarray(table[:, 0])[lax.axis_index(axes)])
 
 
 def _choose(pages: KeysValues, group: Group, routes: Routes) -> KeysValues:

@@ -3,7 +3,10 @@
 One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, where the sequence
 axes deal them, and key-value heads are split over the leading head axes as far as they divide. Keys and values lie apart, each
 [P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a
-leading layer dimension (behind `write` and `read`). Page ids are global, shard · pages_per_shard + part · pages of a part + local id,
+leading layer dimension (behind `write` and `read`). Scales of int8 lie apart too, [P.bs, ways of k, heads of one device · S], filled up to
+whole lanes where the platform has such (`Platform.lanes`): those of a page are one run on a device, which is written, read and fetched as
+it lies. A TPU that was shown S numbers per head kept them in tiles of 128, eight times as many bytes, and laid them out anew in every
+layer. Page ids are global, shard · pages_per_shard + part · pages of a part + local id,
 and page i of a sequence lies in part i modulo their number; -1 is no page.
 """
 
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
+from partinf.foundation.rounding import round_up
 from partinf.partition.quantize import Quantized, quantize
 from partinf.partition.sharding import sharding
 from partinf.plans import Plan
@@ -51,11 +55,18 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
         return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=sharding(plan, mesh, "N" * len(lead) + letters))
 
     if plan.kv is DType.INT8:
-        half: Any = Quantized(array(shape, jnp.int8, _LETTERS), array(shape[:-1], jnp.float32, _LETTERS[:-1]), (-1,))
+        ways, row = _scale_row(plan)
+        half: Any = Quantized(array(shape, jnp.int8, _LETTERS), array((shape[0], ways, row), jnp.float32, _LETTERS[:-1]), (-1,))
     else:
         half = array(shape, jnp.float32 if plan.kv is DType.F32 else _bfloat16(plan), _LETTERS)
     layer = KeysValues(half, half)
     return (layer,) * model.num_layers if unrolled else layer
+
+
+def _scale_row(plan: Plan) -> tuple[int, int]:
+    """Over how many devices the scales of a page are split, and how many each of them has room for."""
+    ways = plan.ways(plan.letter_axes["C"])
+    return ways, round_up(plan.padded_model.num_kv_heads // ways * plan.cache.page_size, plan.slice.chip.platform.lanes)
 
 
 def _bfloat16(plan: Plan) -> Any:
@@ -67,9 +78,9 @@ def cache_bytes_per_device(plan: Plan) -> int:
     """Bytes of the cache that one device holds."""
     model, axes = plan.padded_model, plan.letter_axes["C"]
     heads = model.num_kv_heads // plan.ways(axes)
-    per_head = model.head_dim * plan.kv.num_bytes + (4 if plan.kv is DType.INT8 else 0)
+    of_page = heads * plan.cache.page_size * model.head_dim * plan.kv.num_bytes + (4 * _scale_row(plan)[1] if plan.kv is DType.INT8 else 0)
     layers, pages = model.num_layers // plan.num_stages, plan.cache.pages_per_shard // plan.num_parts
-    return layers * pages * plan.cache.page_size * 2 * heads * per_head
+    return layers * pages * 2 * of_page
 
 
 def local_pages(pages: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -82,18 +93,32 @@ def local_pages(pages: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
 def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: KeysValues) -> Any:
     """Store new keys and values [T, K, Q] at (pages [T], offsets [T]) of a layer where `owned`; the rest is dropped."""
     held, number, lead = _held(kv, layer)
-    stored = jax.tree.map(lambda x: quantize(x, (-1,)), new) if isinstance(held.keys, Quantized) else new
+    nowhere = jnp.iinfo(jnp.int32).max  # out of range: dropped
 
     def put(array: jax.Array, part: jax.Array) -> jax.Array:
         if isinstance(held, PagesOfHeads):
-            slots = jnp.where(owned, pages, jnp.iinfo(jnp.int32).max)
+            slots = jnp.where(owned, pages, nowhere)
             return array.at[number, slots, :, offsets].set(_as_stored(part, array.dtype), mode="drop")
         rows = _heads_of(array, lead, number, pages) * array.shape[lead + 2] + offsets[:, None]  # [T, K]
-        rows = jnp.where(owned[:, None], rows, jnp.iinfo(jnp.int32).max)  # out of range: dropped
-        flat = array.reshape(-1, *array.shape[lead + 3 :])
-        return flat.at[rows].set(_as_stored(part, array.dtype), mode="drop").reshape(array.shape)
+        flat = array.reshape(-1, array.shape[-1])
+        return flat.at[jnp.where(owned[:, None], rows, nowhere)].set(_as_stored(part, array.dtype), mode="drop").reshape(array.shape)
 
-    updated = jax.tree.map(put, held, type(held)(stored.keys, stored.values))
+    def put_scale(scale: jax.Array, part: jax.Array, heads: int, size: int) -> jax.Array:
+        together = heads // scale.shape[lead + 1]
+        head = jnp.arange(heads)[None]
+        group, place = head // together, head % together * size + offsets[:, None]  # [1, K], [T, K]
+        if isinstance(held, PagesOfHeads):
+            return scale.at[number, jnp.where(owned, pages, nowhere)[:, None], group, place].set(part, mode="drop")
+        rows = ((number * scale.shape[lead] + pages)[:, None] * scale.shape[lead + 1] + group) * scale.shape[-1] + place
+        return scale.reshape(-1).at[jnp.where(owned[:, None], rows, nowhere)].set(part, mode="drop").reshape(scale.shape)
+
+    def put_half(half: Any, part: jax.Array) -> Any:
+        if not isinstance(half, Quantized):
+            return put(half, part)
+        levels, (heads, size) = quantize(part, (-1,)), half.shape[lead + 1 : lead + 3]
+        return Quantized(put(half.values, levels.values), put_scale(half.scale, levels.scale, heads, size), half.contracted)
+
+    updated = type(held)(put_half(held.keys, new.keys), put_half(held.values, new.values))
     return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
 
 
@@ -113,19 +138,26 @@ class Stored(NamedTuple):
     """Pages where they lie, for who reads them in place.
 
     Attributes:
-        pages: all that a device holds, as [R, S, Q]: the heads of a page one after the other. rows: where each page asked for begins.
+        pages: all that a device holds, as [R, S, Q]: the heads of a page one after the other; scales as rows [.., 1, lanes] of all heads of
+            a page together. rows: where each page asked for begins.
     """
 
     pages: KeysValues
     rows: jax.Array
 
 
-def stored(kv: Any, layer: Any, pages: jax.Array) -> Stored:
-    """Pages [..] of a layer, nothing read. Ids must be local; those out of range are some page."""
+def stored(kv: Any, layer: Any, pages: jax.Array, head: jax.Array | int = 0) -> Stored:
+    """Pages [..] of a layer from this head on, nothing read. Ids must be local; those out of range are some page."""
     held, number, lead = _held(kv, layer)
     count, heads = jax.tree.leaves(held)[0].shape[lead : lead + 2]
-    rows = (number * count + jnp.clip(pages, 0, count - 1)) * heads
-    return Stored(jax.tree.map(lambda array: array.reshape(-1, *array.shape[lead + 2 :]), held), rows)
+    rows = (number * count + jnp.clip(pages, 0, count - 1)) * heads + head
+
+    def flat(half: Any) -> Any:
+        if not isinstance(half, Quantized):
+            return half.reshape(-1, *half.shape[lead + 2 :])
+        return Quantized(flat(half.values), half.scale.reshape(-1, 1, half.scale.shape[-1]), half.contracted)
+
+    return Stored(type(held)(flat(held.keys), flat(held.values)), rows)
 
 
 def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], jax.Array]) -> KeysValues:
@@ -137,7 +169,18 @@ def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], ja
         heads = order(_heads_of(array, lead, number, pages))
         return _as_read(array.reshape(-1, *array.shape[lead + 2 :]).at[heads].get(mode="clip"))
 
-    return jax.tree.map(take, KeysValues(held.keys, held.values))
+    def take_half(half: Any) -> Any:
+        if not isinstance(half, Quantized):
+            return take(half)
+        (heads, size), (count, ways, row) = half.shape[lead + 1 : lead + 3], half.scale.shape[lead:]
+        if isinstance(held, PagesOfHeads):
+            found = half.scale.at[number, pages].get(mode="clip")
+        else:
+            found = half.scale.reshape(-1, ways, row).at[number * count + pages].get(mode="clip")  # [.., ways, row]
+        found = found[..., : heads // ways * size].reshape(*pages.shape, heads, size)
+        return Quantized(take(half.values), order(found), half.contracted)
+
+    return KeysValues(take_half(held.keys), take_half(held.values))
 
 
 def _held(kv: Any, layer: Any) -> tuple[KeysValues, Any, int]:

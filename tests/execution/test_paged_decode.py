@@ -4,39 +4,59 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partinf.foundation.rounding import round_up
 from partinf.hardware.platform import CPU, PLATFORMS
 from partinf.layout import make_layout
-from partinf.partition.quantize import quantize
+from partinf.partition.quantize import Quantized, quantize
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import paged_decode
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.tiles import Tiles
-from tests.execution.harness import TOLERANCE, largest_error, make_plan
+from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
 INTERPRETED = Tiles(8, 1, 1, paged=True, interpret=True)
 LAYERS, POOL, PAGE, SIZE = 2, 9, 16, 8
 
 
-@pytest.mark.parametrize(("dtype", "kv_heads", "group", "held"), [("f32", 2, 3, 5), ("bf16", 1, 8, 4), ("f32", 4, 1, 1)])
-def test_the_kernel_equals_the_plain_twin(monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, held: int) -> None:
-    """Ragged lanes, random pages, an empty lane; blocks of two pages, of which the last is not full; NaN in every page not held."""
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "group", "held", "first", "together"),
+    [
+        ("f32", 2, 3, 5, 0, 0),
+        ("bf16", 1, 8, 4, 0, 0),
+        ("f32", 4, 1, 1, 0, 0),
+        ("f32", 1, 2, 5, 2, 0),
+        ("f32", 2, 3, 5, 0, 2),
+        ("bf16", 2, 2, 4, 3, 10),
+    ],
+)
+def test_the_kernel_equals_the_plain_twin(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, held: int, first: int, together: int
+) -> None:
+    """Ragged lanes, random pages, an empty lane; blocks of two pages, of which the last is not full; NaN in every page not held.
+
+    first: of the heads of a page that are read. together: heads of int8 pages, whose scales stand in one row; 0 for others.
+    """
     monkeypatch.setattr(paged_decode, "_MOST_KEYS", 2 * PAGE)
     kind, rng, layer = {"f32": jnp.float32, "bf16": jnp.bfloat16}[dtype], np.random.default_rng(4), 1
     position = np.minimum([0, PAGE - 1, PAGE, 3 * PAGE + 5, 5 * PAGE - 1, -1], held * PAGE - 1)
     table = np.stack([rng.permutation(POOL)[:held] for _ in position])
     for lane, last in enumerate(position):
         table[lane, last // PAGE + 1 :] = -1
-    kv = KeysValues(*(jnp.asarray(rng.standard_normal((LAYERS, POOL, kv_heads, PAGE, SIZE)), kind) for _ in range(2)))
+    shape = (LAYERS, POOL, together or first + kv_heads, PAGE, SIZE)
+    kv = KeysValues(*(jnp.asarray(rng.standard_normal(shape), kind) for _ in range(2)))
+    if together:
+        kv = KeysValues(*(in_rows(quantize(half, (-1,))) for half in (kv.keys, kv.values)))
     q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, SIZE)), kind)
 
     def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
-        lying = cache.stored(kv, layer, jnp.asarray(table))
-        read = lambda ids: cache.read(kv, layer, ids)  # noqa: E731
+        lying = cache.stored(kv, layer, jnp.asarray(table), first)
+        read = lambda ids: jax.tree.map(lambda x: x[:, first : first + kv_heads], cache.read(kv, layer, ids))  # noqa: E731
         found = kernels.decode(q, read, jnp.asarray(table), jnp.asarray(position), tiles, lying)
         return np.asarray(found.out, np.float32), np.asarray(found.mass)
 
@@ -46,12 +66,22 @@ def test_the_kernel_equals_the_plain_twin(monkeypatch: pytest.MonkeyPatch, dtype
         assert np.isfinite(got).all()
 
 
+def in_rows(half: Quantized) -> Quantized:
+    """Pages [layers, P, K, S, Q] with the scales of all heads in one row of whole lanes, as a TPU's cache has them."""
+    count, pages, heads, size, _ = half.shape
+    row = round_up(heads * size, 128)
+    flat = jnp.pad(half.scale.reshape(count, pages, 1, -1), [(0, 0)] * 3 + [(0, row - heads * size)], constant_values=jnp.nan)
+    return Quantized(half.values, flat, half.contracted)
+
+
 def test_only_pages_that_fill_their_tiles_are_taken() -> None:
     plain = jnp.zeros((4, 16, 8), jnp.bfloat16)
     assert paged_decode.fits(KeysValues(plain, plain))
     assert not paged_decode.fits(KeysValues(plain[:, :8], plain[:, :8]))
-    int8 = quantize(jnp.zeros((4, 32, 8)), (-1,))
+    int8 = quantize(jnp.zeros((4, 32, 8)), (-1,))  # with scales that fill no lanes
     assert not paged_decode.fits(KeysValues(int8, int8))
+    assert paged_decode.fits(KeysValues(*[Quantized(int8.values, jnp.zeros((2, 1, 128)), (-1,))] * 2))
+    assert not paged_decode.fits(KeysValues(*[Quantized(int8.values[:, :8], jnp.zeros((2, 1, 128)), (-1,))] * 2))
 
 
 def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,5 +90,7 @@ def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED))
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
+    few = replace(MODEL, num_kv_heads=4)  # two heads on a device, of which one is read
+    assert largest_error(make_plan("2x4", make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"}), few)) < TOLERANCE["f32"]
     dealt = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
     assert largest_error(make_plan("2x2x2", dealt)) < TOLERANCE["f32"]

@@ -38,10 +38,10 @@ def plan_for(slice_name: str) -> Plan:
 
 
 @needs_compiler
-@pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x2", "v4:2x2x1"])
-def test_a_small_plan_is_proven(slice_name: str) -> None:
+@pytest.mark.parametrize(("slice_name", "kv"), [("v5e:2x2", DType.INT8), ("v5p:2x2x2", DType.BF16), ("v4:2x2x1", DType.BF16)])
+def test_a_small_plan_is_proven(slice_name: str, kv: DType) -> None:
     assert unavailable() is None
-    plan = plan_for(slice_name)
+    plan = replace(plan_for(slice_name), kv=kv)
     proof = prove(plan, [BUCKET])
     (step,) = proof.steps
     assert proof.fits

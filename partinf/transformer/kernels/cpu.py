@@ -175,7 +175,8 @@ def _reason(error: Exception) -> str:
 def _plain(pages: KeysValues) -> tuple[Any, ...]:
     """Keys, values and their scales as the kernels take them; scales are empty where there are none."""
     if isinstance(pages.keys, Quantized):
-        return pages.keys.values, pages.values.values, pages.keys.scale, pages.values.scale
+        size = pages.keys.shape[1]
+        return pages.keys.values, pages.values.values, pages.keys.scale.reshape(-1, size), pages.values.scale.reshape(-1, size)
     bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x  # noqa: E731
     none = jnp.zeros((0, 0), jnp.float32)
     return bits(pages.keys), bits(pages.values), none, none

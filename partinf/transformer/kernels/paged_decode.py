@@ -2,7 +2,9 @@
 
 XLA has no such form: it gathers the pages of a tile into an array of its own, writes that, and reads it again. Here blocks of pages are
 fetched page by page into one of two buffers while the other is worked on; the first block of a lane is fetched behind the last one of the
-lane before. Pages after a lane's position are not touched.
+lane before. Pages after a lane's position are not touched. int8 pages are widened on the chip; the scales of a page, those of all its heads
+in one row, scale scores and weights. int8 pages are widened on the chip; the scales of a page come in a row of their own
+with all its heads, and scale scores and weights.
 
 Letters: B lanes, K key-value heads, G query heads of each, Q d_head, S tokens of a page, n pages of a table.
 """
@@ -18,18 +20,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from partinf.foundation.rounding import ceil_div
+from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import KeysValues
 
 _MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels.tiles`
 _BUFFERS = 4 << 20  # bytes of on-chip memory for pages
 _MOST_KEYS = 512  # of one block
 _SUBLANES = 32  # bytes of a tile's column: what a page has to fill so that pages stand side by side without gaps
+_INT8_TOKENS = 16  # the same for int8, of which eight rows fill a tile; what is widened fills its own then
+_LANES = 128
 
 
 def fits(pages: KeysValues) -> bool:
-    """Whether the kernel takes these pages [.., S, Q]: plain arrays, pages that fill their tiles."""
-    keys = pages.keys
-    return isinstance(keys, jax.Array) and keys.shape[-2] * keys.dtype.itemsize % _SUBLANES == 0
+    """Whether the kernel takes these pages [.., S, Q]: those that fill their tiles; of int8, with scales in rows of whole lanes."""
+    keys, size = pages.keys, pages.keys.shape[-2]
+    if isinstance(keys, Quantized):
+        return size % _INT8_TOKENS == 0 and _LANES % size == 0 and keys.scale.shape[-1] % _LANES == 0
+    return size * keys.dtype.itemsize % _SUBLANES == 0
 
 
 def paged_decode(
@@ -38,8 +46,9 @@ def paged_decode(
     """Attention of one query per lane.
 
     Args:
-        q: [B, K, G, Q]. pages: [R, S, Q], the K heads of a page one after the other. rows: [B, n], where each page of a lane begins in
-            `pages`; any row for those that the lane does not have. position: [B], the last that is visible, -1 for none.
+        q: [B, K, G, Q]. pages: [R, S, Q], the heads of a page one after the other, of which K are read; scales [R / heads, 1, lanes].
+        rows: [B, n], where each page of a lane begins in `pages`; any row for those that the lane does not have. position: [B], the last
+            that is visible, -1 for none.
         interpret: run without a TPU.
 
     Returns:
@@ -47,44 +56,43 @@ def paged_decode(
     """
     lanes, kv_heads, group, size = q.shape
     held, length = rows.shape[1], pages.keys.shape[1]
-    per_key = 2 * 2 * kv_heads * max(size, 128) * pages.keys.dtype.itemsize
-    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // per_key) // length))
-    buffers = [pltpu.VMEM((2, each, kv_heads, length, size), pages.keys.dtype) for _ in range(2)]
+    arrays = [half.values if isinstance(half, Quantized) else half for half in (pages.keys, pages.values)]
+    scales = [half.scale for half in (pages.keys, pages.values) if isinstance(half, Quantized)]
+    itemsize = arrays[0].dtype.itemsize
+    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // (2 * 2 * kv_heads * max(size, _LANES) * itemsize)) // length))
+    buffers = [pltpu.VMEM((2, each, kv_heads, length, size), array.dtype) for array in arrays]
+    buffers += [pltpu.VMEM((2, each, 1, scale.shape[-1]), scale.dtype) for scale in scales]
     context = float(lanes * held * length)
     lane = lambda lane, *_: (lane, 0, 0, 0)  # noqa: E731
     out, mass = pl.pallas_call(
-        functools.partial(_kernel, lanes=lanes, held=held, each=each),
+        functools.partial(_kernel, lanes=lanes, held=held, each=each, num_sources=len(buffers)),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((lanes, kv_heads, group, 1), jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(lanes,),
-            in_specs=[
-                pl.BlockSpec((1, kv_heads, group, size), lane),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
+            in_specs=[pl.BlockSpec((1, kv_heads, group, size), lane)] + [pl.BlockSpec(memory_space=pl.ANY)] * len(buffers),
             out_specs=(pl.BlockSpec((1, kv_heads, group, size), lane), pl.BlockSpec((1, kv_heads, group, 1), lane)),
             scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((1,), jnp.int32)],
         ),
         cost_estimate=pl.CostEstimate(
             flops=int(4 * context * kv_heads * group * size),
-            bytes_accessed=int(2 * context * kv_heads * size * pages.keys.dtype.itemsize),
+            bytes_accessed=int(2 * context * kv_heads * size * itemsize),
             transcendentals=int(context * kv_heads * group),
         ),
         interpret=interpret,
         name="paged_decode",
-    )(rows.reshape(-1), position, q, pages.keys, pages.values)
+    )(rows.reshape(-1), position, q, *arrays, *scales)
     return out, mass[..., 0]
 
 
-def _kernel(
-    rows: Any, position: Any, q: Any, keys: Any, values: Any, out: Any, mass: Any, *scratch: Any, lanes: int, held: int, each: int
-) -> None:
-    """One lane. `scratch`: a pair of buffers for keys and one for values, their semaphores, and which buffer is next."""
-    key_buffers, value_buffers, arrived, turn = scratch
+def _kernel(rows: Any, position: Any, q: Any, *others: Any, lanes: int, held: int, each: int, num_sources: int) -> None:
+    """One lane. `others`: keys, values and their scales if they have any; the two results; a pair of buffers for each of the former, their
+    semaphores, and which buffer is next."""
+    sources, (out, mass), (*buffers, arrived, turn) = others[:num_sources], others[num_sources : num_sources + 2], others[num_sources + 2 :]
     lane = pl.program_id(0)
     _, kv_heads, group, size = q.shape
-    length = keys.shape[1]
+    length = sources[0].shape[1]
+    of_page = sources[0].shape[0] // sources[-1].shape[0]  # heads whose scales stand in one row
 
     def blocks(lane: Any) -> Any:
         return jnp.maximum((position[lane] + each * length) // (each * length), 1)
@@ -93,8 +101,10 @@ def _kernel(
         found = []
         for page in range(each):
             row = rows[lane * held + jnp.minimum(block * each + page, held - 1)]
-            for source, target in ((keys, key_buffers), (values, value_buffers)):
+            for source, target in zip(sources[:2], buffers[:2], strict=True):
                 found.append(pltpu.make_async_copy(source.at[pl.ds(row, kv_heads)], target.at[buffer, page], arrived.at[buffer]))
+            for source, target in zip(sources[2:], buffers[2:], strict=True):
+                found.append(pltpu.make_async_copy(source.at[row // of_page], target.at[buffer, page], arrived.at[buffer]))
         return found
 
     def fetch(lane: Any, block: Any, buffer: Any) -> None:
@@ -123,13 +133,17 @@ def _kernel(
             copy.wait()
         place = block * each * length + lax.broadcasted_iota(jnp.int32, (1, each * length), 1)
         updated = []
+        first = lax.rem(rows[lane * held], of_page) if of_page > 1 else 0  # of the heads that are read
         for head, (top, total, added) in enumerate(running):
-            k, v = (buffers[buffer, :, head].reshape(each * length, size) for buffers in (key_buffers, value_buffers))
+            k, v = (pages[buffer, :, head].astype(q.dtype).reshape(each * length, size) for pages in buffers[:2])
+            scales = [_in_line(scale[buffer, :, 0], (first + head) * length, length) for scale in buffers[2:]]
             scores = lax.dot_general(q[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * size**-0.5
+            scores = scores * scales[0] if scales else scores
             scores = jnp.where(place <= last, scores, _MASKED)
             highest = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights, fade = jnp.exp(scores - highest), jnp.exp(top - highest)
             sums = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights * scales[1] if scales else weights
             product = lax.dot_general(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
             updated.append((highest, sums, added * fade + product))
         return tuple(updated)
@@ -142,3 +156,23 @@ def _kernel(
         kept = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         out[0, head] = (added / kept).astype(out.dtype)
         mass[0, head] = top + jnp.log(kept)
+
+
+def _in_line(rows: jax.Array, start: Any, length: int) -> jax.Array:
+    """Numbers start … start + length of every row [n, lanes], one row after the other: [1, n · length]. They are first brought to the front
+    and repeated over the lanes, so that those of row i stand, among others, where they are wanted: from there each row gives its own."""
+    count = rows.shape[0]
+    parts = [rows[:, at : at + _LANES] for at in range(0, rows.shape[1], _LANES)]
+    if len(parts) > 1:
+        part = start // _LANES
+        parts = [sum(jnp.where(part == at, x, 0.0) for at, x in enumerate(parts))]
+    lane = lax.broadcasted_iota(jnp.int32, (count, _LANES), 1)
+    found = pltpu.roll(parts[0], lax.rem(_LANES - lax.rem(start, _LANES), _LANES), 1)
+    found = jnp.where(lane < length, found, 0.0)
+    reach = length
+    while reach < _LANES:
+        found, reach = found + pltpu.roll(found, reach, 1), 2 * reach
+    found = jnp.concatenate([found] * ceil_div(count * length, _LANES), axis=1)[:, : count * length]
+    place = lax.broadcasted_iota(jnp.int32, found.shape, 1) // length
+    own = place == lax.broadcasted_iota(jnp.int32, found.shape, 0)
+    return jnp.sum(jnp.where(own, found, 0.0), axis=0, keepdims=True)
