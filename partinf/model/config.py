@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from partinf.foundation.documents import finite, shown
 from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import not_whole
 from partinf.foundation.rounding import round_up
+from partinf.model.kinds import MATRICES as MATRICES
+from partinf.model.kinds import Activation as Activation
+from partinf.model.kinds import Attention, FeedForward, Kind, LayerKind, NormPlaces, QkNorm, Run, runs_of
+from partinf.model.kinds import Block as Block
+from partinf.model.kinds import Norm as Norm
 from partinf.model.rotation import PLAIN, Rotation
 
+MOST_LAYERS = 4096
 _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 # The least and the most of every size: several times what anybody has published, and little enough that lists of layers and heads, and
 # 32-bit places in any one dimension, hold.
 _WHOLE = {
-    "num_layers": (1, 4096),
+    "num_layers": (1, MOST_LAYERS),
     "embed_dim": (1, 1 << 20),
     "ffn_dim": (1, 1 << 22),
     "num_heads": (1, 1 << 14),
@@ -29,21 +36,21 @@ _WHOLE = {
     "max_len": (0, 1 << 30),
     "window": (0, 1 << 30),
 }
+_MOST_KINDS = 64
 _MOST_PARAMS = 10**15
 # Held by float32 with room for what is computed from it: a smaller epsilon vanishes.
 _NORM_EPS = (2.0**-120, 1.0)
-
-
-class Block(StrEnum):
-    """SERIAL: attention, then FFN on its result. PARALLEL: both on the same normalised input, added (PaLM)."""
-
-    SERIAL = "serial"
-    PARALLEL = "parallel"
-
-
-class Norm(StrEnum):
-    RMS = "rms"
-    LAYER = "layer"
+_SCALE, _BOUND = (2.0**-40, 2.0**40), (0.0, 2.0**40)
+_NUMBERS = {
+    "norm_eps": _NORM_EPS,
+    "attention_scale": _BOUND,
+    "attention_cap": _BOUND,
+    "qkv_clip": _BOUND,
+    "residual_scale": _SCALE,
+    "embedding_scale": _SCALE,
+    "logit_scale": _SCALE,
+    "logit_cap": _BOUND,
+}
 
 
 class Position(StrEnum):
@@ -51,30 +58,22 @@ class Position(StrEnum):
     LEARNED = "learned"
 
 
-class Activation(StrEnum):
-    SILU = "silu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-    RELU = "relu"
-
-
-MATRICES = ("wq", "wkv", "wo", "w_in", "w_out")
-"""The matrices of a layer, by the names under which `partinf.model.weights` declares them."""
-
-
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder-only Transformer.
+    """One decoder-only Transformer: what all its layers have in common, and where they differ the kinds and their order.
 
     Attributes:
         num_layers: N. embed_dim: E. ffn_dim: F. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
-        gated: the FFN has a gate and an up matrix (SwiGLU and kin) instead of one input matrix.
-        qk_norm: queries and keys are normalised per head before the rotation (Qwen 3).
+        block, norms, norm, norm_eps, residual_scale: as in `LayerKind`. Norm and epsilon are those of the final norm too.
+        gated, activation: as in `FeedForward`. biases: of `MATRICES`, those whose product has a bias.
         rotation: of queries and keys, where `position` is ROPE.
-        biases: of `MATRICES`, those whose product has a bias.
+        qk_norm, qk_norm_rotated, qkv_clip, sinks: as in `Attention`. attention_scale: of scores; 0 for 1/√Q. attention_cap: of scores.
+        embedding_scale: of what is looked up in the table. logit_scale: of logits. logit_cap: c in c·tanh(logit/c), after that; 0 for none.
+        tied_embeddings: logits are made with the table of embeddings. output_bias: they have a bias.
         max_len: longest context in tokens; 0 where the source states none.
-        window: positions that every layer, or some, may look back on, itself included; 0 where all see all. Windows are not computed: up
-            to so many tokens there is nothing to cut off, and longer contexts are refused.
+        window: positions that every layer may look back on, itself included; 0 where all see all.
+        kinds: what layers of several kinds have of their own, `window` and `rotation`; empty where all are alike.
+        prefix, pattern: names of kinds: of the first layers, and of those after them as often as there are layers.
         family: the published family whose names its weights have on disk, by its `model_type`; empty where the source names none.
         source: where the sizes come from.
     """
@@ -95,15 +94,66 @@ class ModelConfig:
     position: Position = Position.ROPE
     rotation: Rotation = PLAIN
     biases: tuple[str, ...] = ()
+    norms: NormPlaces = NormPlaces.BEFORE
+    qk_norm: QkNorm = QkNorm.NONE
+    qk_norm_rotated: bool = False
+    qkv_clip: float = 0.0
+    attention_scale: float = 0.0
+    attention_cap: float = 0.0
+    sinks: bool = False
+    residual_scale: float = 1.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
     tied_embeddings: bool = False
-    qk_norm: bool = False
+    output_bias: bool = False
     max_len: int = 0
     window: int = 0
+    kinds: tuple[Kind, ...] = ()
+    prefix: tuple[str, ...] = ()
+    pattern: tuple[str, ...] = ()
     family: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:
         raise_offences(self._offences())
+
+    @cached_property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of its layers, in the order of `kinds`; one where all are alike."""
+        own = self.kinds or (Kind("", self.window, self.rotation),)
+        return tuple(self._layer_kind(kind) for kind in own)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """Its layers in order, by the numbers of their kinds."""
+        numbers = {kind.name: number for number, kind in enumerate(self.kinds)}
+        prefix, period = (tuple(numbers[name] for name in names) for names in (self.prefix, self.pattern))
+        return runs_of(self.num_layers, prefix, period or (0,))
+
+    @cached_property
+    def kind_of_layers(self) -> tuple[int, ...]:
+        """The number of every layer's kind."""
+        return tuple(kind for run in self.runs for kind in run.kinds * run.repeats)
+
+    def _layer_kind(self, own: Kind) -> LayerKind:
+        attention = Attention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            window=own.window,
+            rotation=own.rotation if self.position is Position.ROPE else None,
+            qk_norm=self.qk_norm,
+            qk_norm_rotated=self.qk_norm_rotated,
+            qkv_clip=self.qkv_clip,
+            scale=self.attention_scale or self.head_dim**-0.5,
+            cap=self.attention_cap,
+            sinks=self.sinks,
+            biases=tuple(matrix for matrix in self.biases if matrix in ("wq", "wkv", "wo")),
+        )
+        outer = tuple(matrix for matrix in self.biases if matrix in ("w_in", "w_out"))
+        feed_forward = FeedForward(self.ffn_dim, self.gated, self.activation, outer)
+        return LayerKind(own.name, attention, feed_forward, self.block, self.norm, self.norm_eps, self.norms, self.residual_scale)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -114,15 +164,20 @@ class ModelConfig:
     @property
     def longest_context(self) -> int:
         """Longest context that is computed as the model defines it, in tokens: `max_len`, or the window if that is shorter; 0 for any."""
-        return min(filter(None, (self.max_len, self.window)), default=0)
+        return min(filter(None, (self.max_len, self.least_window)), default=0)
+
+    @property
+    def least_window(self) -> int:
+        """The shortest window of any kind of layer; 0 where none has one."""
+        return min(filter(None, (kind.attention.window for kind in self.layer_kinds)), default=0)
 
     def context_offences(self, what: str, tokens: int) -> list[str]:
         """The offence of so many tokens in one context, `what` saying who asks for them; empty where they can be served."""
         if not self.longest_context or tokens <= self.longest_context:
             return []
         if self.longest_context < self.max_len or not self.max_len:
-            window = f"a sliding window of {self.window} tokens, and longer contexts are not supported"
-            return [f"{what}; model {self.name} has {window}: at most {self.window} are computed exactly"]
+            window = f"a sliding window of {self.least_window} tokens, and longer contexts are not supported"
+            return [f"{what}; model {self.name} has {window}: at most {self.least_window} are computed exactly"]
         return [f"{what}; model {self.name} has a context of {self.max_len} tokens"]
 
     @property
@@ -152,6 +207,12 @@ class ModelConfig:
             offences.append(f"model {self.name}: learned positions need max_len, the length of their table")
         if not offences and self.position is Position.ROPE:
             offences += [f"model {self.name}: rotation: {line}" for line in self.rotation.offences(self.head_dim)]
+        if not offences and self.block.parallel and self.norms.after:
+            offences.append(
+                f"model {self.name}: a parallel block has its norms before its sublayers: norms = {self.norms.value!r} is not supported"
+            )
+        if not offences:
+            offences += self._pattern_offences()
         rows = 0 if offences else self.num_layers * (self.ffn_dim + self.num_heads * self.head_dim) + self.vocab_size
         rows += self.max_len if rows and self.position is Position.LEARNED else 0
         if rows * self.embed_dim > _MOST_PARAMS:
@@ -163,8 +224,27 @@ class ModelConfig:
         offences = []
         for key, (least, most) in _WHOLE.items():
             offences += not_whole(key, getattr(self, key), least, most)
-        offences += _number_offences("norm_eps", self.norm_eps, _NORM_EPS)
+        for key, bounds in _NUMBERS.items():
+            offences += _number_offences(key, getattr(self, key), bounds)
         return offences
+
+    def _pattern_offences(self) -> list[str]:
+        """What is wrong with the kinds and their order; the rest of the configuration is right."""
+        names = [kind.name for kind in self.kinds]
+        used = {*self.prefix, *self.pattern}
+        offences = [f"{name} is no kind of layer; kinds: {', '.join(names) or 'none'}" for name in sorted(used - {*names})]
+        offences += [f"kind {name} stands nowhere in the pattern" for name in names if name not in used]
+        if len(names) > _MOST_KINDS or len({*names}) < len(names):
+            offences.append(f"{len(names)} kinds of layers, of {len({*names})} names; at most {_MOST_KINDS}, each with a name of its own")
+        if len(self.prefix) > self.num_layers:
+            offences.append(f"the prefix has {len(self.prefix)} layers; the model has {self.num_layers}")
+        if names and not self.pattern:
+            offences.append("kinds of layers need a pattern, which repeats after the prefix")
+        for kind in self.kinds:
+            offences += [f"kind {kind.name}: {line}" for line in not_whole("window", kind.window, *_WHOLE["window"])]
+            if self.position is Position.ROPE and kind.rotation is not None:
+                offences += [f"kind {kind.name}: rotation: {line}" for line in kind.rotation.offences(self.head_dim)]
+        return [f"model {self.name}: {line}" for line in offences]
 
 
 def _number_offences(key: str, value: Any, bounds: tuple[float, float]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from partinf.foundation.errors import InvalidInput, nearest
 from partinf.model.config import MATRICES, Activation, ModelConfig, Norm, Position
 from partinf.model.family import Family, Naming, Size, Stored, Window
+from partinf.model.kinds import QkNorm
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -119,7 +120,7 @@ _QWEN3 = replace(
     model_type="qwen3",
     sizes=_LLAMA_SIZES  # the defaults of these two are no function of the others
     | {"num_kv_heads": Size("num_key_value_heads"), "head_dim": Size("head_dim"), "max_len": Size("max_position_embeddings", 32768)},
-    block={"qk_norm": True},
+    block={"qk_norm": QkNorm.HEAD},
     window=Window(absent=4096, flag="use_sliding_window", first=("max_window_layers", 28)),
 )
 

@@ -95,7 +95,11 @@ class Naming:
 
 
 # What the blocks of a family are where its declaration does not say: what `ModelConfig` says.
-_FEATURES = ("block", "gated", "activation", "norm", "position", "biases", "qk_norm")
+_FEATURES = (
+    *("block", "norms", "gated", "activation", "norm", "position", "biases"),
+    *("qk_norm", "qk_norm_rotated", "qkv_clip", "attention_scale", "attention_cap", "sinks"),
+    *("residual_scale", "embedding_scale", "logit_scale", "logit_cap", "output_bias", "kinds", "prefix", "pattern"),
+)
 _PLAIN: Mapping[str, Any] = {field.name: field.default for field in fields(ModelConfig) if field.name in _FEATURES}
 
 

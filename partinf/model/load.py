@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from partinf.foundation import documents, resources
-from partinf.foundation.documents import Table
+from partinf.foundation.documents import Table, shown
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position
+from partinf.model.config import MATRICES, MOST_LAYERS, Activation, Block, ModelConfig, Norm, Position
 from partinf.model.families import family_offences
 from partinf.model.hf_config import config_from_hf
+from partinf.model.kinds import Kind, NormPlaces, QkNorm
 from partinf.model.rotation import PLAIN, Rotation, rotation_from, rotation_to
 
 _CONFIG_BYTES = 4 << 20  # of a config.json
@@ -52,7 +54,8 @@ def config_from_toml(text: str, name: str) -> ModelConfig:
     offences: list[str] = []
     where = f"model {name}"
     table = Table(documents.toml_of(text, where), where, offences)
-    values = {field.name: _value(table, field) for field in fields(ModelConfig) if field.name != "name"}
+    values = {field.name: _value(table, field) for field in fields(ModelConfig) if field.name not in ("name", "kinds")}
+    values["kinds"] = _kinds(table, values["window"], values["rotation"])
     table.refuse_unknown()
     raise_offences(offences)
     config = ModelConfig(name=name, **values)
@@ -61,7 +64,15 @@ def config_from_toml(text: str, name: str) -> ModelConfig:
     return config
 
 
-_ENUMS: Mapping[str, type[StrEnum]] = {"block": Block, "norm": Norm, "position": Position, "activation": Activation}
+_ENUMS: Mapping[str, type[StrEnum]] = {
+    "block": Block,
+    "norm": Norm,
+    "norms": NormPlaces,
+    "qk_norm": QkNorm,
+    "position": Position,
+    "activation": Activation,
+}
+_ORDER = ("prefix", "pattern")
 
 
 def _value(table: Table, field: Field[Any]) -> Any:
@@ -74,8 +85,35 @@ def _value(table: Table, field: Field[Any]) -> Any:
     if field.name == "rotation":
         rotation = table.table(field.name, default=None)
         return PLAIN if rotation is None else rotation_from(rotation)
+    if field.name in _ORDER:
+        return _order(table, field.name)
     read = {"int": table.whole, "float": table.number, "bool": table.flag, "str": table.text}[str(field.type)]
     return read(field.name, **default)
+
+
+def _order(table: Table, key: str) -> tuple[str, ...]:
+    """Names of kinds as `5 local, 1 global` lists them: a count before a name repeats it."""
+    names: list[str] = []
+    for part in filter(None, (part.strip() for part in table.text(key, default="").split(","))):
+        count, _, name = part.rpartition(" ")
+        if count and not (count.isdecimal() and len(count) < 5):
+            table.offences.append(f"{table.where}: {key}: {shown(part)}; names of kinds are needed, with a number before one that repeats")
+        else:
+            names += [name] * min(int(count or 1), MOST_LAYERS + 1 - len(names))  # more are refused all the same
+    return tuple(names)
+
+
+def _kinds(table: Table, window: int, rotation: Rotation) -> tuple[Kind, ...]:
+    """The tables `[kinds.NAME]`; what one lacks is the model's, and `rotation = false` is none."""
+    within = table.table("kinds", default=None)
+    found = []
+    for name in within.data if within is not None else ():
+        own = within.table(name)
+        given = own.flag("rotation") if isinstance(own.data.get("rotation"), bool) else own.table("rotation", default=None)
+        turned = rotation_from(given) if isinstance(given, Table) else None if given is False else rotation
+        found.append(Kind(name, own.whole("window", default=window), turned))
+        own.refuse_unknown()
+    return tuple(found)
 
 
 def config_to_toml(config: ModelConfig) -> str:
@@ -84,10 +122,20 @@ def config_to_toml(config: ModelConfig) -> str:
     lines = []
     for key in defaults:
         value = getattr(config, key)
-        if key == "name" or value == defaults[key]:
+        if key in ("name", "kinds") or value == defaults[key]:
             continue
+        if key in _ORDER:
+            counts = ((name, len(list(group))) for name, group in itertools.groupby(value))
+            value = ", ".join(f"{count} {name}" for name, count in counts)
         if isinstance(value, Rotation):
-            lines.append(f"{key} = {{ " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in rotation_to(value).items()) + " }")
+            lines.append(f"{key} = {_inline(value)}")
         else:
             lines.append(f"{key} = {json.dumps(value == MATRICES or value if key == 'biases' else value)}")
+    for kind in config.kinds:
+        lines += ["", f"[kinds.{json.dumps(kind.name)}]", f"window = {kind.window}"]
+        lines.append(f"rotation = {'false' if kind.rotation is None else _inline(kind.rotation)}")
     return "\n".join(lines) + "\n"
+
+
+def _inline(rotation: Rotation) -> str:
+    return "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in rotation_to(rotation).items()) + " }"

@@ -18,7 +18,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from partinf.model.config import Block, ModelConfig, Norm, Position
+from partinf.model.config import ModelConfig, Position
+from partinf.model.kinds import Attention, Block, FeedForward, LayerKind, Norm, QkNorm
 from partinf.workload import DType
 
 _SCALE_BYTES = 4  # scales of int8 weights are float32
@@ -52,7 +53,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one kind: how many the model has, and the weights of each by name."""
+    """Layers with the same weights, of one kind or of several: how many the model has, and the weights of each by name."""
 
     count: int
     weights: Mapping[str, Declared]
@@ -60,48 +61,69 @@ class Layers:
 
 @functools.lru_cache(maxsize=64)
 def declare_layers(model: ModelConfig) -> tuple[Layers, ...]:
-    """The layers by kind."""
-    return (Layers(model.num_layers, _layer(model)),)
+    """The layers by their weights. Kinds differ in windows and rotations alone, which are no weights, so all layers are alike here."""
+    return (Layers(model.num_layers, _layer(model.layer_kinds[0], model.embed_dim)),)
 
 
 @functools.lru_cache(maxsize=64)
 def declare_ends(model: ModelConfig) -> Mapping[str, Declared]:
     """What stands before the first layer and after the last. The tables are never quantised: logits are what int8 would hurt most."""
     table = Declared((model.padded_vocab_size, model.embed_dim), ".D")
-    ends = {"embed": table, **_norm("final_norm", model)}
+    ends = {"embed": table, **_norm("final_norm", model.norm, model.embed_dim)}
     if not model.tied_embeddings:
         ends["unembed"] = table
+    if model.output_bias:
+        ends["unembed_bias"] = Declared((model.padded_vocab_size,), ".", fill=0.0)
     if model.position is Position.LEARNED:
         ends["positions"] = Declared((model.max_len, model.embed_dim), ".D")
     return ends
 
 
-def _layer(model: ModelConfig) -> dict[str, Declared]:
-    """The weights of one layer. Vectors (norms and biases) are whole on every device: they are small, and slicing them is free."""
-    embed, ffn, heads, kv_heads, head = model.embed_dim, model.ffn_dim, model.num_heads, model.num_kv_heads, model.head_dim
-    inner = 2 if model.gated else 1
-    layer = {
-        "wq": Declared((heads, head, embed), "H.E", (-1,)),
-        "wkv": Declared((2, kv_heads, head, embed), ".K.E", (-1,)),  # keys, values
-        "wo": Declared((embed, heads * head), "EH", (-1,)),  # one dimension: a TPU would tile few local heads badly
-        "w_in": Declared((inner, ffn, embed), ".FE", (-1,)),  # gate and up, or one matrix
-        "w_out": Declared((embed, ffn), "EF", (-1,)),
-    }
-    layer |= _norm("attention_norm", model)
-    if model.block is Block.SERIAL:
-        layer |= _norm("ffn_norm", model)
-    if model.qk_norm:
-        layer |= {"q_norm": Declared((head,), ".", fill=1.0), "k_norm": Declared((head,), ".", fill=1.0)}
-    for matrix in model.biases:
-        shape = (heads, head) if matrix == "wq" else layer[matrix].scale_shape()
+def _layer(kind: LayerKind, embed: int) -> dict[str, Declared]:
+    """The weights of one layer. Vectors (norms, biases, sinks) are whole on every device: they are small, and slicing them is free."""
+    layer = _attention(kind.attention, kind.norm, embed) | _feed_forward(kind.feed_forward, embed)
+    for matrix in kind.attention.biases + kind.feed_forward.biases:
+        shape = layer[matrix].scale_shape()
         layer[bias_of(matrix)] = Declared(shape, "." * len(shape), fill=0.0)
+    for name in norm_names(kind):
+        layer |= _norm(name, kind.norm, embed)
     return layer
 
 
-def _norm(name: str, model: ModelConfig) -> dict[str, Declared]:
-    found = {name: Declared((model.embed_dim,), ".", fill=1.0)}
-    if model.norm is Norm.LAYER:
-        found[f"{name}_bias"] = Declared((model.embed_dim,), ".", fill=0.0)
+def _attention(of: Attention, norm: Norm, embed: int) -> dict[str, Declared]:
+    heads, kv_heads, head = of.num_heads, of.num_kv_heads, of.head_dim
+    found = {
+        "wq": Declared((heads, head, embed), "H.E", (-1,)),
+        "wkv": Declared((2, kv_heads, head, embed), ".K.E", (-1,)),  # keys, values
+        "wo": Declared((embed, heads * head), "EH", (-1,)),  # one dimension: a TPU would tile few local heads badly
+    }
+    if of.qk_norm is not QkNorm.NONE and norm.weighted:
+        for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
+            shape = (head,) if of.qk_norm is QkNorm.HEAD else (count, head)
+            found[name] = Declared(shape, "." * len(shape), fill=1.0 - norm.offset)
+    if of.sinks:
+        found["sinks"] = Declared((heads,), ".", fill=0.0)
+    return found
+
+
+def _feed_forward(of: FeedForward, embed: int) -> dict[str, Declared]:
+    return {
+        "w_in": Declared((2 if of.gated else 1, of.width, embed), ".FE", (-1,)),  # gate and up, or one matrix
+        "w_out": Declared((embed, of.width), "EF", (-1,)),
+    }
+
+
+def norm_names(kind: LayerKind) -> tuple[str, ...]:
+    """The norms of E in a layer: before its sublayers, of which a parallel block may have one for both, and after them."""
+    before = ("attention_norm",) if kind.block is Block.PARALLEL else ("attention_norm", "ffn_norm")
+    after = ("attention_post_norm", "ffn_post_norm")
+    return (before if kind.norms.before else ()) + (after if kind.norms.after else ())
+
+
+def _norm(name: str, norm: Norm, size: int) -> dict[str, Declared]:
+    found = {name: Declared((size,), ".", fill=1.0 - norm.offset)} if norm.weighted else {}
+    if norm.biased:
+        found[f"{name}_bias"] = Declared((size,), ".", fill=0.0)
     return found
 
 
@@ -124,8 +146,8 @@ def layer_params(model: ModelConfig) -> int:
 def num_params(model: ModelConfig) -> int:
     """All parameters, the vocabulary unpadded; tied embeddings counted once."""
     layers = sum(kind.count * _params(kind.weights) for kind in declare_layers(model))
-    padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
-    return layers + _params(declare_ends(model)) - padding * (1 if model.tied_embeddings else 2)
+    per_word = model.embed_dim * (1 if model.tied_embeddings else 2) + model.output_bias
+    return layers + _params(declare_ends(model)) - (model.padded_vocab_size - model.vocab_size) * per_word
 
 
 def _params(weights: Mapping[str, Declared]) -> int:

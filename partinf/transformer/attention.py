@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from partinf.model.config import Position
-from partinf.partition.collectives import Split, move, take_split
+from partinf.model.kinds import Attention, QkNorm
+from partinf.model.rotation import Rotation
+from partinf.partition.collectives import Axes, Split, move, take_split
 from partinf.transformer import cache
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.dealt import deal, in_order, num_seen, weighted
-from partinf.transformer.linear import head_norm
+from partinf.transformer.linear import normalised, scaled
 from partinf.transformer.params import Params
 from partinf.transformer.rope import Angles, angles, rotate
 from partinf.transformer.routes import Group, Routes
@@ -30,40 +31,52 @@ _LARGEST = float(jnp.finfo(jnp.bfloat16).max)  # that every type of a cache hold
 
 
 class Rotations(NamedTuple):
-    """How queries and keys of each token group are rotated, if they are: the same in all layers."""
+    """How queries and keys of each token group are rotated, if they are: the same in all layers of a kind."""
 
     decode: Angles | None = None
     prefill: Angles | None = None
 
 
-def rotations_of(batch: Batch, routes: Routes) -> Rotations:
-    """The rotations of a step's positions.
+def rotations_of(batch: Batch, routes: Routes) -> tuple[Rotations, ...]:
+    """The rotations of a step's positions for every kind of layer of the model.
 
     They are made whole, once: XLA would put the cosines of a token into the loop over its heads, in every layer. On CPU it does so behind a
     barrier too, but not with what they were stacked into.
     """
     model = routes.plan.model
-    if model.position is not Position.ROPE:
-        return Rotations()
 
-    def of(positions: Any, group: Group) -> Angles:
-        made: Any = angles(_rows(positions, group, routes), model.rotation, model.head_dim, routes.plan.max_len)
+    def of(positions: Any, group: Group, by: Rotation) -> Angles:
+        made: Any = angles(_rows(positions, group, routes), by, model.head_dim, routes.plan.max_len)
         return Angles(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.platform.stacked_rotations else made))
 
-    return Rotations(
-        of(batch.decode.position, routes.decode) if routes.bucket.decode_rows else None,
-        of(batch.prefill.position, routes.prefill) if routes.bucket.prefill_tokens else None,
-    )
+    def both(by: Rotation | None) -> Rotations:
+        if by is None:
+            return Rotations()
+        return Rotations(
+            of(batch.decode.position, routes.decode, by) if routes.bucket.decode_rows else None,
+            of(batch.prefill.position, routes.prefill, by) if routes.bucket.prefill_tokens else None,
+        )
+
+    distinct = {by: both(by) for by in dict.fromkeys(kind.attention.rotation for kind in model.layer_kinds)}
+    return tuple(distinct[kind.attention.rotation] for kind in model.layer_kinds)
 
 
 def attention(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, rotations: Rotations
+    weights: Params,
+    q: jax.Array,
+    new: jax.Array,
+    kv: Any,
+    layer: Any,
+    batch: Batch,
+    routes: Routes,
+    of: Attention,
+    rotations: Rotations,
 ) -> tuple[jax.Array, Any]:
     """Attention for all tokens of the step, between its products.
 
     Args:
         q: [T.t, H.f, Q] {e unreduced}. new: keys and values [T.t, 2, K.kf, Q] {e unreduced}.
-        kv: the cache; this layer's pages receive the step's keys and values.
+        kv: the cache; this layer's pages receive the step's keys and values. of: the layer's kind of attention.
 
     Returns:
         [T.t, HQ.f], and the updated cache.
@@ -71,21 +84,29 @@ def attention(
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     outputs = []
     if routes.bucket.decode_rows:
-        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, rotations.decode)
+        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, of, rotations.decode)
         outputs.append(out)
     if routes.bucket.prefill_tokens:
-        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, rotations.prefill)
+        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, of, rotations.prefill)
         outputs.append(out)
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
     return out.reshape(out.shape[0], -1), kv
 
 
 def _decode(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: DecodeBatch, routes: Routes, by: Angles | None
+    weights: Params,
+    q: jax.Array,
+    new: jax.Array,
+    kv: Any,
+    layer: Any,
+    batch: DecodeBatch,
+    routes: Routes,
+    of: Attention,
+    by: Angles | None,
 ) -> tuple[jax.Array, Any]:
     group, size = routes.decode, routes.plan.cache.page_size
     position, pages = _rows(batch.position, group, routes), _rows(batch.pages, group, routes)  # [B.b], [B.b, pages]
-    q, new = _to_group(weights, q, new, by, group, routes)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
+    q, new = _to_group(weights, q, new, of, by, group, routes)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
     pages, owned = cache.local_pages(pages, routes.plan)
     row = jnp.arange(position.shape[0])
     current = jnp.maximum(position, 0) // size
@@ -96,15 +117,23 @@ def _decode(
     seen = num_seen(position + 1, dealt(jnp.arange(pages.shape[1])), size)  # of the pages of each lane that lie here
     lying = _lying(kv, layer, dealt(pages), group, routes)
     found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes), lying)  # [B.b, H.h, Q]
-    return _from_group(found, group, routes), kv
+    return _from_group(found, weights, group, routes), kv
 
 
 def _prefill(
-    weights: Params, q: jax.Array, new: jax.Array, kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, by: Angles | None
+    weights: Params,
+    q: jax.Array,
+    new: jax.Array,
+    kv: Any,
+    layer: Any,
+    batch: PrefillBatch,
+    routes: Routes,
+    of: Attention,
+    by: Angles | None,
 ) -> tuple[jax.Array, Any]:
     group, plan = routes.prefill, routes.plan
     owner, position = _rows(batch.owner, group, routes), _rows(batch.position, group, routes)  # [T.b]
-    q, new = _to_group(weights, q, new, by, group, routes)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
+    q, new = _to_group(weights, q, new, of, by, group, routes)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
 
     # To the owners of the pages: batch axes that only prefill has are gathered, the others hold all that their requests need.
     shared, owners = routes.shared_batch, routes.decode
@@ -120,7 +149,7 @@ def _prefill(
     own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.bs, Q]
     fresh = kernels.Fresh(_choose(own, group, routes), *where)
     found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes))  # [T.b, H.h, Q]
-    return _from_group(found, group, routes), kv
+    return _from_group(found, weights, group, routes), kv
 
 
 def _earlier(kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jnp.dtype) -> kernels.Context:
@@ -170,22 +199,41 @@ def _brought(both: jax.Array, routes: Routes) -> jax.Array:
 
 
 def _to_group(
-    weights: Params, q: jax.Array, new: jax.Array, by: Angles | None, group: Group, routes: Routes
+    weights: Params, q: jax.Array, new: jax.Array, of: Attention, by: Angles | None, group: Group, routes: Routes
 ) -> tuple[jax.Array, jax.Array]:
-    """Projected queries, keys and values as the group attends to them: moved, with bias, normalised and rotated as the model has it."""
-    model = routes.plan.model
+    """Projected queries, keys and values as the group attends to them: moved, with bias, normalised and rotated as the kind has it."""
     q = move(q, routes.frame(group.order, routes.head_digits), routes.q_projected, Split(group.batch, group.heads))
     new = move(new, routes.frame(group.order, routes.kv_digits, 0, 2), routes.kv_projected, Split(group.batch, group.kv))
     if "bq" in weights:
         q = q + take_split(weights["bq"], 0, routes.head_digits, group.heads, routes.sizes)[None]
     if "bkv" in weights:
         new = new + take_split(weights["bkv"], 1, routes.kv_digits, group.kv, routes.sizes)[None]
+    if of.qkv_clip:
+        q, new = (jnp.clip(x, -of.qkv_clip, of.qkv_clip) for x in (q, new))
     keys, values = new[:, 0], new[:, 1]
-    if model.qk_norm:
-        q, keys = head_norm(q, weights["q_norm"], model), head_norm(keys, weights["k_norm"], model)
-    if by is not None:
+    if by is not None and of.qk_norm_rotated:
+        q, keys = rotate(q, by), rotate(keys, by)
+    if of.qk_norm is not QkNorm.NONE:
+        q = _heads_normalised(q, weights, "q_norm", of, routes.head_digits, group.heads, routes)
+        keys = _heads_normalised(keys, weights, "k_norm", of, routes.kv_digits, group.kv, routes)
+    if by is not None and not of.qk_norm_rotated:
         q, keys = rotate(q, by), rotate(keys, by)
     return q, _contained(keys, values)
+
+
+def _heads_normalised(x: jax.Array, weights: Params, name: str, of: Attention, digits: Axes, split: Axes, routes: Routes) -> jax.Array:
+    """Queries or keys [T.b, heads.split, Q] normalised: each head for itself, or all of a token together, which sums over `split`."""
+    model = routes.plan.model
+    if of.qk_norm is QkNorm.WIDTH:
+        width = (model.num_heads if name == "q_norm" else model.num_kv_heads) * of.head_dim  # padded heads are 0
+        flat = normalised(x.reshape(x.shape[0], -1), model.norm, model.norm_eps, width, split, routes)
+        normed = flat.reshape(x.shape)
+    else:
+        normed = normalised(x, model.norm, model.norm_eps, of.head_dim, (), routes)
+    if name not in weights:
+        return normed.astype(x.dtype)
+    weight = weights[name][None] if of.qk_norm is QkNorm.HEAD else take_split(weights[name], 0, digits, split, routes.sizes)
+    return scaled(normed, weight[None], model.norm, x.dtype)
 
 
 def _contained(keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -199,9 +247,10 @@ def _contained(keys: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.stack([jnp.where(numbers, keys, jnp.nan), jnp.where(numbers, values, 0.0)], axis=1)
 
 
-def _from_group(found: kernels.Attended, group: Group, routes: Routes) -> jax.Array:
+def _from_group(found: kernels.Attended, weights: Params, group: Group, routes: Routes) -> jax.Array:
     frame = routes.frame(group.order, routes.head_digits)
-    out = weighted(found.out, found.mass, group.sequence, routes.sizes)  # [T.b, H.h, Q] {s unreduced}
+    sinks = take_split(weights["sinks"], 0, routes.head_digits, group.heads, routes.sizes) if "sinks" in weights else None
+    out = weighted(found.out, found.mass, group.sequence, routes.sizes, sinks)  # [T.b, H.h, Q] {s unreduced}
     return move(out, frame, Split(group.batch, group.heads, group.sequence), Split(routes.tokens, routes.ffn))  # [T.t, H.f, Q]
 
 

@@ -26,7 +26,7 @@ from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block
 from partinf.transformer.cache import KeysValues, PagesOfHeads
-from partinf.transformer.forward import embedded, sampled_logits
+from partinf.transformer.forward import embedded, repeated, sampled_logits
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
 from partinf.transformer.step import Out, State, abstract_state, choose_tokens, compiler_options
@@ -57,19 +57,25 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
         fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
         rotations = rotations_of(batch, routes)
         x, kv = constrain(embedded(params, batch, fed, routes)), state.kv
+        kinds = plan.model.layer_kinds
+
+        def one(weights: Params, carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
+            x, kv = block(weights, *carry, index, batch, routes, kinds[kind], rotations[kind])
+            return constrain(x), kv
+
         if isinstance(params["layers"], tuple):
-            for index, weights in enumerate(params["layers"]):
-                x, kv = block(weights, x, kv, index, batch, routes, rotations)
-                x = constrain(x)
+            for index, (weights, kind) in enumerate(zip(params["layers"], plan.model.kind_of_layers, strict=True)):
+                x, kv = one(weights, (x, kv), index, kind)
         else:
-            kv = PagesOfHeads(kv.keys, kv.values)
 
-            def body(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
-                x, kv = block(inputs[1], *carry, inputs[0], batch, routes, rotations)
-                return (constrain(x), kv), None
+            def stacked(carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
+                slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
+                return one(jax.tree.map(slice_of, params["layers"]), carry, index, kind)
 
-            (x, kv), _ = lax.scan(body, (x, kv), (jnp.arange(plan.model.num_layers), params["layers"]))
-            kv = KeysValues(kv.keys, kv.values)
+            carry = (x, PagesOfHeads(kv.keys, kv.values))
+            for run in plan.model.runs:
+                carry = repeated(run, stacked, carry)
+            x, kv = carry[0], KeysValues(carry[1].keys, carry[1].values)
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, State(kv, state.last_token), slots, batch, routes)

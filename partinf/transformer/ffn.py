@@ -17,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from partinf.model.kinds import FeedForward
 from partinf.partition.collectives import Split, move, take_split
 from partinf.transformer.linear import activate, made_for
 from partinf.transformer.params import Params
@@ -25,7 +26,7 @@ from partinf.transformer.routes import Routes
 _TILE_ROWS = 8  # of a TPU's tiles
 
 
-def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
+def ffn(weights: Params, hidden: jax.Array, of: FeedForward, routes: Routes) -> jax.Array:
     """The FFN between its two products: [T.t, 2, F.f] {e unreduced} (1 without a gate) → [T.t, F.f]."""
     rows, cols = routes.tokens + routes.embed, routes.hidden_digits
     tiles = hidden.shape[0] % (_TILE_ROWS * routes.ways(routes.embed)) == 0
@@ -36,7 +37,7 @@ def ffn(weights: Params, hidden: jax.Array, routes: Routes) -> jax.Array:
         hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)[None]
     platform = made_for(routes)
     if platform is not None and platform.wide_activation:
-        hidden = activate(hidden.astype(jnp.float32), routes.plan.model).astype(hidden.dtype)
+        hidden = activate(hidden.astype(jnp.float32), of).astype(hidden.dtype)
     else:
-        hidden = activate(hidden, routes.plan.model)  # [T.te, F.f] or [T.t, F.fe]
+        hidden = activate(hidden, of)  # [T.te, F.f] or [T.t, F.fe]
     return move(hidden, routes.frame(rows, cols), split, Split(routes.tokens, routes.ffn))  # [T.t, F.f]

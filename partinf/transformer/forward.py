@@ -24,6 +24,7 @@ prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -31,12 +32,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.model.config import Position
+from partinf.model.kinds import Run
 from partinf.partition.collectives import Axes, Split, move, take_split
 from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.linear import ENTERING, LEAVING, dot, gather_weights, made_for, norm
+from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import likeliest, log_normalizer, logit_of
@@ -73,6 +75,8 @@ def embedded(params: Params, batch: Batch, decode_tokens: jax.Array, routes: Rou
 def _embed(params: Params, tokens: jax.Array, positions: jax.Array, group: Group, routes: Routes) -> jax.Array:
     tokens = take_split(tokens, 0, group.order, routes.replica, routes.sizes)  # [T.r]
     x = _looked_up(params["embed"], tokens, routes)  # [T.r, E.ef]
+    if routes.plan.model.embedding_scale != 1.0:
+        x = x * jnp.asarray(routes.plan.model.embedding_scale, x.dtype)
     if routes.plan.model.position is Position.LEARNED:
         x = x + params["positions"].at[take_split(positions, 0, group.order, routes.replica, routes.sizes)].get(mode="clip")
     return x
@@ -106,23 +110,23 @@ def _spread(x: jax.Array, routes: Routes) -> jax.Array:
 
 
 def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) -> tuple[jax.Array, Any]:
-    """All layers of a stage: unrolled over a tuple of per-layer trees, or a scan over stacked ones with the whole cache as its carry.
+    """All layers of a stage: unrolled over a tuple of per-layer trees, or scans over the runs of stacked ones with the whole cache as their
+    carry. What repeats in a run is its kinds one after the other.
 
-    Where weights are gathered ahead, the first products' weights of a layer come with the carry: gathered once before the scan, in every
-    layer for the next one, and not in the last, which follows the scan. Each is gathered once per layer, as without.
+    Where weights are gathered ahead, the first products' weights of a layer come with the carry: gathered once before the first scan, in
+    every layer for the next one, and not in the last, which follows the last scan. Each is gathered once per layer, as without.
     """
-    rotations = rotations_of(batch, routes)
-    last = routes.plan.model.num_layers // routes.ways(routes.stages) - 1
+    rotations, model = rotations_of(batch, routes), routes.plan.model
 
-    def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any) -> tuple[jax.Array, Any]:
-        return block({**weights, **entering}, x, kv, index, batch, routes, rotations)
+    def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any, kind: int) -> tuple[jax.Array, Any]:
+        return block({**weights, **entering}, x, kv, index, batch, routes, model.layer_kinds[kind], rotations[kind])
 
     def entering(weights: Params) -> Params:
         return gather_weights(weights, ENTERING, routes)
 
     if isinstance(layers, tuple):
-        for index, weights in enumerate(layers):
-            x, kv = one(weights, entering(weights), x, kv, index)
+        for index, (weights, kind) in enumerate(zip(layers, model.kind_of_layers, strict=True)):
+            x, kv = one(weights, entering(weights), x, kv, index, kind)
         return x, kv
     in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
 
@@ -130,17 +134,47 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
         slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
         return {name: OneOf(leaf, index) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in layers.items()}
 
-    if not routes.phase.ahead:
-        body = lambda carry, index: (one(layer(index), entering(layer(index)), *carry, index), None)  # noqa: E731
-        return lax.scan(body, (x, kv), jnp.arange(last + 1))[0]
+    def plainly(carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
+        return one(layer(index), entering(layer(index)), *carry, index, kind)
 
-    def before_next(carry: tuple[jax.Array, Any, Params], index: jax.Array) -> tuple[tuple[jax.Array, Any, Params], None]:
+    if not routes.phase.ahead:
+        carry = (x, kv)
+        for run in routes.runs:
+            carry = repeated(run, plainly, carry)
+        return carry
+
+    def before_next(carry: tuple[jax.Array, Any, Params], index: Any, kind: int) -> tuple[jax.Array, Any, Params]:
         x, kv, ready = carry
         following = entering(layer(index + 1))
-        return (*one(layer(index), ready, x, kv, index), following), None
+        return (*one(layer(index), ready, x, kv, index, kind), following)
 
-    (x, kv, ready), _ = lax.scan(before_next, (x, kv, entering(layer(0))), jnp.arange(last))
-    return one(layer(last), ready, x, kv, last)
+    *before, end = routes.runs
+    last = end.first + end.num_layers - 1
+    ahead = (x, kv, entering(layer(0)))
+    for run in (*before, replace(end, repeats=end.repeats - 1), Run(last + 1 - len(end.kinds), end.kinds[:-1], 1)):
+        ahead = repeated(run, before_next, ahead)
+    x, kv, ready = ahead
+    return one(layer(last), ready, x, kv, last, end.kinds[-1])
+
+
+def repeated(run: Run, layer: Callable[[Any, Any, int], Any], carry: Any) -> Any:
+    """The layers of a run: what repeats is compiled once.
+
+    Args:
+        layer: (what the layer before left, the layer's number, its kind) → what it leaves.
+    """
+
+    def period(carry: Any, first: Any) -> Any:
+        for place, kind in enumerate(run.kinds):
+            carry = layer(carry, first + place if place else first, kind)
+        return carry
+
+    if run.num_layers == len(run.kinds):
+        return period(carry, run.first)
+    if not run.num_layers:
+        return carry
+    firsts = jnp.arange(run.first, run.first + run.num_layers, len(run.kinds))
+    return lax.scan(lambda carry, first: (period(carry, first), None), carry, firsts)[0]
 
 
 def sampled_logits(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
@@ -188,6 +222,9 @@ def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     table = params.get("unembed", params["embed"])  # [V, E.ef]
     found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
+    if model.output_bias:
+        found = found + take_split(params["unembed_bias"], 0, axes, axes, routes.sizes).astype(jnp.float32)[None]
+    found = capped(found * model.logit_scale if model.logit_scale != 1.0 else found, model.logit_cap)
     if model.padded_vocab_size == model.vocab_size:
         return found
     return jnp.where(vocabulary_ids(routes)[None, :] < model.vocab_size, found, -jnp.inf)

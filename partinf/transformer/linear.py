@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from partinf.hardware.platform import Platform
-from partinf.model.config import Activation, ModelConfig, Norm
+from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
 from partinf.transformer.kernels import cpu as cpu_kernels
@@ -124,23 +124,43 @@ def _merged(spec: str, *shapes: tuple[int, ...]) -> tuple[str, tuple[int, ...], 
 
 
 def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:
-    """The model's norm of x [T, E.axes] with the whole scale [E] `weights[name]` (and its bias, for a layer norm)."""
+    """The model's norm of x [T, E.axes] with the whole weight [E] `weights[name]` and its bias, as far as it has them."""
     model = routes.plan.model
+    found = normalised(x, model.norm, model.norm_eps, model.embed_dim, axes, routes)
+    return weighted(found, x.dtype, weights, name, axes, routes)
+
+
+def normalised(x: jax.Array, by: Norm, eps: float, width: int, axes: Axes, routes: Routes) -> jax.Array:
+    """x [T, .., C.axes] normalised over its last dimension, which is `width` in all, in float32."""
     wide = x.astype(jnp.float32)
     sums = [jnp.sum(wide * wide, axis=-1)]
-    if model.norm is Norm.LAYER:
+    if by.centred:
         sums.append(jnp.sum(wide, axis=-1))
-    total = jnp.stack(sums)  # [1 or 2, T] {axes unreduced}
+    total = jnp.stack(sums)  # [1 or 2, T, ..] {axes unreduced}
     split = tuple(axis for axis in axes if routes.sizes[axis] > 1)
     if split:
         total = lax.psum(total, split)
-    means = total[..., None] / model.embed_dim
-    if model.norm is Norm.LAYER:
+    means = total[..., None] / width
+    if by.centred:
         wide, variance = wide - means[1], means[0] - means[1] ** 2
     else:
         variance = means[0]
-    normed = (wide * lax.rsqrt(variance + model.norm_eps)).astype(x.dtype) * embed_vector(weights[name], axes, routes)
-    return normed + embed_vector(weights[f"{name}_bias"], axes, routes) if model.norm is Norm.LAYER else normed
+    return wide * lax.rsqrt(variance + eps)
+
+
+def weighted(normed: jax.Array, dtype: jnp.dtype, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:
+    """What was normalised, [T, E.axes], with the weight and the bias of a norm, as far as it has them, in `dtype`."""
+    by = routes.plan.model.norm
+    if by.weighted:
+        normed = scaled(normed, embed_vector(weights[name], axes, routes), by, dtype)
+    return normed.astype(dtype) + embed_vector(weights[f"{name}_bias"], axes, routes) if by.biased else normed.astype(dtype)
+
+
+def scaled(normed: jax.Array, weight: jax.Array, by: Norm, dtype: jnp.dtype) -> jax.Array:
+    """What was normalised times a norm's weight, or 1 + weight: that in float32, as the models that have it were trained."""
+    if by.offset:
+        return (normed.astype(jnp.float32) * (by.offset + weight.astype(jnp.float32))).astype(dtype)
+    return normed.astype(dtype) * weight
 
 
 def embed_vector(vector: jax.Array, axes: Axes, routes: Routes) -> jax.Array:
@@ -148,23 +168,22 @@ def embed_vector(vector: jax.Array, axes: Axes, routes: Routes) -> jax.Array:
     return take_split(vector, 0, routes.weight_stored, axes, routes.sizes)[None, :]
 
 
-def head_norm(x: jax.Array, scale: jax.Array, model: ModelConfig) -> jax.Array:
-    """RMS norm over d_head of x [T, heads, Q] with scale [Q]."""
-    wide = x.astype(jnp.float32)
-    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + model.norm_eps)
-    return normed.astype(x.dtype) * scale[None, None, :]
-
-
-def activate(hidden: jax.Array, model: ModelConfig) -> jax.Array:
+def activate(hidden: jax.Array, of: FeedForward) -> jax.Array:
     """The FFN's nonlinearity on hidden [T, 2, F] (gate, up) or [T, 1, F] → [T, F]."""
     functions = {
         Activation.SILU: jax.nn.silu,
         Activation.GELU: lambda x: jax.nn.gelu(x, approximate=False),
         Activation.GELU_TANH: jax.nn.gelu,
         Activation.RELU: jax.nn.relu,
+        Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
     }
-    first = functions[model.activation](hidden[:, 0])
-    return first * hidden[:, 1] if model.gated else first
+    first = functions[of.activation](hidden[:, 0])
+    return first * hidden[:, 1] if of.gated else first
+
+
+def capped(x: jax.Array, cap: float) -> jax.Array:
+    """c·tanh(x/c), so that nothing is beyond c; x itself where there is no cap."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 ENTERING, LEAVING = ("wq", "wkv", "w_in"), ("wo", "w_out")

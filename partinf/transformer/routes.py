@@ -7,12 +7,13 @@ the split before and after each `move` and contain no case for any layout.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from partinf.layout import AttentionRole, Phase, Role
+from partinf.model.kinds import Run
 from partinf.partition.collectives import Axes, Frame, Split
 from partinf.plans import Bucket, Plan, head_axes, kv_head_axes
 
@@ -101,6 +102,12 @@ class Routes:
     def stages(self) -> Axes:
         """Axes that split the layers, without those of size 1."""
         return tuple(axis for axis in self.plan.stage_axes if self.sizes[axis] > 1)
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The layers of one stage, which are of the same kinds in all stages."""
+        model = self.plan.model
+        return replace(model, num_layers=model.num_layers // self.ways(self.stages)).runs if self.stages else model.runs
 
     # Digit orders.
 

@@ -139,9 +139,9 @@ def test_what_is_not_written(shipped: str) -> None:
         config_to_hf(load_model_config(shipped))
 
 
-@pytest.mark.parametrize("qk_norm", ["false", "true"])
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
 def test_hugging_face_round_trip(qk_norm: str) -> None:
-    config = config_from_toml(REQUIRED + f"max_len = 128\nqk_norm = {qk_norm}\n", "mine")
+    config = config_from_toml(REQUIRED + f'max_len = 128\nqk_norm = "{qk_norm}"\n', "mine")
     again = config_from_hf(config_to_hf(config), "mine")
     assert num_params(again) == num_params(config)
     assert (again.embed_dim, again.num_kv_heads, again.max_len) == (64, 4, 128)

@@ -9,6 +9,8 @@ from typing import Any
 
 from partinf.layout import Layout, make_layout
 from partinf.model.config import MATRICES, Activation, Block, Norm, Position
+from partinf.model.kinds import NormPlaces, QkNorm
+from partinf.model.rotation import Rotation
 
 MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase
@@ -37,7 +39,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied_embeddings": False,
     },
     "gelu": {"gated": False, "activation": Activation.GELU, "block": Block.PARALLEL, "biases": ("wq", "wkv", "w_out")},
-    "qwen3": {"qk_norm": True, "num_kv_heads": 4},
+    "qwen3": {"qk_norm": QkNorm.HEAD, "num_kv_heads": 4},
+}
+
+
+# Blocks that combine what newer families changed, each several things at once; names say what.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "1 + w, scaled": {
+        "norm": Norm.RMS_1P,
+        "activation": Activation.GELU_TANH,
+        "embedding_scale": 8.0,
+        "residual_scale": 0.5,
+        "logit_scale": 0.25,
+        "num_kv_heads": 1,
+    },
+    "norms on both sides": {"norm": Norm.RMS_1P, "norms": NormPlaces.BOTH, "qk_norm": QkNorm.HEAD, "biases": ("wq", "wkv")},
+    "norms after, heads normalised together": {"norms": NormPlaces.AFTER, "qk_norm": QkNorm.WIDTH, "num_kv_heads": 4},
+    "one norm, no bias": {
+        "block": Block.PARALLEL,
+        "norm": Norm.LAYER_NO_BIAS,
+        "qk_norm": QkNorm.HEADS,
+        "qk_norm_rotated": True,
+        "rotation": Rotation(dims=4),
+    },
+    "two norms, biases": {
+        "block": Block.PARALLEL_TWO_NORMS,
+        "norm": Norm.LAYER,
+        "gated": False,
+        "activation": Activation.GELU,
+        "biases": MATRICES,
+        "rotation": Rotation(dims=2),
+        "tied_embeddings": False,
+        "output_bias": True,
+        "num_kv_heads": 8,
+    },
+    "1 + w with bias": {"norm": Norm.LAYER_1P, "gated": False, "activation": Activation.RELU2, "rotation": Rotation(dims=4)},
+    "norms without weights": {"norm": Norm.LAYER_BARE, "qkv_clip": 0.5, "qk_norm": QkNorm.HEAD},
+    "sinks": {"sinks": True, "biases": ("wq", "wkv", "wo")},
 }
 
 

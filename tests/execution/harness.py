@@ -80,9 +80,9 @@ def host_params(model: ModelConfig) -> dict:
 
     def vary(path: tuple, leaf: np.ndarray) -> np.ndarray:
         name = path[-1].key
-        if name.endswith("bias") or name.startswith("b"):
+        if name.endswith("bias") or name.startswith("b") or name == "sinks":
             return rng.normal(size=leaf.shape).astype(leaf.dtype)
-        return leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype) if leaf.ndim == 1 else leaf
+        return leaf + rng.uniform(-0.5, 0.5, leaf.shape).astype(leaf.dtype) if "norm" in name else leaf
 
     return jax.tree_util.tree_map_with_path(vary, params)
 
@@ -104,7 +104,7 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
 
 def pad_heads(leaf: np.ndarray, name: str, plan: Plan) -> np.ndarray:
     """Zero heads after the model's own."""
-    dims = {"wq": {0: "H"}, "wkv": {1: "K"}, "wo": {1: "HQ"}, "bq": {0: "H"}, "bkv": {1: "K"}}.get(name, {})
+    dims = {"wq": {0: "H"}, "wkv": {1: "K"}, "wo": {1: "HQ"}, "bq": {0: "H"}, "bkv": {1: "K"}, "sinks": {0: "H"}}.get(name, {})
     model, padded = plan.model, plan.padded_model
     extra = {"H": padded.num_heads - model.num_heads, "K": padded.num_kv_heads - model.num_kv_heads}
     extra["HQ"] = extra["H"] * model.head_dim

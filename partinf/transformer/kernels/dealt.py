@@ -39,15 +39,17 @@ def num_seen(count: jax.Array, pages: jax.Array, page_size: int) -> jax.Array:
     return jnp.sum(jnp.clip(count[:, None] - pages[None, :] * page_size, 0, page_size), axis=1)
 
 
-def weighted(out: jax.Array, mass: jax.Array, axes: Axes, sizes: Mapping[str, int]) -> jax.Array:
+def weighted(out: jax.Array, mass: jax.Array, axes: Axes, sizes: Mapping[str, int], sinks: jax.Array | None = None) -> jax.Array:
     """Attention over all keys [R, H, Q] {axes unreduced}, from that over the keys of each device.
 
     Args:
         out: [R, H, Q] over this device's keys alone. mass: [R, H] logarithm of the sum of exp(score) over them, float32.
+        sinks: [H] a score of each head that takes its share of the mass and adds nothing.
     """
     split = tuple(axis for axis in axes if sizes[axis] > 1)
-    if not split:
+    if not split and sinks is None:
         return out
-    masses = lax.all_gather(mass, split)  # [ways, R, H]
-    share = jnp.exp(mass - jax.nn.logsumexp(masses, axis=0))
-    return (out.astype(jnp.float32) * share[..., None]).astype(out.dtype)
+    whole = jax.nn.logsumexp(lax.all_gather(mass, split), axis=0) if split else mass  # of [ways, R, H]
+    if sinks is not None:
+        whole = jnp.logaddexp(whole, sinks.astype(jnp.float32)[None])
+    return (out.astype(jnp.float32) * jnp.exp(mass - whole)[..., None]).astype(out.dtype)

@@ -1,0 +1,238 @@
+"""What one kind of layer is: its attention, its feed-forward, how norms and residuals stand; and the order in which kinds follow each other.
+
+Whatever a family of models changes in a block is a value here, so that the step branches on features and on no family's name. A model
+whose layers are all alike is one kind; others have a pattern: a few layers first, then a period that repeats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from partinf.model.rotation import Rotation
+
+MATRICES = ("wq", "wkv", "wo", "w_in", "w_out")
+"""The matrices of a layer, by the names under which `partinf.model.weights` declares them."""
+
+
+class Block(StrEnum):
+    """SERIAL: attention, then FFN on its result. PARALLEL: both on the same normalised input, added (PaLM). PARALLEL_TWO_NORMS: both on
+    the same input, which each scales by a norm of its own (GPT-NeoX)."""
+
+    SERIAL = "serial"
+    PARALLEL = "parallel"
+    PARALLEL_TWO_NORMS = "parallel-two-norms"
+
+    @property
+    def parallel(self) -> bool:
+        return self is not Block.SERIAL
+
+
+class Norm(StrEnum):
+    """RMS: divided by the root of the mean square. LAYER: the mean subtracted first. What follows is multiplied by a weight, with
+    `-1p` by 1 + weight; LAYER and LAYER_1P add a bias, LAYER_BARE has neither."""
+
+    RMS = "rms"
+    RMS_1P = "rms-1p"
+    LAYER = "layer"
+    LAYER_1P = "layer-1p"
+    LAYER_NO_BIAS = "layer-no-bias"
+    LAYER_BARE = "layer-bare"
+
+    @property
+    def centred(self) -> bool:
+        """Whether the mean is subtracted."""
+        return self not in (Norm.RMS, Norm.RMS_1P)
+
+    @property
+    def weighted(self) -> bool:
+        return self is not Norm.LAYER_BARE
+
+    @property
+    def biased(self) -> bool:
+        return self in (Norm.LAYER, Norm.LAYER_1P)
+
+    @property
+    def offset(self) -> float:
+        """What is added to the weight."""
+        return 1.0 if self in (Norm.RMS_1P, Norm.LAYER_1P) else 0.0
+
+
+class NormPlaces(StrEnum):
+    """Where a sublayer is normalised. BEFORE: what it reads. AFTER: what it adds to the residual. BOTH: either."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    BOTH = "both"
+
+    @property
+    def before(self) -> bool:
+        return self is not NormPlaces.AFTER
+
+    @property
+    def after(self) -> bool:
+        return self is not NormPlaces.BEFORE
+
+
+class QkNorm(StrEnum):
+    """Of queries and keys. HEAD: each head for itself, all with the same weight [Q]. HEADS: each head with a weight of its own [H, Q].
+    WIDTH: all heads together, with a weight [H, Q]. The norm is that of the layers, without its bias."""
+
+    NONE = "none"
+    HEAD = "head"
+    HEADS = "heads"
+    WIDTH = "width"
+
+
+class Activation(StrEnum):
+    """RELU2: the square of what RELU gives."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+    RELU2 = "relu2"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one kind of layer.
+
+    Attributes:
+        num_heads: H. num_kv_heads: K. head_dim: Q.
+        window: positions that a query sees, the latest ones, its own included; 0 where it sees all before it.
+        rotation: of queries and keys; None for none.
+        qk_norm: how queries and keys are normalised. qk_norm_rotated: after the rotation instead of before it.
+        qkv_clip: what queries, keys and values are cut off at, to either side; 0 for nowhere.
+        scale: of scores. cap: c in c·tanh(score/c), 0 for none.
+        sinks: every head has a learned score that takes its share of the mass and adds nothing.
+        biases: of `MATRICES`, those of attention whose product has a bias.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    rotation: Rotation | None
+    qk_norm: QkNorm
+    qk_norm_rotated: bool
+    qkv_clip: float
+    scale: float
+    cap: float
+    sinks: bool
+    biases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The feed-forward of one kind of layer.
+
+    Attributes:
+        width: F. gated: it has a gate and an up matrix instead of one input matrix.
+        biases: of `MATRICES`, those of the feed-forward whose product has a bias.
+    """
+
+    width: int
+    gated: bool
+    activation: Activation
+    biases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Everything about one kind of layer.
+
+    Attributes:
+        name: as the pattern has it; empty where all layers are alike.
+        norm: of all norms of the layer, with its epsilon. norms: where they stand.
+        residual_scale: what a sublayer's output is multiplied by before it is added to the residual.
+    """
+
+    name: str
+    attention: Attention
+    feed_forward: FeedForward
+    block: Block
+    norm: Norm
+    norm_eps: float
+    norms: NormPlaces
+    residual_scale: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the layers of one kind have of their own in a model that has several; everything else is the model's.
+
+    Attributes:
+        name: as the pattern has it. window, rotation: as in `Attention`.
+    """
+
+    name: str
+    window: int = 0
+    rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Layers that follow each other: those of `kinds`, by their numbers, in order, `repeats` times.
+
+    Attributes:
+        first: the number of its first layer.
+    """
+
+    first: int
+    kinds: tuple[int, ...]
+    repeats: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds) * self.repeats
+
+
+def runs_of(num_layers: int, prefix: Sequence[int], period: Sequence[int]) -> tuple[Run, ...]:
+    """The runs of so many layers: the prefix, the period as often as it fits, and the beginning of another.
+
+    Equal layers side by side are one run, so that a prefix of many costs a program no more than one.
+    """
+    prefix = prefix[:num_layers]
+    repeats, rest = divmod(num_layers - len(prefix), len(period))
+    runs = _equal_neighbours(prefix, 0)
+    if repeats:
+        runs.append(Run(len(prefix), tuple(period), repeats))
+    return (*runs, *_equal_neighbours(period[:rest], num_layers - rest))
+
+
+def _equal_neighbours(kinds: Sequence[int], first: int) -> list[Run]:
+    found = []
+    for kind, group in itertools.groupby(kinds):
+        count = len(list(group))
+        found.append(Run(first, (kind,), count))
+        first += count
+    return found
+
+
+def pattern_of(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Prefix and period of layers that are listed one by one: those of which a program is smallest, and among them the shortest prefix."""
+    starts = [0, *(place for place in range(1, len(names)) if names[place] != names[place - 1])]
+    least, found = len(names) + 1, ((), tuple(names))
+    for distinct, start in enumerate(starts):
+        if distinct + 1 >= least:
+            break
+        period = _least_period(names[start:])
+        rest = names[start : start + (len(names) - start) % period]
+        size = distinct + period + sum(1 for _ in itertools.groupby(rest))
+        if size < least:
+            least, found = size, (tuple(names[:start]), tuple(names[start : start + period]))
+    return found
+
+
+def _least_period(names: Sequence[str]) -> int:
+    """After how many names they repeat, as far as they go: the length less that of the longest proper border."""
+    border = [0] * len(names)
+    for place in range(1, len(names)):
+        length = border[place - 1]
+        while length and names[place] != names[length]:
+            length = border[length - 1]
+        border[place] = length + (names[place] == names[length])
+    return len(names) - border[-1]

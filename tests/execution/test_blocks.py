@@ -1,0 +1,24 @@
+"""What blocks of newer families change, each feature partitioned against the reference and in both accounts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from partinf.layout import make_layout
+from tests.execution.assignments import BLOCKS
+from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
+
+MIXED = make_layout(
+    {"x": "embed", "y": "ffn", "z": "ffn"},
+    {"x": "sequence", "y": "heads", "z": "batch"},
+    {"x": "heads", "y": "heads", "z": "none"},
+    prefill_gather=["x", "y"],
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block(block: str) -> None:
+    model = dataclasses.replace(MODEL, name=block, **BLOCKS[block])
+    assert largest_error(make_plan("2x2x2", MIXED, model)) < TOLERANCE["f32"]
