@@ -13,6 +13,7 @@ from partinf.cost.items import (
     EARLIER,
     HEADS_AFTER_Q,
     HEADS_BEFORE_O,
+    HEADS_NORM,
     NEW_TO_CACHE,
     PREFILL,
     SMALL,
@@ -23,11 +24,11 @@ from partinf.cost.items import (
     GroupItems,
 )
 from partinf.cost.ledger import Entry, Kind, Op, Part
-from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
+from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, scatter_embed, sums_bytes
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
 from partinf.foundation.rounding import ceil_div
-from partinf.model.config import Block
+from partinf.model.kinds import QkNorm
 
 _PART = Part.ATTENTION
 
@@ -50,7 +51,8 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     """
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
     entries = split.pricing.small(SMALL, _PART, model.num_layers)
-    entries += norm(split, _PART, tokens, split.between, model.num_layers, useful)
+    if model.norms.before:
+        entries += norm(split, _PART, tokens, split.between, model.num_layers, useful)
     query, key, out = projection_weights(split)
     for weight in (query, key, out):
         entries += weight.gathers(_PART)
@@ -65,9 +67,10 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     ]
     around = _heads_in_loops(split) if split.looped else []
     entries += [*around, out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed)]
-    if model.block is Block.SERIAL:
-        entries += scatter_embed(split, _PART)
-    return entries
+    if split.parallel:
+        return entries
+    entries += scatter_embed(split, _PART)
+    return entries + norm_after(split, _PART)
 
 
 def _heads_in_loops(split: StepSplit) -> list[Entry]:
@@ -185,9 +188,17 @@ def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items:
     target_q, target_kv = Split(group.batch, group.heads), Split(group.batch, group.kv)
     queries, keys = tokens * model.num_heads * model.head_dim, 2 * tokens * model.num_kv_heads * model.head_dim
     share = useful * split.shares.heads
-    return movement(split, _PART, items.queries, queries, split.q_projected, target_q, share) + movement(
+    moved = movement(split, _PART, items.queries, queries, split.q_projected, target_q, share) + movement(
         split, _PART, items.keys, keys, split.kv_projected, target_kv, useful
     )
+    if model.qk_norm is not QkNorm.WIDTH:
+        return moved
+    rows = tokens // split.ways(group.batch)
+    return moved + [
+        split.pricing.collective(HEADS_NORM, _PART, model.num_layers, Op.ALL_REDUCE, axes, sums_bytes(split, rows), "f32", useful)
+        for axes in (group.heads, group.kv)
+        if axes
+    ]
 
 
 def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, items: GroupItems) -> list[Entry]:

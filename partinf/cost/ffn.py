@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from partinf.cost.items import F_AFTER_IN, F_BEFORE_OUT, W_IN, W_OUT
 from partinf.cost.ledger import Entry, Part
-from partinf.cost.linear import Weight, gather_embed, movement, norm, scatter_embed
+from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, scatter_embed
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
-from partinf.model.config import Block
 
 _PART = Part.FFN
 
@@ -33,11 +32,11 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     """The sublayer for all tokens of the step. In a parallel block the norm and the gather of E are those of attention."""
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
     inner = matrices_in(split)
-    serial = model.block is Block.SERIAL
-    entries = norm(split, _PART, tokens, split.between, model.num_layers, useful) if serial else []
+    own = not split.parallel
+    entries = norm(split, _PART, tokens, split.between, model.num_layers, useful) if own and model.norms.before else []
     w_in, w_out = ffn_weights(split)
     entries += w_in.gathers(_PART) + w_out.gathers(_PART)
-    if serial:
+    if own:
         entries += gather_embed(split, _PART)
     embed, ffn = model.embed_dim // split.ways(split.e), model.ffn_dim // split.ways(split.f)
     share = useful * split.shares.ffn * split.shares.embed
@@ -48,4 +47,4 @@ def ffn_entries(split: StepSplit) -> list[Entry]:
     entries += movement(split, _PART, F_AFTER_IN, inner * elements, partial, scattered, useful * split.shares.ffn)
     entries += movement(split, _PART, F_BEFORE_OUT, elements, scattered, whole, useful * split.shares.ffn, split.wide_dtype)
     entries.append(w_out.product(_PART, tokens, ffn, embed, share))
-    return entries + scatter_embed(split, _PART)
+    return entries + scatter_embed(split, _PART) + norm_after(split, _PART)

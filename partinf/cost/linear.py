@@ -6,14 +6,13 @@ from partinf.cost.items import AFTER, BEFORE, NORM, Item, Matrix
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
-from partinf.model.config import Norm
 from partinf.workload import DType
 
 _F32 = 4
 
 
 def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful: float) -> list[Entry]:
-    """Sums over a split E: the squares, and for a layer norm the values too, in float32.
+    """Sums over a split E: the squares, and where the mean is subtracted the values too, in float32.
 
     Args:
         axes: that split E. A looped program gathers first what it does not loop over: it sums over E's own axes, or the longest of F's.
@@ -22,8 +21,18 @@ def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful
         axes = tuple(a for a in axes if a in split.e_stored) or tuple(sorted(axes, key=lambda a: -split.sizes[a])[:1])
     if not axes:
         return []
-    sums = 2 if split.model.norm is Norm.LAYER else 1
-    return [split.pricing.collective(NORM, part, count, Op.ALL_REDUCE, axes, _F32 * sums * rows, "f32", useful)]
+    return [split.pricing.collective(NORM, part, count, Op.ALL_REDUCE, axes, sums_bytes(split, rows), "f32", useful)]
+
+
+def norm_after(split: StepSplit, part: Part) -> list[Entry]:
+    """The norm of what a sublayer adds to the residual, where the layers have such."""
+    model = split.model
+    return norm(split, part, split.local_tokens, split.between, model.num_layers, split.shape.useful) if model.norms.after else []
+
+
+def sums_bytes(split: StepSplit, rows: int) -> int:
+    """What the norms of so many rows sum over devices."""
+    return _F32 * (2 if split.model.norm.centred else 1) * rows
 
 
 def gather_embed(split: StepSplit, part: Part) -> list[Entry]:

@@ -13,7 +13,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import Residual
 from partinf.foundation.rounding import ceil_div
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
-from partinf.model.config import Block, ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.workload import DType
 
 
@@ -160,7 +160,7 @@ class StepSplit:
 
     @property
     def parallel(self) -> bool:
-        return self.model.block is Block.PARALLEL
+        return self.model.block.parallel
 
     @property
     def wide_dtype(self) -> DType:

@@ -1,4 +1,4 @@
-"""What one kind of layer is: its attention, its feed-forward, how norms and residuals stand; and the order in which kinds follow each other.
+"""What one kind of layer is (attention, feed-forward, how norms and residuals stand), and the order in which kinds follow each other.
 
 Whatever a family of models changes in a block is a value here, so that the step branches on features and on no family's name. A model
 whose layers are all alike is one kind; others have a pattern: a few layers first, then a period that repeats.
@@ -213,18 +213,16 @@ def _equal_neighbours(kinds: Sequence[int], first: int) -> list[Run]:
 
 
 def pattern_of(names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prefix and period of layers that are listed one by one: those of which a program is smallest, and among them the shortest prefix."""
+    """Prefix and period of layers that are listed one by one: those with the fewest layers, and among them the shortest prefix."""
     starts = [0, *(place for place in range(1, len(names)) if names[place] != names[place - 1])]
-    least, found = len(names) + 1, ((), tuple(names))
-    for distinct, start in enumerate(starts):
-        if distinct + 1 >= least:
+    prefix, period = 0, len(names)
+    for start in starts:
+        if start + 1 >= prefix + period:
             break
-        period = _least_period(names[start:])
-        rest = names[start : start + (len(names) - start) % period]
-        size = distinct + period + sum(1 for _ in itertools.groupby(rest))
-        if size < least:
-            least, found = size, (tuple(names[:start]), tuple(names[start : start + period]))
-    return found
+        repeating = _least_period(names[start:])
+        if start + repeating < prefix + period:
+            prefix, period = start, repeating
+    return tuple(names[:prefix]), tuple(names[prefix : prefix + period])
 
 
 def _least_period(names: Sequence[str]) -> int:

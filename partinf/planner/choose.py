@@ -14,7 +14,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
-from partinf.model.config import Block, ModelConfig
+from partinf.model.config import ModelConfig
 from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
@@ -93,7 +93,7 @@ def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
     come later beside those that come first.
     """
     layout, held = candidate.layout, candidate.memory
-    if not report.slice.chip.platform.gathers_beside_products or report.model.block is Block.PARALLEL:
+    if not report.slice.chip.platform.gathers_beside_products or report.model.block.parallel:
         return layout
     for label in PHASES:
         phase = layout.phase(label)

@@ -132,7 +132,7 @@ def test_values_of_another_type_in_a_model() -> None:
     wrong = offences(config_from_toml, text + '\nrotation = { scaling = "linear", facto = 1 }\n', "mine")
     assert "'factor' is missing" in wrong
     assert "unknown key 'facto'" in wrong
-    assert "norm = ['rms']; expected one of rms, layer" in offences(config_from_toml, text + '\nnorm = ["rms"]\n', "mine")
+    assert "norm = ['rms']; expected one of rms, rms-1p, layer" in offences(config_from_toml, text + '\nnorm = ["rms"]\n', "mine")
 
 
 @pytest.mark.parametrize("content", [b"GGUF\x03\x00\x00\x00\xff", b"x = " + b"[" * 5000, b"\xff" * 100, b"a." * 20_000 + b"a = 1", b"\x00"])

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from partinf.layout import make_layout
+from tests.execution import test_two_accounts as accounts
 from tests.execution.assignments import BLOCKS
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
@@ -22,3 +23,9 @@ MIXED = make_layout(
 def test_every_block(block: str) -> None:
     model = dataclasses.replace(MODEL, name=block, **BLOCKS[block])
     assert largest_error(make_plan("2x2x2", MIXED, model)) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_both_accounts_of_every_block(block: str) -> None:
+    model = dataclasses.replace(accounts.MODEL, **BLOCKS[block])
+    accounts.check(accounts.make_plan("2x2x2", MIXED, model=model), accounts.BUCKETS["mixed"])
