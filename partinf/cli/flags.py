@@ -1,14 +1,13 @@
 """Flags read into values, so that everything that is wrong on a command line is said at once.
 
 argparse stops at the first value that it cannot convert, so commands declare every flag as text and read it here, with its range. What is
-wrong joins one list, to which a command adds what it finds itself; `check` raises it before anything is made or touched. Of a flag that
-takes one value and is given again the last one counts, as in other programs, and a note says so.
+wrong joins one list, to which a command adds what it finds itself; `check` raises it before anything is made or touched. A flag that takes
+one value and is given again is wrong, too: one of the values would be dropped, and nobody can tell which was meant.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -35,9 +34,9 @@ class Flags:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.offences: list[str] = []
-        self._notes: list[str] = list(getattr(args, _REPEATED, ()))
-        self._spelt: dict[str, str] = getattr(args, _SPELT, {})
+        given: dict[str, list[tuple[str, str]]] = getattr(args, _GIVEN, {})
+        self._spelt = {name: values[-1][0] for name, values in given.items()}
+        self.offences = [_again(values) for values in given.values() if len(values) > 1]
 
     def flag(self, name: str) -> str:
         """How the flag is spelt."""
@@ -127,15 +126,12 @@ class Flags:
         self.offences.append(f"{self.flag(name)} {getattr(self.args, name)}: {why}")
 
     def check(self, others: Iterable[str] = ()) -> None:
-        """Raise every offence so far, and others; where there is none, print what is worth a note to standard error, once.
+        """Raise every offence so far, and others.
 
         Raises:
             InvalidInput: if there is any offence.
         """
         raise_offences([*self.offences, *others])
-        for note in self._notes:
-            print(f"partinf: note: {note}", file=sys.stderr)
-        self._notes.clear()
 
     def need(self, value: T | None) -> T:
         """The value, or every offence so far: where it is None, one of them says why."""
@@ -145,27 +141,40 @@ class Flags:
 
 
 def register(parser: argparse.ArgumentParser) -> None:
-    """Let the parser's flags of one value notice that they are given again, for `Flags` to say so."""
+    """Let the parser's flags of one value notice that they are given again, for `Flags` to refuse."""
     parser.register("action", None, _Once)
     parser.register("action", "store", _Once)
 
 
-_REPEATED, _GIVEN, _SPELT = "repeated_flags", "given_flags", "spelt_flags"
+_GIVEN = "given_flags"
 
 
 class _Once(argparse.Action):
-    """Stores the one value of a flag."""
+    """Stores the one value of a flag, and keeps how often it was given."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        given = vars(namespace).setdefault(_GIVEN, set())
-        if option is not None and self.dest in given:
-            vars(namespace).setdefault(_REPEATED, []).append(
-                f"{option} was given more than once; {values} counts, {getattr(namespace, self.dest)} does not"
-            )
-        given.add(self.dest)
         if option is not None:
-            vars(namespace).setdefault(_SPELT, {})[self.dest] = option
+            text = " ".join(values) if isinstance(values, list) else str(values)
+            _give(namespace, self.dest, option, f"{option} {text}")
         setattr(namespace, self.dest, values)
+
+
+class OnOff(argparse.BooleanOptionalAction):
+    """A flag `--this` or `--no-this`, of which one may be given, once."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if option is not None:
+            _give(namespace, self.dest, self.option_strings[0], option)
+        super().__call__(parser, namespace, values, option)
+
+
+def _give(namespace: argparse.Namespace, name: str, spelt: str, words: str) -> None:
+    vars(namespace).setdefault(_GIVEN, {}).setdefault(name, []).append((spelt, words))
+
+
+def _again(given: list[tuple[str, str]]) -> str:
+    words = [each for _, each in given]
+    return f"{given[0][0]} is given {len(given)} times: {' · '.join(words)}; it takes one value, give it once"
 
 
 def _between(low: float, high: float) -> str:

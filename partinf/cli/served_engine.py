@@ -10,7 +10,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from partinf.cli.flags import Flags
+from partinf.cli.flags import Flags, OnOff
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_REQUESTS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_engine_arguments(group: _Group) -> None:
     text = f"tokens per iteration: one of each sequence, the rest of prompts (default: {_DEFAULT_PROMPT_TOKENS} for prompts)"
     group.add_argument("--max-num-batched-tokens", metavar="N", help=text)
     sharing = "share KV pages of equal prompt beginnings (default: yes)"
-    group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None, help=sharing)
+    group.add_argument("--enable-prefix-caching", action=OnOff, default=None, help=sharing)
     lag = "steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)"
     group.add_argument("--lag", metavar="N", help=lag)
     group.add_argument("--max-waiting", metavar="N", help="requests that may wait, then 429 (default: 512)")

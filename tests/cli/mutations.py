@@ -18,6 +18,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.hardware.hardware_file import write_hardware
 from partinf.hardware.rates import CollectiveRate
 from partinf.planner.files import saved_plan
+from tests.cli.words import with_flags
 from tests.core.test_hardware_file import CHIP, RATES
 from tests.tpu_scripts.support import GOOD, to_toml
 
@@ -206,7 +207,8 @@ def command_line(rng: random.Random, experiment: Path) -> list[str]:
     command = rng.choice(("plan", "plan", "explain", "simulate", "simulate", "simulate", "run"))
     given, flags = COMMANDS[command]
     arguments = [command, *given, *([str(experiment)] if command == "run" else [])]
-    return arguments + [f"{flag}={rng.choice(flags[flag])}" for flag in rng.choices(list(flags), k=rng.choice((1, 1, 2, 3)))]
+    wrong = [f"{flag}={rng.choice(flags[flag])}" for flag in rng.choices(list(flags), k=rng.choice((1, 1, 2, 3)))]
+    return with_flags(arguments, *wrong)
 
 
 @dataclass

@@ -43,6 +43,7 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidInput) as error:
         found.check()
     assert error.value.offences == (
+        "--count is given 2 times: --count x · --count y; it takes one value, give it once",
         "--count y: a whole number is needed, at least 1",
         "--rate 0: a positive number is needed",
         "--kind bf61: valid: bf16, int8, f32; did you mean 'bf16'?",
@@ -51,12 +52,41 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_a_flag_that_is_given_again_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    found = flags("--count=3", "--count=4")
-    assert found.whole("count") == 4
-    found.check()
-    found.check()
-    assert capsys.readouterr().err == "partinf: note: --count was given more than once; 4 counts, 3 does not\n"
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", "--slice", "v5e:2x2", "--slice", "v5e:2x4"], "--slice is given 2 times: --slice v5e:2x2 · --slice v5e:2x4; it takes one"),
+        (["plan", "--slice", "v5e:2x2", "--batch", "8", "--batch", "8"], "--batch is given 2 times: --batch 8 · --batch 8"),
+        (
+            ["simulate", "--slice", "v5e:2x2", "--seed", "1", "--seed=2", "--seed=3"],
+            "given 3 times: --seed 1 · --seed 2 · --seed 3",
+        ),
+        (["explain", "--slice", "v5e:2x2", "--layout", "ws-1d", "--layout", "ws-2d"], "--layout is given 2 times"),
+        (["generate", "--prompt", "a", "--prompt", "b", "--max-len", "8", "--max-len", "9"], "--max-len is given 2 times"),
+        (["score", "--text", "a", "--text", "b", "--weights", "f32", "--weights", "bf16"], "--weights is given 2 times"),
+        (["serve", "--served-model-name", "a", "b", "--served-model-name", "c"], "--served-model-name a b · --served-model-name c"),
+        (["serve", "--enable-prefix-caching", "--no-enable-prefix-caching"], "--enable-prefix-caching · --no-enable-prefix-caching"),
+        (["bench", "--requests", "1", "--requests", "2"], "--requests is given 2 times"),
+    ],
+)
+def test_a_flag_of_one_value_that_is_given_again_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In every command; a flag that is a list (a prompt, a text) may be given as often as one likes."""
+    assert main([*words, "--model", "demo"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert any(said in line for line in lines), lines
+    assert not any("--prompt is" in line or "--text is" in line for line in lines)
+
+
+def test_what_calibrate_demo_prove_run_and_launch_are_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["calibrate", "--devices", "1", "--devices", "2"],
+        ["demo", "--seed", "1", "--seed", "2"],
+        ["prove", "--model", "demo", "--slice", "v5e:2x2", "--slice", "v5e:2x4"],
+        ["run", "experiment.toml", "--poll-seconds", "1", "--poll-seconds", "2"],
+        ["launch", "--plan", "a.toml", "--plan", "b.toml"],
+    ):
+        assert main(words) == 2, words
+        assert "is given 2 times" in capsys.readouterr().err, words
 
 
 def test_a_command_reads_all_its_flags_before_it_refuses_one(capsys: pytest.CaptureFixture[str]) -> None:

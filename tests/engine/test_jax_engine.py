@@ -28,6 +28,7 @@ from partinf.plans import Plan
 from partinf.simulation.report import LatencyBounds, Machine, RunReport
 from partinf.transformer.params import abstract_params
 from partinf.workload import DType
+from tests.cli.words import with_flags
 
 ESTIMATES = Estimates(first_iteration=lambda tokens: 0.01, decode=0.01)
 PROMPTS = [[3 + n, 5, 7, 9 + n] for n in range(8)]
@@ -121,18 +122,18 @@ def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path:
         "partinf.measure.estimates._page_seconds", lambda runner: 1e-6
     )  # on a busy machine computing again may seem cheaper
     swapping = ["--scheduler", "mlfq", "--eviction", "reactive", "--max-batch", "2", "--lengths", "fixed:6:20"]
-    assert main([*flags, *swapping, "--host-pages", "24", "--format", "json"]) == 0
+    assert main([*with_flags(flags, *swapping), "--host-pages", "24", "--format", "json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["requests"]["finished"] == 12
     assert figures["host_pages"] == 24
     counters = figures["counters"]  # a request may end while its pages are out, by the token that was in flight when they left
     assert counters["swapped_out_pages"] >= counters["swapped_in_pages"] > 0
     assert figures["compiled_while_serving"] == 0
-    assert main([*flags, *swapping]) == 2
+    assert main(with_flags(flags, *swapping)) == 2
     assert "--host-pages" in capsys.readouterr().err
     assert main([*flags, "--host-pages", "8"]) == 2
     assert "nothing is moved there" in capsys.readouterr().err
     assert main([*flags, "--eviction", "reactive", "--host-pages", "8"]) == 2
     assert "scheduler orca has no such choice" in capsys.readouterr().err
-    assert main([*flags, "--model", "llama-125m", "--ttft", "x"]) == 2
+    assert main([*with_flags(flags, "--model", "llama-125m"), "--ttft", "x"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2

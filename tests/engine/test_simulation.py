@@ -34,6 +34,7 @@ from partinf.simulation.serving_plan import Traffic, serving_plan
 from partinf.simulation.sizing import Sizing, cost_runner, sized_plan
 from partinf.simulation.step_price import Price, StepPrice
 from partinf.workload import Workload
+from tests.cli.words import with_flags
 from tests.engine.support import ROOMY, run_all
 
 GREEDY = RowSampling()
@@ -260,7 +261,7 @@ def test_simulate_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert (tmp_path / "t.json").exists()
     assert main(flags) == 0
     assert "time to first token" in capsys.readouterr().out
-    assert main([*flags, "--scheduler", "mlfk", "--alpha-ms", "soon", "--max-batch", "-3"]) == 2
+    assert main([*with_flags(flags, "--scheduler", "mlfk"), "--alpha-ms", "soon", "--max-batch", "-3"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 

@@ -18,6 +18,7 @@ from partinf.planner.curves import front
 from partinf.planner.files import plan_from_toml
 from partinf.planner.show.work import by_work
 from partinf.workload import Workload
+from tests.cli.words import with_flags
 
 PALM = ["--model", "palm-540b", "--slice", "v4:4x4x4", "--batch", "64", "--weights", "int8"]
 DECODE = [*PALM, "--phase", "decode", "--context", "2048"]
@@ -157,7 +158,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(capsys: pytest.CaptureFixture[str], name: str) -> None:
     flags, words = BAD[name]
-    assert main(["plan", *DECODE, *flags]) == 2
+    assert main(["plan", *with_flags(DECODE, *flags)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert words in lines[0]
@@ -165,7 +166,7 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], name: str) -> None:
 
 def test_all_offences_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [flag for name in ("unknown model", "impossible slice", "batch 0", "negative context", "unknown type") for flag in BAD[name][0]]
-    assert main(["plan", *DECODE, *flags]) == 2
+    assert main(["plan", *with_flags(DECODE, *flags)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 5
 
 
@@ -173,10 +174,10 @@ def test_explain_says_how_heads_are_padded(capsys: pytest.CaptureFixture[str]) -
     flags = ["--slice", "v4:4x4x4", "--phase", "decode", "--batch", "64", "--context", "2048", "--layout", "ws-2d"]
     assert main(["explain", "--model", "palm-62b", *flags]) == 0
     assert "query heads are padded from 32 to 64: 8590 M parameters more (13.7%)" in capsys.readouterr().out
-    assert main(["explain", "--model", "palm-540b", *flags, "--batch", "32"]) == 0
+    assert main(["explain", "--model", "palm-540b", *with_flags(flags, "--batch", "32")]) == 0
     found = capsys.readouterr()
     assert "padded from 48 to 64" in found.out
-    assert found.err == "partinf: note: --batch was given more than once; 32 counts, 64 does not\n"
+    assert found.err == ""
 
 
 def test_lengths_beyond_the_models_context_are_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +191,7 @@ def test_lengths_beyond_the_models_context_are_said(capsys: pytest.CaptureFixtur
 
 def test_what_no_layout_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "palm-540b", "--slice", "cpu:5", "--phase", "decode", "--context", "8"]) == 0
-    assert main(["explain", *DECODE, "--slice", "v5e:4x4", "--layout", "ws-2d"]) == 2
+    assert main(["explain", *with_flags(DECODE, "--slice", "v5e:4x4"), "--layout", "ws-2d"]) == 2
     assert re.search(r"axis 'z' is no axis of v5e:4x4", capsys.readouterr().err)
 
 
