@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pod_checkout  # noqa: F401 – what is imported next imports partinf
 from pod_commands import EXPIRES_LABEL, Executor, Gcloud, Interrupted, Recorder, Runner, Signals, delete_machine, list_machines
 from pod_cost import estimate
 from pod_description import Description, read_description
@@ -28,8 +29,7 @@ from pod_life import Pod, Preempted, StepFailed, create, launch
 
 from partinf.foundation import documents
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.planner.files import plan_from_toml
-from partinf.plans import Plan
+from partinf.planner.files import SavedPlan
 
 STEPS = ("create", "wait", "sync", "setup", "start", "watch", "fetch", "delete")
 ACTIONS = {
@@ -61,14 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pod.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("action", choices=ACTIONS, metavar="ACTION", help="; ".join(f"{name}: {what}" for name, what in ACTIONS.items()))
     parser.add_argument("description", type=Path, metavar="FILE", help="the description, a TOML file")
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="a saved plan: gives type and command, and is sent along")
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="a saved plan: gives the type, is sent along, and is served where there is no command"
+    )
     add_options(parser)
     args = parser.parse_args(argv)
     try:
-        plan_text, plan = read_plan(args.plan)
+        planned = read_plan(args.plan)
         text = read_text(args.description, "description")
-        description = read_description(text, str(args.description), args.description.resolve().parent, plan)
-        return perform(options_of(args, args.action), description, plan_text)
+        description = read_description(text, str(args.description), args.description.resolve().parent, planned)
+        return perform(options_of(args, args.action), description, planned)
     except InvalidInput as error:
         for offence in error.offences:
             print(f"pod.py: error: {offence}", file=sys.stderr)
@@ -92,15 +94,12 @@ def options_of(args: argparse.Namespace, action: str) -> Options:
     return Options(action, args.run_id, args.output, args.prices, args.dry_run, args.yes, args.poll_seconds)
 
 
-def read_plan(path: Path | None) -> tuple[str | None, Plan | None]:
-    """The text of a saved plan, and the plan."""
-    if path is None:
-        return None, None
-    text = read_text(path, "plan")
-    return text, plan_from_toml(text, str(path))
+def read_plan(path: Path | None) -> SavedPlan | None:
+    """A saved plan."""
+    return None if path is None else SavedPlan.of(read_text(path, "plan"), str(path))
 
 
-def perform(options: Options, description: Description, plan_text: str | None = None) -> int:
+def perform(options: Options, description: Description, planned: SavedPlan | None = None) -> int:
     """Carry out one action and return the exit code.
 
     Raises:
@@ -109,9 +108,10 @@ def perform(options: Options, description: Description, plan_text: str | None = 
     _check(options)
     if options.action == "check":
         return _say_what(description, options)
+    plan_text = None if planned is None else planned.text
     run_id = options.run_id or time.strftime("%y%m%d-%H%M%S", time.gmtime())
     if options.action == "manifest":
-        print(json.dumps(manifest(description, run_id), indent=2))
+        print(json.dumps(manifest(description, run_id, plan_text), indent=2))
         return 0
     signals = Signals()
     runner: Runner = Recorder() if options.dry_run else Executor(signals=signals)
@@ -123,7 +123,7 @@ def perform(options: Options, description: Description, plan_text: str | None = 
     try:
         with signals.handled():
             if options.action == "gke":
-                return run_jobset(description, run_id, runner, signals, output, options.poll_seconds)
+                return run_jobset(description, run_id, runner, signals, output, options.poll_seconds, plan_text)
             return _on_machine(options, description, run_id, runner, signals, output, plan_text)
     except Interrupted:
         print("pod: interrupted", file=sys.stderr)

@@ -21,7 +21,6 @@ from pod_description import Description
 
 WORKER_SCRIPT = "partinf_worker.sh"
 SOURCE = "partinf-source.tar.gz"
-PLAN = "partinf-plan.toml"
 RUN_LABEL = "partinf-run"
 EXPIRES_LABEL = "partinf-expires"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -14,12 +15,15 @@ from pod_types import TpuType, parse_type, type_of_slice
 from partinf.foundation import documents
 from partinf.foundation.documents import shown
 from partinf.foundation.errors import InvalidInput, collect, nearest, raise_offences
+from partinf.planner.files import SavedPlan
+from partinf.planner.show.commands import serve_command, ships_weights, unservable
 from partinf.plans import Plan
 
+PLAN = "partinf-plan.toml"  # the name of a plan that is sent along, in the directory where the command runs
 # TPU images carry a Python that may be older than partinf needs, hence uv; libtpu comes with the extra.
 SETUP = (
     "python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv && "
-    "python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'"
+    "python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,serve]'"
 )
 REQUIRED = ("name", "project", "zone", "type", "time_to_live", "command")
 WHY = {
@@ -33,11 +37,16 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class Gke:
-    """What a JobSet needs beside the description: a container image that holds partinf, and the cluster it goes to."""
+    """What a JobSet needs beside the description: a container image that holds partinf, and the cluster it goes to.
+
+    Attributes:
+        service_account: of Kubernetes, which may read the bucket that a model lies in.
+    """
 
     image: str = ""
     context: str = ""
     namespace: str = "default"
+    service_account: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Description:
         setup: the argument list that prepares the synced checkout, once per worker and commit.
         repository: the git checkout whose `commit` is sent.
         confirm_above_chips: a larger slice needs a confirmation.
+        serves: whether `command` is the one that serves the plan.
+        bucket, weights: where the served model lies, if in Cloud Storage: the bucket, and the folder in it.
     """
 
     name: str
@@ -71,13 +82,29 @@ class Description:
     commit: str = "HEAD"
     confirm_above_chips: int = 16
     gke: Gke = field(default_factory=Gke)
+    serves: bool = False
+    bucket: str = ""
+    weights: str = ""
+
+    @property
+    def weights_here(self) -> str:
+        """Where `setup` puts a model of a bucket: in the checkout."""
+        return local_weights(self.weights)
 
 
-_KEYS = ({key.name for key in fields(Description)} - {"tpu"}) | {"type", "topology"}
+_KEYS = ({key.name for key in fields(Description)} - {"tpu", "serves", "bucket", "weights"}) | {"type", "topology", "model"}
+_BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])/([^/\s]+(?:/[^/\s]+)*)/?")
 
 
-def read_description(text: str, where: str, folder: Path, plan: Plan | None = None, command: Sequence[str] | None = None) -> Description:
-    """Read a description; with a plan, `type` and `command` may be left out and `type` must be the plan's slice.
+def local_weights(path: str) -> str:
+    """Where a folder of a bucket is copied to, in the checkout."""
+    return f"weights/{path.rpartition('/')[2]}"
+
+
+def read_description(
+    text: str, where: str, folder: Path, planned: SavedPlan | None = None, command: Sequence[str] | None = None
+) -> Description:
+    """Read a description; with a plan, `type` may be left out and must be the plan's slice, and without a `command` the plan is served.
 
     Args:
         command: stands in place of the description's own.
@@ -90,9 +117,16 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
     table = {key: value for key, value in table.items() if key in _KEYS}
     if command is not None:
         table["command"] = list(command)
-    if plan is not None:
-        collect(offences, lambda: _fill_from_plan(table, plan))
-    missing = [key for key in REQUIRED if table.get(key) in (None, "", []) and not (key == "type" and plan)]
+    plan, serves = None if planned is None else planned.plan, planned is not None and "command" not in table
+    if planned is not None:
+        collect(offences, lambda: _take_type(table, planned.plan))
+    offences += _model_offences(table, planned)
+    bucket, weights = _in_bucket(table)
+    if planned is not None and serves and "model" in table:
+        model = local_weights(weights) if weights else table["model"]
+        table["command"] = ["python", "-m", *serve_command(PLAN, planned.plan, planned.workload, model or None)]
+        table["command"] += ["--served-model-name", planned.plan.model.name] if model else []
+    missing = [key for key in REQUIRED if table.get(key) in (None, "", []) and not (key in ("type", "command") and plan)]
     offences += [f"'{key}' is missing{': ' + WHY[key] if key in WHY else ''}" for key in missing]
     offences += _name_offences(table) + _scalar_offences(table)
     times: dict[str, Any] = {}
@@ -100,6 +134,8 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
         if table.get(key) not in (None, ""):
             times[key] = collect(offences, partial(_seconds, key, table[key]))
     lists: dict[str, Any] = {key: tuple(table[key]) for key in ("command", "setup") if _is_argument_list(table, key, offences)}
+    if weights:
+        lists["setup"] = _with_weights(lists.get("setup", Description.setup), f"gs://{bucket}/{weights}")
     gke = collect(offences, lambda: _gke(table.get("gke", {})))
     tpu = None
     if table.get("type") and all(isinstance(table.get(key, ""), str) for key in ("type", "topology")):
@@ -113,19 +149,47 @@ def read_description(text: str, where: str, folder: Path, plan: Plan | None = No
     rest: dict[str, Any] = {key: table[key] for key in simple if key in table}
     runtime = table.get("runtime", tpu.cloud.runtime)
     repository = (folder / table.get("repository", ".")).resolve()
-    return Description(tpu=tpu, runtime=runtime, repository=repository, gke=gke, **rest, **times, **lists)
+    return Description(
+        tpu=tpu, runtime=runtime, repository=repository, gke=gke, serves=serves, bucket=bucket, weights=weights, **rest, **times, **lists
+    )
 
 
-def _fill_from_plan(table: dict[str, Any], plan: Plan) -> None:
-    if "command" not in table:
-        arguments = ["--model", plan.model.name, "--slice", plan.slice.name, "--mesh", plan.slice.mesh, "--layout", "partinf-plan.toml"]
-        kinds = ["--weights", plan.weights.value, "--kv", plan.kv.value]
-        table["command"] = ["python", "-m", "partinf", "simulate", *arguments, *kinds, "--format", "json"]
+def _take_type(table: dict[str, Any], plan: Plan) -> None:
     if "type" not in table:
         tpu = type_of_slice(plan.slice)
         table["type"] = tpu.name
         if not tpu.default_topology:
             table["topology"] = tpu.topology
+
+
+def _model_offences(table: dict[str, Any], planned: SavedPlan | None) -> list[str]:
+    """What is wrong with `model`, or with its absence; where the plan is to be served and nothing is, `model` is there, empty for where the
+    plan says."""
+    given = table.get("model", "")
+    if not isinstance(given, str):
+        return []
+    if "command" in table or planned is None:
+        return [f"model '{given}': it belongs to a plan that is served; a 'command' says all itself"] if "model" in table else []
+    if reason := unservable(planned.plan):
+        return [f"'command' is missing: what every worker runs; the plan cannot be served, because {reason}"]
+    if not given and not ships_weights(planned.model):
+        where = "gs://BUCKET/FOLDER, or a directory of the workers"
+        return [f"'model' is missing: where the weights of {planned.plan.model.name} lie that are to be served, {where}; or a 'command'"]
+    if given.startswith("gs:") and _BUCKET.fullmatch(given) is None:
+        return [f"model = {shown(given)}: expected gs://BUCKET/FOLDER"]
+    table["model"] = given
+    return []
+
+
+def _in_bucket(table: dict[str, Any]) -> tuple[str, str]:
+    """Bucket and folder of the model, where it lies in one; what is no such place has its own line."""
+    match = _BUCKET.fullmatch(table["model"]) if isinstance(table.get("model"), str) else None
+    return ("", "") if match is None else (match[1], match[2])
+
+
+def _with_weights(setup: Sequence[str], url: str) -> tuple[str, ...]:
+    """What prepares the checkout, and then copies a folder of a bucket into it."""
+    return ("bash", "-c", f"{shlex.join(setup)} && mkdir -p weights && gcloud storage cp --recursive {shlex.quote(url)} weights/")
 
 
 def _name_offences(table: dict[str, Any]) -> list[str]:
@@ -140,7 +204,7 @@ def _name_offences(table: dict[str, Any]) -> list[str]:
 
 def _scalar_offences(table: dict[str, Any]) -> list[str]:
     kinds = {"spot": bool, "retries": int, "confirm_above_chips": int, "commit": str, "repository": str, "runtime": str, "type": str}
-    kinds |= {"topology": str, "name": str, "project": str, "zone": str}
+    kinds |= {"topology": str, "name": str, "project": str, "zone": str, "model": str}
     wrong = [key for key, kind in kinds.items() if table.get(key) is not None and type(table[key]) is not kind]
     offences = [f"{key} = {shown(table[key])}: expected {kinds[key].__name__}" for key in wrong]
     if "retries" not in wrong and not 0 <= table.get("retries", 0) <= 20:

@@ -15,12 +15,16 @@ from typing import Any
 
 from pod_commands import Command, Runner, Signals
 from pod_deletion import Deletion, say
-from pod_description import Description
+from pod_description import PLAN, Description
 from pod_failures import reason
 
 from partinf.foundation.errors import raise_offences
 
 _POLLS_WITHOUT_ANSWER = 10
+_PORT = 8000
+_PLAN_KEY, _PLAN_FOLDER, _WEIGHTS_FOLDER = "partinf/plan", "/partinf", "/weights"
+# All pods of a slice are made alike and process 0 alone has clients: the others are ready at once.
+_READY = f"""test "$JOB_COMPLETION_INDEX" != 0 || python -c 'import urllib.request as r; r.urlopen("http://127.0.0.1:{_PORT}/health")'"""
 # What kubectl says of a JobSet that it has not sent, or that the cluster did not take.
 _REFUSED = re.compile(
     r"no context|context .* does not exist|logged in|Unauthorized|Forbidden|no matches for kind|error validating|is invalid|no such host"
@@ -29,36 +33,59 @@ _REFUSED = re.compile(
 )
 
 
-def manifest(description: Description, run_id: str) -> dict[str, Any]:
+def manifest(description: Description, run_id: str, plan: str | None = None) -> dict[str, Any]:
     """A JobSet of one slice: one pod per host.
+
+    The plan is an annotation of the pods, which a volume shows as a file in the directory where the command runs: so the JobSet is the one
+    object to make and to delete.
+
+    Args:
+        plan: the text of a saved plan that is sent along.
 
     Raises:
         InvalidInput: no image is given.
     """
     raise_offences(["'gke.image' is missing: a container image that holds partinf"] if not description.gke.image else [])
-    tpu = description.tpu
+    tpu, gke = description.tpu, description.gke
     select = {
         "cloud.google.com/gke-tpu-accelerator": tpu.cloud.gke_accelerator,
         "cloud.google.com/gke-tpu-topology": tpu.topology,
     }
     if description.spot:
         select["cloud.google.com/gke-spot"] = "true"
-    container = {
+    words = [*description.command, *(("--host", "0.0.0.0", "--port", str(_PORT)) if description.serves else ())]
+    container: dict[str, Any] = {
         "name": "worker",
-        "image": description.gke.image,
-        "command": list(description.command),
+        "image": gke.image,
+        "command": words,
         "env": [{"name": "PARTINF_RUN_ID", "value": run_id}],
         # The first is how the hosts of a slice find each other, the second the coordinator of jax.distributed.
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        "ports": [{"containerPort": port} for port in (8471, 8482, *((_PORT,) if description.serves else ()))],
         "resources": {"requests": {"google.com/tpu": tpu.chips_per_host}, "limits": {"google.com/tpu": tpu.chips_per_host}},
     }
-    pod = {"restartPolicy": "Never", "nodeSelector": select, "containers": [container]}
+    pod: dict[str, Any] = {"restartPolicy": "Never", "nodeSelector": select, "containers": [container]}
+    annotations: dict[str, str] = {}
+    if description.serves:
+        container["readinessProbe"] = {"exec": {"command": ["sh", "-c", _READY]}, "periodSeconds": 10, "timeoutSeconds": 5}
+    if plan is not None:
+        annotations[_PLAN_KEY] = plan
+        file = {"path": PLAN, "fieldRef": {"fieldPath": f"metadata.annotations['{_PLAN_KEY}']"}}
+        _mount(pod, {"name": "plan", "downwardAPI": {"items": [file]}}, _PLAN_FOLDER)
+        container["workingDir"] = _PLAN_FOLDER
+    if description.bucket:  # it is read in place
+        container["command"] = [f"{_WEIGHTS_FOLDER}/{description.weights}" if word == description.weights_here else word for word in words]
+        annotations["gke-gcsfuse/volumes"] = "true"
+        attributes = {"bucketName": description.bucket, "mountOptions": "implicit-dirs"}
+        source = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
+        _mount(pod, {"name": "weights", "csi": source}, _WEIGHTS_FOLDER)
+    if gke.service_account:
+        pod["serviceAccountName"] = gke.service_account
     job = {
         "parallelism": tpu.num_hosts,
         "completions": tpu.num_hosts,
         "backoffLimit": 0,
         "activeDeadlineSeconds": description.time_to_live,
-        "template": {"spec": pod},
+        "template": {**({"metadata": {"annotations": annotations}} if annotations else {}), "spec": pod},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -77,6 +104,13 @@ def manifest(description: Description, run_id: str) -> dict[str, Any]:
     }
 
 
+def _mount(pod: dict[str, Any], volume: dict[str, Any], path: str) -> None:
+    """Let the pod's container see a volume, read only."""
+    pod.setdefault("volumes", []).append(volume)
+    mount = {"name": volume["name"], "mountPath": path, "readOnly": True}
+    pod["containers"][0].setdefault("volumeMounts", []).append(mount)
+
+
 def run_jobset(
     description: Description,
     run_id: str,
@@ -84,6 +118,7 @@ def run_jobset(
     signals: Signals,
     output: Path,
     poll_seconds: float = 20.0,
+    plan: str | None = None,
     now: Callable[[], float] = time.time,
 ) -> int:
     """Apply the manifest, wait for its end, keep the logs, delete it; 0 when it completed.
@@ -92,7 +127,7 @@ def run_jobset(
         InvalidInput: no image or no cluster is given.
     """
     raise_offences(["'gke.context' is missing: the kubectl context of the cluster"] if not description.gke.context else [])
-    content = json.dumps(manifest(description, run_id), indent=2) + "\n"
+    content = json.dumps(manifest(description, run_id, plan), indent=2) + "\n"
     file = output / "jobset.json"
     if not runner.dry:
         output.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pod_checkout import HERE
-from pod_commands import PLAN, SOURCE, WORKER_SCRIPT, Command, Done, Gcloud, Runner, archive
+from pod_commands import SOURCE, WORKER_SCRIPT, Command, Done, Gcloud, Runner, archive
 from pod_deletion import Deletion, say
-from pod_description import Description
+from pod_description import PLAN, Description
 from pod_failures import EXISTS, Left, classify, classify_text, reason, unreachable
 
 COPY_ATTEMPTS = 3

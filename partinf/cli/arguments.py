@@ -40,17 +40,19 @@ def read_saved_plan(flags: Flags) -> Plan | None:
             flags.offences.append("--model is missing: a model, or --plan FILE, a saved plan that names one")
         return None
     from partinf.foundation import documents
-    from partinf.planner.files import model_named, saved_plan
+    from partinf.planner.files import SavedPlan
 
     for name in ("slice", "mesh", "layout", "weights", "kv"):
         if flags.given(name):
             flags.refuse(name, f"--plan {args.plan} says that already; leave one of them out")
-    text = flags.collect(lambda: documents.read_text(Path(args.plan), f"plan {args.plan}", documents.TOML_BYTES))
-    found = None if text is None else flags.collect(lambda: saved_plan(text, args.plan, args.model, args.hardware))
-    if text is None or found is None:
+    where = f"plan {args.plan}"
+    found = flags.collect(
+        lambda: SavedPlan.of(documents.read_text(Path(args.plan), where, documents.TOML_BYTES), args.plan, args.model, args.hardware)
+    )
+    if found is None:
         return None
-    args.model = args.model or model_named(text, args.plan)
-    return found[0]
+    args.model = args.model or found.model
+    return found.plan
 
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:

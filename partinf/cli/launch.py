@@ -1,4 +1,4 @@
-"""Run a saved plan on a TPU slice: the pod scripts of this checkout, driven by a plan and a description.
+"""Serve a saved plan on a TPU slice, or run another command there: the pod scripts of this checkout, driven by plan and description.
 
 The work is done by `tpu_scripts/`, which is no part of the package: launching sends a commit of a checkout, so it needs one.
 """
@@ -18,7 +18,7 @@ from partinf.foundation.limits import MAX_SECONDS
 if TYPE_CHECKING:
     from partinf.plans import Plan
 
-# What a dry run of a plan alone shows in place of what only a description can say.
+# What a dry run of a plan alone shows in place of what only a description can say; where the weights lie comes to that.
 _PLACEHOLDERS = {"project": "your-project", "zone": "your-zone1-a", "time_to_live": "1h"}
 
 
@@ -48,17 +48,24 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput("--description is missing: a plan does not say which project pays, where and for how long; or pass --dry-run")
     sys.path.insert(0, str(folder))
     pod: Any = importlib.import_module("pod")
-    text, plan = pod.read_plan(args.plan)
+    planned = pod.read_plan(args.plan)
     if args.description is not None:
         content, where, beside = pod.read_text(args.description, "description"), str(args.description), args.description.resolve().parent
     else:
-        content, where, beside = _placeholder(plan), str(args.plan), folder.parent
-        print(f"partinf: placeholders for {', '.join(_PLACEHOLDERS)}: a --description gives them", file=sys.stderr)
-    description = pod.read_description(content, where, beside, plan)
-    return int(pod.perform(pod.options_of(args, "manifest" if args.manifest else "launch"), description, text))
+        placeholders = _placeholders(planned)
+        lines = [f'{key} = "{value}"' for key, value in {"name": _name(planned.plan), **placeholders}.items()]
+        content, where, beside = "\n".join([*lines, "[gke]", 'image = "your-image"', ""]), str(args.plan), folder.parent
+        print(f"partinf: placeholders for {', '.join(placeholders)}: a --description gives them", file=sys.stderr)
+    description = pod.read_description(content, where, beside, planned)
+    return int(pod.perform(pod.options_of(args, "manifest" if args.manifest else "launch"), description, planned))
 
 
-def _placeholder(plan: Plan) -> str:
-    name = re.sub(r"[^a-z0-9]+", "-", f"run-{plan.model.name}".lower())[:30].strip("-")
-    lines = [f'{key} = "{value}"' for key, value in {"name": name, **_PLACEHOLDERS}.items()]
-    return "\n".join([*lines, "[gke]", 'image = "your-image"', ""])
+def _placeholders(planned: Any) -> dict[str, str]:
+    from partinf.planner.show.commands import ships_weights, unservable
+
+    elsewhere = not ships_weights(planned.model) and unservable(planned.plan) is None
+    return _PLACEHOLDERS | ({"model": f"path/to/{planned.plan.model.name}"} if elsewhere else {})
+
+
+def _name(plan: Plan) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"run-{plan.model.name}".lower())[:30].strip("-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from partinf.foundation.documents import Table
@@ -57,10 +58,24 @@ def plan_from_toml(text: str, where: str) -> Plan:
     return saved_plan(text, where)[0]
 
 
-def model_named(text: str, where: str) -> str | None:
-    """How a layout file names its model; None where it names none."""
-    found: str | None = layout_from_toml(text, where)[1].get("model")
-    return found
+@dataclass(frozen=True)
+class SavedPlan:
+    """A layout file that names its model and slice.
+
+    Attributes:
+        text: of the file. workload: that the plan was chosen for. model: by which name or path it was planned.
+    """
+
+    text: str
+    plan: Plan
+    workload: Workload
+    model: str
+
+    @classmethod
+    def of(cls, text: str, where: str, model: str | None = None, hardware: str | None = None) -> SavedPlan:
+        """As `saved_plan`."""
+        plan, workload = saved_plan(text, where, model, hardware)
+        return cls(text, plan, workload, layout_from_toml(text, where)[1]["model"])
 
 
 def saved_plan(text: str, where: str, model: str | None = None, hardware: str | None = None) -> tuple[Plan, Workload]:

@@ -1,11 +1,23 @@
-"""The README's ten lines of library use do what they say."""
+"""What README and docs/ say can be done: the library's ten lines run, commands have the flags that they are given, the files that are named
+exist, and every page opens with commands that work."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from partinf.cli import dispatch, main
+from partinf.cli.flags import Flags
+from partinf.cli.model_place import ModelPlace
+from partinf.cli.served_engine import ServedEngine
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+READ = [ROOT / "README.md", *PAGES, ROOT / "tpu_scripts" / "README.md"]
 
 
 def test_the_library_example_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,9 +30,56 @@ def test_the_library_example_runs(root: Path, capsys: pytest.CaptureFixture[str]
     assert streamed.split() == ["h", "e", "y"]
 
 
-def test_every_file_that_the_readme_names_exists(root: Path) -> None:
-    text = (root / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#]+)\)", text)
-    folders = re.findall(r"`((?:partinf|models|layouts|experiments|tpu_scripts)/[a-z_/.0-9]*)`", text)
-    assert len(links) + len(folders) > 8
-    assert [name for name in links + folders if not (root / name).exists()] == []
+@pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    folders = re.findall(r"`((?:partinf|models|layouts|experiments|tpu_scripts|tests)/[a-z_/.0-9]*)`", text)
+    assert [name for name in links if not (page.parent / name).exists()] == []
+    assert [name for name in folders if not (ROOT / name).exists()] == []
+
+
+def blocks(text: str) -> Iterator[str]:
+    """What stands between fences, but for files of other languages."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if language == "":
+            yield block
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    """The partinf commands in it, without what they are piped into."""
+    for line in block.replace("\\\n", " ").splitlines():
+        if (line := line.strip().removeprefix("$ ")).startswith("partinf "):
+            words = shlex.split(line, comments=True)
+            yield words[1 : next((at for at, word in enumerate(words) if word in ("|", "&", ">")), len(words))]
+
+
+@pytest.mark.parametrize("page", READ, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_has_the_flags_that_it_is_given(page: Path) -> None:
+    found = [words for block in blocks(page.read_text()) for words in commands(block)]
+    assert found
+    for words in found:
+        dispatch._parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_page_opens_with_commands_that_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are run one after the other; what would serve is read and planned for, which is all that comes before devices."""
+    monkeypatch.chdir(tmp_path)
+    if not (ROOT / ".git").exists():
+        pytest.skip("launching sends a commit of the checkout, and this is none")
+    first = list(commands(next(blocks(page.read_text()))))
+    assert first
+    for words in first:
+        if words[0] != "serve":
+            assert main(words) == 0
+            continue
+        flags = Flags(dispatch._parse(words))
+        assert ServedEngine.read(flags).plan(ModelPlace(flags, runs=False)).buckets
+
+
+def test_the_recipes_are_there() -> None:
+    """One host, four hosts of a slice, Kubernetes and GPUs, each linked from the README."""
+    text = (ROOT / "README.md").read_text()
+    for page in ("serve-one-host", "serve-v5e-16", "serve-gke", "serve-gpus"):
+        assert f"(docs/{page}.md)" in text

@@ -253,15 +253,33 @@ class Cloud:
             raise Refused("no matches for kind")
         job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
         container = job["template"]["spec"]["containers"][0]
+        folder = self._working_directory(job["template"], container)
         environment = {**os.environ, **{pair["name"]: pair["value"] for pair in container["env"]}}
         done = [
-            subprocess.run(container["command"], env=environment, capture_output=True, text=True, cwd=HOME)
+            subprocess.run(container["command"], env=environment, capture_output=True, text=True, cwd=folder)
             for _ in range(job["completions"])
         ]
         logs = "".join(f"[pod/{number}] {line}\n" for number, pod in enumerate(done) for line in pod.stdout.splitlines())
         state = "Failed" if any(pod.returncode for pod in done) else "Completed"
         self.state["jobsets"][jobset["metadata"]["name"]] = {"state": state, "logs": logs}
         return 0
+
+    @staticmethod
+    def _working_directory(template: dict, container: dict) -> str:
+        """Where the container's command runs, with the annotations that a volume shows there as files."""
+        import re
+
+        if "workingDir" not in container:
+            return HOME
+        folder = f"{HOME}/pod{container['workingDir']}"
+        os.makedirs(folder, exist_ok=True)
+        mounted = {mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == container["workingDir"]}
+        for volume in template["spec"]["volumes"]:
+            for item in volume.get("downwardAPI", {}).get("items", []) if volume["name"] in mounted else []:
+                key = re.fullmatch(r"metadata\.annotations\['(.+)'\]", item["fieldRef"]["fieldPath"])
+                with open(f"{folder}/{item['path']}", "w") as file:
+                    file.write(template["metadata"]["annotations"][key[1]])
+        return folder
 
     def _kube_get(self) -> int:
         print(self._jobset(self.places[1])["state"], end="")

@@ -50,12 +50,65 @@ def test_a_plan_alone_gives_a_manifest_and_does_not_run(plan: Path, cloud, capsy
     assert cloud.calls == []
 
 
-def test_a_plan_gives_type_and_command_and_its_slice_must_be_the_types(plan: Path, cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_gives_the_type_and_is_served_and_its_slice_must_be_the_types(plan: Path, cloud, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--plan", str(plan), "--dry-run", "--description"]
     assert main(["launch", *flags, str(cloud.describe(type=None, command=None))]) == 0
-    assert "python -m partinf simulate --model demo --slice v4:2x2x2" in capsys.readouterr().out
+    served = "python -m partinf serve --plan partinf-plan.toml --max-num-seqs 8 --max-model-len 24 --multi-host'"
+    assert served in capsys.readouterr().out
+    assert main(["launch", *flags, str(cloud.describe(type=None, command=None, model="/weights/mine"))]) == 0
+    said = capsys.readouterr().out
+    assert "serve --plan partinf-plan.toml --model /weights/mine --max-num-seqs 8" in said
+    assert "--served-model-name demo" in said
     assert main(["launch", *flags, str(cloud.describe(type="v4-8"))]) == 2
     assert "type 'v4-8' is v4:2x2x1, but the plan is for v4:2x2x2" in capsys.readouterr().err
+
+
+def test_a_model_of_a_bucket_is_copied_to_the_workers_and_read_in_place_by_pods(
+    plan: Path, cloud, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = {"type": None, "command": None, "gke": {"image": "an/image:1"}}
+    flags = ["--plan", str(plan), "--description", str(cloud.describe(**described, model="gs://my-bucket/models/llama/"))]
+    assert main(["launch", *flags, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (setup,) = [line for line in lines if "partinf_worker.sh setup" in line]
+    assert "mkdir -p weights && gcloud storage cp --recursive gs://my-bucket/models/llama weights/" in setup
+    assert "echo prepared >> prepared" in setup  # the description's own
+    assert any("serve --plan partinf-plan.toml --model weights/llama --max-num-seqs 8" in line for line in lines)
+    assert main(["launch", *flags, "--manifest"]) == 0
+    pod = json.loads(capsys.readouterr().out)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    words = pod["spec"]["containers"][0]["command"]
+    assert words[words.index("--model") + 1] == "/weights/models/llama"
+    (volume,) = [volume for volume in pod["spec"]["volumes"] if "csi" in volume]
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+    assert pod["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    assert main(["launch", "--plan", str(plan), "--description", str(cloud.describe(**described, model="gs://my-bucket"))]) == 2
+    assert "model = 'gs://my-bucket': expected gs://BUCKET/FOLDER" in capsys.readouterr().err
+    assert cloud.calls == []
+
+
+def test_no_machine_is_paid_for_without_something_to_run(cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither for a simulation, nor for a model whose weights nobody can find."""
+    plans = {}
+    for model in ("llama-3-8b", "palm-8b"):
+        plans[model] = tmp_path / f"{model}.toml"
+        flags = ["--slice", "v5e-16", "--phase", "decode", "--batch", "8", "--context", "64", "--format", "json"]
+        assert main(["plan", "--model", model, *flags, "--save", str(plans[model])]) == 0
+    capsys.readouterr()
+    here = ["--description", str(cloud.describe(type=None, command=None))]
+    assert main(["launch", "--plan", str(plans["llama-3-8b"]), *here]) == 2
+    assert "'model' is missing: where the weights of llama-3-8b lie that are to be served" in capsys.readouterr().err
+    for more in (here, ["--dry-run"], ["--manifest"]):
+        assert main(["launch", "--plan", str(plans["palm-8b"]), *more]) == 2
+        said = capsys.readouterr().err
+        assert "'command' is missing: what every worker runs; the plan cannot be served, because weights of palm-8b" in said
+    both = cloud.describe(type=None, model="/weights", wait="x")
+    assert main(["launch", "--plan", str(plans["llama-3-8b"]), "--description", str(both)]) == 2
+    said = capsys.readouterr().err
+    assert "model '/weights': it belongs to a plan that is served" in said
+    assert "wait = 'x'" in said
+    assert main(["launch", "--plan", str(plans["llama-3-8b"]), "--description", str(cloud.describe(type=None, command=None, model=3))]) == 2
+    assert "model = 3: expected str" in capsys.readouterr().err
+    assert cloud.calls == []
 
 
 def test_a_plan_for_what_is_no_tpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

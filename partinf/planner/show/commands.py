@@ -19,21 +19,26 @@ def unservable(plan: Plan) -> str | None:
     return None if plan.model.family else f"weights of {plan.model.name} come in no form that is read"
 
 
-def has_weights(model: str) -> bool:
-    """Whether a model by name or path comes with weights."""
-    return is_directory(model) or resources.find("models", model).is_dir()
+def ships_weights(model: str) -> bool:
+    """Whether a model is one that comes with weights wherever partinf is installed."""
+    return not is_directory(model) and resources.find("models", model).is_dir()
 
 
-def serve_command(file: str, plan: Plan, workload: Workload, model: str) -> list[str]:
+def serve_command(file: str, plan: Plan, workload: Workload, model: str | None = None) -> list[str]:
     """`serve` of a saved plan, with as many sequences and as long a context as it was made for. On a slice of several hosts each runs it.
 
     Args:
-        file: of the plan. model: the name or path by which it was planned; where that has no weights, `path/to/…` stands for a directory.
+        file: of the plan. model: where the model lies, if not where the plan says.
     """
-    cloud = plan.slice.chip.cloud
-    several = ["--multi-host"] if cloud is not None and cloud.num_hosts(plan.slice.num_chips) > 1 else []
-    where = [] if has_weights(model) else ["--model", f"path/to/{plan.model.name}"]
+    where = [] if model is None else ["--model", model]
+    several = ["--multi-host"] if num_hosts(plan) > 1 else []
     return ["partinf", "serve", "--plan", file, *where, *_size(plan.model, workload), *several]
+
+
+def num_hosts(plan: Plan) -> int:
+    """Virtual machines of the plan's slice in the cloud."""
+    cloud = plan.slice.chip.cloud
+    return 1 if cloud is None else cloud.num_hosts(plan.slice.num_chips)
 
 
 def simulate_command(file: str, plan: Plan, workload: Workload) -> list[str]:

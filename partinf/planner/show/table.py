@@ -10,12 +10,13 @@ from rich.table import Table
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
+from partinf.foundation.documents import is_directory
 from partinf.layout import PHASES
 from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
-from partinf.planner.show.commands import serve_command, simulate_command, unservable
+from partinf.planner.show.commands import num_hosts, serve_command, ships_weights, simulate_command, unservable
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import moved_bytes, readable_bytes
 from partinf.planner.slices import Trial, price_per_million_tokens
@@ -172,8 +173,9 @@ def _show_commands(console: Console, report: PlanReport, saved: str | None, mode
     if reason := unservable(plan):
         lines = [f"To simulate serving it{first} (it cannot be served: {reason}):"]
     else:
-        served = serve_command(file, plan, report.workload, model)
-        everywhere = " on every host" if "--multi-host" in served else ""
+        here = is_directory(model) or ships_weights(model)
+        served = serve_command(file, plan, report.workload, None if here else f"path/to/{plan.model.name}")
+        everywhere = f" on each of {num_hosts(plan)} hosts" if num_hosts(plan) > 1 else ""
         lines = [f"To serve it{everywhere}{first}:", f"  {shlex.join(served)}", "To simulate what that does under load:"]
     for line in (*lines, f"  {shlex.join(simulate_command(file, plan, report.workload))}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
