@@ -27,10 +27,10 @@ from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, collect, raise_offences
 from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
 from partinf.hardware.slices import Slice
-from partinf.layout import Layout
+from partinf.layout import Layout, load_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
-from partinf.plans import Bucket, Plan
+from partinf.plans import Bucket, Plan, layout_for
 from partinf.workload import DType, Workload
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def plan(
     slice_: str | Slice = "local",
     workload: Workload = DEFAULT_WORKLOAD,
     *,
-    layout: Layout | None = None,
+    layout: Layout | str | Path | None = None,
     mesh: str | None = None,
     capacity: Capacity | None = None,
     hardware: str | Path | None = None,
@@ -76,8 +76,9 @@ def plan(
 
     Args:
         model: a shipped name, a directory or .toml file, or a `ModelConfig`.
-        slice_: `v4:4x4x4`, `h200:8`, `cpu:2x2x2`, `local`, …
-        layout: bind this layout instead of choosing one.
+        slice_: `v4:4x4x4`, `h200:8`, `cpu:2x2x2`, a cloud's name such as `v5litepod-16` or `h100x8`, `local`, …
+        layout: bind this layout instead of choosing one: a `Layout`, the name of a shipped one, or a layout file. Where the slice has other
+            axes, they take its roles (`partinf.plans.layout_for`).
         mesh: a factorisation of the slice's axes.
         capacity: what an engine should hold; from the workload if not given.
         hardware: a file of `partinf calibrate`, see `find_slice`.
@@ -88,7 +89,8 @@ def plan(
     config = model if isinstance(model, ModelConfig) else load_model_config(model)
     target = find_slice(slice_, mesh, hardware)
     if layout is not None:
-        bound = Plan(config, target, layout, weights=workload.weights, kv=workload.kv)
+        given = layout if isinstance(layout, Layout) else load_layout(str(layout))
+        bound = Plan(config, target, layout_for(target, given), weights=workload.weights, kv=workload.kv)
     else:
         bound = planner.plan(config, target, workload)
     return with_capacity(bound, capacity or capacity_for(bound, workload))

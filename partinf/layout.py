@@ -216,7 +216,7 @@ def make_layout(
         return tuple(sorted(pairs, key=lambda pair: order.get(pair[0], len(order))))
 
     decode = attention(decode_attention, "decode")
-    prefill = attention(decode_attention if prefill_attention is None else prefill_attention, "prefill")
+    prefill = decode if prefill_attention is None else attention(prefill_attention, "prefill")
     loops = {"prefill": _loop(prefill_loop, "prefill", offences), "decode": _loop(decode_loop, "decode", offences)}
     order = list(storage)
 
@@ -330,7 +330,7 @@ def _loop_table(table: Table) -> dict[str, Any]:
 def _make(axes: Mapping[str, str], decode: _PhaseTable, prefill: _PhaseTable) -> Layout:
     assert decode.attention is not None
     others = [getattr(phase, key) for key in ("gather", "loop", "ahead") for phase in (decode, prefill)]
-    return make_layout(axes, decode.attention, prefill.attention, *others)
+    return make_layout(axes, decode.attention, None if prefill is decode else prefill.attention, *others)
 
 
 def _head(file: Table) -> dict[str, Any]:

@@ -9,13 +9,14 @@ The module is called `plans` because `partinf.plan` is the library's function th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from partinf.foundation.errors import raise_offences
+from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import round_up
-from partinf.hardware.slices import Slice
+from partinf.hardware.slices import DCN_AXIS, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role, letter_axes
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
@@ -254,6 +255,62 @@ class Plan:
     def _multiple(self, attention_axes: tuple[str, ...], phases: tuple[Phase, ...] = ()) -> int:
         split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in self.layout.token_axes(phase)}
         return self.ways(tuple(split | set(attention_axes)))
+
+
+def layout_for(slice_: Slice, layout: Layout) -> Layout:
+    """The roles of a layout for the axes of a slice, where those are others than the layout names.
+
+    Axes of the layout are alike that have the same roles in storage and in both phases. Factors of a torus axis take its roles (`x0` and
+    `x1` those of `x`), and axes that the layout does not know those of its last one, the innermost. Where that leaves out a kind of axes,
+    the slice's axes take the kinds in the layout's order instead, the last kind all that are left.
+
+    Raises:
+        InvalidInput: fewer axes than the layout has kinds of, or a network between slices for which it has no role.
+    """
+    names = tuple(slice_.axis_sizes)
+    if not set(names) ^ set(layout.axes):
+        return layout
+    if DCN_AXIS in names and DCN_AXIS not in layout.axes:
+        said = f"it has no role for axis {DCN_AXIS}, the network between the slices of {slice_.name}"
+        raise InvalidInput(f"layout of axes {', '.join(layout.axes)}: {said}; give one slice, or a layout file that names that axis")
+    kinds: dict[object, list[str]] = {}
+    for axis in layout.axes:
+        kinds.setdefault(_roles_of(layout, axis), []).append(axis)
+    takes = {axis.name: next((n for n in (axis.name, axis.torus) if n in layout.axes), layout.axes[-1]) for axis in slice_.axes}
+    firsts = [axes[0] for axes in kinds.values()]
+    if len({_roles_of(layout, axis) for axis in takes.values()}) < len(kinds):
+        if len(names) < len(kinds):
+            kind = " · ".join(" ".join(axes) for axes in kinds.values())
+            example = (
+                ", such as 4x2 for 8 devices" if slice_.chip.torus_dims == 0 else ", such as v4:4x4x4 or a mesh of factors x0:2,x1:2,y:4"
+            )
+            raise InvalidInput(
+                f"layout of {len(kinds)} kinds of axes ({kind}): it needs a mesh of at least as many axes, and {slice_.name} has "
+                f"{len(names)} ({slice_.mesh}); give a slice that has more, or a mesh of factors such as {example}"
+            )
+        takes = {name: firsts[min(index, len(firsts) - 1)] for index, name in enumerate(names)}
+    return _renamed(layout, takes)
+
+
+def _roles_of(layout: Layout, axis: str) -> tuple[object, ...]:
+    """All that a layout says of an axis."""
+    phases = (layout.phase(label) for label in PHASES)
+    said = ((axis in p.gather, dict(p.attention)[axis], p.loop if p.loop is not None and p.loop.axis == axis else None) for p in phases)
+    return (dict(layout.storage)[axis], *said)
+
+
+def _renamed(layout: Layout, takes: Mapping[str, str]) -> Layout:
+    """The layout of other axes, by the axis whose roles each takes. What loops over an axis loops over the first that takes its roles."""
+
+    def phase(of: Phase) -> Phase:
+        attention = tuple((name, dict(of.attention)[axis]) for name, axis in takes.items())
+        loop = of.loop
+        if loop is not None:
+            loop = replace(loop, axis=next((name for name, axis in takes.items() if axis == loop.axis), loop.axis))
+        return Phase(tuple(name for name, axis in takes.items() if axis in of.gather), attention, loop, of.ahead)
+
+    storage = tuple((name, dict(layout.storage)[axis]) for name, axis in takes.items())
+    return Layout(storage, phase(layout.prefill), phase(layout.decode))
 
 
 def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_heads: int = 0) -> list[str]:

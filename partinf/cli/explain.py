@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from partinf.cli.arguments import is_auto
 from partinf.cli.flags import Flags
-from partinf.cli.planning import Asked, add_model_arguments, read
+from partinf.cli.planning import Asked, add_model_arguments, named, read
 
 if TYPE_CHECKING:
     from partinf.layout import Layout
@@ -58,22 +58,11 @@ def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
     """The layout and its padded heads.
 
     Raises:
-        InvalidInput: an unknown layout, one for other axes, or one that cannot hold the model.
+        InvalidInput: an unknown layout, one of more kinds of axes than the slice has axes, or one that cannot hold the model.
     """
-    from partinf.cli.arguments import named_layout
-    from partinf.foundation.errors import raise_offences
-    from partinf.planner.evaluate import heads_for
+    if name != "auto":
+        return named(asked, name)
     from partinf.planner.search import answer
-    from partinf.plans import layout_offences
 
-    layout = named_layout(name)
-    if layout is None:
-        report = answer(asked.question, asked.slice)
-        return report.best.layout, report.best.padded_heads
-    offences = layout_offences(asked.model, asked.slice, layout)
-    padded = 0
-    if offences and not set(layout.axes) ^ set(asked.slice.axis_sizes):
-        padded = heads_for(asked.model, layout, asked.slice.axis_sizes) or 0
-        offences = layout_offences(asked.model, asked.slice, layout, padded)
-    raise_offences(offences)
-    return layout, padded
+    report = answer(asked.question, asked.slice)
+    return report.best.layout, report.best.padded_heads

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.arguments import is_auto
 from partinf.cli.flags import FORMATS, Flags
-from partinf.cli.planning import Asked, add_model_arguments, read
+from partinf.cli.planning import Asked, add_model_arguments, named, read
 
 if TYPE_CHECKING:
-    from partinf.planner.report import PlanReport
+    from partinf.planner.report import Candidate, PlanReport
     from partinf.planner.slices import Trial
     from partinf.proof.candidates import Proofs
 
@@ -22,6 +23,8 @@ _PROOF_SECONDS = 600.0  # bound on one compilation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    layouts = "price this layout (of layouts/, or a file) instead of searching; given several times, they stand side by side"
+    parser.add_argument("--layout", action="append", metavar="NAME|FILE", help=layouts)
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
     parser.add_argument("--arrivals", metavar="RATE", help="requests per second that come in, for the advice on the batch")
@@ -49,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if all_meshes:
         args.mesh = None
     asked = read(flags)
-    trials = _trials(asked, all_meshes)
+    compared = _given(asked, args.layout) if args.layout else ()
+    trials = _trials(asked, all_meshes, compared)
     report, proofs = _proven(trials[0].report, count)
     if args.save:
         _save(report, asked, Path(args.save), args.model)
@@ -65,8 +69,11 @@ def run(args: argparse.Namespace) -> int:
         import json
 
         from partinf.planner.show.as_json import report_json, trials_json
+        from partinf.planner.show.compare import comparison_json
 
-        print(json.dumps(report_json(report, _proof_json(report, proofs)) | trials_json(trials, price), separators=(",", ":")))
+        found = report_json(report, _proof_json(report, proofs)) | trials_json(trials, price)
+        found |= {"comparison": comparison_json(args.layout, compared)} if len(compared) > 1 else {}
+        print(json.dumps(found, separators=(",", ":")))
     else:
         from partinf.cli.plan_proof import show as show_proofs
         from partinf.planner.show.table import show, show_trials
@@ -75,7 +82,27 @@ def run(args: argparse.Namespace) -> int:
         if proofs:
             show_proofs(trials[0].report, report, proofs)
         show(report, top, args.save, args.model)
+        if len(compared) > 1:
+            from partinf.planner.show.compare import comparison_table
+            from partinf.planner.show.table import wide_console
+
+            wide_console().print(comparison_table(args.layout, compared))
     return 0
+
+
+def _given(asked: Asked, names: list[str]) -> tuple[Candidate, ...]:
+    """The layouts that were named, priced, in their order.
+
+    Raises:
+        InvalidInput: everything that is wrong with any of them.
+    """
+    from partinf.foundation.errors import collect, raise_offences
+    from partinf.planner.search import given
+
+    offences: list[str] = []
+    found = [collect(offences, partial(named, asked, name)) for name in names]
+    raise_offences(offences)
+    return given(asked.question, asked.slice, [one for one in found if one is not None])
 
 
 def _proven(report: PlanReport, count: int | None) -> tuple[PlanReport, Proofs]:
@@ -99,16 +126,22 @@ def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]
     return {index: proof_json(proofs[key(c)]) for index, c in enumerate(report.candidates) if key(c) in proofs}
 
 
-def _trials(asked: Asked, all_meshes: bool) -> list[Trial]:
-    """The slice that was asked for; with `auto` all slices or meshes that were tried, the cheapest or fastest first."""
-    from partinf.planner.search import answer
+def _trials(asked: Asked, all_meshes: bool, compared: tuple[Candidate, ...]) -> list[Trial]:
+    """The slice that was asked for; with `auto` all slices or meshes that were tried, the cheapest or fastest first.
+
+    Args:
+        compared: candidates that take the place of a search.
+    """
+    from partinf.planner.report import PlanReport
+    from partinf.planner.search import answer, order
     from partinf.planner.slices import Trial, cheapest, every_mesh
 
     if asked.auto:
         return cheapest(asked.question, asked.slice.chip)
     if all_meshes:
         return every_mesh(asked.question, asked.slice)
-    return [Trial(answer(asked.question, asked.slice))]
+    report = PlanReport(asked.question, asked.slice, order(compared)) if compared else answer(asked.question, asked.slice)
+    return [Trial(report)]
 
 
 def _read(flags: Flags) -> tuple[int, int | None, float | None]:
@@ -130,6 +163,10 @@ def _read(flags: Flags) -> tuple[int, int | None, float | None]:
         flags.word("plot_kind", KINDS)
         flags.offences += plot_offences(Path(args.plot))
         flags.target("plot")
+    if args.layout and (is_auto(args.slice) or args.mesh == "auto"):
+        flags.offences.append("--layout: a layout is priced on one slice and mesh, and auto tries many; name them")
+    if args.layout and (twice := sorted({name for name in args.layout if args.layout.count(name) > 1})):
+        flags.offences.append(f"--layout {' '.join(twice)}: given more than once; layouts are compared with others")
     if is_auto(args.slice) and args.mesh == "auto":
         flags.offences.append(f"--mesh auto: a mesh belongs to one slice, and --slice {args.slice} tries many")
     if is_auto(args.slice) and args.max_latency_ms is None:

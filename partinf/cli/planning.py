@@ -11,6 +11,7 @@ from partinf.cli.flags import ANY, Flags
 
 if TYPE_CHECKING:
     from partinf.hardware.slices import Slice
+    from partinf.layout import Layout
     from partinf.model.config import ModelConfig
     from partinf.planner.question import Question
     from partinf.workload import Workload
@@ -87,6 +88,30 @@ def read(flags: Flags) -> Asked:
     if not auto and args.slice != "local":
         say_slice(slice_)
     return Asked(Question(model, workload, calibration, bandwidth_model, None if program is None else PROGRAMS[program]), slice_, auto)
+
+
+def named(asked: Asked, name: str) -> tuple[Layout, int]:
+    """A layout by name or file, its roles for the axes of the slice, and its padded heads.
+
+    Raises:
+        InvalidInput: an unknown layout, one of more kinds of axes than the slice has axes, or one that cannot hold the model.
+    """
+    from partinf.foundation.errors import InvalidInput, raise_offences
+    from partinf.layout import load_layout
+    from partinf.planner.evaluate import heads_for
+    from partinf.plans import layout_for, layout_offences
+
+    given = load_layout(name)
+    try:
+        layout = layout_for(asked.slice, given)
+        padded = 0
+        if offences := layout_offences(asked.model, asked.slice, layout):
+            padded = heads_for(asked.model, layout, asked.slice.axis_sizes) or 0
+            offences = layout_offences(asked.model, asked.slice, layout, padded)
+        raise_offences(offences)
+    except InvalidInput as error:
+        raise InvalidInput([f"--layout {name}: {offence}" for offence in error.offences]) from None
+    return layout, padded
 
 
 def _workload(flags: Flags) -> Workload | None:

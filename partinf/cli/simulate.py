@@ -196,7 +196,7 @@ def _pricing(slice_: Slice, calibration: str, program: str | None) -> Pricing:
 def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int) -> Plan | None:
     """The plan; None where something is wrong, which the flags' offences say."""
     from partinf.model.load import load_model_config
-    from partinf.plans import Plan
+    from partinf.plans import Plan, layout_for
     from partinf.workload import DType
 
     args = flags.args
@@ -215,7 +215,7 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
     if flags.offences or model is None or slice_ is None or load is None:
         return None
     if layout is not None:
-        return flags.collect(lambda: Plan(model, slice_, layout, weights, kv))
+        return flags.collect(lambda: Plan(model, slice_, layout_for(slice_, layout), weights, kv))
     from partinf.simulation.serving_plan import Traffic, serving_plan
 
     traffic = Traffic.of(load.arrivals, load.options.max_batch_size)

@@ -85,6 +85,12 @@ def answer(question: Question, slice_: Slice, limit: BestSoFar | None = None) ->
     return PlanReport(question, slice_, order(found), refused)
 
 
+def given(question: Question, slice_: Slice, layouts: Iterable[tuple[Layout, int]]) -> tuple[Candidate, ...]:
+    """Candidates of layouts that somebody names, each with its padded heads, in their order, priced as a search prices them."""
+    search_ = _Search(question, slice_, BestSoFar(None))
+    return tuple(search_.of(layout, padded) for layout, padded in layouts)
+
+
 def order(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """Those that fit and meet the bound first, each group by score; candidates within 5 % of the first are marked as ties."""
     ranked = sorted(candidates, key=lambda c: (not c.fits, not c.meets_bound, c.score))
@@ -143,6 +149,15 @@ class _Search:
                     found.append(self._seen(self._joined(storage, best)))
             self._pass_over(decodes.num_left)
         return found
+
+    def of(self, layout: Layout, padded: int) -> Candidate:
+        """One layout, in the phase that was asked for or in both."""
+        labels = (self.workload.phase,) if self.workload.phase else PHASES
+        priced = {label: self.evaluator.price(layout, label, padded) for label in labels}
+        steps = {label: _Step(one.seconds, one.entries) for label, one in priced.items()}
+        if "prefill" in steps:
+            steps["prefill"] = steps["prefill"].beside(self.evaluator.coupling(layout, padded))
+        return self._candidate(layout, padded, steps, self.evaluator.memory(layout, list(priced.values()), padded))
 
     def _ordered(self, labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Storage, list[dict[Gather, Least]]]]:
         """Storages that hold the model, those that may be fastest first, with what each phase takes at least by its gathered axes."""
