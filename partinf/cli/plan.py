@@ -71,22 +71,23 @@ def run(args: argparse.Namespace) -> int:
         from partinf.planner.show.as_json import report_json, trials_json
         from partinf.planner.show.compare import comparison_json
 
-        found = report_json(report, _proof_json(report, proofs)) | trials_json(trials, price)
+        found = report_json(report, _proof_json(report, proofs)) | trials_json(trials, price) | _commands(report, args.save, args.model)
         found |= {"comparison": comparison_json(args.layout, compared)} if len(compared) > 1 else {}
         print(json.dumps(found, separators=(",", ":")))
     else:
         from partinf.cli.plan_proof import show as show_proofs
-        from partinf.planner.show.table import show, show_trials
+        from partinf.planner.show.table import show, show_commands, show_trials
 
         show_trials(trials, price)
         if proofs:
             show_proofs(trials[0].report, report, proofs)
-        show(report, top, args.save, args.model)
+        show(report, top, args.save)
         if len(compared) > 1:
             from partinf.planner.show.compare import comparison_table
             from partinf.planner.show.table import wide_console
 
             wide_console().print(comparison_table(args.layout, compared))
+        show_commands(report, args.save, args.model)
     return 0
 
 
@@ -124,6 +125,16 @@ def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]
     from partinf.proof.candidates import key
 
     return {index: proof_json(proofs[key(c)]) for index, c in enumerate(report.candidates) if key(c) in proofs}
+
+
+def _commands(report: PlanReport, saved: str | None, model: str) -> dict[str, Any]:
+    """The commands that come after the plan; nothing where nothing fits."""
+    from partinf.planner.choose import plan_of
+    from partinf.planner.show.commands import commands
+
+    if not report.best.fits:
+        return {}
+    return {"commands": commands(saved or "plan.toml", plan_of(report, report.best), report.workload, model)}
 
 
 def _trials(asked: Asked, all_meshes: bool, compared: tuple[Candidate, ...]) -> list[Trial]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,44 @@ def test_help_is_declared_once() -> None:
             command.add_arguments(parser)
             actions += [action for action in parser._actions if name in action.option_strings]
         assert (actions[0].help, actions[0].default) == (actions[1].help, actions[1].default)
+
+
+@pytest.mark.parametrize(
+    "model,more",
+    [
+        ("demo", ["--slice", "cpu:2x2", "--batch", "4", "--input", "24", "--output", "8"]),
+        ("DIRECTORY", ["--slice", "h100:4", "--batch", "8", "--input", "16", "--output", "16"]),
+        ("DIRECTORY", ["--slice", "h100:4", "--phase", "decode", "--batch", "8", "--context", "33"]),
+        ("llama-3-8b", ["--slice", "v5e-16", "--phase", "prefill", "--batch", "2", "--input", "8192"]),
+    ],
+)
+def test_a_plan_ends_with_commands_that_work(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, more: list[str]
+) -> None:
+    """For a shipped model, for a Hugging Face directory on four GPUs, and for an architecture whose weights lie elsewhere."""
+    model = model.replace("DIRECTORY", str(root / "tests" / "fixtures" / "llama_gqa"))
+    file = str(tmp_path / "my plan.toml")
+    assert main(["plan", "--model", model, *more, "--save", file]) == 0
+    served, simulated = (shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  partinf "))
+    assert main(["plan", "--model", model, *more, "--save", file, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commands"] == {"serve": served, "simulate": simulated}
+    assert main([*simulated[1:], "--requests", "3", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["requests"] == {"finished": 3, "refused": 0}
+    assert ("--multi-host" in served) == ("v5e-16" in more)
+    words = [word.replace("path/to/llama-3-8b", "llama-3-8b") for word in served[2:]]
+    flags = flags_of(serve, *words)
+    plan = ServedEngine.read(flags).plan(ModelPlace(flags, runs=False))
+    assert found["kv_tokens"] == plan.cache.pages_per_shard * plan.num_shards * plan.cache.page_size
+    kept = plan_from_toml(Path(file).read_text(), file)
+    assert (plan.slice, plan.layout, plan.prefill_from_tokens) == (kept.slice, kept.layout, kept.prefill_from_tokens)
+
+
+def test_a_plan_that_cannot_be_served_or_fits_nowhere_offers_no_service(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--phase", "decode", "--batch", "8", "--context", "64"]
+    assert main(["plan", "--model", "palm-8b", "--slice", "v5e-16", *words]) == 0
+    said = capsys.readouterr().out
+    assert "  partinf serve" not in said
+    assert "(it cannot be served: weights of palm-8b come in no form that is read):\n  partinf simulate --as-served" in said
+    assert main(["plan", "--model", "palm-540b", "--slice", "v5e-1", *words]) == 0
+    assert "  partinf " not in capsys.readouterr().out

@@ -41,6 +41,17 @@ def num_hosts(plan: Plan) -> int:
     return 1 if cloud is None else cloud.num_hosts(plan.slice.num_chips)
 
 
+def commands(file: str, plan: Plan, workload: Workload, model: str) -> dict[str, list[str]]:
+    """What serves a saved plan, where it can be served, and what simulates that.
+
+    Args:
+        model: by which name or path it was planned; where that has no weights, `path/to/…` stands for where they lie.
+    """
+    here = is_directory(model) or ships_weights(model)
+    served = [] if unservable(plan) else serve_command(file, plan, workload, None if here else f"path/to/{plan.model.name}")
+    return ({"serve": served} if served else {}) | {"simulate": simulate_command(file, plan, workload)}
+
+
 def simulate_command(file: str, plan: Plan, workload: Workload) -> list[str]:
     """`simulate` of what `serve_command` does, under requests of the lengths that the plan was made for."""
     prompt, output = _lengths(plan.model, workload)

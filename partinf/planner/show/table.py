@@ -10,13 +10,12 @@ from rich.table import Table
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
-from partinf.foundation.documents import is_directory
 from partinf.layout import PHASES
 from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
-from partinf.planner.show.commands import num_hosts, serve_command, ships_weights, simulate_command, unservable
+from partinf.planner.show.commands import commands, num_hosts, unservable
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import moved_bytes, readable_bytes
 from partinf.planner.slices import Trial, price_per_million_tokens
@@ -28,11 +27,11 @@ _PIPE_WIDTH = 140
 _ENTRIES = 10
 
 
-def show(report: PlanReport, top: int, saved: str | None = None, model: str = "") -> None:
-    """Print the report, and where something fits the commands that serve and simulate it.
+def show(report: PlanReport, top: int, saved: str | None = None) -> None:
+    """Print the report.
 
     Args:
-        top: candidates to list. saved: the file that the plan was written to, to be named. model: how it was named.
+        top: candidates to list. saved: the file that the plan was written to, to be named.
     """
     console = wide_console()
     console.print(_heading(report), highlight=False)
@@ -48,8 +47,6 @@ def show(report: PlanReport, top: int, saved: str | None = None, model: str = ""
             console.print(f"{heads}.", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
-    if best.fits:
-        _show_commands(console, report, saved, model or report.model.name)
 
 
 def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
@@ -167,18 +164,24 @@ def _show_switch(console: Console, report: PlanReport, plan: Plan) -> None:
     console.print(table)
 
 
-def _show_commands(console: Console, report: PlanReport, saved: str | None, model: str) -> None:
+def show_commands(report: PlanReport, saved: str | None, model: str) -> None:
+    """Print what serves the plan and what simulates that; nothing where nothing fits.
+
+    Args:
+        saved: the file that the plan was written to, if it was. model: by which name or path it was planned.
+    """
+    if not report.best.fits:
+        return
+    console = wide_console()
     plan, file = plan_of(report, report.best), saved or "plan.toml"
-    first = "" if saved else f", once --save {file} has written it"
+    first, found = "" if saved else f", once --save {file} has written it", commands(file, plan, report.workload, model)
+    everywhere = f" on each of {num_hosts(plan)} hosts" if num_hosts(plan) > 1 else ""
+    titles = {"serve": f"To serve it{everywhere}{first}:", "simulate": "To simulate what that does under load:"}
     if reason := unservable(plan):
-        lines = [f"To simulate serving it{first} (it cannot be served: {reason}):"]
-    else:
-        here = is_directory(model) or ships_weights(model)
-        served = serve_command(file, plan, report.workload, None if here else f"path/to/{plan.model.name}")
-        everywhere = f" on each of {num_hosts(plan)} hosts" if num_hosts(plan) > 1 else ""
-        lines = [f"To serve it{everywhere}{first}:", f"  {shlex.join(served)}", "To simulate what that does under load:"]
-    for line in (*lines, f"  {shlex.join(simulate_command(file, plan, report.workload))}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        titles["simulate"] = f"To simulate serving it{first} (it cannot be served: {reason}):"
+    for name, words in found.items():
+        for line in (titles[name], f"  {shlex.join(words)}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _memory_bar(best: Candidate) -> str:
