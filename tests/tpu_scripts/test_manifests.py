@@ -116,3 +116,23 @@ def test_manifests_in_docs_are_valid(root: Path) -> None:
     ]
     assert {each["kind"] for each in manifests} == {"Service"}
     assert [offences(each) for each in manifests] == [[]] * len(manifests)
+
+
+def test_descriptions_in_docs_are_right(root: Path, plan: Path, cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each launches a plan, and gives a manifest where it says what a cluster needs."""
+    found = {
+        path.stem: block for path in (root / "docs").glob("*.md") for block in re.findall(r"```toml\n(.*?)```", path.read_text(), re.DOTALL)
+    }
+    assert {"serve-v5e-16", "serve-gke"} <= found.keys()
+    for name in ("serve-v5e-16", "serve-gke"):
+        file = cloud.repository / f"{name}.toml"
+        file.write_text(found[name])
+        words = ["launch", "--plan", str(plan), "--description", str(file), "--run-id", "a"]
+        assert main([*words, "--dry-run"]) == 0
+        assert "--model weights/llama-3-8b --max-num-seqs 8" in capsys.readouterr().out
+    assert main([*words, "--manifest"]) == 0
+    jobset = json.loads(capsys.readouterr().out)
+    assert offences(jobset) == []
+    (service,) = yaml.safe_load_all(re.findall(r"```yaml\n(.*?)```", (root / "docs" / "serve-gke.md").read_text(), re.DOTALL)[0])
+    assert service["spec"]["selector"]["jobset.sigs.k8s.io/jobset-name"] == jobset["metadata"]["name"]
+    assert cloud.calls == []

@@ -179,6 +179,8 @@ def show_commands(report: PlanReport, saved: str | None, model: str) -> None:
     titles = {"serve": f"To serve it{everywhere}{first}:", "simulate": "To simulate what that does under load:"}
     if reason := unservable(plan):
         titles["simulate"] = f"To simulate serving it{first} (it cannot be served: {reason}):"
+    if plan.slice.num_devices > 1 and report.workload.phase is None and report.workload.prompts_per_step > 1:
+        console.print("Requests come one by one: --prefill-batch 1 has the layout judged by that.", highlight=False)
     for name, words in found.items():
         for line in (titles[name], f"  {shlex.join(words)}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
