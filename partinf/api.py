@@ -12,13 +12,13 @@ jax is imported by what needs devices, when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf import planner
-from partinf.buckets import Capacity, capacity_for, runner_limits, with_capacity
+from partinf.buckets import PROMPT_TOKENS, Capacity, capacity_for, runner_limits, with_capacity
 from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
@@ -83,17 +83,23 @@ def plan(
         capacity: what an engine should hold; from the workload if not given.
         hardware: a file of `partinf calibrate`, see `find_slice`.
 
+    The cache has as many pages as memory holds beside weights, programs and the activations of those steps; where that is less than the
+    workload's sequences need at full length, some of them wait, or are preempted and swapped by a scheduler that does so.
+
     Raises:
         InvalidInput: everything that does not fit together.
     """
     config = model if isinstance(model, ModelConfig) else load_model_config(model)
     target = find_slice(slice_, mesh, hardware)
+
+    def sized(bound: Plan) -> Plan:
+        return with_capacity(bound, capacity or capacity_for(bound, workload))
+
     if layout is not None:
         given = layout if isinstance(layout, Layout) else load_layout(str(layout))
-        bound = Plan(config, target, layout_for(target, given), weights=workload.weights, kv=workload.kv)
-    else:
-        bound = planner.plan(config, target, workload)
-    return with_capacity(bound, capacity or capacity_for(bound, workload))
+        return sized(Plan(config, target, layout_for(target, given), weights=workload.weights, kv=workload.kv))
+    chunk = workload.chunk or (capacity.prompt_tokens if capacity is not None else PROMPT_TOKENS)
+    return planner.plan(config, target, replace(workload, chunk=chunk), sized=sized)
 
 
 def load(

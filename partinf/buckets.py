@@ -25,12 +25,12 @@ from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import Step
-from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import DoesNotFit, InvalidInput, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.workload import Workload
+from partinf.workload import SERVED_PROMPT_TOKENS, Workload
 
 _RANGES = {
     "max_rows": (1, MAX_BATCH),
@@ -44,7 +44,7 @@ _RANGES = {
 _UNKNOWN_CONTEXT = 4096  # of models that name none
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 _SHORT_PAGES = 128  # from four times as many on there is a third set, which reads so many at most
-_CHUNK = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
+PROMPT_TOKENS = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
 _WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
 
 
@@ -81,6 +81,11 @@ class Capacity:
     kv_pages: int = 0
     memory_share: float = 0.0
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens of one step on one shard that prefills."""
+        return max(self.prefill_tokens, self.max_prompt_len)
+
 
 def capacity_for(plan: Plan, workload: Workload) -> Capacity:
     """What an engine for this workload should hold."""
@@ -89,12 +94,22 @@ def capacity_for(plan: Plan, workload: Workload) -> Capacity:
     return Capacity(max_rows=workload.batch, max_len=longest, prefill_tokens=_prompt_tokens(workload, plan.num_stages))
 
 
+def served_capacity(rows: int, max_len: int, prompt_tokens: int = SERVED_PROMPT_TOKENS) -> Capacity:
+    """What a server holds that takes whatever a request may ask for.
+
+    Args:
+        max_len: longest context; 0 for the model's. prompt_tokens: per step.
+    """
+    prompts = min(prompt_tokens, max_len or prompt_tokens)
+    return Capacity(max_rows=rows, max_len=max_len, prefill_tokens=prompts, rich=True, constrained=True)
+
+
 def _prompt_tokens(workload: Workload, num_stages: int) -> int:
     """Prompt tokens per step. With stages a tick is as long as its longest step, so every step takes what a steady batch sees of them."""
     if num_stages == 1 or not workload.output_len:
-        return min(max(workload.input_len, 1), _CHUNK)
+        return min(max(workload.input_len, 1), PROMPT_TOKENS)
     share = ceil_div(workload.batch * workload.input_len, workload.output_len * num_stages)
-    return min(max(share, 1), _CHUNK)
+    return min(max(share, 1), PROMPT_TOKENS)
 
 
 def with_capacity(plan: Plan, capacity: Capacity, *, beyond: bool = False) -> Plan:
@@ -104,7 +119,8 @@ def with_capacity(plan: Plan, capacity: Capacity, *, beyond: bool = False) -> Pl
         beyond: take contexts beyond the model's, where sizes alone are asked for.
 
     Raises:
-        InvalidInput: sizes out of range, a context beyond the model's, or memory that does not hold one sequence.
+        InvalidInput: sizes out of range, or a context beyond the model's.
+        DoesNotFit: memory does not hold one sequence.
     """
     raise_offences(_capacity_offences(plan, capacity))
     if not beyond:
@@ -116,7 +132,7 @@ def with_capacity(plan: Plan, capacity: Capacity, *, beyond: bool = False) -> Pl
         # Steps that read less take no more, so that what holds this length holds it still.
         sized = _with_pages(plan, replace(capacity, kv_pages=sized.cache.pages_per_shard), holds)
     elif holds < longest:
-        raise InvalidInput(_no_room(sized, longest))
+        raise DoesNotFit(_no_room(sized, longest))
     return sized
 
 
@@ -161,6 +177,12 @@ def _no_room(plan: Plan, longest: int) -> str:
         f"{room.usable / 1e9:.1f} GB per device there is room for {tokens} tokens of KV per shard, and one request of {longest} tokens "
         f"needs more; a larger slice, int8, a shorter context or a larger share of memory would help"
     )
+
+
+def largest_step(plan: Plan) -> Bucket:
+    """The bucket whose activations take most memory."""
+    pricing = Pricing(plan.slice, ROOFLINE, program=TILED)
+    return max(plan.buckets, key=lambda bucket: activation_bytes(split_of(plan, bucket, pricing)))
 
 
 def held(plan: Plan) -> Held:

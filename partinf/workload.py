@@ -9,6 +9,9 @@ from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS, MIN_RATE, not_whole
 from partinf.foundation.rounding import ceil_div
 
+SERVED_PROMPT_TOKENS = 256
+"""Prompt tokens per step of an engine that serves, unless another number is asked for."""
+
 
 class Objective(StrEnum):
     """LATENCY: shortest step (or request). THROUGHPUT: most tokens per second. COST: fewest chip-seconds per token."""
@@ -50,6 +53,8 @@ class Workload:
         prefill_batch: prompts of one prefill step; None for the whole batch. Prompts that come one by one are prefilled at 1 and then
             decode together, `batch` of them.
         arrival_rate: requests per second that come in, for advice on the batch; None where that is not known.
+        resident: sequences of full length that the cache must hold; None for the whole batch. A scheduler that preempts does with fewer.
+        chunk: prompt tokens that one step processes at most, which is what activations are counted for; None for whole prompts.
     """
 
     batch: int
@@ -63,11 +68,17 @@ class Workload:
     max_latency: float | None = None
     prefill_batch: int | None = None
     arrival_rate: float | None = None
+    resident: int | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         offences = not_whole("batch", self.batch, 1, MAX_BATCH)
         if self.prefill_batch is not None:
             offences += not_whole("prefill batch", self.prefill_batch, 1, MAX_BATCH)
+        if self.resident is not None:
+            offences += not_whole("resident", self.resident, 1, self.batch)
+        if self.chunk is not None:
+            offences += not_whole("chunk", self.chunk, 1, MAX_LEN)
         for key in ("input_len", "output_len", "context_len"):
             value = getattr(self, key)
             if value is not None:

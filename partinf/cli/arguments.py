@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partinf.foundation.errors import InvalidInput
+from partinf.foundation.limits import MAX_PAGES
 
 if TYPE_CHECKING:  # a command's help needs none of these
     from partinf.cli.flags import Flags
@@ -53,6 +54,22 @@ def read_saved_plan(flags: Flags) -> Plan | None:
         return None
     args.model = args.model or found.model
     return found.plan
+
+
+def add_pool(parser: argparse.ArgumentParser, pages: str = "as many as memory holds") -> None:
+    """`--kv-pages` and `--memory-share`."""
+    parser.add_argument("--kv-pages", default="0", metavar="N", help=f"KV pages per shard (default: {pages})")
+    shares = "0.9, and a quarter on CPUs, whose memory is the machine's"
+    text = f"of the memory that weights, programs and activations leave, the part that becomes KV pages (default: {shares})"
+    parser.add_argument("--memory-share", metavar="SHARE", help=text)
+
+
+def read_pool(flags: Flags) -> tuple[int, float]:
+    """Pages per shard, and the share of memory; 0 where they are not given."""
+    if flags.given("kv_pages") and flags.given("memory_share"):
+        flags.refuse("memory_share", "--kv-pages says how many pages there are; leave one of them out")
+    pages, share = flags.whole("kv_pages", high=MAX_PAGES), flags.optional_number("memory_share", high=1.0, above=True)
+    return pages, share or 0.0
 
 
 def add_hardware(parser: argparse.ArgumentParser) -> None:

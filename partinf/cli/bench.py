@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from partinf.cli.arguments import add_where, named_layout, named_slice
+from partinf.cli.arguments import add_pool, add_where, named_layout, named_slice, read_pool
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
 from partinf.foundation.errors import raise_offences
-from partinf.foundation.limits import MAX_PAGES
+from partinf.foundation.limits import MAX_BATCH, MAX_PAGES
 
 if TYPE_CHECKING:
     from partinf.api import Model
+    from partinf.buckets import Capacity
     from partinf.hardware.slices import Slice
     from partinf.layout import Layout
     from partinf.plans import Plan
@@ -37,15 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-pages", default="0", metavar="N", help="KV pages of host memory, for reactive and proactive eviction (default: 0)"
     )
+    add_pool(parser)
     parser.add_argument(
         "--lag", default="1", metavar="N", help="steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)"
     )
     parser.epilog = "Example: partinf bench --model demo --scheduler mlfq --arrivals poisson:50 --requests 200"
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where it runs and how it is stored, as asked for; None for what is not."""
+
+    slice: Slice | None
+    layout: Layout | None
+    dtype: DType | None
+
+
 def run(args: argparse.Namespace) -> int:
     from partinf import api
+    from partinf.buckets import held
     from partinf.cli import devices
+    from partinf.cli.model_place import check_programs, said_of_pool
     from partinf.workload import DType
 
     flags = Flags(args)
@@ -56,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         flags.refuse("weights", "valid: f32, bf16")
     dtype = flags.optional_member("weights", DType)
     lag, host_pages = flags.whole("lag", high=_MOST_LAG), flags.whole("host_pages", high=MAX_PAGES)
+    pool = read_pool(flags)
     swaps = args.eviction in ("reactive", "proactive")
     if swaps and args.host_pages == "0":
         flags.refuse("eviction", "pages are moved to host memory, and there is none; give --host-pages N")
@@ -66,8 +80,10 @@ def run(args: argparse.Namespace) -> int:
     load, config = flags.need(load), flags.need(config)
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
     raise_offences(config.context_offences(f"the longest request has {longest} tokens", longest))
-    plan = _plan(args, load, longest, target, layout, dtype)
+    plan, capacity = _plan(args, load, longest, _Place(target, layout, dtype), pool)
+    print(f"{said_of_pool(plan, capacity)}: {held(plan)}", file=sys.stderr)
     model = _load(args, plan, host_pages)
+    check_programs(model)
     about, report = _bench(args, load, model, lag)
     show(about, report, args.format, _heading(about))
     if about.failed:
@@ -75,22 +91,30 @@ def run(args: argparse.Namespace) -> int:
     return 1 if about.failed else 0
 
 
-def _plan(
-    args: argparse.Namespace, load: OfferedLoad, longest: int, target: Slice | None, layout: Layout | None, asked: DType | None
-) -> Plan:
+def _plan(args: argparse.Namespace, load: OfferedLoad, longest: int, place: _Place, pool: tuple[int, float]) -> tuple[Plan, Capacity]:
+    """The plan, and what it should hold; `longest` is that of the requests, `pool` pages per shard and the share of memory."""
     from partinf import api
     from partinf.buckets import Capacity
     from partinf.engine.policies.registry import resident_batches
+    from partinf.hardware.slices import on_this_machine
     from partinf.workload import DType, Workload
 
-    where = target if target is not None else api.find_slice("local", args.mesh, args.hardware)
-    dtype = asked or DType(where.chip.platform.default_type)
+    where = on_this_machine(place.slice) if place.slice is not None else api.find_slice("local", args.mesh, args.hardware)
+    dtype = place.dtype or DType(where.chip.platform.default_type)
     prompt = max(arrival.input_len for arrival in load.arrivals)
     rows = load.options.max_batch_size
     workload = Workload(batch=rows, input_len=prompt, output_len=max(1, longest - prompt), weights=dtype, kv=dtype)
-    capacity = Capacity(max_rows=rows, max_len=longest, prefill_tokens=max(128, prompt), random=False, max_prompt_len=prompt)
-    plan = api.plan(args.model, where, workload, layout=layout, capacity=capacity)
-    return replace(plan, cache=replace(plan.cache, num_slots=plan.cache.num_slots * resident_batches(load.scheduler)))
+    capacity = Capacity(
+        max_rows=rows,
+        max_len=longest,
+        prefill_tokens=max(128, prompt),
+        random=False,
+        max_prompt_len=prompt,
+        max_residents=min(MAX_BATCH, rows * resident_batches(load.scheduler)),
+        kv_pages=pool[0],
+        memory_share=pool[1],
+    )
+    return api.plan(args.model, where, workload, layout=place.layout, capacity=capacity), capacity
 
 
 def _load(args: argparse.Namespace, plan: Plan, host_pages: int) -> Model:
@@ -120,6 +144,7 @@ class _About:
     max_batch: int
     eviction: str
     host_pages: int
+    memory: dict[str, Any]
     lag: int
     arrivals: str
     lengths: str
@@ -130,6 +155,7 @@ class _About:
 
 
 def _bench(args: argparse.Namespace, load: OfferedLoad, model: Model, lag: int) -> tuple[_About, RunReport]:
+    from partinf.buckets import held
     from partinf.cli.progress import progress_bar
     from partinf.cost.calibration import calibration_for
     from partinf.engine.engine import Engine
@@ -174,6 +200,7 @@ def _bench(args: argparse.Namespace, load: OfferedLoad, model: Model, lag: int) 
         max_batch=load.options.max_batch_size,
         eviction=args.eviction,
         host_pages=model.runner.limits.num_host_pages,
+        memory=held(plan).as_json() | {"programs_need": model.runner.needed_bytes},
         lag=lag,
         arrivals=arrivals,
         lengths=lengths,

@@ -8,21 +8,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_saved_plan, add_where, named_layout, named_slice, read_saved_plan
+from partinf.cli.arguments import add_pool, add_saved_plan, add_where, named_layout, named_slice, read_pool, read_saved_plan
 from partinf.cli.flags import Flags
 from partinf.foundation import documents
-from partinf.foundation.errors import InvalidInput
+from partinf.foundation.errors import DoesNotFit, InvalidInput
 from partinf.foundation.limits import MAX_LEN
+from partinf.workload import SERVED_PROMPT_TOKENS, DType, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from partinf.api import Model
+    from partinf.buckets import Capacity
     from partinf.hardware.slices import Slice
     from partinf.hosts import Group
     from partinf.layout import Layout
     from partinf.model.config import ModelConfig
     from partinf.plans import Plan
+
+
+_TYPICAL_LEN = 2048  # of the requests for which a layout is chosen, where no longest context is asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") -> None:
@@ -33,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") ->
     types = "f32, bf16 or int8"
     parser.add_argument("--weights", metavar="TYPE", help=f"storage of the weights: {types} (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--kv", metavar="TYPE", help=f"storage of the KV cache: {types} (default: as the activations)")
-    parser.add_argument(
-        length, dest="max_len", default="0", metavar="N", help="longest context to serve (default: the model's, at most 2048)"
-    )
+    text = "longest context to serve (default: the model's, or what the KV pages hold of one sequence)"
+    parser.add_argument(length, dest="max_len", default="0", metavar="N", help=text)
+    add_pool(parser)
 
 
 def read_lines(given: list[str] | None, file: str | None, flag: str) -> list[str]:
@@ -73,9 +78,8 @@ class ModelPlace:
         from partinf import api
         from partinf.cli import devices
         from partinf.model.load import load_model_config
-        from partinf.workload import DType
 
-        self.flags, self.args = flags, flags.args
+        self.flags, self.args, self._runs = flags, flags.args, runs
         args = flags.args
         self._saved: Plan | None = read_saved_plan(flags)
         self._target: Slice | None = None
@@ -92,30 +96,57 @@ class ModelPlace:
         if args.model is not None and (args.plan is None or self._saved is not None):
             self._config = flags.collect(lambda: api.check_loadable(args.model) if runs else load_model_config(args.model))
         self._max_len = flags.whole("max_len", high=MAX_LEN)
+        self._kv_pages, self._memory_share = read_pool(flags)
 
-    def plan(self, rows: int, random: bool, prefill_tokens: int = 256, rich: bool = False, constrained: bool = False) -> Plan:
-        """A plan for so many texts at once, and so many prompt tokens per step.
+    def plan(
+        self,
+        rows: int,
+        random: bool,
+        prefill_tokens: int = SERVED_PROMPT_TOKENS,
+        rich: bool = False,
+        constrained: bool = False,
+        part_of_memory: float = 1.0,
+    ) -> Plan:
+        """A plan for so many texts at once, and so many prompt tokens per step; says on standard error what its devices hold.
+
+        Args:
+            part_of_memory: that the pages take of the share that they would have.
 
         Raises:
             InvalidInput: all offences so far, or why there is no plan.
         """
         self.flags.check()
         from partinf import api
-        from partinf.buckets import Capacity, with_capacity
-        from partinf.workload import DType, Workload
+        from partinf.buckets import Capacity, held, with_capacity
+        from partinf.hardware.slices import on_this_machine
 
         args, config = self.args, self._config
         assert config is not None
         where = self._target if self._target is not None else api.find_slice("local", args.mesh, args.hardware)
+        where = on_this_machine(where) if self._runs else where
         dtype = self._weights or DType(where.chip.platform.default_type)
-        kv = self._kv or dtype.activations
-        max_len = self._max_len or min(config.longest_context or 2048, 2048)
-        workload = Workload(batch=rows, input_len=max(1, max_len // 2), output_len=max_len // 2, weights=dtype, kv=kv)
-        kinds = {"random": random, "rich": rich, "constrained": constrained}
-        capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=min(prefill_tokens, max_len), **kinds)
+        length = self._max_len or min(config.longest_context or _TYPICAL_LEN, _TYPICAL_LEN)
+        workload = Workload(rows, max(1, length // 2), length // 2, weights=dtype, kv=self._kv or dtype.activations)
+        capacity = Capacity(
+            max_rows=rows,
+            max_len=self._max_len,
+            prefill_tokens=min(prefill_tokens, self._max_len or config.longest_context or prefill_tokens),
+            random=random,
+            rich=rich,
+            constrained=constrained,
+            kv_pages=self._kv_pages,
+            memory_share=part_of_memory * (self._memory_share or where.chip.platform.memory_share),
+        )
         if self._saved is not None:
-            return with_capacity(replace(self._saved, model=config), capacity)
-        return api.plan(config, where, workload, layout=self._layout, capacity=capacity)
+            plan = with_capacity(replace(self._saved, model=config, slice=where), capacity)
+        else:
+            plan = api.plan(config, where, workload, layout=self._layout, capacity=capacity)
+        print(f"{said_of_pool(plan, capacity)}: {held(plan)}", file=sys.stderr)
+        longest = config.longest_context or plan.max_len
+        if plan.max_len < longest and not self._max_len:
+            held_of_one = f"contexts end at {plan.max_len:,} tokens, which these pages hold of one sequence"
+            print(f"{held_of_one}; {config.name} has {longest:,}", file=sys.stderr)
+        return plan
 
     def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:
         """The model on its devices, and on those of the other processes of a group."""
@@ -130,9 +161,37 @@ class ModelPlace:
             print(f"contexts end at {plan.max_len} tokens: the model's sliding window, and longer ones are not supported", file=sys.stderr)
         with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
             model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
+        check_programs(model)
         if model.tokenizer is not None and model.tokenizer.eos_note:
             print(model.tokenizer.eos_note, file=sys.stderr)
         return model
+
+
+def said_of_pool(plan: Plan, capacity: Capacity) -> str:
+    """What decides how many pages there are, in words."""
+    if capacity.kv_pages:
+        return f"{capacity.kv_pages} pages per shard as asked for"
+    platform = plan.slice.chip.platform
+    where = "the machine's memory" if platform.virtual else "the memory"
+    return f"pages take up to {capacity.memory_share or platform.memory_share:.0%} of {where} beside the rest"
+
+
+def check_programs(model: Model) -> None:
+    """Say on standard error what the compiled programs need beside what a device has.
+
+    Raises:
+        DoesNotFit: they need more.
+    """
+    from partinf.buckets import held
+
+    needed, found = model.runner.needed_bytes, held(model.plan)
+    if not needed:
+        return
+    usable = found.room.usable
+    said = f"the compiled programs need {needed / 1e9:.2f} of {usable / 1e9:.2f} GB per device"
+    if needed > usable:
+        raise DoesNotFit(f"{said}; a smaller --memory-share, or fewer --kv-pages, leaves room for them")
+    print(f"{said}: {(usable - needed) / 1e9:.2f} GB left, {found.slack / 1e9:.2f} by the plan", file=sys.stderr)
 
 
 def tell_failures(what: str, errors: Mapping[int, BaseException]) -> int:

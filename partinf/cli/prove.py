@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partinf.cli.arguments import add_pool, read_pool
 from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import add_model_arguments
 from partinf.foundation.limits import MAX_SECONDS
@@ -13,7 +15,7 @@ from partinf.foundation.limits import MAX_SECONDS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from partinf.plans import Plan
+    from partinf.plans import Bucket, Plan
     from partinf.proof import Proof, StepProof
     from partinf.workload import Workload
 
@@ -24,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="a plan that `partinf plan --save` wrote; instead of --model and --slice")
     add_model_arguments(parser, required=False)
     parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    text = "the largest step that serve would run for --batch sequences at a time of the longest context, with the pages that memory holds"
+    parser.add_argument("--as-served", action="store_true", help=text)
+    add_pool(parser)
     parser.add_argument("--by-compiler", action="store_true", help="prove the twin whose collectives the compiler chooses")
     parser.add_argument("--timeout", default="600", metavar="SECONDS", help="bound on one compilation (default: 600)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
@@ -37,14 +42,21 @@ def run(args: argparse.Namespace) -> int:
 
     flags = Flags(args)
     seconds = _read(flags)
+    pool = read_pool(flags)
+    if not args.as_served and any(pool):
+        flags.offences.append("--kv-pages and --memory-share are of an engine that serves: --as-served")
     plan, workload = _saved(flags) if args.plan else _asked(flags)
     reason = unavailable(plan.slice.chip.platform)
     raise_offences([reason] if reason else [])
-    from partinf.buckets import serving_steps
+    from partinf.buckets import largest_step, serving_steps
     from partinf.cli.progress import progress_bar
     from partinf.proof import Limits, proof_json, prove
 
-    plan, buckets = serving_steps(plan, workload)
+    if args.as_served:
+        plan = _served(args, plan, workload, pool)
+        buckets: tuple[Bucket, ...] = (largest_step(plan),)
+    else:
+        plan, buckets = serving_steps(plan, workload)
     with progress_bar(f"compiling for {plan.slice.name}", len(buckets)) as advance:
         proof = prove(plan, buckets, Limits(seconds=seconds), advance, args.by_compiler)
     if args.format == "json":
@@ -54,6 +66,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(proof)
     return 0
+
+
+def _served(args: argparse.Namespace, plan: Plan, workload: Workload, pool: tuple[int, float]) -> Plan:
+    """The plan that `serve` makes for as many sequences and as long a context as the workload has."""
+    from partinf.api import plan as choose
+    from partinf.buckets import served_capacity, with_capacity
+
+    needed = max(workload.max_context, 1)
+    served = served_capacity(workload.batch, min(needed, plan.model.longest_context or needed))
+    capacity = replace(served, kv_pages=pool[0], memory_share=pool[1])
+    chosen = args.plan or args.layout != "auto"
+    return with_capacity(plan, capacity) if chosen else choose(plan.model, plan.slice, workload, capacity=capacity)
 
 
 def _read(flags: Flags) -> float:
@@ -99,6 +123,8 @@ def show(proof: Proof) -> None:
     console = wide_console()
     verdict = "fits" if proof.fits else "does not fit"
     console.print(f"{proof.model} on {proof.slice}: {verdict} ({proof.compiler})", highlight=False)
+    if proof.planned is not None:
+        console.print(f"by the plan: {proof.planned}", highlight=False)
     for step in proof.steps:
         _show_step(console, step)
 
@@ -114,7 +140,8 @@ def _show_step(console: Console, step: StepProof) -> None:
             console.print(f"would fit: {step.advice}", highlight=False, markup=False)
         return
     parts = f"arguments {held.arguments / gib:.2f}, temporaries {held.temporaries / gib:.2f}, code {held.code / gib:.3f}"
-    console.print(f"{held.needed / gib:.2f} of {held.usable / gib:.2f} GiB per device: {parts}", highlight=False)
+    slack = f"{(held.usable - held.needed) / gib:.2f} left"
+    console.print(f"{held.needed / gib:.2f} of {held.usable / gib:.2f} GiB per device, {slack}: {parts}", highlight=False)
     if step.estimate:
         e = step.estimate
         parts = f"{e.compute * 1e3:.3g} compute and memory, {e.collectives * 1e3:.3g} collectives, {e.overlapped * 1e3:.3g} more hidden"

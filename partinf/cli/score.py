@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     place = ModelPlace(flags)
     texts = flags.collect(lambda: read_lines(args.text, args.texts, "--texts")) or []
     flags.word("format", FORMATS)
-    plan = place.plan(min(max(len(texts), 1), 32), random=False)
+    plan = place.plan(min(max(len(texts), 1), 32), random=False, part_of_memory=0.5)  # a scorer has pages of its own
     scores = place.load(plan, compile_steps=False).score(texts)
     if args.format == "json":
         fields = ("num_tokens", "padded_tokens", "seconds", "mfu", "chip_ms_per_token")

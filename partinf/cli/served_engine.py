@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from partinf.cli.flags import Flags, OnOff
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_REQUESTS
+from partinf.workload import SERVED_PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from partinf.cli.model_place import ModelPlace
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 SCHEDULER = "fcfs-chunked"
 _DEFAULT_ROWS = 32
-_DEFAULT_PROMPT_TOKENS = 256
 _RANGES = {
     "max_num_seqs": (1, MAX_BATCH),
     "max_num_batched_tokens": (1, MAX_LEN),
@@ -43,7 +43,7 @@ class _Group(Protocol):
 def add_engine_arguments(group: _Group) -> None:
     """The flags of the engine but for its scheduler, which other commands have too."""
     group.add_argument("--max-num-seqs", metavar="N", help=f"sequences per iteration (default: {_DEFAULT_ROWS})")
-    text = f"tokens per iteration: one of each sequence, the rest of prompts (default: {_DEFAULT_PROMPT_TOKENS} for prompts)"
+    text = f"tokens per iteration: one of each sequence, the rest of prompts (default: {SERVED_PROMPT_TOKENS} for prompts)"
     group.add_argument("--max-num-batched-tokens", metavar="N", help=text)
     sharing = "share KV pages of equal prompt beginnings (default: yes)"
     group.add_argument("--enable-prefix-caching", action=OnOff, default=None, help=sharing)
@@ -82,7 +82,7 @@ class ServedEngine:
         return cls(
             scheduler=scheduler,
             rows=rows,
-            prompt_tokens=_DEFAULT_PROMPT_TOKENS if tokens is None else max(1, tokens - rows),
+            prompt_tokens=SERVED_PROMPT_TOKENS if tokens is None else max(1, tokens - rows),
             lag=1 if found["lag"] is None else found["lag"],
             max_waiting=found["max_waiting"] or 512,
             max_waiting_tokens=found["max_waiting_tokens"],

@@ -8,15 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from partinf.cli.arguments import add_hardware, add_saved_plan, named_layout, read_saved_plan, read_slice, say_lengths, say_slice
+from partinf.cli.arguments import (
+    add_hardware,
+    add_pool,
+    add_saved_plan,
+    named_layout,
+    read_pool,
+    read_saved_plan,
+    read_slice,
+    say_lengths,
+    say_slice,
+)
 from partinf.cli.figures import said_of_load, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
 from partinf.cli.model_place import ModelPlace
 from partinf.cli.served_engine import FLAGS, SCHEDULER, ServedEngine, add_engine_arguments
-from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS
+from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_SECONDS
 
 if TYPE_CHECKING:
     from partinf.cost.pricing import Pricing
@@ -28,13 +38,12 @@ if TYPE_CHECKING:
 
 _DEFAULT_BATCH = 64
 _DEFAULT_SCHEDULER = "fcfs"
-_MOST = {"max_len": MAX_LEN, "prefill_tokens": MAX_LEN, "page_size": MAX_LEN, "kv_pages": MAX_PAGES, "residents": MAX_BATCH, "stages": 4096}
+_MOST = {"max_len": MAX_LEN, "prefill_tokens": MAX_LEN, "page_size": MAX_LEN, "residents": MAX_BATCH, "stages": 4096}
 # Flags of a simulation alone, and what serve has in their place.
 _UNSERVED = {
     "max_batch": ", it has --max-num-seqs",
     "prefill_tokens": ", it has --max-num-batched-tokens",
     "page_size": "",
-    "kv_pages": "",
     "residents": "",
     "host_memory": "",
     "stages": "",
@@ -64,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-len", "--max-model-len", default="0", metavar="N", help="longest context (default: the longest request)")
     parser.add_argument("--prefill-tokens", default="0", metavar="N", help="prompt tokens per iteration (default: the longest context)")
     parser.add_argument("--page-size", default="16", metavar="N", help="tokens per KV page (default: 16)")
-    parser.add_argument("--kv-pages", default="0", metavar="N", help="KV pages per shard (default: what memory is left)")
+    add_pool(parser)
     parser.add_argument(
         "--residents", default="0", metavar="N", help="sequences that may hold pages (default: 4 batches where one can preempt)"
     )
@@ -153,6 +162,7 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
         if flags.given(name) or getattr(args, name) is not None
     ]
     numbers = {name: flags.whole(name, high=most) for name, most in _MOST.items()}
+    kv_pages, memory_share = read_pool(flags)
     host = flags.number("host_memory", high=MAX_HOST_BYTES / 1e9)
     program, calibration = _priced(flags)
     plan = _bind(flags, load, calibration, numbers["stages"])
@@ -168,7 +178,8 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
         prefill_tokens=numbers["prefill_tokens"] or max_len,
         page_size=numbers["page_size"] or 16,
         host_bytes=host * 1e9,
-        kv_pages=numbers["kv_pages"],
+        kv_pages=kv_pages,
+        memory_share=memory_share,
         overhead_seconds=overhead,
     )
     pricing = _pricing(plan.slice, calibration, program)
@@ -233,6 +244,7 @@ class _About:
     mesh: str
     layout: str
     kv_tokens: int
+    memory: dict[str, Any]
     scheduler: str
     max_batch: int
     as_served: bool
@@ -249,6 +261,7 @@ class _About:
 
 
 def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated) -> tuple[_About, RunReport]:
+    from partinf.buckets import held
     from partinf.cli.progress import progress_bar
     from partinf.layout import readable_name
     from partinf.model.weights import num_params
@@ -257,6 +270,7 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
     from partinf.simulation.schedule_trace import ScheduleTrace
 
     plan, pricing, runner = simulated.plan, simulated.pricing, simulated.runner
+    memory = held(plan)
     started = time.perf_counter()
     trace = ScheduleTrace() if args.trace else None
     engine = simulated.engine(clock=runner.clock, on_step=None if trace is None else trace.on_step)
@@ -272,7 +286,8 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
         bubbles=runner.bubbles,
         mesh=plan.slice.mesh,
         layout=readable_name(plan.layout, plan.axis_sizes),
-        kv_tokens=runner.limits.pages_per_shard * runner.limits.num_shards * runner.limits.page_size,
+        kv_tokens=memory.tokens,
+        memory=memory.as_json(),
         scheduler=simulated.scheduler,
         max_batch=simulated.max_batch,
         as_served=args.as_served,

@@ -127,6 +127,12 @@ class StepSplit:
         found._attend(layout)
         return found
 
+    def with_shape(self, shape: StepShape) -> StepSplit:
+        """The same roles in a step of another shape."""
+        found = object.__new__(StepSplit)
+        found.__dict__.update(self.__dict__, shape=shape)
+        return found
+
     def _attend(self, layout: Layout) -> None:
         self.layout = layout
         self.kv_digits = self._kept(kv_head_axes(layout, self.sizes, self.model.num_kv_heads))

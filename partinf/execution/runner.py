@@ -143,6 +143,19 @@ class JaxRunner:
         key = "" if self._executables is None else program_key(self.plan, self.mesh, *program)
         return obtain(self._executables, key, self.mesh, compile_program)
 
+    @property
+    def needed_bytes(self) -> int:
+        """What the largest of the compiled steps needs on one device, arguments, temporaries and the code of all of them; 0 where the
+        compiler does not say."""
+        found = [step.memory_analysis() for step in self._steps.values()]
+        if not found or any(each is None for each in found):
+            return 0
+        code = sum(each.generated_code_size_in_bytes for each in found)
+        return code + max(
+            each.argument_size_in_bytes + each.temp_size_in_bytes + max(0, each.output_size_in_bytes - each.alias_size_in_bytes)
+            for each in found
+        )
+
     def submit(self, step: Step) -> None:
         submitted = _Submitted(step)
         self._in_flight.append(submitted)

@@ -16,7 +16,7 @@ from partinf.engine.policies.registry import POLICIES, TIMELESS
 from partinf.foundation import documents
 from partinf.foundation.documents import Table
 from partinf.foundation.errors import collect, raise_offences
-from partinf.foundation.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
+from partinf.foundation.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PAGES, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
 from partinf.hardware.hardware_file import slice_of
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout, load_layout
@@ -34,6 +34,7 @@ RANGES = {
     "max_batch": (1, MAX_BATCH),
     "prefill_tokens": (1, MAX_LEN),
     "page_size": (1, MAX_LEN),
+    "kv_pages": (0, MAX_PAGES),
     "rounds": (0, 10_000),
 }
 
@@ -53,6 +54,7 @@ class Experiment:
     Attributes:
         processes: how many local processes the devices of the slice are dealt to.
         requests: how many; lengths: as of `--lengths`. scheduler: one of `TIMELESS`.
+        kv_pages: per shard; 0 for as many as memory holds. memory_share: as of `Capacity`.
         rounds: how often every step and every entry of the ledgers is timed; 0 for not at all.
     """
 
@@ -73,6 +75,8 @@ class Experiment:
     max_batch: int = 8
     prefill_tokens: int = 128
     page_size: int = 16
+    kv_pages: int = 0
+    memory_share: float = 0.0
     rounds: int = 7
 
     def target(self) -> Slice:
@@ -110,7 +114,16 @@ class Experiment:
         longest = max(len(request.prompt) + request.output_len for request in requests)
         kv = self.kv or (self.weights if self.weights != DType.INT8 else DType.BF16)
         workload = Workload(self.max_batch, prompt, longest - prompt, weights=DType(self.weights), kv=DType(kv))
-        capacity = Capacity(self.max_batch, longest, self.prefill_tokens, self.page_size, random=False, max_prompt_len=prompt)
+        capacity = Capacity(
+            self.max_batch,
+            longest,
+            self.prefill_tokens,
+            self.page_size,
+            random=False,
+            max_prompt_len=prompt,
+            kv_pages=self.kv_pages,
+            memory_share=self.memory_share,
+        )
         return plan(self.config(), self.target(), workload, layout=self._layout(), capacity=capacity)
 
     def _layout(self) -> Layout | None:
@@ -139,6 +152,8 @@ def _value(table: Table, field: Field[Any], stem: str) -> Any:
     if field.type == "int":
         low, high = RANGES[field.name]
         return table.whole(field.name, low=low, high=high, **default)
+    if field.type == "float":
+        return table.number(field.name, high=1.0, **default)
     return (table.flag if field.type == "bool" else table.text)(field.name, **default)
 
 

@@ -25,6 +25,10 @@ class InvalidInput(ValueError):
         super().__init__("\n".join(self.offences))
 
 
+class DoesNotFit(InvalidInput):
+    """Memory does not hold what was asked for."""
+
+
 class Overloaded(RuntimeError):
     """A request that was refused because too much is waiting; nothing was queued.
 

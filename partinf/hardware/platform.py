@@ -7,6 +7,7 @@ devices) is read where it is needed, under a rule that stands here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,12 @@ def platform_named(name: str) -> Platform:
     if name not in PLATFORMS:
         raise InvalidInput(f"platform '{name}': not in the table{nearest(name, PLATFORMS)}; known: {', '.join(PLATFORMS)}")
     return PLATFORMS[name]
+
+
+def memory_of_virtual_devices(count: int) -> tuple[int, int]:
+    """Bytes of one of so many virtual devices that share this machine's memory, and what a program may use of them."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
+    return total, int(0.9 * total)
 
 
 def has_accelerator() -> bool:

@@ -20,6 +20,7 @@ from partinf.axes import is_axis_name
 from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.foundation.limits import MAX_AXES, MAX_DEVICES
 from partinf.hardware.chips import Chip, chips
+from partinf.hardware.platform import memory_of_virtual_devices
 
 TORUS_NAMES = ("x", "y", "z")
 DCN_AXIS = "dcn"
@@ -193,6 +194,15 @@ def make_slice(chip: Chip, shape: tuple[int, ...], num_slices: int = 1, mesh: st
     bare = Slice(chip, shape, (), num_slices)
     default = ",".join(f"{name}:{size}" for name, size in zip(_torus_names(bare), shape, strict=True))
     return bare.with_mesh(mesh or default)
+
+
+def on_this_machine(slice_: Slice) -> Slice:
+    """The slice as it runs here: virtual devices have no more memory together than the machine."""
+    if not slice_.chip.platform.virtual:
+        return slice_
+    total, usable = memory_of_virtual_devices(slice_.num_devices)
+    chip = replace(slice_.chip, hbm=min(total, slice_.chip.hbm), usable_hbm=min(usable, slice_.chip.usable_hbm))
+    return replace(slice_, chip=chip)
 
 
 def nearest_chip(text: str) -> str:

@@ -7,7 +7,6 @@ under a plan. It also finds the devices: those that are here, virtual CPU device
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,9 +19,11 @@ from jax.sharding import PartitionSpec as P
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import Chip, chip_of_kind
 from partinf.hardware.hardware_file import default_path, read_hardware
-from partinf.hardware.platform import CPU, Platform, has_accelerator, platform_named
+from partinf.hardware.platform import CPU, Platform, has_accelerator, memory_of_virtual_devices, platform_named
 from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
 from partinf.plans import Plan
+
+_MEMORY_STEP = 1 << 28
 
 
 def devices_here() -> Sequence[jax.Device]:
@@ -153,11 +154,12 @@ def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:
 def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
     """The chip with the memory that this process finds: virtual CPU devices share the machine's, a GPU tells its own."""
     if platform_named(devices[0].platform).virtual:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-        return replace(chip, hbm=total, usable_hbm=int(0.9 * total))
+        total, usable = memory_of_virtual_devices(len(devices))
+        return replace(chip, hbm=total, usable_hbm=usable)
     here = next(device for device in devices if device.process_index == jax.process_index())
     limit = (here.memory_stats() or {}).get("bytes_limit")
-    return chip if limit is None else replace(chip, usable_hbm=int(limit) * chip.devices_per_chip)
+    # Rounded, so that hosts whose devices differ by what runs beside them make the same plan.
+    return chip if limit is None else replace(chip, usable_hbm=int(limit) // _MEMORY_STEP * _MEMORY_STEP * chip.devices_per_chip)
 
 
 def put(array: np.ndarray, target: NamedSharding) -> jax.Array:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Kind, Ledger
-from partinf.cost.memory import activation_bytes
 from partinf.cost.movement import ways
 from partinf.cost.program import Program
-from partinf.foundation.errors import InvalidInput
+from partinf.foundation.errors import DoesNotFit
 from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
@@ -22,6 +23,8 @@ from partinf.planner.switch import prefill_from
 from partinf.plans import CacheConfig, Plan
 from partinf.workload import Workload
 
+_SIZED = 24  # candidates whose cache is worked out, of those that hold the weights
+
 
 def plan(
     model: ModelConfig,
@@ -32,21 +35,37 @@ def plan(
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
     program: Program | None = None,
     only_runnable: bool = True,
+    sized: Callable[[Plan], Plan] | None = None,
 ) -> Plan:
     """The best layout for a workload, as a plan.
 
     Args:
         only_runnable: leave out layouts that can be planned but not run yet: those that pad heads in groups.
+        sized: gives a plan its cache and its steps. Where it finds no room under any layout, or no layout holds the whole batch at full
+            length, layouts are looked for whose cache holds half of it, then a quarter, and so on: the others wait, or are preempted.
 
     Raises:
         InvalidInput: nothing fits; by how much, and what would help.
     """
-    report = answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
-    plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
-    best = next((found for found in plans if not (only_runnable and found.runnable)), None)
-    if best is None:
-        raise InvalidInput(misfit(report))
-    return best
+    refusal: DoesNotFit | None = None
+    for asked in [workload] if sized is None else [workload, *with_fewer_resident(workload)]:
+        report = answer(Question(model, asked, calibration, bandwidth_model, program), slice_)
+        plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
+        able = (found for found in plans if not (only_runnable and found.runnable))
+        for found in itertools.islice(able, None if sized is None else _SIZED):
+            try:
+                return found if sized is None else sized(found)
+            except DoesNotFit as error:
+                refusal = refusal or error
+    raise refusal or DoesNotFit(misfit(report))
+
+
+def with_fewer_resident(workload: Workload) -> Iterator[Workload]:
+    """The workload with half of its sequences in the cache at full length, a quarter, and so on down to one."""
+    resident = (workload.resident or workload.batch) // 2
+    while resident:
+        yield replace(workload, resident=resident)
+        resident //= 2
 
 
 def misfit(report: PlanReport) -> str:
@@ -99,7 +118,7 @@ def running_layout(report: PlanReport, candidate: Candidate) -> Layout:
         phase = layout.phase(label)
         changed: dict[str, Any] = {label: replace(phase, ahead=bool(phase.gather))}
         ahead = replace(layout, **changed)
-        activations = activation_bytes(report.evaluator.split(ahead, label, candidate.padded_heads))
+        activations = report.evaluator.activations(report.evaluator.split(ahead, label, candidate.padded_heads))
         if held.weights + held.kv + activations <= held.usable:
             layout = ahead
     return layout

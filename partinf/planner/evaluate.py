@@ -214,7 +214,14 @@ class Evaluator:
     def _priced(self, split: StepSplit, label: str) -> Priced:
         linear, attention = self.linear(split), self._attend(split, label)
         seconds = linear.part.beside(attention.seconds, attention.left, attention.early, attention.free)
-        return Priced(split.shape, seconds, activation_bytes(split, linear.working_set), (linear.part.entries, attention.entries))
+        return Priced(split.shape, seconds, self.activations(split, linear.working_set), (linear.part.entries, attention.entries))
+
+    def activations(self, split: StepSplit, linear: LinearSet | None = None) -> int:
+        """The working set of a step, or of the chunk of it that one step processes at most."""
+        chunk, shape = self.workload.chunk, split.shape
+        if chunk is None or shape.prefill_tokens <= chunk:
+            return activation_bytes(split, linear)
+        return activation_bytes(split.with_shape(StepShape(prefill_tokens=chunk, prefill_slots=min(chunk, shape.prefill_slots))))
 
     def _attend(self, split: StepSplit, label: str) -> _Part:
         """What depends on attention roles; axes that copy weights and axes that gather them are the same to it."""
@@ -246,7 +253,8 @@ class Evaluator:
         """The budget of a device that runs these phases; without phases, of weights and cache alone."""
         model = self.model.with_padded_heads(padded_heads)
         context = max(self.workload.max_context, 1)
-        cache = kv_bytes(model, layout, self.pricing.slice, self.workload.batch, context, self.workload.kv)
+        rows = self.workload.resident or self.workload.batch
+        cache = kv_bytes(model, layout, self.pricing.slice, rows, context, self.workload.kv)
         weights = self._weights(layout, padded_heads)
         return MemoryBudget(weights, cache, max((p.activations for p in priced), default=0), usable_bytes(self.pricing.slice))
 

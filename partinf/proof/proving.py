@@ -73,7 +73,8 @@ def prove(
         steps.append(_read(plan, bucket, compiled))
         if advance is not None:
             advance(1)
-    return Proof(plan.model.name, plan.slice.name, compiler, tuple(steps))
+    planned = held_by(plan if plan.buckets else replace(plan, buckets=chosen))
+    return Proof(plan.model.name, plan.slice.name, compiler, tuple(steps), planned)
 
 
 def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:

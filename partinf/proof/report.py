@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from partinf.cost.memory import Held
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -139,13 +141,14 @@ class Proof:
     """A plan, compiled for its slice by the compiler that its chips will run.
 
     Attributes:
-        steps: one per bucket.
+        steps: one per bucket. planned: what a device holds by the plan's own account, for all steps of the engine.
     """
 
     model: str
     slice: str
     compiler: str
     steps: tuple[StepProof, ...] = field(default=())
+    planned: Held | None = None
 
     @property
     def fits(self) -> bool:
@@ -157,7 +160,8 @@ def proof_json(proof: Proof) -> dict[str, Any]:
     """The JSON of a proof: the figures of the first bucket at the top level, and every bucket under `steps`."""
     steps = [_step_json(step) for step in proof.steps]
     head = {"model": proof.model, "slice": proof.slice, "compiler": proof.compiler}
-    return {**head, **(steps[0] if steps else {}), "fits": proof.fits, "steps": steps}
+    planned = None if proof.planned is None else proof.planned.as_json()
+    return {**head, **(steps[0] if steps else {}), "fits": proof.fits, "planned_memory": planned, "steps": steps}
 
 
 def _step_json(step: StepProof) -> dict[str, Any]:

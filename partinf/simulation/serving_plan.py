@@ -17,7 +17,7 @@ from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role
 from partinf.model.config import ModelConfig
-from partinf.planner.choose import misfit, plan_of
+from partinf.planner.choose import misfit, plan_of, with_fewer_resident
 from partinf.planner.search import search
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival
@@ -59,13 +59,19 @@ def serving_plan(
         InvalidInput: nothing fits.
     """
     workload = Workload(traffic.max_batch_size, traffic.input_len, traffic.output_len, weights=weights, kv=kv)
-    found = search(model, slice_, workload, calibration=calibration)
-    if num_stages is not None:
-        staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == num_stages)
-        if not staged:
-            raise InvalidInput(f"slice {slice_.name} ({slice_.mesh}): no axes that make {num_stages} stages of {model.num_layers} layers")
-        found = replace(found, candidates=staged)
-    fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
+    alone = replace(workload, prefill_batch=1)  # where pages are preempted, prompts come one by one too
+    for asked in (workload, *with_fewer_resident(alone)):
+        found = search(model, slice_, asked, calibration=calibration)
+        if num_stages is not None:
+            staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == num_stages)
+            if not staged:
+                raise InvalidInput(
+                    f"slice {slice_.name} ({slice_.mesh}): no axes that make {num_stages} stages of {model.num_layers} layers"
+                )
+            found = replace(found, candidates=staged)
+        fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
+        if fitting:
+            break
     pricing = Pricing(slice_, found.calibration, found.bandwidth_model, found.program)
     plans = [_gathering_where_it_pays(replace(plan, predicted=()), pricing) for c in fitting for plan in _undealt(plan_of(found, c))]
     if not plans:

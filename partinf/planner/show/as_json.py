@@ -10,6 +10,7 @@ from partinf.foundation.limits import NEVER
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import running_layout
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.show.commands import served_memory
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import prefill_from
 
@@ -65,6 +66,7 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
             "intervals": dict(report.calibration.intervals),
         },
         "best": candidates[0],
+        "served": None if (memory := served_memory(report, report.best)) is None else memory.as_json(),
         "batch_advice": _batch_advice(report),
         "ffn_by_tokens": _ffn_by_tokens(report),
         "candidates": candidates,

@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+from partinf.buckets import held, served_capacity, with_capacity
+from partinf.cost.memory import Held
 from partinf.foundation import resources
 from partinf.foundation.documents import is_directory
+from partinf.foundation.errors import DoesNotFit
 from partinf.model.config import ModelConfig
+from partinf.planner.choose import plan_of
+from partinf.planner.report import Candidate, PlanReport
 from partinf.plans import Plan
 from partinf.workload import Workload
 
@@ -50,6 +55,23 @@ def commands(file: str, plan: Plan, workload: Workload, model: str) -> dict[str,
     here = is_directory(model) or ships_weights(model)
     served = [] if unservable(plan) else serve_command(file, plan, workload, None if here else f"path/to/{plan.model.name}")
     return ({"serve": served} if served else {}) | {"simulate": simulate_command(file, plan, workload)}
+
+
+def served_plan(plan: Plan, workload: Workload) -> Plan:
+    """The plan as `serve_command` has it, with its pages and its steps.
+
+    Raises:
+        DoesNotFit: memory does not hold one sequence beside the rest.
+    """
+    return with_capacity(plan, served_capacity(workload.batch, sum(_lengths(plan.model, workload))))
+
+
+def served_memory(report: PlanReport, candidate: Candidate) -> Held | None:
+    """What a device holds of the server of `serve_command`; None where no sequence fits beside the weights."""
+    try:
+        return held(served_plan(plan_of(report, candidate), report.workload))
+    except DoesNotFit:
+        return None
 
 
 def simulate_command(file: str, plan: Plan, workload: Workload) -> list[str]:

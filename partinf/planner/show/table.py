@@ -15,7 +15,7 @@ from partinf.planner.advice import head_splits, preflight
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
-from partinf.planner.show.commands import commands, num_hosts, unservable
+from partinf.planner.show.commands import commands, num_hosts, served_memory, unservable
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import moved_bytes, readable_bytes
 from partinf.planner.slices import Trial, price_per_million_tokens
@@ -43,6 +43,7 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
         console.print(misfit(report), highlight=False)
         for change in preflight(report):
             console.print(f"  {change}", highlight=False)
+        _show_served(console, report, min(report.candidates, key=lambda candidate: candidate.memory.total))
         if heads := head_splits(report):
             console.print(f"{heads}.", highlight=False)
     if saved:
@@ -139,12 +140,19 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     if report.workload.phase is None:
         _show_switch(console, report, plan)
     console.print(_memory_bar(best), highlight=False)
+    _show_served(console, report, best)
     if advice := batch_advice(report):
         console.print(f"Largest batch worth decoding together under these roles: {advice}.", highlight=False)
     if best.padded_heads:
         console.print(f"{head_splits(report)}.", highlight=False)
     for result in best.phases:
         console.print(_ledger(result))
+
+
+def _show_served(console: Console, report: PlanReport, candidate: Candidate) -> None:
+    """What a server has of it, which need not hold all sequences at full length."""
+    if (memory := served_memory(report, candidate)) is not None:
+        console.print(f"Served with the pages that memory holds: {memory}.", highlight=False)
 
 
 def _show_switch(console: Console, report: PlanReport, plan: Plan) -> None:
