@@ -67,7 +67,10 @@ class ModelPlace:
 
     Attributes:
         flags: with everything that is wrong so far; the command adds its own and calls `plan`.
+        said: after `plan`, what its devices hold, in lines for the user; `load` prints them.
     """
+
+    said: tuple[str, ...] = ()
 
     def __init__(self, flags: Flags, num_processes: int = 1, runs: bool = True) -> None:
         """
@@ -107,7 +110,7 @@ class ModelPlace:
         constrained: bool = False,
         part_of_memory: float = 1.0,
     ) -> Plan:
-        """A plan for so many texts at once, and so many prompt tokens per step; says on standard error what its devices hold.
+        """A plan for so many texts at once, and so many prompt tokens per step.
 
         Args:
             part_of_memory: that the pages take of the share that they would have.
@@ -141,11 +144,11 @@ class ModelPlace:
             plan = with_capacity(replace(self._saved, model=config, slice=where), capacity)
         else:
             plan = api.plan(config, where, workload, layout=self._layout, capacity=capacity)
-        print(f"{said_of_pool(plan, capacity)}: {held(plan)}", file=sys.stderr)
+        self.said = (f"{said_of_pool(plan, capacity)}: {held(plan)}",)
         longest = config.longest_context or plan.max_len
         if plan.max_len < longest and not self._max_len:
             held_of_one = f"contexts end at {plan.max_len:,} tokens, which these pages hold of one sequence"
-            print(f"{held_of_one}; {config.name} has {longest:,}", file=sys.stderr)
+            self.said += (f"{held_of_one}; {config.name} has {longest:,}",)
         return plan
 
     def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:
@@ -155,6 +158,8 @@ class ModelPlace:
         from partinf.cost.calibration import calibration_for
 
         print(f"{plan.model.name} on {plan.slice.name} ({plan.slice.mesh}): {plan.note or 'layout as given'}", file=sys.stderr)
+        for line in self.said:
+            print(line, file=sys.stderr)
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
         if plan.max_len == plan.model.window:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,6 +143,8 @@ def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simu
     if flags.offences or load is None:
         return None
     plan = served.plan(place)
+    for line in place.said:
+        print(line, file=sys.stderr)
     pricing = _pricing(plan.slice, calibration, program)
     price = StepPrice(plan, pricing, buckets=plan.buckets)
     runner = CostRunner(runner_limits(plan), price, overhead_seconds=overhead)

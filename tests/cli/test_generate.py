@@ -81,7 +81,9 @@ def test_a_text_ends_at_what_any_file_of_the_model_names(
     shutil.copytree(resources.find("models", "demo"), model)
     names.write_text('{"eos_token_id": 3}')
     with monkeypatch.context() as patched:
-        patched.setattr(api, "load", lambda *_, **__: SimpleNamespace(tokenizer=load_tokenizer(model)))
+        patched.setattr(
+            api, "load", lambda *_, **__: SimpleNamespace(tokenizer=load_tokenizer(model), runner=SimpleNamespace(needed_bytes=0))
+        )
         place = ModelPlace.__new__(ModelPlace)
         place.args = Namespace(model=str(model))
         assert place.load(api.plan("demo", "cpu:1")).tokenizer.eos_ids == {2, 3}
