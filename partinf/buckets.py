@@ -180,9 +180,10 @@ def _no_room(plan: Plan, longest: int) -> str:
 
 
 def largest_step(plan: Plan) -> Bucket:
-    """The bucket whose activations take most memory."""
+    """The bucket whose activations take most memory; of several, the one that reads most pages."""
     pricing = Pricing(plan.slice, ROOFLINE, program=TILED)
-    return max(plan.buckets, key=lambda bucket: activation_bytes(split_of(plan, bucket, pricing)))
+    size = lambda bucket: activation_bytes(split_of(plan, bucket, pricing))  # noqa: E731
+    return max(plan.buckets, key=lambda bucket: (size(bucket), bucket.prefill_pages, bucket.decode_pages))
 
 
 def held(plan: Plan) -> Held:

@@ -189,9 +189,10 @@ def check_programs(model: Model) -> None:
     """
     from partinf.buckets import held
 
-    needed, found = model.runner.needed_bytes, held(model.plan)
+    needed = model.runner.needed_bytes
     if not needed:
         return
+    found = held(model.plan)
     usable = found.room.usable
     said = f"the compiled programs need {needed / 1e9:.2f} of {usable / 1e9:.2f} GB per device"
     if needed > usable:
