@@ -45,6 +45,7 @@ _UNKNOWN_CONTEXT = 4096  # of models that name none
 _SHORT_CONTEXT = 4  # a second set of buckets reads this fraction of the longest context
 _SHORT_PAGES = 128  # from four times as many on there is a third set, which reads so many at most
 PROMPT_TOKENS = 512  # prompt tokens per step unless a capacity says otherwise: enough to be limited by compute on every chip
+_LARGEST_SHARE = 0.9  # of memory that is left, for pages of one sequence
 _WORTH_A_COMPILATION = 0.8  # of the time of the step without the smaller bucket
 
 
@@ -157,14 +158,17 @@ def _with_pages(plan: Plan, capacity: Capacity, max_len: int) -> Plan:
 
 
 def _pages_that_fit(plan: Plan, capacity: Capacity) -> int:
-    """Pages of one shard. On virtual devices, which share the machine's memory with all that runs on it, no more than the sequences that
-    may hold pages can fill."""
+    """Pages of one shard: those of the share that was asked for; otherwise of the platform's, and more if one sequence needs more. On
+    virtual devices, which share the machine's memory with all that runs on it, no more than the sequences that may hold pages can fill."""
     platform, found = plan.slice.chip.platform, held(plan)
     (pages,) = found.room.pages(capacity.memory_share or platform.memory_share, found.page_bytes)
+    one = ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_parts)
+    if capacity.max_len and not capacity.memory_share:
+        pages = max(pages, min(one, *found.room.pages(_LARGEST_SHARE, found.page_bytes)))
     most = MAX_PAGES // (plan.num_shards * plan.num_parts)
     if platform.virtual:
         residents = max(rows_per_stage(plan, capacity.max_rows) * plan.num_stages, capacity.max_residents)
-        most = min(most, ceil_div(residents, plan.num_shards) * ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_parts))
+        most = min(most, ceil_div(residents, plan.num_shards) * one)
     return min(pages, most) * plan.num_parts
 
 
@@ -182,8 +186,11 @@ def _no_room(plan: Plan, longest: int) -> str:
 def largest_step(plan: Plan) -> Bucket:
     """The bucket whose activations take most memory; of several, the one that reads most pages."""
     pricing = Pricing(plan.slice, ROOFLINE, program=TILED)
-    size = lambda bucket: activation_bytes(split_of(plan, bucket, pricing))  # noqa: E731
-    return max(plan.buckets, key=lambda bucket: (size(bucket), bucket.prefill_pages, bucket.decode_pages))
+
+    def size(bucket: Bucket) -> tuple[int, int, int]:
+        return activation_bytes(split_of(plan, bucket, pricing)), bucket.prefill_pages, bucket.decode_pages
+
+    return max(plan.buckets, key=size)
 
 
 def held(plan: Plan) -> Held:

@@ -127,6 +127,7 @@ class ModelPlace:
         assert config is not None
         where = self._target if self._target is not None else api.find_slice("local", args.mesh, args.hardware)
         where = on_this_machine(where) if self._runs else where
+        share = self._memory_share or where.chip.platform.memory_share
         dtype = self._weights or DType(where.chip.platform.default_type)
         length = self._max_len or min(config.longest_context or _TYPICAL_LEN, _TYPICAL_LEN)
         workload = Workload(rows, max(1, length // 2), length // 2, weights=dtype, kv=self._kv or dtype.activations)
@@ -138,7 +139,7 @@ class ModelPlace:
             rich=rich,
             constrained=constrained,
             kv_pages=self._kv_pages,
-            memory_share=part_of_memory * (self._memory_share or where.chip.platform.memory_share),
+            memory_share=self._memory_share if part_of_memory == 1.0 else part_of_memory * share,
         )
         if self._saved is not None:
             plan = with_capacity(replace(self._saved, model=config, slice=where), capacity)
