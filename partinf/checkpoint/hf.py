@@ -56,7 +56,7 @@ def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params
     expected = {path: source.leaf_shape for path, source in sources.items()}
     wanted = shapes_by_path(abstract_params, quantized_whole=True)
     disagreements = compare_shapes(wanted, expected, "the parameter tree", f"the model {config.name}")
-    reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements)
+    reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements, aside=naming.aside)
     raise_offences(tied_offences(reader, config, naming))
     arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
     structure = jax.tree.structure(abstract_params, is_leaf=lambda x: isinstance(x, Quantized))
@@ -132,7 +132,7 @@ def check_hf(directory: str | Path, config: ModelConfig) -> None:
     """Raise `InvalidInput` with every offence of the weights in a directory. Reads headers only, so it takes milliseconds for any size."""
     with TensorReader(directory) as reader:
         naming = naming_of(config, reader.inventory.names)
-        reader.check(tensor_shapes(config, naming), tolerated(config, naming))
+        reader.check(tensor_shapes(config, naming), tolerated(config, naming), aside=naming.aside)
 
 
 def save_hf(

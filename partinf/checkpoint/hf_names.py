@@ -6,9 +6,10 @@ derived from it, and all of it is numpy: no device is needed to check a director
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +21,6 @@ from partinf.model.families import family_of
 from partinf.model.family import Naming, Stored
 from partinf.model.weights import leaf_names
 
-_HEAD = "lm_head.weight"
-
 
 def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
     """The names of the model's tensors, with the one base of which most are among those `found` in a directory; of equals the first.
@@ -30,23 +29,29 @@ def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
         InvalidInput: blocks that no family has, or weights for which the family has no tensor.
     """
     family, present, wanted = family_of(config), set(found), leaf_names(config)
+    named = family.naming_of(config)
     raise_offences(
-        f"model {config.name}: {family.title} directories have no tensor for the weight {leaf}"
-        for leaf in sorted(wanted - family.naming.leaves)
+        f"model {config.name}: {family.title} directories have no tensor for the weight {leaf}" for leaf in sorted(wanted - named.leaves)
     )
-    namings = [replace(family.naming, bases=(base,)) for base in family.naming.bases]
+    namings = [replace(named, bases=(base,)) for base in named.bases]
     return max(namings, key=lambda naming: len(present & tensor_shapes(config, naming).keys()))
 
 
 def tolerated(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
     """Endings of tensor names that may be in a directory and are not read: buffers, and a copy of the embedding where it is tied."""
-    return (*naming.buffers, _HEAD) if config.tied_embeddings else naming.buffers
+    return (*naming.buffers, _head(naming)) if config.tied_embeddings else naming.buffers
+
+
+def _head(naming: Naming) -> str:
+    """The ending of the name of the output matrix."""
+    stored = naming.model_weights.get("unembed")
+    return stored.tensors[0].format(base="", head="") if stored else "lm_head.weight"
 
 
 def tied_offences(reader: TensorReader, config: ModelConfig, naming: Naming) -> list[str]:
     """The offence of an output matrix that is stored beside the embedding, is said to be the same, and is another."""
-    embed = naming.model_weights["embed"].tensors[0].format(base=naming.bases[0])
-    heads = [name for name in reader.inventory.tensors if name.endswith(_HEAD)] if config.tied_embeddings else []
+    embed = naming.named(naming.model_weights["embed"].tensors[0])
+    heads = [name for name in reader.inventory.tensors if name.endswith(_head(naming))] if config.tied_embeddings else []
     if "unembed" in naming.model_weights:
         instead = "set tie_word_embeddings to false to use it, as transformers does, or remove it from the file"
     else:
@@ -66,19 +71,24 @@ class LeafSource:
         lead: Leading dimensions of the leaf over which tensors are stacked: none, (2,), (layers,) or (layers, 2).
         names: The tensors' names, row-major over `lead`.
         starts: The row of each tensor, once it is [out, in], at which the leaf's begin.
+        piece, stride: The leaf has so many rows one after the other, and so many rows of the tensor lie between their beginnings.
         groups: Sizes of the leaf's other dimensions, grouped by dimension of the tensor, without padding.
         padded: Sizes of the same dimensions in the leaf.
         tensor_shape: The shape of each tensor as it is stored.
         transposed: The tensors are stored [in, out].
+        neighbours: Of each tensor, how many leading rows of a head are pairs of neighbours.
     """
 
     lead: tuple[int, ...]
     names: tuple[str, ...]
     starts: tuple[int, ...]
+    piece: int
+    stride: int
     groups: tuple[tuple[int, ...], ...]
     padded: tuple[int, ...]
     tensor_shape: tuple[int, ...]
     transposed: bool
+    neighbours: tuple[int, ...]
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
@@ -92,23 +102,40 @@ def _sizes(config: ModelConfig, vocab_size: int) -> dict[str, int]:
         "F": config.ffn_dim,
         "H": config.num_heads,
         "K": config.num_kv_heads,
+        "G": config.queries_per_kv_head,
         "Q": config.head_dim,
         "M": config.max_len,
         "1": 1,
     }
 
 
-def _source(names: tuple[str, ...], weight: Stored, config: ModelConfig, layers: int, padded_heads: int) -> LeafSource:
-    """The source of a leaf that stacks `layers` layers, or 0 for one that does not."""
+def _rotated(config: ModelConfig) -> int:
+    """Leading dimensions of a head that are rotated: the same in all kinds of layers that rotate any."""
+    rotations = [kind.attention.rotation for kind in config.layer_kinds]
+    return next((rotation.rotated(config.head_dim) for rotation in rotations if rotation is not None), 0)
+
+
+def _size(letters: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[letter] for letter in letters)
+
+
+def _source(names: tuple[str, ...], weight: Stored, config: ModelConfig, layers: int, padded_heads: int, rotated: int) -> LeafSource:
+    """The source of a leaf that stacks `layers` layers, or 0 for one that does not; so many rows of its heads are pairs of neighbours."""
     sizes, whole = _sizes(config, config.vocab_size), _sizes(config.with_padded_heads(padded_heads), config.padded_vocab_size)
     dims = [[group.strip("()")] if group.startswith("(") else list(group) for group in weight.dims.split()]  # letters of each dimension
-    groups = tuple(tuple(math.prod(sizes[letter] for letter in dim) for dim in group) for group in dims)
-    padded = tuple(math.prod(whole[letter] for letter in dim) for group in dims for dim in group)
+    groups = tuple(tuple(_size(dim, sizes) for dim in group) for group in dims)
+    padded = tuple(_size(dim, whole) for group in dims for dim in group)
     lead = ((layers,) if layers else ()) + ((len(weight.tensors),) if len(weight.tensors) > 1 else ())
     rows, *columns = (math.prod(group) for group in groups)
-    starts = tuple(weight.skip + third * rows for third in weight.thirds or (0,) * len(weight.tensors)) * max(layers, 1)
-    shape = (weight.skip + rows * (3 if weight.thirds else 1), *columns)
-    return LeafSource(lead, names, starts, groups, padded, shape[::-1] if weight.transposed else shape, weight.transposed)
+    parts = [_size(letters, sizes) for letters in weight.fused] or [rows]
+    chosen = weight.part or (0,) * len(weight.tensors)
+    starts = tuple(weight.skip + sum(parts[:part]) for part in chosen)
+    shape = (weight.skip + sum(parts) * _size(weight.per, sizes), *columns)
+    neighbours = (rotated, *[0] * (len(weight.tensors) - 1))
+    return LeafSource(
+        lead, names, starts * max(layers, 1), parts[chosen[0]], sum(parts), groups, padded,
+        shape[::-1] if weight.transposed else shape, weight.transposed, neighbours * max(layers, 1),
+    )  # fmt: skip
 
 
 def leaf_sources(config: ModelConfig, stacked: bool = False, padded_heads: int = 0, naming: Naming | None = None) -> dict[str, LeafSource]:
@@ -117,23 +144,28 @@ def leaf_sources(config: ModelConfig, stacked: bool = False, padded_heads: int =
     Paths read `layers/0/wq`, or `layers/wq` where `stacked` says that the layers are one dict of arrays with a leading layer dimension.
     """
     naming = naming or naming_of(config)
-    wanted, base = leaf_names(config), naming.bases[0]
+    wanted = leaf_names(config)
     sources = {}
+
+    def source(name: str, names: tuple[str, ...], weight: Stored, layers: int = 0) -> LeafSource:
+        rotated = _rotated(config) if name in naming.neighbours else 0
+        return _source(names, weight, config, layers, padded_heads, rotated)
+
     for name, weight in naming.model_weights.items():
         if name in wanted:
-            names = tuple(tensor.format(base=base) for tensor in weight.tensors)
-            sources[name] = _source(names, weight, config, 0, padded_heads)
+            sources[name] = source(name, tuple(naming.named(tensor) for tensor in weight.tensors), weight)
     for name, weight in naming.layer_weights.items():
         if name not in wanted:
             continue
         by_layer = [
-            tuple(naming.layer.format(base=base, layer=layer) + tensor for tensor in weight.tensors) for layer in range(config.num_layers)
+            tuple(naming.layer.format(base=naming.bases[0], layer=layer) + tensor for tensor in weight.tensors)
+            for layer in range(config.num_layers)
         ]
         if stacked:
             every = tuple(itertools.chain.from_iterable(by_layer))
-            sources[f"layers/{name}"] = _source(every, weight, config, config.num_layers, padded_heads)
+            sources[f"layers/{name}"] = source(name, every, weight, config.num_layers)
         else:
-            sources |= {f"layers/{layer}/{name}": _source(names, weight, config, 0, padded_heads) for layer, names in enumerate(by_layer)}
+            sources |= {f"layers/{layer}/{name}": source(name, names, weight) for layer, names in enumerate(by_layer)}
     return sources
 
 
@@ -183,9 +215,37 @@ def read_leaf(reader: TensorReader, source: LeafSource, index: tuple[slice, ...]
 def _read_rows(reader: TensorReader, source: LeafSource, number: int, index: tuple[slice, ...]) -> np.ndarray:
     """A block of the leaf's part of a tensor, [out, in] however it is stored."""
     rows, *columns = index
-    start = source.starts[number]
-    there = (slice(start + rows.start, start + rows.stop), *columns)
-    return reader.read(source.names[number], there[::-1]).T if source.transposed else reader.read(source.names[number], there)
+    head, rotated = source.groups[0][-1], source.neighbours[number]
+    if rotated:  # whole heads are read, for their rows come in another order
+        first = rows.start // head * head
+        heads = _read_rows(
+            reader, replace(source, neighbours=(0,) * len(source.names)), number, (slice(first, -(-rows.stop // head) * head), *columns)
+        )
+        wanted = np.arange(rows.start, rows.stop)
+        return heads[wanted // head * head - first + _halves(head, rotated)[wanted % head]]
+    blocks = []
+    for there in _pieces(rows, source, number):
+        where = (there, *columns)
+        blocks.append(reader.read(source.names[number], where[::-1]).T if source.transposed else reader.read(source.names[number], where))
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def _pieces(rows: slice, source: LeafSource, number: int) -> Iterator[slice]:
+    """Where consecutive rows of the leaf lie in a tensor."""
+    row = rows.start
+    while row < rows.stop:
+        piece, within = divmod(row, source.piece)
+        count = min(rows.stop - row, source.piece - within)
+        start = source.starts[number] + piece * source.stride + within
+        yield slice(start, start + count)
+        row += count
+
+
+@functools.cache
+def _halves(head: int, rotated: int) -> np.ndarray:
+    """For each row of a head, its place where neighbours are pairs: those that come first in a pair, those that come second, the rest."""
+    pairs = np.arange(rotated).reshape(-1, 2)
+    return np.concatenate([pairs[:, 0], pairs[:, 1], np.arange(rotated, head)])
 
 
 def split_leaf(source: LeafSource, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -283,13 +283,15 @@ def _without_index(directory: Path) -> tuple[list[Path], list[str]]:
     return files, offences
 
 
-def check_tensors(inventory: Inventory, expected: Mapping[str, tuple[int, ...]], tolerated: Collection[str] = ()) -> list[str]:
+def check_tensors(
+    inventory: Inventory, expected: Mapping[str, tuple[int, ...]], tolerated: Collection[str] = (), aside: Collection[str] = ()
+) -> list[str]:
     """Offences of the files and of their tensors against the expected names and shapes; layers that offend alike share a line.
 
     Args:
         inventory: What was found.
         expected: Shape of every tensor that is needed.
-        tolerated: Endings of names that may be there and are not read.
+        tolerated: Endings of names that may be there and are not read. aside: Beginnings of such names.
     """
     found = inventory.tensors
     offences = list(inventory.offences)
@@ -304,7 +306,7 @@ def check_tensors(inventory: Inventory, expected: Mapping[str, tuple[int, ...]],
         for name in shared
         if found[name].dtype not in READABLE_DTYPES
     )
-    surplus = [name for name in found if name not in expected and not name.endswith(tuple(tolerated))]
+    surplus = [name for name in found if name not in expected and not name.endswith(tuple(tolerated)) and not name.startswith(tuple(aside))]
     offences += condense((name, f"unexpected: found shape {found[name].shape}; the architecture has no such tensor") for name in surplus)
     return offences
 
@@ -324,9 +326,15 @@ class TensorReader:
         self.bytes_read = 0
         self._maps: dict[Path, np.ndarray] = {}
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], tolerated: Collection[str] = (), more: Iterable[str] = ()) -> None:
+    def check(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        tolerated: Collection[str] = (),
+        more: Iterable[str] = (),
+        aside: Collection[str] = (),
+    ) -> None:
         """Raise `InvalidInput` with every offence of `check_tensors` and the `more` that the caller found."""
-        raise_offences([*more, *check_tensors(self.inventory, expected, tolerated)])
+        raise_offences([*more, *check_tensors(self.inventory, expected, tolerated, aside)])
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A view of `tensor[index]` in the stored type, valid while the reader is open. `check` must have passed."""

@@ -12,13 +12,17 @@ from typing import Any
 
 from partinf.foundation.documents import shown
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.model.config import ModelConfig, Position
-from partinf.model.families import FAMILIES, HARMLESS, ONLY
-from partinf.model.family import Family
+from partinf.model.config import MATRICES, ModelConfig, Position
+from partinf.model.families import FAMILIES, HARMLESS, ONLY, REFUSED, WRAPPERS
+from partinf.model.family import Family, Window, Wrapper
 from partinf.model.hf_file import HfFile, as_written, same
-from partinf.model.hf_rope import RopeReader, rope_to_hf
+from partinf.model.hf_layers import layers_of
+from partinf.model.hf_rope import rope_to_hf
+from partinf.model.kinds import Kind
+from partinf.model.rotation import PLAIN, Rotation
 
 _WEIGHTS = ("quantization_config", "compression_config", "quantization")  # where quantised checkpoints describe how they are stored
+_LARGE = 1e18  # of numbers that are turned into others
 _NAMES = ("architectures", "model_type", "auto_map", "tie_word_embeddings", *_WEIGHTS)
 
 
@@ -32,7 +36,9 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
             known; all at once.
     """
     file = _File(data, f"{name}: config.json")
-    family = file.family()
+    wrapper = file.wrapper()
+    file = file if wrapper is None else file.text(wrapper)
+    family, said = file.family()
     sizes = file.sizes(family)
     file.choices(family)
     eps_key, eps = family.norm_eps
@@ -40,25 +46,49 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
         "norm_eps": file.number(eps_key, eps) if eps_key else eps,
         "tied_embeddings": file.flag("tie_word_embeddings", family.tied),
     }
-    fields["window"] = file.window(family, sizes.get("num_layers"))
-    if family.features["position"] is Position.ROPE:
-        fields["rotation"] = RopeReader(file, family.rope, _head_dim(sizes), sizes.get("max_len") or 0).rotation()
+    fields |= file.features(family)
+    fields |= layers_of(file, family, sizes, _head_dim(sizes))
     file.refuse_unknown(family)
     raise_offences(file.offences)
-    fields |= {**family.block, **_derived(sizes, name)}
-    if "rotation" in fields:
-        fields["max_len"] = fields["rotation"].longest(fields["max_len"])
-    return ModelConfig(name=name, source="config.json", family=family.model_type, **fields)
+    fields |= _derived(sizes, name)
+    fields |= family.derived(fields)
+    fields = {field: value for field, value in fields.items() if not field.startswith("_")}
+    if family.rotates:
+        fields["max_len"] = _rotation(fields).longest(fields["max_len"])
+    return ModelConfig(name=name, source=_source(said, wrapper), family=family.model_type, **fields)
+
+
+def _source(said: str, wrapper: Wrapper | None) -> str:
+    """Where the sizes come from, and what a reader should know of it."""
+    return "; ".join(["config.json", *([said] if said else []), *([f"{wrapper.unread} are not read"] if wrapper else [])])
 
 
 class _File(HfFile):
     """A `config.json`, read as one family means it."""
 
-    def family(self) -> Family:
-        """The family that both names mean; either is enough.
+    def wrapper(self) -> Wrapper | None:
+        """The family of models that read more than text as which the file describes itself; None for one of text."""
+        architectures = self.data.get("architectures")
+        named = self.data.get("model_type") or (architectures[0] if isinstance(architectures, list) and architectures else None)
+        return next((one for one in WRAPPERS.values() if named in (one.model_type, one.architecture)), None)
+
+    def text(self, wrapper: Wrapper) -> _File:
+        """The part of such a file that describes the model of text."""
+        self._refuse_code()
+        part = self.data.get(wrapper.text)
+        if not isinstance(part, dict):
+            raise InvalidInput(f"{self.where}: {wrapper.text} = {as_written(part)}; an object is needed")
+        self.quantised()
+        self.unknown(HARMLESS | wrapper.harmless | {*_NAMES, wrapper.text})
+        own = {key: self.data[key] for key in ("tie_word_embeddings",) if key in self.data}
+        part = {"model_type": wrapper.inner} | {key: value for key, value in part.items() if key != "architectures"} | own
+        return _File(part, self.where, f"{wrapper.text}: ", self.offences)
+
+    def family(self) -> tuple[Family, str]:
+        """The family that `model_type` means, or `architectures` where there is none; and what to say of names that disagree.
 
         Raises:
-            InvalidInput: no family, another one's name beside it, or code of its own.
+            InvalidInput: no family that is read, or code of its own.
         """
         architectures, model_type = self.data.get("architectures") or [], self.data.get("model_type") or ""
         if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
@@ -67,16 +97,15 @@ class _File(HfFile):
             raise InvalidInput(f"{self.where}: model_type = {as_written(model_type)}; a name is needed")
         self._refuse_code()
         by_architecture = {family.architecture: family for family in FAMILIES.values()}
-        named = [by_architecture.get(one) for one in architectures] + ([FAMILIES.get(model_type)] if model_type else [])
-        found = named[0] if named else None
-        if found is None or None in named:
-            described = next((one for one in (*architectures, model_type) if one not in (*by_architecture, *FAMILIES)), None)
+        by_architecture |= {_without_head(one): family for one, family in by_architecture.items()}
+        strange = next((one for one in architectures if one not in by_architecture), None)
+        found = FAMILIES.get(model_type) if model_type else next(map(by_architecture.get, architectures), None)
+        if found is None or strange is not None:
+            described = model_type if model_type and found is None else strange
             what = "names no architecture" if described is None else f"describes {shown(described)}"
-            raise InvalidInput(f"{self.where} {what}; supported architectures: {', '.join(by_architecture)}")
-        if any(family is not found for family in named):
-            both = f"architectures = {as_written(architectures)} and model_type = {as_written(model_type)}"
-            raise InvalidInput(f"{self.where}: {both} name different families; correct the one that is wrong")
-        return found
+            raise InvalidInput(f"{self.where} {what}; {_why(described)}")
+        others = [one for one in architectures if by_architecture[one] is not found]
+        return found, f"model_type is {model_type!r}, which decides; architectures names {', '.join(others)}" if others else ""
 
     def _refuse_code(self) -> None:
         code = self.data.get("auto_map")
@@ -102,63 +131,60 @@ class _File(HfFile):
             value = self.data.get(key, supported[0])
             if not any(same(value, one) for one in supported) and not (value is None and False in supported):
                 values = ", ".join(map(as_written, supported))
-                self.offences.append(f"{self.where}: {key} = {as_written(value)} is not supported; supported: {values}")
+                self.offend(f"{key} = {as_written(value)} is not supported; supported: {values}")
         for key, other in family.equal:
             value, wanted = self.data.get(key), self.data.get(other)
             if value is not None and not same(value, wanted):
-                self.offences.append(
-                    f"{self.where}: {key} = {as_written(value)} is not supported; it must equal {other} = {as_written(wanted)}"
-                )
+                self.offend(f"{key} = {as_written(value)} is not supported; it must equal {other} = {as_written(wanted)}")
+        self.quantised()
+
+    def quantised(self) -> None:
+        """An offence where weights are said to be stored in fewer bits."""
         for key in _WEIGHTS:
             if self.data.get(key) is not None:
                 method = self.data[key].get("quant_method") if isinstance(self.data[key], dict) else None
-                self.offences.append(
-                    f"{self.where}: {key} = {as_written(method or self.data[key])}; quantised checkpoints are not read: "
+                self.offend(
+                    f"{key} = {as_written(method or self.data[key])}; quantised checkpoints are not read: "
                     "take the model's unquantised weights, and quantise with --weights int8"
                 )
 
-    def window(self, family: Family, layers: int | None) -> int:
-        """The sliding window that some layer has; 0 where none has."""
-        types = self._layer_types(family, layers)
-        if family.window is None or layers is None:
-            return 0
-        absent, flag, (first, first_layer) = family.window.absent, family.window.flag, family.window.first
-        window = None if flag and not self.flag(flag, False) else self.data.get("sliding_window", absent)
-        if types is not None and flag:
-            slides = "sliding_attention" in types
-            if slides and window is None:
-                self.offences.append(f"{self.where}: layer_types asks for sliding_attention, but there is no sliding_window")
-        elif first and window is not None:
-            start = self.whole(first) if first in self.data else first_layer
-            slides = start is not None and start < layers
-        else:
-            slides = True
-        if window is None or not slides:
-            return 0
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            self.offences.append(f"{self.where}: sliding_window = {as_written(window)}; a whole number of at least 1, or null, is needed")
-            return 0
-        return window
-
-    def _layer_types(self, family: Family, layers: int | None) -> list[str] | None:
-        types = self.data.get("layer_types")
-        if types is None:
-            return None
-        known = ("full_attention", "sliding_attention") if family.window else ("full_attention",)
-        if not isinstance(types, list) or any(kind not in known for kind in types):
-            strange = next((kind for kind in types if kind not in known), types) if isinstance(types, list) else types
-            self.offences.append(f"{self.where}: layer_types: {as_written(strange)} is not supported; supported: {', '.join(known)}")
-            return None
-        if layers is not None and len(types) != layers:
-            self.offences.append(f"{self.where}: layer_types has {len(types)} entries; the model has {layers} layers")
-        return types
+    def features(self, family: Family) -> dict[str, Any]:
+        """What the blocks are: what the family fixes, and what its keys decide."""
+        fields = dict(family.block)
+        for pick in family.picks:
+            value = self.data.get(pick.key, pick.absent)
+            known = [one for one, _ in pick.values]
+            value = pick.absent if value is None and None not in known else value
+            chosen = next((fields for one, fields in pick.values if same(value, one)), None)
+            if chosen is None:
+                self.offend(f"{pick.key} = {as_written(value)} is not supported; supported: {', '.join(map(as_written, known))}")
+            fields |= chosen or {}
+        for scalar in family.scalars:
+            if self.data.get(scalar.key, scalar.absent) is not None:
+                value = self.number(scalar.key, scalar.absent or 1.0)
+                fields[scalar.field] = scalar.of(value) if 0 < abs(value) < _LARGE else value
+        given = {*family.block.get("biases", ())}
+        for bias in family.biases:
+            if self.data.get(bias.key, bias.absent) is not None and self.flag(bias.key, bias.absent):
+                given |= {*bias.matrices}
+        return fields | {"biases": tuple(matrix for matrix in MATRICES if matrix in given)}
 
     def refuse_unknown(self, family: Family) -> None:
         """An offence for every key that is neither read nor known to change nothing. Null asks for nothing."""
-        known = HARMLESS | family.harmless | {size.key for size in family.sizes.values()} | {*family.only, *ONLY, *_NAMES, "layer_types"}
-        known |= {family.norm_eps[0], *(key for key, _ in family.equal), *(family.window.keys if family.window else ())}
-        known |= family.rope.keys if family.features["position"] is Position.ROPE else frozenset()
-        self.unknown(known - {""})
+        known = HARMLESS | family.harmless | family.keys | {*ONLY, *_NAMES, "layer_types"}
+        known |= family.rope.keys if family.rotates else frozenset()
+        self.unknown(known)
+
+
+def _without_head(architecture: str) -> str:
+    """The name of the same model without its output matrix, as models of embeddings are published."""
+    return architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
+
+
+def _why(described: str | None) -> str:
+    if described is not None and described in REFUSED:
+        return f"{REFUSED[described]}, which is not supported"
+    return f"supported model types: {', '.join(sorted((*FAMILIES, *WRAPPERS)))}"
 
 
 def _head_dim(sizes: Mapping[str, int | None]) -> int:
@@ -187,14 +213,40 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     data |= {size.key: getattr(config, field) for field, size in family.sizes.items()}
     data |= {key: values[0] for key, values in family.only.items()}
     data |= {family.norm_eps[0]: config.norm_eps, "tie_word_embeddings": config.tied_embeddings}
+    data |= {bias.key: {*bias.matrices} <= {*config.biases} for bias in family.biases}
+    for pick in family.picks:
+        data[pick.key] = next(value for value, fields in pick.values if all(getattr(config, field) == one for field, one in fields.items()))
     if family.window is not None:
-        data["sliding_window"] = config.window or None
-        data |= {family.window.flag: bool(config.window)} if family.window.flag else {}
-        data |= {family.window.first[0]: 0 if config.window else config.num_layers} if family.window.first[0] else {}
+        data |= _window_to_hf(config, family.window)
     if config.position is Position.ROPE:
-        data["max_position_embeddings"] = config.rotation.trained(config.max_len)
-        data |= rope_to_hf(config.rotation, config.head_dim, config.max_len)
+        rotation = _rotation(vars(config))
+        data["max_position_embeddings"] = rotation.trained(config.max_len)
+        data |= rope_to_hf(rotation, config.head_dim, config.max_len)
     return data
+
+
+def _window_to_hf(config: ModelConfig, of: Window) -> dict[str, Any]:
+    """The keys that say which layers have a window; of the families that are written all windows are of one length."""
+    windows = [config.layer_kinds[number].attention.window for number in config.kind_of_layers]
+    data: dict[str, Any] = {of.key: config.least_window or None}
+    data |= {of.flag: bool(config.least_window)} if of.flag else {}
+    data |= {of.first[0]: windows.index(config.least_window) if config.least_window else config.num_layers} if of.first[0] else {}
+    if of.typed and config.kinds:
+        data["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+    return data
+
+
+def _can_write(family: Family, config: ModelConfig) -> bool:
+    """Whether the family's keys can say which kinds of layers there are."""
+    rotations, windows = {kind.rotation for kind in config.kinds}, {kind.window for kind in config.kinds} - {0}
+    typed = family.window is not None and family.window.typed
+    return not config.kinds or (typed and len(rotations) == 1 and None not in rotations and len(windows) == 1)
+
+
+def _rotation(fields: Mapping[str, Any]) -> Rotation:
+    """The rotation of a model, or of the first kind of its layers that rotates."""
+    kinds = fields.get("kinds") or (Kind("", 0, fields.get("rotation", PLAIN)),)
+    return next((kind.rotation for kind in kinds if kind.rotation is not None), PLAIN)
 
 
 def _written(config: ModelConfig) -> Family:
@@ -205,7 +257,7 @@ def _written(config: ModelConfig) -> Family:
     """
     written = [family for family in FAMILIES.values() if family.written]
     for family in sorted(written, key=lambda family: family.model_type != config.family):  # its own comes first
-        if not family.differences(config) and (family.window or not config.window):
+        if not family.differences(config) and (family.window or not config.window) and _can_write(family, config):
             return family
     titles = ", ".join(family.title for family in written)
     raise_offences(

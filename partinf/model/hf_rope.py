@@ -30,7 +30,7 @@ class Rope:
         dims_key: instead of a part, the key of the number of rotated dimensions, and what a missing key means; null means all.
         by_type: type of layer → the key of its theta and what a missing key means, where types rotate differently.
         original: whether `original_max_position_embeddings` may stand beside, where it counts before what stands within.
-        interleaved: whether neighbours are pairs.
+        renamed: names of ways of scaling that mean others in this family. missing: the rotation of a file that describes none.
     """
 
     theta: float = 10_000.0
@@ -40,7 +40,8 @@ class Rope:
     dims_key: tuple[str, int] = ("", 0)
     by_type: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     original: bool = True
-    interleaved: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def keys(self) -> frozenset[str]:
@@ -76,7 +77,7 @@ class RopeReader:
             dims = self._head_dim if self._file.data.get(key, absent) is None else self._file.whole(key, absent) or 0
             return Rotation(rope.theta, 0 if dims == self._head_dim else dims)
         key = next((key for key in ("rope_scaling", "rope_parameters") if self._file.data.get(key) not in (None, {})), "")
-        found = self._object(key)
+        found = self._object(key) if key else dict(rope.missing)
         nested = [one for one, value in found.items() if isinstance(value, dict)]
         if nested:
             self._file.offend(f"{key} has a rotation for each of {', '.join(map(str, nested))}; this family has one for all layers")
@@ -105,8 +106,6 @@ class RopeReader:
         return found
 
     def _object(self, key: str) -> dict[str, Any]:
-        if not key:
-            return {}
         found = self._file.data[key]
         if isinstance(found, dict):
             return found
@@ -121,9 +120,11 @@ class RopeReader:
             self._file.offend(f"{theta_key} = {theta:g}, and {own:g} in {key}; remove the one that is not meant")
         dims = self._dims(inner)
         kind = found.get("rope_type", found.get("type")) or "default"
+        kind = self._rope.renamed.get(kind, kind) if isinstance(kind, str) else kind
         reader = self._READERS.get(kind) if isinstance(kind, str) else None
-        if reader is None or found.get("type", kind) != kind:
-            wrong = found["type"] if reader else kind
+        second = found.get("type", kind)
+        if reader is None or (second != kind and self._rope.renamed.get(str(second)) != kind):
+            wrong = second if reader else kind
             self._file.offend(f"{key}: rope type {as_written(wrong)} is not supported; supported: {', '.join(map(repr, self._READERS))}")
             return Rotation()
         needed, more, make = reader

@@ -66,7 +66,7 @@ QWEN3 = {
 def offences(data: dict[str, Any]) -> tuple[str, ...]:
     with pytest.raises(InvalidInput) as caught:
         config_from_hf(data, "mine")
-    return tuple(line.removeprefix("mine: config.json: ") for line in caught.value.offences)
+    return tuple(line.removeprefix("mine: config.json").lstrip(": ") for line in caught.value.offences)
 
 
 def test_gpt2() -> None:
@@ -95,18 +95,28 @@ def test_either_name_of_a_family_is_enough() -> None:
 
 
 def test_an_unknown_architecture_names_those_that_are_read() -> None:
-    words = r"'BloomForCausalLM'; supported architectures: Llama.*, Mistral.*, Qwen3.*, GPT2LMHeadModel, OPTForCausalLM"
+    words = r"describes 'whisper'; supported model types: arcee, .*gpt2, .*llama, .*opt, .*qwen3, .*vaultgemma"
     with pytest.raises(InvalidInput, match=words):
-        config_from_hf({"architectures": ["BloomForCausalLM"], "model_type": "bloom"}, "mine")
+        config_from_hf({"architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper"}, "mine")
+
+
+@pytest.mark.parametrize(
+    "model_type, why", [("bloom", "ALiBi"), ("mamba", "recurrent state"), ("mixtral", "experts"), ("deepseek_v3", "latent")]
+)
+def test_what_is_known_and_not_read_says_why(model_type: str, why: str) -> None:
+    (line,) = offences({"model_type": model_type})
+    assert line.startswith(f"describes '{model_type}'; ")
+    assert why in line
 
 
 def test_every_offence_of_gpt2_at_once() -> None:
-    bad = {"n_layer": "12", "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}
+    bad = {"n_layer": "12", "activation_function": "tanh", "scale_attn_by_inverse_layer_idx": True, "n_special": 2}
     assert offences(GPT2 | bad) == (
         'n_layer = "12"; a whole number is needed',
-        'activation_function = "relu" is not supported; supported: "gelu_new", "gelu_pytorch_tanh"',
         "scale_attn_by_inverse_layer_idx = true is not supported; supported: false",
-        "tie_word_embeddings = false is not supported; supported: true",
+        "n_special = 2 is not supported; supported: 0",
+        'activation_function = "tanh" is not supported; supported: "silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", '
+        '"relu", "relu2"',
     )
     (found,) = offences(GPT2 | {"n_head": 13})
     assert "768 does not divide into 13 heads" in found
@@ -114,28 +124,28 @@ def test_every_offence_of_gpt2_at_once() -> None:
 
 def test_every_offence_of_opt_at_once() -> None:
     """OPT-350m norms after the block and projects its embeddings."""
-    bad = {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "enable_bias": False, "ffn_dim": None}
+    bad = {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "enable_bias": 0, "ffn_dim": None}
     assert offences(OPT | bad) == (
         "ffn_dim = null; a whole number is needed",
         "do_layer_norm_before = false is not supported; supported: true",
-        "enable_bias = false is not supported; supported: true",
         "word_embed_proj_dim = 512 is not supported; it must equal hidden_size = 5120",
+        "enable_bias = 0; true or false is needed",
     )
     assert not config_from_hf(OPT | {"tie_word_embeddings": False}, "opt").tied_embeddings
 
 
 def test_every_offence_of_qwen3_at_once() -> None:
-    bad = {"attention_bias": True, "use_sliding_window": True, "max_window_layers": 28, "sliding_window": "4096", "head_dim": None}
+    bad = {"attention_bias": "yes", "use_sliding_window": True, "max_window_layers": 28, "sliding_window": "4096", "head_dim": None}
     assert offences(QWEN3 | bad) == (
         "head_dim = null; a whole number is needed",
-        "attention_bias = true is not supported; supported: false",
+        'attention_bias = "yes"; true or false is needed',
         'sliding_window = "4096"; a whole number of at least 1, or null, is needed',
     )
 
 
 @pytest.mark.parametrize("shipped", ["opt-13b", "palm-8b"])
 def test_what_is_not_written(shipped: str) -> None:
-    with pytest.raises(InvalidInput, match="written for Llama, Mistral, Qwen 3 only"):
+    with pytest.raises(InvalidInput, match="written for Llama, Mistral, Qwen 2, Qwen 3 only"):
         config_to_hf(load_model_config(shipped))
 
 
@@ -148,8 +158,8 @@ def test_hugging_face_round_trip(qk_norm: str) -> None:
 
 
 def test_hugging_face_offences_at_once() -> None:
-    data = config_to_hf(config_from_toml(REQUIRED, "mine")) | {"hidden_size": "64", "hidden_act": "gelu", "attention_bias": True}
-    data |= {"rope_parameters": {"rope_type": "yarn"}}
+    data = config_to_hf(config_from_toml(REQUIRED, "mine")) | {"hidden_size": "64", "hidden_act": "tanh", "attention_bias": 1}
+    data |= {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn"}}
     with pytest.raises(InvalidInput) as caught:
         config_from_hf(data, "mine")
     assert len(caught.value.offences) == 4

@@ -1,0 +1,85 @@
+"""The half of the matrix that needs transformers: makes a directory for every case, and says what transformers makes of it.
+
+    python transformers_side.py make FOLDER SEED [CASE …]      directories with random weights, norms and biases included
+    python transformers_side.py answer FOLDER                  log-probabilities of the sequences in every `asked.json`
+
+A directory's sequences are scored with as many tokens behind them as the longest context that is served, for the rotations that depend
+on it; no token sees those behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent))
+import cases
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Random weights that no two parameters share the scale of by chance: matrices of deviation 1.2/√inputs, norms and biases off their
+    usual values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            drawn = torch.randn(weight.shape, generator=generator)
+            if weight.ndim <= 1:
+                weight.add_(0.3 * drawn)
+            else:
+                end = any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+                weight.copy_((1.6 if end else 1.2) * drawn / weight.shape[-1] ** 0.5)
+
+
+def make(folder: Path, seed: int, names: list[str]) -> None:
+    for number, (name, (model_type, arguments)) in enumerate(cases.CASES.items()):
+        directory = folder / name.replace(", ", "-").replace(" ", "_")
+        if (names and name not in names) or directory.exists():
+            continue
+        sizes = cases.drawn(1000 * seed + number)
+        try:
+            config = transformers.CONFIG_MAPPING[model_type](**arguments(sizes))
+            made = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else transformers.AutoModelForCausalLM
+            torch.manual_seed(seed)
+            model = made.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+            randomise(model, 7919 * seed + number)
+            model.save_pretrained(directory)
+            (directory / "case.json").write_text(json.dumps({"case": name, "model_type": model_type, "vocab_size": sizes["vocab_size"]}))
+        except Exception as error:  # the table says which cases this version of transformers does not make
+            print(f"{name}: not made: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+
+
+@torch.no_grad()
+def answer(directory: Path) -> None:
+    asked = json.loads((directory / "asked.json").read_text())
+    wrapped = "vision_config" in json.loads((directory / "config.json").read_text())
+    made = transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
+    model = made.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    found = {}
+    for number, tokens in enumerate(asked["sequences"]):
+        padded = torch.tensor([tokens + [3] * (asked["served"] - len(tokens))])
+        scores = torch.log_softmax(model(input_ids=padded, use_cache=False).logits[0, : len(tokens)].float(), -1)
+        found[f"logprobs_{number}"] = scores.numpy()
+    np.savez(directory / "answers.npz", **found)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    command, folder = sys.argv[1], Path(sys.argv[2])
+    if command == "make":
+        make(folder, int(sys.argv[3]), sys.argv[4:])
+        return
+    for directory in sorted(path.parent for path in folder.glob("*/asked.json")):
+        if not (directory / "answers.npz").exists():
+            answer(directory)
+
+
+if __name__ == "__main__":
+    main()
