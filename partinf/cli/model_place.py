@@ -109,10 +109,12 @@ class ModelPlace:
         rich: bool = False,
         constrained: bool = False,
         part_of_memory: float = 1.0,
+        prefill_batch: int | None = None,
     ) -> Plan:
         """A plan for so many texts at once, and so many prompt tokens per step.
 
         Args:
+            prefill_batch: prompts that come together, by which a layout is chosen; None for those of all texts.
             part_of_memory: that the pages take of the share that they would have.
 
         Raises:
@@ -130,7 +132,8 @@ class ModelPlace:
         share = self._memory_share or where.chip.platform.memory_share
         dtype = self._weights or DType(where.chip.platform.default_type)
         length = self._max_len or min(config.longest_context or _TYPICAL_LEN, _TYPICAL_LEN)
-        workload = Workload(rows, max(1, length // 2), length // 2, weights=dtype, kv=self._kv or dtype.activations)
+        kv = self._kv or dtype.activations
+        workload = Workload(rows, max(1, length // 2), length // 2, weights=dtype, kv=kv, prefill_batch=prefill_batch)
         capacity = Capacity(
             max_rows=rows,
             max_len=self._max_len,

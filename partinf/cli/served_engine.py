@@ -90,12 +90,13 @@ class ServedEngine:
         )
 
     def plan(self, place: ModelPlace) -> Plan:
-        """The plan of what is served there: programs for whatever a request may ask for.
+        """The plan of what is served there: programs for whatever a request may ask for, and a layout, where none is given, for requests
+        that come one by one.
 
         Raises:
             InvalidInput: as `ModelPlace.plan`.
         """
-        return place.plan(self.rows, random=True, prefill_tokens=self.prompt_tokens, rich=True, constrained=True)
+        return place.plan(self.rows, random=True, prefill_tokens=self.prompt_tokens, rich=True, constrained=True, prefill_batch=1)
 
     def engine(self, runner: Runner, estimates: Estimates, **own: Any) -> Engine:
         """An engine over who executes its steps.

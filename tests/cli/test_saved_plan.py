@@ -175,3 +175,17 @@ def test_a_plan_that_cannot_be_served_or_fits_nowhere_offers_no_service(capsys: 
     assert "(it cannot be served: weights of palm-8b come in no form that is read):\n  partinf simulate --as-served" in said
     assert main(["plan", "--model", "palm-540b", "--slice", "v5e-1", *words]) == 0
     assert "  partinf " not in capsys.readouterr().out
+
+
+def test_serve_chooses_a_layout_for_prompts_that_come_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A layout that was judged by the prefill of a whole batch deals prompts over the devices and pads a single one."""
+    where, size = ["--model", "llama-3-8b", "--slice", "v5e-8"], ["--max-num-seqs", "16", "--max-model-len", "2048"]
+    file = str(tmp_path / "plan.toml")
+    assert main(["plan", *where, "--batch", "16", "--input", "1024", "--output", "1024", "--save", file, "--format", "json"]) == 0
+    load = ["--arrivals", "poisson:2", "--lengths", "fixed:512:32", "--requests", "20", "--format", "json"]
+    means = []
+    for chosen in (where, ["--plan", file]):
+        capsys.readouterr()
+        assert main(["simulate", "--as-served", *chosen, *size, *load]) == 0
+        means.append(json.loads(capsys.readouterr().out)["latency"]["ttft"]["mean"])
+    assert means[0] < means[1] / 1.5
