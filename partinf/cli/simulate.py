@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from partinf.engine.engine import Engine
     from partinf.hardware.slices import Slice
     from partinf.plans import Plan
+    from partinf.simulation.choice import Choice
     from partinf.simulation.cost_runner import CostRunner
     from partinf.simulation.report import RunReport
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.slice not in (None, "local"):
         say_slice(simulated.plan.slice)
     about, report = _simulate(args, load, simulated)
-    show(about, report, args.format, _heading(about))
+    show(about, report, args.format, _heading(about, simulated.choice))
     return 0
 
 
@@ -114,7 +115,7 @@ class _Simulated:
 
     Attributes:
         engine: makes it, of what `Engine` takes beside its runner and its policy.
-        max_batch: sequences per iteration.
+        max_batch: sequences per iteration. choice: what its layout was compared with; None where it was not.
     """
 
     plan: Plan
@@ -123,6 +124,7 @@ class _Simulated:
     scheduler: str
     max_batch: int
     engine: Callable[..., Engine]
+    choice: Choice | None = None
 
 
 def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulated | None:
@@ -154,9 +156,9 @@ def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simu
 
 def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulated | None:
     """An engine of the size that the flags say, whose steps are priced at their own shapes; None where something is wrong."""
-    from partinf.engine.engine import Engine
-    from partinf.engine.policies.registry import make_policy, resident_batches
-    from partinf.simulation.sizing import Sizing, cost_runner
+    from partinf.engine.policies.registry import resident_batches
+    from partinf.simulation.choice import Service, choose
+    from partinf.simulation.sizing import Sizing
 
     args = flags.args
     flags.offences += [
@@ -168,12 +170,12 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
     kv_pages, memory_share = read_pool(flags)
     host = flags.number("host_memory", high=MAX_HOST_BYTES / 1e9)
     program, calibration = _priced(flags)
-    plan = _bind(flags, load, calibration, numbers["stages"])
-    if flags.offences or load is None or plan is None:
+    plans = _bind(flags, load, calibration, numbers["stages"])
+    if flags.offences or load is None or plans is None:
         return None
-    rows = load.options.max_batch_size
+    rows, model = load.options.max_batch_size, plans[0].model
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
-    max_len = numbers["max_len"] or min(longest, plan.model.longest_context or longest)
+    max_len = numbers["max_len"] or min(longest, model.longest_context or longest)
     sizing = Sizing(
         max_rows=rows,
         max_residents=numbers["residents"] or min(MAX_BATCH, resident_batches(load.scheduler) * rows),
@@ -185,11 +187,11 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
         memory_share=memory_share,
         overhead_seconds=overhead,
     )
-    pricing = _pricing(plan.slice, calibration, program)
-    runner, price = cost_runner(plan, pricing, sizing)
-    policy = make_policy(load.scheduler, load.options, price.estimates(runner.limits))
-    engine = partial(Engine, runner, policy=policy, prefix_caching=args.prefix_caching)
-    return _Simulated(price.plan, pricing, runner, load.scheduler, rows, engine)
+    pricing = _pricing(plans[0].slice, calibration, program)
+    service = Service(pricing, sizing, load.scheduler, load.options, load.bounds, args.prefix_caching)
+    choice = choose(service, plans, load.arrivals) if len(plans) > 1 else None
+    runner, price, engine = service.make(plans[0] if choice is None else choice.best.plan)
+    return _Simulated(price.plan, pricing, runner, load.scheduler, rows, engine, choice)
 
 
 def _priced(flags: Flags) -> tuple[str | None, str]:
@@ -207,8 +209,9 @@ def _pricing(slice_: Slice, calibration: str, program: str | None) -> Pricing:
     return Pricing(slice_, calibration_for(slice_.chip, calibration), program=None if program is None else PROGRAMS[program])
 
 
-def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int) -> Plan | None:
-    """The plan; None where something is wrong, which the flags' offences say."""
+def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int) -> list[Plan] | None:
+    """The plan, or several to choose among where the load or its bounds were said; None where something is wrong, which the flags'
+    offences say."""
     from partinf.model.load import load_model_config
     from partinf.plans import Plan, layout_for
     from partinf.workload import DType
@@ -216,7 +219,7 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
     args = flags.args
     saved = read_saved_plan(flags)
     if args.plan is not None:
-        return saved
+        return None if saved is None else [saved]
     if args.slice is None:
         flags.offences.append("--slice is missing: CHIP:SHAPE such as v4:4x4x4")
         return None
@@ -229,11 +232,14 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
     if flags.offences or model is None or slice_ is None or load is None:
         return None
     if layout is not None:
-        return flags.collect(lambda: Plan(model, slice_, layout_for(slice_, layout), weights, kv))
-    from partinf.simulation.serving_plan import Traffic, serving_plan
+        return flags.collect(lambda: [Plan(model, slice_, layout_for(slice_, layout), weights, kv)])
+    from partinf.simulation.choice import MOST_LAYOUTS
+    from partinf.simulation.serving_plan import Terms, Traffic, contenders, serving_plan
 
-    traffic = Traffic.of(load.arrivals, load.options.max_batch_size)
-    return flags.collect(lambda: serving_plan(model, slice_, traffic, weights, kv, calibration, stages or None))
+    traffic, terms = Traffic.of(load.arrivals, load.options.max_batch_size), Terms(weights, kv, calibration, stages or None)
+    if any(map(flags.given, ("arrivals", "ttft", "tpot"))):
+        return flags.collect(lambda: contenders(model, slice_, traffic, terms, MOST_LAYOUTS))
+    return flags.collect(lambda: [serving_plan(model, slice_, traffic, weights, kv, calibration, stages or None)])
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,7 @@ class _About:
     calibration_error: float
     calibration_measured: bool
     calibration_source: str
+    choice: dict[str, Any] | None
     wall_seconds: float
 
 
@@ -303,13 +310,14 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
         calibration_error=pricing.calibration.error,
         calibration_measured=pricing.calibration.measured,
         calibration_source=pricing.calibration.source,
+        choice=None if simulated.choice is None else simulated.choice.as_json(),
         wall_seconds=time.perf_counter() - started,
     )
     machine = Machine(num_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
     return about, RunReport.of(engine.metrics, runner.clock.now - load.arrivals[0].time, refused, load.bounds, machine)
 
 
-def _heading(about: _About) -> list[str]:
+def _heading(about: _About, choice: Choice | None) -> list[str]:
     stages = f", {about.stages} stages ({about.bubbles:.1%} bubbles)" if about.stages > 1 else ""
     as_served = "as served: " if about.as_served else ""
     measured = "" if about.calibration_measured else ", nothing measured on this chip"
@@ -319,4 +327,5 @@ def _heading(about: _About) -> list[str]:
         f"[bold]{about.model}[/] on {about.slice} ({about.mesh}){stages}: {about.layout}; {about.kv_tokens} tokens of KV",
         f"{as_served}{about.scheduler}, at most {about.max_batch} per iteration; {about.arrivals}, lengths {about.lengths}; "
         f"step times ±{about.calibration_error:.0%}{measured}; simulated in {about.wall_seconds:.1f} s",
+        *([] if choice is None else [f"layout {choice}"]),
     ]

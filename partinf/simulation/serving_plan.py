@@ -2,12 +2,19 @@
 
 The planner judges the prefill of a whole batch of prompts, which it may deal over the axes. Requests come one by one, and a single prompt
 would be padded to every shard that prompts are dealt over. So the planner's best are judged again, with prompts that are split by heads.
+
+`serving_plan` takes the best for a batch that is always full. At a known rate fewer may be in flight, and bounds on single requests ask for
+other things than the mean iteration does: `contenders` are the few that are best in one way or another, for a simulation to choose among
+(`partinf.simulation.choice`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
@@ -24,21 +31,48 @@ from partinf.simulation.arrivals import Arrival
 from partinf.simulation.step_price import StepPrice
 from partinf.workload import DType, Workload
 
+T = TypeVar("T")
 _JUDGED = 24  # candidates of the planner that are judged again
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Mean lengths of the requests, and how many are decoded together."""
+    """Mean lengths of the requests, how many are decoded together at most, and how many come per second.
+
+    Attributes:
+        rate: infinite where all are there at once, or where that is not known.
+    """
 
     max_batch_size: int
     input_len: int
     output_len: int
+    rate: float = math.inf
 
     @classmethod
     def of(cls, arrivals: Sequence[Arrival], max_batch_size: int) -> Traffic:
         inputs, outputs = sum(a.input_len for a in arrivals), sum(a.output_len for a in arrivals)
-        return cls(max_batch_size, max(1, inputs // len(arrivals)), max(1, outputs // len(arrivals)))
+        seconds = arrivals[-1].time - arrivals[0].time
+        rate = (len(arrivals) - 1) / seconds if seconds > 0 else math.inf
+        return cls(max_batch_size, max(1, inputs // len(arrivals)), max(1, outputs // len(arrivals)), rate)
+
+    @property
+    def context(self) -> int:
+        """Of a request in the middle of its answer."""
+        return self.input_len + self.output_len // 2
+
+    def in_flight(self, step_seconds: float) -> int:
+        """Requests that decode at a time when a step takes so long, by Little's law; at most a full batch."""
+        return max(1, min(self.max_batch_size, math.ceil(min(self.rate * self.output_len * step_seconds, self.max_batch_size))))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How models are stored and priced, and how many pipeline stages a layout must have; None leaves those to the search."""
+
+    weights: DType = DType.BF16
+    kv: DType = DType.BF16
+    calibration: str = "fitted"
+    num_stages: int | None = None
 
 
 def serving_plan(
@@ -58,16 +92,53 @@ def serving_plan(
     Raises:
         InvalidInput: nothing fits.
     """
-    workload = Workload(traffic.max_batch_size, traffic.input_len, traffic.output_len, weights=weights, kv=kv)
+    plans, pricing = _plans(model, slice_, traffic, traffic.max_batch_size, Terms(weights, kv, calibration, num_stages))
+    return min(plans, key=lambda plan: iteration_seconds(plan, pricing, traffic))
+
+
+def contenders(model: ModelConfig, slice_: Slice, traffic: Traffic, terms: Terms, most: int) -> list[Plan]:
+    """At most so many layouts, the best in turn by four prices: a mean iteration of the full batch and of as many as are in flight at the
+    rate, the prefill of a prompt, and a decode step of those in flight.
+
+    Raises:
+        InvalidInput: nothing fits.
+    """
+    full, pricing = _plans(model, slice_, traffic, traffic.max_batch_size, terms)
+    first = min(full, key=lambda plan: iteration_seconds(plan, pricing, traffic))
+    few = traffic.in_flight(StepPrice(first, pricing).decode_seconds(ceil_div(traffic.max_batch_size, first.num_stages), traffic.context))
+    plans = full if few == traffic.max_batch_size else full + _plans(model, slice_, traffic, few, terms)[0]
+    distinct = list({(plan.layout, plan.prefill_from_tokens): plan for plan in plans}.values())
+    prices: list[Callable[[Plan], float]] = [
+        lambda plan: iteration_seconds(plan, pricing, traffic),
+        lambda plan: iteration_seconds(plan, pricing, replace(traffic, max_batch_size=few)),
+        lambda plan: StepPrice(plan, pricing).prefill_seconds(traffic.input_len),
+        lambda plan: StepPrice(plan, pricing).decode_seconds(ceil_div(few, plan.num_stages), traffic.context),
+    ]
+    return in_turn([sorted(distinct, key=price) for price in prices], most)
+
+
+def in_turn(rankings: Sequence[Sequence[T]], most: int) -> list[T]:
+    """The first of every ranking, then the second of each, and so on: so many, none twice."""
+    found: list[T] = []
+    for rank in itertools.chain.from_iterable(itertools.zip_longest(*rankings)):
+        if rank is not None and not any(rank is other for other in found):
+            found.append(rank)
+        if len(found) == most:
+            break
+    return found
+
+
+def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, terms: Terms) -> tuple[list[Plan], Pricing]:
+    """The planner's best for a batch of this size, prompts not dealt, and how they are priced."""
+    workload = Workload(batch, traffic.input_len, traffic.output_len, weights=terms.weights, kv=terms.kv)
     alone = replace(workload, prefill_batch=1)  # where pages are preempted, prompts come one by one too
     for asked in (workload, *with_fewer_resident(alone)):
-        found = search(model, slice_, asked, calibration=calibration)
-        if num_stages is not None:
-            staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == num_stages)
+        found = search(model, slice_, asked, calibration=terms.calibration)
+        if terms.num_stages is not None:
+            staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == terms.num_stages)
             if not staged:
-                raise InvalidInput(
-                    f"slice {slice_.name} ({slice_.mesh}): no axes that make {num_stages} stages of {model.num_layers} layers"
-                )
+                axes = f"slice {slice_.name} ({slice_.mesh})"
+                raise InvalidInput(f"{axes}: no axes that make {terms.num_stages} stages of {model.num_layers} layers")
             found = replace(found, candidates=staged)
         fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
         if fitting:
@@ -76,7 +147,7 @@ def serving_plan(
     plans = [_gathering_where_it_pays(replace(plan, predicted=()), pricing) for c in fitting for plan in _undealt(plan_of(found, c))]
     if not plans:
         raise InvalidInput(misfit(found))
-    return min(plans, key=lambda plan: iteration_seconds(plan, pricing, traffic))
+    return plans, pricing
 
 
 def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
