@@ -116,7 +116,8 @@ def _decode(
     dealt = lambda x: deal(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
     seen = num_seen(position + 1, dealt(jnp.arange(pages.shape[1])), size)  # of the pages of each lane that lie here
     lying = _lying(kv, layer, dealt(pages), group, routes)
-    found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes), lying)  # [B.b, H.h, Q]
+    first = num_seen(jnp.maximum(position + 1 - of.window, 0), dealt(jnp.arange(pages.shape[1])), size) if of.window else None
+    found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes), lying, _scores(of), first)  # [B.b, H.h, Q]
     return _from_group(found, weights, group, routes), kv
 
 
@@ -144,15 +145,17 @@ def _prefill(
     local, owned = cache.local_pages(page, plan)
     kv = cache.write(kv, layer, local, offset, owned, KeysValues(for_cache[:, 0], for_cache[:, 1]))
 
-    context = _earlier(kv, layer, batch, routes, q.dtype) if routes.bucket.prefill_pages else None
+    context = _earlier(kv, layer, batch, position, of.window, routes, q.dtype) if routes.bucket.prefill_pages else None
     new, *where = (deal(x, 0, group.sequence, group.sequence, routes.sizes) for x in (new, owner, position))  # [T.bs, 2, K.k, Q]
     own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.bs, Q]
     fresh = kernels.Fresh(_choose(own, group, routes), *where)
-    found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes))  # [T.b, H.h, Q]
+    found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes), _scores(of))  # [T.b, H.h, Q]
     return _from_group(found, weights, group, routes), kv
 
 
-def _earlier(kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jnp.dtype) -> kernels.Context:
+def _earlier(
+    kv: Any, layer: Any, batch: PrefillBatch, position: jax.Array, window: int, routes: Routes, dtype: jnp.dtype
+) -> kernels.Context:
     """What earlier steps stored of each slot's sequence, where its tokens attend: see `kernels.prefill`.
 
     Pages that lie there already are read in place; otherwise all of them are brought. Of those that are there a device attends to its
@@ -166,21 +169,24 @@ def _earlier(kv: Any, layer: Any, batch: PrefillBatch, routes: Routes, dtype: jn
     starts = take_split(jnp.asarray(batch.start), 0, group.batch, group.batch, sizes)
     indices = again(deal(jnp.arange(routes.bucket.prefill_pages), 0, owners.sequence, here, sizes), 0)
     stored = num_seen(starts, indices, routes.plan.cache.page_size)
+    floor = num_seen(jnp.maximum(position + 1 - window, 0), indices, routes.plan.cache.page_size) if window else None
     pages = take_split(jnp.asarray(batch.pages), 0, group.batch, routes.shared_batch, sizes)
     local, owned = (deal(x, 1, owners.sequence, owners.sequence, sizes) for x in cache.local_pages(pages, routes.plan))
     if not away and routes.frame(group.batch, routes.kv_digits).same(routes.kv_cached, Split(group.batch, group.kv)):
-        return _context(kv, layer, again(local, 1), slots, stored, group, routes)
+        return _context(kv, layer, again(local, 1), slots, stored, floor, group, routes)
     found = kernels.dequantized(cache.read_pages(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone
     both = jnp.stack([found.keys, found.values], axis=1)
     both = again(_brought(jnp.where(owned[:, None, :, None, None, None], both, 0), routes), 2)  # [S.b, 2, pages, K.k, size, Q]
     count, _, length = both.shape[:3]
     brought = KeysValues(*(both[:, part].reshape(count * length, *both.shape[3:]) for part in (0, 1)))
-    return _context((brought,), 0, jnp.arange(count * length).reshape(count, length), slots, stored, group, routes)
+    return _context((brought,), 0, jnp.arange(count * length).reshape(count, length), slots, stored, floor, group, routes)
 
 
-def _context(kv: Any, layer: Any, pages: jax.Array, slots: jax.Array, starts: jax.Array, group: Group, routes: Routes) -> kernels.Context:
+def _context(
+    kv: Any, layer: Any, pages: jax.Array, slots: jax.Array, starts: jax.Array, floor: jax.Array | None, group: Group, routes: Routes
+) -> kernels.Context:
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
-    return kernels.Context(read, pages, slots, starts, _lying(kv, layer, pages, group, routes))
+    return kernels.Context(read, pages, slots, starts, _lying(kv, layer, pages, group, routes), floor)
 
 
 def _brought(both: jax.Array, routes: Routes) -> jax.Array:
@@ -252,6 +258,10 @@ def _from_group(found: kernels.Attended, weights: Params, group: Group, routes: 
     sinks = take_split(weights["sinks"], 0, routes.head_digits, group.heads, routes.sizes) if "sinks" in weights else None
     out = weighted(found.out, found.mass, group.sequence, routes.sizes, sinks)  # [T.b, H.h, Q] {s unreduced}
     return move(out, frame, Split(group.batch, group.heads, group.sequence), Split(routes.tokens, routes.ffn))  # [T.t, H.f, Q]
+
+
+def _scores(of: Attention) -> kernels.Scores:
+    return kernels.Scores(of.scale, of.cap, of.window)
 
 
 def _tiles(routes: Routes) -> kernels.Tiles | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from partinf.layout import Layout, make_layout
 from partinf.model.config import MATRICES, Activation, Block, Norm, Position
-from partinf.model.kinds import NormPlaces, QkNorm
+from partinf.model.kinds import Kind, NormPlaces, QkNorm
 from partinf.model.rotation import Rotation
 
 MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
@@ -75,7 +75,20 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
     "1 + w with bias": {"norm": Norm.LAYER_1P, "gated": False, "activation": Activation.RELU2, "rotation": Rotation(dims=4)},
     "norms without weights": {"norm": Norm.LAYER_BARE, "qkv_clip": 0.5, "qk_norm": QkNorm.HEAD},
-    "sinks": {"sinks": True, "biases": ("wq", "wkv", "wo")},
+    "sinks beside a window": {"sinks": True, "biases": ("wq", "wkv", "wo"), "window": 5},
+    "caps, two kinds": {
+        "attention_cap": 2.0,
+        "attention_scale": 0.5,
+        "logit_cap": 1.5,
+        "kinds": (Kind("local", 3, Rotation(100.0)), Kind("global", 0, Rotation(1e6))),
+        "pattern": ("local", "global"),
+    },
+    "three kinds after another": {
+        "num_layers": 6,
+        "kinds": (Kind("first", 7), Kind("local", 4, Rotation()), Kind("everywhere", 0)),
+        "prefix": ("first",),
+        "pattern": ("local", "everywhere"),
+    },
 }
 
 

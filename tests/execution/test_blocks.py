@@ -19,9 +19,10 @@ MIXED = make_layout(
 )
 
 
+@pytest.mark.parametrize("head_dim", [8, 16])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_block(block: str) -> None:
-    model = dataclasses.replace(MODEL, name=block, **BLOCKS[block])
+def test_every_block(block: str, head_dim: int) -> None:
+    model = dataclasses.replace(MODEL, name=f"{block} {head_dim}", head_dim=head_dim, **BLOCKS[block])
     assert largest_error(make_plan("2x2x2", MIXED, model)) < TOLERANCE["f32"]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 from absl import logging
 
 from partinf.foundation.caches import NATIVE, OFF, temporary, usable
@@ -35,6 +36,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 _WIDTH = 16  # d_head, and what is contracted in a product, are multiples of this
 _MOST_ROWS, _OUTPUTS = 64, 4  # of a product: rows for which it pays, and what outputs are a multiple of
 _SECONDS = 300
+_NONE = np.zeros((0,), np.int32)
 
 
 def fits(pages: KeysValues) -> bool:
@@ -55,18 +57,23 @@ def product(x: jax.Array, weights: jax.Array) -> jax.Array:
     return call(x.astype(jnp.float32), weights)
 
 
-def decode(q: jax.Array, stored: Stored, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+def decode(
+    q: jax.Array, stored: Stored, position: jax.Array, scale: float, cap: float, least: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Attention of one query per lane over the lane's own pages.
 
     Args:
-        q: [B, K, G, Q]. position: [B], the last that is visible in the lane's pages, -1 for none.
+        q: [B, K, G, Q]. position: [B], the last that is visible in the lane's pages, -1 for none. scale: of scores. cap: c in
+            c·tanh(score/c), 0 for none. least: [B], the first that is visible; None for the first that there is.
 
     Returns:
         [B, K, G, Q], 0 for lanes that saw nothing, and the logarithm of the sum of exp(score) [B, K, G], float32.
     """
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
     call = jax.ffi.ffi_call(f"partinf_decode_{_digest()}", shapes)
-    out, mass = call(q.astype(jnp.float32), *_plain(stored.pages), _ints(stored.rows), _ints(position))
+    visible = _ints(position), _ints(_NONE if least is None else least)
+    numbers = {"scale": np.float32(scale), "cap": np.float32(cap)}
+    out, mass = call(q.astype(jnp.float32), *_plain(stored.pages), _ints(stored.rows), *visible, **numbers)
     return out.astype(q.dtype), mass
 
 
@@ -78,18 +85,24 @@ def prefill(
     key_owner: jax.Array,
     key_position: jax.Array,
     context: tuple[Stored, jax.Array, jax.Array] | None,
+    scale: float,
+    cap: float,
+    window: int,
+    floor: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of prompt tokens over those of the same owner up to their position, and over what is stored of it.
 
     Args:
         q: [T, H, Q]. owner, position: [T]; owner -1 is padding. new: [K, M, Q] of the keys with `key_owner` and `key_position` [M].
         context: the pages [slots, n] of some owners; who they are, and how many positions each has there, [slots].
+        scale, cap: as of `decode`. window: positions that a token sees, its own included; 0 for all. floor: [T], with a window, how many of
+            the positions in the pages lie before it.
 
     Returns:
         [T, H, Q], 0 for tokens that saw nothing, and the logarithm of the sum of exp(score) [T, H], float32.
     """
     if context is None:
-        none = jnp.zeros((0,), jnp.int32)
+        none = _ints(_NONE)
         empty = jnp.zeros((0, 1, q.shape[-1]), jnp.float32)
         context = Stored(KeysValues(empty, empty), none.reshape(0, 1)), none, none
     stored, slots, starts = context
@@ -97,7 +110,9 @@ def prefill(
     call = jax.ffi.ffi_call(f"partinf_prefill_{_digest()}", shapes)
     queries = q.astype(jnp.float32), _ints(owner), _ints(position)
     fresh = new.keys.astype(jnp.float32), new.values.astype(jnp.float32), _ints(key_owner), _ints(key_position)
-    out, mass = call(*queries, *fresh, *_plain(stored.pages), _ints(stored.rows), _ints(slots), _ints(starts))
+    earlier = _ints(stored.rows), _ints(slots), _ints(starts), _ints(_NONE if floor is None else floor)
+    numbers = {"scale": np.float32(scale), "cap": np.float32(cap), "window": np.int32(window)}
+    out, mass = call(*queries, *fresh, *_plain(stored.pages), *earlier, **numbers)
     return out.astype(q.dtype), mass
 
 

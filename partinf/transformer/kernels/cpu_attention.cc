@@ -43,6 +43,13 @@ inline Vec Exp(Vec x) {
   return x < -87.f ? Vec{} : value * reinterpret_cast<Vec>(power);
 }
 
+// c·tanh(x/c), to about c·1e-7; NaN for NaN.
+inline Vec Capped(Vec x, float cap) {
+  const Vec fade = Exp((x < 0.f ? x : -x) * (2.f / cap));
+  const Vec found = (1.f - fade) / (1.f + fade) * cap;
+  return x < 0.f ? -found : found;
+}
+
 inline float Sum(Vec v) {
   const Quarter q = Fold(v);
   return (q[0] + q[1]) + (q[2] + q[3]);
@@ -105,18 +112,17 @@ void AddValuesOf(float* out, int64_t size, const float* weights, int64_t stride,
   for (; c < size; c += kWidth) AddValues<kHeads, 1>(out + c, size, weights, stride, fades, values + c, count);
 }
 
-// One lane and one key-value head: q and out [G, Q], mass [G], rows [n] of the head's pages; sees keys up to `position`.
+// One lane and one key-value head: q and out [G, Q], mass [G], rows [n] of the head's pages; sees keys from `least` to `position`.
 template <typename T>
-void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int64_t held, int64_t head, int64_t position, int64_t group,
-                float* out, float* mass) {
+void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int64_t held, int64_t head, int64_t least, int64_t position,
+                float scale, float cap, int64_t group, float* out, float* mass) {
   const int64_t size = pages.size, length = pages.length, padded = (length + kWidth - 1) / kWidth * kWidth;
   float* scaled = Scratch(group * (size + padded + 2) + kWidth * size);
   float *wide = scaled + group * size, *weights = wide + kWidth * size, *fades = weights + group * padded, *tops = fades + group;
-  const float scale = 1.f / std::sqrt(static_cast<float>(size));
   for (int64_t i = 0; i < group * size; ++i) scaled[i] = q[i] * scale, out[i] = 0.f;
   for (int64_t g = 0; g < group; ++g) tops[g] = kLeast, mass[g] = 0.f;
-  for (int64_t page = 0; page < held && page * length <= position; ++page) {
-    const int64_t row = rows[page] + head, seen = std::min(length, position + 1 - page * length);
+  for (int64_t page = least / length; page < held && page * length <= position; ++page) {
+    const int64_t row = rows[page] + head, seen = std::min(length, position + 1 - page * length), hidden = least - page * length;
     const T* keys = pages.keys + row * length * size;
     for (int64_t first = 0; first < seen; first += kWidth) {
       const int64_t count = std::min<int64_t>(seen - first, kWidth);
@@ -133,6 +139,8 @@ void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int6
         if constexpr (std::is_same_v<T, int8_t>) {
           for (int64_t i = 0; i < count; ++i) scores[i] *= pages.key_scales[row * length + first + i];
         }
+        if (cap > 0.f) Store(scores, Capped(Load(scores), cap));
+        for (int64_t i = first; i < std::min(hidden, first + count); ++i) scores[i - first] = kMasked;
         for (int64_t i = count; i < kWidth; ++i) scores[i] = kMasked;
       }
     }
@@ -187,7 +195,9 @@ struct Tile {  // a running softmax; a query is a column, so that no sum goes ac
   float* scores;         // [kKeys, kRows]
   float *top, *mass, *fade;
   int32_t *owner, *position;  // [kRows]; padding has owner -2, which no key has
+  int32_t *least, *floor;     // [kRows] the first position of the window, and the first of what is stored that is in it
   int64_t vectors, size;
+  float cap;
 };
 
 // to [four, kRows] = to · fade + Σ over i < count of left[i · step + four · across] · right [i, kRows], for kCount vectors.
@@ -230,9 +240,10 @@ inline void MultiplyAll(const Tile& tile, float* to, const float* fade, const fl
 }
 
 // Adds `count` keys and values [count, Q] to a tile. They are seen by queries of their owner from their position on; owner and position of
-// key i are `owners[i · moves]` and `positions[i · moves]`. `all`: by every query.
+// key i are `owners[i · moves]` and `positions[i · moves]`. Where there is a window, its place is `places[i]`, and a query sees it from the
+// query's `least` on. `all`: by every query.
 void Absorb(const Tile& tile, const float* keys, const float* values, int64_t count, const int32_t* owners, const int32_t* positions,
-            int64_t moves, bool all) {
+            int64_t moves, const int32_t* places, const int32_t* least, bool all) {
   const int64_t size = tile.size;
   for (int64_t key = 0; key < count; key += 4) {
     int64_t across[4];
@@ -243,12 +254,17 @@ void Absorb(const Tile& tile, const float* keys, const float* values, int64_t co
     float* column = tile.scores + v;
     const Vec before = Load(tile.top + v);
     Vec top = before;
+    if (tile.cap > 0.f) {
+      for (int64_t key = 0; key < count; ++key) Store(column + key * kRows, Capped(Load(column + key * kRows), tile.cap));
+    }
     if (!all) {
-      IntVec owner, position;
+      IntVec owner, position, from = {};
       std::memcpy(&owner, tile.owner + v, sizeof owner);
       std::memcpy(&position, tile.position + v, sizeof position);
+      if (least != nullptr) std::memcpy(&from, least + v, sizeof from);
       for (int64_t key = 0; key < count; ++key) {
-        const IntVec seen = (owner == owners[key * moves]) & (position >= positions[key * moves]);
+        IntVec seen = (owner == owners[key * moves]) & (position >= positions[key * moves]);
+        if (least != nullptr) seen &= from <= places[key];
         Store(column + key * kRows, seen ? Load(column + key * kRows) : Splat(kMasked));
       }
     }
@@ -294,6 +310,9 @@ struct Prompt {
   Pages<T> pages;
   const int32_t *rows, *slots, *starts;  // [slots, n]
   int64_t num_slots, held;
+  const int32_t* floor;  // [T], where there is a window
+  float scale, cap;
+  int32_t window;  // 0 for none
   float *out, *mass;
 
   int64_t group() const { return heads / kv_heads; }
@@ -302,16 +321,16 @@ struct Prompt {
   // One key-value head and one tile of queries: rows are tokens and, of each, the query heads of the group.
   void Unit(int64_t head, int64_t number) const {
     const int64_t size = pages.size, begin = number * kRows, count = std::min(kRows, tokens * group() - begin);
-    float* at = Scratch(kRows * (2 * size + kKeys + 5) + 2 * kKeys * size);
+    float* at = Scratch(kRows * (2 * size + kKeys + 7) + 2 * kKeys * size);
     const auto part = [&](int64_t length) { return std::exchange(at, at + length); };
     Tile tile;
     tile.queries = part(kRows * size), tile.out = part(kRows * size), tile.scores = part(kRows * kKeys);
     tile.top = part(kRows), tile.mass = part(kRows), tile.fade = part(kRows);
     tile.owner = reinterpret_cast<int32_t*>(part(kRows)), tile.position = reinterpret_cast<int32_t*>(part(kRows));
+    tile.least = reinterpret_cast<int32_t*>(part(kRows)), tile.floor = reinterpret_cast<int32_t*>(part(kRows));
     float *wide_keys = part(kKeys * size), *wide_values = part(kKeys * size);
-    tile.vectors = (count + kWidth - 1) / kWidth, tile.size = size;
+    tile.vectors = (count + kWidth - 1) / kWidth, tile.size = size, tile.cap = cap;
 
-    const float scale = 1.f / std::sqrt(static_cast<float>(size));
     Bounds bounds;
     for (int64_t row = 0; row < tile.vectors * kWidth; ++row) {
       const int64_t place = begin + std::min(row, count - 1), token = place / group();
@@ -319,27 +338,38 @@ struct Prompt {
       for (int64_t i = 0; i < size; ++i) tile.queries[i * kRows + row] = from[i] * scale, tile.out[i * kRows + row] = 0.f;
       bounds.Add(owner[token], position[token]);
       tile.owner[row] = owner[token] < 0 ? -2 : owner[token], tile.position[row] = position[token];
+      tile.least[row] = window > 0 ? position[token] - window + 1 : 0, tile.floor[row] = floor != nullptr ? floor[token] : 0;
       tile.top[row] = kLeast, tile.mass[row] = 0.f;
     }
     for (int64_t t = 0; t < static_cast<int64_t>(key_tiles.size()); ++t) {
       const Bounds& found = key_tiles[t];
       if (found.last_owner < bounds.first_owner || found.first_owner > bounds.last_owner || found.first > bounds.last) continue;
+      if (window > 0 && found.last <= bounds.first - window) continue;
       const bool one = found.first_owner == found.last_owner && bounds.first_owner == bounds.last_owner;
-      const bool all = one && !found.padding && !bounds.padding && found.last <= bounds.first;
+      const bool inside = window == 0 || found.first > bounds.last - window;
+      const bool all = one && !found.padding && !bounds.padding && found.last <= bounds.first && inside;
       const int64_t first = t * kKeys, offset = (head * num_keys + first) * size;
-      Absorb(tile, keys + offset, values + offset, std::min(kKeys, num_keys - first), key_owner + first, key_position + first, 1, all);
+      const int32_t *owners = key_owner + first, *positions = key_position + first, *least = window > 0 ? tile.least : nullptr;
+      Absorb(tile, keys + offset, values + offset, std::min(kKeys, num_keys - first), owners, positions, 1, positions, least, all);
     }
     for (int64_t slot = 0; slot < num_slots; ++slot) {
       if (slots[slot] < bounds.first_owner || slots[slot] > bounds.last_owner) continue;
-      const bool all = bounds.first_owner == bounds.last_owner && !bounds.padding;
+      const bool alone = bounds.first_owner == bounds.last_owner && !bounds.padding;
       const int32_t always = std::numeric_limits<int32_t>::min();
-      for (int64_t first = 0; first < std::min<int64_t>(starts[slot], held * pages.length);) {
+      int32_t from = std::numeric_limits<int32_t>::max(), to = 0;  // the least and the largest floor of the slot's queries
+      for (int64_t row = 0; row < count; ++row) {
+        if (tile.owner[row] == slots[slot]) from = std::min(from, tile.floor[row]), to = std::max(to, tile.floor[row]);
+      }
+      int32_t places[kKeys];
+      for (int64_t first = from; first < std::min<int64_t>(starts[slot], held * pages.length);) {
         const int64_t row = rows[slot * held + first / pages.length] + head, inside = first % pages.length;
         const int64_t seen = std::min({kKeys, pages.length - inside, starts[slot] - first});
         const int64_t from = row * pages.length + inside;
         const float* both[2] = {Wide(pages.keys, pages.key_scales, from, seen, wide_keys),
                                 Wide(pages.values, pages.value_scales, from, seen, wide_values)};
-        Absorb(tile, both[0], both[1], seen, slots + slot, &always, 0, all);
+        for (int64_t i = 0; i < seen; ++i) places[i] = static_cast<int32_t>(first + i);
+        const int32_t* least = window > 0 ? tile.floor : nullptr;
+        Absorb(tile, both[0], both[1], seen, slots + slot, &always, 0, places, least, alone && first >= to);
         first += seen;
       }
     }
@@ -371,26 +401,28 @@ Pages<T> PagesOf(const ffi::AnyBuffer& keys, const ffi::AnyBuffer& values, const
           value_scales.typed_data(), shape[1], shape[2]};
 }
 
-// q [B, K, G, Q], pages [R, S, Q], scales [R, S] or empty, rows [B, n], position [B] → out [B, K, G, Q], mass [B, K, G].
+// q [B, K, G, Q], pages [R, S, Q], scales [R, S] or empty, rows [B, n], position [B], least [B] or empty → out [B, K, G, Q],
+// mass [B, K, G].
 ffi::Error Decode(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer keys, ffi::AnyBuffer values, Floats key_scales, Floats value_scales,
-                  Ints rows, Ints position, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> mass) {
+                  Ints rows, Ints position, Ints least, float scale, float cap, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> mass) {
   const auto shape = q.dimensions();
   const int64_t kv_heads = shape[1], group = shape[2], size = shape[3], held = rows.dimensions()[1];
   return ByType(keys.element_type(), [&](auto element) {
     const auto pages = PagesOf<decltype(element)>(keys, values, key_scales, value_scales);
     Spread(pool, shape[0] * kv_heads, [&](int64_t unit) {
       const int64_t lane = unit / kv_heads, offset = unit * group;
-      DecodeUnit(q.typed_data() + offset * size, pages, rows.typed_data() + lane * held, held, unit % kv_heads, position.typed_data()[lane],
-                 group, out->typed_data() + offset * size, mass->typed_data() + offset);
+      const int64_t from = least.element_count() > 0 ? least.typed_data()[lane] : 0;
+      DecodeUnit(q.typed_data() + offset * size, pages, rows.typed_data() + lane * held, held, unit % kv_heads, from,
+                 position.typed_data()[lane], scale, cap, group, out->typed_data() + offset * size, mass->typed_data() + offset);
     });
   });
 }
 
 // q [T, H, Q], owner and position [T], keys and values [K, M, Q], their owner and position [M], pages [R, S, Q], scales [R, S] or empty,
-// rows [slots, n], slots and starts [slots] → out [T, H, Q], mass [T, H].
+// rows [slots, n], slots and starts [slots], floor [T] or empty → out [T, H, Q], mass [T, H].
 ffi::Error Prefill(ffi::ThreadPool pool, Floats q, Ints owner, Ints position, Floats keys, Floats values, Ints key_owner,
                    Ints key_position, ffi::AnyBuffer page_keys, ffi::AnyBuffer page_values, Floats key_scales, Floats value_scales,
-                   Ints rows, Ints slots, Ints starts, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> mass) {
+                   Ints rows, Ints slots, Ints starts, Ints floor, float scale, float cap, int32_t window, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> mass) {
   const auto shape = q.dimensions(), stored = keys.dimensions();
   std::vector<Bounds> key_tiles((stored[1] + kKeys - 1) / kKeys);
   for (int64_t key = 0; key < stored[1]; ++key) key_tiles[key / kKeys].Add(key_owner.typed_data()[key], key_position.typed_data()[key]);
@@ -405,7 +437,9 @@ ffi::Error Prefill(ffi::ThreadPool pool, Floats q, Ints owner, Ints position, Fl
                               PagesOf<T>(page_keys, page_values, key_scales, value_scales),
                               rows.typed_data(),      slots.typed_data(),
                               starts.typed_data(),    slots.dimensions()[0],
-                              rows.dimensions()[1],   out->typed_data(),
+                              rows.dimensions()[1],   floor.element_count() > 0 ? floor.typed_data() : nullptr,
+                              scale,                  cap,
+                              window,                 out->typed_data(),
                               mass->typed_data()};
     const int64_t tiles = prompt.tiles();
     // The last tiles of a prompt see most keys: first, so that the threads end together.
@@ -425,7 +459,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_decode, partinf::Decode,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
-                                  .Arg<Ints>().Arg<Ints>()
+                                  .Arg<Ints>().Arg<Ints>().Arg<Ints>()
+                                  .Attr<float>("scale").Attr<float>("cap")
                                   .Ret<Floats>().Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_prefill, partinf::Prefill,
@@ -433,5 +468,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_prefill, partinf::Prefill,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>().Arg<Ints>().Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Ints>().Arg<Ints>()
                                   .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<Floats>().Arg<Floats>()
-                                  .Arg<Ints>().Arg<Ints>().Arg<Ints>()
+                                  .Arg<Ints>().Arg<Ints>().Arg<Ints>().Arg<Ints>()
+                                  .Attr<float>("scale").Attr<float>("cap").Attr<int32_t>("window")
                                   .Ret<Floats>().Ret<Floats>());

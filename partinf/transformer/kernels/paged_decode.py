@@ -41,14 +41,14 @@ def fits(pages: KeysValues) -> bool:
 
 
 def paged_decode(
-    q: jax.Array, pages: KeysValues, rows: jax.Array, position: jax.Array, interpret: bool = False
+    q: jax.Array, pages: KeysValues, rows: jax.Array, position: jax.Array, scale: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one query per lane.
 
     Args:
         q: [B, K, G, Q]. pages: [R, S, Q], the heads of a page one after the other, of which K are read; scales [R / heads, 1, lanes].
         rows: [B, n], where each page of a lane begins in `pages`; any row for those that the lane does not have. position: [B], the last
-            that is visible, -1 for none.
+            that is visible, -1 for none. scale: of scores.
         interpret: run without a TPU.
 
     Returns:
@@ -65,7 +65,7 @@ def paged_decode(
     context = float(lanes * held * length)
     lane = lambda lane, *_: (lane, 0, 0, 0)  # noqa: E731
     out, mass = pl.pallas_call(
-        functools.partial(_kernel, lanes=lanes, held=held, each=each, num_sources=len(buffers)),
+        functools.partial(_kernel, scale=scale, lanes=lanes, held=held, each=each, num_sources=len(buffers)),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((lanes, kv_heads, group, 1), jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -85,7 +85,7 @@ def paged_decode(
     return out, mass[..., 0]
 
 
-def _kernel(rows: Any, position: Any, q: Any, *others: Any, lanes: int, held: int, each: int, num_sources: int) -> None:
+def _kernel(rows: Any, position: Any, q: Any, *others: Any, scale: float, lanes: int, held: int, each: int, num_sources: int) -> None:
     """One lane. `others`: keys, values and their scales if they have any; the two results; a pair of buffers for each of the former, their
     semaphores, and which buffer is next."""
     sources, (out, mass), (*buffers, arrived, turn) = others[:num_sources], others[num_sources : num_sources + 2], others[num_sources + 2 :]
@@ -137,7 +137,7 @@ def _kernel(rows: Any, position: Any, q: Any, *others: Any, lanes: int, held: in
         for head, (top, total, added) in enumerate(running):
             k, v = (pages[buffer, :, head].astype(q.dtype).reshape(each * length, size) for pages in buffers[:2])
             scales = [_in_line(scale[buffer, :, 0], (first + head) * length, length) for scale in buffers[2:]]
-            scores = lax.dot_general(q[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * size**-0.5
+            scores = lax.dot_general(q[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
             scores = scores * scales[0] if scales else scores
             scores = jnp.where(place <= last, scores, _MASKED)
             highest = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))

@@ -22,7 +22,7 @@ from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.kernels import cpu as cpu_kernels
-from partinf.transformer.linear import dot
+from partinf.transformer.linear import capped, dot
 
 _MASKED = -1e30  # finite, so that a row without any key stays finite
 _LEAST = -1e29  # below every score and so far above a masked one that exp of the difference is 0
@@ -37,6 +37,7 @@ class Context(NamedTuple):
     Attributes:
         read: how to read pages. table: their ids [slots, n] for it. slots: the slots' own ids. starts: how many positions each has there.
         stored: where the same pages lie, if all their heads are read.
+        floor: of each query [T], how many of the positions there lie before its window; None without one.
     """
 
     read: Read
@@ -44,6 +45,31 @@ class Context(NamedTuple):
     slots: jax.Array
     starts: jax.Array
     stored: Stored | None = None
+    floor: jax.Array | None = None
+
+
+class Scores(NamedTuple):
+    """How a query scores a key.
+
+    Attributes:
+        scale: of q · k; 0 for 1/√Q. cap: c in c·tanh(score/c), 0 for none.
+        window: positions that a query sees, the latest ones, its own included; 0 for all.
+    """
+
+    scale: float = 0.0
+    cap: float = 0.0
+    window: int = 0
+
+    def of(self, size: int) -> float:
+        """The scale for heads of this size."""
+        return self.scale or size**-0.5
+
+    def made(self, products: jax.Array, size: int) -> jax.Array:
+        """Scores from q · k, float32."""
+        return capped(products * self.of(size), self.cap)
+
+
+PLAIN = Scores()
 
 
 class Attended(NamedTuple):
@@ -88,48 +114,60 @@ class _Running(NamedTuple):
     out: jax.Array  # [B, K, G, L, Q], not yet divided by the mass
 
 
-def decode(q: jax.Array, read: Read, table: jax.Array, position: jax.Array, tiles: Tiles | None, stored: Stored | None = None) -> Attended:
+def decode(
+    q: jax.Array,
+    read: Read,
+    table: jax.Array,
+    position: jax.Array,
+    tiles: Tiles | None,
+    stored: Stored | None = None,
+    scores: Scores = PLAIN,
+    first: jax.Array | None = None,
+) -> Attended:
     """One query per lane over the lane's own pages.
 
     Args:
         q: [B, H, Q]. table: [B, n] ids for `read`, in the order of positions. position: [B], the last position in these pages that is
             visible; -1 for none, which gives an output that means nothing but is finite. stored: where the same pages lie, if all their
-            heads are read.
+            heads are read. first: [B], the first that is, where scores have a window; it may be after the last.
     """
     if tiles is None:
         context = dequantized(read(table), q.dtype)
-        visible = jnp.arange(context.keys.shape[2])[None, :] <= position[:, None]
-        return _first(attend(q[:, None], context, visible[:, None]))
+        visible = _between(jnp.arange(context.keys.shape[2]), first, position)
+        return _first(attend(q[:, None], context, visible[:, None], scores))
     grouped = _group(q[:, None], jax.eval_shape(read, table[:, :1]).keys.shape[1])
-    found = None if stored is None else _in_place(grouped[:, :, :, 0], stored, position, tiles)
+    found = None if stored is None else _in_place(grouped[:, :, :, 0], stored, position, tiles, scores, first)
     if found is not None:
         return Attended(found[0].reshape(q.shape), found[1].reshape(q.shape[:2]))
     columns, size = _columns(table, read, tiles.keys)
-    last = jnp.max(position)
+    last, least = jnp.max(position), None if first is None else jnp.min(first)
 
     def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
         ids, start = inputs
 
         def seen() -> _Running:
-            visible = (start + jnp.arange(size))[None, :] <= position[:, None]
-            return _absorb(running, grouped, read(ids), visible[:, None])
+            visible = _between(start + jnp.arange(size), first, position)
+            return _absorb(running, grouped, read(ids), visible[:, None], scores)
 
-        return _maybe(last >= start, seen, running, tiles), None
+        wanted = last >= start if least is None else (last >= start) & (start + size > least)
+        return _maybe(wanted, seen, running, tiles), None
 
     starts = jnp.arange(columns.shape[0]) * size
     running, _ = lax.scan(tile, _nothing(grouped), (columns, starts))
     return _first(_finish(running, q.dtype))
 
 
-def _in_place(q: jax.Array, stored: Stored, position: jax.Array, tiles: Tiles) -> tuple[jax.Array, jax.Array] | None:
+def _in_place(
+    q: jax.Array, stored: Stored, position: jax.Array, tiles: Tiles, scores: Scores, first: jax.Array | None
+) -> tuple[jax.Array, jax.Array] | None:
     """`decode` of q [B, K, G, Q] by a kernel that reads pages where they lie; None where there is none for these."""
     if tiles.native and cpu_kernels.fits(stored.pages):
-        return cpu_kernels.decode(q, stored, position)
-    if tiles.paged:
+        return cpu_kernels.decode(q, stored, position, scores.of(q.shape[-1]), scores.cap, first)
+    if tiles.paged and not scores.cap and first is None:  # that kernel has neither
         from partinf.transformer.kernels import paged_decode  # it takes a quarter of a second, which a CPU never needs
 
         if paged_decode.fits(stored.pages):
-            return paged_decode.paged_decode(q, stored.pages, stored.rows, position, tiles.interpret)
+            return paged_decode.paged_decode(q, stored.pages, stored.rows, position, scores.of(q.shape[-1]), tiles.interpret)
     return None
 
 
@@ -140,6 +178,7 @@ def prefill(
     fresh: Fresh,
     context: Context | None,
     tiles: Tiles | None,
+    scores: Scores = PLAIN,
 ) -> Attended:
     """Flat prompt tokens: each sees its own prompt's tokens up to itself, those of this step and those stored before.
 
@@ -149,11 +188,12 @@ def prefill(
         context: what earlier steps stored of the slots' sequences, if any.
     """
     if tiles is None:
-        return _prefill_plain(q, owner, position, fresh, context)
+        return _prefill_plain(q, owner, position, fresh, context, scores)
     lying = None if context is None else context.stored
     if tiles.native and (context is None or lying is not None) and cpu_kernels.fits(fresh.new if lying is None else lying.pages):
         earlier = None if context is None or lying is None else (lying, context.slots, context.starts)
-        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier))
+        how = scores.of(q.shape[-1]), scores.cap, scores.window, None if context is None else context.floor
+        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how))
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
@@ -166,41 +206,49 @@ def prefill(
     )  # [tiles, 1, K, M, Q]
     parts = (*halves, cut(fresh.owner, tiles.prompt_keys, -1), cut(fresh.position, tiles.prompt_keys, 0))
 
-    def queries(_: None, inputs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, Attended]:
-        q, owner, position = inputs
+    def queries(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, Attended]:
+        q, owner, position, *floor = inputs
         grouped = _group(q[None], groups)
 
         def tile(running: _Running, inputs: tuple[jax.Array, ...]) -> tuple[_Running, None]:
             keys, values, key_owner, key_position = inputs
-            visible = (owner[:, None] == key_owner[None, :]) & (key_position[None, :] <= position[:, None]) & (owner[:, None] >= 0)
-            seen = lambda: _absorb(running, grouped, KeysValues(keys, values), visible[None])  # noqa: E731
+            visible = _of_prompt(owner, position, key_owner, key_position, scores.window) & (owner[:, None] >= 0)
+            seen = lambda: _absorb(running, grouped, KeysValues(keys, values), visible[None], scores)  # noqa: E731
             return _maybe(jnp.any(visible), seen, running, tiles), None
 
         running, _ = lax.scan(tile, _nothing(grouped), parts)
         if context is not None:
-            running = _earlier(running, grouped, owner, context, tiles)
+            running = _earlier(running, grouped, owner, context, tiles, scores, floor[0] if floor else None)
         found = _finish(running, q.dtype)
         return None, Attended(found.out[0], found.mass[0])
 
-    _, found = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0)))
+    floors = () if context is None or context.floor is None else (cut(context.floor, length, 0),)
+    _, found = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0), *floors))
     return Attended(*(x.reshape(-1, *x.shape[2:])[:total] for x in found))
 
 
-def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles) -> _Running:
-    """Add to a tile of queries what its slots stored before this step."""
-    read, table, slots, starts, _ = context
+def _earlier(
+    running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles, scores: Scores, floor: jax.Array | None
+) -> _Running:
+    """Add to a tile of queries what its slots stored before this step; `floor` is theirs."""
+    read, table, slots, starts = context[:4]
     columns, size = _columns(table, read, tiles.prompt_keys)
     first = jnp.arange(columns.shape[0]) * size
 
     def slot(running: _Running, inputs: tuple[jax.Array, ...]) -> tuple[_Running, None]:
         columns, slot, start = inputs
         mine = owner == slot
+        least = None if floor is None else jnp.min(jnp.where(mine, floor, jnp.iinfo(jnp.int32).max))
 
         def tile(running: _Running, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Running, None]:
             ids, begin = inputs
-            visible = mine[:, None] & ((begin + jnp.arange(size)) < start)[None, :]
-            seen = lambda: _absorb(running, grouped, read(ids[None]), visible[None])  # noqa: E731
-            return _maybe(begin < start, seen, running, tiles), None
+            place = begin + jnp.arange(size)
+            visible = mine[:, None] & (place < start)[None, :]
+            if floor is not None:
+                visible &= place[None, :] >= floor[:, None]
+            seen = lambda: _absorb(running, grouped, read(ids[None]), visible[None], scores)  # noqa: E731
+            wanted = begin < start if least is None else (begin < start) & (begin + size > least)
+            return _maybe(wanted, seen, running, tiles), None
 
         over_pages = lambda: lax.scan(tile, running, (columns, first))[0]  # noqa: E731
         return _maybe(jnp.any(mine) & (start > 0), over_pages, running, tiles), None
@@ -208,10 +256,10 @@ def _earlier(running: _Running, grouped: jax.Array, owner: jax.Array, context: C
     return lax.scan(slot, running, (jnp.swapaxes(columns, 0, 1), slots, starts))[0]
 
 
-def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, context: Context | None) -> Attended:
+def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, context: Context | None, scores: Scores) -> Attended:
     (keys, values), key_owner, key_position = (fresh.new.keys, fresh.new.values), fresh.owner, fresh.position
     if context is not None:
-        read, table, slots, starts, _ = context
+        read, table, slots, starts = context[:4]
         found = dequantized(read(table), q.dtype)  # [slots, K, M, Q]
         count, groups, length, size = found.keys.shape
         flat = lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, count * length, size)  # noqa: E731
@@ -220,30 +268,48 @@ def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: F
         key_owner = jnp.concatenate([jnp.where(inside, slots[:, None], -2).reshape(-1), key_owner])
         # All that a slot stored comes before any of its tokens here: -1 stands for that.
         key_position = jnp.concatenate([jnp.full(count * length, -1), key_position])
-    visible = (owner[:, None] == key_owner[None, :]) & (key_position[None, :] <= position[:, None])
-    found = attend(q[None], KeysValues(keys[None], values[None]), visible[None])
+    visible = _of_prompt(owner, position, key_owner, key_position, scores.window)
+    if context is not None and context.floor is not None:
+        earlier = jnp.tile(jnp.arange(length), count)[None, :] >= context.floor[:, None]
+        stored = (owner[:, None] == key_owner[None, : count * length]) & earlier
+        visible = jnp.concatenate([stored, visible[:, count * length :]], axis=1)
+    found = attend(q[None], KeysValues(keys[None], values[None]), visible[None], scores)
     return Attended(found.out[0], found.mass[0])
 
 
-def attend(q: jax.Array, context: KeysValues, visible: jax.Array) -> Attended:
+def _of_prompt(owner: jax.Array, position: jax.Array, key_owner: jax.Array, key_position: jax.Array, window: int) -> jax.Array:
+    """Which keys [M] of prompts the queries [T] see: those of the same owner up to their own position, and none before their window."""
+    visible = (owner[:, None] == key_owner[None, :]) & (key_position[None, :] <= position[:, None])
+    return visible & (key_position[None, :] > position[:, None] - window) if window else visible
+
+
+def _between(place: jax.Array, first: jax.Array | None, last: jax.Array) -> jax.Array:
+    """Which places [M] lie between the first and the last of each row [B]; from the start on where there is no first."""
+    visible = place[None, :] <= last[:, None]
+    return visible if first is None else visible & (place[None, :] >= first[:, None])
+
+
+def attend(q: jax.Array, context: KeysValues, visible: jax.Array, how: Scores = PLAIN) -> Attended:
     """Softmax attention of q [B, L, H, Q] over context [B, K, M, Q] where visible [B, L, M]; query head i reads kv head i // G.
 
     The plain form: scores in float32, everything materialised.
     """
     grouped = _group(q, context.keys.shape[1])
-    scores = jnp.einsum("bkglq,bkmq->bkglm", grouped, context.keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    products = jnp.einsum("bkglq,bkmq->bkglm", grouped, context.keys, preferred_element_type=jnp.float32)
+    scores = how.made(products, q.shape[-1])
     scores = jnp.where(visible[:, None, None], scores, _MASKED)
     probs, mass = jax.nn.softmax(scores, axis=-1).astype(q.dtype), jax.nn.logsumexp(scores, axis=-1)
     return Attended(_ungroup(dot("bkglm,bkmq->bkglq", probs, context.values)), _ungroup(mass[..., None])[..., 0])
 
 
-def _absorb(running: _Running, q: jax.Array, tile: KeysValues, visible: jax.Array) -> _Running:
+def _absorb(running: _Running, q: jax.Array, tile: KeysValues, visible: jax.Array, how: Scores) -> _Running:
     """The running softmax with one more tile [B, K, M, Q]; q [B, K, G, L, Q], visible [B, L, M]. int8 is scaled after its product."""
     keys, key_scale = _parts(tile.keys, q.dtype)
     values, value_scale = _parts(tile.values, q.dtype)
-    scores = jnp.einsum("bkglq,bkmq->bkglm", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    products = jnp.einsum("bkglq,bkmq->bkglm", q, keys, preferred_element_type=jnp.float32)
     if key_scale is not None:
-        scores = scores * key_scale[:, :, None, None, :]
+        products = products * key_scale[:, :, None, None, :]
+    scores = how.made(products, q.shape[-1])
     scores = jnp.where(visible[:, None, None], scores, _MASKED)
     top = jnp.maximum(running.top, jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - top[..., None])  # 0 where masked: `top` is at least _LEAST
