@@ -335,6 +335,9 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
     )
     for label, size, axes, per_unit in checks:
         offences += _divides(model, label, size, axes, sizes, per_unit)
+    stages = math.prod(sizes[axis] for axis in layout.storage_axes(Role.STAGE))
+    if model.num_layers % stages == 0:
+        offences += [f"model {model.name}: {line}" for line in model.stage_offences(stages)]
     return offences
 
 

@@ -93,15 +93,30 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     rows = ceil_div(shape.decode_rows, split.ways(group.batch))
     heads = model.num_heads // split.ways(group.heads)
     kv_heads = model.num_kv_heads // split.ways(group.kv)
-    keys = ceil_div(shape.decode_context, split.ways(group.sequence))
     seen = shape.decode_context if shape.real_context is None else shape.real_context
-    share = useful * split.shares.heads * (seen / shape.decode_context if keys else 1.0)
-    entries.append(decode_core(split, rows, heads, kv_heads, keys, share))
+    parts, share = split.ways(group.sequence), useful * split.shares.heads
+    entries += decode_cores(split, rows, heads, kv_heads, shape.decode_context, parts, seen, share)
     return entries + _from_group(split, group, shape.decode_rows, useful, DECODE)
 
 
-def decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: int, share: float = 1.0) -> Entry:
-    """Products with so many keys and values of each row on one device, of which a share is useful."""
+def decode_cores(
+    split: StepSplit, rows: int, heads: int, kv_heads: int, context: int, parts: int, seen: float, share: float = 1.0
+) -> list[Entry]:
+    """Products with one of `parts` parts of the `context` keys and values of each row on one device, for every window that layers have.
+
+    Args:
+        seen: of a row's keys, how many are not masked. share: of rows and heads that are useful.
+    """
+    found = []
+    for window, count in split.windows:
+        computed = min(context, window)
+        useful = share * (min(seen, window) / computed if computed else 1.0)
+        found.append(_decode_core(split, rows, heads, kv_heads, ceil_div(computed, parts), useful, count))
+    return found
+
+
+def _decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: int, share: float, count: int) -> Entry:
+    """Products with so many keys and values of each row on one device, of which a share is useful, in so many layers."""
     model, act = split.model, split.act_bytes
     flops = 4.0 * rows * heads * model.head_dim * keys
     kv_bytes = 2.0 * rows * keys * kv_heads * model.head_dim * split.kv_bytes
@@ -110,9 +125,7 @@ def decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: in
         passed += 2 * rows * heads * keys * (4 + act)  # scores in float32, probabilities: each written and read
     core = (rows, rows, heads, kv_heads, keys)
     beside = split.pricing.kernel(rows) + rows * (split.shape.allocated or keys) * split.pricing.program.position_seconds
-    return split.pricing.product(
-        DECODE.core, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, core_seconds=beside
-    )
+    return split.pricing.product(DECODE.core, _PART, count, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, core_seconds=beside)
 
 
 def prefill_entries(split: StepSplit) -> list[Entry]:
@@ -126,7 +139,7 @@ def prefill_entries(split: StepSplit) -> list[Entry]:
     dealt = split.ways(group.batch)
     slots, tokens = ceil_div(shape.prefill_slots, dealt), ceil_div(shape.prefill_tokens, dealt)
     heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
-    entries.append(prefill_core(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads))
+    entries += prefill_cores(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads)
     return entries + _from_group(split, group, shape.prefill_tokens, useful, PREFILL)
 
 
@@ -163,13 +176,22 @@ def _earlier(split: StepSplit, elements: int, shared: Axes) -> list[Entry]:
     return entries + movement(split, _PART, EARLIER, beside, Split(dealt, near.cols), Split(rest, group.kv))
 
 
-def prefill_core(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> Entry:
-    """So many tokens of so many prompts on one device, with one of `parts` parts of their keys; a share of tokens and heads is useful."""
+def prefill_cores(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> list[Entry]:
+    """So many tokens of so many prompts on one device, with one of `parts` parts of their keys, for every window that layers have; a share
+    of tokens and heads is useful."""
+    return [_prefill_core(split, slots, tokens, heads, kv_heads, parts, useful, *window) for window in split.windows]
+
+
+def _prefill_core(
+    split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float, window: int, count: int
+) -> Entry:
     shape, model, program = split.shape, split.model, split.pricing.program
-    own = tokens / max(slots, 1)
-    keys_all = (slots * shape.prefill_context + tokens) // parts
-    keys = (shape.prefill_context + own) / parts if program.per_prompt_attention else keys_all
-    seen = (shape.prefill_context + (own + 1) / 2) / parts  # a causal prompt sees half of itself
+    own, context = tokens / max(slots, 1), min(shape.prefill_context, window)
+    keys_all = (slots * context + tokens) // parts
+    # A tile of queries reaches over the windows of all its tokens.
+    computed = min(shape.prefill_context + own, window + split.pricing.slice.chip.platform.tiles.prompt_keys)
+    keys = computed / parts if program.per_prompt_attention else keys_all
+    seen = _seen(own, shape.prefill_context, window) / parts
     pairs = tokens * keys
     passed = 2 * tokens * heads * model.head_dim * split.act_bytes
     if not program.blocked_attention:
@@ -177,10 +199,14 @@ def prefill_core(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads
     kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * seen / keys) if keys else 1.0
-    core = (slots, tokens, heads, kv_heads, shape.prefill_context // parts)
-    return split.pricing.product(
-        PREFILL.core, _PART, model.num_layers, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True
-    )
+    core = (slots, tokens, heads, kv_heads, context // parts)
+    return split.pricing.product(PREFILL.core, _PART, count, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True)
+
+
+def _seen(own: float, context: int, window: int) -> float:
+    """Keys that a token of a prompt sees on average, of `own` tokens after so much context: a causal prompt sees half of itself."""
+    grows = min(max(window - context, 0), own)  # tokens whose window reaches back to the start
+    return ((context + (grows + 1) / 2) * grows + window * (own - grows)) / own if grows < own else context + (own + 1) / 2
 
 
 def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items: GroupItems) -> list[Entry]:

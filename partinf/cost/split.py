@@ -6,11 +6,12 @@ from `StepSplit` and contains no case for any layout. Axes of size 1 are dropped
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import Residual
+from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import ceil_div
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model.config import ModelConfig
@@ -103,7 +104,7 @@ class StepSplit:
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
         self.stages = keep(layout.storage_axes(Role.STAGE))
-        self.model = model if not self.stages else replace(model, num_layers=model.num_layers // self.ways(self.stages))
+        self.model = model.of_stage(self.ways(self.stages))
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
         self.replica = keep(layout.storage_axes(Role.REPLICA))
         self.t = keep(layout.token_axes(phase))
@@ -147,6 +148,14 @@ class StepSplit:
         if found is None:
             found = known[key] = tuple(moves(elements, source, target, self.sizes, self.looped, self.pricing.slice.scatter_order))
         return found
+
+    @property
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """The windows of the layers and how many have each. A layer without one has a window without end, and so have all in a program
+        that masks what lies outside instead of skipping it."""
+        if not self.pricing.program.blocked_attention:
+            return ((NEVER, self.model.num_layers),)
+        return self.model.windows
 
     @property
     def num_stages(self) -> int:

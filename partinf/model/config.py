@@ -5,6 +5,7 @@ Sizes carry the letters of `partinf.axes` (E, F, H, K, Q, V, N).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 
 from partinf.foundation.documents import finite, shown
 from partinf.foundation.errors import raise_offences
-from partinf.foundation.limits import not_whole
+from partinf.foundation.limits import NEVER, not_whole
 from partinf.foundation.rounding import round_up
 from partinf.model.kinds import MATRICES as MATRICES
 from partinf.model.kinds import Activation as Activation
@@ -136,6 +137,19 @@ class ModelConfig:
         """The number of every layer's kind."""
         return tuple(kind for run in self.runs for kind in run.kinds * run.repeats)
 
+    def of_stage(self, stages: int) -> ModelConfig:
+        """What each of so many pipeline stages has of its layers; they divide, and `stage_offences` has none."""
+        return self if stages == 1 else replace(self, num_layers=self.num_layers // stages)
+
+    def stage_offences(self, stages: int) -> list[str]:
+        """Why layers that divide into so many stages do not: one program runs on all, so each has the same kinds in the same order."""
+        kinds, count = self.kind_of_layers, self.num_layers // stages
+        if kinds == kinds[:count] * stages:
+            return []
+        rest = self.num_layers - max(self.runs, key=lambda run: run.num_layers).num_layers
+        why = f"{rest} of its layers stand outside the period" if rest else f"its kinds repeat after {len(self.pattern)} layers"
+        return [f"layers N = {self.num_layers} do not split into {stages} stages with the same kinds of layers: {why}"]
+
     def _layer_kind(self, own: Kind) -> LayerKind:
         attention = Attention(
             num_heads=self.num_heads,
@@ -160,6 +174,12 @@ class ModelConfig:
         """V rounded up to a multiple that depends on the model alone, so that the same tree of parameters fits every mesh."""
         multiple = _COARSE if self.vocab_size >= _LARGE_VOCAB else _FINE
         return round_up(self.vocab_size, multiple)
+
+    @cached_property
+    def windows(self) -> tuple[tuple[int, int], ...]:
+        """The windows that layers have, in positions, `NEVER` for none, and how many layers have each."""
+        found = Counter(self.layer_kinds[kind].attention.window or NEVER for kind in self.kind_of_layers)
+        return tuple(found.items())
 
     @property
     def longest_context(self) -> int:

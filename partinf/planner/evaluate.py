@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from partinf.cost.attention import decode_core, prefill_core
+from partinf.cost.attention import decode_cores, prefill_cores
 from partinf.cost.ledger import Entry, Ledger, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
@@ -192,20 +192,21 @@ class Evaluator:
         key = (label, split.num_stages, attention.number, kv)
         found = self._cores.get(key)
         if found is None:
-            found = self._cores[key] = self.model.num_layers * self._core(split, label, attention, kv)
+            cores = self._least_cores(split, label, attention, kv)
+            found = self._cores[key] = sum(core.seconds * (core.count * split.num_stages) for core in cores)
         return found
 
-    def _core(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> float:
+    def _least_cores(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> list[Entry]:
         split_heads = [attention.heads >> index & 1 for index in range(len(kv))]
         marked = list(zip(self.sizes.values(), split_heads, kv, strict=True))
         heads = ceil_div(self.model.num_heads, math.prod(size for size, splits, _ in marked if splits))
         kv_heads = ceil_div(self.model.num_kv_heads, math.prod(size for size, splits, both in marked if splits and both))
         if label == "decode":
             rows = ceil_div(self.workload.batch, split.num_stages * attention.dealt)
-            keys = ceil_div(max(self.workload.decode_context, 1), attention.parts)
-            return decode_core(split, rows, heads, kv_heads, keys).seconds
+            context = max(self.workload.decode_context, 1)
+            return decode_cores(split, rows, heads, kv_heads, context, attention.parts, context)
         slots = ceil_div(self.workload.prompts_per_step, split.num_stages * attention.dealt)
-        return prefill_core(split, slots, slots * self._prompt_len, heads, kv_heads, attention.parts).seconds
+        return prefill_cores(split, slots, slots * self._prompt_len, heads, kv_heads, attention.parts)
 
     def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
         """A step of prompts of this shape under the FFN roles of a phase; their attention is always prefill's."""

@@ -189,6 +189,7 @@ class _Search:
         dims = [(label, size, parts) for label, size in (("d_model E", model.embed_dim), ("d_ff F", model.ffn_dim))]
         dims += [("padded vocabulary V", model.padded_vocab_size, parts), ("layers N", model.num_layers, stages)]
         reasons = [f"{label} = {size} does not split into {count} parts" for label, size, count in dims if size % count]
+        reasons += model.stage_offences(stages) if model.num_layers % stages == 0 else []
         self.refused.update(reasons)
         return not reasons
 

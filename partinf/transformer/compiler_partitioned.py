@@ -57,10 +57,9 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
         fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
         rotations = rotations_of(batch, routes)
         x, kv = constrain(embedded(params, batch, fed, routes)), state.kv
-        kinds = plan.model.layer_kinds
 
         def one(weights: Params, carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
-            x, kv = block(weights, *carry, index, batch, routes, kinds[kind], rotations[kind])
+            x, kv = block(weights, *carry, index, batch, routes, routes.kinds[kind], rotations[kind])
             return constrain(x), kv
 
         if isinstance(params["layers"], tuple):

@@ -119,7 +119,7 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     rotations, model = rotations_of(batch, routes), routes.plan.model
 
     def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any, kind: int) -> tuple[jax.Array, Any]:
-        return block({**weights, **entering}, x, kv, index, batch, routes, model.layer_kinds[kind], rotations[kind])
+        return block({**weights, **entering}, x, kv, index, batch, routes, routes.kinds[kind], rotations[kind])
 
     def entering(weights: Params) -> Params:
         return gather_weights(weights, ENTERING, routes)

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from partinf.layout import AttentionRole, Phase, Role
-from partinf.model.kinds import Run
+from partinf.model.kinds import LayerKind, Run
 from partinf.partition.collectives import Axes, Frame, Split
 from partinf.plans import Bucket, Plan, head_axes, kv_head_axes
 
@@ -104,10 +104,16 @@ class Routes:
         return tuple(axis for axis in self.plan.stage_axes if self.sizes[axis] > 1)
 
     @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers as contexts of this plan see them: a window that holds the longest of them is none."""
+        kinds, longest = self.plan.model.layer_kinds, self.plan.max_len
+        seen = (replace(kind.attention, window=kind.attention.window if kind.attention.window < longest else 0) for kind in kinds)
+        return tuple(replace(kind, attention=attention) for kind, attention in zip(kinds, seen, strict=True))
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The layers of one stage, which are of the same kinds in all stages."""
-        model = self.plan.model
-        return replace(model, num_layers=model.num_layers // self.ways(self.stages)).runs if self.stages else model.runs
+        return self.plan.model.of_stage(self.ways(self.stages)).runs
 
     # Digit orders.
 

@@ -10,7 +10,7 @@ from typing import Any
 from partinf.layout import Layout, make_layout
 from partinf.model.config import MATRICES, Activation, Block, Norm, Position
 from partinf.model.kinds import Kind, NormPlaces, QkNorm
-from partinf.model.rotation import Rotation
+from partinf.model.rotation import Linear, Rotation
 
 MESHES = {"8": (8,), "4x2": (4, 2), "2x4": (2, 4), "2x2x2": (2, 2, 2)}
 _STORAGE = (("embed", False), ("embed", True), ("ffn", False), ("ffn", True), ("replica", False))  # role, gathered in this FFN phase
@@ -43,26 +43,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-# Blocks that combine what newer families changed, each several things at once; names say what.
+# Models that combine what newer families changed, each many things at once: between them they have every feature of a layer.
+LOCAL_AND_GLOBAL = {
+    "norm": Norm.RMS_1P,
+    "norms": NormPlaces.BOTH,
+    "activation": Activation.GELU_TANH,
+    "qk_norm": QkNorm.HEAD,
+    "embedding_scale": 8.0,
+    "attention_scale": 0.5,
+    "attention_cap": 2.0,
+    "logit_cap": 1.5,
+    "kinds": (Kind("local", 3, Rotation(100.0)), Kind("global", 0, Rotation(1e6, scaling=Linear(8.0)))),
+    "pattern": ("local", "global"),
+}
 BLOCKS: dict[str, dict[str, Any]] = {
-    "1 + w, scaled": {
-        "norm": Norm.RMS_1P,
-        "activation": Activation.GELU_TANH,
-        "embedding_scale": 8.0,
+    "local and global": LOCAL_AND_GLOBAL,
+    "norms after, three kinds": {
+        "num_layers": 6,
+        "norms": NormPlaces.AFTER,
+        "qk_norm": QkNorm.WIDTH,
+        "biases": ("wq", "wkv"),
         "residual_scale": 0.5,
         "logit_scale": 0.25,
-        "num_kv_heads": 1,
+        "kinds": (Kind("first", 7), Kind("local", 4, Rotation()), Kind("everywhere", 0)),
+        "prefix": ("first",),
+        "pattern": ("local", "everywhere"),
     },
-    "norms on both sides": {"norm": Norm.RMS_1P, "norms": NormPlaces.BOTH, "qk_norm": QkNorm.HEAD, "biases": ("wq", "wkv")},
-    "norms after, heads normalised together": {"norms": NormPlaces.AFTER, "qk_norm": QkNorm.WIDTH, "num_kv_heads": 4},
-    "one norm, no bias": {
+    "parallel, one norm": {
         "block": Block.PARALLEL,
         "norm": Norm.LAYER_NO_BIAS,
         "qk_norm": QkNorm.HEADS,
         "qk_norm_rotated": True,
         "rotation": Rotation(dims=4),
+        "window": 5,
     },
-    "two norms, biases": {
+    "parallel, two norms": {
         "block": Block.PARALLEL_TWO_NORMS,
         "norm": Norm.LAYER,
         "gated": False,
@@ -71,24 +86,18 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "rotation": Rotation(dims=2),
         "tied_embeddings": False,
         "output_bias": True,
-        "num_kv_heads": 8,
+        "sinks": True,
+        "window": 6,
     },
-    "1 + w with bias": {"norm": Norm.LAYER_1P, "gated": False, "activation": Activation.RELU2, "rotation": Rotation(dims=4)},
-    "norms without weights": {"norm": Norm.LAYER_BARE, "qkv_clip": 0.5, "qk_norm": QkNorm.HEAD},
-    "sinks beside a window": {"sinks": True, "biases": ("wq", "wkv", "wo"), "window": 5},
-    "caps, two kinds": {
-        "attention_cap": 2.0,
-        "attention_scale": 0.5,
-        "logit_cap": 1.5,
-        "kinds": (Kind("local", 3, Rotation(100.0)), Kind("global", 0, Rotation(1e6))),
-        "pattern": ("local", "global"),
+    "1 + w with bias": {
+        "norm": Norm.LAYER_1P,
+        "gated": False,
+        "activation": Activation.RELU2,
+        "qkv_clip": 0.5,
+        "biases": ("wo", "w_out"),
+        "sinks": True,
     },
-    "three kinds after another": {
-        "num_layers": 6,
-        "kinds": (Kind("first", 7), Kind("local", 4, Rotation()), Kind("everywhere", 0)),
-        "prefix": ("first",),
-        "pattern": ("local", "everywhere"),
-    },
+    "norms without weights": {"norm": Norm.LAYER_BARE, "norms": NormPlaces.BOTH, "qk_norm": QkNorm.WIDTH},
 }
 
 
