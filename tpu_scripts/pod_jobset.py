@@ -36,9 +36,6 @@ _REFUSED = re.compile(
 def manifest(description: Description, run_id: str, plan: str | None = None) -> dict[str, Any]:
     """A JobSet of one slice: one pod per host.
 
-    The plan is an annotation of the pods, which a volume shows as a file in the directory where the command runs: so the JobSet is the one
-    object to make and to delete.
-
     Args:
         plan: the text of a saved plan that is sent along.
 
@@ -46,46 +43,13 @@ def manifest(description: Description, run_id: str, plan: str | None = None) -> 
         InvalidInput: no image is given.
     """
     raise_offences(["'gke.image' is missing: a container image that holds partinf"] if not description.gke.image else [])
-    tpu, gke = description.tpu, description.gke
-    select = {
-        "cloud.google.com/gke-tpu-accelerator": tpu.cloud.gke_accelerator,
-        "cloud.google.com/gke-tpu-topology": tpu.topology,
-    }
-    if description.spot:
-        select["cloud.google.com/gke-spot"] = "true"
-    words = [*description.command, *(("--host", "0.0.0.0", "--port", str(_PORT)) if description.serves else ())]
-    container: dict[str, Any] = {
-        "name": "worker",
-        "image": gke.image,
-        "command": words,
-        "env": [{"name": "PARTINF_RUN_ID", "value": run_id}],
-        # The first is how the hosts of a slice find each other, the second the coordinator of jax.distributed.
-        "ports": [{"containerPort": port} for port in (8471, 8482, *((_PORT,) if description.serves else ()))],
-        "resources": {"requests": {"google.com/tpu": tpu.chips_per_host}, "limits": {"google.com/tpu": tpu.chips_per_host}},
-    }
-    pod: dict[str, Any] = {"restartPolicy": "Never", "nodeSelector": select, "containers": [container]}
-    annotations: dict[str, str] = {}
-    if description.serves:
-        container["readinessProbe"] = {"exec": {"command": ["sh", "-c", _READY]}, "periodSeconds": 10, "timeoutSeconds": 5}
-    if plan is not None:
-        annotations[_PLAN_KEY] = plan
-        file = {"path": PLAN, "fieldRef": {"fieldPath": f"metadata.annotations['{_PLAN_KEY}']"}}
-        _mount(pod, {"name": "plan", "downwardAPI": {"items": [file]}}, _PLAN_FOLDER)
-        container["workingDir"] = _PLAN_FOLDER
-    if description.bucket:  # it is read in place
-        container["command"] = [f"{_WEIGHTS_FOLDER}/{description.weights}" if word == description.weights_here else word for word in words]
-        annotations["gke-gcsfuse/volumes"] = "true"
-        attributes = {"bucketName": description.bucket, "mountOptions": "implicit-dirs"}
-        source = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
-        _mount(pod, {"name": "weights", "csi": source}, _WEIGHTS_FOLDER)
-    if gke.service_account:
-        pod["serviceAccountName"] = gke.service_account
+    hosts, time_to_live = description.tpu.num_hosts, description.time_to_live
     job = {
-        "parallelism": tpu.num_hosts,
-        "completions": tpu.num_hosts,
+        "parallelism": hosts,
+        "completions": hosts,
         "backoffLimit": 0,
-        "activeDeadlineSeconds": description.time_to_live,
-        "template": {**({"metadata": {"annotations": annotations}} if annotations else {}), "spec": pod},
+        "activeDeadlineSeconds": time_to_live,
+        "template": _pod(description, run_id, plan),
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -98,17 +62,61 @@ def manifest(description: Description, run_id: str, plan: str | None = None) -> 
         },
         "spec": {
             "failurePolicy": {"maxRestarts": description.retries},
-            "ttlSecondsAfterFinished": description.time_to_live,
+            "ttlSecondsAfterFinished": time_to_live,
             "replicatedJobs": [{"name": "slice", "replicas": 1, "template": {"spec": job}}],
         },
     }
 
 
-def _mount(pod: dict[str, Any], volume: dict[str, Any], path: str) -> None:
-    """Let the pod's container see a volume, read only."""
-    pod.setdefault("volumes", []).append(volume)
+def _pod(description: Description, run_id: str, plan: str | None) -> dict[str, Any]:
+    """The template of every pod. The plan is an annotation, which a volume shows as a file in the directory where the command runs: so the
+    JobSet is the one object to make and to delete."""
+    tpu, annotations = description.tpu, dict[str, str]()
+    select = {"cloud.google.com/gke-tpu-accelerator": tpu.cloud.gke_accelerator, "cloud.google.com/gke-tpu-topology": tpu.topology}
+    if description.spot:
+        select["cloud.google.com/gke-spot"] = "true"
+    container = _container(description, run_id)
+    spec: dict[str, Any] = {"restartPolicy": "Never", "nodeSelector": select, "containers": [container]}
+    if plan is not None:
+        annotations[_PLAN_KEY] = plan
+        file = {"path": PLAN, "fieldRef": {"fieldPath": f"metadata.annotations['{_PLAN_KEY}']"}}
+        _mount(spec, {"name": "plan", "downwardAPI": {"items": [file]}}, _PLAN_FOLDER)
+        container["workingDir"] = _PLAN_FOLDER
+    if description.bucket:
+        annotations["gke-gcsfuse/volumes"] = "true"
+        attributes = {"bucketName": description.bucket, "mountOptions": "implicit-dirs"}
+        source = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
+        _mount(spec, {"name": "weights", "csi": source}, _WEIGHTS_FOLDER)
+    if description.gke.service_account:
+        spec["serviceAccountName"] = description.gke.service_account
+    return {**({"metadata": {"annotations": annotations}} if annotations else {}), "spec": spec}
+
+
+def _container(description: Description, run_id: str) -> dict[str, Any]:
+    words, chips = list(description.command), description.tpu.chips_per_host
+    if description.bucket:  # read in place, not where `setup` would copy it to
+        words = [f"{_WEIGHTS_FOLDER}/{description.weights}" if word == description.weights_here else word for word in words]
+    container: dict[str, Any] = {
+        "name": "worker",
+        "image": description.gke.image,
+        "command": words,
+        "env": [{"name": "PARTINF_RUN_ID", "value": run_id}],
+        # The first is how the hosts of a slice find each other, the second the coordinator of jax.distributed.
+        "ports": [{"containerPort": 8471}, {"containerPort": 8482}],
+        "resources": {"requests": {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}},
+    }
+    if description.serves:
+        words += ["--host", "0.0.0.0", "--port", str(_PORT)]
+        container["ports"].append({"containerPort": _PORT})
+        container["readinessProbe"] = {"exec": {"command": ["sh", "-c", _READY]}, "periodSeconds": 10, "timeoutSeconds": 5}
+    return container
+
+
+def _mount(spec: dict[str, Any], volume: dict[str, Any], path: str) -> None:
+    """Let the container of a pod see a volume, read only."""
+    spec.setdefault("volumes", []).append(volume)
     mount = {"name": volume["name"], "mountPath": path, "readOnly": True}
-    pod["containers"][0].setdefault("volumeMounts", []).append(mount)
+    spec["containers"][0].setdefault("volumeMounts", []).append(mount)
 
 
 def run_jobset(
