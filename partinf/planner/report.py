@@ -160,6 +160,14 @@ class PlanReport:
         """The same for steps as an engine runs them, whatever program the layouts were chosen for."""
         return replace(self.question, program=TILED).evaluator(self.slice)
 
+    def first_token_seconds(self, candidate: Candidate) -> float | None:
+        """Prefill of one prompt that comes alone: its time to first token where nothing waits. None where nothing is prefilled."""
+        if candidate.phase("prefill") is None:
+            return None
+        alone = self.evaluator.under(replace(self.workload, prefill_batch=1))
+        coupling = alone.coupling(candidate.layout, candidate.padded_heads)
+        return alone.price(candidate.layout, "prefill", candidate.padded_heads).seconds + coupling.seconds
+
     @property
     def calibration(self) -> Calibration:
         return self.pricing.calibration

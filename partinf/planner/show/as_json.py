@@ -66,6 +66,7 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
             "intervals": dict(report.calibration.intervals),
         },
         "best": candidates[0],
+        "first_token_seconds": report.first_token_seconds(report.best),
         "served": None if (memory := served_memory(report, report.best)) is None else memory.as_json(),
         "batch_advice": _batch_advice(report),
         "ffn_by_tokens": _ffn_by_tokens(report),

@@ -17,7 +17,7 @@ from partinf.planner.choose import misfit, plan_of
 from partinf.planner.report import Candidate, PhaseResult, PlanReport
 from partinf.planner.show.commands import commands, num_hosts, served_memory, unservable
 from partinf.planner.show.explain import Line, explain
-from partinf.planner.show.work import moved_bytes, readable_bytes
+from partinf.planner.show.work import moved_bytes, readable_bytes, readable_seconds
 from partinf.planner.slices import Trial, price_per_million_tokens
 from partinf.planner.switch import switch_table
 from partinf.plans import Plan
@@ -139,6 +139,8 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
         console.print(f"Can be planned but not run yet: {plan.runnable}.", highlight=False)
     if report.workload.phase is None:
         _show_switch(console, report, plan)
+    if first := _first_token(report, best):
+        console.print(first, highlight=False)
     console.print(_memory_bar(best), highlight=False)
     _show_served(console, report, best)
     if advice := batch_advice(report):
@@ -192,6 +194,16 @@ def show_commands(report: PlanReport, saved: str | None, model: str) -> None:
     for name, words in found.items():
         for line in (titles[name], f"  {shlex.join(words)}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_token(report: PlanReport, best: Candidate) -> str:
+    """When one prompt has its first token, beside the prefill of all that go together; empty where nothing is prefilled."""
+    alone, prefill = report.first_token_seconds(best), best.phase("prefill")
+    if alone is None or prefill is None:
+        return ""
+    text = f"A prompt that comes alone has its first token after {readable_seconds(alone)}"
+    together = report.workload.prompts_per_step
+    return text + (f"; the prefill of {together} together takes {readable_seconds(prefill.step_seconds)}." if together > 1 else ".")
 
 
 def _memory_bar(best: Candidate) -> str:
