@@ -166,8 +166,6 @@ class ModelPlace:
             print(line, file=sys.stderr)
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
-        if plan.max_len == plan.model.window:
-            print(f"contexts end at {plan.max_len} tokens: the model's sliding window, and longer ones are not supported", file=sys.stderr)
         with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
             model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
         check_programs(model)

@@ -183,8 +183,8 @@ class ModelConfig:
 
     @property
     def longest_context(self) -> int:
-        """Longest context that is computed as the model defines it, in tokens: `max_len`, or the window if that is shorter; 0 for any."""
-        return min(filter(None, (self.max_len, self.least_window)), default=0)
+        """Longest context that is computed as the model defines it, in tokens; 0 for any."""
+        return self.max_len
 
     @property
     def least_window(self) -> int:
@@ -195,9 +195,6 @@ class ModelConfig:
         """The offence of so many tokens in one context, `what` saying who asks for them; empty where they can be served."""
         if not self.longest_context or tokens <= self.longest_context:
             return []
-        if self.longest_context < self.max_len or not self.max_len:
-            window = f"a sliding window of {self.least_window} tokens, and longer contexts are not supported"
-            return [f"{what}; model {self.name} has {window}: at most {self.least_window} are computed exactly"]
         return [f"{what}; model {self.name} has a context of {self.max_len} tokens"]
 
     @property

@@ -8,7 +8,6 @@ from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import Program
-from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
 from partinf.planner.evaluate import Evaluator
@@ -22,9 +21,6 @@ class Question:
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).
         program: what is credited, see `partinf.cost.program`; None for that of the chip.
-
-    Raises:
-        InvalidInput: contexts beyond the model's sliding window.
     """
 
     model: ModelConfig
@@ -32,11 +28,6 @@ class Question:
     calibration: str = "fitted"
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS
     program: Program | None = None
-
-    def __post_init__(self) -> None:
-        if self.model.window:  # beyond it, fewer keys and values are kept and read than are counted
-            tokens = self.workload.max_context
-            raise_offences(self.model.context_offences(f"contexts of {tokens} tokens", tokens))
 
     def pricing(self, slice_: Slice) -> Pricing:
         """The prices of this slice under the question's terms.

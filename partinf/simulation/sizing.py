@@ -60,11 +60,8 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunne
     """A runner that simulates this plan, with the KV pages that an engine of this size has on its devices.
 
     Raises:
-        InvalidInput: more pages than a pool keeps, weights that leave no room for one sequence of the longest context, or a context beyond
-            the model's sliding window.
+        InvalidInput: more pages than a pool keeps, weights that leave no room for one sequence of the longest context.
     """
-    if plan.model.window:
-        raise_offences(plan.model.context_offences(f"max_len = {sizing.max_len}", sizing.max_len))
     sized = sized_plan(plan, sizing)
     price, chip = StepPrice(sized, pricing), plan.slice.chip
     most = MAX_PAGES // (plan.num_shards * plan.num_parts)  # of one part of a shard

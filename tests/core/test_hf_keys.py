@@ -195,22 +195,19 @@ def test_layers_that_are_not_full_attention(base: dict[str, Any], change: dict[s
 def test_windows(base: dict[str, Any], change: dict[str, Any], window: int) -> None:
     found = config_from_hf(base | change, "mine")
     assert found.least_window == window
-    assert found.longest_context == min(128, window or 128)
+    assert found.longest_context == 128
     assert config_from_hf(config_to_hf(found), "mine") == found
     assert config_from_toml(config_to_toml(found), "mine") == found
 
 
-def test_a_window_bounds_what_is_served_planned_and_simulated() -> None:
+def test_a_window_does_not_bound_what_is_served_planned_and_simulated() -> None:
     model = config_from_hf(MISTRAL | {"sliding_window": 16}, "mine")
     layout, _ = layout_from_toml('[axes]\nx = "ffn"\n[prefill]\nattention = { x = "heads" }\n[decode]\nattention = { x = "heads" }\n', "l")
     plan = Plan(model, parse_slice("cpu:2"), layout)
-    words = "model mine has a sliding window of 16 tokens, and longer contexts are not supported: at most 16 are computed exactly"
-    assert with_capacity(plan, Capacity()).max_len == with_capacity(plan, Capacity(max_len=16)).max_len == 16
-    with pytest.raises(InvalidInput, match=f"max_len = 17; {words}"):
-        with_capacity(plan, Capacity(max_len=17))
-    Question(model, Workload(1, input_len=8, output_len=8))
-    with pytest.raises(InvalidInput, match=f"contexts of 17 tokens; {words}"):
-        Question(model, Workload(1, input_len=8, output_len=9))
+    assert with_capacity(plan, Capacity(max_len=128)).max_len == 128
+    with pytest.raises(InvalidInput, match="max_len = 129; model mine has a context of 128 tokens"):
+        with_capacity(plan, Capacity(max_len=129))
+    assert Question(model, Workload(1, input_len=100, output_len=28)).model.windows == ((16, 3),)
 
 
 def test_sizes_that_mistral_leaves_out() -> None:
