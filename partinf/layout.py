@@ -90,12 +90,16 @@ class Phase:
         ahead: whether weights are gathered before the products that precede theirs, so that the links work beside the multipliers: those
             that a layer needs last at its beginning, those that the next layer needs first while this one ends. It takes the place of one
             more layer's gathered weights.
+        whole: whether what passes between sublayers is split over the axes that split d_model in the weights alone, so that a sublayer ends
+            with an all-reduce and the next begins, norm and all, with nothing. Otherwise it is split over d_ff's axes too: a sublayer ends
+            with a reduce-scatter, a norm sums over devices, and the next begins with an all-gather.
     """
 
     gather: tuple[str, ...]
     attention: tuple[tuple[str, AttentionRole], ...]
     loop: Loop | None = None
     ahead: bool = False
+    whole: bool = False
 
     def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
         """The axes with this attention role, in mesh order."""
@@ -170,6 +174,8 @@ class Layout:
             offences += [f"{label}: axis '{axis}' has no attention role" for axis in names if axis not in attended]
             if phase.ahead and not phase.gather:
                 offences.append(f"{label}: gathers ahead, but gathers no weights; name the axes in `gather`")
+            if phase.whole and phase.loop is not None:
+                offences.append(f"{label}: loops over '{phase.loop.axis}', but what passes between sublayers is whole; one of the two")
             looped = [axis for axis in self.storage_axes(Role.FFN) if axis not in phase.gather]
             if phase.loop is not None and phase.loop.axis not in looped:
                 can = ", ".join(looped) or "none"
@@ -201,6 +207,8 @@ def make_layout(
     prefill_loop: Mapping[str, Any] | None = None,
     decode_ahead: bool = False,
     prefill_ahead: bool = False,
+    decode_whole: bool = False,
+    prefill_whole: bool = False,
 ) -> Layout:
     """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …, "gathers": …}.
 
@@ -225,8 +233,8 @@ def make_layout(
 
     layout = Layout(
         roles,
-        Phase(in_order(prefill_gather), prefill, loops["prefill"], prefill_ahead),
-        Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead),
+        Phase(in_order(prefill_gather), prefill, loops["prefill"], prefill_ahead, prefill_whole),
+        Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead, decode_whole),
         check=False,
     )
     raise_offences(offences + layout.offences())
@@ -300,6 +308,7 @@ class _PhaseTable:
     attention: Mapping[str, str] | None
     loop: Mapping[str, Any] | None
     ahead: bool
+    whole: bool
 
 
 def _phase(table: Table) -> _PhaseTable:
@@ -312,6 +321,7 @@ def _phase(table: Table) -> _PhaseTable:
         attention=attention if right else None,
         loop=None if loop is None else _loop_table(loop),
         ahead=table.flag("ahead", default=False),
+        whole=table.flag("whole", default=False),
     )
     table.refuse_unknown()
     return found
@@ -329,7 +339,7 @@ def _loop_table(table: Table) -> dict[str, Any]:
 
 def _make(axes: Mapping[str, str], decode: _PhaseTable, prefill: _PhaseTable) -> Layout:
     assert decode.attention is not None
-    others = [getattr(phase, key) for key in ("gather", "loop", "ahead") for phase in (decode, prefill)]
+    others = [getattr(phase, key) for key in ("gather", "loop", "ahead", "whole") for phase in (decode, prefill)]
     return make_layout(axes, decode.attention, None if prefill is decode else prefill.attention, *others)
 
 
@@ -362,6 +372,8 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
             lines.append(f'loop = {{ axis = "{phase.loop.axis}", ring = "{phase.loop.ring}"{gathers} }}')
         if phase.ahead:
             lines.append("ahead = true")
+        if phase.whole:
+            lines.append("whole = true")
     return "\n".join(lines) + "\n"
 
 

@@ -307,7 +307,7 @@ def _renamed(layout: Layout, takes: Mapping[str, str]) -> Layout:
         loop = of.loop
         if loop is not None:
             loop = replace(loop, axis=next((name for name, axis in takes.items() if axis == loop.axis), loop.axis))
-        return Phase(tuple(name for name, axis in takes.items() if axis in of.gather), attention, loop, of.ahead)
+        return Phase(tuple(name for name, axis in takes.items() if axis in of.gather), attention, loop, of.ahead, of.whole)
 
     storage = tuple((name, dict(layout.storage)[axis]) for name, axis in takes.items())
     return Layout(storage, phase(layout.prefill), phase(layout.decode))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from experiments.planner_regret.cases import SEED, Case, cases
 from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
 from experiments.results import read, write
-from partinf.cost.program import PLAIN, TILED
+from partinf.cost.program import PLAIN, TILED, program_for
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Role
 from partinf.model.load import load_model_config
@@ -38,12 +39,14 @@ def rivals(found: list[Candidate], most: int | None, draw: random.Random) -> lis
 def judge(case: Case, most: int | None, draw: random.Random) -> dict[str, Any] | None:
     """One row of the table; None when nothing fits."""
     question = load_model_config(case.model), parse_slice(case.slice), case.workload
-    plain, default = search(*question, calibration="none", program=PLAIN), search(*question)
+    tiled = replace(TILED, either_residual=False)  # roles are judged here, with the residual split in all of them
+    priced = tiled if program_for(question[1].chip) is TILED else program_for(question[1].chip)
+    plain, default = search(*question, calibration="none", program=PLAIN), search(*question, program=priced)
     found = able(plain)
     if not found:
         return None
     half = most // 2 if most else None
-    first = {"default": able(default)[:half], "tiled": able(search(*question, program=TILED))[:half]}
+    first = {"default": able(default)[:half], "tiled": able(search(*question, program=tiled))[:half]}
     rival = {_key(candidate): candidate for candidate in (*rivals(found, most, draw), *first["default"], *first["tiled"])}
     times = {key: judged(plain, candidate) for key, candidate in rival.items()}
     chosen, usual, tiled = found[0], first["default"][0], first["tiled"][0]

@@ -40,7 +40,7 @@ class Program:
             * a norm's sums are taken when all but the looped axis have been gathered;
             * int8 weights have float32 scales, so what was scaled travels as float32: into W_out and W_O, and out of them;
             * the table of logits is split as W_in is, V over F's axes and E over E's.
-        residual: see `Residual`.
+        residual: see `Residual`. either_residual: a phase may have it whole instead (`Phase.whole`).
         unrolled: layers are compiled one by one, so that the weights of a product come from HBM while the core does something else that
             leaves HBM alone: a layer takes the longer of the core's time and HBM's. In a loop over layers every product reads its own.
         gathers_beside: gathers of a parallel block's weights run beside products where the platform's compiler does that.
@@ -56,6 +56,7 @@ class Program:
     blocked_attention: bool
     looped: bool = False
     residual: Residual = Residual.SPLIT
+    either_residual: bool = False
     unrolled: bool = False
     gathers_beside: bool = False
     fetched_bytes: float = 0.0
@@ -64,7 +65,7 @@ class Program:
 
 
 PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False)
-TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, gathers_beside=True, decode_kernel=True)
+TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, either_residual=True, gathers_beside=True, decode_kernel=True)
 LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
 JAX_LLM_EXAMPLES = Program(
     "jax-llm-examples",

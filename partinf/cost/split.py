@@ -78,7 +78,7 @@ class StepSplit:
     Attributes:
         e_stored, f_stored: axes that split E, and F and query heads, in the stored weights. kv_stored: those of f that split K.
         e, f, kv: what is left of them after gathering. w: e and f. between: those of w that split E of the activations between sublayers.
-        whole: those are e alone (`Residual.WHOLE`).
+        whole: those are e alone (`Phase.whole`, `Residual.WHOLE`).
         t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t. ahead: the phase gathers weights ahead.
         stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
@@ -112,7 +112,7 @@ class StepSplit:
         self.e = tuple(axis for axis in self.e_stored if axis not in self.gathered)
         self.f = tuple(axis for axis in self.f_stored if axis not in self.gathered)
         self.w, self.w_stored = self.e + self.f, self.e_stored + self.f_stored
-        self.whole = pricing.program.residual is Residual.WHOLE
+        self.whole = phase.whole or pricing.program.residual is Residual.WHOLE
         self.between = self.e if self.whole else self.w
         self.act_dtype = weights.activations
         self.pricing = pricing.of_types(weights, self.act_dtype)
@@ -132,6 +132,12 @@ class StepSplit:
         """The same roles in a step of another shape."""
         found = object.__new__(StepSplit)
         found.__dict__.update(self.__dict__, shape=shape)
+        return found
+
+    def kept_whole(self) -> StepSplit:
+        """The same where what passes between sublayers is whole (`Phase.whole`)."""
+        found = object.__new__(StepSplit)
+        found.__dict__.update(self.__dict__, whole=True, between=self.e)
         return found
 
     def _attend(self, layout: Layout) -> None:
@@ -185,7 +191,7 @@ class StepSplit:
     @property
     def logit_cols(self) -> Axes:
         """The axes over which E is split in the product that makes logits."""
-        return self.e_stored if self.looped or self.whole else self.w_stored
+        return self.e_stored if self.looped or self.pricing.program.residual is Residual.WHOLE else self.w_stored
 
     def ways(self, axes: Axes) -> int:
         return ways(axes, self.sizes)

@@ -26,19 +26,21 @@ from partinf.workload import Workload
 
 # Padding heads beyond this factor is refused: another layout is always better.
 _MOST_PADDING = 2.0
+FEW_ROWS = 512  # of a device, for which the residual may be whole
 
 
 class Priced(NamedTuple):
     """One phase priced: the padded shape of a step and its time, the memory of its activations, and what its ledger is made of.
 
     In a pipeline the batch is dealt over the stages: the shape is that of one stage's, and time and entries are those of as many ticks as
-    there are stages, in which the whole batch comes once through all layers.
+    there are stages, in which the whole batch comes once through all layers. whole: with what passes between sublayers whole.
     """
 
     shape: StepShape
     seconds: float
     activations: int
     entries: tuple[tuple[Entry, ...], tuple[Entry, ...]]
+    whole: bool = False
 
 
 class _Part(NamedTuple):
@@ -98,9 +100,14 @@ class _Key(NamedTuple):
     storage: tuple[object, ...]
     gather: tuple[str, ...]
     ahead: bool
+    whole: bool
     kv_stored: tuple[str, ...]
     shape: StepShape
     heads: int
+
+
+def _key(split: StepSplit) -> _Key:
+    return _Key(split.layout.storage, split.gathered, split.ahead, split.whole, split.kv_stored, split.shape, split.model.num_heads)
 
 
 class Evaluator:
@@ -110,6 +117,7 @@ class Evaluator:
         self.model, self.pricing, self.workload = model, pricing, workload
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, _Linear] = {}
+        self._whole: dict[_Key, bool] = {}
         self._attention: dict[object, _Part] = {}
         self._splits: dict[object, StepSplit] = {}
         self._prompt_len = workload.input_len or workload.context_len or 1
@@ -132,7 +140,7 @@ class Evaluator:
         model = self.model.with_padded_heads(padded_heads)
         shares = Shares(heads=self.model.num_heads / model.num_heads)
         shape = shape or self.shape(layout, phase, label)
-        key = (layout.storage, phase.gather, phase.ahead, padded_heads, shape)
+        key = (layout.storage, phase.gather, phase.ahead, phase.whole, padded_heads, shape)
         known = self._splits.get(key)
         if known is not None:
             return known.with_attention(layout)
@@ -168,7 +176,7 @@ class Evaluator:
 
     def linear(self, split: StepSplit) -> _Linear:
         """What does not depend on attention roles."""
-        key = _Key(split.layout.storage, split.gathered, split.ahead, split.kv_stored, split.shape, split.model.num_heads)
+        key = _key(split)
         found = self._linear.get(key)
         if found is None:
             found = self._linear[key] = _Linear(_Part.of(linear_part(split), split.num_stages), linear_set(split))
@@ -178,9 +186,25 @@ class Evaluator:
         """One step of a phase without the coupling of prefill to decode's cache."""
         return self._priced(self.split(layout, label, padded_heads), label)
 
+    def cheapest(self, layout: Layout, label: str, padded_heads: int) -> Priced:
+        """The same with what passes between sublayers split or whole, as is cheaper."""
+        return self._priced(self._cheaper(self.split(layout, label, padded_heads)), label)
+
+    def _cheaper(self, split: StepSplit) -> StepSplit:
+        """The split, or the same with what passes between sublayers whole. Many rows leave it split: each device would pass all of E
+        through its memory, which no entry is there for."""
+        if not (self.pricing.program.either_residual and split.f and split.local_tokens <= FEW_ROWS):
+            return split
+        key = _key(split)
+        whole = self._whole.get(key)
+        if whole is None:
+            mine, other = (self.linear(one).part.beside(0.0, 0.0) for one in (split, split.kept_whole()))
+            whole = self._whole[key] = other < mine
+        return split.kept_whole() if whole else split
+
     def least(self, layout: Layout, label: str, padded_heads: int) -> Least:
         """A bound from below for all attention roles, without their cores; those of `layout` must be none."""
-        split = self.split(layout, label, padded_heads)
+        split = self._cheaper(self.split(layout, label, padded_heads))
         return Least(self.linear(split).part, split)
 
     def least_core(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> float:
@@ -215,7 +239,8 @@ class Evaluator:
     def _priced(self, split: StepSplit, label: str) -> Priced:
         linear, attention = self.linear(split), self._attend(split, label)
         seconds = linear.part.beside(attention.seconds, attention.left, attention.early, attention.free)
-        return Priced(split.shape, seconds, self.activations(split, linear.working_set), (linear.part.entries, attention.entries))
+        activations = self.activations(split, linear.working_set)
+        return Priced(split.shape, seconds, activations, (linear.part.entries, attention.entries), split.whole)
 
     def activations(self, split: StepSplit, linear: LinearSet | None = None) -> int:
         """The working set of a step, or of the chunk of it that one step processes at most."""

@@ -184,6 +184,6 @@ class Options:
         self._seen[signature] = None
         padded = space.padded(parts)
         if padded is not None:
-            priced = space.evaluator.price(space.table.layout(self._storage, option, option), self._label, padded)
+            priced = space.evaluator.cheapest(space.table.layout(self._storage, option, option), self._label, padded)
             choice = self._seen[signature] = Choice(option, kv, priced, padded)
             self._push(priced.seconds, choice)

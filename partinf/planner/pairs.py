@@ -115,5 +115,5 @@ class Pairing:
         found = self._repriced.get(key)
         if found is None:
             layout = self._table.layout(storage, prefill.option, decode.option)
-            found = self._repriced[key] = self._evaluator.price(layout, label, padded)
+            found = self._repriced[key] = self._evaluator.cheapest(layout, label, padded)
         return found

@@ -11,9 +11,9 @@ counted: what is listed is what full enumeration would list first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
@@ -25,7 +25,7 @@ from partinf.layout import PHASES, Layout, Role
 from partinf.model.config import ModelConfig
 from partinf.model.weights import num_params
 from partinf.planner.candidates import Gather, Storage, num_options, storages
-from partinf.planner.evaluate import Least
+from partinf.planner.evaluate import Least, Priced
 from partinf.planner.options import BestSoFar, Choice, Options, Space
 from partinf.planner.pairs import Pair, Pairing
 from partinf.planner.question import Question
@@ -195,7 +195,7 @@ class _Search:
 
     def _alone(self, storage: Storage, label: str, choice: Choice) -> Candidate:
         kept = choice.option._replace(gather=(False,) * len(storage)) if label == "prefill" else choice.option
-        layout = self.table.layout(storage, choice.option, kept)
+        layout = _whole_where(self.table.layout(storage, choice.option, kept), {label: choice.priced})
         step = _Step(choice.priced.seconds, choice.priced.entries)
         if label == "prefill":
             step = step.beside(self.evaluator.coupling(layout, choice.padded_heads))
@@ -203,8 +203,9 @@ class _Search:
         return self._candidate(layout, choice.padded_heads, {label: step}, memory)
 
     def _joined(self, storage: Storage, pair: Pair) -> Candidate:
-        layout = self.table.layout(storage, pair.prefill.option, pair.decode.option)
-        prefill, decode = (_Step(priced.seconds, priced.entries) for priced in (pair.prefill_priced, pair.decode_priced))
+        priced = {"prefill": pair.prefill_priced, "decode": pair.decode_priced}
+        layout = _whole_where(self.table.layout(storage, pair.prefill.option, pair.decode.option), priced)
+        prefill, decode = (_Step(one.seconds, one.entries) for one in priced.values())
         steps = {"prefill": prefill.beside(pair.coupling), "decode": decode}
         return self._candidate(layout, pair.padded_heads, steps, pair.memory)
 
@@ -226,6 +227,12 @@ class _Search:
         seconds = step.seconds
         mfu = 2.0 * num_params(self.model) * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         return PhaseResult(label, layout, self.sizes, step.parts, seconds, mfu, tokens, each)
+
+
+def _whole_where(layout: Layout, priced: Mapping[str, Priced]) -> Layout:
+    """The layout whose phases keep whole what passes between sublayers where they were priced so."""
+    phases: dict[str, Any] = {label: replace(layout.phase(label), whole=True) for label, one in priced.items() if one.whole}
+    return replace(layout, **phases, check=False) if phases else layout
 
 
 def _soonest(least: dict[Gather, Least]) -> float:

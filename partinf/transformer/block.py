@@ -34,7 +34,7 @@ _NORMS = {Block.PARALLEL: {**_SHARED, "w_in": "attention_norm"}, Block.PARALLEL_
 def block(
     weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, kind: LayerKind, rotations: Rotations
 ) -> tuple[jax.Array, Any]:
-    """One layer: x [T.t, E.w] → x and the updated cache.
+    """One layer: x [T.t, E.w] → x and the updated cache; E.e where the phase keeps x whole (`Phase.whole`).
 
     Serial: x + Attention(norm x), then + FFN(norm of that); norms may stand after a sublayer instead, or both. Parallel: both of the same
     norm x, their partial sums added before they are reduced together.
@@ -69,9 +69,9 @@ def _enter(x: jax.Array, weights: Params, wanted: Mapping[str, str], kind: Layer
     if not kind.norms.before:
         normed = x
     elif own:
-        normed = normalised(x, kind.norm, kind.norm_eps, routes.plan.model.embed_dim, routes.weight, routes).astype(x.dtype)
+        normed = normalised(x, kind.norm, kind.norm_eps, routes.plan.model.embed_dim, routes.between, routes).astype(x.dtype)
     else:
-        normed = norm(x, weights, norms[0], routes.weight, routes)
+        normed = norm(x, weights, norms[0], routes.between, routes)
 
     def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
         read = {
@@ -80,7 +80,7 @@ def _enter(x: jax.Array, weights: Params, wanted: Mapping[str, str], kind: Layer
         products = (dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), jnp.float32, made_for(routes)) for name, by in wanted.items())
         return tuple(products)
 
-    frame, source, target = routes.frame((), routes.weight_stored), Split(cols=routes.weight), Split(cols=routes.embed)
+    frame, source, target = routes.frame((), routes.weight_stored), Split(cols=routes.between), Split(cols=routes.embed)
     products = gather_multiply(normed, frame, source, target, routes.phase.loop, multiply)
     return tuple(product.astype(x.dtype) for product in products)
 
@@ -98,13 +98,13 @@ def _leave(x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], after:
         return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]
 
     partial = Split(cols=routes.embed, unreduced=routes.ffn)
-    frame, target = routes.frame((), routes.weight_stored), Split(cols=routes.weight)
+    frame, target = routes.frame((), routes.weight_stored), Split(cols=routes.between)
     added = multiply_scatter(multiply, frame, x.shape[0], partial, target, routes.phase.loop, x.dtype)
     for name in inner:
         if bias_of(name) in weights:
-            added = added + embed_vector(weights[bias_of(name)], routes.weight, routes)
+            added = added + embed_vector(weights[bias_of(name)], routes.between, routes)
     if kind.norms.after:
-        added = norm(added, weights, after, routes.weight, routes)
+        added = norm(added, weights, after, routes.between, routes)
     return x + (added if kind.residual_scale == 1.0 else added * kind.residual_scale)
 
 

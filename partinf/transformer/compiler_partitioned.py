@@ -48,7 +48,7 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
         raise InvalidInput(f"{plan.num_stages} stages: what each does in a tick is written by hand; the compiler's own way has one program")
     routes = Routes(on_one_device(plan), bucket, plain=True)
     real = Routes(plan, bucket)
-    between = dimensions(mesh, real.tokens, real.weight)
+    between = dimensions(mesh, real.tokens, real.between)
     constrain = lambda x: lax.with_sharding_constraint(x, between)  # noqa: E731
 
     def step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:

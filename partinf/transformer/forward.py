@@ -105,7 +105,7 @@ def _spread(x: jax.Array, routes: Routes) -> jax.Array:
     for part, group in ((x[:lanes], routes.decode), (x[lanes:], routes.prefill)):
         if part.shape[0]:
             frame = routes.frame(group.order, routes.weight_stored)
-            parts.append(move(part, frame, Split(routes.replica, routes.weight_stored), Split(routes.tokens, routes.weight)))
+            parts.append(move(part, frame, Split(routes.replica, routes.weight_stored), Split(routes.tokens, routes.between)))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -193,15 +193,15 @@ def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
     if routes.bucket.decode_rows:
         frame = routes.frame(routes.decode.order, routes.weight_stored)
         target = Split(routes.replica, routes.weight_stored)
-        parts.append(move(x[:lanes], frame, Split(routes.tokens, routes.weight), target))
+        parts.append(move(x[:lanes], frame, Split(routes.tokens, routes.between), target))
     if routes.bucket.prefill_slots:
         order = routes.prefill.order
         here = take_split(jnp.arange(routes.bucket.prefill_tokens), 0, order, routes.tokens, routes.sizes)
         picked = jnp.asarray(batch.prefill.last)[:, None] == here[None, :]
         last = _picked(picked, x[lanes:])  # [S, E.w] {t unreduced}
         frame = routes.frame((), routes.weight_stored)
-        last = move(last, frame, Split(cols=routes.weight, unreduced=routes.tokens), Split(cols=routes.weight))
-        parts.append(move(last, frame, Split(cols=routes.weight), Split(cols=routes.weight_stored)))
+        last = move(last, frame, Split(cols=routes.between, unreduced=routes.tokens), Split(cols=routes.between))
+        parts.append(move(last, frame, Split(cols=routes.between), Split(cols=routes.weight_stored)))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -257,7 +257,7 @@ def _scored(params: Params, x: jax.Array, targets: jax.Array, routes: Routes, sc
     """
     order = routes.prefill.order
     rows = routes.frame(order, routes.weight_stored)
-    x = move(x, rows, Split(routes.tokens, routes.weight), Split(routes.replica, routes.weight_stored))  # [T.r, E.ef]
+    x = move(x, rows, Split(routes.tokens, routes.between), Split(routes.replica, routes.weight_stored))  # [T.r, E.ef]
     targets = take_split(targets, 0, order, routes.replica, routes.sizes)  # [T.r]
     axes = tuple(axis for axis in routes.weight_stored if routes.sizes[axis] > 1)
     ids = vocabulary_ids(routes)

@@ -82,8 +82,13 @@ class Routes:
 
     @cached_property
     def weight(self) -> Axes:
-        """w: axes that split E of the activations between sublayers, e then f."""
+        """w: e, then f."""
         return self.embed + self.ffn
+
+    @cached_property
+    def between(self) -> Axes:
+        """Axes that split E of the activations between sublayers: those of w, or e alone where the phase keeps them whole otherwise."""
+        return self.embed if self.phase.whole else self.weight
 
     @cached_property
     def weight_stored(self) -> Axes:

@@ -66,7 +66,7 @@ def leave(x: jax.Array, carried: jax.Array | None, routes: Routes) -> jax.Array 
     for part, group in ((x[:lanes], routes.decode), (x[lanes:], routes.prefill)):
         if part.shape[0]:
             frame = routes.frame(group.order, routes.weight_stored)
-            parts.append(move(part, frame, Split(routes.tokens, routes.weight), Split(routes.replica, routes.weight_stored)))
+            parts.append(move(part, frame, Split(routes.tokens, routes.between), Split(routes.replica, routes.weight_stored)))
     sent = jnp.concatenate(parts) if len(parts) > 1 else parts[0]  # [T.r, E.ef]
     steps = [(stage, stage + 1) for stage in range(routes.ways(routes.stages) - 1)]
     received = lax.ppermute(sent, routes.stages, steps)  # [T.r, E.ef] of the stage before

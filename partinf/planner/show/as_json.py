@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.program import Residual
 from partinf.foundation.limits import NEVER
 from partinf.planner.batch import batch_advice
 from partinf.planner.choose import running_layout
@@ -151,6 +152,7 @@ def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
 def _phase_json(result: PhaseResult, entries: _Entries) -> dict[str, Any]:
     return {
         "gather": list(result.phase.gather),
+        "residual": (Residual.WHOLE if result.phase.whole else Residual.SPLIT).value,
         "attention_roles": {axis: role.value for axis, role in result.phase.attention},
         "ffn": result.ffn,
         "attention": result.attention,
