@@ -99,7 +99,8 @@ def saved_plan(text: str, where: str, model: str | None = None, hardware: str | 
     assert slice_ is not None
     assert workload is not None
     switch, padded = rest.get("prefill_from_tokens", NEVER), rest.get("padded_heads", 0)
-    return Plan(config, slice_, layout, weights, kv, prefill_from_tokens=switch, padded_heads=padded), workload
+    note = rest.get("description", "")
+    return Plan(config, slice_, layout, weights, kv, prefill_from_tokens=switch, padded_heads=padded, note=note), workload
 
 
 def _chosen_for(table: Table, weights: DType, kv: DType) -> Workload | None:

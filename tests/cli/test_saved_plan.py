@@ -70,6 +70,17 @@ def test_the_simulated_engine_is_the_one_that_is_served(
     assert found["requests"]["finished"] + found["requests"]["refused"] == 30
 
 
+def test_requests_beyond_the_servers_bound_are_refused_in_the_simulation_too(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "demo", "--slice", "cpu:2", "--max-num-seqs", "2", "--max-model-len", "64", "--max-waiting", "3"]
+    assert (
+        main(["simulate", "--as-served", *words, "--arrivals", "backlog", "--lengths", "fixed:8:8", "--requests", "20", "--format", "json"])
+        == 0
+    )
+    requests = json.loads(capsys.readouterr().out)["requests"]
+    assert requests["finished"] + requests["refused"] == 20
+    assert requests["refused"] >= 20 - 2 - 3
+
+
 def test_a_saved_plan_is_served_whole(saved: Path, tmp_path: Path) -> None:
     """Not only its roles: also from how many tokens on prefill's roles hold, and how things are stored."""
     text = saved.read_text()
@@ -81,6 +92,7 @@ def test_a_saved_plan_is_served_whole(saved: Path, tmp_path: Path) -> None:
     assert flags.args.model == "demo"
     assert (plan.model, plan.slice, plan.layout, plan.weights, plan.kv) == (kept.model, kept.slice, kept.layout, kept.weights, kept.kv)
     assert plan.prefill_from_tokens == 77
+    assert plan.note.startswith("A decode step of ")  # why this layout, which serve says when it loads the model
 
 
 def test_the_model_may_lie_elsewhere_than_when_the_plan_was_made(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
