@@ -102,7 +102,13 @@ def shard_page(plan: Plan, slot: int, page: int) -> int:
     return shard * plan.cache.pages_per_shard + place * 16 + page
 
 
-@pytest.mark.parametrize("name, layout", [*zip(NAMES, itertools.cycle(LAYOUTS_2D), strict=False)])
+ENGINE = [
+    pytest.param(name, layout, marks=[pytest.mark.slow] if name in ("cohere2_small", "neox_small") else [])
+    for name, layout in zip(NAMES, itertools.cycle(LAYOUTS_2D), strict=False)
+]
+
+
+@pytest.mark.parametrize("name, layout", ENGINE)
 def test_the_engine_gives_their_tokens(name: str, layout: Layout) -> None:
     plan = make_plan(name, "cpu:4x2", layout, page_size=4, prefill_tokens=56)
     runner = JaxRunner(plan, load(plan, name, device_mesh(plan)))
