@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEDULER = "fcfs-chunked"
 _DEFAULT_ROWS = 32
+_MASK_THREADS = 2  # that find out what may follow in answers under grammars; started with the first such answer
 _RANGES = {
     "max_num_seqs": (1, MAX_BATCH),
     "max_num_batched_tokens": (1, MAX_LEN),
@@ -114,5 +115,6 @@ class ServedEngine:
             prefix_caching=self.prefix_caching,
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
+            num_mask_threads=_MASK_THREADS,
             **own,
         )

@@ -106,7 +106,9 @@ class BatchBuilder:
 
     def ready(self, sequence: Sequence) -> bool:
         """Whether a resident has something to run now: its next token is known, or will have come out of the pipeline when it is fed. Under
-        a grammar it must be known: what may follow depends on it."""
+        a grammar it must be known, and what may follow it."""
+        if sequence.unmasked:
+            return False
         known = not sequence.in_flight or sequence.num_scheduled < len(sequence.tokens)
         fed = known or (sequence.mask is None and self._number - sequence.last_step >= self.limits.num_stages)
         return fed and sequence.num_scheduled < sequence.max_positions

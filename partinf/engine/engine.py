@@ -19,6 +19,7 @@ from partinf.engine.facts import Facts, Replicas, Telling
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live
 from partinf.engine.live import OnToken as OnToken
+from partinf.engine.mask_workers import MaskWorkers
 from partinf.engine.metrics import Load, Metrics
 from partinf.engine.policies.fcfs import FirstComeFirstServed
 from partinf.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, Status
@@ -57,6 +58,7 @@ class Engine:
         on_step: OnStep | None = None,
         check_invariants: bool = False,
         replicas: Replicas | None = None,
+        num_mask_threads: int = 0,
     ) -> None:
         """
         Args:
@@ -75,6 +77,8 @@ class Engine:
             check_invariants: check after every iteration that no page and no slot is lost or held twice.
             replicas: the processes that run this engine together (`partinf.hosts`); each makes it with the same arguments. Cancels wait for
                 the next iteration then, and an exception from the runner ends them all.
+            num_mask_threads: threads that find out what may follow in answers that are held to grammars, while others go on; with 0 it is
+                done between two iterations.
         """
         self.metrics = Metrics(runner.limits.num_slots)
         self.tokenizer = tokenizer
@@ -88,7 +92,8 @@ class Engine:
         self._scheduler = Scheduler(runner.limits, policy, self.metrics, prefix_caching)
         self._intake = Intake(runner.limits, tokenizer, seed, clock)
         self._bound = WaitingBound(max_waiting, max_waiting_tokens)
-        self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock)
+        self._workers = MaskWorkers(num_mask_threads)
+        self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock, self._workers)
         self._telling = Telling(replicas)
         self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # with the time when it was scheduled
         self._committed = deque([0.0], maxlen=runner.limits.num_stages)  # times of the last commits, as many as there are stages
@@ -209,12 +214,15 @@ class Engine:
             if not self._telling.alone and facts is None and not self._pending():
                 return  # nothing to tell
             started = self._clock()
+            self._take_masks()
             batch, wait = self._schedule(wait, facts)
             if batch is not None:
                 self._runner.submit(batch.step)
                 self._in_flight.append((batch, started))
             if self._in_flight and ((batch is None and wait) or len(self._in_flight) > self._lag):
                 self._commit(*self._in_flight.popleft(), self._runner.collect())
+            elif batch is None and wait and self._workers.pending:
+                self._workers.wait()
 
     @contextmanager
     def _iteration(self) -> Iterator[None]:
@@ -240,7 +248,7 @@ class Engine:
             if batch is not None:
                 self._samples.start(batch.prefill, facts.now)
                 self._telling.scheduled(facts.number, batch.step)
-            elif not self._in_flight and len(self._samples):
+            elif not self._in_flight and len(self._samples) and not self._samples.any_unmasked:
                 raise RuntimeError(f"{self._scheduler.policy} runs none of {len(self._samples)} requests")
             return batch, facts.wait
 
@@ -255,10 +263,19 @@ class Engine:
             if live is not None:
                 self._samples.end([live], reason, error)
         for number, mask in facts.masks:
-            live = self._samples.get(number)
-            if live is not None:
-                live.sequence.mask = mask
+            self._samples.restrict(number, mask)
         self._samples.end_late(facts.now)
+
+    def _take_masks(self) -> None:
+        """Let answers under grammars go on, or end, whose masks have come."""
+        answers = self._workers.take()
+        if not answers:
+            return
+        with self._lock:
+            masks, over = self._samples.read_masks(answers)
+            self._telling.restrict(masks)
+            for live, reason, error in over:
+                self._end([live], reason, error)
 
     def _commit(self, batch: ScheduledBatch, scheduled: float, output: StepOutput) -> None:
         now = self._clock()
@@ -269,9 +286,6 @@ class Engine:
             self._uncharged.append((batch, seconds))
             self._telling.committed(output)
             self._samples.commit(batch, output, now)
-            self._telling.restrict(self._samples.take_masks())
-            for live, reason, error in self._samples.take_over():
-                self._end([live], reason, error)
             if self._check_invariants:
                 self._scheduler.check()
         if self._on_step is not None:
@@ -281,6 +295,7 @@ class Engine:
         with self._lock:
             self._in_flight.clear()
             self._uncharged.clear()
+            self._workers.forget()
             self._scheduler.pool.forget_prefixes()
             self._samples.end_all(error)
             if self._telling.alone:

@@ -101,9 +101,8 @@ class Telling:
             self._arrivals += map(_told, requests)
 
     def restrict(self, masks: Iterable[tuple[int, bytes]]) -> None:
-        """These samples, by number, may go on with the tokens of these masks."""
-        if self._replicas is not None:
-            self._masks += masks
+        """These samples, by number, may go on with the tokens of these masks, from the next iteration on."""
+        self._masks += masks
 
     def end(self, number: int, reason: FinishReason, error: BaseException | None) -> None:
         """A sample is to end in the next iteration."""

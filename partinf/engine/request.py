@@ -106,7 +106,9 @@ class Sequence:
         prefill_len: tokens known when the sequence was admitted last; what lies beyond is sampled and decoded one by one.
         num_cached: tokens of the prompt that were not computed when it was admitted first, because their pages were there.
         num_iterations: steps that this sequence took part in. num_preemptions: times that it lost its pages.
-        in_flight: steps with this sequence that are scheduled and not committed. last_step: number of the last of them.
+        in_flight: steps with this sequence that are scheduled and not committed, and one more while it is `unmasked`. last_step: number of
+            the last of them.
+        mask: of the tokens that may come next; None where all may. unmasked: that is not known yet for its last token.
         attained: seconds that its steps took so far.
         family: all samples of the request, this one included, the one that computes the prompt first; empty for a single one.
         shared_len: tokens of the prompt whose pages are shared with the first.
@@ -134,6 +136,7 @@ class Sequence:
     num_iterations: int = 0
     num_preemptions: int = 0
     in_flight: int = 0
+    unmasked: bool = False
     last_step: int = 0
     attained: float = 0.0
     family: tuple[Sequence, ...] = ()

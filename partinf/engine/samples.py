@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from partinf.engine.batch import ScheduledBatch
-from partinf.engine.constraint import Constraint
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live, OnToken
+from partinf.engine.mask_workers import Answer, MaskWorkers
 from partinf.engine.metrics import Metrics
 from partinf.engine.request import FinishReason, Request, Sequence, Status, TokenEvent
 from partinf.engine.scheduler import Scheduler
@@ -27,12 +27,21 @@ class Samples:
     held until nobody of its batch runs.
     """
 
-    def __init__(self, scheduler: Scheduler, intake: Intake, bound: WaitingBound, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        intake: Intake,
+        bound: WaitingBound,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        workers: MaskWorkers,
+    ) -> None:
         self._scheduler = scheduler
         self._intake = intake
         self._bound = bound
         self._metrics = metrics
         self._clock = clock
+        self._workers = workers
         self._returns_whole_batches = bool(getattr(scheduler.policy, "returns_whole_batches", False))
         self._live: dict[int, Live] = {}  # by number
         self._requests: dict[str, list[Live]] = {}  # all samples of a request, while any of them is in flight
@@ -40,8 +49,6 @@ class Samples:
         self._held: list[Live] = []
         self._events: deque[tuple[Live, TokenEvent]] = deque()  # not delivered yet
         self._ended: list[Sequence] = []  # not returned yet
-        self._over: list[tuple[Live, FinishReason, BaseException | None]] = []  # by their grammars
-        self._masks: list[tuple[int, bytes]] = []  # new ones, by number
 
     def __len__(self) -> int:
         return len(self._live)
@@ -155,15 +162,34 @@ class Samples:
         ended, self._ended = self._ended, []
         return ended
 
-    def take_over(self) -> list[tuple[Live, FinishReason, BaseException | None]]:
-        """Those that end since the last call because of their grammars: complete ones, and those for which none can be followed."""
-        over, self._over = self._over, []
-        return over
+    @property
+    def any_unmasked(self) -> bool:
+        """Whether any sample waits for its mask."""
+        return any(live.sequence.unmasked for live in self)
 
-    def take_masks(self) -> list[tuple[int, bytes]]:
-        """Masks that are new since the last call, by `Request.number`; they stand in their sequences already."""
-        masks, self._masks = self._masks, []
-        return masks
+    def read_masks(self, answers: Iterable[Answer]) -> tuple[list[tuple[int, bytes]], list[tuple[Live, FinishReason, Exception | None]]]:
+        """Of what the workers have found out: masks, by `Request.number`, and samples that end, complete or not."""
+        masks, over = list[tuple[int, bytes]](), list[tuple[Live, FinishReason, Exception | None]]()
+        for number, mask, error in answers:
+            live = self._live.get(number)
+            if live is None:  # it has ended meanwhile
+                continue
+            if mask is not None:
+                masks.append((number, mask))
+            elif error is None:
+                over.append((live, FinishReason.STOP, None))
+                if rest := live.rest():
+                    self._tell(live, None, rest)
+            else:
+                over.append((live, FinishReason.FAILED, error))
+        return masks, over
+
+    def restrict(self, number: int, mask: bytes) -> None:
+        """A sample may go on with the tokens of a mask."""
+        live = self._live.get(number)
+        if live is not None:
+            live.sequence.mask, live.sequence.unmasked = mask, False
+            live.sequence.in_flight -= 1
 
     def _accept(self, sequence: Sequence, sampled: SampledToken, now: float) -> None:
         """Give a sampled token to its sequence, and end that if it was the last. One that has ended meanwhile drops it."""
@@ -184,24 +210,13 @@ class Samples:
         if reason is not None:
             self._end(live, reason, text=text, token=sampled)
             return
-        if live.constraint is not None:
-            text += self._constrain(live, live.constraint, sampled.token)
+        if sequence.mask is not None:
+            sequence.unmasked = True
+            sequence.in_flight += 1  # what may follow is as little known as a token that is being computed
+            if live.constraint is not None:
+                self._workers.ask(sequence.request.number, live.constraint, sampled.token)
         if text or live.on_token is not None:
             self._tell(live, sampled, text)
-
-    def _constrain(self, live: Live, constraint: Constraint, token: int) -> str:
-        """Find out what may follow a token. Where nothing may, the text that was held back."""
-        try:
-            mask = constraint.accept(token)
-        except Exception as error:
-            self._over.append((live, FinishReason.FAILED, error))
-            return ""
-        if mask is None:
-            self._over.append((live, FinishReason.STOP, None))
-            return live.rest()
-        live.sequence.mask = mask
-        self._masks.append((live.sequence.request.number, mask))
-        return ""
 
     def _fail(self, live: Live, error: NoNumber) -> None:
         """End a sample whose keys and values may be no numbers; nobody shall find them."""

@@ -95,6 +95,7 @@ class JaxRunner:
         self._unrolled = isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
         self._batch_sharding = whole(self.mesh)
+        self._masks: dict[int, bytes] = {}  # that lie on the devices, by slot
         self._mask_sharding = abstract_masks(plan, self.mesh).sharding
         self._in_flight: deque[_Submitted] = deque()  # not collected
         self._pipeline: deque[_Submitted | None] = deque([None] * plan.num_stages, maxlen=plan.num_stages)  # by stage
@@ -176,8 +177,10 @@ class JaxRunner:
             for start in leaving.step.starts if leaving is not None else ():
                 packed = put(pack_start(*start, self.plan.max_len), self._batch_sharding)
                 self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))
+            # Read where tokens are chosen, on the last stage.
             masks = {} if leaving is None else {row.slot: row.mask for row in leaving.step.rows if row.mask is not None}
-            if masks:  # read where tokens are chosen, on the last stage
+            if not masks.items() <= self._masks.items():  # mostly they are the same within a text in quotes
+                self._masks = masks
                 self._state = replace(self._state, masks=put(laid_out(masks, self.plan), self._mask_sharding))
             placed = [None if each is None else each.place(bucket, self.plan, self._limits) for each in self._pipeline]
             batches = [empty_batch(bucket) if each is None else each.batch for each in placed]
@@ -225,6 +228,7 @@ class JaxRunner:
         self._pipeline.extend([None] * self.plan.num_stages)
         if self._host_pages is not None:
             self._host_pages.clear()
+        self._masks = {}
         self._state = empty_state(self.plan, self.mesh, self._unrolled)
 
     def _copy(self, step: Step, stage: int) -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 
-from partinf.engine import Engine, FakeRunner, FinishReason, FirstComeFirstServed, Policy, RequestLevel, RequestOutput, SamplingParams
+from partinf.engine import (
+    Engine,
+    FakeRunner,
+    FinishReason,
+    FirstComeFirstServed,
+    Policy,
+    RequestLevel,
+    RequestOutput,
+    SamplingParams,
+    mask_workers,
+)
 from partinf.engine.constraint import allows
 from partinf.engine.estimates import Estimates
 from partinf.engine.facts import Facts
@@ -29,12 +41,19 @@ def mask_of(*tokens: int) -> bytes:
 
 @dataclass(frozen=True)
 class Steps:
-    """Every token is the last one plus one of `steps`, modulo the vocabulary; the answer is complete after `length` tokens."""
+    """Every token is the last one plus one of `steps`, modulo the vocabulary; the answer is complete after `length` tokens.
+
+    Attributes:
+        breaks_at: number of the token after which nothing can be said. seconds: that a mask takes, some twice as long and some not at all.
+        gate: shut while masks are to wait.
+    """
 
     first: int
     steps: tuple[int, ...]
     length: int = 1000
     breaks_at: int | None = None
+    seconds: float = 0.0
+    gate: threading.Event | None = None
 
     @property
     def first_mask(self) -> bytes:
@@ -57,6 +76,8 @@ class _Walk:
     def accept(self, token: int) -> bytes | None:
         assert allows(self._mask, token), "a token that the mask does not have"
         self._count += 1
+        time.sleep(self._grammar.seconds * (token % 3))
+        assert self._grammar.gate is None or self._grammar.gate.wait(20)
         if self._count == self._grammar.breaks_at:
             raise RuntimeError("too complex")
         self._mask = mask_of(*((token + step) % VOCAB for step in self._grammar.steps))
@@ -82,19 +103,28 @@ def check(output: RequestOutput, grammar: Steps) -> None:
     assert output.finish_reason is (FinishReason.STOP if len(output.tokens) == grammar.length else FinishReason.LENGTH)
 
 
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_answers_keep_to_their_grammars_in_any_company(policy: str, lag: int, stages: int) -> None:
-    """With penalties, samples, preemption, swapping and stages; what others have is as if they were alone."""
+def test_answers_keep_to_their_grammars_in_any_company(policy: str, lag: int, stages: int, threads: int) -> None:
+    """With penalties, samples, preemption, swapping and stages, masks that come at any time; what others have is as if they were alone."""
+    slow = [replace(grammar, seconds=0.001 * bool(threads)) for grammar in GRAMMARS]
     params = [
-        *(held(grammar, n=2, temperature=1.0, seed=4) for grammar in GRAMMARS),
-        held(GRAMMARS[0], presence_penalty=1.0, frequency_penalty=2.0),
+        *(held(grammar, n=2, temperature=1.0, seed=4) for grammar in slow),
+        held(slow[0], presence_penalty=1.0, frequency_penalty=2.0),
         held(None),
         held(None, temperature=1.0, n=2, seed=9),
     ]
     limits = replace(TIGHT, num_stages=stages)
-    engine = Engine(FakeRunner(limits), policy=POLICIES[policy](), lag=lag, clock=lambda: engine.metrics.iterations, check_invariants=True)
+    engine = Engine(
+        FakeRunner(limits),
+        policy=POLICIES[policy](),
+        lag=lag,
+        clock=lambda: engine.metrics.iterations,
+        check_invariants=True,
+        num_mask_threads=threads,
+    )
     prompts = [[number, 7, number, 3, 1] for number in range(len(params))]
     outputs = engine.generate(prompts, params)
     for output in outputs:
@@ -121,6 +151,53 @@ def test_constrained_rows_alone_run_in_every_step() -> None:
     engine = make_engine(lag=1)
     (output,) = engine.generate([[1]], held(GRAMMARS[0]))
     assert engine.metrics.iterations == len(output.tokens)
+
+
+def test_free_rows_do_not_wait_for_a_mask_that_takes_long() -> None:
+    """Nor do other constrained ones; and whoever waits is cancelled and timed out like anybody."""
+    gate = threading.Event()
+    engine = make_engine(lag=1, num_mask_threads=2)
+    engine.add_request([1], held(replace(GRAMMARS[0], gate=gate)), "slow")
+    engine.add_request([2], held(replace(GRAMMARS[1], gate=gate)), "left")
+    free = engine.generate([[3]], SamplingParams(max_tokens=12))
+    assert len(free[0].tokens) == 12
+    assert engine.load.num_running == 2
+    assert engine.cancel("left")
+    assert engine.step(wait=False)[0].finish_reason is FinishReason.CANCELLED
+    gate.set()
+    other = engine.generate([[4]], held(GRAMMARS[2]))
+    check(other[0], GRAMMARS[2])
+    outputs: list[RequestOutput] = []
+    while engine.has_work:
+        outputs += engine.step()
+    check(outputs[0], GRAMMARS[0])
+    assert engine.load.page_usage == 0
+
+
+def test_a_mask_that_never_comes_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_workers, "LONGEST", 0.05)
+    gate = threading.Event()
+    engine = make_engine(num_mask_threads=1)
+    try:
+        stuck, fine = engine.generate([[1], [2]], [held(replace(GRAMMARS[0], gate=gate)), held(None)])
+    finally:
+        gate.set()
+    assert (stuck.finish_reason, type(stuck.error)) == (FinishReason.FAILED, mask_workers.TooSlow)
+    assert fine.finish_reason is FinishReason.LENGTH
+
+
+def test_requests_are_taken_while_everybody_waits_for_masks() -> None:
+    gate = threading.Event()
+    engine = make_engine(num_mask_threads=1)
+    engine.add_request([1], held(replace(GRAMMARS[0], gate=gate)))
+    for _ in range(4):
+        engine.step()
+    started = time.monotonic()
+    (output,) = engine.generate([[2]], SamplingParams(max_tokens=3))
+    gate.set()
+    assert (len(output.tokens), time.monotonic() - started < 5) == (3, True)
+    while engine.has_work:
+        engine.step()
 
 
 def test_a_grammar_that_breaks_ends_its_request_alone() -> None:
@@ -182,13 +259,15 @@ class Wire:
         raise error
 
 
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_process_that_follows_makes_the_same_steps_from_masks_alone(stages: int) -> None:
+def test_a_process_that_follows_makes_the_same_steps_from_masks_alone(stages: int, threads: int) -> None:
     limits = replace(TIGHT, num_stages=stages)
     wire, followed = Wire(), Wire()
     followed.leads = False
-    leader, follower = (Engine(FakeRunner(limits), replicas=each, lag=1, check_invariants=True) for each in (wire, followed))
-    params = [held(GRAMMARS[0], n=2), held(GRAMMARS[2]), held(None), held(replace(GRAMMARS[1], breaks_at=3))]
+    leader = Engine(FakeRunner(limits), replicas=wire, lag=1, check_invariants=True, num_mask_threads=threads)
+    follower = Engine(FakeRunner(limits), replicas=followed, lag=1, check_invariants=True)
+    params = [held(replace(GRAMMARS[0], seconds=0.002), n=2), held(GRAMMARS[2]), held(None), held(replace(GRAMMARS[1], breaks_at=3))]
     outputs = leader.generate([[n, 4, 2] for n in range(4)], params)
     for facts in wire.facts:
         follower.replay(facts)

@@ -12,6 +12,7 @@ import pytest
 
 from partinf.engine import Engine, RequestOutput, SamplingParams
 from partinf.engine.constraint import allows
+from partinf.execution import runner as execution_runner
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import ModelConfig
@@ -48,6 +49,19 @@ class _Walk:
 
     def accept(self, token: int) -> bytes:
         return self.grammar.after(token)
+
+
+@dataclass(frozen=True)
+class Always:
+    """The same tokens may come all the time."""
+
+    first_mask: bytes
+
+    def start(self) -> Always:
+        return self
+
+    def accept(self, token: int) -> bytes:
+        return self.first_mask
 
 
 PROMPTS = [[3, 5, 7, 5, 9, 11, 13, 7, 2, 3 + n] for n in range(4)] + [[4, 4]]
@@ -95,6 +109,23 @@ def test_tokens_depend_neither_on_the_company_nor_on_the_mesh(slice_name: str) -
     outputs = engine.generate(PROMPTS, PARAMS)
     assert [(output.tokens, output.sample) for output in outputs] == [(output.tokens, output.sample) for output in alone()]
     assert runner.num_compiled == compiled
+
+
+def test_masks_that_lie_on_the_devices_are_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of another state are."""
+    runner = make_runner("cpu:1")
+    sent: list[dict[int, bytes]] = []
+    monkeypatch.setattr(execution_runner, "laid_out", lambda masks, plan: sent.append(dict(masks)) or laid_out(masks, plan))
+    bits = np.packbits(np.arange(512) % 2, bitorder="little").tobytes()
+    params = SamplingParams(max_tokens=6, ignore_eos=True, constraint=Always(bits))
+    outputs = []
+    for _ in range(2):
+        runner.reset()
+        outputs += Engine(runner).generate([[3, 5, 7], [4, 4]], params)
+        assert len(sent) <= 2  # at the first token of each, unless they begin together
+        sent.clear()
+    assert all(token % 2 for output in outputs for token in output.tokens)
+    assert [output.tokens for output in outputs[:2]] == [output.tokens for output in outputs[2:]]
 
 
 def test_sampled_tokens_keep_to_their_masks() -> None:

@@ -93,6 +93,7 @@ def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
         prefix_caching=True,
         check_invariants=True,
         replicas=group,
+        num_mask_threads=0 if group is None else 2,
     )
 
 

@@ -50,7 +50,7 @@ class Timed(FakeRunner):
 
 def throughput(grammar: Grammar, constrained: int) -> float:
     """Tokens per second of 36 rows, so many of them constrained."""
-    engine = Engine(Timed(), tokenizer=TOKENIZER, lag=1)
+    engine = Engine(Timed(), tokenizer=TOKENIZER, lag=1, num_mask_threads=2)
     for number in range(36):
         held = grammar if number < constrained else None
         engine.add_request([5, number], SamplingParams(max_tokens=1000, ignore_eos=True, constraint=held))
@@ -70,3 +70,26 @@ def test_free_rows_keep_their_pace_beside_constrained_ones() -> None:
     shares = sorted(throughput(grammar, 4) / throughput(grammar, 0) for _ in range(3))
     print(f"32 free rows and 4 constrained ones: {shares[1]:.3f} of the throughput of 36 free ones")
     assert shares[1] > 0.9
+
+
+class _Hostile:
+    """Every mask takes 50 ms."""
+
+    def __init__(self, first_mask: bytes) -> None:
+        self.first_mask = first_mask
+
+    def start(self) -> _Hostile:
+        return self
+
+    def accept(self, token: int) -> bytes:
+        time.sleep(0.05)
+        return self.first_mask
+
+
+@pytest.mark.slow
+def test_free_rows_keep_their_pace_beside_masks_that_take_long() -> None:
+    """Of steps and of what each brings: the constrained rows themselves nearly stand still."""
+    grammar = _Hostile(bytes([255]) * 38)
+    shares = sorted(throughput(grammar, 4) / throughput(grammar, 0) for _ in range(3))
+    print(f"32 free rows beside 4 whose masks take 50 ms: {shares[1]:.3f} of the throughput of 36 free ones")
+    assert shares[1] > 0.85
