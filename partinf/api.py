@@ -79,7 +79,7 @@ def plan(
         slice_: `v4:4x4x4`, `h200:8`, `cpu:2x2x2`, a cloud's name such as `v5litepod-16` or `h100x8`, `local`, …
         layout: bind this layout instead of choosing one: a `Layout`, the name of a shipped one, or a layout file. Where the slice has other
             axes, they take its roles (`partinf.plans.layout_for`).
-        mesh: a factorisation of the slice's axes.
+        mesh: a factorisation of the slice's axes; for a slice that is named, a finer one than its own is chosen where that is faster.
         capacity: what an engine should hold; from the workload if not given.
         hardware: a file of `partinf calibrate`, see `find_slice`.
 
@@ -98,8 +98,9 @@ def plan(
     if layout is not None:
         given = layout if isinstance(layout, Layout) else load_layout(str(layout))
         return sized(Plan(config, target, layout_for(target, given), weights=workload.weights, kv=workload.kv))
+    named = isinstance(slice_, str) and slice_ != "local"
     chunk = workload.chunk or (capacity.prompt_tokens if capacity is not None else PROMPT_TOKENS)
-    return planner.plan(config, target, replace(workload, chunk=chunk), sized=sized)
+    return planner.plan(config, target, replace(workload, chunk=chunk), sized=sized, finer=named and mesh is None)
 
 
 def load(

@@ -15,13 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from experiments.results import write
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
+from partinf.planner.meshes import every_mesh, fastest
 from partinf.planner.question import Question
-from partinf.planner.slices import every_mesh
+from partinf.planner.report import PlanReport
+from partinf.planner.search import answer
 from partinf.workload import DType, Workload
 
 PALM = ["plan", "--model", "palm-540b", "--slice", "v4:4x4x4"]
@@ -45,11 +48,15 @@ SEARCHES: dict[str, tuple[str, str, str | None, Workload, float | None]] = {
     "LLaMA 3 70B whole workload, x0,x1,y,z": ("llama-3-70b", "v4:4x4x4", FOUR, Workload(64, 1984, 64), None),
     "LLaMA 3 70B whole workload, tpu7x:2x2x4": ("llama-3-70b", "tpu7x:2x2x4", None, Workload(64, 1984, 64), None),
 }
-# All factorisations of the axes: model, slice, workload.
-MESHES = {
-    "LLaMA 3 8B decode, v5e:4x4, every mesh": ("llama-3-8b", "v5e:4x4", Workload(32, context_len=1024, phase="decode")),
-    "PaLM 540B decode, v4:4x4x4, every mesh": ("palm-540b", "v4:4x4x4", DECODE),
-    "LLaMA 3 70B whole workload, v4:4x4x4, every mesh": ("llama-3-70b", "v4:4x4x4", Workload(64, 1984, 64)),
+# Factorisations of the axes: model, slice, workload, bound of `--mesh auto`.
+MESHES: dict[str, tuple[str, str, Workload, float | None]] = {
+    "LLaMA 3 70B whole workload, v5e:16x16": ("llama-3-70b", "v5e:16x16", Workload(64, 1984, 64, weights=DType.INT8), 5.0),
+    "LLaMA 3 8B decode, v5e:4x4": ("llama-3-8b", "v5e:4x4", Workload(32, context_len=1024, phase="decode"), None),
+    "LLaMA 3 70B decode, v5e:4x4": ("llama-3-70b", "v5e:4x4", Workload(32, context_len=2048, phase="decode", weights=DType.INT8), None),
+    "PaLM 540B decode, v4:4x4x4": ("palm-540b", "v4:4x4x4", DECODE, None),
+    "LLaMA 3 70B whole workload, v4:4x4x4": ("llama-3-70b", "v4:4x4x4", Workload(64, 1984, 64), None),
+    "LLaMA 3 8B whole workload, h200:8": ("llama-3-8b", "h200:8", Workload(32, 1024, 256), None),
+    "Qwen 3 32B whole workload, v6e:8x8": ("qwen-3-32b", "v6e:8x8", Workload(256, 1024, 256), None),
 }
 
 
@@ -68,6 +75,26 @@ def process(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "partinf", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
+def searched(what: str, model: str, slice_: str, workload: Workload, bound: float | None) -> list[dict[str, Any]]:
+    """The slice's own mesh, the default, `--mesh auto` and all meshes without a budget: seconds, and regret against the best."""
+    question, place = Question(load_model_config(model), workload), parse_slice(slice_)
+    searches: dict[str, Callable[[], PlanReport]] = {
+        "own mesh": lambda: answer(question, place),
+        "default": lambda: fastest(question, place),
+        "auto": lambda: every_mesh(question, place)[0],
+        "no budget": lambda: every_mesh(question, place, None)[0],
+    }
+    rows, scores = [], []
+    for name, run in searches.items():
+        start = time.perf_counter()
+        report = run()
+        seconds, left = time.perf_counter() - start, sum(one.count for one in report.refused if "budget" in one.reason)
+        scores.append(report.best.score)
+        row = {"what": what, "search": name, "mesh": report.slice.mesh, "seconds": seconds, "score": report.best.score, "left_out": left}
+        rows.append(row | {"bound": bound if name == "auto" else None})
+    return [row | {"regret": row["score"] / min(scores) - 1} for row in rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default: 5)")
@@ -78,13 +105,13 @@ def main() -> int:
     for name, (model, slice_, mesh, workload, bound) in SEARCHES.items():
         found = (load_model_config(model), parse_slice(slice_, mesh), workload)
         rows.append({"what": name, "as": "search", "seconds": median(lambda f=found: search(*f), runs), "bound": bound})
-    for name, (model, slice_, workload) in MESHES.items():
-        asked = (Question(load_model_config(model), workload), parse_slice(slice_))
-        rows.append({"what": name, "as": "search", "seconds": median(lambda a=asked: every_mesh(*a), min(runs, 2)), "bound": None})
+    meshes = [found for name, case in MESHES.items() for found in searched(name, *case)]
     for row in rows:
         within = "" if row["bound"] is None else "within" if row["seconds"] <= row["bound"] else "OVER"
         print(f"{row['what']:50} {row['as']:8} {row['seconds']:7.3f} s  {within} {row['bound'] or ''}")
-    write(__file__, {"runs": runs, "rows": rows})
+    for row in meshes:
+        print(f"{row['what']:42} {row['search']:12} {row['mesh']:20} {row['seconds']:7.3f} s  regret {row['regret']:6.1%}")
+    write(__file__, {"runs": runs, "rows": rows, "meshes": meshes})
     return 0
 
 

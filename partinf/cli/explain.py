@@ -10,6 +10,7 @@ from partinf.cli.flags import Flags
 from partinf.cli.planning import Asked, add_model_arguments, named, read
 
 if TYPE_CHECKING:
+    from partinf.hardware.slices import Slice
     from partinf.layout import Layout
     from partinf.model.config import ModelConfig
 
@@ -25,17 +26,17 @@ def run(args: argparse.Namespace) -> int:
     if is_auto(args.slice):
         flags.refuse("slice", "a layout is explained on one slice; `partinf plan` finds it")
     asked = read(flags)
-    layout, padded_heads = named_or_chosen(asked, args.layout)
+    slice_, layout, padded_heads = named_or_chosen(asked, args.layout, args.mesh)
     from partinf.cost.step import step_ledger
     from partinf.layout import PHASES, readable_name
     from partinf.planner.show.table import print_step, wide_console
 
     console = wide_console()
-    name = readable_name(layout, asked.slice.axis_sizes)
-    console.print(f"{asked.model.name} on {asked.slice.name} ({asked.slice.mesh}): {name}", highlight=False)
+    name = readable_name(layout, slice_.axis_sizes)
+    console.print(f"{asked.model.name} on {slice_.name} ({slice_.mesh}): {name}", highlight=False)
     if padded_heads:
         console.print(_padding(asked.model, padded_heads), highlight=False)
-    evaluator = asked.question.evaluator(asked.slice)
+    evaluator = asked.question.evaluator(slice_)
     for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
         print_step(console, label, split, step_ledger(split))
@@ -54,15 +55,19 @@ def _padding(model: ModelConfig, heads: int) -> str:
     )
 
 
-def named_or_chosen(asked: Asked, name: str) -> tuple[Layout, int]:
-    """The layout and its padded heads.
+def named_or_chosen(asked: Asked, name: str, mesh: str | None) -> tuple[Slice, Layout, int]:
+    """The slice, under a finer mesh where one was chosen, the layout and its padded heads.
+
+    Args:
+        name: of the layout, or auto. mesh: the one that was named; None where it may be chosen.
 
     Raises:
         InvalidInput: an unknown layout, one of more kinds of axes than the slice has axes, or one that cannot hold the model.
     """
     if name != "auto":
-        return named(asked, name)
+        return asked.slice, *named(asked, name)
+    from partinf.planner.meshes import fastest
     from partinf.planner.search import answer
 
-    report = answer(asked.question, asked.slice)
-    return report.best.layout, report.best.padded_heads
+    report = (fastest if mesh is None else answer)(asked.question, asked.slice)
+    return report.slice, report.best.layout, report.best.padded_heads

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", default="12", metavar="N", help="candidates in the table (default: 12)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
     parser.description = (
-        f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms, --mesh auto the best factorisation."
+        f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms, --mesh auto the best of many meshes."
     )
     parser.epilog = "Example: partinf plan --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8"
 
@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     flags = Flags(args)
     top, count, price = _read(flags)
-    all_meshes = args.mesh == "auto"
-    if all_meshes:
+    mesh = args.mesh
+    if mesh == "auto":
         args.mesh = None
     asked = read(flags)
     compared = _given(asked, args.layout) if args.layout else ()
-    trials = _trials(asked, all_meshes, compared)
+    trials = _trials(asked, mesh, compared)
     report, proofs = _proven(trials[0].report, count)
     if args.save:
         _save(report, asked, Path(args.save), args.model)
@@ -137,22 +137,25 @@ def _commands(report: PlanReport, saved: str | None, model: str) -> dict[str, An
     return {"commands": commands(saved or "plan.toml", plan_of(report, report.best), report.workload, model)}
 
 
-def _trials(asked: Asked, all_meshes: bool, compared: tuple[Candidate, ...]) -> list[Trial]:
+def _trials(asked: Asked, mesh: str | None, compared: tuple[Candidate, ...]) -> list[Trial]:
     """The slice that was asked for; with `auto` all slices or meshes that were tried, the cheapest or fastest first.
 
     Args:
-        compared: candidates that take the place of a search.
+        mesh: as it was named. compared: candidates that take the place of a search.
     """
+    from partinf.planner.meshes import every_mesh, fastest
     from partinf.planner.report import PlanReport
     from partinf.planner.search import answer, order
-    from partinf.planner.slices import Trial, cheapest, every_mesh
+    from partinf.planner.slices import Trial, cheapest
 
+    question, slice_ = asked.question, asked.slice
     if asked.auto:
-        return cheapest(asked.question, asked.slice.chip)
-    if all_meshes:
-        return every_mesh(asked.question, asked.slice)
-    report = PlanReport(asked.question, asked.slice, order(compared)) if compared else answer(asked.question, asked.slice)
-    return [Trial(report)]
+        return cheapest(question, slice_.chip)
+    if compared:
+        return [Trial(PlanReport(question, slice_, order(compared)))]
+    if mesh == "auto":
+        return [Trial(report) for report in every_mesh(question, slice_)]
+    return [Trial(fastest(question, slice_) if mesh is None else answer(question, slice_))]
 
 
 def _read(flags: Flags) -> tuple[int, int | None, float | None]:

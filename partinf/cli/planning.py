@@ -44,7 +44,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     known = "a model of models/, a .toml file, or a Hugging Face directory"
     parser.add_argument("--model", required=required, metavar="NAME|DIR", help=known)
     parser.add_argument("--slice", required=required, metavar="SLICE", help=anywhere)
-    parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the axes: x0:2,x1:2,y:4, or 4x2 for switched chips")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="a factorisation of the axes: 4x4, x0:2,x1:2,y:4; else a finer one than the slice's own is chosen where it is faster",
+    )
     add_hardware(parser)
     parser.add_argument("--phase", metavar="PHASE", help="decode or prefill: judge one step of it; neither: the whole workload")
     parser.add_argument("--batch", default="1", metavar="N", help="sequences (default: 1)")

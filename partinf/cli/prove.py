@@ -111,9 +111,9 @@ def _asked(flags: Flags) -> tuple[Plan, Workload]:
     from partinf.plans import Plan
 
     asked = read(flags)
-    layout, padded = named_or_chosen(asked, flags.args.layout)
+    slice_, layout, padded = named_or_chosen(asked, flags.args.layout, flags.args.mesh)
     chosen = asked.workload
-    return Plan(asked.model, asked.slice, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
+    return Plan(asked.model, slice_, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
 
 
 def show(proof: Proof) -> None:

@@ -61,6 +61,12 @@ class Pricing:
         compute, memory = flops / self._flop_rate, num_bytes / self._byte_rate
         return max(compute, memory) if self.calibration.hides_memory else compute + memory
 
+    def least_seconds(self, flops: float, num_bytes: float) -> float:
+        """What products of so many FLOPs, with weights of so many bytes, take at least, however they are shaped."""
+        if self._measured is not None or self.calibration.rates is not None:
+            return 0.0  # rates that depend on types and shapes
+        return self.compute_seconds(flops, num_bytes)
+
     def _queued(self, entry: Entry, core: float, memory: float) -> Entry:
         """The entry with its time, from what it takes of the core and of HBM. In an unrolled program the longer one leaves room for the
         other of a neighbour."""

@@ -72,6 +72,14 @@ class Shares:
     embed: float = 1.0
 
 
+def gathers_behind(pricing: Pricing, model: ModelConfig, ahead: bool) -> bool:
+    """Whether gathers of weights run behind products: those that are issued ahead, and all of a parallel block's in the program that TPUs
+    run, whose compiler gathers for later products beside earlier ones (`experiments/palm_540b_on_64_v4`)."""
+    program = pricing.program
+    beside = program.gathers_beside and pricing.slice.chip.platform.gathers_beside_products
+    return program.looped or ahead or (beside and model.block.parallel)
+
+
 class StepSplit:
     """The roles of a layout worked out for one step.
 
@@ -174,10 +182,8 @@ class StepSplit:
 
     @property
     def gathers_behind(self) -> bool:
-        """Whether gathers of weights run behind products: those that are issued ahead, and all of a parallel block's in the program that
-        TPUs run, whose compiler gathers for later products beside earlier ones (`experiments/palm_540b_on_64_v4`)."""
-        runs_beside = self.parallel and self.pricing.program.gathers_beside and self.pricing.slice.chip.platform.gathers_beside_products
-        return self.looped or self.ahead or runs_beside
+        """Whether gathers of weights run behind products."""
+        return gathers_behind(self.pricing, self.model, self.ahead)
 
     @property
     def parallel(self) -> bool:

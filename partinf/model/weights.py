@@ -143,6 +143,12 @@ def layer_params(model: ModelConfig) -> int:
 
 
 @functools.lru_cache(maxsize=64)
+def multiplied_params(model: ModelConfig) -> int:
+    """Entries of all layers' matrices with which every token is multiplied."""
+    layers = declare_layers(model)
+    return sum(one.count * sum(math.prod(w.shape) for w in one.weights.values() if w.contracted) for one in layers)
+
+
 def num_params(model: ModelConfig) -> int:
     """All parameters, the vocabulary unpadded; tied embeddings counted once."""
     layers = sum(kind.count * _params(kind.weights) for kind in declare_layers(model))

@@ -16,6 +16,7 @@ from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, AttentionRole, Layout, Role
 from partinf.model.config import ModelConfig
+from partinf.planner.meshes import fastest
 from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.search import answer
@@ -36,10 +37,12 @@ def plan(
     program: Program | None = None,
     only_runnable: bool = True,
     sized: Callable[[Plan], Plan] | None = None,
+    finer: bool = False,
 ) -> Plan:
     """The best layout for a workload, as a plan.
 
     Args:
+        finer: take a finer mesh where it is faster (`partinf.planner.meshes.fastest`).
         only_runnable: leave out layouts that can be planned but not run yet: those that pad heads in groups.
         sized: gives a plan its cache and its steps. Where it finds no room under any layout, or no layout holds the whole batch at full
             length, layouts are looked for whose cache holds half of it, then a quarter, and so on: the others wait, or are preempted.
@@ -49,15 +52,24 @@ def plan(
     """
     refusal: DoesNotFit | None = None
     for asked in [workload] if sized is None else [workload, *with_fewer_resident(workload)]:
-        report = answer(Question(model, asked, calibration, bandwidth_model, program), slice_)
-        plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
+        question = Question(model, asked, calibration, bandwidth_model, program)
+        reports = _reports(question, slice_, finer)
+        plans = (plan_of(report, candidate) for report in reports for candidate in report.candidates if candidate.fits)
         able = (found for found in plans if not (only_runnable and found.runnable))
         for found in itertools.islice(able, None if sized is None else _SIZED):
             try:
                 return found if sized is None else sized(found)
             except DoesNotFit as error:
                 refusal = refusal or error
-    raise refusal or DoesNotFit(misfit(report))
+    raise refusal or DoesNotFit(misfit(answer(question, slice_)))
+
+
+def _reports(question: Question, slice_: Slice, finer: bool) -> Iterator[PlanReport]:
+    """What is chosen from: a finer mesh first, if it is faster and was asked for."""
+    chosen = fastest(question, slice_) if finer else answer(question, slice_)
+    yield chosen
+    if chosen.slice != slice_:
+        yield answer(question, slice_)
 
 
 def with_fewer_resident(workload: Workload) -> Iterator[Workload]:

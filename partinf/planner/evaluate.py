@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from partinf.cost.attention import decode_cores, prefill_cores
-from partinf.cost.ledger import Entry, Ledger, total_seconds
+from partinf.cost.ledger import Entry, Ledger, Op, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
 from partinf.cost.overlap import compute_left, fetches
 from partinf.cost.pricing import Pricing
-from partinf.cost.split import Shares, StepShape, StepSplit
+from partinf.cost.split import Shares, StepShape, StepSplit, gathers_behind
 from partinf.cost.step import attention_part, cache_part, linear_part
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model.config import ModelConfig
+from partinf.model.weights import multiplied_params
 from partinf.planner.candidates import Attention
 from partinf.workload import Workload
 
@@ -121,10 +122,34 @@ class Evaluator:
         self._attention: dict[object, _Part] = {}
         self._splits: dict[object, StepSplit] = {}
         self._prompt_len = workload.input_len or workload.context_len or 1
+        self._entries = multiplied_params(model)
         self._coupling: dict[object, Ledger] = {}
         self._cores: dict[object, float] = {}
         self._shapes: dict[tuple[str, int, int, int], StepShape] = {}
         self._weight_bytes: dict[object, int] = {}
+
+    def floor(self, label: str, stored: int) -> float:
+        """Seconds that a phase's step takes at least: the products of its tokens, spread over all devices, and its weights read once.
+
+        Args:
+            stored: into how many parts the weights of a layer are split.
+        """
+        flops = 2.0 * self.tokens(label) * self._entries / self.pricing.slice.num_devices
+        return self.pricing.least_seconds(flops, self._entries / stored * self.workload.weights.num_bytes)
+
+    def gather_floor(self, stored: int, axes: tuple[str, ...]) -> float:
+        """Seconds that it takes at least to gather all layers' weights over these axes, those of one stage after those of another."""
+        num_bytes = self._entries / stored * ways(axes, self.sizes) * self.workload.weights.num_bytes
+        return self.pricing.network.seconds(Op.ALL_GATHER, axes, num_bytes) if axes else 0.0
+
+    def tokens(self, label: str) -> int:
+        """Real tokens of a phase's step."""
+        return self.workload.batch if label == "decode" else self.workload.prompts_per_step * self._prompt_len
+
+    @property
+    def gathers_hide(self) -> bool:
+        """Whether gathers of weights may run behind products."""
+        return gathers_behind(self.pricing, self.model, ahead=False)
 
     def under(self, workload: Workload) -> Evaluator:
         """The same for another workload."""

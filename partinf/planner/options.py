@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ class Space:
     """The roles that the axes of a slice may have, and what steps cost under them; counts what is refused.
 
     Attributes:
-        cut: how many times as slow as the best an option may be; None for no limit.
+        cut: how many times as slow as the best an option may be; None for no limit. looked: candidates that were looked at: sets of
+            gathered axes that were bounded, and options that were priced.
     """
 
     def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
@@ -75,6 +77,7 @@ class Space:
         self.heads = HeadSplits(self.table, self.model.num_kv_heads)
         self.evaluator = question.evaluator(slice_)
         self.refused: Counter[str] = Counter()
+        self.looked = 0
 
     def limit(self, storage: Storage) -> BestSoFar:
         """The best that a storage is measured against: among those that use the network between slices alike, so that a report has all ways
@@ -89,25 +92,72 @@ class Space:
             self.refused[f"{self.model.num_heads} query heads do not split into {parts} parts"] += 1
         return padded
 
-    def least(self, storage: Storage, label: str) -> dict[Gather, Least]:
-        """What a step of a phase takes at least, by its gathered axes; nothing is worked out where there is no limit."""
-        every = gathers(self.table, storage)
-        if self.cut is None:
-            return dict.fromkeys(every, NOTHING)
-        *_, alone = self.table.attentions  # splits nothing
-        padded = self.padded(self.heads.of(storage, alone.heads)[0])
-        if padded is None:
-            return {}
-        options = [PhaseOption(gather, alone) for gather in every]
-        found = [self.evaluator.least(self.table.layout(storage, option, option), label, padded) for option in options]
-        core = min(self.core(found[0], storage, label, attention) for attention in self.table.attentions_of(storage))
-        return {gather: least._replace(core=core) for gather, least in zip(every, found, strict=True)}
+    def floor(self, storage: Storage, label: str) -> float:
+        """What a step of a phase takes at least; nothing is worked out where there is no limit."""
+        return 0.0 if self.cut is None else self.evaluator.floor(label, self._stored(storage))
+
+    def gather_floor(self, storage: Storage, gather: Gather, floor: float) -> float:
+        """The same where the weights of these axes are gathered first, from what it takes without."""
+        if self.cut is None or not any(gather):
+            return floor
+        axes = tuple(name for name, used in zip(self.table.names, gather, strict=True) if used)
+        moving = self.evaluator.gather_floor(self._stored(storage), axes)
+        return max(floor, moving) if self.evaluator.gathers_hide else floor + moving
+
+    def _stored(self, storage: Storage) -> int:
+        """Into how many parts a layer's weights are split."""
+        return math.prod(size for role, size in zip(storage, self.table.sizes, strict=True) if role in (Role.EMBED, Role.FFN))
 
     def core(self, least: Least, storage: Storage, label: str, attention: Attention) -> float:
         """Seconds that the core takes at least under these attention roles."""
         if least.split is None:
             return 0.0
         return self.evaluator.least_core(least.split, label, attention, self.heads.of(storage, attention.heads)[1])
+
+
+class Bounds:
+    """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is asked for."""
+
+    def __init__(self, space: Space, storage: Storage, label: str) -> None:
+        self._space, self._storage, self._label = space, storage, label
+        *_, self._alone = space.table.attentions  # splits nothing
+        self._padded = space.padded(space.heads.of(storage, self._alone.heads)[0])
+        every = [] if self._padded is None else gathers(space.table, storage)
+        floor = space.floor(storage, label)
+        self._floors = {gather: space.gather_floor(storage, gather, floor) for gather in every}
+        self._known: dict[Gather, Least] = {}
+        self._core: float | None = None
+
+    def floors(self) -> Iterator[tuple[float, Gather]]:
+        """What is known of every choice of gathered axes without more work."""
+        for gather, floor in self._floors.items():
+            yield self._known[gather].seconds if gather in self._known else floor, gather
+
+    def of(self, gather: Gather) -> Least:
+        """The whole bound; nothing is worked out where there is no limit."""
+        found = self._known.get(gather)
+        if found is None:
+            found = self._known[gather] = NOTHING if self._space.cut is None else self._work_out(gather)
+        return found
+
+    @property
+    def soonest(self) -> float:
+        """What a step takes at least whatever is gathered; infinite where nothing can be."""
+        best = float("inf")
+        for floor, gather in sorted(self.floors(), key=lambda pair: pair[0]):
+            if floor >= best:
+                break
+            best = min(best, self.of(gather).seconds)
+        return best
+
+    def _work_out(self, gather: Gather) -> Least:
+        space, option = self._space, PhaseOption(gather, self._alone)
+        space.looked += 1
+        assert self._padded is not None
+        least = space.evaluator.least(space.table.layout(self._storage, option, option), self._label, self._padded)
+        if self._core is None:
+            self._core = min(space.core(least, self._storage, self._label, one) for one in space.table.attentions_of(self._storage))
+        return least._replace(core=self._core)
 
 
 class Options:
@@ -117,21 +167,21 @@ class Options:
     """
 
     def __init__(
-        self, space: Space, storage: Storage, label: str, least: dict[Gather, Least], rest: float = 0.0, times: int = 1, merged: bool = True
+        self, space: Space, storage: Storage, label: str, bounds: Bounds, rest: float = 0.0, times: int = 1, merged: bool = True
     ) -> None:
         """
         Args:
-            least: what a step takes at least, by its gathered axes. rest, times: there are `times` steps of this phase, and seconds of
-                others. merged: options that differ only by swapping equal axes appear once.
+            bounds: what a step takes at least. rest, times: there are `times` steps of this phase, and seconds of others. merged: options
+                that differ only by swapping equal axes appear once.
         """
-        self._space, self._storage, self._label, self._least = space, storage, label, least
+        self._space, self._storage, self._label, self._bounds = space, storage, label, bounds
         self._limit = space.limit(storage)
         self._rest, self._times, self._merged = rest, times, merged
         self._attentions = space.table.attentions_of(storage)
         self._count = itertools.count()  # ties are taken in the order of enumeration
         self._heap: list[tuple[float, int, _Node]] = []
-        for gather, one in least.items():
-            self._push(one.seconds, gather)
+        for floor, gather in bounds.floors():
+            self._push(floor, gather)
         self._found: list[Choice] = []
         self._seen: dict[object, Choice | None] = {}
 
@@ -157,18 +207,20 @@ class Options:
     def _advance(self) -> bool:
         """Finds one more option; False where there is none worth it."""
         while self._heap and self._limit.allows(self._rest + self._times * self._heap[0][0]):
-            _, _, node = heapq.heappop(self._heap)
+            least, _, node = heapq.heappop(self._heap)
             if isinstance(node, Choice):
                 self._found.append(node)
                 return True
             if isinstance(node, PhaseOption):
                 self._price(node)
+            elif self._bounds.of(node).seconds > least:
+                self._push(self._bounds.of(node).seconds, node)
             else:
                 self._expand(node)
         return False
 
     def _expand(self, gather: Gather) -> None:
-        space, least = self._space, self._least[gather]
+        space, least = self._space, self._bounds.of(gather)
         for attention in self._attentions:
             self._push(least.with_core(space.core(least, self._storage, self._label, attention)), PhaseOption(gather, attention))
 
@@ -183,6 +235,7 @@ class Options:
             return
         self._seen[signature] = None
         padded = space.padded(parts)
+        space.looked += 1
         if padded is not None:
             priced = space.evaluator.cheapest(space.table.layout(self._storage, option, option), self._label, padded)
             choice = self._seen[signature] = Choice(option, kv, priced, padded)

@@ -11,8 +11,10 @@ counted: what is listed is what full enumeration would list first.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from partinf.cost.collectives import BandwidthModel
@@ -24,9 +26,10 @@ from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
 from partinf.model.config import ModelConfig
 from partinf.model.weights import num_params
-from partinf.planner.candidates import Gather, Storage, num_options, storages
-from partinf.planner.evaluate import Least, Priced
-from partinf.planner.options import BestSoFar, Choice, Options, Space
+from partinf.planner.candidates import Storage, num_options, storages
+from partinf.planner.estimate import Estimate
+from partinf.planner.evaluate import Priced
+from partinf.planner.options import BestSoFar, Bounds, Choice, Options, Space
 from partinf.planner.pairs import Pair, Pairing
 from partinf.planner.question import Question
 from partinf.planner.report import Candidate, PhaseResult, PlanReport, Refused
@@ -69,25 +72,15 @@ def search(
     return answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
 
 
-def answer(question: Question, slice_: Slice, limit: BestSoFar | None = None) -> PlanReport:
-    """The same for a question that several slices or meshes are asked.
-
-    Args:
-        limit: the best that other meshes had, if what cannot come near it is of no interest.
-    """
-    raise_offences(_axis_offences(slice_))
-    search_ = _Search(question, slice_, limit)
-    found = search_.single() if question.workload.phase else search_.whole()
-    if not found:
-        reasons = [f"model {question.model.name} on {slice_.name}: {reason}" for reason, _ in search_.refused.most_common()]
-        raise InvalidInput(reasons)
-    refused = tuple(Refused(reason, count) for reason, count in search_.refused.most_common())
-    return PlanReport(question, slice_, order(found), refused)
+def answer(question: Question, slice_: Slice) -> PlanReport:
+    """The same for a question that several slices or meshes are asked."""
+    search_ = Search(question, slice_)
+    return search_.report(search_.candidates())
 
 
 def given(question: Question, slice_: Slice, layouts: Iterable[tuple[Layout, int]]) -> tuple[Candidate, ...]:
     """Candidates of layouts that somebody names, each with its padded heads, in their order, priced as a search prices them."""
-    search_ = _Search(question, slice_, BestSoFar(None))
+    search_ = Search(question, slice_, BestSoFar(None))
     return tuple(search_.of(layout, padded) for layout, padded in layouts)
 
 
@@ -110,38 +103,76 @@ def _axis_offences(slice_: Slice) -> list[str]:
     ]
 
 
-class _Search:
-    """The state of one search."""
+class Search:
+    """The search over the roles of one mesh's axes.
+
+    Attributes:
+        space: the roles that they may have. refused: how many assignments were, by reason.
+    """
 
     def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
-        self.model, self.slice, self.workload = question.model, slice_, question.workload
+        raise_offences(_axis_offences(slice_))
+        self.question, self.model, self.slice, self.workload = question, question.model, slice_, question.workload
         self.sizes = slice_.axis_sizes
         self.space = Space(question, slice_, limit)
         self.table, self.evaluator, self.refused = self.space.table, self.space.evaluator, self.space.refused
-        self.storages = storages(self.table, self.model.num_kv_heads)
         if limit is None:
             together = 1 if self.workload.phase else 2
             many = sum(num_options(self.table, storage) ** together for storage in self.storages)
             self.space.cut = next(cut for most, cut in _CUTS[together] if many <= most)
 
-    def single(self) -> list[Candidate]:
+    @cached_property
+    def storages(self) -> list[Storage]:
+        """Every storage."""
+        return storages(self.table, self.model.num_kv_heads)
+
+    def candidates(self, over: Iterable[Storage] | None = None) -> list[Candidate]:
+        """Those that come near the best so far, over every storage or over these."""
+        chosen = self.storages if over is None else over
+        return self._single(chosen) if self.workload.phase else self._whole(chosen)
+
+    def estimate(self, storage: Storage) -> float:
+        """What the question asks for over a storage, in seconds, as `partinf.planner.estimate` has it."""
+        workload = self.workload
+        if workload.phase:
+            return self._estimate.step(storage, workload.phase)
+        prefill, decode = (self._estimate.step(storage, label) for label in PHASES)
+        return workload.counted_prefills * prefill + workload.output_len * decode
+
+    @cached_property
+    def _estimate(self) -> Estimate:
+        return Estimate(self.table, self.evaluator)
+
+    def report(self, found: Iterable[Candidate]) -> PlanReport:
+        """The answer, from all that was found.
+
+        Raises:
+            InvalidInput: nothing was, and why.
+        """
+        found = tuple(found)
+        if not found:
+            raise InvalidInput([f"model {self.model.name} on {self.slice.name}: {reason}" for reason, _ in self.refused.most_common()])
+        refused = tuple(Refused(reason, count) for reason, count in self.refused.most_common())
+        return PlanReport(self.question, self.slice, order(found), refused)
+
+    def _single(self, over: Iterable[Storage]) -> list[Candidate]:
         """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
         label = self.workload.phase or "decode"
         found = []
-        for storage, (least,) in self._ordered((label,), (1,)):
-            options = Options(self.space, storage, label, least)
+        for storage, (bounds,) in self._ordered(over, (label,), (1,)):
+            options = Options(self.space, storage, label, bounds)
             for choice in options:
                 found.append(self._seen(self._alone(storage, label, choice)))
             self._pass_over(options.num_left)
         return found
 
-    def whole(self) -> list[Candidate]:
+    def _whole(self, over: Iterable[Storage]) -> list[Candidate]:
         """For every storage and decode option, the best prefill option beside it."""
         found: list[Candidate] = []
         times = (self.workload.counted_prefills, self.workload.output_len)
         pairing = Pairing(self.space)
-        for storage, (prefill, decode) in self._ordered(PHASES, times):
-            prefills = Options(self.space, storage, "prefill", prefill, times[1] * _soonest(decode), times[0], merged=False)
+        for storage, (prefill, decode) in self._ordered(over, PHASES, times):
+            prefills = Options(self.space, storage, "prefill", prefill, times[1] * decode.soonest, times[0], merged=False)
             decodes = Options(self.space, storage, "decode", decode, times[0] * prefills.soonest, times[1])
             for choice in decodes:
                 best = pairing.best_beside(storage, choice, prefills)
@@ -159,16 +190,28 @@ class _Search:
             steps["prefill"] = steps["prefill"].beside(self.evaluator.coupling(layout, padded))
         return self._candidate(layout, padded, steps, self.evaluator.memory(layout, list(priced.values()), padded))
 
-    def _ordered(self, labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Storage, list[dict[Gather, Least]]]]:
-        """Storages that hold the model, those that may be fastest first, with what each phase takes at least by its gathered axes."""
-        able = [storage for storage in self.storages if self._holds(storage)]
-        bounded = [(storage, [self.space.least(storage, label) for label in labels]) for storage in able]
-        least = [sum(n * _soonest(one) for n, one in zip(times, each, strict=True)) for _, each in bounded]
-        for index in sorted(range(len(bounded)), key=lambda i: least[i]):
-            if self.space.limit(bounded[index][0]).allows(least[index]):
-                yield bounded[index]
+    def _ordered(self, over: Iterable[Storage], labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Storage, list[Bounds]]]:
+        """Storages that hold the model, those that may be fastest first, with what each phase takes at least.
+
+        A phase is bounded when its storage comes up, the last one first: where that takes too long already the others need no bound.
+        """
+        heap: list[tuple[float, int, Storage, list[Bounds]]] = []
+        for index, storage in enumerate(storage for storage in over if self._holds(storage)):
+            floors = (n * self.space.floor(storage, label) for n, label in zip(times, labels, strict=True))
+            heap.append((sum(floors), index, storage, []))
+        heapq.heapify(heap)
+        while heap:
+            least, index, storage, known = heapq.heappop(heap)
+            if not self.space.limit(storage).allows(least):
+                self._pass_over(num_options(self.table, storage))
+            elif len(known) == len(labels):
+                yield storage, known
             else:
-                self._pass_over(num_options(self.table, bounded[index][0]))
+                left = len(labels) - len(known) - 1  # phases without a bound, after this one has it
+                known = [Bounds(self.space, storage, labels[left]), *known]
+                least = sum(n * self.space.floor(storage, label) for n, label in zip(times[:left], labels[:left], strict=True))
+                least += sum(n * one.soonest for n, one in zip(times[left:], known, strict=True))
+                heapq.heappush(heap, (least, index, storage, known))
 
     def _seen(self, candidate: Candidate) -> Candidate:
         if candidate.fits and candidate.meets_bound:
@@ -233,7 +276,3 @@ def _whole_where(layout: Layout, priced: Mapping[str, Priced]) -> Layout:
     """The layout whose phases keep whole what passes between sublayers where they were priced so."""
     phases: dict[str, Any] = {label: replace(layout.phase(label), whole=True) for label, one in priced.items() if one.whole}
     return replace(layout, **phases, check=False) if phases else layout
-
-
-def _soonest(least: dict[Gather, Least]) -> float:
-    return min((one.seconds for one in least.values()), default=float("inf"))

@@ -1,30 +1,25 @@
-"""Searches over slices and meshes: `--slice auto:CHIP`, the cheapest slice that keeps a latency bound, and `--mesh auto`.
+"""Searches over slices: `--slice auto:CHIP`, the cheapest slice that keeps a latency bound.
 
 Only shapes that can be rented are tried (`Chip.rented_shapes`). One per number of chips comes first, the most cubic with sides that are
 powers of two: those are what models' dimensions divide, and a longer shape of as many chips has fewer links across its middle. Of the
-cheapest number all shapes are tried. Cost is chip-seconds of
-the step or the workload that was asked for. A mesh may split every torus axis (or the devices of a switch) into factors, which then have
-roles of their own.
+cheapest number all shapes are tried. Cost is chip-seconds of the step or the workload that was asked for.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Chip, chips
-from partinf.hardware.slices import TORUS_NAMES, Link, Slice, make_slice
+from partinf.hardware.slices import Slice, make_slice
 from partinf.model.weights import num_params
-from partinf.planner.options import BestSoFar
 from partinf.planner.question import Question
 from partinf.planner.report import PlanReport
-from partinf.planner.search import MOST_AXES, TIE, answer
+from partinf.planner.search import answer
 
 MOST_CHIPS = 512
-MOST_MESHES = 128  # of one slice; each is a search of its own, of a tenth of a second and more
 _SECONDS_PER_HOUR = 3600
 
 
@@ -107,10 +102,10 @@ def _fitting(question: Question, slices: Iterable[Slice]) -> list[Trial]:
     return [trial for trial in trials if trial.report.best.fits]
 
 
-def _trial(question: Question, slice_: Slice, limit: BestSoFar | None = None) -> Trial | None:
-    """None where the slice's axes do not divide the model, or where nothing comes near the limit."""
+def _trial(question: Question, slice_: Slice) -> Trial | None:
+    """None where the slice's axes do not divide the model."""
     try:
-        return Trial(answer(question, slice_, limit))
+        return Trial(answer(question, slice_))
     except InvalidInput:
         return None
 
@@ -128,73 +123,6 @@ def slices_of(chip: Chip, most_chips: int = MOST_CHIPS) -> list[Slice]:
         if all(side & (side - 1) == 0 for side in shape):
             found.setdefault(math.prod(shape), shape)
     return [make_slice(chip, shape) for shape in found.values()]
-
-
-def every_mesh(question: Question, slice_: Slice) -> list[Trial]:
-    """The best layout of the best mesh of a slice, and of those that come near it, the fastest first.
-
-    A mesh is left as soon as nothing on it can be a tie with what another had; those of few axes are searched first.
-
-    Raises:
-        InvalidInput: no mesh holds the model.
-    """
-    limit, trials = BestSoFar(TIE), []
-    for mesh in sorted(meshes_of(slice_, question.model.num_kv_heads), key=lambda mesh: len(mesh.axes)):
-        trial = _trial(question, mesh, limit)
-        trials += [trial] if trial else []
-    first, *others = sorted(trials, key=_by_time) or [Trial(answer(question, slice_))]  # the latter says why there is none
-    return [Trial(answer(question, first.report.slice)), *others]
-
-
-def _by_time(trial: Trial) -> tuple[bool, bool, float]:
-    return not trial.report.best.fits, not trial.accepted, trial.report.best.score
-
-
-def meshes_of(slice_: Slice, num_kv_heads: int = 1) -> list[Slice]:
-    """The slice as it is, then under every other factorisation of its axes into no more than are searched.
-
-    Equal torus axes are split once where there is one key-value head; several are dealt over the axes in mesh order, so that it matters
-    which of two equal axes comes in parts.
-
-    Raises:
-        InvalidInput: more of them than anybody would wait for.
-    """
-    others = sum(axis.size > 1 for axis in slice_.axes if axis.link not in (Link.TORUS, Link.SWITCH))
-    sides = _sides(slice_)
-    found, seen = {tuple(slice_.axis_sizes.values()): slice_}, set()
-    for backwards in itertools.product(*(_factorings(size) for _, size, _ in reversed(sides))):
-        parts = backwards[::-1]  # the first axis is split first
-        marked = [(size, wraps, factors) for (_, size, wraps), factors in zip(sides, parts, strict=True)]
-        signature = tuple(sorted(marked) if num_kv_heads == 1 else marked)
-        if signature in seen or others + sum(size > 1 for factors in parts for size in factors) > MOST_AXES:
-            continue
-        seen.add(signature)
-        mesh = slice_.with_mesh(",".join(_named(name, factors) for (name, _, _), factors in zip(sides, parts, strict=True)))
-        found.setdefault(tuple(mesh.axis_sizes.values()), mesh)
-        if len(found) > MOST_MESHES:
-            raise InvalidInput(f"slice {slice_.name}: more than {MOST_MESHES} meshes of at most {MOST_AXES} axes; name one of them")
-    return list(found.values())
-
-
-def _sides(slice_: Slice) -> list[tuple[str, int, bool]]:
-    """Name, size and wraparound of what can be factorised: each torus axis, or all devices of a switch."""
-    free = [axis for axis in slice_.axes if axis.link in (Link.TORUS, Link.SWITCH)]
-    if slice_.chip.torus_dims == 0:
-        return [(TORUS_NAMES[0], math.prod(axis.size for axis in free), True)]
-    return [(axis.torus, axis.torus_size, axis.wraps) for axis in {axis.torus: axis for axis in free}.values()]
-
-
-def _factorings(size: int, most: int = MOST_AXES) -> Iterator[tuple[int, ...]]:
-    """The ways to write a size as an ordered product of at most so many factors above 1, the size itself first."""
-    yield (size,)
-    for first in range(2, size // 2 + 1) if most > 1 else ():
-        if size % first == 0:
-            yield from ((first, *rest) for rest in _factorings(size // first, most - 1))
-
-
-def _named(name: str, factors: tuple[int, ...]) -> str:
-    """`x:4`, or `x0:2,x1:2` for several factors."""
-    return f"{name}:{factors[0]}" if len(factors) == 1 else ",".join(f"{name}{i}:{size}" for i, size in enumerate(factors))
 
 
 def price_per_million_tokens(trial: Trial, per_chip_hour: float) -> float:

@@ -18,7 +18,7 @@ from partinf.planner import plan, search
 from partinf.planner.evaluate import FEW_ROWS, Evaluator, heads_for
 from partinf.planner.options import BestSoFar
 from partinf.planner.question import Question
-from partinf.planner.search import _Search, order
+from partinf.planner.search import Search, order
 from partinf.plans import Plan, layout_offences
 from partinf.workload import DType, Workload
 
@@ -180,8 +180,8 @@ def test_what_is_left_out_is_slower() -> None:
     model = ModelConfig("small", 4, 1024, 4096, 16, 8, 64, 4096)
     slice_ = parse_slice("v4:4x2x2")
     for workload in (Workload(batch=16, context_len=512, phase="decode"), Workload(batch=16, input_len=256, output_len=64)):
-        searches = [_Search(Question(model, workload, calibration="none"), slice_, BestSoFar(cut)) for cut in (None, 1.5)]
-        lists = [order(s.single() if workload.phase else s.whole()) for s in searches]
+        searches = [Search(Question(model, workload, calibration="none"), slice_, BestSoFar(cut)) for cut in (None, 1.5)]
+        lists = [order(s.candidates()) for s in searches]
         near = [c.score for c in lists[0] if c.fits and c.score <= 1.5 * lists[0][0].score]
         assert [c.score for c in lists[1]][: len(near)] == near
         assert len(lists[1]) < len(lists[0])
@@ -193,7 +193,9 @@ def test_fetching_ahead_is_searched_as_it_is_priced() -> None:
     workload = Workload(batch=16, context_len=512, phase="decode")
     lists = [
         order(
-            _Search(Question(model, workload, program=JAX_LLM_EXAMPLES), parse_slice("v5e:4x4", "x:4,y0:2,y1:2"), BestSoFar(cut)).single()
+            Search(
+                Question(model, workload, program=JAX_LLM_EXAMPLES), parse_slice("v5e:4x4", "x:4,y0:2,y1:2"), BestSoFar(cut)
+            ).candidates()
         )
         for cut in (None, 1.5)
     ]
