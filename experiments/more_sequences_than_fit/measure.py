@@ -45,7 +45,8 @@ RESERVED = Leg("reserved", FULL)
 LEGS = (
     RESERVED,
     Leg("pool, computed again", ROWS),
-    Leg("pool, swapped", ROWS, policy="mlfq", eviction=Eviction.REACTIVE),
+    Leg("pool, swapped", ROWS, policy="priority", eviction=Eviction.REACTIVE),
+    Leg("pool, swapped by a feedback queue", ROWS, policy="mlfq", eviction=Eviction.REACTIVE),
 )
 # Pages over the longest context as `simulate --as-served` has them for Llama 3.1 8B: 806,768 tokens at 32,768; and as many as one sequence.
 RATIOS = (Leg("as on v5e:2x4 at 32k", 32, 806_768 / 32_768), Leg("as on one v5e in int8", 32, 1.0))
@@ -86,13 +87,14 @@ class Run:
         """All answers, and what the engine counted."""
         policy = make_policy(self.leg.policy, PolicyOptions(self.leg.rows, eviction=self.leg.eviction), self._estimates)
         engine = Engine(self.model.runner, policy=policy, check_invariants=self._check)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         outputs = engine.generate(list(prompts), list(params))
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
         tokens = sum(len(output.tokens) for output in outputs)
         summary = engine.metrics.summary()
-        figures = {"seconds": seconds, "tokens_per_second": tokens / seconds, "preemptions": summary.preemptions}
-        return [output.tokens for output in outputs], figures | {"iterations": summary.iterations}
+        figures = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens_per_second": tokens / seconds}
+        counted = {name: getattr(summary, name) for name in ("iterations", "preemptions", "recomputed_tokens", "swapped_out_pages")}
+        return [output.tokens for output in outputs], figures | counted
 
 
 def alone(run: Run, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[tuple[int, ...]]:
@@ -122,6 +124,7 @@ def compare(model: str, max_len: int, rounds: int, legs: Sequence[Leg], checked:
             "memory": held(run.model.plan).as_json(),
             "differ_from_alone": differing[place] if checked else None,
             "tokens_per_second": statistics.median(one["tokens_per_second"] for one in found[place][1:]),
+            "cpu_seconds": statistics.median(one["cpu_seconds"] for one in found[place][1:]),
             "runs": found[place][1:],
         }
         for place, run in enumerate(runs)
