@@ -41,14 +41,22 @@ def fits(pages: KeysValues) -> bool:
 
 
 def paged_decode(
-    q: jax.Array, pages: KeysValues, rows: jax.Array, position: jax.Array, scale: float, interpret: bool = False
+    q: jax.Array,
+    pages: KeysValues,
+    rows: jax.Array,
+    position: jax.Array,
+    scale: float,
+    cap: float = 0.0,
+    least: jax.Array | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one query per lane.
 
     Args:
         q: [B, K, G, Q]. pages: [R, S, Q], the heads of a page one after the other, of which K are read; scales [R / heads, 1, lanes].
         rows: [B, n], where each page of a lane begins in `pages`; any row for those that the lane does not have. position: [B], the last
-            that is visible, -1 for none. scale: of scores.
+            that is visible, -1 for none. scale: of scores. cap: c in c·tanh(score/c), 0 for none.
+        least: [B], the first that is visible; None for the first that there is.
         interpret: run without a TPU.
 
     Returns:
@@ -64,11 +72,14 @@ def paged_decode(
     buffers += [pltpu.VMEM((2, each, 1, scale.shape[-1]), scale.dtype) for scale in scales]
     context = float(lanes * held * length)
     lane = lambda lane, *_: (lane, 0, 0, 0)  # noqa: E731
+    visible = (position,) if least is None else (position, least)
     out, mass = pl.pallas_call(
-        functools.partial(_kernel, scale=scale, lanes=lanes, held=held, each=each, num_sources=len(buffers)),
+        functools.partial(
+            _kernel, scale=scale, cap=cap, windows=least is not None, lanes=lanes, held=held, each=each, num_sources=len(buffers)
+        ),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((lanes, kv_heads, group, 1), jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1 + len(visible),
             grid=(lanes,),
             in_specs=[pl.BlockSpec((1, kv_heads, group, size), lane)] + [pl.BlockSpec(memory_space=pl.ANY)] * len(buffers),
             out_specs=(pl.BlockSpec((1, kv_heads, group, size), lane), pl.BlockSpec((1, kv_heads, group, 1), lane)),
@@ -81,13 +92,16 @@ def paged_decode(
         ),
         interpret=interpret,
         name="paged_decode",
-    )(rows.reshape(-1), position, q, *arrays, *scales)
+    )(rows.reshape(-1), *visible, q, *arrays, *scales)
     return out, mass[..., 0]
 
 
-def _kernel(rows: Any, position: Any, q: Any, *others: Any, scale: float, lanes: int, held: int, each: int, num_sources: int) -> None:
-    """One lane. `others`: keys, values and their scales if they have any; the two results; a pair of buffers for each of the former, their
-    semaphores, and which buffer is next."""
+def _kernel(
+    rows: Any, position: Any, *others: Any, scale: float, cap: float, windows: bool, lanes: int, held: int, each: int, num_sources: int
+) -> None:
+    """One lane. `others`: the first visible positions where there are windows; queries; keys, values and their scales if they have any; the
+    two results; a pair of buffers for each of the former, their semaphores, and which buffer is next."""
+    least, q, *others = others if windows else (None, *others)  # type: ignore[assignment]
     sources, (out, mass), (*buffers, arrived, turn) = others[:num_sources], others[num_sources : num_sources + 2], others[num_sources + 2 :]
     lane = pl.program_id(0)
     _, kv_heads, group, size = q.shape
@@ -96,6 +110,9 @@ def _kernel(rows: Any, position: Any, q: Any, *others: Any, scale: float, lanes:
 
     def blocks(lane: Any) -> Any:
         return jnp.maximum((position[lane] + each * length) // (each * length), 1)
+
+    def begin(lane: Any) -> Any:
+        return 0 if least is None else jnp.minimum(least[lane] // (each * length), blocks(lane) - 1)
 
     def copies(lane: Any, block: Any, buffer: Any) -> list[Any]:
         found = []
@@ -114,12 +131,12 @@ def _kernel(rows: Any, position: Any, q: Any, *others: Any, scale: float, lanes:
     @pl.when(lane == 0)
     def _first() -> None:
         turn[0] = 0
-        fetch(0, 0, 0)
+        fetch(0, begin(0), 0)
 
-    last, count, start = position[lane], blocks(lane), turn[0]
+    last, first, count, start = position[lane], begin(lane), blocks(lane), turn[0]
 
     def block_of(block: Any, running: Any) -> Any:
-        buffer = lax.rem(start + block, 2)
+        buffer = lax.rem(start + block - first, 2)
 
         @pl.when(block + 1 < count)
         def _more() -> None:
@@ -127,19 +144,20 @@ def _kernel(rows: Any, position: Any, q: Any, *others: Any, scale: float, lanes:
 
         @pl.when((block + 1 == count) & (lane + 1 < lanes))
         def _ahead() -> None:
-            fetch(lane + 1, 0, 1 - buffer)
+            fetch(lane + 1, begin(lane + 1), 1 - buffer)
 
         for copy in copies(lane, block, buffer):
             copy.wait()
         place = block * each * length + lax.broadcasted_iota(jnp.int32, (1, each * length), 1)
         updated = []
-        first = lax.rem(rows[lane * held], of_page) if of_page > 1 else 0  # of the heads that are read
+        visible = place <= last if least is None else (place <= last) & (place >= least[lane])
+        front = lax.rem(rows[lane * held], of_page) if of_page > 1 else 0  # of the heads that are read
         for head, (top, total, added) in enumerate(running):
             k, v = (pages[buffer, :, head].astype(q.dtype).reshape(each * length, size) for pages in buffers[:2])
-            scales = [_in_line(scale[buffer, :, 0], (first + head) * length, length) for scale in buffers[2:]]
+            scales = [_in_line(scale[buffer, :, 0], (front + head) * length, length) for scale in buffers[2:]]
             scores = lax.dot_general(q[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
             scores = scores * scales[0] if scales else scores
-            scores = jnp.where(place <= last, scores, _MASKED)
+            scores = jnp.where(visible, cap * jnp.tanh(scores / cap) if cap else scores, _MASKED)
             highest = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights, fade = jnp.exp(scores - highest), jnp.exp(top - highest)
             sums = total * fade + jnp.sum(weights, axis=-1, keepdims=True)
@@ -150,8 +168,8 @@ def _kernel(rows: Any, position: Any, q: Any, *others: Any, scale: float, lanes:
 
     column = jnp.zeros((group, 1), jnp.float32)
     nothing = (column + _LEAST, column, jnp.zeros((group, size), jnp.float32))
-    running = lax.fori_loop(0, count, block_of, (nothing,) * kv_heads)
-    turn[0] = lax.rem(start + count, 2)
+    running = lax.fori_loop(first, count, block_of, (nothing,) * kv_heads)
+    turn[0] = lax.rem(start + count - first, 2)
     for head, (top, total, added) in enumerate(running):
         kept = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         out[0, head] = (added / kept).astype(out.dtype)

@@ -163,11 +163,13 @@ def _in_place(
     """`decode` of q [B, K, G, Q] by a kernel that reads pages where they lie; None where there is none for these."""
     if tiles.native and cpu_kernels.fits(stored.pages):
         return cpu_kernels.decode(q, stored, position, scores.of(q.shape[-1]), scores.cap, first)
-    if tiles.paged and not scores.cap and first is None:  # that kernel has neither
+    if tiles.paged:
         from partinf.transformer.kernels import paged_decode  # it takes a quarter of a second, which a CPU never needs
 
         if paged_decode.fits(stored.pages):
-            return paged_decode.paged_decode(q, stored.pages, stored.rows, position, scores.of(q.shape[-1]), tiles.interpret)
+            return paged_decode.paged_decode(
+                q, stored.pages, stored.rows, position, scores.of(q.shape[-1]), scores.cap, first, tiles.interpret
+            )
     return None
 
 
