@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 
+from partinf.cli import main
 from partinf.cost.attention import _seen
 from partinf.cost.ledger import Entry, Kind, Ledger
 from partinf.cost.pricing import Pricing
@@ -19,6 +21,7 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model import kinds
 from partinf.model.config import ModelConfig
+from partinf.model.load import config_to_toml
 from partinf.planner.choose import plan
 from partinf.plans import Plan
 from partinf.workload import DType, Workload
@@ -93,3 +96,12 @@ def test_a_search_passes_over_stages_that_would_differ() -> None:
     model = dataclasses.replace(MODEL, **PATTERN, num_layers=14)
     found = plan(model, parse_slice("v5e:4x4*2"), Workload(batch=32, context_len=2048, phase="decode"))
     assert found.num_stages == 1
+
+
+def test_a_file_of_two_kinds_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cores are told apart: those of its windows, and those that read all."""
+    file = tmp_path / "mine.toml"
+    file.write_text(config_to_toml(dataclasses.replace(MODEL, **PATTERN)))
+    assert main(["plan", "--model", str(file), "--slice", "v5e:2x2", "--phase", "decode", "--batch", "64", "--context", "32768"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("decode core")]
+    assert [line[3] for line in lines] == ["2", "10"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from partinf.buckets import held, served_capacity, with_capacity
 from partinf.cost.memory import Held
 from partinf.foundation import resources
-from partinf.foundation.documents import is_directory
+from partinf.foundation.documents import is_directory, is_file
 from partinf.foundation.errors import DoesNotFit
 from partinf.model.config import ModelConfig
 from partinf.planner.choose import plan_of
@@ -26,7 +26,7 @@ def unservable(plan: Plan) -> str | None:
 
 def ships_weights(model: str) -> bool:
     """Whether a model is one that comes with weights wherever partinf is installed."""
-    return not is_directory(model) and resources.find("models", model).is_dir()
+    return not is_directory(model) and not is_file(model) and resources.find("models", model).is_dir()
 
 
 def serve_command(file: str, plan: Plan, workload: Workload, model: str | None = None) -> list[str]:
