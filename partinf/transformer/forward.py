@@ -23,6 +23,7 @@ prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -125,8 +126,13 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
         return gather_weights(weights, ENTERING, routes)
 
     if isinstance(layers, tuple):
+        # With the cache in one piece all layers of a kind are the same function, which is traced and lowered once.
+        alike = [jax.jit(functools.partial(one, kind=kind)) for kind in range(len(model.layer_kinds))]
         for index, (weights, kind) in enumerate(zip(layers, model.kind_of_layers, strict=True)):
-            x, kv = one(weights, entering(weights), x, kv, index, kind)
+            if isinstance(kv, tuple):
+                x, kv = one(weights, entering(weights), x, kv, index, kind)
+            else:
+                x, kv = alike[kind](weights, entering(weights), x, kv, index)
         return x, kv
     in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
 

@@ -159,9 +159,9 @@ class _Shapes:
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool) -> None:
-        axis = 0 if unrolled else 1
-        self.where = (slice(None),) * axis
         self.kv = abstract_state(plan, mesh, unrolled).kv
+        axis = 0 if isinstance(self.kv, tuple) else 1
+        self.where = (slice(None),) * axis
         places, split = plan.num_shards * plan.num_parts, dimensions(mesh, plan.stage_axes, plan.page_axes, ())
         self.ids = jax.ShapeDtypeStruct((plan.num_stages, places, PAGES), np.int32, sharding=split)
 

@@ -83,8 +83,10 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
 
 
 def prefers_unrolled(plan: Plan, mesh: Mesh) -> bool:
-    """Whether layers are compiled one by one, as these devices prefer. Stages share one program, so theirs are stacked."""
-    return platform_of(mesh).unrolled and plan.num_stages == 1
+    """Whether layers are compiled one by one: as far as these devices prefer it for so many layers of so many programs. Stages share one
+    program, so theirs are stacked."""
+    layers = plan.model.num_layers * max(len(plan.buckets), 1)
+    return layers <= platform_of(mesh).unrolled_layers and plan.num_stages == 1
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:
