@@ -59,8 +59,6 @@ class Platform:
         unrolled_layers: layers of all programs of a plan together up to which they are compiled one by one, where a loop over them runs
             slower; each costs a compilation of its own. One program of each shipped model is within a TPU's bound, where a layer takes some
             tenfold of what a loop's share of it takes to compile, and not the six programs that serve Llama 3 8B.
-        cache_apart: where layers are compiled one by one, their parts of the cache lie apart too. A TPU's compiler brings what is small
-            enough, as one layer's part is, on the chip as a whole to write a token into it.
         native_products: products of a few rows run in our own kernel (`partinf.transformer.kernels.cpu`).
         widened_rows: rows of bfloat16 from which a product is made in float32 where the machine has no unit for bfloat16; None for never.
         wide_activation: nonlinearities are computed in float32, where that is one pass with what stands around it and bfloat16 is four.
@@ -89,7 +87,6 @@ class Platform:
     lanes: int
     tiles: Tiles
     unrolled_layers: int
-    cache_apart: bool
     native_products: bool
     widened_rows: int | None
     wide_activation: bool
@@ -125,7 +122,6 @@ CPU = Platform(
     lanes=1,
     tiles=Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
     unrolled_layers=1 << 30,
-    cache_apart=True,
     native_products=True,
     widened_rows=32,
     wide_activation=True,
@@ -153,7 +149,6 @@ GPU = Platform(
     lanes=1,
     tiles=Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
     unrolled_layers=0,
-    cache_apart=False,
     native_products=False,
     widened_rows=None,
     wide_activation=False,
@@ -181,7 +176,6 @@ TPU = Platform(
     lanes=128,
     tiles=Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
     unrolled_layers=160,
-    cache_apart=False,
     native_products=False,
     widened_rows=None,
     wide_activation=False,

@@ -47,10 +47,8 @@ class PagesOfHeads(KeysValues):
 
 
 def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any:
-    """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head. Where layers are unrolled it is a pair of
-    arrays for each, or all stacked as in a scan, as the platform prefers."""
-    apart = unrolled and plan.slice.chip.platform.cache_apart
-    model, lead = plan.padded_model, () if apart else (plan.model.num_layers,)
+    """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head."""
+    model, lead = plan.padded_model, () if unrolled else (plan.model.num_layers,)
     shape = (plan.cache.pages_per_shard * plan.num_shards, model.num_kv_heads, plan.cache.page_size, model.head_dim)
 
     def array(shape: tuple[int, ...], dtype: Any, letters: str) -> jax.ShapeDtypeStruct:
@@ -62,7 +60,7 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
     else:
         half = array(shape, jnp.float32 if plan.kv is DType.F32 else _bfloat16(plan), _LETTERS)
     layer = KeysValues(half, half)
-    return (layer,) * model.num_layers if apart else layer
+    return (layer,) * model.num_layers if unrolled else layer
 
 
 def _scale_row(plan: Plan) -> tuple[int, int]:

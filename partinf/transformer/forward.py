@@ -126,14 +126,13 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
         return gather_weights(weights, ENTERING, routes)
 
     if isinstance(layers, tuple):
-        # With the cache in one piece all layers of a kind are the same function, which is traced and lowered once.
-        alike = [jax.jit(functools.partial(one, kind=kind)) for kind in range(len(model.layer_kinds))]
-        for index, (weights, kind) in enumerate(zip(layers, model.kind_of_layers, strict=True)):
-            if isinstance(kv, tuple):
-                x, kv = one(weights, entering(weights), x, kv, index, kind)
-            else:
-                x, kv = alike[kind](weights, entering(weights), x, kv, index)
-        return x, kv
+        # All layers of a kind are the same function of their own weights and cache, which is traced and lowered once.
+        alike = [jax.jit(functools.partial(one, index=0, kind=kind)) for kind in range(len(model.layer_kinds))]
+        caches = []
+        for weights, held, kind in zip(layers, kv, model.kind_of_layers, strict=True):
+            x, (held,) = alike[kind](weights, entering(weights), x, (held,))
+            caches.append(held)
+        return x, tuple(caches)
     in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
 
     def layer(index: Any) -> Params:

@@ -133,11 +133,14 @@ def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -
 def normalised(x: jax.Array, by: Norm, eps: float, width: int, axes: Axes, routes: Routes) -> jax.Array:
     """x [T, .., C.axes] normalised over its last dimension, which is `width` in all, in float32."""
     wide = x.astype(jnp.float32)
+    split = tuple(axis for axis in axes if routes.sizes[axis] > 1)
+    if by.centred and x.shape[-1] == width:  # the mean first: far above the deviation, a difference of squares is nothing but rounding
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     sums = [jnp.sum(wide * wide, axis=-1)]
     if by.centred:
         sums.append(jnp.sum(wide, axis=-1))
     total = jnp.stack(sums)  # [1 or 2, T, ..] {axes unreduced}
-    split = tuple(axis for axis in axes if routes.sizes[axis] > 1)
     if split:
         total = lax.psum(total, split)
     means = total[..., None] / width

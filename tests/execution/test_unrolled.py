@@ -1,4 +1,4 @@
-"""Layers that are compiled one by one: over a cache in one piece they give what the reference gives, and a bound says when they are."""
+"""Layers that are compiled one by one: they give what the reference gives, are traced once, and a bound says when they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from partinf.hardware.platform import CPU, PLATFORMS, TPU
+from partinf.hardware.platform import PLATFORMS, TPU
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh, device_mesh
@@ -23,18 +23,13 @@ from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 LAYOUT = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
 
 
-@pytest.fixture
-def in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, cache_apart=False))
-
-
 @pytest.mark.parametrize("family", ["llama", "local and global"])
-def test_unrolled_layers_over_a_cache_in_one_piece(in_one_piece: None, family: str) -> None:
+def test_unrolled_layers_give_what_the_reference_gives(family: str) -> None:
     model = replace(MODEL, name=f"unrolled-{family}", **BLOCKS.get(family, {}))
     assert largest_error(make_plan("2x2x2", LAYOUT, model), unrolled=True) < TOLERANCE["f32"]
 
 
-def test_layers_of_a_kind_are_traced_once(in_one_piece: None) -> None:
+def test_layers_of_a_kind_are_traced_once() -> None:
     plan, bucket = make_plan("2x2x2", LAYOUT, replace(MODEL, num_layers=5)), Bucket(8, 6)
     mesh = abstract_mesh(plan)
     step = build_step(plan, mesh, bucket, unrolled=True, plain=True)
