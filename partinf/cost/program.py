@@ -31,6 +31,7 @@ class Program:
     Attributes:
         per_prompt_attention: prompt tokens attend within their own prompt only, instead of to all tokens of the shard under a mask.
         blocked_attention: scores are made block by block and never stored whole.
+        skips_windows: attention leaves out what lies before the windows that layers have, instead of masking it.
         looped: the paper's program (Pope et al., 2023, section 3.5, and its released code):
             * a collective goes around one ring, so over one axis, at a time;
             * beside the product with W_in (fused with W_Q in a parallel block), and beside that with W_out (W_O), one of them is unrolled
@@ -54,6 +55,7 @@ class Program:
     name: str
     per_prompt_attention: bool
     blocked_attention: bool
+    skips_windows: bool = True
     looped: bool = False
     residual: Residual = Residual.SPLIT
     either_residual: bool = False
@@ -64,7 +66,7 @@ class Program:
     position_seconds: float = 0.0
 
 
-PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False)
+PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False, skips_windows=False)
 TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, either_residual=True, gathers_beside=True, decode_kernel=True)
 LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
 JAX_LLM_EXAMPLES = Program(

@@ -167,7 +167,7 @@ class StepSplit:
     def windows(self) -> tuple[tuple[int, int], ...]:
         """The windows of the layers and how many have each. A layer without one has a window without end, and so have all in a program
         that masks what lies outside instead of skipping it."""
-        if not self.pricing.program.blocked_attention:
+        if not self.pricing.program.skips_windows:
             return ((NEVER, self.model.num_layers),)
         return self.model.windows
 
