@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import pytest
@@ -25,7 +26,7 @@ from partinf.transformer.batch import stacked
 from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step
 from partinf.workload import DType, Workload
-from tests.execution.assignments import FAMILIES
+from tests.execution.assignments import BLOCKS, FAMILIES
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
 
@@ -47,9 +48,17 @@ def test_int8_weights_and_layers_that_are_unrolled() -> None:
     assert largest_error(make_plan("2x2x2", layout("xy")), unrolled=True) < TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_every_weight_is_gathered_once_per_layer(layers: int) -> None:
-    model = dataclasses.replace(MODEL, num_layers=layers)
+def test_layers_of_several_kinds_equal_the_reference() -> None:
+    """A prefix, a period that is scanned, and a layer after it, each gathered by the one before."""
+    model = dataclasses.replace(MODEL, name="ahead-kinds", **BLOCKS["norms after, three kinds"])
+    assert largest_error(make_plan("2x2x2", layout("xz"), model)) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize(
+    "block", [{"num_layers": 1}, {"num_layers": 3}, *map(BLOCKS.get, ("local and global", "norms after, three kinds"))]
+)
+def test_every_weight_is_gathered_once_per_layer(block: dict[str, Any]) -> None:
+    model = dataclasses.replace(MODEL, **block)
     accounts = [trace_account(make_plan("2x2x2", layout("xyz", ahead), model), Bucket(16, 8)) for ahead in (True, False)]
     assert accounts[0] == accounts[1]
 
