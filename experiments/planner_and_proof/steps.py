@@ -1,16 +1,21 @@
-"""The twelve steps that planner and proof are asked for: decode and prompts of 512, 8k and 32k tokens on four kinds of TPU."""
+"""The twelve steps that planner and proof are asked for: decode and prompts of 512, 8k and 32k tokens on four kinds of TPU.
+
+Their layouts stand here, as `partinf plan` chose them on 2026-11-30 for the step alone or for a whole workload of such prompts, so that a
+changed price changes no program.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from partinf.buckets import serving_steps
 from partinf.hardware.slices import parse_slice
+from partinf.layout import make_layout
 from partinf.model.load import load_model_config
-from partinf.planner import search
-from partinf.planner.choose import plan_of
 from partinf.plans import Bucket, Plan
 from partinf.workload import DType, Workload
+
+_SERVED, _OUTPUT = 8, 256  # sequences of a whole workload, and tokens that each generates
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class Step:
     """One step: of `batch` sequences that decode at `length` tokens, or of so many prompts of that length.
 
     Attributes:
-        served: the layout is that of a whole workload of such prompts, decode included; else the one that is best for the step alone.
+        storage, attention: the role of every axis. decode: that of attention in decode, where it is another. gathered: the weights are
+            gathered for prompts, ahead. served: the cache is that of a whole workload.
     """
 
     name: str
@@ -27,13 +33,17 @@ class Step:
     phase: str
     batch: int
     length: int
+    storage: str
+    attention: str
     weights: DType = DType.BF16
     kv: DType = DType.BF16
+    decode: str = ""
+    gathered: bool = False
     served: bool = False
 
     @property
     def workload(self) -> Workload:
-        """What the layout is chosen for."""
+        """What the cache is sized for."""
         if self.phase == "decode":
             return Workload(self.batch, context_len=self.length, phase="decode", weights=self.weights, kv=self.kv)
         if not self.served:
@@ -41,28 +51,34 @@ class Step:
         return Workload(_SERVED, self.length, _OUTPUT, weights=self.weights, kv=self.kv, prefill_batch=self.batch)
 
 
-_SERVED, _OUTPUT = 8, 256  # sequences of a whole workload, and tokens that each generates
 _INT8 = {"weights": DType.INT8, "kv": DType.INT8}
 STEPS = (
-    Step("v5e decode", "llama-3-8b", "v5e:2x4", "decode", 32, 2048, **_INT8),
-    Step("v5e 512", "llama-3-8b", "v5e:2x4", "prefill", 4, 512, **_INT8, served=True),
-    Step("v5e 8k", "llama-3-8b", "v5e:2x4", "prefill", 1, 8192, **_INT8, served=True),
-    Step("v6e decode", "qwen-3-8b", "v6e:2x2", "decode", 32, 1024),
-    Step("v6e 512", "qwen-3-8b", "v6e:2x2", "prefill", 4, 512, served=True),
-    Step("v6e 32k", "qwen-3-8b", "v6e:2x2", "prefill", 1, 32768),
-    Step("v5p decode", "llama-3-8b", "v5p:2x2x1", "decode", 64, 2048),
-    Step("v5p 8k", "llama-3-8b", "v5p:2x2x1", "prefill", 1, 8192, served=True),
-    Step("v5p 32k", "llama-3-8b", "v5p:2x2x1", "prefill", 1, 32768),
-    Step("tpu7x decode", "qwen-3-8b", "tpu7x:2x2x1", "decode", 128, 1024),
-    Step("tpu7x 512", "qwen-3-8b", "tpu7x:2x2x1", "prefill", 8, 512),
-    Step("tpu7x 8k", "qwen-3-8b", "tpu7x:2x2x1", "prefill", 1, 8192, served=True),
+    Step("v5e decode", "llama-3-8b", "v5e:2x4", "decode", 32, 2048, "ffn", "heads", **_INT8),
+    Step("v5e 512", "llama-3-8b", "v5e:2x4", "prefill", 4, 512, "ffn", "heads", **_INT8, served=True),
+    Step("v5e 8k", "llama-3-8b", "v5e:2x4", "prefill", 1, 8192, "ffn", "heads", **_INT8, gathered=True, served=True),
+    Step("v6e decode", "qwen-3-8b", "v6e:2x2", "decode", 32, 1024, "ffn", "heads"),
+    Step("v6e 512", "qwen-3-8b", "v6e:2x2", "prefill", 4, 512, "ffn", "heads", served=True),
+    Step("v6e 32k", "qwen-3-8b", "v6e:2x2", "prefill", 1, 32768, "replica", "heads"),
+    Step("v5p decode", "llama-3-8b", "v5p:2x2x1", "decode", 64, 2048, "ffn", "heads"),
+    Step("v5p 8k", "llama-3-8b", "v5p:2x2x1", "prefill", 1, 8192, "ffn", "heads", served=True),
+    Step("v5p 32k", "llama-3-8b", "v5p:2x2x1", "prefill", 1, 32768, "replica", "heads"),
+    Step("tpu7x decode", "qwen-3-8b", "tpu7x:2x2x1", "decode", 128, 1024, "replica", "batch"),
+    Step("tpu7x 512", "qwen-3-8b", "tpu7x:2x2x1", "prefill", 8, 512, "replica", "batch"),
+    Step("tpu7x 8k", "qwen-3-8b", "tpu7x:2x2x1", "prefill", 1, 8192, "replica", "heads", decode="batch", served=True),
 )
 
 
 def planned(step: Step) -> tuple[Plan, Bucket]:
-    """The layout that the planner chooses for a step, and the step as it is compiled."""
-    report = search(load_model_config(step.model), parse_slice(step.slice), step.workload)
-    plans = (plan_of(report, candidate) for candidate in report.candidates if candidate.fits)
-    plan, buckets = serving_steps(next(plan for plan in plans if plan.runnable is None), step.workload)
-    bucket = next(bucket for bucket in buckets if bool(bucket.prefill_tokens) == (step.phase == "prefill"))
-    return replace(plan, predicted=()), bucket
+    """The plan and the step as it is compiled."""
+    slice_ = parse_slice(step.slice)
+    used = [name for name, size in slice_.axis_sizes.items() if size > 1]
+
+    def roles(role: str, without: str) -> dict[str, str]:
+        return {name: role if name in used else without for name in slice_.axis_sizes}
+
+    attention = [roles(role, "none") for role in (step.decode or step.attention, step.attention)]
+    gather = {"prefill_gather": used, "prefill_ahead": True} if step.gathered else {}
+    layout = make_layout(roles(step.storage, "replica"), *attention, **gather)
+    plan = Plan(load_model_config(step.model), slice_, layout, step.weights, step.kv)
+    plan, buckets = serving_steps(plan, step.workload)
+    return plan, next(bucket for bucket in buckets if bool(bucket.prefill_tokens) == (step.phase == "prefill"))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.results import write
+from experiments.results import read, write
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
@@ -75,8 +75,19 @@ def process(arguments: list[str]) -> None:
     subprocess.run([sys.executable, "-m", "partinf", *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
+def timed(runs: int) -> list[dict[str, Any]]:
+    """Processes and searches of one mesh."""
+    rows: list[dict[str, Any]] = []
+    for name, (arguments, bound) in PROCESSES.items():
+        rows.append({"what": name, "as": "process", "seconds": median(lambda a=arguments: process(a), runs), "bound": bound})
+    for name, (model, slice_, mesh, workload, bound) in SEARCHES.items():
+        found = (load_model_config(model), parse_slice(slice_, mesh), workload)
+        rows.append({"what": name, "as": "search", "seconds": median(lambda f=found: search(*f), runs), "bound": bound})
+    return rows
+
+
 def searched(what: str, model: str, slice_: str, workload: Workload, bound: float | None) -> list[dict[str, Any]]:
-    """The slice's own mesh, the default, `--mesh auto` and all meshes without a budget: seconds, and regret against the best."""
+    """The slice's own mesh, the default, `--mesh auto` and all meshes without a budget: CPU seconds, and regret against the best."""
     question, place = Question(load_model_config(model), workload), parse_slice(slice_)
     searches: dict[str, Callable[[], PlanReport]] = {
         "own mesh": lambda: answer(question, place),
@@ -86,9 +97,9 @@ def searched(what: str, model: str, slice_: str, workload: Workload, bound: floa
     }
     rows, scores = [], []
     for name, run in searches.items():
-        start = time.perf_counter()
+        start = time.process_time()
         report = run()
-        seconds, left = time.perf_counter() - start, sum(one.count for one in report.refused if "budget" in one.reason)
+        seconds, left = time.process_time() - start, sum(one.count for one in report.refused if "budget" in one.reason)
         scores.append(report.best.score)
         row = {"what": what, "search": name, "mesh": report.slice.mesh, "seconds": seconds, "score": report.best.score, "left_out": left}
         rows.append(row | {"bound": bound if name == "auto" else None})
@@ -98,13 +109,9 @@ def searched(what: str, model: str, slice_: str, workload: Workload, bound: floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default: 5)")
-    runs = parser.parse_args().runs
-    rows = []
-    for name, (arguments, bound) in PROCESSES.items():
-        rows.append({"what": name, "as": "process", "seconds": median(lambda a=arguments: process(a), runs), "bound": bound})
-    for name, (model, slice_, mesh, workload, bound) in SEARCHES.items():
-        found = (load_model_config(model), parse_slice(slice_, mesh), workload)
-        rows.append({"what": name, "as": "search", "seconds": median(lambda f=found: search(*f), runs), "bound": bound})
+    parser.add_argument("--meshes", action="store_true", help="only the searches over meshes; the other rows stay")
+    args = parser.parse_args()
+    runs, rows = args.runs, read(__file__)["rows"] if args.meshes else timed(args.runs)
     meshes = [found for name, case in MESHES.items() for found in searched(name, *case)]
     for row in rows:
         within = "" if row["bound"] is None else "within" if row["seconds"] <= row["bound"] else "OVER"

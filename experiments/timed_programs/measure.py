@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.calibration import calibration_for
+from partinf.cost.pricing import Pricing
 from partinf.hardware.slices import parse_slice
 from partinf.proof.hlo import Instruction, Module
 from partinf.proof.pace import pace_of, stated_byte_rate
@@ -65,7 +66,7 @@ def cells(readme: str) -> list[Cell]:
 def walked(text: str) -> Schedule:
     """The program as a proof reads it, its kernel at the measured rate."""
     pace = pace_of(SLICE)
-    network = Network(SLICE, BandwidthModel.AXIS, 1.0, pace.hop_seconds)
+    network = Pricing(SLICE, calibration_for(SLICE.chip)).network
 
     def kernel(instruction: Instruction, _: float) -> float:
         return ROW_SECONDS * instruction.shapes[0].dims[0]

@@ -200,13 +200,44 @@ def _prefill_core(
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * seen / keys) if keys else 1.0
     core = (slots, tokens, heads, kv_heads, context // parts)
-    return split.pricing.product(PREFILL.core, _PART, count, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, prompt=True)
+    done, seconds = _tile_loop(split, slots, tokens, heads, parts, window) if program.tile_loop and pairs else (pairs, 0.0)
+    return split.pricing.product(
+        PREFILL.core,
+        _PART,
+        count,
+        flops,
+        share,
+        0.0,
+        kv_bytes,
+        passed,
+        Kind.ATTENTION,
+        core,
+        prompt=True,
+        core_seconds=seconds,
+        done=done / pairs if pairs else 1.0,
+    )
 
 
 def _seen(own: float, context: int, window: int) -> float:
     """Keys that a token of a prompt sees on average, of `own` tokens after so much context: a causal prompt sees half of itself."""
     grows = min(max(window - context, 0), own)  # tokens whose window reaches back to the start
     return ((context + (grows + 1) / 2) * grows + window * (own - grows)) / own if grows < own else context + (own + 1) / 2
+
+
+def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int, window: int) -> tuple[float, float]:
+    """Pairs of a query and a key for which a loop over tiles makes scores, and its time on the core beside the products.
+
+    Queries and keys of all prompts of a device lie in one row; of earlier context a tile of queries visits that of its own slots. Every
+    pair of tiles is visited, and of a window no more is made than what a tile of queries reaches over.
+    """
+    tiles, context = split.pricing.slice.chip.platform.tiles, split.shape.prefill_context // parts
+    keys, reach = max(tokens // parts, 1), window + tiles.prompt_keys
+    seen, together = tiles.seen_shares(tokens, slots, heads)
+    queries, pairs = tiles.count(tokens, keys, heads)
+    _, earlier = tiles.count(tokens, context, heads)
+    own = tokens * min(seen * keys, reach / parts) if tiles.skip else tokens * keys
+    before = tokens * min(context, reach / parts) * slots * together
+    return own + before, split.pricing.tile_loop((own + before) * heads, pairs + earlier * slots * together, queries)
 
 
 def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items: GroupItems) -> list[Entry]:

@@ -26,6 +26,7 @@ class Calibration:
     Attributes:
         matmul_efficiency: share of peak FLOP/s that large matmuls reach.
         hbm_share: share of the stated HBM bandwidth that streams reach.
+        streamed_share: the same for weights that a product reads itself, where layers are compiled as a loop; 0 for `hbm_share`.
         collective_factor: measured over modelled time of a collective's bytes.
         hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added
             up. 0 takes the chip's hop latency as a lower bound instead of adding it.
@@ -35,6 +36,9 @@ class Calibration:
             is issued and waited for; 0 for the same.
         least_rows: rows below which a product takes no less time on the core: its weights have to pass into the matrix unit anyway.
         kernel_seconds, row_seconds: what the kernel of decode takes on the core to begin, and for each row, whatever the context.
+        score_seconds: what a score of a prompt takes on the core beside its products, where they are made tile by tile: mask, exponential,
+            sums. tile_seconds: a pair of a tile of queries and one of keys, whether it is skipped or not. query_tile_seconds: a tile of
+            queries.
         layer_seconds: what the small operations of a layer take together: norms, rotations, residuals.
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
@@ -62,6 +66,10 @@ class Calibration:
     layer_seconds: float = 0.0
     kernel_seconds: float = 0.0
     row_seconds: float = 0.0
+    streamed_share: float = 0.0
+    score_seconds: float = 0.0
+    tile_seconds: float = 0.0
+    query_tile_seconds: float = 0.0
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     left_out: tuple[float, float] | None = None
 

@@ -91,21 +91,26 @@ class Pricing:
         shape: tuple[int, ...] = (),
         prompt: bool = False,
         core_seconds: float = 0.0,
+        done: float = 1.0,
     ) -> Entry:
         """A dot product of `flops`, of which the share `useful` is not padding.
 
         Args:
-            shape: as in `Entry`. prompt: the core is that of prompts. core_seconds: what a kernel takes on the core beside its products.
+            shape: as in `Entry`. prompt: the core is that of prompts. core_seconds: what a kernel or a loop takes on the core beside its
+                products. done: times that the products are made, below 1 where some of them are skipped.
         """
         entry = Entry(item, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, shape=shape)
         if self._measured is not None:
             if kind is Kind.ATTENTION:
                 return entry._replace(seconds=self._measured.core(flops, kv_bytes, prompt))
             return entry._replace(seconds=self._measured.product(flops, weight_bytes, activation_bytes, shape[0]))
-        core = flops / self._flop_rate + core_seconds
+        core = flops * done / self._flop_rate + core_seconds
         if weight_bytes and shape:
             core *= max(1.0, self.calibration.least_rows / shape[0])
-        return self._queued(entry, core, (weight_bytes + kv_bytes + activation_bytes) / self._byte_rate)
+        memory = (weight_bytes + kv_bytes + activation_bytes) / self._byte_rate
+        if self.calibration.streamed_share and not self.program.unrolled:
+            memory += weight_bytes / self._byte_rate * (self.calibration.hbm_share / self.calibration.streamed_share - 1)
+        return self._queued(entry, core, memory)
 
     def traffic(self, item: Item, part: Part, count: int, num_bytes: float) -> Entry:
         """Activations that pass through HBM without a product."""
@@ -125,9 +130,14 @@ class Pricing:
         """What decode's kernel takes on the core for so many rows, beside its products."""
         return self.calibration.kernel_seconds + rows * self.calibration.row_seconds if self.program.decode_kernel else 0.0
 
+    def tile_loop(self, scores: float, pairs: float, tiles: float) -> float:
+        """What a loop over so many tiles of prompts, pairs of tiles and scores takes on the core, beside its products."""
+        one = self.calibration
+        return scores * one.score_seconds + pairs * one.tile_seconds + tiles * one.query_tile_seconds
+
     def small(self, item: Item, part: Part, count: int) -> list[Entry]:
         """The small operations of each of so many layers, where their time is known."""
-        seconds = self.calibration.layer_seconds
+        seconds = self.calibration.layer_seconds * self.program.small_operations
         free = seconds if self.program.unrolled else 0.0
         return [Entry(item, part, Kind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
 

@@ -49,6 +49,10 @@ class Program:
             VMEM until then.
         decode_kernel: decode's core is a kernel that takes time for every row, whatever it reads; the chip says how much
             (`Calibration.kernel_seconds`).
+        small_operations: of a layer, as a multiple of those of the program whose trace gave their time (`Calibration.layer_seconds`), which
+            has a dozen: ours has some 26 of rotations, norms, residuals, and of what finds pages.
+        tile_loop: a prompt's core goes over tiles of queries and keys in a loop, which skips tiles that nobody sees
+            (`partinf.hardware.platform.Tiles`); the chip says what a tile and its scores take (`Calibration.score_seconds`).
         position_seconds: what else is done for one position of one row in one layer, filled or not.
     """
 
@@ -63,11 +67,22 @@ class Program:
     gathers_beside: bool = False
     fetched_bytes: float = 0.0
     decode_kernel: bool = False
+    small_operations: float = 1.0
+    tile_loop: bool = False
     position_seconds: float = 0.0
 
 
 PLAIN = Program("plain", per_prompt_attention=False, blocked_attention=False, skips_windows=False)
-TILED = Program("tiled", per_prompt_attention=True, blocked_attention=True, either_residual=True, gathers_beside=True, decode_kernel=True)
+TILED = Program(
+    "tiled",
+    per_prompt_attention=True,
+    blocked_attention=True,
+    either_residual=True,
+    gathers_beside=True,
+    decode_kernel=True,
+    small_operations=26 / 12,
+    tile_loop=True,
+)
 LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
 JAX_LLM_EXAMPLES = Program(
     "jax-llm-examples",

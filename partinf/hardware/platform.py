@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partinf.foundation.errors import InvalidInput, nearest
+from partinf.foundation.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,25 @@ class Tiles:
     def queries(self, heads: int) -> int:
         """Prompt tokens of one tile when a device has this many heads: a power of two, which prompts' buckets tend to be multiples of."""
         return 1 << max(self.scores // (heads * self.prompt_keys), 1).bit_length() - 1
+
+    def count(self, tokens: int, keys: int, heads: int) -> tuple[int, int]:
+        """Tiles of a device's prompt tokens, and pairs of one of them and a tile of their keys."""
+        queries = ceil_div(tokens, min(self.queries(heads), tokens)) if tokens else 0
+        return queries, queries * ceil_div(keys, min(self.prompt_keys, keys)) if keys else 0
+
+    def seen_shares(self, tokens: int, slots: int, heads: int) -> tuple[float, float]:
+        """Of all pairs of tiles of a device's prompt tokens, the share of which somebody sees something; and of all pairs of a tile of
+        queries and a slot, the share that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
+        if not self.skip or not tokens:
+            return 1.0, 1.0
+        each, length, size = max(tokens // max(slots, 1), 1), min(self.queries(heads), tokens), min(self.prompt_keys, tokens)
+        seen = together = count = 0
+        for first in range(0, tokens, length):
+            last = min(first + length, tokens) - 1
+            seen += last // size - (first // each * each) // size + 1
+            together += last // each - first // each + 1
+            count += 1
+        return seen / (count * ceil_div(tokens, size)), together / (count * max(slots, 1))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from partinf.hardware.chips import Chip
 from partinf.hardware.slices import Slice
 
 _TABLE = "hardware/pace.toml"
-_OPTIONAL = "hop_seconds"
 _KEYS = {"hbm_share", "product_share", "moving_share", "least_seconds", "small_seconds", "evidence"}
 
 
@@ -32,7 +31,6 @@ class Pace:
         moving_share: the same for an operation that only moves or converts what it is given.
         flops, int8_flops: FLOP/s of its matrix unit, below whose time that share takes no product.
         least_seconds: the least that the compiler says of an operation that passes over arrays. small_seconds: what the least takes.
-        hop_seconds: time of one hop of a collective, added to that of its bytes.
         evidence: where these come from.
     """
 
@@ -44,7 +42,6 @@ class Pace:
     int8_flops: float
     least_seconds: float
     small_seconds: float
-    hop_seconds: float
     evidence: str
 
     def product(self, cycles: int, operations: float, integers: bool) -> float:
@@ -71,7 +68,7 @@ class Pace:
 def _rows() -> Mapping[str, Mapping[str, float | str]]:
     rows = tomllib.loads(resources.package_file(_TABLE).read_text())
     offences = [f"{_TABLE} [{name}]: {key}: missing" for name, row in rows.items() for key in sorted(_KEYS - set(row))]
-    offences += [f"{_TABLE} [{name}]: unknown key '{key}'" for name, row in rows.items() for key in row if key not in _KEYS | {_OPTIONAL}]
+    offences += [f"{_TABLE} [{name}]: unknown key '{key}'" for name, row in rows.items() for key in row if key not in _KEYS]
     raise_offences(offences)
     return rows
 
@@ -90,7 +87,6 @@ def pace_of(slice_: Slice) -> Pace:
         int8_flops=chip.peak_int8 / share,
         least_seconds=float(row["least_seconds"]),
         small_seconds=float(row["small_seconds"]),
-        hop_seconds=float(row.get(_OPTIONAL, chip.hop_seconds)),
         evidence=str(row["evidence"]),
     )
 

@@ -1,8 +1,8 @@
 """`prove` compiles the steps of a plan for its slice and reads what came out.
 
 The time of a step is an estimate: a walk over the compiled schedule (`partinf.proof.walk`) with the compiler's cycles, the transfers of HBM
-beside them and every collective by the analytic model of the network (one hop latency per hop added), corrected by what was read from
-traces of the chip (`partinf.proof.pace`) and fitted to nothing; never below one read of weights and cache.
+beside them and every collective by the analytic model of the network with the constants of the chip (`partinf.cost.calibration`), corrected
+by what was read from traces of the chip (`partinf.proof.pace`) and fitted to nothing; never below one read of weights and cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from partinf.buckets import held as held_by
 from partinf.buckets import split_of
 from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
-from partinf.cost.collectives import BandwidthModel, Network
+from partinf.cost.collectives import Network
 from partinf.cost.items import DECODE, Item
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import Pricing
@@ -86,11 +86,8 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         said = compiled.refusal.splitlines()[0]
         return StepProof(str(bucket), False, held, compiled.seconds, refusal=said, advice=_advice(plan, bucket, held))
     held = _memory(compiled.memory, usable)
-    pace = pace_of(plan.slice)
-    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, pace.hop_seconds)
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=_COMPILED)))
-    kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
-    schedule = Reader(Module(compiled.program), plan.slice, network, _taken(plan, bucket), kernels, pace).read()
+    network, schedule = network_of(plan), schedule_of(plan, bucket, compiled.program)
     estimate = _estimate(plan, ledger, schedule)
 
     def seconds(op: str, axes: tuple[str, ...], num_bytes: int) -> float:
@@ -108,8 +105,20 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
         tuple(sorted(found, key=lambda d: -abs(d.seconds))),
         _listed(schedule.work),
         estimate,
-        _planned_seconds(plan, bucket),
+        planned_ledger(plan, bucket).seconds,
     )
+
+
+def network_of(plan: Plan) -> Network:
+    """Times of the plan's collectives, by the constants of its chip."""
+    return Pricing(plan.slice, calibration_for(plan.slice.chip)).network
+
+
+def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
+    """A compiled step as a proof reads it; a kernel of ours takes what the cost model says of its work."""
+    ledger = planned_ledger(plan, bucket)
+    kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
+    return Reader(Module(program), plan.slice, network_of(plan), _taken(plan, bucket), kernels, pace_of(plan.slice)).read()
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
@@ -122,7 +131,7 @@ def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
     heads = plan.padded_model.num_heads // routes.ways(routes.prefill.heads)
     source = kernels.__name__.replace(".", "/") + ".py"
     tiles = plan.slice.chip.platform.tiles
-    seen, together = kernels.seen_shares(bucket.prefill_tokens // ways, bucket.prefill_slots // ways, heads, tiles)
+    seen, together = tiles.seen_shares(bucket.prefill_tokens // ways, bucket.prefill_slots // ways, heads)
 
     def taken(lines: Sequence[Frame]) -> float:
         functions = [line.function for line in lines if line.file.endswith(source)]
@@ -171,10 +180,9 @@ def _said_of(kernel: KernelTime) -> str:
     return f"{how}, {1e3 * kernel.seconds:.3g} ms in all"
 
 
-def _planned_seconds(plan: Plan, bucket: Bucket) -> float:
+def planned_ledger(plan: Plan, bucket: Bucket) -> Ledger:
     """What the calibrated cost model says of this program in this bucket."""
-    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip), program=TILED)
-    return step_ledger(split_of(plan, bucket, pricing)).seconds
+    return step_ledger(split_of(plan, bucket, Pricing(plan.slice, calibration_for(plan.slice.chip), program=TILED)))
 
 
 def _stored(plan: Plan, bucket: Bucket) -> int:

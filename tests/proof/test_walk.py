@@ -16,7 +16,7 @@ from partinf.proof.schedule import Reader, Schedule
 
 US = 1e-6
 # 1 GHz and 1 GB/s: a thousand cycles are a microsecond, and so are a thousand bytes.
-PLAIN = Pace(1e9, 1e9, 1.0, 1.0, 1e15, 1e15, 0.0, 0.0, US, "")
+PLAIN = Pace(1e9, 1e9, 1.0, 1.0, 1e15, 1e15, 0.0, 0.0, "")
 SLICE = parse_slice("v5e:2x2")
 HEAD = """HloModule jit_step, is_scheduled=true
 
@@ -61,7 +61,7 @@ def entry(*lines: str, before: str = "") -> str:
 
 
 def read(text: str, pace: Pace = PLAIN, kernels: dict[str, Callable[[Instruction, float], float]] | None = None) -> Schedule:
-    network = Network(SLICE, hop_seconds=pace.hop_seconds)
+    network = Network(SLICE, hop_seconds=US)
     found = Reader(Module(text), SLICE, network, lambda _: 0.25, kernels, pace).read()
     exposed = sum(one.exposed_seconds for one in found.collectives)
     assert found.seconds == pytest.approx(found.compute_seconds + exposed)  # nothing is lost, nothing counted twice

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.foundation.rounding import ceil_div, round_up
+from partinf.foundation.rounding import round_up
 from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
 from partinf.transformer.cache import KeysValues, Stored
@@ -89,21 +89,6 @@ class Fresh(NamedTuple):
     new: KeysValues
     owner: jax.Array
     position: jax.Array
-
-
-def seen_shares(tokens: int, slots: int, heads: int, tiles: Tiles) -> tuple[float, float]:
-    """Of all tiles of a device's prompt tokens, the share that somebody sees; and of all pairs of a tile of queries and a slot, the share
-    that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
-    if not tiles.skip or not tokens:
-        return 1.0, 1.0
-    each, length, size = max(tokens // max(slots, 1), 1), min(tiles.queries(heads), tokens), min(tiles.prompt_keys, tokens)
-    seen = together = count = 0
-    for first in range(0, tokens, length):
-        last = min(first + length, tokens) - 1
-        seen += last // size - (first // each * each) // size + 1
-        together += last // each - first // each + 1
-        count += 1
-    return seen / (count * ceil_div(tokens, size)), together / (count * max(slots, 1))
 
 
 class _Running(NamedTuple):

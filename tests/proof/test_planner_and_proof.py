@@ -1,0 +1,67 @@
+"""What the planner says of our own steps, beside what their compiled programs say: prompts tile by tile, decode, on four kinds of TPU."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from experiments.planner_and_proof import measure
+from experiments.planner_and_proof.steps import STEPS, planned
+from experiments.results import read
+from partinf.buckets import split_of
+from partinf.cost.calibration import calibration_for
+from partinf.cost.items import PREFILL
+from partinf.cost.pricing import Pricing
+from partinf.cost.program import TILED
+from partinf.cost.step import step_ledger
+from partinf.hardware.platform import CPU, GPU, TPU, Tiles
+from partinf.plans import Bucket
+from partinf.proof.proving import planned_ledger
+
+ROWS = {row["step"]: row for row in read(measure.__file__)["rows"]}
+
+
+def test_planner_and_proof_agree_on_twelve_steps() -> None:
+    """The proofs are those that the experiment holds, the planner is today's."""
+    errors = [abs(planned_ledger(*planned(step)).seconds / ROWS[step.name]["proof"] - 1) for step in STEPS]
+    assert len(errors) == 12
+    assert statistics.median(errors) <= 0.10
+    assert max(errors) <= 0.25
+
+
+def core(tokens: int, slots: int, context: int = 0, **changed: object) -> float:
+    """Seconds of the core of prompts in one layer, on a v5e slice."""
+    plan, _ = planned(next(step for step in STEPS if step.name == "v5e 512"))
+    bucket = Bucket(prefill_tokens=tokens, prefill_slots=slots, prefill_pages=context // plan.cache.page_size)
+    pricing = Pricing(plan.slice, calibration_for(plan.slice.chip), program=replace(TILED, **changed))  # type: ignore[arg-type]
+    entries = step_ledger(split_of(plan, bucket, pricing)).entries
+    return sum(entry.seconds for entry in entries if entry.item == PREFILL.core)
+
+
+def test_a_long_prompt_takes_what_its_seen_tiles_take() -> None:
+    long, twice = core(16384, 1), core(32768, 1)
+    assert 3.5 < twice / long < 4  # half of a square, and the diagonal's tiles
+    assert core(32768, 16) < twice / 3  # sixteen prompts see themselves alone, and every pair of tiles is visited
+    assert core(4096, 1, context=4096) > 1.8 * core(4096, 1)  # earlier context is seen whole
+    assert core(4096, 1) > 3 * core(4096, 1, tile_loop=False)  # the loop's own work is most of it
+
+
+def test_tiles_are_counted_as_the_loop_visits_them() -> None:
+    tiles = Tiles(keys=64, prompt_keys=128, scores=1 << 14)
+    assert tiles.queries(1) == 128
+    assert tiles.count(512, 512, 1) == (4, 16)
+    assert tiles.count(0, 0, 1) == (0, 0)
+    assert tiles.seen_shares(512, 1, 1)[0] == (1 + 2 + 3 + 4) / 16
+    assert replace(tiles, skip=False).seen_shares(512, 1, 1) == (1.0, 1.0)
+    assert all(platform.tiles.count(100, 100, 8) == (1, 1) for platform in (CPU, GPU, TPU))
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p", "tpu7x"])
+def test_tiles_of_every_chip_are_what_the_compiler_says(chip: str) -> None:
+    """The constants are those of one compiled prompt; within a quarter they are those of the other too."""
+    constants = calibration_for(planned(next(step for step in STEPS if step.slice.startswith(chip)))[0].slice.chip)
+    found = [row["tiles"] for name, row in ROWS.items() if name.startswith(chip) and "tiles" in row]
+    mine = (constants.score_seconds, constants.tile_seconds, constants.query_tile_seconds)
+    assert any(all(abs(a / b - 1) < 0.02 for a, b in zip(mine, one.values(), strict=True)) for one in found)
