@@ -188,8 +188,9 @@ def _prefill_core(
     shape, model, program = split.shape, split.model, split.pricing.program
     own, context = tokens / max(slots, 1), min(shape.prefill_context, window)
     keys_all = (slots * context + tokens) // parts
-    # A tile of queries reaches over the windows of all its tokens.
-    computed = min(shape.prefill_context + own, window + split.pricing.slice.chip.platform.tiles.prompt_keys)
+    computed, tiles = context + own, split.pricing.slice.chip.platform.tiles
+    if tiles.skip:  # a tile of queries reaches over the windows of all its tokens
+        computed = min(computed, window + tiles.prompt_keys)
     keys = computed / parts if program.per_prompt_attention else keys_all
     seen = _seen(own, shape.prefill_context, window) / parts
     pairs = tokens * keys

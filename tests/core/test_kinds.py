@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +109,11 @@ def test_a_pattern_says_what_the_list_says() -> None:
     for _ in range(300):
         names = tuple(rng.choices("ab", k=rng.randint(1, 12)))
         assert listed(len(names), *pattern_of(names)) == list(names)
+
+
+def test_the_page_on_architectures_names_every_key() -> None:
+    page = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
+    assert [field.name for field in fields(ModelConfig) if f"`{field.name}`" not in page] == ["name", "kinds"]
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    model = config_from_toml(REQUIRED + example, "mine")
+    assert [model.kinds[kind].name for kind in model.kind_of_layers] == ["full"] * 2 + ["sliding"] * 5 + ["full"]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.foundation.rounding import round_up
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
 from partinf.transformer.cache import KeysValues, Stored
@@ -124,6 +124,9 @@ def decode(
     found = None if stored is None else _in_place(grouped[:, :, :, 0], stored, position, tiles, scores, first)
     if found is not None:
         return Attended(found[0].reshape(q.shape), found[1].reshape(q.shape[:2]))
+    if first is not None:
+        table, shift = _within(table, first, read, scores.window)
+        position, first = position - shift, first - shift
     columns, size = _columns(table, read, tiles.keys)
     last, least = jnp.max(position), None if first is None else jnp.min(first)
 
@@ -181,6 +184,8 @@ def prefill(
         earlier = None if context is None or lying is None else (lying, context.slots, context.starts)
         how = scores.of(q.shape[-1]), scores.cap, scores.window, None if context is None else context.floor
         return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how))
+    if context is not None and context.floor is not None:
+        context = _latest(context, owner, scores.window)
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
@@ -212,6 +217,24 @@ def prefill(
     floors = () if context is None or context.floor is None else (cut(context.floor, length, 0),)
     _, found = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0), *floors))
     return Attended(*(x.reshape(-1, *x.shape[2:])[:total] for x in found))
+
+
+def _within(table: jax.Array, first: jax.Array, read: Read, window: int) -> tuple[jax.Array, jax.Array]:
+    """The pages of each row [B, n] that a window from `first` [B] on can reach, and how many positions [B] lie before them."""
+    size = jax.eval_shape(read, table[:, :1]).keys.shape[-2]
+    count = min(table.shape[1], ceil_div(window - 1, size) + 1)
+    start = jnp.clip(first // size, 0, table.shape[1] - count)
+    return jnp.take_along_axis(table, start[:, None] + jnp.arange(count)[None, :], axis=1), start * size
+
+
+def _latest(context: Context, owner: jax.Array, window: int) -> Context:
+    """The context with no pages but those that the windows of queries of these owners [T] can reach."""
+    assert context.floor is not None
+    mine = owner[:, None] == context.slots[None, :]  # [T, slots]
+    first = jnp.min(jnp.where(mine, context.floor[:, None], jnp.iinfo(jnp.int32).max), axis=0)
+    table, shift = _within(context.table, first, context.read, window)
+    floor = context.floor - jnp.sum(jnp.where(mine, shift[None, :], 0), axis=1)
+    return context._replace(table=table, starts=context.starts - shift, stored=None, floor=floor)
 
 
 def _earlier(
