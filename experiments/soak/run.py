@@ -3,9 +3,10 @@
     python -m experiments.soak.run --minutes 10
 
 The demo model runs on one CPU device with few pages, so that every policy has to preempt. Requests come about twice as fast as they can be
-answered: greedy, sampled, steered, scored, several samples, shared beginnings; some time out, some are cancelled, some clients leave, some
-requests are nonsense. Every token is compared with what the same request gets alone. At the end of every leg nothing may be left: no page,
-slot, page of host memory, request or thread; nothing may have been compiled; and memory may not grow. Exits with 1 if anything is wrong.
+answered: greedy, sampled, steered, scored, several samples, held to grammars, of a least length, shared beginnings; some time out, some are
+cancelled, some clients leave, some requests are nonsense. Every token is compared with what the same request gets alone. At the end of
+every leg nothing may be left: no page, slot, page of host memory, request or thread; nothing may have been compiled; and memory may not
+grow. Exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import asyncio
 import os
 import random
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ import jax
 import psutil
 
 from experiments.results import write
-from experiments.soak.checks import growth, left_over, thinned, uncounted
+from experiments.soak.checks import growth, left_over, num_threads, thinned, uncounted
 from experiments.soak.clients import Tally, offer
 from experiments.soak.traffic import Known, known_requests
 from partinf import api
@@ -81,7 +81,7 @@ class Compilations:
 
 def load_demo() -> api.Model:
     workload = Workload(ROWS, 24, 24, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, page_size=PAGE, random=True, rich=True)
+    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, page_size=PAGE, random=True, rich=True, constrained=True)
     plan = api.plan("demo", "cpu:1", workload, capacity=capacity)
     plan = replace(plan, cache=replace(plan.cache, pages_per_shard=PAGES, num_slots=SLOTS))
     return api.load("demo", plan, num_host_pages=HOST_PAGES)
@@ -99,7 +99,7 @@ async def run_leg(
     model: api.Model, leg: Leg, requests: Sequence[Known], rate: float, seconds: float, seed: int, memory: list[float]
 ) -> dict[str, Any]:
     """One policy under load; what was counted, and under `problems` what was wrong."""
-    threads, compiled = threading.active_count(), COMPILATIONS.count
+    threads, compiled = num_threads(), COMPILATIONS.count
     policy = make_policy(leg.policy, PolicyOptions(ROWS, 0.1, leg.eviction), measured_estimates(model.runner, model.plan.buckets))
     engine = Engine(
         model.runner,
@@ -109,6 +109,7 @@ async def run_leg(
         prefix_caching=True,
         max_waiting=WAITING,
         check_invariants=True,
+        num_mask_threads=2,
     )
     tally, started = Tally(), time.perf_counter()
     watch = asyncio.create_task(_watch(memory))

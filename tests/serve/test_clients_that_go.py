@@ -14,10 +14,12 @@ from typing import Any
 import httpx
 import pytest
 
+from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.engine import RequestTimes, SamplingParams
 from partinf.serve.bodies import Bounds
 from partinf.serve.connections import Outlet
-from tests.serve.support import LIMITS, Serving, Slow, events, fake_serving, wait_until
+from partinf.structured import Grammars, Structure
+from tests.serve.support import DEMO, LIMITS, Serving, Slow, events, fake_serving, wait_until
 
 LONG = {"model": "demo", "prompt": [5, 6, 7], "max_tokens": 120, "ignore_eos": True}
 # Answers with more than the sockets between hold.
@@ -165,6 +167,15 @@ def test_connections_are_bounded() -> None:
 PROMPTS = ["copy: d b a c =", "sort: q a z =", "reverse: h e y =", "repeat: 9 k =", "recall: d 4 k 12 a 7 ? k ="]
 
 
+REGEX = "( [a-m]){3,12}( [n-z]){2,20}"
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"min_tokens": 6, "stop_token_ids": [12, 13]},
+    {"structured_outputs": {"regex": REGEX}},
+    {"structured_outputs": {"choice": [" a b c", " x y"]}},
+]
+
+
 async def storm(serving: Serving, count: int, seed: int) -> tuple[list[tuple[dict[str, Any], str | None]], int]:
     """So many streams at once, some of which are left at a random place; bodies with the texts of those that were read to the end, and
     how many were there at one time."""
@@ -180,6 +191,7 @@ async def storm(serving: Serving, count: int, seed: int) -> tuple[list[tuple[dic
             "seed": number,
             "ignore_eos": True,
             "stream": True,
+            **rng.choice(FIELDS),
         }
         leave_after = rng.choice([None, None, 0, 1, 3])
         await asyncio.sleep(rng.random() * 0.1)
@@ -214,17 +226,24 @@ def check_storm(serving: Serving, count: int, seed: int) -> int:
     serving.wait_idle()  # all pages are free
     whole = [(body, text) for body, text in found if text is not None]
     assert count * 0.2 < len(whole) < count * 0.7
-    params = [
-        SamplingParams(max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"], ignore_eos=True)
-        for body, _ in whole
-    ]
+    grammars = Grammars(load_tokenizer(DEMO), serving.engine.limits.vocab_size)
+
+    def params_of(body: dict[str, Any]) -> SamplingParams:
+        given = {name: body[name] for name in ("max_tokens", "min_tokens", "temperature", "seed", "ignore_eos") if name in body}
+        outputs = body.get("structured_outputs", {})
+        asked = [Structure.regex(outputs["regex"])] if "regex" in outputs else []
+        asked += [Structure.choice(outputs["choice"])] if "choice" in outputs else []
+        held = grammars(asked[0]) if asked else None
+        return SamplingParams(stop_token_ids=tuple(body.get("stop_token_ids", ())), constraint=held, **given)
+
+    params = [params_of(body) for body, _ in whole]
     expected = serving.engine.generate([body["prompt"] for body, _ in whole], params)
     assert [text for _, text in whole] == [output.text for output in expected]
     return most
 
 
 def test_many_streams_and_random_disconnects(demo: Serving) -> None:
-    """Most of them wait in the queue while others come and go."""
+    """Most of them wait in the queue while others come and go; some answers are held to a structure or to a least length."""
     assert check_storm(demo, 200, seed=0) > 100
 
 
@@ -255,7 +274,7 @@ def check_memory(serving: Serving, count: int, rounds: int) -> None:
 
 
 def test_memory_stays_flat() -> None:
-    with fake_serving(Slow(LIMITS)) as serving:
+    with fake_serving(Slow(LIMITS), {"num_mask_threads": 2}) as serving:
         check_memory(serving, 50, rounds=4)
 
 
@@ -266,7 +285,6 @@ def test_memory_stays_flat_under_the_model(demo: Serving) -> None:
 
 def test_an_iterations_events_are_whole() -> None:
     """Bytes of one character that come in different tokens reach the client as one character."""
-    from partinf.checkpoint.tokenizer import load_tokenizer
     from tests.checkpoint.paths import FIXTURES
     from tests.serve.support import fake_engine, serving
 
