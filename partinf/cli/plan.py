@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from partinf.cli.arguments import is_auto
 from partinf.cli.flags import FORMATS, Flags
+from partinf.cli.plan_served import add_bounds, as_json, chosen, lines, read_bounds
 from partinf.cli.planning import Asked, add_model_arguments, named, read
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", action="append", metavar="NAME|FILE", help=layouts)
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
-    parser.add_argument("--arrivals", metavar="RATE", help="requests per second that come in, for the advice on the batch")
+    parser.add_argument("--arrivals", metavar="RATE", help="requests per second that come in, for the advice on the batch and for bounds")
+    add_bounds(parser)
     parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
     parser.add_argument(
         "--prove", nargs="?", const="3", metavar="N", help="let the TPU compiler prove the first N (default: 3), and order them"
@@ -39,21 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page: choice, memory, candidates, steps line by line")
     parser.add_argument("--top", default="12", metavar="N", help="candidates in the table (default: 12)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
-    parser.description = (
-        f"{parser.description} --slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms, --mesh auto the best of many meshes."
-    )
+    found = "--slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms, or --ttft and --tpot at --arrivals"
+    parser.description = f"{parser.description} {found}; --mesh auto the best of many meshes."
     parser.epilog = "Example: partinf plan --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8"
 
 
 def run(args: argparse.Namespace) -> int:
     flags = Flags(args)
     top, count, price = _read(flags)
-    mesh = args.mesh
+    bounds, mesh = read_bounds(flags), args.mesh
     if mesh == "auto":
         args.mesh = None
     asked = read(flags)
     compared = _given(asked, args.layout) if args.layout else ()
-    trials = _trials(asked, mesh, compared)
+    trials, served = chosen(asked, bounds, lambda: _trials(asked, mesh, compared))
     report, proofs = _proven(trials[0].report, count)
     if args.save:
         _save(report, asked, Path(args.save), args.model)
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         from partinf.planner.show.compare import comparison_json
 
         found = report_json(report, _proof_json(report, proofs)) | trials_json(trials, price) | _commands(report, args.save, args.model)
+        found |= as_json(served)
         found |= {"comparison": comparison_json(args.layout, compared)} if len(compared) > 1 else {}
         print(json.dumps(found, separators=(",", ":")))
     else:
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         from partinf.planner.show.table import show, show_commands, show_trials
 
         show_trials(trials, price)
+        for line in lines(served):
+            print(line)
         if proofs:
             show_proofs(trials[0].report, report, proofs)
         show(report, top, args.save)
@@ -183,8 +187,6 @@ def _read(flags: Flags) -> tuple[int, int | None, float | None]:
         flags.offences.append(f"--layout {' '.join(twice)}: given more than once; layouts are compared with others")
     if is_auto(args.slice) and args.mesh == "auto":
         flags.offences.append(f"--mesh auto: a mesh belongs to one slice, and --slice {args.slice} tries many")
-    if is_auto(args.slice) and args.max_latency_ms is None:
-        flags.offences.append(f"--slice {args.slice} needs --max-latency-ms: the cheapest slice is that which keeps a bound")
     return top, count, price
 
 

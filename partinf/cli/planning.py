@@ -134,6 +134,8 @@ def _workload(flags: Flags) -> Workload | None:
         flags.offences.append("--phase decode needs --context, the tokens in the cache (or --input and --output)")
     limit = flags.optional_number("max_latency_ms", *ANY) if hasattr(args, "max_latency_ms") else None
     rate = flags.optional_number("arrivals", *ANY) if hasattr(args, "arrivals") else None
+    if prefill_batch is None and any(getattr(args, name, None) is not None for name in ("ttft", "tpot")):
+        prefill_batch = 1  # requests that have bounds of their own come one by one
     weights, kv = flags.member("weights", DType), flags.member("kv", DType)
     objective = flags.member("objective", Objective) if hasattr(args, "objective") else Objective.LATENCY
     return flags.collect(

@@ -28,7 +28,7 @@ def on(name: str, slice_: str, mesh: str | None = None) -> Layout:
 
 def test_a_layout_of_three_axes_on_two() -> None:
     assert on("ws-2d", "v5e:4x4") == make_layout({"x": "embed", "y": "ffn"}, {"x": "batch", "y": "batch"}, {"x": "heads", "y": "heads"})
-    assert on("long-context", "v5e:4x4").decode == on("llama-3-70b-long-context", "v5e:4x4").decode
+    assert on("long-context", "v5e:4x4").decode.attention == load_layout("llama-3-70b-long-context").decode.attention
     assert dict(on("stages", "v5e:4x4").storage) == {"x": "stage", "y": "ffn"}
 
 
@@ -40,6 +40,15 @@ def test_factors_of_an_axis_and_axes_that_the_layout_does_not_know() -> None:
     assert layout.prefill.gather == ("x", "y")
     layout = on("ws-2d", "h200:8", "a:2,b:4")
     assert dict(layout.storage) == {"a": "embed", "b": "ffn"}
+
+
+def test_what_is_said_of_a_whole_phase_is_kept() -> None:
+    """Whatever a phase says beside roles of axes: here that of a layout for three axes, on two and on four."""
+    for phase in ("prefill", "decode"):
+        given = load_layout("palm-540b-low-latency").phase(phase)
+        for slice_ in ("v5e:4x4", "tpu7x:2x2x1"):
+            kept = on("palm-540b-low-latency", slice_).phase(phase)
+            assert (kept.ahead, kept.whole) == (given.ahead, given.whole)
 
 
 def test_a_layout_of_the_slices_own_axes_stays_as_it_is() -> None:

@@ -48,7 +48,7 @@ def test_shapes_that_are_tried() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (AUTO, "needs --max-latency-ms"),
+        (AUTO, "needs --max-latency-ms, or --ttft and --tpot at --arrivals"),
         ([*AUTO, "--max-latency-ms", "0.01"], "no slice of v5e keeps 0.01 ms; the fastest, v5e:"),
         ([*AUTO, "--max-latency-ms", "9", "--mesh", "x:4"], "a mesh belongs to one slice"),
         ([*AUTO, "--max-latency-ms", "9", "--mesh", "auto"], "a mesh belongs to one slice"),
