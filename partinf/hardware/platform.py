@@ -24,6 +24,8 @@ class Tiles:
         keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
+        fresh: prompts by the Pallas kernel for TPUs over fresh keys (`kernels.prompt`) where that takes them. No platform has it on:
+            plans price the loop over tiles (`Program.tile_loop`), and a program is run as it is priced.
         paged: decode by the Pallas kernel for TPUs (`kernels.paged_decode`) where that takes the pages. interpret: without a TPU.
         native: by the C++ kernels for CPUs (`kernels.cpu`), prompts too, where those take the pages.
     """
@@ -33,6 +35,7 @@ class Tiles:
     scores: int
     skip: bool = True
     paged: bool = False
+    fresh: bool = False
     interpret: bool = False
     native: bool = False
 

@@ -187,6 +187,9 @@ def prefill(
     if context is not None and context.floor is not None:
         context = _latest(context, owner, scores.window)
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
+    done = _by_kernel(q, owner, position, fresh, scores, tiles)
+    if done is not None and context is None:
+        return done
 
     def cut(x: jax.Array, length: int, fill: int) -> jax.Array:
         length = min(length, x.shape[0])
@@ -199,7 +202,7 @@ def prefill(
     parts = (*halves, cut(fresh.owner, tiles.prompt_keys, -1), cut(fresh.position, tiles.prompt_keys, 0))
 
     def queries(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, Attended]:
-        q, owner, position, *floor = inputs
+        q, owner, position, begun, *floor = inputs
         grouped = _group(q[None], groups)
 
         def tile(running: _Running, inputs: tuple[jax.Array, ...]) -> tuple[_Running, None]:
@@ -208,14 +211,15 @@ def prefill(
             seen = lambda: _absorb(running, grouped, KeysValues(keys, values), visible[None], scores)  # noqa: E731
             return _maybe(jnp.any(visible), seen, running, tiles), None
 
-        running, _ = lax.scan(tile, _nothing(grouped), parts)
+        running = lax.scan(tile, _nothing(grouped), parts)[0] if begun is None else _resumed(begun, groups)
         if context is not None:
             running = _earlier(running, grouped, owner, context, tiles, scores, floor[0] if floor else None)
         found = _finish(running, q.dtype)
         return None, Attended(found.out[0], found.mass[0])
 
+    begun = None if done is None else Attended(cut(done.out, length, 0), cut(done.mass, length, 0))
     floors = () if context is None or context.floor is None else (cut(context.floor, length, 0),)
-    _, found = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0), *floors))
+    _, found = lax.scan(queries, None, (cut(q, length, 0), cut(owner, length, -1), cut(position, length, 0), begun, *floors))
     return Attended(*(x.reshape(-1, *x.shape[2:])[:total] for x in found))
 
 
@@ -235,6 +239,24 @@ def _latest(context: Context, owner: jax.Array, window: int) -> Context:
     table, shift = _within(context.table, first, context.read, window)
     floor = context.floor - jnp.sum(jnp.where(mine, shift[None, :], 0), axis=1)
     return context._replace(table=table, starts=context.starts - shift, stored=None, floor=floor)
+
+
+def _by_kernel(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, scores: Scores, tiles: Tiles) -> Attended | None:
+    """Attention over the fresh keys alone by the TPU's kernel, where it fits."""
+    if not tiles.fresh:
+        return None
+    from partinf.transformer.kernels import prompt  # as in `_in_place`
+
+    if not prompt.fits(q, fresh.new.keys):
+        return None
+    how = scores.of(q.shape[-1]), scores.cap, scores.window, tiles.interpret
+    return Attended(*prompt.prompt_attention(q, owner, position, fresh.new.keys, fresh.new.values, fresh.owner, fresh.position, *how))
+
+
+def _resumed(found: Attended, groups: int) -> _Running:
+    """The running softmax over keys that were attended to already: out [L, H, Q], mass [L, H]."""
+    mass = _group(found.mass[None, :, :, None], groups)[..., 0]
+    return _Running(mass, jnp.ones_like(mass), _group(found.out[None].astype(jnp.float32), groups))
 
 
 def _earlier(

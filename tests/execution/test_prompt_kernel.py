@@ -1,0 +1,70 @@
+"""The TPU's kernel for prompts, interpreted, against the plain twin; alone, before earlier context, and in the step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.hardware.platform import CPU, PLATFORMS
+from partinf.layout import make_layout
+from partinf.transformer import cache
+from partinf.transformer.cache import KeysValues
+from partinf.transformer.kernels import prompt
+from partinf.transformer.kernels import tiles as kernels
+from partinf.transformer.kernels.tiles import Tiles
+from tests.execution.harness import TOLERANCE, largest_error, make_plan
+
+INTERPRETED = Tiles(8, 8, 1 << 12, fresh=True, interpret=True)
+SIZE, PAGE = 128, 16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "group", "how", "earlier"),
+    [
+        ("f32", 2, 3, kernels.Scores(), False),
+        ("bf16", 1, 8, kernels.Scores(), False),
+        ("f32", 2, 1, kernels.Scores(scale=0.2, cap=3.0, window=7), False),
+        ("f32", 2, 2, kernels.Scores(), True),
+    ],
+)
+def test_the_kernel_equals_the_plain_twin(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, how: kernels.Scores, earlier: bool
+) -> None:
+    """Three prompts and padding in several blocks of queries and keys, none of them full; NaN in keys that nobody sees."""
+    monkeypatch.setattr(prompt, "_ROWS", 16 * group)
+    monkeypatch.setattr(prompt, "_KEYS", 128)
+    kind, rng = {"f32": jnp.float32, "bf16": jnp.bfloat16}[dtype], np.random.default_rng(8)
+    lengths, starts = (70, 5, 90), np.array([PAGE + 3, 0, 2 * PAGE]) if earlier else np.zeros(3, int)
+    owner = np.repeat([0, 1, 2, -1], [*lengths, 15])
+    position = np.concatenate([start + np.arange(n) for start, n in zip(starts, lengths, strict=True)] + [np.zeros(15, int)])
+    q = jnp.asarray(rng.standard_normal((len(owner), kv_heads * group, SIZE)), kind)
+    keys, values = rng.standard_normal((2, kv_heads, len(owner), SIZE))
+    keys[:, owner < 0] = np.nan
+    fresh = kernels.Fresh(KeysValues(jnp.asarray(keys, kind), jnp.asarray(values, kind)), jnp.asarray(owner), jnp.asarray(position))
+    pool = KeysValues(*(jnp.asarray(rng.standard_normal((6, kv_heads, PAGE, SIZE)), kind) for _ in range(2)))
+    table = jnp.asarray([[0, 1, -1], [-1, -1, -1], [4, 2, 5]])
+    context = kernels.Context(lambda ids: cache.read((pool,), 0, ids), table, jnp.arange(3), jnp.asarray(starts)) if earlier else None
+
+    def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
+        found = kernels.prefill(q, jnp.asarray(owner), jnp.asarray(position), fresh, context, tiles, how)
+        return np.asarray(found.out, np.float32)[owner >= 0], np.asarray(found.mass)[owner >= 0]
+
+    assert prompt.fits(q, fresh.new.keys)
+    for got, want in zip(run(INTERPRETED), run(None), strict=True):
+        np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype] / 5)
+
+
+def test_pairs_of_blocks_that_nobody_sees_are_left_out() -> None:
+    owner, position = np.repeat([0, 1], 64), np.tile(np.arange(64), 2)
+    seen = prompt._seen(*(jnp.asarray(x) for x in (owner, position, owner, position)), 32, 32)
+    np.testing.assert_array_equal(seen.reshape(4, 4), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+
+
+def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt, "_LANES", 1)
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED))
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
+    assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
