@@ -23,7 +23,7 @@ from partinf.planner.report import Candidate, PlanReport, Refused
 from partinf.planner.search import MOST_AXES, TIE, Search, answer
 
 # Candidates that are looked at: by default, those of the slice's own mesh among them; and beside those, where somebody asks for all meshes.
-BUDGET, GREAT_BUDGET = 1_200, 8_000
+BUDGET, GREAT_BUDGET = 1_200, 4_000
 _LEAST_BUDGET = 250  # that finer meshes have by default
 _LEVEL = 1.1  # estimates of which neither is so many times the other say nothing about which is faster
 _Priority = tuple[int, int, float]
@@ -57,7 +57,8 @@ def _reports(refining: _Refining, budget: int | None) -> list[PlanReport]:
     own = refining.own.slice
     first, *others = sorted(refining.reports(), key=_by_time) or [refining.own.report(())]  # which says why there is none
     if first.slice != own:
-        first = answer(first.question, first.slice)
+        best = first.best
+        first = answer(first.question, first.slice, best.score if best.fits and best.meets_bound else math.inf)
     if left:
         reason = f"ways to split the weights over finer meshes, beyond the budget of {budget:,} candidates"
         first = replace(first, refused=(*first.refused, Refused(reason, left)))
@@ -91,8 +92,9 @@ class _Refining:
         for candidate in self._own:
             if candidate.fits and candidate.meets_bound:
                 self._limit.see(candidate.score)
+        self._searches[slice_.mesh] = self.own
         for storage in self.own.storages:
-            self._refine(slice_, storage)
+            self._wait(slice_, storage)
 
     def run(self, budget: int | None) -> int:
         """Look at all, or at as many candidates; how many storages are left out."""
@@ -100,9 +102,10 @@ class _Refining:
         while self._waiting and (budget is None or looked < budget):
             _, _, mesh, storage = heapq.heappop(self._waiting)
             search = self._search(mesh)
-            before = search.space.looked
-            self._found.setdefault(mesh.mesh, []).extend(search.candidates([storage]))
-            looked += search.space.looked - before
+            if search is not self.own:
+                before = search.space.looked
+                self._found.setdefault(mesh.mesh, []).extend(search.candidates([storage]))
+                looked += search.space.looked - before
             self._refine(mesh, storage)
         return len(self._waiting)
 

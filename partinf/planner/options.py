@@ -65,13 +65,14 @@ class Space:
             gathered axes that were bounded, and options that were priced.
     """
 
-    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
+    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None, known: float = math.inf) -> None:
         """
         Args:
-            limit: the best that other meshes had, in place of one of its own.
+            limit: the best that other meshes had, in place of one of its own. known: a score that some candidate is known to have.
         """
         self.model, self.cut = question.model, limit.cut if limit else None
         self._shared, self._limits = limit, dict[tuple[Role, ...], BestSoFar]()
+        self._known = known
         self._between = [index for index, axis in enumerate(slice_.axes) if axis.link is Link.DCN]
         self.table = axis_table(slice_)
         self.heads = HeadSplits(self.table, self.model.num_kv_heads)
@@ -83,7 +84,7 @@ class Space:
         """The best that a storage is measured against: among those that use the network between slices alike, so that a report has all ways
         to use it."""
         key = tuple(storage[index] for index in self._between)
-        return self._shared or self._limits.setdefault(key, BestSoFar(self.cut))
+        return self._shared or self._limits.setdefault(key, BestSoFar(self.cut, math.inf if key else self._known))
 
     def padded(self, parts: int) -> int | None:
         """Query heads padded so that they split into `parts`; counts it if they do not."""

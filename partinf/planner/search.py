@@ -12,6 +12,7 @@ counted: what is listed is what full enumeration would list first.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -72,9 +73,13 @@ def search(
     return answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
 
 
-def answer(question: Question, slice_: Slice) -> PlanReport:
-    """The same for a question that several slices or meshes are asked."""
-    search_ = Search(question, slice_)
+def answer(question: Question, slice_: Slice, known: float = math.inf) -> PlanReport:
+    """The same for a question that several slices or meshes are asked.
+
+    Args:
+        known: a score that some candidate is known to have, so that what is much slower is passed over from the start.
+    """
+    search_ = Search(question, slice_, known=known)
     return search_.report(search_.candidates())
 
 
@@ -110,11 +115,11 @@ class Search:
         space: the roles that they may have. refused: how many assignments were, by reason.
     """
 
-    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None) -> None:
+    def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None, known: float = math.inf) -> None:
         raise_offences(_axis_offences(slice_))
         self.question, self.model, self.slice, self.workload = question, question.model, slice_, question.workload
         self.sizes = slice_.axis_sizes
-        self.space = Space(question, slice_, limit)
+        self.space = Space(question, slice_, limit, known)
         self.table, self.evaluator, self.refused = self.space.table, self.space.evaluator, self.space.refused
         if limit is None:
             together = 1 if self.workload.phase else 2
