@@ -174,7 +174,7 @@ CASES: Mapping[str, Case] = {
     "ernie4_5": ("ernie4_5", llama()),
     "ernie4_5, biases": ("ernie4_5", llama(use_bias=True)),
     "exaone4": ("exaone4", derived(num_hidden_layers=5, sliding_window=WINDOW, sliding_window_pattern=4)),
-    "exaone4, no window": ("exaone4", derived(sliding_window=None)),
+    "exaone4, no window": ("exaone4", derived(num_hidden_layers=2, sliding_window=None, layer_types=["full_attention"] * 2)),
     "seed_oss": ("seed_oss", llama()),
     "seed_oss, biases": ("seed_oss", llama(attention_out_bias=True, mlp_bias=True)),
     "arcee": ("arcee", llama()),

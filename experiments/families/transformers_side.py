@@ -1,7 +1,7 @@
 """The half of the matrix that needs transformers: makes a directory for every case, and says what transformers makes of it.
 
     python transformers_side.py make FOLDER SEED [CASE …]      directories with random weights, norms and biases included
-    python transformers_side.py answer FOLDER                  log-probabilities of the sequences in every `asked.json`
+    python transformers_side.py answer FOLDER [CASE …]         log-probabilities of the sequences in every `asked.json`
 
 A directory's sequences are scored with as many tokens behind them as the longest context that is served, for the rotations that depend
 on it; no token sees those behind it.
@@ -77,7 +77,8 @@ def main() -> None:
         make(folder, int(sys.argv[3]), sys.argv[4:])
         return
     for directory in sorted(path.parent for path in folder.glob("*/asked.json")):
-        if not (directory / "answers.npz").exists():
+        named = json.loads((directory / "case.json").read_text())["case"]
+        if not (directory / "answers.npz").exists() and (len(sys.argv) == 3 or named in sys.argv[3:]):
             answer(directory)
 
 

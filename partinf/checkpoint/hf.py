@@ -153,7 +153,7 @@ def save_hf(
         max_file_bytes: Weights beyond it are split over several files with an index.
 
     Raises:
-        InvalidInput: another family (GPT-2 and OPT are read, but not written), a tree that is not this model's, arrays that live partly
+        InvalidInput: a family that is read, but not written, a tree that is not this model's, arrays that live partly
             on other hosts, or a directory with weights.
     """
     directory, described = Path(directory), config_to_hf(config)

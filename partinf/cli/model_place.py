@@ -162,7 +162,7 @@ class ModelPlace:
         from partinf.cost.calibration import calibration_for
 
         print(f"{plan.model.name} on {plan.slice.name} ({plan.slice.mesh}): {plan.note or 'layout as given'}", file=sys.stderr)
-        for line in self.said:
+        for line in (*self.said, *_read_as(plan)):
             print(line, file=sys.stderr)
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
@@ -207,3 +207,13 @@ def tell_failures(what: str, errors: Mapping[int, BaseException]) -> int:
     for index, error in errors.items():
         print(f"partinf: error: {what} {index + 1}: {error}", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _read_as(plan: Plan) -> tuple[str, ...]:
+    """What a user may not expect of how the model was read: what of the file decided or is not read, and rotations that the longest
+    context decides."""
+    model = plan.model
+    rotations = [kind.attention.rotation for kind in model.layer_kinds]
+    chosen = [rotation.chosen_by(plan.max_len) for rotation in rotations if rotation is not None]
+    source = [f"{model.name}: {model.source}"] if model.source.startswith("config.json; ") else []
+    return (*source, *(f"{model.name}: {line}" for line in dict.fromkeys(chosen) if line))

@@ -210,7 +210,7 @@ class Family:
         equal: pairs of keys that must agree where the first is given.
         block: fields of `ModelConfig` that the family fixes, where they differ from Llama's.
         picks, scalars, biases: keys that decide the other fields. Biases come to those of `block`.
-        derived: fields that follow from the others.
+        derived: fields that follow from the others; loose: those of them that a flag decides too, so that they have two values.
         window: how it says that layers have a sliding window; None where it has none.
         rope: how its configuration describes rotations.
         harmless: further keys, of this family alone, that change no result.
@@ -231,6 +231,7 @@ class Family:
     scalars: tuple[Scalar, ...] = ()
     biases: tuple[Bias, ...] = ()
     derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
+    loose: frozenset[str] = frozenset()
     window: Window | None = None
     rope: Rope = HALVES
     harmless: frozenset[str] = frozenset()
@@ -255,7 +256,7 @@ class Family:
     def differences(self, config: ModelConfig) -> dict[str, Any]:
         """The features in which an architecture differs from the family's, with a value that the family has."""
         fixed = {**_PLAIN, **self.block, **self.derived(vars(config))}
-        free = {scalar.field for scalar in self.scalars} | ({"kinds", "prefix", "pattern"} if self.window else set())
+        free = {scalar.field for scalar in self.scalars} | self.loose | ({"kinds", "prefix", "pattern"} if self.window else set())
         found: dict[str, Any] = {}
         decided: dict[str, list[Any]] = {}
         for pick in self.picks:

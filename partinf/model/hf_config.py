@@ -6,7 +6,6 @@ that this library does not compute. What would be silently ignored would run as 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -249,6 +248,11 @@ def _rotation(fields: Mapping[str, Any]) -> Rotation:
     return next((kind.rotation for kind in kinds if kind.rotation is not None), PLAIN)
 
 
+def _said(value: Any) -> str:
+    """A feature in a message; kinds of layers by their names."""
+    return as_written([one.name if isinstance(one, Kind) else one for one in value] if isinstance(value, tuple) else value)
+
+
 def _written(config: ModelConfig) -> Family:
     """The family as which a model is written: its own, or the first that has such blocks.
 
@@ -261,8 +265,8 @@ def _written(config: ModelConfig) -> Family:
             return family
     titles = ", ".join(family.title for family in written)
     raise_offences(
-        f"model {config.name}: {key} = {json.dumps(getattr(config, key))}; Hugging Face directories are written for {titles} only, "
-        f"whose {key} is {json.dumps(value)}; save with orbax"
+        f"model {config.name}: {key} = {_said(getattr(config, key))}; Hugging Face directories are written for {titles} only, "
+        f"whose {key} is {_said(value)}; save with orbax"
         for key, value in written[0].differences(config).items()
     )
     raise InvalidInput(f"model {config.name}: Hugging Face directories are written for {titles} only; save with orbax")

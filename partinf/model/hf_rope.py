@@ -67,7 +67,12 @@ class RopeReader:
     """
 
     def __init__(self, file: HfFile, rope: Rope, head_dim: int, max_len: int) -> None:
-        self._file, self._rope, self._head_dim, self._max_len = file, rope, max(head_dim, 0), min(max(max_len, 0), MOST_POSITIONS)
+        self._file, self._rope, self._head_dim, self._max_len = (
+            file,
+            rope,
+            min(max(head_dim, 0), MOST_POSITIONS),
+            min(max(max_len, 0), MOST_POSITIONS),
+        )
 
     def rotation(self) -> Rotation:
         """The rotation of all layers."""

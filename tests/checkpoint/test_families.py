@@ -91,6 +91,58 @@ def qwen3_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarra
     }
 
 
+def neox_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Query, key and value of each head stand together."""
+    heads = (config.num_heads, 3, config.head_dim)
+    matrix, bias = w[f"{at}.attention.query_key_value.weight"].reshape(*heads, -1), w[f"{at}.attention.query_key_value.bias"].reshape(heads)
+    return {
+        "attention_norm": w[f"{at}.input_layernorm.weight"],
+        "attention_norm_bias": w[f"{at}.input_layernorm.bias"],
+        "wq": matrix[:, 0],
+        "bq": bias[:, 0],
+        "wkv": np.stack([matrix[:, 1], matrix[:, 2]]),
+        "bkv": np.stack([bias[:, 1], bias[:, 2]]),
+        "wo": w[f"{at}.attention.dense.weight"],
+        "bo": w[f"{at}.attention.dense.bias"],
+        "ffn_norm": w[f"{at}.post_attention_layernorm.weight"],
+        "ffn_norm_bias": w[f"{at}.post_attention_layernorm.bias"],
+        "w_in": w[f"{at}.mlp.dense_h_to_4h.weight"][None],
+        "b_in": w[f"{at}.mlp.dense_h_to_4h.bias"][None],
+        "w_out": w[f"{at}.mlp.dense_4h_to_h.weight"],
+        "b_out": w[f"{at}.mlp.dense_4h_to_h.bias"],
+    }
+
+
+def phi3_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Queries, keys and values stand one after the other, and so do gate and up."""
+    heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+    query, key, value = np.split(w[f"{at}.self_attn.qkv_proj.weight"], [heads * size, (heads + kv_heads) * size])
+    return {
+        "attention_norm": w[f"{at}.input_layernorm.weight"],
+        "wq": query.reshape(heads, size, -1),
+        "wkv": np.stack([key.reshape(kv_heads, size, -1), value.reshape(kv_heads, size, -1)]),
+        "wo": w[f"{at}.self_attn.o_proj.weight"],
+        "ffn_norm": w[f"{at}.post_attention_layernorm.weight"],
+        "w_in": np.stack(np.split(w[f"{at}.mlp.gate_up_proj.weight"], 2)),
+        "w_out": w[f"{at}.mlp.down_proj.weight"],
+    }
+
+
+def cohere2_layer(w: Tensors, at: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Neighbours are pairs of the rotation: of four rows of a head the first and third come first."""
+    kv_heads = (config.num_kv_heads, config.head_dim)
+    order = [0, 2, 1, 3]
+    key, value = (w[f"{at}.self_attn.{letter}_proj.weight"].reshape(*kv_heads, -1) for letter in "kv")
+    return {
+        "attention_norm": w[f"{at}.input_layernorm.weight"],
+        "wq": w[f"{at}.self_attn.q_proj.weight"].reshape(config.num_heads, config.head_dim, -1)[:, order],
+        "wkv": np.stack([key[:, order], value]),
+        "wo": w[f"{at}.self_attn.o_proj.weight"],
+        "w_in": np.stack([w[f"{at}.mlp.gate_proj.weight"], w[f"{at}.mlp.up_proj.weight"]]),
+        "w_out": w[f"{at}.mlp.down_proj.weight"],
+    }
+
+
 # Of each family: its layers, where they are, and the model's own tensors (the rows of the positions that are used come last).
 BY_HAND: dict[str, tuple[Callable[..., dict[str, np.ndarray]], str, dict[str, str]]] = {
     "gpt2_small": (
@@ -108,6 +160,13 @@ BY_HAND: dict[str, tuple[Callable[..., dict[str, np.ndarray]], str, dict[str, st
             "final_norm_bias": "final_layer_norm.bias",
         },
     ),
+    "neox_small": (
+        neox_layer,
+        "gpt_neox.layers",
+        {"embed": "embed_in.weight", "final_norm": "final_layer_norm.weight", "final_norm_bias": "final_layer_norm.bias"},
+    ),
+    "phi3_small": (phi3_layer, "model.layers", {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}),
+    "cohere2_small": (cohere2_layer, "model.layers", {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}),
     "qwen3_small": (qwen3_layer, "model.layers", {"embed": "embed_tokens.weight", "final_norm": "norm.weight"}),
 }
 
@@ -117,7 +176,11 @@ def expected_params(directory: Path, config: ModelConfig, stacked: bool) -> Any:
     whole = {name: np.asarray(tensor, np.float32) for name, tensor in all_tensors(directory).items()}
     make_layer, at, names = BY_HAND[directory.name]
     tree: dict[str, Any] = {leaf: whole[f"{at.rpartition('.')[0]}.{name}"] for leaf, name in names.items()}
-    tree["embed"] = np.pad(tree["embed"], ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
+    if not config.tied_embeddings:
+        tree["unembed"] = whole["embed_out.weight"] if "embed_out.weight" in whole else whole["lm_head.weight"]
+    for table in ("embed", "unembed"):
+        if table in tree:
+            tree[table] = np.pad(tree[table], ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
     if "positions" in tree:
         tree["positions"] = tree["positions"][-config.max_len :]
     layers = tuple(make_layer(whole, f"{at}.{number}", config) for number in range(config.num_layers))
@@ -134,6 +197,14 @@ def test_every_shard_is_the_slice_of_the_whole(directory: Path, rows: int, colum
         assert_same(load_from(reader, config, abstract_tree(config, make_mesh(rows, columns), stacked=stacked)), expected)
         skipped = 2 * 64 * 2 if directory.name == "opt_small" else 0  # two rows of positions
         assert reader.bytes_read == sum(tensor.nbytes for tensor in all_tensors(directory).values()) - skipped
+
+
+@pytest.mark.parametrize("name", ["phi3_small", "cohere2_small"])
+def test_rows_of_fused_and_of_interleaved_tensors(name: str) -> None:
+    config = load_model_config(FIXTURES / name)
+    expected = expected_params(FIXTURES / name, config, False)
+    assert_same(load_hf(FIXTURES / name, config, abstract_tree(config, make_mesh(1, 1))), expected)
+    test_any_slice_equals_the_slice_of_the_whole(FIXTURES / name, stacked=True)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

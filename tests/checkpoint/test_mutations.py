@@ -34,7 +34,9 @@ EXTREMES: tuple[Any, ...] = (
 KEYS = (
     "architectures", "model_type", "auto_map", "rope_scaling", "rope_parameters", "rope_theta", "sliding_window", "layer_types",
     "use_sliding_window", "max_window_layers", "partial_rotary_factor", "quantization_config", "tie_word_embeddings", "head_dim",
-    "num_key_value_heads", "dtype", "shape", "data_offsets", "weight_map", "__metadata__", "", "mystery",
+    "num_key_value_heads", "text_config", "no_rope_layers", "rotary_pct", "rotary_dim", "sliding_window_pattern", "logit_scale",
+    "query_pre_attn_scalar", "rope_local_base_freq", "original_max_position_embeddings", "attention_types", "multi_query",
+    "dtype", "shape", "data_offsets", "weight_map", "__metadata__", "", "mystery",
 )  # fmt: skip
 
 
@@ -117,7 +119,7 @@ few = [pytest.param(250, id="few"), pytest.param(10_500, id="many", marks=pytest
 
 @pytest.mark.parametrize("count", few)
 def test_configurations(tmp_path: Path, count: int) -> None:
-    names = ("llama_gqa", "llama_rope_scaled", "gpt2_small", "opt_small", "qwen3_small")
+    names = sorted(file.parent.name for file in FIXTURES.glob("*/expected.npz"))
     bases = [(name, json.loads((FIXTURES / name / "config.json").read_text())) for name in names]
     published = json.loads((FIXTURES / "published_configs.json").read_text())
     bases += [("llama_gqa", data) for data in published.values()]

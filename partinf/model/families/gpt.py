@@ -247,6 +247,7 @@ _BIOGPT = replace(
     picks=(activation("hidden_act", "gelu"), Pick("scale_embedding", True, ((True, {"_scaled": True}), (False, {})))),
     biases=(),
     derived=_scaled,
+    loose=frozenset({"embedding_scale"}),
     harmless=keys("layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob"),  # its code does not read the first
 )
 _NEOX_LAYER = {
