@@ -7,6 +7,7 @@ devices) is read where it is needed, under a rule that stands here.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,16 +52,22 @@ class Tiles:
     def seen_shares(self, tokens: int, slots: int, heads: int) -> tuple[float, float]:
         """Of all pairs of tiles of a device's prompt tokens, the share of which somebody sees something; and of all pairs of a tile of
         queries and a slot, the share that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
-        if not self.skip or not tokens:
-            return 1.0, 1.0
-        each, length, size = max(tokens // max(slots, 1), 1), min(self.queries(heads), tokens), min(self.prompt_keys, tokens)
-        seen = together = count = 0
-        for first in range(0, tokens, length):
-            last = min(first + length, tokens) - 1
-            seen += last // size - (first // each * each) // size + 1
-            together += last // each - first // each + 1
-            count += 1
-        return seen / (count * ceil_div(tokens, size)), together / (count * max(slots, 1))
+        return _seen_shares(self, tokens, slots, heads)
+
+
+@functools.lru_cache(maxsize=4096)
+def _seen_shares(tiles: Tiles, tokens: int, slots: int, heads: int) -> tuple[float, float]:
+    """As `Tiles.seen_shares`: a walk over the tiles, remembered for the sizes that a search meets again and again."""
+    if not tiles.skip or not tokens:
+        return 1.0, 1.0
+    each, length, size = max(tokens // max(slots, 1), 1), min(tiles.queries(heads), tokens), min(tiles.prompt_keys, tokens)
+    seen = together = count = 0
+    for first in range(0, tokens, length):
+        last = min(first + length, tokens) - 1
+        seen += last // size - (first // each * each) // size + 1
+        together += last // each - first // each + 1
+        count += 1
+    return seen / (count * ceil_div(tokens, size)), together / (count * max(slots, 1))
 
 
 @dataclass(frozen=True)

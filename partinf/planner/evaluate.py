@@ -125,6 +125,7 @@ class Evaluator:
         self._entries = multiplied_params(model)
         self._coupling: dict[object, Ledger] = {}
         self._cores: dict[object, float] = {}
+        self._core_seconds: dict[object, float] = {}
         self._shapes: dict[tuple[str, int, int, int], StepShape] = {}
         self._weight_bytes: dict[object, int] = {}
 
@@ -241,21 +242,31 @@ class Evaluator:
         key = (label, split.num_stages, attention.number, kv)
         found = self._cores.get(key)
         if found is None:
-            cores = self._least_cores(split, label, attention, kv)
-            found = self._cores[key] = sum(core.seconds * (core.count * split.num_stages) for core in cores)
+            sizes = (*self._least_sizes(split, label, attention, kv), attention.parts)
+            found = self._core_seconds.get((label, split.num_stages, sizes))  # of few sizes, however many attention roles have them
+            if found is None:
+                cores = self._least_cores(split, label, *sizes)
+                found = sum(core.seconds * (core.count * split.num_stages) for core in cores)
+                self._core_seconds[label, split.num_stages, sizes] = found
+            self._cores[key] = found
         return found
 
-    def _least_cores(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> list[Entry]:
-        split_heads = [attention.heads >> index & 1 for index in range(len(kv))]
-        marked = list(zip(self.sizes.values(), split_heads, kv, strict=True))
-        heads = ceil_div(self.model.num_heads, math.prod(size for size, splits, _ in marked if splits))
-        kv_heads = ceil_div(self.model.num_kv_heads, math.prod(size for size, splits, both in marked if splits and both))
+    def _least_sizes(self, split: StepSplit, label: str, attention: Attention, kv: tuple[bool, ...]) -> tuple[int, int, int]:
+        """Requests, query heads and key-value heads of one device at least."""
+        ways = kv_ways = 1
+        for index, (size, splits_kv) in enumerate(zip(self.sizes.values(), kv, strict=True)):
+            if attention.heads >> index & 1:
+                ways *= size
+                kv_ways *= size if splits_kv else 1
+        requests = self.workload.batch if label == "decode" else self.workload.prompts_per_step
+        rows = ceil_div(requests, split.num_stages * attention.dealt)
+        return rows, ceil_div(self.model.num_heads, ways), ceil_div(self.model.num_kv_heads, kv_ways)
+
+    def _least_cores(self, split: StepSplit, label: str, rows: int, heads: int, kv_heads: int, parts: int) -> list[Entry]:
         if label == "decode":
-            rows = ceil_div(self.workload.batch, split.num_stages * attention.dealt)
             context = max(self.workload.decode_context, 1)
-            return decode_cores(split, rows, heads, kv_heads, context, attention.parts, context)
-        slots = ceil_div(self.workload.prompts_per_step, split.num_stages * attention.dealt)
-        return prefill_cores(split, slots, slots * self._prompt_len, heads, kv_heads, attention.parts)
+            return decode_cores(split, rows, heads, kv_heads, context, parts, context)
+        return prefill_cores(split, rows, rows * self._prompt_len, heads, kv_heads, parts)
 
     def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
         """A step of prompts of this shape under the FFN roles of a phase; their attention is always prefill's."""
