@@ -2,6 +2,8 @@
 
 For each chip, slices are tried from small to large, beginning with the largest that the planner says is too small; on each the planner's
 best layout is compiled, decode of the whole batch and prefill of one prompt, until both fit. No TPU takes part.
+
+`--planner` compiles nothing and writes what the planner says of the same slices to results_planner.json.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from partinf.model.load import load_model_config
 from partinf.planner.choose import plan_of
 from partinf.planner.search import search
 from partinf.planner.slices import slices_of
+from partinf.plans import Bucket, Plan
 from partinf.proof import CompilerFailed, Limits, prove
+from partinf.proof.proving import planned_ledger
 from partinf.workload import DType, Workload
 
 CHIPS = ("v5e", "v6e", "v5p")
@@ -29,13 +33,12 @@ MOST = 16  # chips
 WORKLOAD = Workload(batch=32, input_len=1920, output_len=128, prefill_batch=1, weights=DType.INT8, kv=DType.BF16)
 
 
-def tried(slice_: Slice) -> dict[str, Any]:
-    """What the planner and the compiler say of one slice."""
+def planned(slice_: Slice) -> tuple[dict[str, Any], Plan, tuple[Bucket, ...]]:
+    """What the planner says of one slice, and its best plan with the steps that serve the workload."""
     report = search(load_model_config("llama-3-70b"), slice_, WORKLOAD)
     best = next(candidate for candidate in report.candidates if plan_of(report, candidate).runnable is None)
     plan, buckets = serving_steps(plan_of(report, best), WORKLOAD)
-    started = time.monotonic()
-    found: dict[str, Any] = {
+    found = {
         "slice": slice_.name,
         "chips": slice_.num_chips,
         "layout": readable_name(plan.layout, plan.axis_sizes),
@@ -43,6 +46,20 @@ def tried(slice_: Slice) -> dict[str, Any]:
         "planner_bytes": best.memory.total,
         "usable_bytes": best.memory.usable,
     }
+    return found, plan, buckets
+
+
+def by_planner(slice_: Slice) -> dict[str, Any]:
+    """What the planner says of one slice and of its steps."""
+    found, plan, buckets = planned(slice_)
+    steps = [{"step": str(bucket), "planned_seconds": planned_ledger(plan, bucket).seconds} for bucket in buckets]
+    return found | {"fits": found["planner_fits"], "steps": steps}
+
+
+def tried(slice_: Slice) -> dict[str, Any]:
+    """What the planner and the compiler say of one slice."""
+    found, plan, buckets = planned(slice_)
+    started = time.monotonic()
     try:
         proof = prove(plan, buckets, Limits(seconds=600, memory_bytes=12 << 30))
     except CompilerFailed as error:
@@ -67,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         for name in ("results_before.json", "results.json"):
             print(f"{name}\n\n{table(read(__file__, name))}\n")
         return
+    of_planner = arguments == ["--planner"]
     found: dict[str, list[dict[str, Any]]] = {}
     for name in CHIPS:
         slices = sorted((s for s in slices_of(chips()[name]) if s.num_chips <= MOST), key=lambda s: s.num_chips)
@@ -74,12 +92,29 @@ def main(arguments: Sequence[str]) -> None:
         first = max(0, fits.index(True) - 1) if True in fits else len(slices) - 1
         found[name] = []
         for slice_ in slices[first:]:
-            found[name].append(tried(slice_))
+            found[name].append(by_planner(slice_) if of_planner else tried(slice_))
             print(json.dumps(found[name][-1]), flush=True)
             if found[name][-1].get("fits"):
                 break
-    write(__file__, found)
-    print(table(found))
+    write(__file__, found, "results_planner.json" if of_planner else "results.json")
+    print(table_of_planner(found) if of_planner else table(found))
+
+
+def table_of_planner(found: dict[str, list[dict[str, Any]]]) -> str:
+    lines = ["| slice | layout | GiB per device | of usable | fits | step | cost model ms |", "|---|---|---|---|---|---|---|"]
+    for row in (row for rows in found.values() for row in rows):
+        gib = [f"{row[key] / 2**30:.2f}" for key in ("planner_bytes", "usable_bytes")]
+        for step in row["steps"]:
+            cells = (
+                row["slice"],
+                row["layout"],
+                *gib,
+                "yes" if row["fits"] else "no",
+                step["step"],
+                f"{1e3 * step['planned_seconds']:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
