@@ -281,9 +281,7 @@ def layout_for(slice_: Slice, layout: Layout) -> Layout:
     if len({_roles_of(layout, axis) for axis in takes.values()}) < len(kinds):
         if len(names) < len(kinds):
             kind = " · ".join(" ".join(axes) for axes in kinds.values())
-            example = (
-                ", such as 4x2 for 8 devices" if slice_.chip.torus_dims == 0 else ", such as v4:4x4x4 or a mesh of factors x0:2,x1:2,y:4"
-            )
+            example = "4x2 for 8 devices" if slice_.chip.torus_dims == 0 else "x0:2,x1:2,y:4 for 4x4 chips"
             raise InvalidInput(
                 f"layout of {len(kinds)} kinds of axes ({kind}): it needs a mesh of at least as many axes, and {slice_.name} has "
                 f"{len(names)} ({slice_.mesh}); give a slice that has more, or a mesh of factors such as {example}"

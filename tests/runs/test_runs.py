@@ -130,11 +130,13 @@ def test_every_policy_that_does_not_read_the_clock_is_taken(tmp_path: Path) -> N
     assert not POLICIES["priority"].reads_clock
 
 
-def test_a_layout_for_other_axes_is_refused(tmp_path: Path) -> None:
+def test_a_layout_of_more_axes_than_the_slice_has_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "axes.toml"
-    file.write_text('model = "demo"\nslice = "cpu:2x2"\nlayout = "ws-2d"\n')
-    with pytest.raises(InvalidInput, match="axis 'z' is no axis of cpu:2x2"):
+    file.write_text('model = "demo"\nslice = "cpu:2"\nlayout = "ws-2d"\n')
+    with pytest.raises(InvalidInput, match=r"of 2 kinds of axes .* and cpu:2 has 1 .* a mesh of factors such as 4x2 for 8 devices$"):
         read_experiment(file)
+    file.write_text('model = "demo"\nslice = "cpu:2x2"\nlayout = "ws-2d"\n')
+    assert read_experiment(file).layout == "ws-2d"
 
 
 def test_the_example_can_be_read() -> None:

@@ -343,7 +343,7 @@ def test_a_jobset_that_was_never_sent_is_not_deleted_and_one_that_may_come_is_lo
     gke = {"image": "an/image:1", "context": "my-cluster"}
     deletion = pod_deletion.Deletion
     monkeypatch.setattr(pod_jobset, "Deletion", lambda *rest: deletion(*rest, now=clock.now, rest=clock.wait))
-    assert pod_jobset.run_jobset(description(gke=gke), "r1", Cluster(), None, tmp_path, 1.0, clock.now) == 1
+    assert pod_jobset.run_jobset(description(gke=gke), "r1", Cluster(), None, tmp_path, 1.0, now=clock.now) == 1
     assert list(dict.fromkeys(asked)) == verbs
     assert asked.count("delete") == (4 if "delete" in verbs else 0)
 
