@@ -64,15 +64,16 @@ def test_every_weight_is_gathered_once_per_layer(block: dict[str, Any]) -> None:
 
 
 def test_the_carry_brings_the_next_layers_first_weights() -> None:
-    plan, bucket = make_plan("2x2x2", layout("xyz")), Bucket(16, 8)
+    model = dataclasses.replace(MODEL, name="ahead-deep", num_layers=4)
+    plan, bucket = make_plan("2x2x2", layout("xyz"), model), Bucket(16, 8)
     mesh = abstract_mesh(plan)
     step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
     traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), stacked(bucket, 1))
     (inner,) = (equation.params["jaxpr"] for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
     (scan,) = (equation for equation in inner.eqns if equation.primitive.name == "scan")
     carried = {tuple(variable.aval.shape) for variable in scan.outvars}
-    assert {(MODEL.num_heads, MODEL.head_dim, MODEL.embed_dim), (2, MODEL.ffn_dim, MODEL.embed_dim)} <= carried
-    assert scan.params["length"] == MODEL.num_layers - 1
+    assert {(model.num_heads, model.head_dim, model.embed_dim), (2, model.ffn_dim, model.embed_dim)} <= carried
+    assert scan.params["length"] == model.num_layers - 1
 
 
 def test_a_plan_gathers_ahead_where_that_helps_and_memory_allows() -> None:

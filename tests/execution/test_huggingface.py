@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,12 @@ LAYOUTS_2D = (
 )
 
 
+def over(layouts: tuple[Layout, ...], slow: list[str]) -> list[Any]:
+    """The fixtures, each under one of the layouts in turn."""
+    pairs = zip(NAMES, itertools.cycle(layouts), strict=False)
+    return [pytest.param(name, layout, marks=[pytest.mark.slow] if name in slow else []) for name, layout in pairs]
+
+
 def make_plan(name: str, slice_name: str, layout: Layout, **capacity: object) -> Plan:
     plan = Plan(load_model_config(FIXTURES / name), parse_slice(slice_name), layout, weights=DType.F32, kv=DType.F32)
     return with_capacity(plan, Capacity(**{"max_rows": 8, "max_len": SERVED, "prefill_tokens": 80, "random": False} | capacity))
@@ -72,7 +79,7 @@ def test_the_reference_gives_their_logits(name: str) -> None:
     np.testing.assert_allclose(np.asarray(logits), expected["logits"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name, layout", [*zip(NAMES, itertools.cycle(LAYOUTS), strict=False)])
+@pytest.mark.parametrize("name, layout", over(LAYOUTS, slow=["cohere2_small"]))
 def test_the_partitioned_step_gives_their_logits(name: str, layout: Layout) -> None:
     """Prefixes of every length in one prefill each would be 40 programs; the last position of growing chunks covers all with one."""
     plan = make_plan(name, "cpu:2x2x2", layout, page_size=4, prefill_tokens=56)
@@ -102,13 +109,7 @@ def shard_page(plan: Plan, slot: int, page: int) -> int:
     return shard * plan.cache.pages_per_shard + place * 16 + page
 
 
-ENGINE = [
-    pytest.param(name, layout, marks=[pytest.mark.slow] if name in ("cohere2_small", "neox_small") else [])
-    for name, layout in zip(NAMES, itertools.cycle(LAYOUTS_2D), strict=False)
-]
-
-
-@pytest.mark.parametrize("name, layout", ENGINE)
+@pytest.mark.parametrize("name, layout", over(LAYOUTS_2D, slow=["cohere2_small", "neox_small", "phi3_small"]))
 def test_the_engine_gives_their_tokens(name: str, layout: Layout) -> None:
     plan = make_plan(name, "cpu:4x2", layout, page_size=4, prefill_tokens=56)
     runner = JaxRunner(plan, load(plan, name, device_mesh(plan)))

@@ -25,7 +25,7 @@ SIZE, PAGE = 128, 16
     ("dtype", "kv_heads", "group", "how", "earlier"),
     [
         ("f32", 2, 3, kernels.Scores(), False),
-        ("bf16", 1, 8, kernels.Scores(), False),
+        pytest.param("bf16", 1, 8, kernels.Scores(), False, marks=pytest.mark.slow),
         ("f32", 2, 1, kernels.Scores(scale=0.2, cap=3.0, window=7), False),
         ("f32", 2, 2, kernels.Scores(), True),
     ],
