@@ -20,9 +20,18 @@ MAX_LEN, PAGE = 64, 8
 
 @cache
 def load(full: int, rows: int) -> api.Model:
-    """The demo model on pages of so many sequences at full length, of which so many run together and four times as many may hold pages."""
+    """The demo model on pages of so many sequences at full length, of which so many run together and four times as many may hold pages.
+
+    Where many run together a step takes as many more prompt tokens, so that pages fill faster than sequences end.
+    """
     capacity = Capacity(
-        rows, MAX_LEN, prefill_tokens=32, page_size=PAGE, max_residents=4 * rows, kv_pages=full * MAX_LEN // PAGE, constrained=False
+        rows,
+        MAX_LEN,
+        prefill_tokens=max(32, full * PAGE),
+        page_size=PAGE,
+        max_residents=4 * rows,
+        kv_pages=full * MAX_LEN // PAGE,
+        constrained=False,
     )
     workload = Workload(rows, MAX_LEN // 2, MAX_LEN // 2, weights=DType.F32, kv=DType.F32)
     return api.load("demo", api.plan("demo", "cpu:1", workload, capacity=capacity), num_host_pages=full * 4 * MAX_LEN // PAGE)
