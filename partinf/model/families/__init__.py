@@ -2,7 +2,8 @@
 
 `hf_config` reads and writes configurations by a declaration, `checkpoint.hf_names` finds tensors by it, and nothing else in the library
 knows a family's name: whatever a family changes in the computation is a field of `ModelConfig`. A declaration stands with its nearest
-relatives: `llama`, `gemma`, `olmo` for newer blocks of other norms, `gpt` for older ones.
+relatives: `llama`, `gpt` for what came before it, `gemma`, `olmo`, `cohere`; `fused` and `layer_norm` are Llama's layer with one change,
+by several makers.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Mapping
 
 from partinf.foundation.errors import InvalidInput, nearest
 from partinf.model.config import ModelConfig
-from partinf.model.families import gemma, gpt, llama, olmo
+from partinf.model.families import cohere, fused, gemma, gpt, layer_norm, llama, olmo
 from partinf.model.families.harmless import HARMLESS as HARMLESS
 from partinf.model.families.harmless import ONLY as ONLY
 from partinf.model.families.harmless import keys
 from partinf.model.family import Family, Wrapper
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*llama.FAMILIES, *gpt.FAMILIES, *gemma.FAMILIES, *olmo.FAMILIES)}
+_DECLARED = (llama, gpt, gemma, olmo, cohere, fused, layer_norm)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for module in _DECLARED for family in module.FAMILIES}
 
 
 _IMAGES = keys("""
