@@ -15,7 +15,7 @@ from experiments.palm_540b_on_64_v4.measure import CASES, Case, plan_of
 from experiments.results import read, write
 from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration, calibration_for
-from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.ledger import EntryKind, Ledger
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
@@ -33,7 +33,7 @@ def row(case: Case, proof: dict[str, object]) -> dict[str, float]:
     """Milliseconds of both accounts."""
     fitted = calibration_for(plan_of(case)[0].slice.chip)
     ours = ledger(case, fitted)
-    hops = ledger(case, replace(fitted, hop_seconds=1e-6, collective_seconds=0.0)).of(kind=Kind.COLLECTIVE).seconds
+    hops = ledger(case, replace(fitted, hop_seconds=1e-6, collective_seconds=0.0)).of(kind=EntryKind.COLLECTIVE).seconds
     estimate = proof["estimate"]
     assert isinstance(estimate, dict)
     work = [(one["what"], one["count"] * one["seconds"]) for one in proof["work"]]  # type: ignore[attr-defined]
@@ -41,13 +41,13 @@ def row(case: Case, proof: dict[str, object]) -> dict[str, float]:
     seconds = {
         "cost model": ours.seconds,
         "compiled": max(estimate["floor"], estimate["compute"] + estimate["collectives"]),
-        "collectives, fitted steps": ours.of(kind=Kind.COLLECTIVE).seconds,
+        "collectives, fitted steps": ours.of(kind=EntryKind.COLLECTIVE).seconds,
         "collectives, 1 µs hops": hops,
         "collectives, compiled": estimate["collectives"] + estimate["overlapped"],
         "of these hidden": estimate["overlapped"],
-        "layers' products": sum(e.exposed_seconds for e in ours.of(kind=Kind.MATMUL).entries if e.count > 1),
+        "layers' products": sum(e.exposed_seconds for e in ours.of(kind=EntryKind.MATMUL).entries if e.count > 1),
         "layers' products, compiled": products,
-        "rest": ours.seconds - ours.of(kind=Kind.COLLECTIVE).seconds - ours.of(kind=Kind.MATMUL).seconds,
+        "rest": ours.seconds - ours.of(kind=EntryKind.COLLECTIVE).seconds - ours.of(kind=EntryKind.MATMUL).seconds,
         "rest, compiled": estimate["compute"] - products,
     }
     return {name: 1e3 * value for name, value in seconds.items()}

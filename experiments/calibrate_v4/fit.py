@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.calibrate_v4.measured import BF16_STEP, COLUMNS, DECODED, INT8_STEP, Column, mfu, paper_layout, predict
 from partinf.cost.calibration import Calibration, calibration_for
-from partinf.cost.ledger import Kind, Part
+from partinf.cost.ledger import EntryKind, Part
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import LOOPED
 from partinf.hardware.chips import chips
@@ -84,8 +84,8 @@ def checks(constants: Calibration) -> dict[str, dict[str, float]]:
     shares = {}
     for context in (8192, 32768):
         ledger = predict(replace(high, batch=256, context=context), constants)
-        core = ledger.of(kind=Kind.ATTENTION).seconds
-        around = ledger.of(part=Part.ATTENTION, kind=Kind.COLLECTIVE)
+        core = ledger.of(kind=EntryKind.ATTENTION).seconds
+        around = ledger.of(part=Part.ATTENTION, kind=EntryKind.COLLECTIVE)
         moved = sum(e.exposed_seconds for e in around.entries if e.item.group == "decode")
         shares[context] = (core + moved) / ledger.seconds
     prefill, decode = predict(replace(COLUMNS[2], context=1984), constants).seconds, predict(high, constants).seconds

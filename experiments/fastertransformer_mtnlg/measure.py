@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from experiments.results import write
 from partinf.cost.calibration import ROOFLINE
-from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.ledger import EntryKind, Ledger
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import Program
 from partinf.cost.step import step_ledger
@@ -61,7 +61,7 @@ def predicted(row: Row) -> dict[str, float]:
     """Milliseconds in total and by what they are spent on."""
     prefill, decode = ledgers(row)
     total = prefill + decode.times(OUTPUT)
-    collectives = total.of(kind=Kind.COLLECTIVE).seconds
+    collectives = total.of(kind=EntryKind.COLLECTIVE).seconds
     return {
         "total": 1e3 * total.seconds,
         "prefill": 1e3 * prefill.seconds,

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from experiments.results import write
-from partinf.cost.ledger import Kind, Op
+from partinf.cost.ledger import EntryKind, Op
 from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import Role
 from partinf.model.load import load_model_config
@@ -44,7 +44,7 @@ def under(report: PlanReport, role: Role) -> dict[str, Any] | None:
         return None
     best = mine[0]
     entries = best.asked.ledger.entries
-    weights = sum(e.exposed_seconds for e in entries if e.kind is Kind.MATMUL)
+    weights = sum(e.exposed_seconds for e in entries if e.kind is EntryKind.MATMUL)
     permutes = sum(e.exposed_seconds for e in entries if e.op is Op.PERMUTE)
     return {
         "layout": best.name,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from experiments.results import write
 from partinf.cost.items import What
-from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.ledger import EntryKind, Ledger
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
@@ -23,11 +23,11 @@ STEPS = {
 
 def shares(ledger: Ledger) -> dict[str, float]:
     """Exposed milliseconds by kind of work."""
-    weights = [entry for entry in ledger.of(kind=Kind.COLLECTIVE).entries if entry.item.what is What.WEIGHTS]
-    collectives = ledger.of(kind=Kind.COLLECTIVE).seconds
+    weights = [entry for entry in ledger.of(kind=EntryKind.COLLECTIVE).entries if entry.item.what is What.WEIGHTS]
+    collectives = ledger.of(kind=EntryKind.COLLECTIVE).seconds
     gathers = sum(entry.exposed_seconds for entry in weights)
-    matmuls = ledger.of(kind=Kind.MATMUL).seconds
-    attention = ledger.of(kind=Kind.ATTENTION).seconds
+    matmuls = ledger.of(kind=EntryKind.MATMUL).seconds
+    attention = ledger.of(kind=EntryKind.ATTENTION).seconds
     parts = {
         "matmuls": matmuls,
         "attention core": attention,

@@ -23,7 +23,7 @@ from partinf.cost.items import (
     WRITE_CACHE,
     GroupItems,
 )
-from partinf.cost.ledger import Entry, Kind, Op, Part
+from partinf.cost.ledger import Entry, EntryKind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, scatter_embed, sums_bytes
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
@@ -125,7 +125,9 @@ def _decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: i
         passed += 2 * rows * heads * keys * (4 + act)  # scores in float32, probabilities: each written and read
     core = (rows, rows, heads, kv_heads, keys)
     beside = split.pricing.kernel(rows) + rows * (split.shape.allocated or keys) * split.pricing.program.position_seconds
-    return split.pricing.product(DECODE.core, _PART, count, flops, share, 0.0, kv_bytes, passed, Kind.ATTENTION, core, core_seconds=beside)
+    return split.pricing.product(
+        DECODE.core, _PART, count, flops, share, 0.0, kv_bytes, passed, EntryKind.ATTENTION, core, core_seconds=beside
+    )
 
 
 def prefill_entries(split: StepSplit) -> list[Entry]:
@@ -211,7 +213,7 @@ def _prefill_core(
         0.0,
         kv_bytes,
         passed,
-        Kind.ATTENTION,
+        EntryKind.ATTENTION,
         core,
         prompt=True,
         core_seconds=seconds,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from partinf.cost.items import Item
 
 
-class Kind(StrEnum):
+class EntryKind(StrEnum):
     """MATMUL: products with weights. ATTENTION: the core, products with keys and values. MEMORY: traffic without a product.
     COLLECTIVE: between devices."""
 
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
     item: Item
     part: Part
-    kind: Kind
+    kind: EntryKind
     count: int = 1  # type: ignore[assignment]  # tuple.count is not used
     flops: float = 0.0
     padding_flops: float = 0.0
@@ -128,7 +128,7 @@ class Ledger:
             return self
         return replace(self, entries=tuple(entry._replace(count=entry.count * count) for entry in self.entries))
 
-    def of(self, *, part: Part | None = None, kind: Kind | None = None) -> Ledger:
+    def of(self, *, part: Part | None = None, kind: EntryKind | None = None) -> Ledger:
         """The entries of one part, of one kind, or both."""
         chosen = (e for e in self.entries if (part is None or e.part is part) and (kind is None or e.kind is kind))
         return Ledger(tuple(chosen))

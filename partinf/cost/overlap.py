@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from partinf.cost.ledger import Entry, Kind, Ledger, Part
+from partinf.cost.ledger import Entry, EntryKind, Ledger, Part
 from partinf.cost.pricing import Pricing
 
 _LAYERS = (Part.ATTENTION, Part.FFN)
@@ -99,7 +99,7 @@ def compute_left(entries: Iterable[Entry]) -> float:
     """Seconds of the layers' products behind which nothing runs yet."""
     left = 0.0
     for entry in entries:
-        if entry.kind in (Kind.MATMUL, Kind.ATTENTION):
+        if entry.kind in (EntryKind.MATMUL, EntryKind.ATTENTION):
             if entry.part in _LAYERS:
                 left += entry.seconds * entry.count
         elif entry.overlapped:

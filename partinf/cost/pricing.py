@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
 from partinf.cost.items import DISPATCH, Item
-from partinf.cost.ledger import Entry, Kind, Op, Part
+from partinf.cost.ledger import Entry, EntryKind, Op, Part
 from partinf.cost.movement import Axes, Group, Moved, Split
 from partinf.cost.program import Program, program_for
 from partinf.hardware.rates import Curve, TypeRates
@@ -87,7 +87,7 @@ class Pricing:
         weight_bytes: float = 0.0,
         kv_bytes: float = 0.0,
         activation_bytes: float = 0.0,
-        kind: Kind = Kind.MATMUL,
+        kind: EntryKind = EntryKind.MATMUL,
         shape: tuple[int, ...] = (),
         prompt: bool = False,
         core_seconds: float = 0.0,
@@ -101,7 +101,7 @@ class Pricing:
         """
         entry = Entry(item, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, shape=shape)
         if self._measured is not None:
-            if kind is Kind.ATTENTION:
+            if kind is EntryKind.ATTENTION:
                 return entry._replace(seconds=self._measured.core(flops, kv_bytes, prompt))
             return entry._replace(seconds=self._measured.product(flops, weight_bytes, activation_bytes, shape[0]))
         core = flops * done / self._flop_rate + core_seconds
@@ -119,7 +119,7 @@ class Pricing:
         else:
             rates = self._measured.rates
             seconds = num_bytes / (rates.choice if part is Part.SAMPLING else rates.activations)
-        return Entry(item, part, Kind.MEMORY, count, activation_bytes=num_bytes, seconds=seconds)
+        return Entry(item, part, EntryKind.MEMORY, count, activation_bytes=num_bytes, seconds=seconds)
 
     @property
     def fetch_seconds(self) -> float:
@@ -139,13 +139,13 @@ class Pricing:
         """The small operations of each of so many layers, where their time is known."""
         seconds = self.calibration.layer_seconds * self.program.small_operations
         free = seconds if self.program.unrolled else 0.0
-        return [Entry(item, part, Kind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
+        return [Entry(item, part, EntryKind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
 
     def dispatch(self) -> list[Entry]:
         """What a step takes beside all its work, where that was measured."""
         if self._measured is None:
             return []
-        return [Entry(DISPATCH, Part.EMBEDDING, Kind.MEMORY, seconds=self._measured.rates.step_seconds)]
+        return [Entry(DISPATCH, Part.EMBEDDING, EntryKind.MEMORY, seconds=self._measured.rates.step_seconds)]
 
     def collective(
         self,
@@ -171,7 +171,7 @@ class Pricing:
         return Entry(
             item,
             part,
-            Kind.COLLECTIVE,
+            EntryKind.COLLECTIVE,
             count,
             op=op,
             axes=axes,

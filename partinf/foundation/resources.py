@@ -14,15 +14,15 @@ from typing import Literal
 
 from partinf.foundation.errors import InvalidInput, nearest
 
-Kind = Literal["models", "layouts"]
+Shipped = Literal["models", "layouts"]
 
 
-def names(kind: Kind) -> list[str]:
+def names(kind: Shipped) -> list[str]:
     """The names that `find` knows, sorted."""
     return sorted(_entries(kind))
 
 
-def find(kind: Kind, name: str) -> Path:
+def find(kind: Shipped, name: str) -> Path:
     """The file `<name>.toml`, or for a model that comes with weights the folder `<name>/`, which wins where both exist.
 
     Raises:
@@ -55,12 +55,12 @@ def _package() -> Path:
     return Path(str(files("partinf")))
 
 
-def _folder(kind: Kind) -> Path:
+def _folder(kind: Shipped) -> Path:
     inside_wheel = _package() / "_data" / kind
     return inside_wheel if inside_wheel.is_dir() else _package().parent / kind
 
 
-def _entries(kind: Kind) -> dict[str, Path]:
+def _entries(kind: Shipped) -> dict[str, Path]:
     folder = _folder(kind)
     if not folder.is_dir():
         return {}

@@ -16,7 +16,7 @@ from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.step import Step, StepOutput
 from partinf.foundation.errors import InvalidInput
 from partinf.hosts.watch import Bounds, Watch, end_process
-from partinf.hosts.wire import Kind, Link, Purpose
+from partinf.hosts.wire import Link, MessageKind, Purpose
 
 _REASON_SECONDS = 1.0  # for the watchdog to find out why something broke here
 
@@ -76,9 +76,9 @@ class Group:
             JobEnded: somebody is gone.
         """
         if self.leads:
-            self._send(Kind.VALUE, self._encoder.encode(value))
+            self._send(MessageKind.VALUE, self._encoder.encode(value))
             return value
-        return msgspec.msgpack.decode(self._receive(Kind.VALUE))
+        return msgspec.msgpack.decode(self._receive(MessageKind.VALUE))
 
     def agree(self, what: str, value: object) -> None:
         """Make sure that all processes have the same, by its representation.
@@ -108,7 +108,7 @@ class Group:
         Raises:
             JobEnded: somebody is gone.
         """
-        self._send(Kind.FACTS, self._encoder.encode(facts))
+        self._send(MessageKind.FACTS, self._encoder.encode(facts))
 
     def scheduled(self, number: int, digest: bytes) -> None:
         self._watch.scheduled(number, digest)
@@ -130,7 +130,7 @@ class Group:
         Raises:
             JobEnded: somebody is gone, this process included.
         """
-        while (message := self._receive(Kind.FACTS)) is not None:
+        while (message := self._receive(MessageKind.FACTS)) is not None:
             engine.replay(self._decoder.decode(message))
         self.close()
 
@@ -141,12 +141,12 @@ class Group:
         self._closed = True
         for link in self._facts if self.leads else ():
             with contextlib.suppress(OSError):  # the watchdog knows why
-                link.send(Kind.BYE)
+                link.send(MessageKind.BYE)
         self._watch.close()
         for link in self._facts:
             link.close()
 
-    def _send(self, kind: Kind, payload: bytes) -> None:
+    def _send(self, kind: MessageKind, payload: bytes) -> None:
         self._check_alive()
         try:
             for link in self._facts:
@@ -154,14 +154,14 @@ class Group:
         except OSError as error:
             self.failed(error)
 
-    def _receive(self, kind: Kind) -> Any:
+    def _receive(self, kind: MessageKind) -> Any:
         """The next message of the first process; None when it has closed the group."""
         self._check_alive()
         try:
             found, payload = self._facts[0].receive()
         except (OSError, EOFError) as error:
             self.failed(error)
-        if found is Kind.BYE:
+        if found is MessageKind.BYE:
             return None
         if found is not kind:
             self.failed(RuntimeError(f"process 0 sent {found.name}, {kind.name} was due: the programs of the two differ"))

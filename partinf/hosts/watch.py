@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from partinf.foundation.errors import raise_offences
-from partinf.hosts.wire import Kind, Link
+from partinf.hosts.wire import Link, MessageKind
 
 _BEAT = struct.Struct("!q8sQ?")
 _REMEMBERED = 1 << 14  # digests that the first process keeps; a process is behind by no more iterations than may be in flight
@@ -149,7 +149,7 @@ class Watch:
         threading.Thread(target=self._end_later, name="partinf-end", daemon=True).start()
         for _, link in self._peers.values():
             with contextlib.suppress(OSError):
-                link.send(Kind.FAIL, reason.encode())
+                link.send(MessageKind.FAIL, reason.encode())
         self._failed.set()
         self._on_failure()
 
@@ -162,7 +162,7 @@ class Watch:
         self._closing.set()
         for _, link in self._peers.values():
             with contextlib.suppress(OSError):
-                link.send(Kind.BYE)
+                link.send(MessageKind.BYE)
         deadline = time.monotonic() + self._bounds.silence
         while len(self._done) < len(self._peers) and time.monotonic() < deadline and self.failure is None:
             time.sleep(0.01)
@@ -181,7 +181,7 @@ class Watch:
                 packed = self._status.packed()
             for _, link in self._peers.values():
                 with contextlib.suppress(OSError):  # whoever listens there says what happened
-                    link.send(Kind.BEAT, packed)
+                    link.send(MessageKind.BEAT, packed)
             if self._leads:
                 self._look_for_stalls()
 
@@ -191,12 +191,12 @@ class Watch:
         try:
             while True:
                 kind, payload = link.receive()
-                if kind is Kind.BYE:
+                if kind is MessageKind.BYE:
                     self._done.add(index)
                     if not self._leads:
                         self._closing.set()
                     return
-                if kind is Kind.FAIL:
+                if kind is MessageKind.FAIL:
                     reason = payload.decode(errors="replace")
                     self.fail(f"{name}: {reason}" if self._leads else reason)
                     return

@@ -22,7 +22,7 @@ _GREETING = struct.Struct(f"!{TOKEN_BYTES}sHH64s")  # token, index, purpose, nam
 _MAX_BYTES = 1 << 30
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """BEAT: a sign of life. FAIL: the job ends, and why. BYE: this side is done. FACTS: of an iteration. VALUE: what `Group.share` was
     given."""
 
@@ -50,14 +50,14 @@ class Link:
         self._socket = connection
         self._stream = connection.makefile("rb")
 
-    def send(self, kind: Kind, payload: bytes = b"") -> None:
+    def send(self, kind: MessageKind, payload: bytes = b"") -> None:
         """
         Raises:
             OSError: the connection broke.
         """
         self._socket.sendall(_HEAD.pack(kind, len(payload)) + payload)
 
-    def receive(self) -> tuple[Kind, bytes]:
+    def receive(self) -> tuple[MessageKind, bytes]:
         """
         Raises:
             OSError: the connection broke (EOFError: it was closed), or nothing came in time.
@@ -65,7 +65,7 @@ class Link:
         kind, length = _HEAD.unpack(self._read(_HEAD.size))
         if length > _MAX_BYTES:
             raise OSError(f"a message of {length} bytes")
-        return Kind(kind), self._read(length)
+        return MessageKind(kind), self._read(length)
 
     def give_up_after(self, seconds: float | None) -> None:
         """Let `receive` raise TimeoutError when nothing comes for so long."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from partinf.cost.items import DECODE, What
-from partinf.cost.ledger import Entry, Kind
+from partinf.cost.ledger import Entry, EntryKind
 from partinf.foundation.rounding import ceil_div
 from partinf.layout import make_layout
 from partinf.measure.collectives import collective_call
@@ -70,9 +70,9 @@ class Entries:
         return None if key is None else self._found[key]
 
     def _prepare(self, entry: Entry) -> Alone:
-        if entry.kind is Kind.COLLECTIVE:
+        if entry.kind is EntryKind.COLLECTIVE:
             return self._collective(entry)
-        return self._core(entry) if entry.kind is Kind.ATTENTION else self._product(entry)
+        return self._core(entry) if entry.kind is EntryKind.ATTENTION else self._product(entry)
 
     def _collective(self, entry: Entry) -> Alone:
         assert entry.op is not None
@@ -114,8 +114,8 @@ class Entries:
 
 
 def _key(entry: Entry) -> Hashable | None:
-    if entry.kind is Kind.COLLECTIVE:
+    if entry.kind is EntryKind.COLLECTIVE:
         return (entry.op, entry.axes, entry.bytes, entry.dtype)
-    if entry.kind is Kind.MEMORY or not entry.shape:
+    if entry.kind is EntryKind.MEMORY or not entry.shape:
         return None
-    return (entry.kind, entry.item.what is What.PRODUCT, entry.item if entry.kind is Kind.ATTENTION else None, entry.shape)
+    return (entry.kind, entry.item.what is What.PRODUCT, entry.item if entry.kind is EntryKind.ATTENTION else None, entry.shape)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.ledger import Kind, Ledger
+from partinf.cost.ledger import EntryKind, Ledger
 from partinf.cost.movement import ways
 from partinf.cost.program import Program
 from partinf.foundation.errors import DoesNotFit
@@ -205,7 +205,12 @@ def _shares(ledger: Ledger) -> list[tuple[str, float]]:
 
 def _by_kind(ledger: Ledger) -> dict[str, float]:
     """Exposed seconds by what they are spent on."""
-    names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention", Kind.COLLECTIVE: "collectives", Kind.MEMORY: "other memory traffic"}
+    names = {
+        EntryKind.MATMUL: "matmuls",
+        EntryKind.ATTENTION: "attention",
+        EntryKind.COLLECTIVE: "collectives",
+        EntryKind.MEMORY: "other memory traffic",
+    }
     sums = dict.fromkeys(names.values(), 0.0)
     for entry in ledger.entries:
         sums[names[entry.kind]] += entry.exposed_seconds

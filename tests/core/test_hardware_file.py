@@ -10,7 +10,7 @@ import pytest
 
 from partinf.cost.calibration import calibration_for
 from partinf.cost.items import LOGITS as ITEM
-from partinf.cost.ledger import Kind, Op, Part
+from partinf.cost.ledger import EntryKind, Op, Part
 from partinf.cost.pricing import Pricing
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
@@ -117,9 +117,9 @@ def test_prices_by_hand() -> None:
     # 2 rows run at 2 GFLOP/s: 4 MFLOP take 2 ms, longer than 8 MB of weights at 8 GB/s; an operation takes 20 µs.
     assert pricing.product(ITEM, Part.FFN, 1, 4e6, 1.0, 8e6, shape=(2, 1000, 1000)).seconds == pytest.approx(2e-5 + 2e-3)
     assert pricing.product(ITEM, Part.FFN, 1, 4e6, 1.0, 80e6, shape=(2, 1000, 1000)).seconds == pytest.approx(2e-5 + 10e-3)
-    core = pricing.product(ITEM, Part.ATTENTION, 1, 2e6, 1.0, 0.0, 1e6, kind=Kind.ATTENTION)
+    core = pricing.product(ITEM, Part.ATTENTION, 1, 2e6, 1.0, 0.0, 1e6, kind=EntryKind.ATTENTION)
     assert core.seconds == pytest.approx(2e-5 + 1e-3 + 1e-3)
-    assert pricing.product(ITEM, Part.ATTENTION, 1, 4e6, 1.0, kind=Kind.ATTENTION, prompt=True).seconds == pytest.approx(2e-5 + 1e-3)
+    assert pricing.product(ITEM, Part.ATTENTION, 1, 4e6, 1.0, kind=EntryKind.ATTENTION, prompt=True).seconds == pytest.approx(2e-5 + 1e-3)
     assert pricing.traffic(ITEM, Part.SAMPLING, 1, 1e5).seconds == pytest.approx(1e-3)
     assert [entry.seconds for entry in pricing.dispatch()] == [1e-3]
     # 1 MB among 4: half way between 2 and 8 ways, 1.5 times the 0.75 ms that the links take.

@@ -19,7 +19,7 @@ from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import SampledToken, Step, StepOutput
 from partinf.foundation.errors import InvalidInput
 from partinf.hosts import Bounds, Group, Job, JobEnded
-from partinf.hosts.wire import Door, Kind, Link, Purpose, connect
+from partinf.hosts.wire import Door, Link, MessageKind, Purpose, connect
 from tests.engine.support import ROOMY
 
 TIGHT = replace(ROOMY, pages_per_shard=14, num_host_pages=40, num_slots=16, max_decode_rows_per_shard=4)
@@ -293,8 +293,8 @@ def test_only_those_with_the_token_may_join() -> None:
     (accepted,) = found
     name, theirs = accepted[1]  # type: ignore[index]
     assert name == "process 1"
-    theirs[Purpose.WATCH].send(Kind.BEAT, b"abc")
-    assert links[Purpose.WATCH].receive() == (Kind.BEAT, b"abc")
+    theirs[Purpose.WATCH].send(MessageKind.BEAT, b"abc")
+    assert links[Purpose.WATCH].receive() == (MessageKind.BEAT, b"abc")
     for link in (*links.values(), *theirs.values()):
         link.close()
     with pytest.raises(TimeoutError, match="processes 1, 2 of 3 did not connect"):

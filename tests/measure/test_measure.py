@@ -12,7 +12,7 @@ import pytest
 
 from partinf.api import find_slice
 from partinf.buckets import runner_limits
-from partinf.cost.ledger import Kind, Op
+from partinf.cost.ledger import EntryKind, Op
 from partinf.experiment.result import ledger_of
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
@@ -170,7 +170,10 @@ def test_entries_of_a_ledger_are_timed_at_their_shapes() -> None:
     bucket = Bucket(8, 2)
     plan = for_buckets(SPLIT, (bucket, Bucket(prefill_tokens=8, prefill_slots=4)))
     ledger = ledger_of(plan, bucket)
-    chosen = [next(entry for entry in ledger.entries if entry.kind is kind) for kind in (Kind.MATMUL, Kind.COLLECTIVE, Kind.ATTENTION)]
+    chosen = [
+        next(entry for entry in ledger.entries if entry.kind is kind)
+        for kind in (EntryKind.MATMUL, EntryKind.COLLECTIVE, EntryKind.ATTENTION)
+    ]
     alone = Entries(plan)
     alone.add(chosen)
     timings = alternate(alone.calls, budget=0.0, least=2, most=2)
@@ -184,7 +187,7 @@ def test_entries_of_a_ledger_are_timed_at_their_shapes() -> None:
     assert any(name.startswith("product of 4 rows, 32 → 64, f32") for name in alone.calls)
     # Lanes over y and z, heads over x.
     assert any(name.startswith("decode core: 2 sequences, 2 tokens, 4 heads, 2 kv heads, 32 in the cache") for name in alone.calls)
-    assert all(alone.of(entry) is None for entry in ledger.entries if entry.kind is Kind.MEMORY)
+    assert all(alone.of(entry) is None for entry in ledger.entries if entry.kind is EntryKind.MEMORY)
 
 
 def test_a_timing_alone_is_what_more_takes_beyond_less() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from partinf.cli import main
 from partinf.cost.attention import _seen
-from partinf.cost.ledger import Entry, Kind, Ledger
+from partinf.cost.ledger import Entry, EntryKind, Ledger
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import PLAIN, TILED, Program
 from partinf.cost.split import Shares, StepShape, StepSplit
@@ -38,7 +38,7 @@ def ledger(model: ModelConfig, program: Program = TILED, **shape: int) -> Ledger
 
 
 def cores(found: Ledger) -> list[Entry]:
-    return [entry for entry in found.entries if entry.kind is Kind.ATTENTION]
+    return [entry for entry in found.entries if entry.kind is EntryKind.ATTENTION]
 
 
 DECODE = {"decode_rows": 8, "decode_context": 32768}
@@ -49,7 +49,7 @@ def test_a_decode_step_reads_the_windows_of_layers_that_have_one() -> None:
     whole, windowed = ledger(MODEL, **DECODE), ledger(dataclasses.replace(MODEL, **PATTERN), **DECODE)
     assert {entry.count for entry in cores(windowed)} == {10, 2}
     assert windowed.kv_bytes == whole.kv_bytes * (2 + 10 * 1024 / 32768) / 12
-    rest = [[entry for entry in one.entries if entry.kind is not Kind.ATTENTION] for one in (whole, windowed)]
+    rest = [[entry for entry in one.entries if entry.kind is not EntryKind.ATTENTION] for one in (whole, windowed)]
     assert rest[0] == rest[1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from partinf.cost.items import What
-from partinf.cost.ledger import Entry, Kind, Ledger
+from partinf.cost.ledger import Entry, EntryKind, Ledger
 from partinf.layout import AttentionRole
 from partinf.planner.report import PhaseResult
 
@@ -19,7 +19,7 @@ COLOURS = {
 def by_work(ledger: Ledger) -> dict[str, float]:
     """Exposed seconds by kind of work; the kinds are the keys of `COLOURS` and sum to the step."""
     sums = dict.fromkeys(COLOURS, 0.0)
-    names = {Kind.MATMUL: "matmuls", Kind.ATTENTION: "attention core", Kind.MEMORY: "other memory traffic"}
+    names = {EntryKind.MATMUL: "matmuls", EntryKind.ATTENTION: "attention core", EntryKind.MEMORY: "other memory traffic"}
     for entry in ledger.entries:
         moved = "weight gathers" if entry.item.what in (What.WEIGHTS, What.SCALES) else "activation collectives"
         sums[names.get(entry.kind, moved)] += entry.exposed_seconds
