@@ -61,12 +61,12 @@ $(BIN)/python:
 
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing partinf into $(VENV) (once; a minute or two)'
-	@$(INSTALL) $(PINS) --editable .
+	@$(INSTALL) $(PINS) --editable '.[run]'
 	@touch $@
 
 # The development install holds the runtime, so it sets both stamps.
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'installing partinf and its development tools into $(VENV) (once; a minute or two)'
-	@$(INSTALL) $(PINS) --editable '.[dev,plot,proof,serve]'
+	@$(INSTALL) $(PINS) --editable '.[dev]'
 	@$(INSTALL) --no-deps --upgrade --target $(VENV)/openai-3 '$(OPENAI_3)'
 	@touch $(RUNTIME) $@

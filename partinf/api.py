@@ -25,6 +25,7 @@ from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, collect, raise_offences
+from partinf.foundation.extras import RUN, need
 from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout, load_layout
@@ -55,6 +56,7 @@ def find_slice(slice_: str | Slice, mesh: str | None = None, hardware: str | Pat
         return slice_ if mesh is None else slice_.with_mesh(mesh)
     if slice_ != "local":
         return slice_of(slice_, mesh, hardware)
+    need(RUN, "a plan for the devices that are here (local)")
     from partinf.partition.sharding import local_slice
 
     found = local_slice(mesh, None if hardware is None else read_hardware(Path(hardware)))
@@ -87,7 +89,7 @@ def plan(
     workload's sequences need at full length, some of them wait, or are preempted and swapped by a scheduler that does so.
 
     Raises:
-        InvalidInput: everything that does not fit together.
+        InvalidInput: everything that does not fit together, or an installation without jax and a slice that is `local`.
     """
     config = model if isinstance(model, ModelConfig) else load_model_config(model)
     target = find_slice(slice_, mesh, hardware)
@@ -134,9 +136,10 @@ def load(
         num_host_pages: KV pages that may be kept in host memory, for policies that swap.
 
     Raises:
-        InvalidInput: no weights, weights that are not the model's, or fewer devices than the plan needs.
+        InvalidInput: no weights, weights that are not the model's, fewer devices than the plan needs, or an installation without jax.
         JobEnded: a process of the group is gone, or has another plan.
     """
+    need(RUN, "running a model")
     from partinf.checkpoint.hf import load_hf
     from partinf.checkpoint.tokenizer import load_tokenizer
     from partinf.execution.runner import JaxRunner
@@ -175,6 +178,7 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
     Raises:
         InvalidInput: an architecture that cannot be run, no weights, or weights that are not the model's; all at once.
     """
+    need(RUN, "running a model")
     from partinf.checkpoint.hf import check_hf
 
     config, directory = load_model_config(model), weights_directory(model)

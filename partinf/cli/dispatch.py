@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from partinf.cli.flags import register
 from partinf.foundation.errors import InvalidInput, nearest
+from partinf.foundation.extras import PROOF, RUN, SERVE, extra_of, line, need
 
 FAILURE = 1
 BAD_INPUT = 2
@@ -39,6 +40,17 @@ COMMANDS: Mapping[str, str] = {
     "simulate": "serve requests on a slice that is not here, on a virtual clock",
     "run": "run a described experiment here, in several processes, on a pod or in the simulator; one form of result",
     "launch": "run a saved plan on a TPU slice, or show the commands that would",
+}
+
+# The extra that a command needs whatever its flags say. Others need one for some flags only, such as `--slice local`.
+_NEEDS: Mapping[str, str] = {
+    "prove": PROOF,
+    "calibrate": RUN,
+    "demo": RUN,
+    "generate": RUN,
+    "score": RUN,
+    "serve": SERVE,
+    "bench": RUN,
 }
 
 
@@ -80,11 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: From argparse, for `--help`, `--version` and bad flags.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = False
+    debug, who = False, "partinf"
     try:
         try:
             args = _parse(arguments)
             debug = args.debug or os.environ.get("PARTINF_DEBUG", "0") not in ("", "0")
+            who = f"partinf {args.command}"
+            if args.command in _NEEDS:
+                need(_NEEDS[args.command], who)
             return int(args.run(args))
         finally:
             # Here rather than at interpreter exit, where a reader that went away could no longer be handled.
@@ -102,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name)):
+            print(f"partinf: error: {line(extra, who, [str(error.name).partition('.')[0]])}", file=sys.stderr)
+            return BAD_INPUT
         print(f"partinf: error: {_summary(error)} (--debug shows the traceback)", file=sys.stderr)
         return FAILURE
 
@@ -124,7 +142,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             command.add_arguments(subparser)
             # SUPPRESS keeps a `--debug` that stood before the command.
             subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of a failure")
-            subparser.set_defaults(run=command.run)
+            subparser.set_defaults(run=command.run, command=name)
     return parser.parse_args(arguments)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from partinf.cli.flags import FORMATS, Flags
 from partinf.foundation import documents
 from partinf.foundation.errors import InvalidInput
+from partinf.foundation.extras import RUN, need
 from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
@@ -76,9 +77,11 @@ def _run(args: argparse.Namespace, experiment: Experiment) -> Any:
 
         return simulate(experiment)
     if args.on == "processes":
+        need(RUN, "--on processes")
         return _on_processes(args, experiment)
     if args.on == "pod":
         return _on_pod(args, experiment)
+    need(RUN, f"--on {args.on}")
     from partinf.cli import devices
 
     if args.on == "here":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import signal
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     _Make = Callable[[Model], Engine]
 
-_NEEDED = ("jinja2", "prometheus_client", "starlette", "uvicorn")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _KEY_VARIABLE = "PARTINF_API_KEY"
 _WHOLE = {
@@ -87,9 +85,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InvalidInput(f"partinf serve needs {', '.join(missing)}: pip install 'partinf[serve]'")
     from partinf.hosts import Bounds, Job, join
 
     flags = Flags(args)

@@ -21,6 +21,7 @@ from typing import Any
 
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
+from partinf.foundation.extras import PROOF, missing
 from partinf.hardware.platform import CPU, TPU, Platform
 from partinf.hardware.slices import Slice
 from partinf.plans import Bucket, Plan
@@ -70,8 +71,9 @@ class Compiled:
 
 def unavailable(platform: Platform = TPU) -> str | None:
     """One line on why nothing can be proven on this installation for chips of this platform, or None."""
-    if not platform.described:
-        return None
+    absent = missing(PROOF, "a proof")
+    if absent or not platform.described:
+        return absent
     try:
         libtpu = metadata.version("libtpu")
     except metadata.PackageNotFoundError:

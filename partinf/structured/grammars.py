@@ -8,13 +8,13 @@ the grammar takes; a text that leaves no choice comes in the tokens by which the
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, Protocol
 
+from partinf.foundation import extras
 from partinf.foundation.errors import InvalidInput
 from partinf.structured.asked import Kind, Structure
 
@@ -53,9 +53,7 @@ class Tokenizer(Protocol):
 
 def missing() -> str | None:
     """Why no grammar can be compiled, if the package is not installed."""
-    if importlib.util.find_spec("llguidance") is not None:
-        return None
-    return "structured output needs llguidance: pip install 'partinf[serve]'"
+    return extras.missing(extras.SERVE, "structured output", ("llguidance",))
 
 
 class Grammars:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from partinf.foundation.extras import MODULES
+
 ROOT = Path(__file__).resolve().parents[2]
 PLACES = ("partinf", "tests", "experiments", "tpu_scripts")
 OWN = {
@@ -20,7 +22,15 @@ OWN = {
     *(path.stem for folder in ("tpu_scripts", "experiments/train_demo", "tests/tpu_scripts") for path in (ROOT / folder).glob("*.py")),
 }
 # Parts of partinf/ that need an extra, by the extra's name. Everything else has to do with what every installation has.
-ROOMS = {"serve": ("partinf/serve/", "partinf/structured/"), "plot": ("partinf/planner/show/plot.py",)}
+ROOMS = {
+    "run": (
+        *(f"partinf/{room}/" for room in ("partition", "transformer", "checkpoint", "execution", "measure", "hosts", "proof")),
+        "partinf/experiment/execute.py",
+        "partinf/api.py",  # for type checkers alone
+    ),
+    "serve": ("partinf/serve/", "partinf/structured/"),
+    "plot": ("partinf/planner/show/plot.py",),
+}
 # What nothing imports, with the file that runs it and the words that do.
 TOOLS = {
     "hatchling": ("tests/packaging/test_wheel.py", "from hatchling import build"),
@@ -45,11 +55,19 @@ def canonical(name: str) -> str:
 
 @functools.cache
 def declared() -> dict[str, frozenset[str]]:
-    """Extra → names of distributions; '' for what every installation has."""
+    """Extra → names of distributions, those of the extras that it names included; '' for what every installation has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lists = {"": project["dependencies"], **project["optional-dependencies"]}
-    name_of = lambda wanted: canonical(re.match(r"[A-Za-z0-9._-]+", wanted)[0])  # noqa: E731
-    return {extra: frozenset(map(name_of, wanted)) for extra, wanted in lists.items()}
+
+    def names(wanted: str) -> Iterator[str]:
+        name, more = re.match(r"([A-Za-z0-9._-]+)(?:\[(.*?)\])?", wanted).groups()
+        if name == project["name"]:
+            for extra in more.split(","):
+                yield from (each for other in lists[extra] for each in names(other))
+        else:
+            yield canonical(name)
+
+    return {extra: frozenset(each for one in wanted for each in names(one)) for extra, wanted in lists.items()}
 
 
 def imports_of(source: str) -> Iterator[str]:
@@ -89,7 +107,15 @@ def test_what_every_installation_gets_is_imported_by_the_package() -> None:
     """What tests and experiments alone need is a development dependency."""
     used = {name for name, files in imported().items() if any(file.startswith("partinf/") for file in files)}
     assert declared()[""] - used == set()
-    assert (declared()["serve"] | declared()["plot"]) - used == set()
+    assert (declared()["serve"] | declared()["plot"] | declared()["run"]) - used == set()
+
+
+def test_what_commands_say_is_missing_is_what_the_extras_bring() -> None:
+    owners = packages_distributions()
+    for extra, modules in MODULES.items():
+        brought = {canonical(owner) for module in modules for owner in owners[module] if canonical(owner) in declared()[extra]}
+        assert brought == declared()[extra], extra
+        assert len(modules) == len(brought)
 
 
 def test_what_the_package_imports_is_asked_for_where_it_is_needed() -> None:

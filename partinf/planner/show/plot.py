@@ -5,11 +5,11 @@ matplotlib is an extra (`plot`) and is imported when something is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from partinf.foundation.extras import PLOT, missing
 from partinf.planner.curves import TOKENS, front, volumes
 from partinf.planner.report import Candidate, PlanReport
 from partinf.planner.show.work import COLOURS, by_work, roles_of
@@ -24,9 +24,8 @@ _BAR_INCHES = 0.42
 
 def plot_offences(path: Path) -> list[str]:
     """What keeps a picture from being drawn into this file: no matplotlib, or no kind of file that it writes."""
-    offences = []
-    if importlib.util.find_spec("matplotlib") is None:
-        offences.append("plots need matplotlib, which is not installed: pip install 'partinf[plot]'")
+    reason = missing(PLOT, "--plot")
+    offences = [reason] if reason else []
     if path.suffix not in SUFFIXES:
         offences.append(f"plot {path}: the name must end in one of {', '.join(SUFFIXES)}")
     return offences
