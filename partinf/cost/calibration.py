@@ -25,7 +25,8 @@ class Calibration:
 
     Attributes:
         matmul_efficiency: share of peak FLOP/s that large matmuls reach.
-        hbm_share: share of the stated HBM bandwidth that streams reach.
+        hbm_share: share of the stated HBM bandwidth that the streams of a whole step reach, with what passes between one and the next. A
+            single transfer is faster while it is under way: that is the proof's (`partinf.proof.pace`).
         streamed_share: the same for weights that a product reads itself, where layers are compiled as a loop; 0 for `hbm_share`.
         collective_factor: measured over modelled time of a collective's bytes.
         hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added

@@ -12,9 +12,10 @@ latter; an all-reduce is one of each. An all-to-all of b bytes per device on a r
 chapter 3). A permute sends b to the next device along the axes, over one link one way, or through the slowest network that any of them
 crosses. Hops bound small collectives from below (`max(hops, bytes)`). Where the time of a hop was measured it is added, and a fixed time of
 the collective to it: a ring waits at every hop, an all-to-all on a torus sends at once and waits for the chip's own latency alone, and
-through a switch every collective is one step, or where that was measured a ring as well, with a hop for each further device. On devices
-that were measured with `partinf calibrate`, each kind of collective has a time of its own by the number of devices, and a factor on that of
-its bytes.
+through a switch every collective is one step, or where that was measured a ring as well, with a hop for each further device. The hop that
+was measured is one between the chips of a slice or node; a hop between hosts keeps its own, which no calibration of a chip knows.
+On devices that were measured with `partinf calibrate`, each kind of collective has a time of its own by the number of devices, and a factor
+on that of its bytes.
 """
 
 from __future__ import annotations
@@ -45,19 +46,18 @@ class _Level:
     """One level of a hierarchical collective.
 
     Attributes:
-        ways: devices per group. bandwidth: bytes/s into one device. hop_seconds: latency of the level.
-        exchange: bytes/s at which an all-to-all within the group empties a device's buffer.
+        ways: devices per group. bandwidth: bytes/s into one device. hop_seconds: what all hops of a collective take.
+        exchange: bytes/s at which an all-to-all within the group empties a device's buffer. exchange_seconds: its latency.
         onward: bytes/s from every device to its next neighbour at once. onward_seconds: latency of that.
-        rings: collectives go from device to device, so that each hop takes a step of the program; else all reach all in one step.
     """
 
     ways: int
     bandwidth: float
     hop_seconds: float
     exchange: float
+    exchange_seconds: float
     onward: float
     onward_seconds: float
-    rings: bool = False
 
 
 class Network:
@@ -76,7 +76,8 @@ class Network:
         """
         Args:
             factor: calibrated ratio of measured to modelled time of the bytes.
-            hop_seconds: calibrated time per step of a ring, added to that of the bytes; 0 takes the chip's as a lower bound instead.
+            hop_seconds: calibrated time per step of a ring, or through a switch, added to that of the bytes; 0 takes the chip's as a lower
+                bound instead. Hops between hosts keep their own.
             rates: measured ones, instead of all the others.
             fixed_seconds: calibrated time of a collective beside its hops and bytes.
             switch_rings: devices behind a switch wait for each other one by one, not for all at once.
@@ -84,7 +85,8 @@ class Network:
         self.chip: Chip = slice_.chip
         self.model = model
         self.factor = factor
-        self._hop_scale = hop_seconds / slice_.chip.hop_seconds
+        self._hop_seconds = hop_seconds or slice_.chip.hop_seconds
+        self._hops_add = hop_seconds > 0
         self._fixed_seconds = fixed_seconds
         self._switch_rings = switch_rings
         self._axes = {axis.name: axis for axis in slice_.axes}
@@ -103,23 +105,19 @@ class Network:
                 known = self._known[op, axes] = self._rates.collective(op.value, math.prod(level.ways for level in levels))
             return known[0] + known[1] * self._transfer(op, levels, num_bytes)
         if op is Op.PERMUTE:
-            return self._fixed_seconds + max(self._onward(level, num_bytes) for level in levels)
+            return self._fixed_seconds + max(self._with_hops(num_bytes / level.onward, level.onward_seconds) for level in levels)
         spent, payload = 0.0, num_bytes
         for level in levels:  # innermost first: it moves the whole payload, the next one 1/ways of it
             if op is Op.ALL_TO_ALL:
-                transfer = num_bytes / level.exchange * self.factor
+                spent += self._with_hops(num_bytes / level.exchange, level.exchange_seconds)
             else:
-                transfer = payload * (level.ways - 1) / level.ways / level.bandwidth * self.factor
+                spent += self._with_hops(payload * (level.ways - 1) / level.ways / level.bandwidth, level.hop_seconds)
                 payload /= level.ways
-            if self._hop_scale:
-                spent += transfer + level.hop_seconds * (1.0 if op is Op.ALL_TO_ALL and level.rings else self._hop_scale)
-            else:
-                spent += max(transfer, level.hop_seconds)
         return self._fixed_seconds + (2 * spent if op is Op.ALL_REDUCE else spent)
 
-    def _onward(self, level: _Level, num_bytes: float) -> float:
-        transfer = num_bytes / level.onward * self.factor
-        return transfer + level.onward_seconds * self._hop_scale if self._hop_scale else max(transfer, level.onward_seconds)
+    def _with_hops(self, transfer: float, hops: float) -> float:
+        """Seconds of bytes that take `transfer` on their links, and of their hops."""
+        return transfer * self.factor + hops if self._hops_add else max(transfer * self.factor, hops)
 
     def transfer_seconds(self, op: Op, axes: tuple[str, ...], num_bytes: float) -> float:
         """What the links alone take for the bytes: no hops, no calibration."""
@@ -147,7 +145,7 @@ class Network:
         dcn = [axis for axis in axes if axis.link is Link.DCN]
         levels: list[_Level] = []
         if cores:
-            levels.append(_direct(_ways(cores), self.chip.core_links * self.chip.link_bandwidth, self.chip.hop_seconds))
+            levels.append(_direct(_ways(cores), self.chip.core_links * self.chip.link_bandwidth, self._hop_seconds))
         if torus:
             levels.append(self._torus_level(torus))
         if switched:
@@ -160,7 +158,7 @@ class Network:
         share = self.chip.devices_per_chip  # the devices of a chip share its links
         if self.model is BandwidthModel.PAPER:
             bandwidth = 2 * self.chip.torus_dims * self.chip.link_bandwidth / share
-            return _Level(_ways(axes), bandwidth, 0.0, bandwidth, bandwidth, 0.0)
+            return _Level(_ways(axes), bandwidth, 0.0, bandwidth, 0.0, bandwidth, 0.0)
         lines = [line for torus in dict.fromkeys(axis.torus for axis in axes) for line in _lines([a for a in axes if a.torus == torus])]
         bandwidth, hops, slowest = 0.0, 0.0, 0.0
         for line in lines:
@@ -172,8 +170,8 @@ class Network:
             slowest = max(slowest, line.size / (4 * each))
         farthest = max(axis.stride for axis in axes)
         onward = self.chip.link_bandwidth / farthest / share
-        hop = self.chip.hop_seconds
-        return _Level(_ways(axes), bandwidth, hop * hops, 1 / slowest, onward, hop * farthest, rings=True)
+        hop = self._hop_seconds
+        return _Level(_ways(axes), bandwidth, hop * hops, 1 / slowest, self.chip.hop_seconds * hops, onward, hop * farthest)
 
     def _switch_levels(self, axes: list[MeshAxis]) -> list[_Level]:
         """Devices of a node talk through its switch; groups that reach beyond a node do so through the network adapters."""
@@ -185,7 +183,7 @@ class Network:
         levels = []
         if inside > 1:
             hops = inside - 1 if self._switch_rings else 1
-            levels.append(_direct(inside, self.chip.switch_bandwidth, hops * self.chip.hop_seconds))
+            levels.append(_direct(inside, self.chip.switch_bandwidth, hops * self._hop_seconds))
         if outside > 1:
             levels.append(_direct(outside, self.chip.dcn_bandwidth, _DCN_HOP_SECONDS))
         return levels
@@ -215,7 +213,7 @@ def _lines(axes: list[MeshAxis]) -> list[_Line]:
 
 def _direct(ways: int, bandwidth: float, hop_seconds: float) -> _Level:
     """A level at which every device reaches every other at `bandwidth`."""
-    return _Level(ways, bandwidth, hop_seconds, bandwidth * ways / max(ways - 1, 1), bandwidth, hop_seconds)
+    return _Level(ways, bandwidth, hop_seconds, bandwidth * ways / max(ways - 1, 1), hop_seconds, bandwidth, hop_seconds)
 
 
 def _ways(axes: list[MeshAxis]) -> int:

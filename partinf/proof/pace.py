@@ -17,7 +17,7 @@ from partinf.hardware.chips import Chip
 from partinf.hardware.slices import Slice
 
 _TABLE = "hardware/pace.toml"
-_KEYS = {"hbm_share", "product_share", "moving_share", "least_seconds", "small_seconds", "evidence"}
+_KEYS = {"transfer_share", "product_share", "moving_share", "least_seconds", "small_seconds", "evidence"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Pace:
 
     Attributes:
         clock: of the compiler's cycles; 0 where it is not known, and cycles take no time then.
-        byte_rate: bytes/s between HBM and the device that transfers reach.
+        byte_rate: bytes/s between HBM and the device while a transfer is under way. A whole step reaches less (`Calibration.hbm_share`),
+            since HBM waits for the core now and then, which the walk sees.
         product_share: share of the compiler's cycles that a product takes, beside the bytes that it moves.
         moving_share: the same for an operation that only moves or converts what it is given.
         flops, int8_flops: FLOP/s of its matrix unit, below whose time that share takes no product.
@@ -80,7 +81,7 @@ def pace_of(slice_: Slice) -> Pace:
     share = chip.devices_per_chip
     return Pace(
         clock=chip.clock,
-        byte_rate=stated_byte_rate(chip) * float(row["hbm_share"]),
+        byte_rate=stated_byte_rate(chip) * float(row["transfer_share"]),
         product_share=float(row["product_share"]),
         moving_share=float(row["moving_share"]),
         flops=chip.peak_bf16 / share,

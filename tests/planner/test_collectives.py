@@ -52,6 +52,21 @@ def test_an_all_to_all_waits_once_whatever_joins_the_devices() -> None:
     assert switch.seconds(Op.ALL_TO_ALL, ("x",), 0) == switch.seconds(Op.ALL_GATHER, ("x",), 0) == pytest.approx(1e-5)
 
 
+@pytest.mark.parametrize(("name", "axis", "inside"), [("v5p:4x4x4*2", "dcn", "x"), ("h100:8*2", "dcn", "x"), ("h100:16", "x", "")])
+def test_a_hop_between_hosts_is_none_between_chips(name: str, axis: str, inside: str) -> None:
+    """Whatever a hop of the torus or of a node's switch takes, a message to another host passes two adapters and takes 10 µs."""
+    slice_ = parse_slice(name)
+    within = {hop: Network(slice_, hop_seconds=hop).seconds(Op.ALL_GATHER, (inside,), 0) if inside else hop for hop in (8e-7, 5e-6)}
+    for hop, chips in within.items():
+        network = Network(slice_, hop_seconds=hop)
+        between = 1e-5 + (0.0 if inside else chips)
+        assert network.seconds(Op.ALL_GATHER, (axis,), 0) == pytest.approx(between)
+        assert network.seconds(Op.ALL_TO_ALL, (axis,), 0) == pytest.approx(between)
+        assert network.seconds(Op.PERMUTE, (axis,), 0) == pytest.approx(1e-5)
+        if inside:
+            assert network.seconds(Op.ALL_REDUCE, (inside, axis), 0) == pytest.approx(2 * (chips + 1e-5))
+
+
 def test_paper_model_adds_all_links() -> None:
     network = Network(parse_slice("v4:4x4x4"), BandwidthModel.PAPER)
     for axes in (("x",), ("x", "y")):

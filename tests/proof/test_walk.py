@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from partinf.cost.collectives import Network
+from partinf.foundation.resources import package_file
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
 from partinf.proof.hlo import Instruction, Module
@@ -75,6 +77,12 @@ def spent(schedule: Schedule) -> dict[str, float]:
         kind = one.what.partition(" of ")[0]
         found[kind] = found.get(kind, 0.0) + one.seconds * one.count / US
     return {kind: round(seconds, 3) for kind, seconds in found.items() if seconds}
+
+
+def test_no_constant_stands_in_two_tables() -> None:
+    """What a chip's proof shares with its prices it takes from these: a constant has one home."""
+    pace, prices = (tomllib.loads(package_file(f"hardware/{name}.toml").read_text()) for name in ("pace", "calibration"))
+    assert not {key for row in pace.values() for key in row} & {key for row in prices.values() for key in row}
 
 
 def test_a_transfer_runs_beside_the_core_and_what_ends_it_waits() -> None:
