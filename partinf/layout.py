@@ -7,6 +7,7 @@ stored shards are gathered and how the attention core is split, so prefill and d
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass
 from enum import StrEnum
@@ -37,6 +38,34 @@ class Role(StrEnum):
     STAGE = "stage"
 
     __hash__ = str.__hash__  # a search asks for it some hundred thousand times
+
+
+class ExpertRole(StrEnum):
+    """What a mesh axis splits in the stored matrices of experts, `X F E`, which may differ from what it splits in the dense ones.
+
+    EXPERT splits the experts, FFN and EMBED the d_ff and d_model of each, REPLICA copies them all, STAGE splits the layers.
+    """
+
+    EXPERT = "expert"
+    FFN = "ffn"
+    EMBED = "embed"
+    REPLICA = "replica"
+    STAGE = "stage"
+
+    __hash__ = str.__hash__
+
+
+class Dispatch(StrEnum):
+    """How tokens that are split over an axis reach the experts that it splits.
+
+    GATHER: all rows are gathered along it, every device adds up what its own experts make of them, and the sums are reduce-scattered.
+    EXCHANGE: every device sends each row to those that hold an expert of it and nowhere else, and they send the outputs back.
+    """
+
+    GATHER = "gather"
+    EXCHANGE = "exchange"
+
+    __hash__ = str.__hash__
 
 
 class AttentionRole(StrEnum):
@@ -93,6 +122,8 @@ class Phase:
         whole: whether what passes between sublayers is split over the axes that split d_model in the weights alone, so that a sublayer ends
             with an all-reduce and the next begins, norm and all, with nothing. Otherwise it is split over d_ff's axes too: a sublayer ends
             with a reduce-scatter, a norm sums over devices, and the next begins with an all-gather.
+        gather_experts: axes whose shards of experts' matrices are gathered before use, so that no token is sent along them. dispatch: how
+            tokens are sent along the others that split tokens and experts' matrices. Both say nothing for a model without experts.
     """
 
     gather: tuple[str, ...]
@@ -100,6 +131,8 @@ class Phase:
     loop: Loop | None = None
     ahead: bool = False
     whole: bool = False
+    gather_experts: tuple[str, ...] = ()
+    dispatch: Dispatch = Dispatch.GATHER
 
     def attention_axes(self, role: AttentionRole) -> tuple[str, ...]:
         """The axes with this attention role, in mesh order."""
@@ -116,17 +149,54 @@ class Layout:
 
     Attributes:
         storage: (axis, role) for every mesh axis, in mesh order.
+        experts: the same for experts' matrices; empty where every axis splits them as it splits the dense ones.
         check: False for the thousands that a search makes, which are right by construction.
+
+    A worked example: 2×2×2 devices, axes x, y, z; dense weights x: replica, y: embed, z: ffn; experts' x: expert, y: expert, z: ffn.
+    X 8 experts, 2 of them for every token, E 64, F 32; a step of 16 tokens, dispatched by gathering. Local shapes of one device:
+
+        1. the residual between sublayers, and its norm (sum of squares over yz)    h [16.x = 8, E.yz = 16]
+        2. x splits tokens and experts: all-gather(x) of rows. y splits no tokens and no E of experts, z neither: all-gather(yz) of E
+                                                                                    h [16, E = 64]
+        3. h · router [8, 64] in float32, the same on all devices; the 2 best       experts [16, 2], weights [16, 2]
+        4. this device holds X.xy = 2 experts. Rows that chose them, sorted by expert: at most 16 · min(2, 2) = 32, the others are padding
+                                                                                    rows [32, 64], sizes [2]
+        5. rows · W_in [X.xy 2, 2, F.z 16, 64], activation                          [32, F.z = 16]
+        6. · W_out [X.xy 2, 64, F.z 16], times the weights, added up by token       [16, E = 64] {xyz unreduced}
+        7. reduce-scatter(x) onto rows, (yz) onto E                                 h [16.x = 8, E.yz = 16]
+
+    Along an axis that copies experts' matrices but splits dense ones, the rows of step 2 are split instead of gathered: what splits no
+    matrix of experts splits tokens.
     """
 
     storage: tuple[tuple[str, Role], ...]
     prefill: Phase
     decode: Phase
     check: InitVar[bool] = True
+    experts: tuple[tuple[str, ExpertRole], ...] = ()
 
     def __post_init__(self, check: bool) -> None:
         if check:
             raise_offences(self.offences())
+
+    @cached_property
+    def expert_roles(self) -> dict[str, ExpertRole]:
+        """What every mesh axis splits in experts' matrices."""
+        return dict(self.experts) or {axis: ExpertRole(role.value) for axis, role in self.storage}
+
+    def expert_axes(self, role: ExpertRole) -> tuple[str, ...]:
+        """The axes with this role for experts' matrices, in mesh order."""
+        return tuple(axis for axis, has in self.expert_roles.items() if has is role)
+
+    def expert_splits(self, phase: Phase, role: ExpertRole) -> tuple[str, ...]:
+        """The axes of this role that still split experts' matrices after gathering in this phase, in mesh order."""
+        return tuple(axis for axis in self.expert_axes(role) if axis not in phase.gather_experts)
+
+    def expert_token_axes(self, phase: Phase) -> tuple[str, ...]:
+        """The axes that split the rows that experts multiply, before any exchange: all that split neither experts' matrices nor layers."""
+        kept = (ExpertRole.EXPERT, ExpertRole.FFN, ExpertRole.EMBED)
+        splitting = {axis for role in kept for axis in self.expert_splits(phase, role)} | set(self.expert_axes(ExpertRole.STAGE))
+        return tuple(axis for axis in self.axes if axis not in splitting)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -180,7 +250,29 @@ class Layout:
             if phase.loop is not None and phase.loop.axis not in looped:
                 can = ", ".join(looped) or "none"
                 offences.append(f"{label}: loops over '{phase.loop.axis}', which splits no d_ff in this phase; those that do: {can}")
-        return offences + self._stage_offences()
+        return offences + self._expert_offences() + self._stage_offences()
+
+    def _expert_offences(self) -> list[str]:
+        names, given = list(self.axes), [axis for axis, _ in self.experts]
+        offences = [f"experts: axis '{axis}' has a role twice" for axis in sorted({a for a in given if given.count(a) > 1})]
+        offences += [f"experts: role for '{a}', which is no axis of this layout ({', '.join(names)})" for a in given if a not in names]
+        offences += [f"experts: axis '{axis}' has no role" for axis in names if given and axis not in given]
+        if offences:
+            return offences
+        roles = self.expert_roles
+        for axis, role in self.storage:
+            if (role is Role.STAGE) is not (roles[axis] is ExpertRole.STAGE):
+                offences.append(f"experts: axis '{axis}' has role {roles[axis]}, and {role} for other weights; stage is both or neither")
+        for label in PHASES:
+            phase = self.phase(label)
+            tokens = self.token_axes(phase)
+            can = [a for a in names if a in tokens and roles[a] not in (ExpertRole.REPLICA, ExpertRole.STAGE)]
+            offences += [
+                f"{label}: gathers experts over '{axis}'; axes that split both tokens and experts' matrices: {', '.join(can) or 'none'}"
+                for axis in phase.gather_experts
+                if axis not in can
+            ]
+        return offences
 
     def _stage_offences(self) -> list[str]:
         stages = self.storage_axes(Role.STAGE)
@@ -209,8 +301,16 @@ def make_layout(
     prefill_ahead: bool = False,
     decode_whole: bool = False,
     prefill_whole: bool = False,
+    decode_gather_experts: Iterable[str] = (),
+    prefill_gather_experts: Iterable[str] = (),
+    decode_dispatch: str = Dispatch.GATHER,
+    prefill_dispatch: str = Dispatch.GATHER,
+    experts: Mapping[str, str] | None = None,
 ) -> Layout:
     """A `Layout` from plain strings; prefill attends as decode does unless it is given. A loop is {"axis": …, "ring": …, "gathers": …}.
+
+    Args:
+        experts: axis → role for experts' matrices; None where every axis splits them as it splits the dense ones.
 
     Raises:
         InvalidInput: unknown role names, axes without a role, and everything else that `Layout` refuses, all at once.
@@ -227,15 +327,30 @@ def make_layout(
     prefill = decode if prefill_attention is None else attention(prefill_attention, "prefill")
     loops = {"prefill": _loop(prefill_loop, "prefill", offences), "decode": _loop(decode_loop, "decode", offences)}
     order = list(storage)
+    dispatches = [
+        _role(Dispatch, given, f"{label} dispatch", offences)
+        for given, label in ((prefill_dispatch, "prefill"), (decode_dispatch, "decode"))
+    ]
+    own = tuple((axis, _role(ExpertRole, role, f"experts: axis '{axis}'", offences)) for axis, role in (experts or {}).items())
+    own = tuple(sorted(own, key=lambda pair: order.index(pair[0]) if pair[0] in order else len(order)))
 
     def in_order(axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(axes, key=lambda axis: order.index(axis) if axis in order else len(order)))
 
     layout = Layout(
         roles,
-        Phase(in_order(prefill_gather), prefill, loops["prefill"], prefill_ahead, prefill_whole),
-        Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead, decode_whole),
+        Phase(
+            in_order(prefill_gather),
+            prefill,
+            loops["prefill"],
+            prefill_ahead,
+            prefill_whole,
+            in_order(prefill_gather_experts),
+            dispatches[0],
+        ),
+        Phase(in_order(decode_gather), decode, loops["decode"], decode_ahead, decode_whole, in_order(decode_gather_experts), dispatches[1]),
         check=False,
+        experts=own,
     )
     raise_offences(offences + layout.offences())
     return layout
@@ -260,7 +375,7 @@ def _role(kind: type[_R], text: str, where: str, offences: list[str]) -> _R:
     except ValueError:
         offences.append(f"{where}: unknown role '{text}'{nearest(text, [role.value for role in kind])}")
         # What splits d_ff may be gathered and looped, so that no offence follows from this one.
-        return kind("ffn") if kind is Role else next(iter(kind))
+        return kind("ffn") if kind in (Role, ExpertRole) else next(iter(kind))
 
 
 def load_layout(name: str) -> Layout:
@@ -282,6 +397,7 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
     offences: list[str] = []
     file = Table(documents.toml_of(text, where), where, offences)
     axes = file.words("axes")
+    experts = file.words("experts", default=None)
     decode = _phase(file.table("decode"))
     prefill = _phase(file.table("prefill")) if "prefill" in file else decode
     rest = _head(file)
@@ -291,7 +407,7 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
         offences.append(f"{where}: {len(axes)} axes; a mesh has at most {MAX_AXES}")
     elif whole:
         collected: list[str] = []
-        layout = collect(collected, lambda: _make(axes, decode, prefill))
+        layout = collect(collected, lambda: _make(axes, decode, prefill, experts))
         offences += [f"{where}: {offence}" for offence in collected]
     elif "axes" in file and not axes:
         offences.append(f"{where}: [axes] names no axis; a layout gives every axis of the mesh a role")
@@ -309,6 +425,8 @@ class _PhaseTable:
     loop: Mapping[str, Any] | None
     ahead: bool
     whole: bool
+    gather_experts: tuple[str, ...]
+    dispatch: str
 
 
 def _phase(table: Table) -> _PhaseTable:
@@ -322,6 +440,8 @@ def _phase(table: Table) -> _PhaseTable:
         loop=None if loop is None else _loop_table(loop),
         ahead=table.flag("ahead", default=False),
         whole=table.flag("whole", default=False),
+        gather_experts=table.texts("gather_experts", default=()),
+        dispatch=table.choice("dispatch", Dispatch, default=Dispatch.GATHER),
     )
     table.refuse_unknown()
     return found
@@ -337,10 +457,12 @@ def _loop_table(table: Table) -> dict[str, Any]:
     return found
 
 
-def _make(axes: Mapping[str, str], decode: _PhaseTable, prefill: _PhaseTable) -> Layout:
+def _make(axes: Mapping[str, str], decode: _PhaseTable, prefill: _PhaseTable, experts: Mapping[str, str] | None) -> Layout:
     assert decode.attention is not None
-    others = [getattr(phase, key) for key in ("gather", "loop", "ahead", "whole") for phase in (decode, prefill)]
-    return make_layout(axes, decode.attention, None if prefill is decode else prefill.attention, *others)
+    keys = ("gather", "loop", "ahead", "whole", "gather_experts", "dispatch")
+    of_phases = {f"{label}_{key}": getattr(of, key) for key in keys for label, of in (("decode", decode), ("prefill", prefill))}
+    prefill_attention = None if prefill is decode else prefill.attention
+    return make_layout(axes, decode.attention, prefill_attention, experts=experts, **of_phases)
 
 
 def _head(file: Table) -> dict[str, Any]:
@@ -363,6 +485,8 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
 
     lines = [head.rstrip() + "\n"] if head else []
     lines += ["[axes]"] + [f'{axis} = "{role}"' for axis, role in layout.storage]
+    if layout.experts:
+        lines += ["", "[experts]"] + [f'{axis} = "{role}"' for axis, role in layout.experts]
     for label in PHASES:
         phase = layout.phase(label)
         gather = ", ".join(f'"{axis}"' for axis in phase.gather)
@@ -374,6 +498,10 @@ def layout_to_toml(layout: Layout, head: str = "") -> str:
             lines.append("ahead = true")
         if phase.whole:
             lines.append("whole = true")
+        if phase.gather_experts:
+            lines.append(f"gather_experts = [{', '.join(json.dumps(axis) for axis in phase.gather_experts)}]")
+        if phase.dispatch is not Dispatch.GATHER:
+            lines.append(f'dispatch = "{phase.dispatch}"')
     return "\n".join(lines) + "\n"
 
 
@@ -401,7 +529,8 @@ def letter_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) -> 
 
     `D` stands for the embedding's d_model, which is split over all weight axes; `C` for the cache's key-value heads and `P` for its
     pages; `N` for stacked layers, and for whatever else every pipeline stage has its own of; `R` for rows that only copies of the weights
-    split; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes.
+    split; `V` is whole in storage, `W` is the vocabulary of logits, split over all weight axes. `X`, `f` and `e` are the experts, and the
+    d_ff and d_model of each.
     """
     ffn, decode = layout.storage_axes(Role.FFN), layout.decode
     kv_heads = kv_head_axes(layout, sizes, num_kv_heads)
@@ -417,6 +546,9 @@ def letter_axes(layout: Layout, sizes: Mapping[str, int], num_kv_heads: int) -> 
         "P": decode.attention_axes(AttentionRole.BATCH) + decode.attention_axes(AttentionRole.SEQUENCE),
         "N": layout.storage_axes(Role.STAGE),
         "R": layout.storage_axes(Role.REPLICA),
+        "X": layout.expert_axes(ExpertRole.EXPERT),
+        "f": layout.expert_axes(ExpertRole.FFN),
+        "e": layout.expert_axes(ExpertRole.EMBED),
     }
 
 

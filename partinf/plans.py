@@ -17,7 +17,7 @@ from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import DCN_AXIS, Slice
-from partinf.layout import PHASES, AttentionRole, Layout, Phase, Role, letter_axes
+from partinf.layout import PHASES, AttentionRole, ExpertRole, Layout, Phase, Role, letter_axes
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
 from partinf.model.config import ModelConfig
@@ -133,6 +133,8 @@ class Plan:
     @property
     def runnable(self) -> str | None:
         """None when the library can run this plan; otherwise what is missing."""
+        if self.model.experts is not None:
+            return "mixtures of experts"
         if self.padded_heads in (0, self.model.num_heads) or self.model.num_kv_heads in (1, self.model.num_heads):
             return None
         return f"heads in groups, padded from {self.model.num_heads} to {self.padded_heads}"
@@ -293,8 +295,16 @@ def layout_for(slice_: Slice, layout: Layout) -> Layout:
 def _roles_of(layout: Layout, axis: str) -> tuple[object, ...]:
     """All that a layout says of an axis."""
     phases = (layout.phase(label) for label in PHASES)
-    said = ((axis in p.gather, dict(p.attention)[axis], p.loop if p.loop is not None and p.loop.axis == axis else None) for p in phases)
-    return (dict(layout.storage)[axis], *said)
+    said = (
+        (
+            axis in p.gather,
+            axis in p.gather_experts,
+            dict(p.attention)[axis],
+            p.loop if p.loop is not None and p.loop.axis == axis else None,
+        )
+        for p in phases
+    )
+    return (dict(layout.storage)[axis], layout.expert_roles[axis], *said)
 
 
 def _renamed(layout: Layout, takes: Mapping[str, str]) -> Layout:
@@ -305,10 +315,12 @@ def _renamed(layout: Layout, takes: Mapping[str, str]) -> Layout:
         loop = of.loop
         if loop is not None:
             loop = replace(loop, axis=next((name for name, axis in takes.items() if axis == loop.axis), loop.axis))
-        return Phase(tuple(name for name, axis in takes.items() if axis in of.gather), attention, loop, of.ahead, of.whole)
+        gather, gather_experts = (tuple(name for name, axis in takes.items() if axis in axes) for axes in (of.gather, of.gather_experts))
+        return replace(of, gather=gather, attention=attention, loop=loop, gather_experts=gather_experts)
 
     storage = tuple((name, dict(layout.storage)[axis]) for name, axis in takes.items())
-    return Layout(storage, phase(layout.prefill), phase(layout.decode))
+    experts = tuple((name, layout.expert_roles[axis]) for name, axis in takes.items()) if layout.experts else ()
+    return Layout(storage, phase(layout.prefill), phase(layout.decode), experts=experts)
 
 
 def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_heads: int = 0) -> list[str]:
@@ -330,6 +342,7 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
         ("query heads H", model.num_heads, heads, _params_per_unit(model, "H")),
         ("padded vocabulary V", model.padded_vocab_size, weight, _params_per_unit(model, "V")),
         ("layers N", model.num_layers, layout.storage_axes(Role.STAGE), layer_params(model)),
+        *_expert_checks(model, layout, hidden),
     )
     for label, size, axes, per_unit in checks:
         offences += _divides(model, label, size, axes, sizes, per_unit)
@@ -337,6 +350,28 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
     if model.num_layers % stages == 0:
         offences += [f"model {model.name}: {line}" for line in model.stage_offences(stages)]
     return offences
+
+
+def _expert_checks(model: ModelConfig, layout: Layout, hidden: tuple[str, ...]) -> list[tuple[str, int, tuple[str, ...], int]]:
+    """What the roles for experts' matrices split: its name, size, the axes, and the parameters of one more.
+
+    Args:
+        hidden: axes that split what lies between the dense matrices, of which the feed-forward beside the experts is one.
+    """
+    of = model.experts
+    if of is None:
+        return []
+    layers = sum(model.layer_kinds[number].experts is not None for number in model.kind_of_layers)
+    matrices = 3 if of.each.gated else 2
+    embed = layout.expert_axes(ExpertRole.EMBED)
+    between = tuple(axis for axis in embed if any(axis not in layout.phase(label).gather_experts for label in PHASES))
+    sizes = (
+        ("experts X", of.count, layout.expert_axes(ExpertRole.EXPERT), matrices * of.each.width * model.embed_dim),
+        ("d_ff F of experts", of.each.width, layout.expert_axes(ExpertRole.FFN) + between, matrices * of.count * model.embed_dim),
+        ("d_model E of experts", model.embed_dim, embed, matrices * of.count * of.each.width),
+        ("d_ff F beside the experts", of.shared, hidden, matrices * model.embed_dim),
+    )
+    return [(label, size, axes, layers * each) for label, size, axes, each in sizes]
 
 
 def _divides(model: ModelConfig, label: str, size: int, axes: tuple[str, ...], sizes: dict[str, int], per_unit: int) -> list[str]:

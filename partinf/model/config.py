@@ -16,8 +16,8 @@ from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import NEVER, not_whole
 from partinf.foundation.rounding import round_up
 from partinf.model.kinds import MATRICES as MATRICES
+from partinf.model.kinds import MOST_WIDTH, Attention, Experts, FeedForward, Kind, LayerKind, NormPlaces, QkNorm, Run, runs_of
 from partinf.model.kinds import Activation as Activation
-from partinf.model.kinds import Attention, FeedForward, Kind, LayerKind, NormPlaces, QkNorm, Run, runs_of
 from partinf.model.kinds import Block as Block
 from partinf.model.kinds import Norm as Norm
 from partinf.model.rotation import PLAIN, Rotation
@@ -29,7 +29,7 @@ _FINE, _COARSE, _LARGE_VOCAB = 256, 4096, 32768
 _WHOLE = {
     "num_layers": (1, MOST_LAYERS),
     "embed_dim": (1, 1 << 20),
-    "ffn_dim": (1, 1 << 22),
+    "ffn_dim": (0, MOST_WIDTH),
     "num_heads": (1, 1 << 14),
     "num_kv_heads": (1, 1 << 14),
     "head_dim": (1, 1 << 14),
@@ -64,7 +64,9 @@ class ModelConfig:
     """One decoder-only Transformer: what all its layers have in common, and where they differ the kinds and their order.
 
     Attributes:
-        num_layers: N. embed_dim: E. ffn_dim: F. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
+        num_layers: N. embed_dim: E. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
+        ffn_dim: F of layers without experts; 0 where all have them.
+        experts: of layers whose kind has them; None where the model has none.
         block, norms, norm, norm_eps, residual_scale: as in `LayerKind`. Norm and epsilon are those of the final norm too.
         gated, activation: as in `FeedForward`. biases: of `MATRICES`, those whose product has a bias.
         rotation: of queries and keys, where `position` is ROPE.
@@ -110,6 +112,7 @@ class ModelConfig:
     output_bias: bool = False
     max_len: int = 0
     window: int = 0
+    experts: Experts | None = None
     kinds: tuple[Kind, ...] = ()
     prefix: tuple[str, ...] = ()
     pattern: tuple[str, ...] = ()
@@ -166,8 +169,11 @@ class ModelConfig:
             biases=tuple(matrix for matrix in self.biases if matrix in ("wq", "wkv", "wo")),
         )
         outer = tuple(matrix for matrix in self.biases if matrix in ("w_in", "w_out"))
-        feed_forward = FeedForward(self.ffn_dim, self.gated, self.activation, outer)
-        return LayerKind(own.name, attention, feed_forward, self.block, self.norm, self.norm_eps, self.norms, self.residual_scale)
+        feed_forward: FeedForward | None = FeedForward(self.ffn_dim, self.gated, self.activation, outer)
+        experts = self.experts if own.experts else None
+        if experts is not None:
+            feed_forward = replace(experts.each, width=experts.shared, biases=()) if experts.shared else None
+        return LayerKind(own.name, attention, feed_forward, experts, self.block, self.norm, self.norm_eps, self.norms, self.residual_scale)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -230,10 +236,29 @@ class ModelConfig:
             )
         if not offences:
             offences += self._pattern_offences()
-        rows = 0 if offences else self.num_layers * (self.ffn_dim + self.num_heads * self.head_dim) + self.vocab_size
+        if not offences:
+            offences += self._expert_offences()
+        rows = 0 if offences else self.num_layers * (self._widest + self.num_heads * self.head_dim) + self.vocab_size
         rows += self.max_len if rows and self.position is Position.LEARNED else 0
         if rows * self.embed_dim > _MOST_PARAMS:
             offences.append(f"model {self.name}: more than {_MOST_PARAMS:.0e} parameters, which are the most that are planned for")
+        return offences
+
+    @property
+    def _widest(self) -> int:
+        """Rows of the feed-forward matrices of its largest layer."""
+        of = self.experts
+        return max(self.ffn_dim, of.count * of.each.width + of.shared if of is not None else 0)
+
+    def _expert_offences(self) -> list[str]:
+        """What is wrong with its experts, and with layers that have neither experts nor a width of their own."""
+        of = self.experts
+        offences = [] if of is None else [f"model {self.name}: experts: {line}" for line in of.offences()]
+        dense = [kind.name for kind in self.kinds if not kind.experts] if of is not None else [""]
+        if dense and not self.ffn_dim:
+            offences.append(
+                f"model {self.name}: ffn_dim = 0, but {'layers of kind ' + dense[0] if dense[0] else 'its layers'} have no experts"
+            )
         return offences
 
     def _out_of_range(self) -> list[str]:

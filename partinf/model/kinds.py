@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from partinf.foundation.limits import not_whole
 from partinf.model.rotation import Rotation
 
+MOST_EXPERTS, MOST_WIDTH = 1 << 14, 1 << 22
 MATRICES = ("wq", "wkv", "wo", "w_in", "w_out")
 """The matrices of a layer, by the names under which `partinf.model.weights` declares them."""
 
@@ -87,11 +89,12 @@ class QkNorm(StrEnum):
 
 
 class Activation(StrEnum):
-    """RELU2: the square of what RELU gives."""
+    """RELU2: the square of what RELU gives. GELU_SIGMOID: x·sigmoid(1.702·x)."""
 
     SILU = "silu"
     GELU = "gelu"
     GELU_TANH = "gelu_tanh"
+    GELU_SIGMOID = "gelu_sigmoid"
     RELU = "relu"
     RELU2 = "relu2"
 
@@ -132,12 +135,98 @@ class FeedForward:
     Attributes:
         width: F. gated: it has a gate and an up matrix instead of one input matrix.
         biases: of `MATRICES`, those of the feed-forward whose product has a bias.
+        clamp: what the gate is cut off at above, and the other matrix's output to either side, before the activation; 0 for nowhere.
+        up_offset: added to the up matrix's output before it is multiplied by the activated gate.
     """
 
     width: int
     gated: bool
     activation: Activation
     biases: tuple[str, ...]
+    clamp: float = 0.0
+    up_offset: float = 0.0
+
+
+class Score(StrEnum):
+    """What makes scores of a router's logits. SOFTMAX: over all experts, before the choice. SIGMOID: of each, before the choice.
+    SOFTMAX_OF_CHOSEN: the greatest logits are chosen, and the softmax is over these."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    SOFTMAX_OF_CHOSEN = "softmax-of-chosen"
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a token's experts are chosen and weighted, all in float32. Of equal scores the expert with the lowest number is chosen.
+
+    Attributes:
+        renormalised: the chosen scores are divided by their sum. scale: what weights are multiplied by after that.
+        bias: the product has a bias. correction: every expert has a bias that is added to its score for the choice alone.
+        groups: into which experts fall, in order and of equal size; only those of the `chosen_groups` best groups can be chosen. A group
+            is as good as the sum of its two greatest scores, correction included, or as its greatest where `group_by_greatest`.
+    """
+
+    score: Score = Score.SOFTMAX
+    renormalised: bool = True
+    scale: float = 1.0
+    bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
+    group_by_greatest: bool = False
+
+    def offences(self, count: int, per_token: int) -> list[str]:
+        """What is wrong with it for so many experts, of which so many are chosen."""
+        offences = not_whole("groups", self.groups, 1, count) + not_whole("chosen_groups", self.chosen_groups, 1, count)
+        if offences:
+            return offences
+        if count % self.groups:
+            offences.append(f"{count} experts do not fall into {self.groups} groups of equal size")
+        elif self.chosen_groups > self.groups:
+            offences.append(f"chosen_groups = {self.chosen_groups} of {self.groups} groups; at most all")
+        elif self.chosen_groups * (count // self.groups) < per_token:
+            offences.append(
+                f"{self.chosen_groups} chosen groups hold {self.chosen_groups * (count // self.groups)} experts; {per_token} are chosen"
+            )
+        elif self.groups > 1 and not self.group_by_greatest and count // self.groups < 2:
+            offences.append("groups of one expert have no two greatest scores")
+        if self.score is Score.SOFTMAX_OF_CHOSEN and (self.correction or self.groups > 1):
+            offences.append(f"score = {self.score.value!r} goes with neither a correction nor groups")
+        return offences
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of a feed-forward: every token goes through `per_token` of `count` and the outputs are added up,
+    each multiplied by its weight.
+
+    Attributes:
+        count: X. each: one expert.
+        shared: width of the feed-forward that all tokens go through besides, activated as `each` is and without biases; 0 for none.
+        shared_gate: its output is multiplied by the sigmoid of a product of the token with a vector.
+    """
+
+    count: int
+    per_token: int
+    each: FeedForward
+    router: Router = Router()
+    shared: int = 0
+    shared_gate: bool = False
+
+    def offences(self) -> list[str]:
+        """What is wrong with its numbers."""
+        offences = not_whole("count", self.count, 1, MOST_EXPERTS) + not_whole("per_token", self.per_token, 1, MOST_EXPERTS)
+        offences += not_whole("width", self.each.width, 1, MOST_WIDTH) + not_whole("shared", self.shared, 0, MOST_WIDTH)
+        if offences:
+            return offences
+        if self.per_token > self.count:
+            offences.append(f"per_token = {self.per_token} of {self.count} experts; at most all")
+        else:
+            offences += [f"router: {line}" for line in self.router.offences(self.count, self.per_token)]
+        if self.shared_gate and not self.shared:
+            offences.append("shared_gate needs a shared feed-forward: `shared` is its width")
+        return offences
 
 
 @dataclass(frozen=True)
@@ -147,12 +236,15 @@ class LayerKind:
     Attributes:
         name: as the pattern has it; empty where all layers are alike.
         norm: of all norms of the layer, with its epsilon. norms: where they stand.
+        feed_forward: what every token goes through; None where there are experts and nothing beside them.
+        experts: what is added to that; None where there are none.
         residual_scale: what a sublayer's output is multiplied by before it is added to the residual.
     """
 
     name: str
     attention: Attention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | None
+    experts: Experts | None
     block: Block
     norm: Norm
     norm_eps: float
@@ -166,11 +258,13 @@ class Kind:
 
     Attributes:
         name: as the pattern has it. window, rotation: as in `Attention`.
+        experts: whether its feed-forward is the model's experts, where the model has such.
     """
 
     name: str
     window: int = 0
     rotation: Rotation | None = None
+    experts: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.model.config import MATRICES, MOST_LAYERS, Activation, Block, ModelConfig, Norm, Position
 from partinf.model.families import family_offences
 from partinf.model.hf_config import config_from_hf
-from partinf.model.kinds import Kind, NormPlaces, QkNorm
+from partinf.model.kinds import Experts, FeedForward, Kind, NormPlaces, QkNorm, Router, Score
 from partinf.model.rotation import PLAIN, Rotation, rotation_from, rotation_to
 
 _CONFIG_BYTES = 4 << 20  # of a config.json
@@ -85,10 +85,47 @@ def _value(table: Table, field: Field[Any]) -> Any:
     if field.name == "rotation":
         rotation = table.table(field.name, default=None)
         return PLAIN if rotation is None else rotation_from(rotation)
+    if field.name == "experts":
+        experts = table.table(field.name, default=None)
+        return None if experts is None else _experts(experts)
     if field.name in _ORDER:
         return _order(table, field.name)
     read = {"int": table.whole, "float": table.number, "bool": table.flag, "str": table.text}[str(field.type)]
     return read(field.name, **default)
+
+
+def _experts(table: Table) -> Experts:
+    """The table `[experts]`; its router is a table within it."""
+    inner = ("w_in", "w_out")
+    each = FeedForward(
+        width=table.whole("width"),
+        gated=table.flag("gated", default=True),
+        activation=table.choice("activation", Activation, default=Activation.SILU),
+        biases=table.subset("biases", inner, default=()),
+        clamp=table.number("clamp", default=0.0),
+        up_offset=table.number("up_offset", default=0.0),
+    )
+    count, per_token = table.whole("count"), table.whole("per_token")
+    shared, gate = table.whole("shared", default=0), table.flag("shared_gate", default=False)
+    router = table.table("router", default=None)
+    table.refuse_unknown()
+    return Experts(count, per_token, each, Router() if router is None else _router(router), shared, gate)
+
+
+def _router(table: Table) -> Router:
+    usual = Router()
+    found = Router(
+        score=table.choice("score", Score, default=usual.score),
+        renormalised=table.flag("renormalised", default=usual.renormalised),
+        scale=table.number("scale", default=usual.scale),
+        bias=table.flag("bias", default=usual.bias),
+        correction=table.flag("correction", default=usual.correction),
+        groups=table.whole("groups", default=usual.groups),
+        chosen_groups=table.whole("chosen_groups", default=usual.chosen_groups),
+        group_by_greatest=table.flag("group_by_greatest", default=usual.group_by_greatest),
+    )
+    table.refuse_unknown()
+    return found
 
 
 def _order(table: Table, key: str) -> tuple[str, ...]:
@@ -111,7 +148,7 @@ def _kinds(table: Table, window: int, rotation: Rotation) -> tuple[Kind, ...]:
         own = within.table(name)
         given = own.flag("rotation") if isinstance(own.data.get("rotation"), bool) else own.table("rotation", default=None)
         turned = rotation_from(given) if isinstance(given, Table) else None if given is False else rotation
-        found.append(Kind(name, own.whole("window", default=window), turned))
+        found.append(Kind(name, own.whole("window", default=window), turned, own.flag("experts", default=True)))
         own.refuse_unknown()
     return tuple(found)
 
@@ -122,7 +159,7 @@ def config_to_toml(config: ModelConfig) -> str:
     lines = []
     for key in defaults:
         value = getattr(config, key)
-        if key in ("name", "kinds") or value == defaults[key]:
+        if key in ("name", "kinds", "experts") or value == defaults[key]:
             continue
         if key in _ORDER:
             counts = ((name, len(list(group))) for name, group in itertools.groupby(value))
@@ -131,10 +168,25 @@ def config_to_toml(config: ModelConfig) -> str:
             lines.append(f"{key} = {_inline(value)}")
         else:
             lines.append(f"{key} = {json.dumps(value == MATRICES or value if key == 'biases' else value)}")
+    if config.experts is not None:
+        lines += _experts_lines(config.experts)
     for kind in config.kinds:
         lines += ["", f"[kinds.{json.dumps(kind.name)}]", f"window = {kind.window}"]
         lines.append(f"rotation = {'false' if kind.rotation is None else _inline(kind.rotation)}")
+        lines += [] if kind.experts else ["experts = false"]
     return "\n".join(lines) + "\n"
+
+
+def _experts_lines(of: Experts) -> list[str]:
+    """The table `[experts]`, defaults left out."""
+    usual = Experts(of.count, of.per_token, FeedForward(of.each.width, True, Activation.SILU, ()))
+    lines = ["", "[experts]", f"count = {of.count}", f"per_token = {of.per_token}", f"width = {of.each.width}"]
+    for own, default, skipped in ((of.each, usual.each, ("width",)), (of, usual, ("count", "per_token", "each", "router"))):
+        keys = (field.name for field in fields(own) if field.name not in skipped)
+        lines += [f"{key} = {json.dumps(getattr(own, key))}" for key in keys if getattr(own, key) != getattr(default, key)]
+    router = {field.name: getattr(of.router, field.name) for field in fields(Router)}
+    given = ", ".join(f"{key} = {json.dumps(value)}" for key, value in router.items() if value != getattr(usual.router, key))
+    return lines + ([f"router = {{ {given} }}"] if given else [])
 
 
 def _inline(rotation: Rotation) -> str:

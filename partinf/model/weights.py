@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partinf.model.config import ModelConfig, Position
-from partinf.model.kinds import Attention, Block, FeedForward, LayerKind, Norm, QkNorm
+from partinf.model.kinds import Attention, Block, Experts, FeedForward, LayerKind, Norm, QkNorm
 from partinf.workload import DType
 
-_SCALE_BYTES = 4  # scales of int8 weights are float32
+_FLOAT32_BYTES = 4
+_SCALE_BYTES = _FLOAT32_BYTES  # of int8 weights
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,27 @@ class Declared:
     Attributes:
         contracted: dimensions over which a layer's product with this weight sums, counted from the end; none for vectors and tables,
             which are never quantised.
+        exact: a matrix that is never quantised all the same. wide: float32, whatever the type of weights.
+        used: how many of the entries of dimension X one token is multiplied with; 0 for all.
     """
 
     shape: tuple[int, ...]
     letters: str
     contracted: tuple[int, ...] = ()
     fill: float | None = None
+    exact: bool = False
+    wide: bool = False
+    used: int = 0
 
     def quantized(self, weights: DType) -> bool:
         """Whether it is stored in int8, with a scale per output channel, where weights are of this type."""
-        return weights is DType.INT8 and bool(self.contracted)
+        return weights is DType.INT8 and bool(self.contracted) and not self.exact
+
+    @property
+    def active(self) -> int:
+        """Entries with which one token is multiplied."""
+        entries = math.prod(self.shape)
+        return entries // self.shape[0] * self.used if self.used else entries
 
     def scale_letters(self) -> str:
         return "".join(letter for dim, letter in enumerate(self.letters) if dim - len(self.letters) not in self.contracted)
@@ -53,16 +66,25 @@ class Declared:
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers with the same weights, of one kind or of several: how many the model has, and the weights of each by name."""
+    """Layers with the same weights: how many the model has, the weights of each by name, and the numbers of the kinds that they are of."""
 
     count: int
     weights: Mapping[str, Declared]
+    kinds: tuple[int, ...] = (0,)
 
 
 @functools.lru_cache(maxsize=64)
 def declare_layers(model: ModelConfig) -> tuple[Layers, ...]:
-    """The layers by their weights. Kinds differ in windows and rotations alone, which are no weights, so all layers are alike here."""
-    return (Layers(model.num_layers, _layer(model.layer_kinds[0], model.embed_dim)),)
+    """The layers by their weights, in the order in which these first occur. Windows and rotations are no weights."""
+    counts = Counter(model.kind_of_layers)
+    groups: dict[tuple[FeedForward | None, Experts | None], list[int]] = {}
+    for number in sorted(counts, key=model.kind_of_layers.index):
+        kind = model.layer_kinds[number]
+        groups.setdefault((kind.feed_forward, kind.experts), []).append(number)
+    return tuple(
+        Layers(sum(counts[number] for number in numbers), _layer(model.layer_kinds[numbers[0]], model.embed_dim), tuple(numbers))
+        for numbers in groups.values()
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,10 +103,16 @@ def declare_ends(model: ModelConfig) -> Mapping[str, Declared]:
 
 def _layer(kind: LayerKind, embed: int) -> dict[str, Declared]:
     """The weights of one layer. Vectors (norms, biases, sinks) are whole on every device: they are small, and slicing them is free."""
-    layer = _attention(kind.attention, kind.norm, embed) | _feed_forward(kind.feed_forward, embed)
-    for matrix in kind.attention.biases + kind.feed_forward.biases:
+    layer = _attention(kind.attention, kind.norm, embed)
+    biases = kind.attention.biases
+    if kind.feed_forward is not None:
+        layer |= _feed_forward(kind.feed_forward, embed)
+        biases += kind.feed_forward.biases
+    for matrix in biases:
         shape = layer[matrix].scale_shape()
         layer[bias_of(matrix)] = Declared(shape, "." * len(shape), fill=0.0)
+    if kind.experts is not None:
+        layer |= _experts(kind.experts, embed)
     for name in norm_names(kind):
         layer |= _norm(name, kind.norm, embed)
     return layer
@@ -111,6 +139,26 @@ def _feed_forward(of: FeedForward, embed: int) -> dict[str, Declared]:
         "w_in": Declared((2 if of.gated else 1, of.width, embed), ".FE", (-1,)),  # gate and up, or one matrix
         "w_out": Declared((embed, of.width), "EF", (-1,)),
     }
+
+
+def _experts(of: Experts, embed: int) -> dict[str, Declared]:
+    """A router and all experts. Vectors of every expert are as large together as a matrix, and are split as the matrices are."""
+    used, inner = of.per_token, (2 if of.each.gated else 1, of.each.width)
+    found = {
+        "router": Declared((of.count, embed), "..", (-1,), exact=True),
+        "wx_in": Declared((of.count, *inner, embed), "X.fe", (-1,), used=used),  # gate and up, or one matrix
+        "wx_out": Declared((of.count, embed, of.each.width), "Xef", (-1,), used=used),
+    }
+    for matrix in of.each.biases:
+        weight = found[matrix.replace("w", "wx")]
+        found[bias_of(matrix.replace("w", "wx"))] = Declared(weight.scale_shape(), weight.scale_letters(), fill=0.0, used=used)
+    if of.router.bias:
+        found["router_bias"] = Declared((of.count,), ".", fill=0.0)
+    if of.router.correction:
+        found["router_correction"] = Declared((of.count,), ".", fill=0.0, wide=True)
+    if of.shared_gate:
+        found["shared_gate"] = Declared((embed,), ".")
+    return found
 
 
 def norm_names(kind: LayerKind) -> tuple[str, ...]:
@@ -144,9 +192,15 @@ def layer_params(model: ModelConfig) -> int:
 
 @functools.lru_cache(maxsize=64)
 def multiplied_params(model: ModelConfig) -> int:
-    """Entries of all layers' matrices with which every token is multiplied."""
+    """Entries of all layers' matrices with which one token is multiplied."""
     layers = declare_layers(model)
-    return sum(one.count * sum(math.prod(w.shape) for w in one.weights.values() if w.contracted) for one in layers)
+    return sum(one.count * sum(w.active for w in one.weights.values() if w.contracted) for one in layers)
+
+
+def active_params(model: ModelConfig) -> int:
+    """Parameters that one token meets: all but the experts that it does not go through."""
+    idle = sum(one.count * sum(math.prod(w.shape) - w.active for w in one.weights.values()) for one in declare_layers(model))
+    return num_params(model) - idle
 
 
 def num_params(model: ModelConfig) -> int:
@@ -182,5 +236,5 @@ def _held(group: Mapping[str, Declared], ways: Mapping[str, int], weights: DType
         if declared.quantized(weights):
             total += held + _SCALE_BYTES * part(declared.scale_shape(), declared.scale_letters())
         else:
-            total += held * weights.activations.num_bytes
+            total += held * (_FLOAT32_BYTES if declared.wide else weights.activations.num_bytes)
     return total

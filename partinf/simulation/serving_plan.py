@@ -22,7 +22,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
-from partinf.layout import AttentionRole, Layout, Role
+from partinf.layout import AttentionRole, Role
 from partinf.model.config import ModelConfig
 from partinf.planner.choose import misfit, plan_of, with_fewer_resident
 from partinf.planner.search import search
@@ -176,6 +176,6 @@ def _undealt(plan: Plan) -> Iterator[Plan]:
     for role in (AttentionRole.HEADS, AttentionRole.NONE) if plan.ways(dealt) > 1 else (AttentionRole.BATCH,):
         attention = tuple((axis, role if axis in dealt else has) for axis, has in layout.prefill.attention)
         try:
-            yield replace(plan, layout=Layout(layout.storage, replace(layout.prefill, attention=attention), layout.decode))
+            yield replace(plan, layout=replace(layout, prefill=replace(layout.prefill, attention=attention)))
         except InvalidInput:
             continue

@@ -177,11 +177,17 @@ def activate(hidden: jax.Array, of: FeedForward) -> jax.Array:
         Activation.SILU: jax.nn.silu,
         Activation.GELU: lambda x: jax.nn.gelu(x, approximate=False),
         Activation.GELU_TANH: jax.nn.gelu,
+        Activation.GELU_SIGMOID: lambda x: x * jax.nn.sigmoid(1.702 * x),
         Activation.RELU: jax.nn.relu,
         Activation.RELU2: lambda x: jnp.square(jax.nn.relu(x)),
     }
-    first = functions[of.activation](hidden[:, 0])
-    return first * hidden[:, 1] if of.gated else first
+    gate, up = hidden[:, 0], hidden[:, -1]
+    if of.clamp:
+        gate, up = jnp.minimum(gate, of.clamp), jnp.clip(up, -of.clamp, of.clamp)
+    first = functions[of.activation](gate)
+    if not of.gated:
+        return first
+    return first * (up + of.up_offset if of.up_offset else up)
 
 
 def capped(x: jax.Array, cap: float) -> jax.Array:

@@ -37,11 +37,12 @@ class OneOf:
 
 def declare(model: ModelConfig, unrolled: bool) -> Params:
     """The tree of declarations of a whole model."""
-    (kind,) = declare_layers(model)
-    count, layer = kind.count, kind.weights
-    layers: Any = tuple(dict(layer) for _ in range(count))
+    groups = declare_layers(model)
+    of_kind = {kind: group.weights for group in groups for kind in group.kinds}
+    layers: Any = tuple(dict(of_kind[kind]) for kind in model.kind_of_layers)
     if not unrolled:
-        layers = {name: replace(d, shape=(count, *d.shape), letters="N" + d.letters) for name, d in layer.items()}
+        (group,) = groups
+        layers = {name: replace(d, shape=(group.count, *d.shape), letters="N" + d.letters) for name, d in group.weights.items()}
     return {**declare_ends(model), "layers": layers}
 
 
@@ -76,7 +77,7 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
             return jax.ShapeDtypeStruct(shape, kind, sharding=sharding(plan, mesh, letters))
 
         if not d.quantized(plan.weights):
-            return array(d.shape, dtype, d.letters)
+            return array(d.shape, jnp.float32 if d.wide else dtype, d.letters)
         return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
 
     return jax.tree.map(leaf, declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
@@ -106,7 +107,7 @@ def params_bytes_per_device(plan: Plan) -> int:
 
 
 def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:
-    dtype = activation_dtype(plan)
+    dtype = jnp.float32 if d.wide else activation_dtype(plan)
     if d.fill is not None:
         return jnp.full(d.shape, d.fill, dtype)
     fan_in = math.prod(d.shape[dim] for dim in d.contracted or (-1,))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from partinf.model.config import ModelConfig, Position
-from partinf.model.kinds import Activation, Block, FeedForward, LayerKind, Norm, QkNorm
+from partinf.model.kinds import Activation, Block, Experts, FeedForward, LayerKind, Norm, QkNorm, Score
 from partinf.transformer.params import Params
 from partinf.transformer.rope import angles, rotate
 
@@ -48,9 +48,9 @@ def _layer(layer: Params, kind: LayerKind, x: jax.Array, served: int) -> jax.Arr
     if kind.block.parallel:
         first = before(x, "attention_norm")
         second = before(x, "ffn_norm") if kind.block is Block.PARALLEL_TWO_NORMS else first
-        return x + (_attention(layer, kind, first, served) + _ffn(layer, kind.feed_forward, second)) * kind.residual_scale
+        return x + (_attention(layer, kind, first, served) + _feed_forward(layer, kind, second)) * kind.residual_scale
     x = x + added(_attention(layer, kind, before(x, "attention_norm"), served), "attention_post_norm")
-    return x + added(_ffn(layer, kind.feed_forward, before(x, "ffn_norm")), "ffn_post_norm")
+    return x + added(_feed_forward(layer, kind, before(x, "ffn_norm")), "ffn_post_norm")
 
 
 def greedy(params: Params, model: ModelConfig, prompt: list[int], count: int) -> list[int]:
@@ -108,20 +108,83 @@ def _heads_norm(x: jax.Array, layer: Params, name: str, kind: LayerKind) -> jax.
     return _weighted(normed, layer.get(name), kind.norm, x.dtype)
 
 
+def _feed_forward(layer: Params, kind: LayerKind, x: jax.Array) -> jax.Array:
+    """A feed-forward, or experts with or without one beside them, which a gate may weight."""
+    out = jnp.zeros_like(x)
+    if kind.feed_forward is not None:
+        out = _ffn(layer, kind.feed_forward, x)
+        if "shared_gate" in layer:
+            gate = jnp.einsum("ble,e->bl", x, layer["shared_gate"], preferred_element_type=jnp.float32)
+            out = out * jax.nn.sigmoid(gate)[..., None].astype(x.dtype)
+    return out if kind.experts is None else out + _experts(layer, kind.experts, x)
+
+
+def _experts(layer: Params, of: Experts, x: jax.Array) -> jax.Array:
+    """Every expert's output for every token, the weights of those that were not chosen being zero."""
+    weights = _routed(layer, of, x)  # [B, L, X]
+    out = jnp.zeros(x.shape, jnp.float32)
+    for number in range(of.count):
+        hidden = jnp.einsum("ble,cfe->cblf", x, layer["wx_in"][number])
+        if "w_in" in of.each.biases:
+            hidden = hidden + layer["bx_in"][number][:, None, None]
+        one = jnp.einsum("blf,ef->ble", _activated(hidden, of.each), layer["wx_out"][number])
+        if "w_out" in of.each.biases:
+            one = one + layer["bx_out"][number][None, None]
+        chosen = weights[..., number, None]
+        out = out + jnp.where(chosen != 0, one.astype(jnp.float32) * chosen, 0.0)
+    return out.astype(x.dtype)
+
+
+def _routed(layer: Params, of: Experts, x: jax.Array) -> jax.Array:
+    """The weight of every expert for every token, float32 [B, L, X], zero for those that are not chosen."""
+    router = of.router
+    logits = jnp.einsum("ble,xe->blx", x.astype(jnp.float32), layer["router"].astype(jnp.float32))
+    if router.bias:
+        logits = logits + layer["router_bias"].astype(jnp.float32)[None, None]
+    scores = {
+        Score.SOFTMAX: lambda: jax.nn.softmax(logits, axis=-1),
+        Score.SIGMOID: lambda: jax.nn.sigmoid(logits),
+        Score.SOFTMAX_OF_CHOSEN: lambda: logits,
+    }[router.score]()
+    ranked = scores + layer["router_correction"][None, None] if router.correction else scores
+    if router.groups > 1:
+        grouped = ranked.reshape(*ranked.shape[:2], router.groups, -1)
+        best = jax.lax.top_k(grouped, 1 if router.group_by_greatest else 2)[0].sum(axis=-1)  # [B, L, groups]
+        _, kept = jax.lax.top_k(best, router.chosen_groups)
+        allowed = jnp.any(jax.nn.one_hot(kept, router.groups, dtype=bool), axis=-2)  # [B, L, groups]
+        ranked = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+    _, chosen = jax.lax.top_k(ranked, of.per_token)  # of equal ones those with the lowest numbers
+    picked = jnp.take_along_axis(scores, chosen, axis=-1)
+    if router.score is Score.SOFTMAX_OF_CHOSEN:
+        picked = jax.nn.softmax(picked, axis=-1)
+    elif router.renormalised:
+        picked = picked / jnp.sum(picked, axis=-1, keepdims=True)
+    places = jax.nn.one_hot(chosen, of.count, dtype=bool)  # [B, L, k, X]
+    return jnp.sum(jnp.where(places, (picked * router.scale)[..., None], 0.0), axis=-2)
+
+
 def _ffn(layer: Params, of: FeedForward, x: jax.Array) -> jax.Array:
     hidden = jnp.einsum("ble,cfe->cblf", x, layer["w_in"])  # gate and up, or one matrix
     if "w_in" in of.biases:
         hidden = hidden + layer["b_in"][:, None, None]
+    out = jnp.einsum("blf,ef->ble", _activated(hidden, of), layer["w_out"])
+    return out + layer["b_out"][None, None] if "w_out" in of.biases else out
+
+
+def _activated(hidden: jax.Array, of: FeedForward) -> jax.Array:
+    """[2 or 1, B, L, F] → [B, L, F]."""
     activation = {
         Activation.SILU: jax.nn.silu,
         Activation.GELU: lambda y: jax.nn.gelu(y, approximate=False),
         Activation.GELU_TANH: jax.nn.gelu,
+        Activation.GELU_SIGMOID: lambda y: y * jax.nn.sigmoid(1.702 * y),
         Activation.RELU: jax.nn.relu,
         Activation.RELU2: lambda y: jax.nn.relu(y) ** 2,
     }[of.activation]
-    hidden = activation(hidden[0]) * hidden[1] if of.gated else activation(hidden[0])
-    out = jnp.einsum("blf,ef->ble", hidden, layer["w_out"])
-    return out + layer["b_out"][None, None] if "w_out" in of.biases else out
+    gate, up = hidden[0], hidden[-1]
+    if of.clamp:
+        gate, up = jnp.minimum(gate, of.clamp), jnp.clip(up, -of.clamp, of.clamp)
+    return activation(gate) * (up + of.up_offset) if of.gated else activation(gate)
 
 
 def _norm(x: jax.Array, weights: Params, name: str, norm: Norm, eps: float) -> jax.Array:

@@ -114,6 +114,9 @@ def test_a_pattern_says_what_the_list_says() -> None:
 def test_the_page_on_architectures_names_every_key() -> None:
     page = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
     assert [field.name for field in fields(ModelConfig) if f"`{field.name}`" not in page] == ["name", "kinds"]
-    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    example, mixture = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     model = config_from_toml(REQUIRED + example, "mine")
     assert [model.kinds[kind].name for kind in model.kind_of_layers] == ["full"] * 2 + ["sliding"] * 5 + ["full"]
+    pattern = 'prefix = "dense"\npattern = "mixed"\n'
+    mixed = config_from_toml(pattern + REQUIRED + mixture + "\n[kinds.mixed]\n", "mine")
+    assert [mixed.layer_kinds[kind].experts is not None for kind in mixed.kind_of_layers] == [False] + [True] * (mixed.num_layers - 1)
