@@ -17,13 +17,23 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from partinf.checkpoint.hf_names import LeafSource, leaf_sources, naming_of, read_leaf, split_leaf, tensor_shapes, tied_offences, tolerated
+from partinf.checkpoint.hf_names import (
+    LeafSource,
+    leaf_sources,
+    naming_of,
+    read_leaf,
+    stored_in,
+    tensor_shapes,
+    tied_offences,
+    tolerated,
+    write_part,
+)
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
 from partinf.foundation.errors import raise_offences
 from partinf.model.config import ModelConfig
-from partinf.model.hf_config import config_to_hf
+from partinf.model.hf_write import config_to_hf
 from partinf.partition.quantize import Quantized, quantize
 
 _AT_ONCE = 64 << 20  # bytes of a weight that is quantised while it is loaded
@@ -143,7 +153,7 @@ def save_hf(
     config_fields: Mapping[str, Any] | None = None,
     max_file_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read, for the families that are written.
+    """Write parameters as a Hugging Face directory that transformers 4 and 5 and `load_hf` read.
 
     Args:
         params: The whole tree; its padding of the vocabulary is dropped and its types are kept.
@@ -153,8 +163,8 @@ def save_hf(
         max_file_bytes: Weights beyond it are split over several files with an index.
 
     Raises:
-        InvalidInput: a family that is read, but not written, a tree that is not this model's, arrays that live partly
-            on other hosts, or a directory with weights.
+        InvalidInput: blocks that no family's directory can describe, a tree that is not this model's, arrays that live partly on other
+            hosts, or a directory with weights.
     """
     directory, described = Path(directory), config_to_hf(config)
     sources = leaf_sources(config, stacked=isinstance(params.get("layers"), Mapping))
@@ -182,35 +192,31 @@ def _assign_files(sources: Mapping[str, LeafSource], leaves: Mapping[str, Any], 
     """The file of each tensor: filled in the order of the tree, leaf by leaf, so that only one file's weights are on the host at a time."""
     numbers: dict[str, int] = {}
     number = used = 0
-    for path, source in sources.items():
-        size = int(np.prod(source.tensor_shape)) * leaves[path].dtype.itemsize
-        for name in source.names:
-            if used and used + size > max_file_bytes:
-                number, used = number + 1, 0
-            numbers[name] = number
-            used += size
+    for name, [(path, _), *_] in stored_in(sources).items():
+        size = math.prod(sources[path].tensor_shape) * leaves[path].dtype.itemsize
+        if used and used + size > max_file_bytes:
+            number, used = number + 1, 0
+        numbers[name] = number
+        used += size
     if number == 0:
         return dict.fromkeys(numbers, SINGLE_FILE)
     return {name: f"model-{place + 1:05d}-of-{number + 1:05d}.safetensors" for name, place in numbers.items()}
 
 
 def _write_weights(directory: Path, sources: Mapping[str, LeafSource], leaves: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    pending: dict[str, np.ndarray] = {}
-    current, total = "", 0
+    parts, total = stored_in(sources), 0
 
-    def flush() -> None:
-        if pending:
-            save_file(pending, directory / current, metadata={"format": "pt"})  # transformers refuses files without this mark
-            pending.clear()
+    def tensor(name: str) -> np.ndarray:
+        path, _ = parts[name][0]
+        made = np.zeros(sources[path].tensor_shape, leaves[path].dtype)  # rows that no leaf has, as before OPT's positions, are 0
+        for path, number in parts[name]:
+            write_part(made, sources[path], number, np.asarray(leaves[path]))
+        return made
 
-    for path, source in sources.items():
-        for name, tensor in split_leaf(source, np.asarray(leaves[path])):
-            if files[name] != current:
-                flush()
-                current = files[name]
-            pending[name] = tensor
-            total += tensor.nbytes
-    flush()
-    if current != SINGLE_FILE:
+    for file, names in itertools.groupby(files, files.__getitem__):
+        tensors = {name: tensor(name) for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})  # transformers refuses files without this mark
+        total += sum(one.nbytes for one in tensors.values())
+    if SINGLE_FILE not in files.values():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -249,9 +249,29 @@ def _halves(head: int, rotated: int) -> np.ndarray:
     return np.concatenate([pairs[:, 0], pairs[:, 1], np.arange(rotated, head)])
 
 
-def split_leaf(source: LeafSource, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors (name, array) behind a whole leaf, without its padding: the inverse of `read_leaf` where a tensor is one leaf's alone."""
+def stored_in(sources: Mapping[str, LeafSource]) -> dict[str, list[tuple[str, int]]]:
+    """Every tensor, and which leaves are stored in it: their paths, and its number among the tensors of each."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for path, source in sources.items():
+        for number, name in enumerate(source.names):
+            found.setdefault(name, []).append((path, number))
+    return found
+
+
+def write_part(tensor: np.ndarray, source: LeafSource, number: int, leaf: np.ndarray) -> None:
+    """Put what a tensor stores of a whole leaf into its place there, without the leaf's padding: the inverse of `read_leaf`."""
     unpadded = tuple(slice(0, size) for group in source.groups for size in group)
-    flat = leaf.reshape((len(source.names), *source.padded))
-    for name, part in zip(source.names, flat, strict=True):
-        yield name, np.ascontiguousarray(part[unpadded].reshape(source.tensor_shape))
+    part = leaf.reshape((len(source.names), *source.padded))[number][unpadded]
+    part = part.reshape([math.prod(group) for group in source.groups])
+    if source.neighbours[number]:
+        head = source.groups[0][-1]
+        row = np.arange(part.shape[0])
+        rows = np.empty_like(part)
+        rows[row // head * head + _halves(head, source.neighbours[number])[row % head]] = part
+        part = rows
+    outputs_first = tensor.T if source.transposed else tensor
+    row_of_part = 0
+    for there in _pieces(slice(0, part.shape[0]), source, number):
+        count = there.stop - there.start
+        outputs_first[there] = part[row_of_part : row_of_part + count]
+        row_of_part += count

@@ -57,12 +57,14 @@ class Scalar:
     Attributes:
         field: of `ModelConfig`, which gets what `of` makes of the number, and keeps its default where the key is null.
         absent: the number that a missing key means; None for null.
+        back: the inverse of `of`.
     """
 
     key: str
     field: str
     absent: float | None
     of: Callable[[float], float] = float
+    back: Callable[[float], float] = float
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,6 @@ class Family:
         window: how it says that layers have a sliding window; None where it has none.
         rope: how its configuration describes rotations.
         harmless: further keys, of this family alone, that change no result.
-        written: whether directories of the family are written as well as read.
     """
 
     title: str
@@ -235,7 +236,6 @@ class Family:
     window: Window | None = None
     rope: Rope = HALVES
     harmless: frozenset[str] = frozenset()
-    written: bool = False
 
     def naming_of(self, config: ModelConfig) -> Naming:
         """The names of the tensors of one architecture."""

@@ -1,4 +1,4 @@
-"""Hugging Face `config.json`: read for every family of `families`, written for those that say so.
+"""Hugging Face `config.json`, read for every family of `families`; `hf_write` writes it.
 
 A file is read as if it wanted to be misread: a key that is neither read nor known to change no result is refused, and so is any value
 that this library does not compute. What would be silently ignored would run as another model than the one that was published.
@@ -11,12 +11,11 @@ from typing import Any
 
 from partinf.foundation.documents import shown
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.model.config import MATRICES, ModelConfig, Position
+from partinf.model.config import MATRICES, ModelConfig
 from partinf.model.families import FAMILIES, HARMLESS, ONLY, REFUSED, WRAPPERS
-from partinf.model.family import Family, Window, Wrapper
+from partinf.model.family import Family, Wrapper
 from partinf.model.hf_file import HfFile, as_written, same
 from partinf.model.hf_layers import layers_of
-from partinf.model.hf_rope import rope_to_hf
 from partinf.model.kinds import Kind
 from partinf.model.rotation import PLAIN, Rotation
 
@@ -53,7 +52,7 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     fields |= family.derived(fields)
     fields = {field: value for field, value in fields.items() if not field.startswith("_")}
     if family.rotates:
-        fields["max_len"] = _rotation(fields).longest(fields["max_len"])
+        fields["max_len"] = rotation_of(fields).longest(fields["max_len"])
     return ModelConfig(name=name, source=_source(said, wrapper), family=family.model_type, **fields)
 
 
@@ -201,72 +200,7 @@ def _derived(sizes: Mapping[str, int | None], name: str) -> dict[str, int]:
     return {"ffn_dim": 4 * embed, "num_kv_heads": heads, "head_dim": embed // heads} | found
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` that both transformers 4 and 5 read; the inverse of `config_from_hf` for the families that are written.
-
-    Raises:
-        InvalidInput: blocks that none of them has.
-    """
-    family = _written(config)
-    data: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    data |= {size.key: getattr(config, field) for field, size in family.sizes.items()}
-    data |= {key: values[0] for key, values in family.only.items()}
-    data |= {family.norm_eps[0]: config.norm_eps, "tie_word_embeddings": config.tied_embeddings}
-    data |= {bias.key: {*bias.matrices} <= {*config.biases} for bias in family.biases}
-    for pick in family.picks:
-        data[pick.key] = next(value for value, fields in pick.values if all(getattr(config, field) == one for field, one in fields.items()))
-    if family.window is not None:
-        data |= _window_to_hf(config, family.window)
-    if config.position is Position.ROPE:
-        rotation = _rotation(vars(config))
-        data["max_position_embeddings"] = rotation.trained(config.max_len)
-        data |= rope_to_hf(rotation, config.head_dim, config.max_len)
-    return data
-
-
-def _window_to_hf(config: ModelConfig, of: Window) -> dict[str, Any]:
-    """The keys that say which layers have a window; of the families that are written all windows are of one length."""
-    windows = [config.layer_kinds[number].attention.window for number in config.kind_of_layers]
-    data: dict[str, Any] = {of.key: config.least_window or None}
-    data |= {of.flag: bool(config.least_window)} if of.flag else {}
-    data |= {of.first[0]: windows.index(config.least_window) if config.least_window else config.num_layers} if of.first[0] else {}
-    if of.typed and config.kinds:
-        data["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
-    return data
-
-
-def _can_write(family: Family, config: ModelConfig) -> bool:
-    """Whether the family's keys can say which kinds of layers there are."""
-    rotations, windows = {kind.rotation for kind in config.kinds}, {kind.window for kind in config.kinds} - {0}
-    typed = family.window is not None and family.window.typed
-    return not config.kinds or (typed and len(rotations) == 1 and None not in rotations and len(windows) == 1)
-
-
-def _rotation(fields: Mapping[str, Any]) -> Rotation:
+def rotation_of(fields: Mapping[str, Any]) -> Rotation:
     """The rotation of a model, or of the first kind of its layers that rotates."""
     kinds = fields.get("kinds") or (Kind("", 0, fields.get("rotation", PLAIN)),)
     return next((kind.rotation for kind in kinds if kind.rotation is not None), PLAIN)
-
-
-def _said(value: Any) -> str:
-    """A feature in a message; kinds of layers by their names."""
-    return as_written([one.name if isinstance(one, Kind) else one for one in value] if isinstance(value, tuple) else value)
-
-
-def _written(config: ModelConfig) -> Family:
-    """The family as which a model is written: its own, or the first that has such blocks.
-
-    Raises:
-        InvalidInput: none is written that has.
-    """
-    written = [family for family in FAMILIES.values() if family.written]
-    for family in sorted(written, key=lambda family: family.model_type != config.family):  # its own comes first
-        if not family.differences(config) and (family.window or not config.window) and _can_write(family, config):
-            return family
-    titles = ", ".join(family.title for family in written)
-    raise_offences(
-        f"model {config.name}: {key} = {_said(getattr(config, key))}; Hugging Face directories are written for {titles} only, "
-        f"whose {key} is {_said(value)}; save with orbax"
-        for key, value in written[0].differences(config).items()
-    )
-    raise InvalidInput(f"model {config.name}: Hugging Face directories are written for {titles} only; save with orbax")

@@ -236,16 +236,40 @@ class RopeReader:
     }
 
 
-def rope_to_hf(rotation: Rotation, head_dim: int, max_len: int) -> dict[str, Any]:
+def rope_to_hf(rotation: Rotation, head_dim: int, max_len: int, rope: Rope = HALVES) -> dict[str, Any]:
     """The keys from which `RopeReader` reads a rotation again, as transformers 5 has them and as version 4 had them."""
-    scaled = _scaling_to_hf(rotation.scaling, max_len)
-    part = {"partial_rotary_factor": math.nextafter(rotation.dims / head_dim, 1.0)} if rotation.dims else {}  # no product is rounded down
-    return {
+    if rope.dims_key[0]:
+        return {rope.dims_key[0]: rotation.dims or head_dim}
+    scaled, part = _scaling_to_hf(rotation.scaling, max_len), _part_to_hf(rotation, head_dim, rope)
+    data: dict[str, Any] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": rotation.theta, **part, **scaled},
-        "rope_theta": rotation.theta,
+        rope.theta_key: rotation.theta,
         "rope_scaling": scaled or None,
-        **part,
     }
+    data |= dict.fromkeys({*part, rope.partial_key} if part else (), next(iter(part.values()), None))
+    if rope.original and isinstance(rotation.scaling, LongRope):
+        data["original_max_position_embeddings"] = rotation.scaling.original_max_len
+    return data
+
+
+def ropes_to_hf(rotations: Mapping[str, Rotation], head_dim: int, max_len: int, rope: Rope) -> dict[str, Any]:
+    """The same for a family whose types of layers rotate differently; types that no layer has are left to what the family does."""
+    by_type: dict[str, Any] = {}
+    data: dict[str, Any] = {"rope_parameters": by_type}
+    for number, (kind, (theta_key, theta)) in enumerate(rope.by_type.items()):
+        rotation = rotations.get(kind, Rotation(theta))
+        scaled = _scaling_to_hf(rotation.scaling, max_len)
+        by_type[kind] = {"rope_type": "default", "rope_theta": rotation.theta, **_part_to_hf(rotation, head_dim, rope), **scaled}
+        data |= {theta_key: rotation.theta} if theta_key else {}
+        data |= {"rope_scaling": scaled or None} if number == 0 else {}
+    return data
+
+
+def _part_to_hf(rotation: Rotation, head_dim: int, rope: Rope) -> dict[str, float]:
+    """The part of a head that is rotated, such that no product with it is rounded down; nothing where it goes without saying."""
+    if not rotation.dims and not rope.partial:
+        return {}
+    return {"partial_rotary_factor": math.nextafter(rotation.dims / head_dim, 1.0) if rotation.dims else 1.0}
 
 
 def _scaling_to_hf(scaling: Scaling | None, max_len: int) -> dict[str, Any]:

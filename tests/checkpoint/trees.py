@@ -75,7 +75,7 @@ def abstract_tree(config: ModelConfig, mesh: Mesh, *, stacked: bool = False, dty
 
     def leaf(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         lead = (None,) if stacked and path.startswith("layers/") else ()
-        axes = (*lead, *specs[path.split("/")[-1]])
+        axes = (*lead, *specs.get(path.split("/")[-1], ()))
         fitting = [axis if _divides(mesh, axis, size) else None for axis, size in zip(axes, shape, strict=False)]
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*fitting)))
 
@@ -88,7 +88,7 @@ def random_params(config: ModelConfig, *, stacked: bool = False) -> Any:
     leaves = {}
     for path, source in leaf_sources(config, stacked).items():
         leaf = generator.standard_normal(source.leaf_shape).astype(np.float32)
-        if path in ("embed", "unembed"):
+        if path in ("embed", "unembed", "unembed_bias"):
             leaf[config.vocab_size :] = 0
         leaves[path] = jnp.asarray(leaf)
     return nested(leaves)

@@ -13,13 +13,15 @@ from partinf.buckets import Capacity, with_capacity
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_from_toml
-from partinf.model.config import ModelConfig
 from partinf.model.families import FAMILIES
-from partinf.model.hf_config import config_from_hf, config_to_hf
+from partinf.model.family import Family
+from partinf.model.hf_config import config_from_hf
+from partinf.model.hf_write import config_to_hf
 from partinf.model.load import config_from_toml, config_to_toml, load_model_config
 from partinf.planner.question import Question
 from partinf.plans import Plan
 from partinf.workload import Workload
+from tests.core.small_files import small_file
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fixtures" / "published_configs.json").read_text())
 LLAMA = {
@@ -331,11 +333,28 @@ def test_the_family_of_a_toml_file() -> None:
         config_from_toml(text.replace('"opt"', '"gtp2"'), "mine")
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.written])
-def test_a_family_is_written_as_itself(family: Any) -> None:
-    """And what names none, as the first that has its blocks."""
-    model = ModelConfig("mine", 2, 64, 128, 8, 4, 8, 96, max_len=64, family=family.model_type, source="config.json", **family.block)
-    assert config_to_hf(model)["architectures"] == [family.architecture]
-    assert config_from_hf(config_to_hf(model), "mine") == model
-    windowed = replace(model, window=16)  # which Llama has no key for
-    assert config_from_hf(config_to_hf(windowed), "mine") == replace(windowed, family=model.family if family.window else "mistral")
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+def test_a_family_is_written_as_itself(family: Family) -> None:
+    """With every value of a key that decides its blocks, and with the windows that it has."""
+    files = [small_file(family)]
+    files += [files[0] | {pick.key: value} for pick in family.picks for value, _ in pick.values]
+    files += [files[0] | {bias.key: not bias.absent} for bias in family.biases]
+    files += [files[0] | {scalar.key: 0.5} for scalar in family.scalars]
+    files += [files[0] | {family.window.key: 16, family.window.flag or "use_cache": True}] if family.window else []
+    for file in files:
+        model = config_from_hf(file, "mine")
+        assert config_to_hf(model)["architectures"] == [family.architecture]
+        assert config_from_hf(config_to_hf(model), "mine") == model, file
+
+
+def test_a_model_is_written_as_another_family_where_its_own_has_no_key() -> None:
+    windowed = replace(config_from_hf(LLAMA, "mine"), window=16)
+    assert config_from_hf(config_to_hf(windowed), "mine") == replace(windowed, family="mistral")
+
+
+def test_what_no_file_of_the_family_says_is_not_written() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        config_to_hf(replace(config_from_hf(LLAMA, "mine"), logit_cap=30.0, qkv_clip=2.0))
+    assert caught.value.offences == (
+        "model mine: the config.json of a Llama model cannot say that qkv_clip = 2.0, logit_cap = 30.0; save with orbax",
+    )

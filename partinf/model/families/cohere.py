@@ -25,7 +25,6 @@ _COHERE = replace(
     scalars=(Scalar("logit_scale", "logit_scale", 0.0625),),
     biases=(Bias("attention_bias", False, ATTENTION),),
     rope=Rope(theta=5e5),
-    written=False,
 )
 _COHERE2 = replace(
     _COHERE,

@@ -24,7 +24,6 @@ _PHI3 = replace(
     window=Window(None),
     rope=Rope(partial=1.0, renamed={"su": "longrope", "yarn": "longrope"}),
     harmless=keys("embd_pdrop resid_pdrop full_attn_mod interpolate_factor lm_head_bias mlp_bias"),
-    written=False,
 )
 _GLM = replace(
     LLAMA,
@@ -37,7 +36,6 @@ _GLM = replace(
     only={},
     biases=(Bias("attention_bias", True, QKV),),
     rope=Rope(partial=0.5),
-    written=False,
 )
 _GLM4_NORMS = {
     "attention_post_norm": Stored("E", ("post_self_attn_layernorm.weight",)),

@@ -23,6 +23,12 @@ def _root(scalar: float) -> float:
     return abs(scalar) ** -0.5
 
 
+def _scalar(root: float) -> float:
+    """A whole number where it nearly is one: transformers wants an int then."""
+    exact = root**-2
+    return round(exact) if abs(exact - round(exact)) < 1e-6 else exact
+
+
 _SIZES = {"num_kv_heads": 4, "head_dim": 256, "max_len": 8192}
 _BIASES = (Bias("attention_bias", False, ATTENTION),)
 _FORWARD = {"use_bidirectional_attention": (False,)}
@@ -38,10 +44,9 @@ _GEMMA = replace(
     picks=(activation("hidden_act", "gelu_pytorch_tanh", gelu=Activation.GELU_TANH),),  # the first files called it so
     biases=_BIASES,
     derived=_root_of_width,
-    written=False,
 )
 _CAPPED = (
-    Scalar("query_pre_attn_scalar", "attention_scale", 256.0, _root),
+    Scalar("query_pre_attn_scalar", "attention_scale", 256.0, _root, _scalar),
     Scalar("attn_logit_softcapping", "attention_cap", 50.0),
     Scalar("final_logit_softcapping", "logit_cap", 30.0),
 )

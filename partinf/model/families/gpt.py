@@ -393,7 +393,6 @@ _PHI = replace(
     biases=(),
     rope=Rope(partial=0.5),
     harmless=keys("embd_pdrop resid_pdrop"),
-    written=False,
 )
 
 FAMILIES = (_GPT2, _OPT, _BIGCODE, _GPTJ, _GPT_NEO, _BIOGPT, _NEOX, _FALCON, _PHI)

@@ -24,7 +24,6 @@ _STABLELM = replace(
     biases=(Bias("use_qkv_bias", False, QKV),),
     rope=Rope(partial=0.25),
     harmless=keys("rotary_scaling_factor"),
-    written=False,
 )
 _NEMOTRON = replace(
     LLAMA,
@@ -39,7 +38,6 @@ _NEMOTRON = replace(
     picks=(activation("hidden_act", "relu2"),),
     biases=(Bias("attention_bias", False, ATTENTION), Bias("mlp_bias", False, FEED_FORWARD)),
     rope=Rope(partial=0.5),
-    written=False,
 )
 _STARCODER2_FFN = {
     "w_in": Stored("1F E", ("mlp.c_fc.weight",)),
@@ -62,7 +60,6 @@ _STARCODER2 = replace(
     biases=(Bias("use_bias", True, ALL_BIASES),),
     window=Window(None),
     harmless=keys("residual_dropout embedding_dropout"),
-    written=False,
 )
 
 FAMILIES = (_STABLELM, _NEMOTRON, _STARCODER2)

@@ -33,7 +33,6 @@ LLAMA = Family(
     picks=(activation("hidden_act", "silu"),),
     biases=_LLAMA_BIASES,
     harmless=keys("pretraining_tp max_sequence_length is_llama_config"),  # the first cuts products into parts that are added again
-    written=True,
 )
 _MISTRAL = replace(
     LLAMA,
@@ -47,7 +46,7 @@ _MISTRAL = replace(
     window=Window(absent=4096),
 )
 _MINISTRAL = replace(
-    _MISTRAL, title="Ministral", architecture="MinistralForCausalLM", model_type="ministral", window=Window(4096, typed=True), written=False
+    _MISTRAL, title="Ministral", architecture="MinistralForCausalLM", model_type="ministral", window=Window(4096, typed=True)
 )
 _LLAMA3 = {"rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 _CWM = replace(
@@ -61,7 +60,6 @@ _CWM = replace(
     biases=(Bias("mlp_bias", False, FEED_FORWARD),),
     window=Window(8192, typed=True, every=("", 4), full_first=True),
     rope=Rope(theta=1e6, missing=_LLAMA3),
-    written=False,
 )
 _QWEN_WINDOW = Window(absent=4096, flag="use_sliding_window", typed=True, first=("max_window_layers", 28))
 _QWEN2 = replace(
@@ -97,12 +95,11 @@ _SMOLLM3 = replace(
     window=Window(None, flag="use_sliding_window", typed=True, unrotated_keys=("no_rope_layers", "no_rope_layer_interval", 4)),
     rope=Rope(theta=2e6),
     harmless=keys("max_window_layers pretraining_tp"),
-    written=False,
 )
 _MULTIPLIERS = (
     Scalar("embedding_multiplier", "embedding_scale", 1.0),
     Scalar("residual_multiplier", "residual_scale", 1.0),
-    Scalar("logits_scaling", "logit_scale", 1.0, lambda scaling: 1 / scaling),
+    Scalar("logits_scaling", "logit_scale", 1.0, lambda scaling: 1 / scaling, lambda scale: 1 / scale),
 )
 _GRANITE = replace(
     LLAMA,
@@ -110,7 +107,6 @@ _GRANITE = replace(
     architecture="GraniteForCausalLM",
     model_type="granite",
     scalars=(*_MULTIPLIERS, Scalar("attention_multiplier", "attention_scale", 1.0)),
-    written=False,
 )
 _POST_NORMS = {"attention_post_norm": replace(LLAMA_LAYER["attention_norm"], tensors=("post_norm1.weight",))}
 _POST_NORMS |= {"ffn_post_norm": replace(LLAMA_LAYER["ffn_norm"], tensors=("post_norm2.weight",))}
@@ -123,7 +119,6 @@ _HYPERCLOVAX = replace(
     picks=(*LLAMA.picks, Pick("use_post_norm", True, ((True, {"norms": NormPlaces.BOTH}), (False, {"norms": NormPlaces.BEFORE})))),
     # Without the key scores are divided by the root of the size of a head, as usual.
     scalars=(*_MULTIPLIERS[:2], Scalar("logits_scaling", "logit_scale", 1.0), Scalar("attention_multiplier", "attention_scale", None)),
-    written=False,
 )
 _SEED_OSS = replace(
     LLAMA,
@@ -133,7 +128,6 @@ _SEED_OSS = replace(
     sizes=sizes({"num_kv_heads": 8, "head_dim": 128, "max_len": 524288}),
     biases=(Bias("attention_bias", True, QKV), Bias("attention_out_bias", False, ("wo",)), Bias("mlp_bias", False, FEED_FORWARD)),
     harmless=keys("pretraining_tp residual_dropout"),
-    written=False,
 )
 _ARCEE = replace(
     LLAMA,
@@ -145,7 +139,6 @@ _ARCEE = replace(
     naming=llama_naming(UNGATED),
     block={"gated": False},
     picks=(activation("hidden_act", "relu2"),),
-    written=False,
 )
 _JAIS2 = replace(
     _ARCEE,
@@ -172,7 +165,6 @@ _HUNYUAN = replace(
     block={"qk_norm": QkNorm.HEAD, "qk_norm_rotated": True},
     biases=(Bias("attention_bias", False, ATTENTION),),
     harmless=keys("pretraining_tp eod_token_id im_end_id im_newline_id im_start_id use_cla cla_share_factor"),
-    written=False,
 )
 _HELIUM = replace(
     LLAMA,
@@ -185,7 +177,6 @@ _HELIUM = replace(
     only={},
     rope=Rope(theta=1e5),
     biases=(Bias("attention_bias", False, QKV), Bias("mlp_bias", False, FEED_FORWARD)),
-    written=False,
 )
 _ERNIE = replace(
     LLAMA,
@@ -199,7 +190,6 @@ _ERNIE = replace(
     only={},
     rope=Rope(theta=5e5),
     biases=(Bias("use_bias", False, ALL_BIASES),),
-    written=False,
 )
 
 FAMILIES = (

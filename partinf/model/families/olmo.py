@@ -21,7 +21,6 @@ _OLMO = replace(
     block={"norm": Norm.LAYER_BARE},
     scalars=(Scalar("clip_qkv", "qkv_clip", None),),
     biases=(Bias("attention_bias", False, ATTENTION),),
-    written=False,
 )
 _OLMO2 = replace(
     _OLMO,
