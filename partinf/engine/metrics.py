@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from partinf.engine.request import FinishReason, RequestTimes, Sequence
 from partinf.engine.step import Step, StepOutput
 
+# Upper bounds in seconds of the histogram of times between the tokens of a sample.
+GAP_BOUNDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4),
+    *(0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
 _REMEMBERED = 100_000  # requests whose times are kept; older ones stay in the counters alone
 
 
@@ -89,7 +95,12 @@ class Load:
 
 
 class Metrics:
-    """The engine's counters; `Engine.metrics` is one. The engine writes, anyone may read."""
+    """The engine's counters; `Engine.metrics` is one. The engine writes, anyone may read.
+
+    Attributes:
+        token_gaps: tokens by the time since the one before them in their sample: up to each of `GAP_BOUNDS`, and longer.
+        token_gap_seconds: the sum of these times.
+    """
 
     def __init__(self, num_slots: int) -> None:
         self._num_slots = num_slots
@@ -112,6 +123,8 @@ class Metrics:
         self.swapped_out_pages = 0
         self.swapped_in_pages = 0
         self.longest_queue = 0
+        self.token_gaps = [0] * (len(GAP_BOUNDS) + 1)
+        self.token_gap_seconds = 0.0
         self._queued = 0
         self._rows = 0
         self._finished: Counter[FinishReason] = Counter()
@@ -132,6 +145,13 @@ class Metrics:
         self.prefill_tokens += step.num_prefill_tokens
         self.padding_tokens += max(0, output.padded_tokens - step.num_tokens)
         self._rows += len(step.decode) + len(step.prefill)
+
+    def record_gaps(self, now: float, before: Mapping[float | None, int]) -> None:
+        """Tokens that came now, counted by when their samples had the one before; None for first ones."""
+        for last, count in before.items():
+            if last is not None:
+                self.token_gaps[bisect_left(GAP_BOUNDS, now - last)] += count
+                self.token_gap_seconds += (now - last) * count
 
     def record_finished(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from partinf.engine.batch import ScheduledBatch
@@ -49,6 +49,8 @@ class Samples:
         self._held: list[Live] = []
         self._events: deque[tuple[Live, TokenEvent]] = deque()  # not delivered yet
         self._ended: list[Sequence] = []  # not returned yet
+        # Tokens of the batch that is committed, by when their samples had the last one: mostly one entry.
+        self._before: defaultdict[float | None, int] = defaultdict(int)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -100,6 +102,7 @@ class Samples:
     def commit(self, batch: ScheduledBatch, output: StepOutput, now: float) -> None:
         """Give a batch its output."""
         self._take_scores(batch, output)
+        self._before.clear()
         for sequence, token, new in zip(batch.decode, output.decode, batch.samples, strict=True):
             sequence.in_flight -= 1
             if new:
@@ -108,6 +111,7 @@ class Samples:
             sequence.in_flight -= 1
             if last is not None:
                 self._accept(sequence, last, now)
+        self._metrics.record_gaps(now, self._before)
         self._return_held()
 
     def _take_scores(self, batch: ScheduledBatch, output: StepOutput) -> None:
@@ -201,6 +205,7 @@ class Samples:
             self._fail(live, NoNumber(len(sequence.tokens)))
             return
         self._metrics.generated_tokens += 1
+        self._before[sequence.last_token] += 1
         sequence.append(sampled, now)
         try:
             text, reason = live.read(sampled.token)
