@@ -384,12 +384,12 @@ def fit(buckets: Sequence[Bucket], limits: RunnerLimits, *steps: Step) -> Bucket
 def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
     """The sizes that a bucket must have at least to hold each of the steps."""
     shards, prefill_shards = limits.num_shards, limits.num_prefill_shards
-    fullest, decode_pages, most_tokens, most_slots, earlier = 0, 0, 0, 0, 0
+    fullest, latest, most_tokens, most_slots, earlier = 0, -1, 0, 0, 0
     for step in steps:
         per_shard = [0] * shards
         for row in step.decode:
             per_shard[row.shard] += 1
-            decode_pages = max(decode_pages, len(row.pages))
+            latest = max(latest, row.position)
         tokens, slots = [0] * prefill_shards, [0] * prefill_shards
         for chunk in step.prefill:
             tokens[chunk.prefill_shard] += len(chunk.tokens)
@@ -399,7 +399,7 @@ def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
     how = [row.sampling for step in steps for row in step.decode] + [chunk.sampling for step in steps for chunk in step.prefill]
     return Bucket(
         decode_rows=fullest * shards,
-        decode_pages=decode_pages,
+        decode_pages=limits.pages_for(latest + 1),
         prefill_tokens=most_tokens * prefill_shards,
         prefill_slots=most_slots * prefill_shards,
         prefill_pages=limits.pages_for(earlier),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from partinf.engine.request import RequestTimes as RequestTimes
     from partinf.engine.request import SamplingParams as SamplingParams
     from partinf.engine.request import TokenEvent as TokenEvent
+    from partinf.engine.runner import PageGroup as PageGroup
     from partinf.engine.runner import Runner as Runner
     from partinf.engine.runner import RunnerLimits as RunnerLimits
     from partinf.engine.streams import RequestFailed as RequestFailed
@@ -39,7 +40,7 @@ _WHERE = {
     "metrics": ("Distribution", "Metrics", "Summary"),
     "policies": ("FirstComeFirstServed", "Orca", "RequestLevel", "request_level_iterations"),
     "request": ("FinishReason", "RequestOutput", "RequestTimes", "SamplingParams", "TokenEvent"),
-    "runner": ("Runner", "RunnerLimits"),
+    "runner": ("PageGroup", "Runner", "RunnerLimits"),
     "streams": ("RequestFailed", "RequestStream"),
 }
 

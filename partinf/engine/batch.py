@@ -179,14 +179,14 @@ class BatchBuilder:
         num_pages = position // self.limits.page_size + 1
         if not self._decode_rows[shard]:
             return False
-        if len(sequence.pages) < num_pages and not self._roster.pool.grow(sequence, num_pages):
+        if position >= sequence.num_covered and not self._roster.pool.grow(sequence, num_pages):
             return False
         token = sequence.tokens[position] if position < len(sequence.tokens) else None
         sampling = sequence.request.sampling
         counts = sampling.steered and position >= sequence.prefill_len
         new = position + 1 >= sequence.prefill_len
         mask = sequence.mask if new else None
-        row = DecodeRow(sequence.slot, shard, token, position, sequence.page_table(num_pages), sampling, counts, mask)
+        row = DecodeRow(sequence.slot, shard, token, position, sequence.tables(num_pages), sampling, counts, mask)
         self._decode.append((sequence, row, new))
         self._decode_rows[shard] -= 1
         self._advance(sequence, 1)
@@ -203,10 +203,9 @@ class BatchBuilder:
         if not sequence.num_scheduled:  # nothing to move yet
             self._roster.preempt(sequence)
             return True
-        copy = self._roster.swap_out(sequence)
-        if copy is not None:
-            self._copies[0].append(copy)
-        return copy is not None
+        copies = self._roster.swap_out(sequence)
+        self._copies[0].extend(copies or ())
+        return copies is not None
 
     def swap_in(self, sequence: Sequence) -> bool:
         """Bring a swapped sequence back to the shard from which it came, with room for its next token, or for the rest of its prompt; it
@@ -214,10 +213,10 @@ class BatchBuilder:
         if sequence.in_flight:  # its last token is known when that step is committed
             return False
         needed = max(sequence.prefill_len, min(sequence.num_scheduled + 1, sequence.max_positions))
-        num_pages = max(self.limits.pages_for(needed), len(sequence.host_pages))
-        if self._roster.pool.choose_shard(num_pages, (sequence.home,), crowd=True) is None:
+        num_pages = self.limits.pages_for(max(needed, sequence.num_scheduled))
+        if self._roster.pool.choose_shard(num_pages, (sequence.home,), sequence, crowd=True) is None:
             return False
-        self._copies[1].append(self._roster.swap_in(sequence, num_pages))
+        self._copies[1].extend(self._roster.swap_in(sequence, num_pages))
         self._taken.add(sequence.request.number)
         return True
 
@@ -236,6 +235,8 @@ class BatchBuilder:
             return None
         self._roster.num_steps += 1
         sequences = tuple(sequence for sequence, _, _ in self._decode), tuple(sequence for sequence, _ in self._prefill)
+        for taken in sequences:
+            self._roster.pool.trim(taken)
         return ScheduledBatch(step, *sequences, tuple(new for _, _, new in self._decode))
 
     def _admit(self, sequence: Sequence, shards: list[int], reserve: bool, crowd: bool) -> bool:
@@ -258,6 +259,9 @@ class BatchBuilder:
         if at_most is not None:
             length = min(length, at_most)
         end = start + length
+        if end > sequence.num_covered:  # pages of windows; others it has for the whole prompt
+            grown = self._roster.pool.grow(sequence, self.limits.pages_for(end))
+            assert grown, f"request {sequence.request.id} has no pages for its prompt"
         targets: tuple[int, ...] = ()
         if sequence.scoring:
             targets = sequence.request.prompt[start + 1 : end + 1]
@@ -267,7 +271,7 @@ class BatchBuilder:
             shard=sequence.shard,
             tokens=tuple(sequence.tokens[start:end]),
             start=start,
-            pages=sequence.page_table(self.limits.pages_for(end)),
+            tables=sequence.tables(self.limits.pages_for(end)),
             last=end == sequence.prefill_len,
             sampling=sequence.request.sampling,
             prefill_shard=prefill_shard,

@@ -115,9 +115,8 @@ class Engine:
     def load(self) -> Load:
         """What is in the engine at the moment."""
         with self._lock:
-            scheduler, limits = self._scheduler, self._runner.limits
-            used = 1 - scheduler.pool.num_free_pages / (limits.num_shards * limits.pages_per_shard)
-            return Load(len(scheduler.running), len(scheduler.waiting) + len(scheduler.swapped), used)
+            scheduler = self._scheduler
+            return Load(len(scheduler.running), len(scheduler.waiting) + len(scheduler.swapped), scheduler.pool.used)
 
     @property
     def num_in_flight(self) -> int:

@@ -171,8 +171,9 @@ class ScheduleDigest:
 def _numbers(step: Step) -> Iterator[int]:
     yield from (len(step.decode), len(step.prefill), step.idle_rows, step.idle_tokens)
     for row in step.decode:
-        yield from (row.slot, -1 if row.token is None else row.token, row.position, row.pages[-1])
+        yield from (row.slot, -1 if row.token is None else row.token, row.position, *(table.ids[-1] for table in row.tables))
     for chunk in step.prefill:
-        yield from (chunk.slot, chunk.start, len(chunk.tokens), chunk.last, chunk.prefill_shard, *chunk.pages)
+        yield from (chunk.slot, chunk.start, len(chunk.tokens), chunk.last, chunk.prefill_shard)
+        yield from chain.from_iterable(table.ids for table in chunk.tables)
     for copy in chain(step.swap_out, step.swap_in):
         yield from (*copy.pages, *copy.host_pages)

@@ -1,8 +1,10 @@
 """A runner without a model: its tokens can be worked out by hand, and it checks what it is given as a device never would.
 
-It keeps, per place of the KV cache, the token written there, and reads the context of every row back through its page table. A page
-that is wrong, shared, stale or missing therefore gives another token or an error. Penalties and biases shift the token by what their
-slot has counted, so a count that is lost or doubled shows as well. A mask lets the next token pass that it has.
+It keeps, per place of the KV cache, the token written there, and reads the context of every row back through its page tables: all of it
+where a group of the cache keeps that, and in every group of a window what lies in the windows of the row's queries, which must be the
+same. A page that is wrong, shared, stale, missing or let go too early therefore gives another token or an error. Penalties and biases
+shift the token by what their slot has counted, so a count that is lost or doubled shows as well. A mask lets the next token pass that it
+has.
 """
 
 from __future__ import annotations
@@ -13,10 +15,21 @@ from collections.abc import Callable, Sequence
 
 from partinf.engine.constraint import allows
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PrefillChunk, PromptScore, RowSampling, SampledToken, SlotStart, Step, StepOutput
+from partinf.engine.step import (
+    DecodeRow,
+    PageTable,
+    PrefillChunk,
+    PromptScore,
+    RowSampling,
+    SampledToken,
+    SlotStart,
+    Step,
+    StepOutput,
+)
+from partinf.foundation.paging import first_page
 
 Rule = Callable[[Sequence[int]], int]
-"""Context, first token first → the next token."""
+"""Context, first token first → the next token. Where no group of the cache keeps all positions, the longest window of it."""
 
 
 def weighted_sum(vocab_size: int) -> Rule:
@@ -34,13 +47,13 @@ class FakeRunner:
     def __init__(self, limits: RunnerLimits, rule: Rule | None = None) -> None:
         self._limits = limits
         self._rule = rule or weighted_sum(limits.vocab_size)
-        self._kv: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) → (token, position)
-        self._host: dict[tuple[int, int], tuple[int, int]] = {}  # the same in host memory
+        self._kv: dict[tuple[int, int, int], tuple[int, int]] = {}  # (group, page, offset) → (token, position)
+        self._host: dict[tuple[int, int, int], tuple[int, int]] = {}  # the same in host memory
         self._last: dict[int, int] = {}  # slot → token sampled last
         self._sampled: dict[int, int] = {}  # slot → number of the step that sampled it
         self._submitted = 0  # steps so far; `steps` is the reader's, who may shorten it
         self._counted: dict[int, tuple[SlotStart, list[int]]] = {}  # slot → how it started, and what it has counted since
-        self._homes: dict[int, int] = {}  # of pages in host memory, the shard that they left
+        self._homes: dict[tuple[int, int], int] = {}  # of pages of groups in host memory, the shard that they left
         self._done: deque[StepOutput] = deque()
         self.steps: list[Step] = []
 
@@ -62,14 +75,15 @@ class FakeRunner:
         for start in step.starts:
             self._counted[start.slot] = start, []
         for row, token in zip(step.decode, fed, strict=True):
-            self._write(row.pages, row.position, (token,))
+            self._write(row.tables, row.position, (token,))
             if row.counts:
                 self._counted[row.slot][1].append(token)
         for chunk in step.prefill:
-            self._write(chunk.pages, chunk.start, chunk.tokens)
-        decode = tuple(self._sample(row.slot, row.pages, row.position + 1, row.sampling, row.mask) for row in step.decode)
+            self._write(chunk.tables, chunk.start, chunk.tokens)
+            self._context(chunk.slot, chunk.tables, chunk.start, chunk.end)
+        decode = tuple(self._sample(row.slot, row.tables, row.position + 1, row.sampling, row.mask) for row in step.decode)
         prefill = tuple(
-            self._sample(chunk.slot, chunk.pages, chunk.end, chunk.sampling, chunk.mask) if chunk.last else None for chunk in step.prefill
+            self._sample(chunk.slot, chunk.tables, chunk.end, chunk.sampling, chunk.mask) if chunk.last else None for chunk in step.prefill
         )
         scores = tuple(self._score(chunk) for chunk in step.prefill)
         self._done.append(StepOutput(decode, prefill, scores if any(scores) else ()))
@@ -84,27 +98,27 @@ class FakeRunner:
         for copies, source, target in ((step.swap_out, self._kv, self._host), (step.swap_in, self._host, self._kv)):
             for copy in copies:
                 if source is self._kv:
-                    self._homes.update(dict.fromkeys(copy.host_pages, copy.shard))
-                elif any(self._homes.get(page) != copy.shard for page in copy.host_pages):
+                    self._homes.update({(copy.group, page): copy.shard for page in copy.host_pages})
+                elif any(self._homes.get((copy.group, page)) != copy.shard for page in copy.host_pages):
                     raise ValueError(f"host pages {copy.host_pages} come back to shard {copy.shard}, from which they did not leave")
                 ends = (copy.pages, copy.host_pages) if source is self._kv else (copy.host_pages, copy.pages)
                 for here, there in zip(*ends, strict=True):
                     for offset in range(self._limits.page_size):
-                        target[there, offset] = source.get((here, offset), (-1, -1))
+                        target[copy.group, there, offset] = source.get((copy.group, here, offset), (-1, -1))
 
-    def _write(self, pages: tuple[int, ...], start: int, tokens: tuple[int, ...]) -> None:
+    def _write(self, tables: tuple[PageTable, ...], start: int, tokens: tuple[int, ...]) -> None:
         size = self._limits.page_size
-        for position, token in enumerate(tokens, start):
-            self._kv[pages[position // size], position % size] = (token, position)
+        for group, (ids, first) in enumerate(tables):
+            for position, token in enumerate(tokens, start):
+                self._kv[group, ids[position // size - first], position % size] = (token, position)
 
     def _score(self, chunk: PrefillChunk) -> tuple[PromptScore, ...]:
-        context = self._context(chunk.slot, chunk.pages, chunk.end)
         ends = range(chunk.start + 1, chunk.start + 1 + len(chunk.targets))
-        likeliest = [self._rule(context[:end]) for end in ends]
+        likeliest = [self._rule(self._context(chunk.slot, chunk.tables, end - 1, end)) for end in ends]
         return tuple(PromptScore(-float(top + target), top, -float(top)) for top, target in zip(likeliest, chunk.targets, strict=True))
 
-    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling, mask: bytes | None) -> SampledToken:
-        token = self._rule(self._context(slot, pages, length))
+    def _sample(self, slot: int, tables: tuple[PageTable, ...], length: int, sampling: RowSampling, mask: bytes | None) -> SampledToken:
+        token = self._rule(self._context(slot, tables, length - 1, length))
         if not sampling.greedy:
             key = f"{sampling.seed}/{sampling.sample_index}/{length}"
             token += int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
@@ -124,15 +138,20 @@ class FakeRunner:
         top = tuple(((token + other) % self._limits.vocab_size, -float(token + other)) for other in range(sampling.top_logprobs))
         return SampledToken(token, -float(token), top)
 
-    def _context(self, slot: int, pages: tuple[int, ...], length: int) -> list[int]:
-        """The tokens that a row reads through its page table."""
-        size = self._limits.page_size
-        context = []
-        for position in range(length):
-            token, written = self._kv.get((pages[position // size], position % size), (-1, -1))
-            if written != position:
-                raise ValueError(f"slot {slot}: page {pages[position // size]} holds position {written}, where {position} is read")
-            context.append(token)
+    def _context(self, slot: int, tables: tuple[PageTable, ...], start: int, end: int) -> list[int]:
+        """The tokens that queries at these positions read through the first table, once the others have been found to hold the same."""
+        size, context = self._limits.page_size, list[int]()
+        for number, (group, (ids, first)) in enumerate(zip(self._limits.groups, tables, strict=True)):
+            found = []
+            for position in range(max(0, start - group.window + 1) if group.window else 0, end):
+                page = ids[position // size - first] if position // size >= first else None
+                token, written = (-1, -1) if page is None else self._kv.get((number, page, position % size), (-1, -1))
+                if written != position:
+                    raise ValueError(f"slot {slot}: page {page} of group {number} holds position {written}, where {position} is read")
+                found.append(token)
+            context = context or found
+            if context[len(context) - len(found) :] != found:
+                raise ValueError(f"slot {slot}: group {number} holds {found}, which are not the last of {context}")
         return context
 
     def _check(self, step: Step) -> None:
@@ -182,19 +201,26 @@ class FakeRunner:
         problems = [
             f"pages {copy.pages} are not all of shard {copy.shard}"
             for copy in (*step.swap_out, *step.swap_in)
-            if any(limits.place_of(page) != (copy.shard, index % limits.num_parts) for index, page in enumerate(copy.pages))
+            if not self._placed(PageTable(copy.pages, copy.first), copy.shard, copy.group)
         ]
-        writers: dict[int, int] = {}
+        writers: dict[tuple[int, int], int] = {}
         rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
         for row in rows:
             start, end = (row.position, row.position + 1) if isinstance(row, DecodeRow) else (row.start, row.end)
-            places = [(row.shard, index % limits.num_parts) for index in range(len(row.pages))]
-            if not 0 <= row.shard < limits.num_shards or list(map(limits.place_of, row.pages)) != places:
-                problems.append(f"slot {row.slot}: pages {row.pages} are not all of shard {row.shard}")
-            if not 0 <= start < end <= limits.max_len or len(row.pages) != limits.pages_for(end):
-                problems.append(f"slot {row.slot}: {len(row.pages)} pages for positions up to {end}")
-                continue
-            for page in row.pages[start // limits.page_size :]:
-                if writers.setdefault(page, row.slot) != row.slot:
-                    problems.append(f"page {page} is written by slots {writers[page]} and {row.slot}")
+            for number, (group, table) in enumerate(zip(limits.groups, row.tables, strict=True)):
+                ids, first = table
+                if not 0 <= row.shard < limits.num_shards or not self._placed(table, row.shard, number):
+                    problems.append(f"slot {row.slot}: pages {ids} are not all of shard {row.shard}")
+                most = first_page(start, group.window, limits.page_size) if group.window else 0
+                if not 0 <= start < end <= limits.max_len or first + len(ids) != limits.pages_for(end) or not 0 <= first <= most:
+                    problems.append(f"slot {row.slot}: {first + len(ids)} pages for positions up to {end}, {first} of them let go")
+                    continue
+                for page in ids[start // limits.page_size - first :]:
+                    if writers.setdefault((number, page), row.slot) != row.slot:
+                        problems.append(f"page {page} is written by slots {writers[number, page]} and {row.slot}")
         return problems
+
+    def _placed(self, table: PageTable, shard: int, group: int) -> bool:
+        """Whether pages are on their shard and in their parts."""
+        parts, place_of = self._limits.num_parts, self._limits.place_of
+        return all(place_of(page, group) == (shard, index % parts) for index, page in enumerate(table.ids, start=table.first))

@@ -1,4 +1,4 @@
-"""The prefix cache of one shard: which full pages hold which tokens after which tokens.
+"""The prefix cache of one shard and one group: which full pages hold which tokens after which tokens.
 
 A page is named by a hash chain over (name of the page before, its tokens), so equal names mean equal contexts from the first token on.
 Pages that nobody holds stay findable until they are needed, the one that was let go longest ago first; of one sequence the last page
@@ -11,7 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Callable
 
-from partinf.engine.request import Sequence
+from partinf.engine.request import HeldPages, Sequence
 
 
 class PrefixCache:
@@ -43,11 +43,16 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def remember(self, sequence: Sequence, num_positions: int) -> None:
-        """Make the full pages of the first positions findable, unless others with the same tokens are."""
+    def find_each(self, sequence: Sequence, most: int) -> list[int | None]:
+        """The same, though pages before one are not there; None for those."""
+        self._name(sequence, most)
+        return [self._by_digest.get(digest) for digest in sequence.digests[:most]]
+
+    def remember(self, sequence: Sequence, held: HeldPages, num_positions: int) -> None:
+        """Make those of the pages held that are full of the first positions findable, unless others with the same tokens are."""
         full = num_positions // self._page_size
         self._name(sequence, full)
-        for page, digest in zip(sequence.pages[:full], sequence.digests[:full], strict=True):
+        for page, digest in zip(held.pages, sequence.digests[held.first : full], strict=False):
             if digest not in self._by_digest and page not in self._digest_of:
                 self._by_digest[digest] = page
                 self._digest_of[page] = digest

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from partinf.engine.params import SamplingParams as SamplingParams
-from partinf.engine.step import PromptScore, RowSampling, SampledToken
+from partinf.engine.step import PageTable, PromptScore, RowSampling, SampledToken
 
 
 class FinishReason(StrEnum):
@@ -87,6 +87,26 @@ class Status(StrEnum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True)
+class HeldPages:
+    """The pages that a sequence holds in one group of the cache.
+
+    Attributes:
+        first: which page of the sequence the first of them is; those before have been let go. pages: global ids, in the order of positions.
+        host_pages: places in host memory while it is swapped out. reserved: pages per part that the group keeps for it.
+    """
+
+    first: int = 0
+    pages: list[int] = field(default_factory=list)
+    host_pages: list[int] = field(default_factory=list)
+    reserved: int = 0
+
+    @property
+    def end(self) -> int:
+        """Which page of the sequence comes after the last of them."""
+        return self.first + len(self.pages)
+
+
 @dataclass(eq=False)
 class Sequence:
     """The mutable state of one request.
@@ -99,7 +119,7 @@ class Sequence:
         slot, shard: the lane and the shard that owns the pages; -1 while it holds none.
         home: the shard from which its pages went to host memory, and to which they come back.
         digests: of the token prefixes that fill whole pages, made as they are needed.
-        pages: global page ids, in the order of positions. host_pages: places in host memory while it is swapped out.
+        held: its pages, by group of the cache. num_covered: positions for which it has pages in all groups.
         max_positions: positions that get K/V at most.
         num_scheduled: positions whose K/V are written by the steps scheduled so far, or were found in the prefix cache.
         num_readable: positions that steps built so far have written; another sample of the request may share their pages.
@@ -125,8 +145,8 @@ class Sequence:
     slot: int = -1
     shard: int = -1
     home: int = -1
-    pages: list[int] = field(default_factory=list)
-    host_pages: list[int] = field(default_factory=list)
+    held: tuple[HeldPages, ...] = ()
+    num_covered: int = 0
     digests: list[bytes] = field(default_factory=list)
     max_positions: int = 0
     num_scheduled: int = 0
@@ -159,18 +179,24 @@ class Sequence:
         self.max_positions = self.request.max_positions
         self.scoring = self.request.params.prompt_logprobs and len(self.tokens) > 1 and self.request.sample == 0
         self.prompt_scores = [None] * len(self.tokens) if self.request.params.prompt_logprobs else []
-        self._table: tuple[int, ...] = ()
+        self._tables: tuple[PageTable, ...] = ()
+        self._tables_end = 0  # pages that they reach to; 0 for tables that must be made anew
 
-    def page_table(self, num_pages: int) -> tuple[int, ...]:
-        """The first pages as a tuple, which is kept while nothing changes: most steps of a sequence have the same ones."""
-        if len(self._table) != num_pages:
-            self._table = tuple(self.pages[:num_pages])
-        return self._table
+    def tables(self, num_pages: int) -> tuple[PageTable, ...]:
+        """Its tables up to so many pages, which are kept while nothing changes: most steps of a sequence have the same ones."""
+        if self._tables_end != num_pages:
+            self._tables = tuple(PageTable(tuple(held.pages[: num_pages - held.first]), held.first) for held in self.held)
+            self._tables_end = num_pages
+        return self._tables
 
-    def set_pages(self, pages: list[int]) -> None:
-        """Give the sequence other pages than before (adding to the end of `pages` needs no call)."""
-        self.pages = pages
-        self._table = ()
+    def pages_changed(self) -> None:
+        """It has other pages than before; those that come after the last need no call."""
+        self._tables_end = 0
+
+    @property
+    def num_host_pages(self) -> int:
+        """Pages in host memory, of the group that has most."""
+        return max((len(held.host_pages) for held in self.held), default=0)
 
     @property
     def generated(self) -> list[int]:

@@ -63,27 +63,27 @@ class Roster:
         else:
             self.waiting.move_to_end(number, last=False)
 
-    def swap_out(self, sequence: Sequence) -> PageCopy | None:
+    def swap_out(self, sequence: Sequence) -> tuple[PageCopy, ...] | None:
         """Take a resident's slot and move its pages to host memory; None when that is full."""
-        copy = self.pool.swap_out(sequence)
-        if copy is None:
+        copies = self.pool.swap_out(sequence)
+        if copies is None:
             return None
         del self.running[sequence.request.number]
         self.swapped[sequence.request.number] = sequence
-        self.metrics.swapped_out_pages += len(copy.pages)
+        self.metrics.swapped_out_pages += sum(len(copy.pages) for copy in copies)
         self.metrics.swap_outs += 1
         sequence.num_preemptions += 1
         sequence.status = Status.SWAPPED
-        return copy
+        return copies
 
-    def swap_in(self, sequence: Sequence, num_pages: int) -> PageCopy:
+    def swap_in(self, sequence: Sequence, num_pages: int) -> tuple[PageCopy, ...]:
         """Make a swapped sequence resident again, on its home shard, which has so many pages."""
-        copy = self.pool.swap_in(sequence, num_pages)
+        copies = self.pool.swap_in(sequence, num_pages)
         del self.swapped[sequence.request.number]
         self.running[sequence.request.number] = sequence
-        self.metrics.swapped_in_pages += len(copy.pages)
+        self.metrics.swapped_in_pages += sum(len(copy.pages) for copy in copies)
         sequence.status = Status.RUNNING
-        return copy
+        return copies
 
     def finish(self, sequence: Sequence, status: Status = Status.FINISHED) -> None:
         """Let a sequence go, wherever it is, and free what it held."""

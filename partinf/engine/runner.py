@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from partinf.engine.step import Step, StepOutput
 from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_PAGES, outside
+from partinf.foundation.paging import chunk_pages, window_pages
 from partinf.foundation.rounding import ceil_div
+
+
+@dataclass(frozen=True)
+class PageGroup:
+    """Pages of one group of the cache.
+
+    Attributes:
+        window: positions that a query sees of what lies there, the latest ones, its own included; 0 for all.
+        pages_per_shard: as in `RunnerLimits`. num_host_pages: pages of host memory.
+    """
+
+    window: int
+    pages_per_shard: int
+    num_host_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,8 @@ class RunnerLimits:
         max_decode_rows_per_shard: decode rows of one shard of the decode batch axes; so many sequences per stage may live on a shard.
         max_prefill_tokens: prefill tokens of a step, in equal blocks over the prefill shards.
         max_prefill_slots_per_shard: prefill chunks of one *prefill* shard.
-        page_size: tokens per KV page. pages_per_shard: pages owned by each of the `num_shards` shards of the decode batch axes.
+        page_size: tokens per KV page. pages_per_shard: pages owned by each of the `num_shards` shards of the decode batch axes, of the
+            group that keeps all positions; 0 where there is none. windows: the groups that keep a window each.
         num_parts: parts of a shard, of as many pages each; page i of a sequence lies in part i modulo this (the decode sequence axes).
         num_slots: sequences that may be resident. max_len: longest context in tokens, prompt and output together.
         vocab_size: token ids are 0..vocab_size - 1.
@@ -28,7 +45,8 @@ class RunnerLimits:
             are batch axes in both phases); empty when any may.
         num_stages: pipeline stages: so many steps fill the pipeline, and a token that a step samples can be fed by the one that comes as
             many steps later.
-        num_host_pages: pages of host memory for sequences that are swapped out, 0 when the runner cannot swap.
+        num_host_pages: pages of host memory for sequences that are swapped out, 0 when the runner cannot swap; of the group that keeps all
+            positions.
         chunks: whether a prompt may be cut and continued by later steps; if not, one step's share is the longest prompt.
         random: whether rows may sample. rich: whether they may have penalties, biases, alternatives and log-probabilities of prompts.
         constrained: whether rows may have a mask of the tokens that they may sample.
@@ -52,24 +70,59 @@ class RunnerLimits:
     constrained: bool = True
     num_stages: int = 1
     num_host_pages: int = 0
+    windows: tuple[PageGroup, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int) and not isinstance(value, bool)}
-        least = dict.fromkeys(numbers, 1) | {"num_host_pages": 0}
+        least = dict.fromkeys(numbers, 1) | {"num_host_pages": 0, "pages_per_shard": 0 if self.windows else 1}
         offences = [f"{name} = {value}; it must be at least {least[name]}" for name, value in numbers.items() if value < least[name]]
         if not offences and self.max_prefill_tokens % self.num_prefill_shards:
             offences.append(f"max_prefill_tokens = {self.max_prefill_tokens} does not divide over {self.num_prefill_shards} prefill shards")
-        if not offences and self.pages_per_shard % self.num_parts:
-            offences.append(f"pages_per_shard = {self.pages_per_shard} does not divide over {self.num_parts} parts")
+        if not offences:
+            offences += [
+                f"pages_per_shard = {group.pages_per_shard} does not divide over {self.num_parts} parts"
+                for group in self.groups
+                if group.pages_per_shard % self.num_parts
+            ]
         if self.prefill_shards and len(self.prefill_shards) != self.num_shards:
             offences.append(f"prefill_shards has {len(self.prefill_shards)} entries for {self.num_shards} shards")
         for shard, allowed in enumerate(self.prefill_shards):
             if not allowed or not set(allowed) <= set(range(self.num_prefill_shards)):
                 offences.append(f"prefill_shards[{shard}] = {allowed}; valid: some of 0..{self.num_prefill_shards - 1}")
         if not offences:  # the pool keeps lists of so many
-            offences += outside("pages of all shards", self.pages_per_shard * self.num_shards, 1, MAX_PAGES)
-            offences += outside("num_host_pages", self.num_host_pages, 0, MAX_PAGES) + outside("num_slots", self.num_slots, 1, MAX_BATCH)
+            for group in self.groups:
+                offences += outside("pages of all shards", group.pages_per_shard * self.num_shards, 1, MAX_PAGES)
+                offences += outside("num_host_pages", group.num_host_pages, 0, MAX_PAGES)
+            offences += outside("num_slots", self.num_slots, 1, MAX_BATCH) + [line for one in self.windows for line in self._too_few(one)]
         raise_offences(f"runner limits: {offence}" for offence in offences)
+
+    def _too_few(self, group: PageGroup) -> list[str]:
+        """Why the pages of a window's group hold no sequence that runs alone."""
+        needed = (self.reserved_pages(group.window, self.max_len, shares=True) + self.chunk_pages) * self.num_parts
+        if group.window > 0 and needed <= group.pages_per_shard:
+            return []
+        return [f"window of {group.window}: {group.pages_per_shard} pages per shard; one sequence needs up to {needed}"]
+
+    @cached_property
+    def groups(self) -> tuple[PageGroup, ...]:
+        """The groups of the cache: the one that keeps all positions, if there is one, then the windows."""
+        whole = (PageGroup(0, self.pages_per_shard, self.num_host_pages),) if self.pages_per_shard else ()
+        return whole + self.windows
+
+    def reserved_pages(self, window: int, num_positions: int, shares: bool = False) -> int:
+        """Pages per part that a window's group keeps for a sequence of so many positions.
+
+        Args:
+            shares: other samples share its prompt: a page more is kept, so that they find the window at the prompt's last whole page.
+        """
+        return window_pages(window + shares * self.page_size, num_positions, self.page_size, self.num_parts)
+
+    @cached_property
+    def chunk_pages(self) -> int:
+        """Pages per part of a window's group that prompts of one step take while it is put together, beyond what is kept for them."""
+        most = max(map(len, self.prefill_shards), default=self.num_prefill_shards)  # prefill shards that compute for one decode shard
+        tokens, chunks = self.max_prefill_tokens_per_shard * most, self.max_prefill_slots_per_shard * most
+        return chunk_pages(tokens, chunks, self.page_size, self.num_parts)
 
     @property
     def max_prefill_tokens_per_shard(self) -> int:
@@ -79,16 +132,16 @@ class RunnerLimits:
     @property
     def max_context(self) -> int:
         """Longest sequence that can be served, prompt and output together: `max_len`, or what the pages of one shard hold if less."""
-        return min(self.max_len, self.pages_per_shard * self.page_size)
+        return min(self.max_len, self.pages_per_shard * self.page_size) if self.pages_per_shard else self.max_len
 
     @property
     def max_prompt_len(self) -> int:
         """Longest prompt that can be served: it leaves a token to generate, and fits one step where prompts are not cut."""
         return min(self.max_context - 1, self.max_context if self.chunks else self.max_prefill_tokens_per_shard)
 
-    def place_of(self, page: int) -> tuple[int, int]:
-        """Shard and part in which a page lies."""
-        return divmod(page // (self.pages_per_shard // self.num_parts), self.num_parts)
+    def place_of(self, page: int, group: int = 0) -> tuple[int, int]:
+        """Shard and part in which a page of a group lies."""
+        return divmod(page // (self.groups[group].pages_per_shard // self.num_parts), self.num_parts)
 
     def prefill_shards_of(self, shard: int) -> tuple[int, ...]:
         """The prefill shards that may compute chunks of sequences owned by this decode shard."""

@@ -2,8 +2,9 @@
 
 A step mixes decode rows (one token of a sequence that is past its prompt) and prefill chunks (consecutive prompt tokens). A row names
 its sequence by `slot`, the number of its lane among the resident sequences, and `shard`, the shard of the decode batch axes that owns
-its KV pages. Page ids are global: page p of shard s is s * pages_per_shard + p. Where shards have parts,
-page i of a sequence lies in part i modulo their number. Positions count from 0.
+its KV pages. The cache has groups (`RunnerLimits.groups`), and a row one page table for each. Page ids are global within a group: page p
+of shard s is s * pages_per_shard + p. Where shards have parts, page i of a sequence lies in part i modulo their number. Positions count
+from 0.
 """
 
 from __future__ import annotations
@@ -64,6 +65,17 @@ class SlotStart(NamedTuple):
     ends: tuple[int, ...] = ()
 
 
+class PageTable(NamedTuple):
+    """Where the keys and values of a sequence lie in one group of the cache.
+
+    Attributes:
+        ids: pages in the order of positions. first: which page of the sequence the first of them is; those before have been let go.
+    """
+
+    ids: tuple[int, ...]
+    first: int = 0
+
+
 class DecodeRow(NamedTuple):
     """One token of one sequence: its K/V are written at `position`, the token at position + 1 is sampled.
 
@@ -71,7 +83,7 @@ class DecodeRow(NamedTuple):
 
     Attributes:
         token: the token fed; None takes the one last sampled in this slot, which the host has not seen yet.
-        pages: the pages of positions 0..position, in order.
+        tables: of every group, the pages up to `position`, from 0 or the first that a query there can see.
         counts: the token fed is one that its slot has not counted yet: sampled since the slot was started. Only if `sampling.steered`.
         mask: the tokens that may be sampled: bit i modulo 8 of byte i // 8 stands for token i, and those beyond its end may not. None
             where all may.
@@ -81,7 +93,7 @@ class DecodeRow(NamedTuple):
     shard: int
     token: int | None
     position: int
-    pages: tuple[int, ...]
+    tables: tuple[PageTable, ...]
     sampling: RowSampling
     counts: bool = False
     mask: bytes | None = None
@@ -94,7 +106,7 @@ class PrefillChunk:
     Attributes:
         shard: the shard that owns the pages.
         start: position of the first token; what lies before it was written by earlier steps.
-        pages: the pages of positions 0..start + len(tokens) - 1, in order.
+        tables: of every group, the pages up to position start + len(tokens) - 1, from 0 or the first that a query at `start` can see.
         last: the prompt ends with this chunk, so the token at start + len(tokens) is sampled.
         prefill_shard: the shard of the prefill batch axes that computes this chunk, one of `RunnerLimits.prefill_shards_of(shard)`.
         targets: prompt tokens that follow each of `tokens`, where their log-probabilities are wanted; as long as `tokens`, or one shorter
@@ -106,7 +118,7 @@ class PrefillChunk:
     shard: int
     tokens: tuple[int, ...]
     start: int
-    pages: tuple[int, ...]
+    tables: tuple[PageTable, ...]
     last: bool
     sampling: RowSampling
     prefill_shard: int = 0
@@ -120,15 +132,18 @@ class PrefillChunk:
 
 
 class PageCopy(NamedTuple):
-    """KV pages of one sequence that move between the device and host memory, page by page in the same order.
+    """KV pages of one sequence in one group that move between the device and host memory, page by page in the same order.
 
     Attributes:
-        pages: global page ids. host_pages: places in host memory, 0..num_host_pages - 1. shard: owner of the pages, the same both ways.
+        pages: global page ids. host_pages: places in the group's host memory, 0..num_host_pages - 1. shard: owner of the pages, the same
+            both ways. group: which of `RunnerLimits.groups`. first: which page of the sequence the first of them is.
     """
 
     pages: tuple[int, ...]
     host_pages: tuple[int, ...]
     shard: int
+    group: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +151,7 @@ class Step:
     """One iteration. No slot occurs twice.
 
     Copies come before the rows: first all of `swap_out`, whose pages are free afterwards, then all of `swap_in`. A step may consist of
-    copies alone. Slots are started before the rows too.
+    copies alone. Slots are started before the rows too. Of a sequence the pages of all groups are copied, or none.
 
     Attributes:
         swap_out: from the device to host memory. swap_in: back.

@@ -44,7 +44,8 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple
         batch.decode.token[lane] = -1 if row.token is None else row.token
         batch.decode.slot[lane] = row.slot
         batch.decode.position[lane] = row.position
-        batch.decode.pages[lane, : len(row.pages)] = row.pages
+        pages = row.tables[0].ids
+        batch.decode.pages[lane, : len(pages)] = pages
         _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
         if row.counts:
             assert batch.rich is not None  # such a step goes into a rich bucket
@@ -69,10 +70,11 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
         prefill.token[span] = chunk.tokens
         prefill.owner[span] = slot
         prefill.position[span] = positions
-        prefill.page[span] = np.asarray(chunk.pages)[positions // limits.page_size]
+        pages = chunk.tables[0].ids
+        prefill.page[span] = np.asarray(pages)[positions // limits.page_size]
         prefill.start[slot] = chunk.start
         earlier = limits.pages_for(chunk.start)
-        prefill.pages[slot, :earlier] = chunk.pages[:earlier]
+        prefill.pages[slot, :earlier] = pages[:earlier]
         scored.append(slice(first, first + len(chunk.targets)))
         if chunk.targets:
             assert batch.rich is not None

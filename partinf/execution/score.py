@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import PrefillChunk, RowSampling, Step
+from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.foundation.errors import InvalidInput, NoNumber, raise_offences
 from partinf.foundation.rounding import ceil_div, round_up
@@ -159,9 +159,8 @@ class Scorer:
             if slots[target] == limits.max_prefill_slots_per_shard or count == 0 or not (whole or limits.chunks):
                 continue
             tokens = tuple(text.tokens[text.fed : text.fed + count])
-            chunk = PrefillChunk(
-                0, text.shard, tokens, text.fed, text.pages[: limits.pages_for(text.fed + count)], True, RowSampling(), target
-            )
+            table = PageTable(text.pages[: limits.pages_for(text.fed + count)])
+            chunk = PrefillChunk(0, text.shard, tokens, text.fed, (table,), True, RowSampling(), target)
             chosen.append((text, chunk))
             used[target] += count
             slots[target] += 1

@@ -11,7 +11,7 @@ from typing import Any
 from partinf.engine.engine import Engine
 from partinf.engine.estimates import Estimates
 from partinf.engine.request import SamplingParams
-from partinf.engine.step import PageCopy, PrefillChunk, RowSampling, Step
+from partinf.engine.step import PageCopy, PageTable, PrefillChunk, RowSampling, Step
 from partinf.plans import Bucket
 
 
@@ -48,7 +48,9 @@ def _page_seconds(runner: Any, repeats: int = 20) -> float:
     """Time to copy one KV page to host memory or back, measured on groups that go there and back; the pages' content stays."""
     pages = tuple(range(min(16, runner.limits.pages_per_shard, runner.limits.num_host_pages)))
     copy = PageCopy(pages, pages, shard=0)
-    fetched = Step(prefill=(PrefillChunk(0, 0, (1,), 0, (0,), True, RowSampling()),))  # its token is on the host once all is done
+    fetched = Step(
+        prefill=(PrefillChunk(0, 0, (1,), 0, (PageTable((0,)),), True, RowSampling()),)
+    )  # its token is on the host once all is done
 
     def seconds(steps: list[Step]) -> float:
         started = time.perf_counter()

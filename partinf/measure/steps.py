@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.runner import JaxRunner
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.measure.timing import Call
@@ -76,7 +76,7 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
     for lane in range(bucket.decode_rows):
         shard, place = divmod(lane, lanes)
         pages = _pages(plan, shard, place, bucket.decode_pages)
-        decode.append(DecodeRow(lane, shard, 1, bucket.decode_pages * size - 1, pages, _GREEDY))
+        decode.append(DecodeRow(lane, shard, 1, bucket.decode_pages * size - 1, (PageTable(pages),), _GREEDY))
     chunks = []
     per_shard = bucket.prefill_slots // limits.num_prefill_shards if bucket.prefill_slots else 0
     start = bucket.prefill_pages * size
@@ -86,7 +86,7 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
         shard = owners[slot % len(owners)]
         tokens = bucket.prefill_tokens // limits.num_prefill_shards // per_shard
         pages = _pages(plan, shard, slot // shards if shards > 1 else slot, ceil_div(start + tokens, size))
-        chunk = PrefillChunk(bucket.decode_rows + slot, shard, (1,) * tokens, start, pages, True, _GREEDY, prefill_shard)
+        chunk = PrefillChunk(bucket.decode_rows + slot, shard, (1,) * tokens, start, (PageTable(pages),), True, _GREEDY, prefill_shard)
         chunks.append(chunk)
     return Step(tuple(decode), tuple(chunks))
 

@@ -75,8 +75,8 @@ class CostRunner:
         self._pipeline: deque[_Passing | None] = deque([None] * limits.num_stages, maxlen=limits.num_stages)  # by stage
         self._free = 0.0  # end of the last tick
         self._link_free = [0.0, 0.0]
-        self._page_ready: dict[int, float] = {}
-        self._host_ready: dict[int, float] = {}
+        self._page_ready: dict[tuple[int, int], float] = {}  # (group, page)
+        self._host_ready: dict[tuple[int, int], float] = {}
         self._in_flight: deque[_Passing] = deque()  # not collected
 
     @property
@@ -159,9 +159,9 @@ class CostRunner:
         for copy in step.swap_out:
             self._copy(copy, 0, after=0.0)
             for page in copy.host_pages:
-                self._host_ready[page] = self._link_free[0]
+                self._host_ready[copy.group, page] = self._link_free[0]
         for copy in step.swap_in:
-            self._copy(copy, 1, after=max((self._host_ready.pop(page, 0.0) for page in copy.host_pages), default=0.0))
+            self._copy(copy, 1, after=max((self._host_ready.pop((copy.group, page), 0.0) for page in copy.host_pages), default=0.0))
         return self._link_free[1] if step.swap_in and not (step.decode or step.prefill) else 0.0
 
     def _copy(self, copy: PageCopy, direction: int, after: float) -> None:
@@ -169,7 +169,7 @@ class CostRunner:
         done = began + len(copy.pages) * self._page_seconds[direction]
         self._link_free[direction] = done
         for page in copy.pages:
-            self._page_ready[page] = done
+            self._page_ready[copy.group, page] = done
 
     def _pages_ready(self, step: Step) -> float:
         """When the last page that the step touches has been copied."""
@@ -177,11 +177,14 @@ class CostRunner:
         self._page_ready = {page: time for page, time in self._page_ready.items() if time > now}
         if not self._page_ready:
             return now
-        moving = self._page_ready.keys()
-        touched = (pages for pages in _page_tables(step) if not moving.isdisjoint(pages))
-        return max((self._page_ready[page] for pages in touched for page in pages if page in moving), default=now)
+        moving: list[set[int]] = [set() for _ in self._limits.groups]
+        for group, page in self._page_ready:
+            moving[group].add(page)
+        return max((self._page_ready[place] for place in _touched(step, moving)), default=now)
 
 
-def _page_tables(step: Step) -> Iterator[tuple[int, ...]]:
-    yield from (row.pages for row in step.decode)
-    yield from (chunk.pages for chunk in step.prefill)
+def _touched(step: Step, moving: list[set[int]]) -> Iterator[tuple[int, int]]:
+    """Those of the moving pages of each group that rows of the step have in their tables."""
+    for row in step.rows:
+        for group, (table, pages) in enumerate(zip(row.tables, moving, strict=True)):
+            yield from ((group, page) for page in pages.intersection(table.ids))

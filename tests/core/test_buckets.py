@@ -8,7 +8,7 @@ import pytest
 
 from partinf.buckets import Capacity, fit, runner_limits, serving_steps, smallest_first, with_capacity
 from partinf.cost.pricing import Pricing
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
@@ -91,7 +91,7 @@ def test_a_simulator_prices_the_bucket_in_which_a_step_runs() -> None:
     plan = dealt({"x": "heads", "y": "heads"}, {"x": "batch", "y": "batch"})
     buckets = smallest_first([Bucket(8, 8, 128, 4), Bucket(8, 8), Bucket(8, 8, 64, 4)])
     plan = replace(plan, buckets=buckets)
-    chunk = PrefillChunk(0, 0, (1,) * 32, 0, (0, 1), True, RowSampling())
+    chunk = PrefillChunk(0, 0, (1,) * 32, 0, (PageTable((0, 1)),), True, RowSampling())
     step = Step(prefill=(chunk,))
     assert fit(buckets, runner_limits(plan), step) == Bucket(8, 8, 128, 4)
     assert StepPrice(plan, Pricing(plan.slice), buckets=buckets).shape(step).prefill_tokens == 128
@@ -104,9 +104,9 @@ def test_a_bucket_holds_every_step_of_a_tick() -> None:
     plan = dealt({"x": "batch", "y": "heads"}, {"x": "heads", "y": "heads"})
     limits = runner_limits(with_capacity(plan, Capacity()))
     buckets = smallest_first([Bucket(8, 8), Bucket(4, 4), Bucket(8, 8, random=True)])
-    row = DecodeRow(0, 0, 1, 5, (0, 1), RowSampling())
+    row = DecodeRow(0, 0, 1, 5, (PageTable((0, 1)),), RowSampling())
     assert fit(buckets, limits, Step((row, row._replace(slot=1)))) == Bucket(4, 4)
     assert fit(buckets, limits, Step((row,)), Step(tuple(row._replace(slot=slot) for slot in range(3)))) == Bucket(8, 8)
     assert fit(buckets, limits, Step((row._replace(sampling=RowSampling(temperature=1.0)),))) == Bucket(8, 8, random=True)
     with pytest.raises(InvalidInput, match=r"no bucket holds decode 2 × 9 pages, greedy; there are: decode 4 × 4 pages, greedy \|"):
-        fit(buckets, limits, Step((row._replace(pages=tuple(range(9))),)))
+        fit(buckets, limits, Step((row._replace(position=9 * 16 - 1),)))

@@ -50,7 +50,9 @@ def all_alone(limits: RunnerLimits, prompt: Sequence[int], params: SamplingParam
     """The same for all samples of a request; they run one after the other."""
     length = limits.max_context
     single = {"num_shards": 1, "num_parts": 1, "num_slots": 1, "num_prefill_shards": 1, "prefill_shards": ()}
-    engine = Engine(FakeRunner(replace(limits, page_size=1, pages_per_shard=length, max_prefill_tokens=length, **single)))
+    roomy = tuple(replace(group, pages_per_shard=3 * length + 8) for group in limits.windows)
+    pages = {"page_size": 1, "pages_per_shard": length if limits.pages_per_shard else 0, "windows": roomy}
+    engine = Engine(FakeRunner(replace(limits, max_prefill_tokens=length, **pages, **single)))
     engine.add_request(prompt, params, request_id)
     outputs = []
     while engine.has_work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from partinf.engine import FakeRunner, FinishReason, RequestLevel, SamplingParams, TokenEvent
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling
+from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling
 from partinf.foundation.errors import InvalidInput
 from tests.engine.support import LETTERS, ROOMY, Pieces, make_engine, run_all
 
@@ -37,10 +37,10 @@ def test_the_steps_of_two_requests_one_of_which_joins_late() -> None:
     ended = [[output.id for output in engine.step()] for _ in range(2)]
     assert ended == [["second"], ["first"]]
     greedy = RowSampling(seed=runner.steps[0].prefill[0].sampling.seed)
-    assert runner.steps[0].prefill == (PrefillChunk(0, 0, (1, 2, 3, 4, 5), 0, (0, 1), True, greedy),)
-    assert runner.steps[1].decode == (DecodeRow(0, 0, 6, 5, (0, 1), greedy),)
-    assert [(chunk.slot, chunk.tokens, chunk.pages) for chunk in runner.steps[1].prefill] == [(1, (9,), (2,))]
-    assert runner.steps[2].decode == (DecodeRow(0, 0, 7, 6, (0, 1), greedy),)
+    assert runner.steps[0].prefill == (PrefillChunk(0, 0, (1, 2, 3, 4, 5), 0, (PageTable((0, 1)),), True, greedy),)
+    assert runner.steps[1].decode == (DecodeRow(0, 0, 6, 5, (PageTable((0, 1)),), greedy),)
+    assert [(chunk.slot, chunk.tokens, chunk.tables) for chunk in runner.steps[1].prefill] == [(1, (9,), (PageTable((2,)),))]
+    assert runner.steps[2].decode == (DecodeRow(0, 0, 7, 6, (PageTable((0, 1)),), greedy),)
     assert not runner.steps[2].prefill
     assert len(runner.steps) == 3
 

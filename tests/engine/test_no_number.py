@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, SamplingParams
-from partinf.engine.step import PrefillChunk, PromptScore, RowSampling, SampledToken
+from partinf.engine.step import PageTable, PrefillChunk, PromptScore, RowSampling, SampledToken
 from partinf.foundation.errors import NoNumber
 from tests.engine.support import ROOMY, make_engine, run_all
 
@@ -18,12 +18,12 @@ FOUR = SamplingParams(max_tokens=4)
 class Poisoned(FakeRunner):
     """Gives no token after, and no log-probability of, what follows token `POISON`."""
 
-    def _sample(self, slot: int, pages: tuple[int, ...], length: int, sampling: RowSampling, mask: bytes | None) -> SampledToken:
-        sampled = super()._sample(slot, pages, length, sampling, mask)
-        return SampledToken(-1, float("nan")) if POISON in self._context(slot, pages, length) else sampled
+    def _sample(self, slot: int, tables: tuple[PageTable, ...], length: int, sampling: RowSampling, mask: bytes | None) -> SampledToken:
+        sampled = super()._sample(slot, tables, length, sampling, mask)
+        return SampledToken(-1, float("nan")) if POISON in self._context(slot, tables, length - 1, length) else sampled
 
     def _score(self, chunk: PrefillChunk) -> tuple[PromptScore, ...]:
-        context = self._context(chunk.slot, chunk.pages, chunk.end)
+        context = self._context(chunk.slot, chunk.tables, chunk.start, chunk.end)
         bad = (POISON in context[: chunk.start + 1 + place] for place in range(len(chunk.targets)))
         return tuple(
             score._replace(logprob=float("nan")) if lost else score for lost, score in zip(bad, super()._score(chunk), strict=True)

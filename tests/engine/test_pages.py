@@ -26,7 +26,7 @@ def test_random_allocations_are_conserved(num_parts: int) -> None:
             residents.append(sequence(number, 1, 1))
             pool.allocate(residents[-1], num_pages, shard)
         pool.check(residents)
-        assert pool.num_free_pages == 15 - sum(len(resident.pages) for resident in residents)
+        assert pool.num_free_pages == 15 - sum(len(resident.held[0].pages) for resident in residents)
     for resident in residents:
         pool.free(resident)
     pool.check([])
@@ -56,7 +56,7 @@ def test_pages_are_dealt_over_the_parts_of_a_shard() -> None:
     pool = PagePool(replace(LIMITS, num_shards=2, pages_per_shard=6, num_parts=3))
     one, two, three = (sequence(number, 1, 1) for number in range(3))
     pool.allocate(one, 4, 1)
-    assert [pool._limits.place_of(page) for page in one.pages] == [(1, 0), (1, 1), (1, 2), (1, 0)]
+    assert [pool._limits.place_of(page) for page in one.held[0].pages] == [(1, 0), (1, 1), (1, 2), (1, 0)]
     assert pool.num_free_pages == 8
     assert pool.free_pages(1) == 0  # another sequence would begin in the first part, which has no page left
     assert pool.choose_shard(1, [1]) is None
@@ -85,15 +85,15 @@ def test_check_notices(fault: str) -> None:
     pool.allocate(two, 2, 1)
     pool.check([one, two])
     if fault == "lost":
-        one.pages.pop()
+        one.held[0].pages.pop()
     elif fault == "twice":
-        one.pages[0] = two.pages[0]
+        one.held[0].pages[0] = two.held[0].pages[0]
     elif fault == "slot":
         one.slot = two.slot
     elif fault == "shard":
-        one.pages, two.pages = two.pages, one.pages
+        one.held, two.held = two.held, one.held
     elif fault == "part":
-        one.pages.reverse()
+        one.held[0].pages.reverse()
     else:
         one.shard = 1
     with pytest.raises(AssertionError):

@@ -13,6 +13,7 @@ from partinf.engine import (
     FinishReason,
     FirstComeFirstServed,
     Orca,
+    PageGroup,
     Policy,
     RequestLevel,
     RequestOutput,
@@ -45,7 +46,7 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
     num_shards, num_prefill_shards, num_parts = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
     allowed = st.lists(st.integers(0, num_prefill_shards - 1), min_size=1, unique=True).map(tuple)
     mapped = st.tuples(*[allowed] * num_shards)
-    return RunnerLimits(
+    limits = RunnerLimits(
         max_decode_rows_per_shard=draw(st.integers(1, 3)),
         max_prefill_tokens=draw(st.integers(1, 9)) * num_prefill_shards,
         max_prefill_slots_per_shard=draw(st.integers(1, 3)),
@@ -62,6 +63,16 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
         chunks=draw(st.booleans()),
         num_host_pages=draw(st.sampled_from([0, 2, 30])),
     )
+    windows = sorted(draw(st.just([]) | st.lists(st.integers(1, 9), min_size=1, max_size=2, unique=True)), reverse=True)
+    groups = tuple(some_pages(draw, limits, window) for window in windows)
+    return replace(limits, windows=groups, pages_per_shard=0 if groups and draw(st.booleans()) else limits.pages_per_shard)
+
+
+def some_pages(draw: st.DrawFn, limits: RunnerLimits, window: int) -> PageGroup:
+    """Those of a window that one sequence needs at least, or as many again."""
+    least = limits.reserved_pages(window, limits.max_len, shares=True)
+    pages = limits.chunk_pages + least * draw(st.integers(1, 3))
+    return PageGroup(window, limits.num_parts * pages, limits.num_host_pages)
 
 
 RICH = st.fixed_dictionaries(
@@ -133,6 +144,7 @@ class World:
         self.clock = Ticks()
         options = {"policy": policy, "lag": lag, "prefix_caching": prefix_caching, "clock": self.clock}
         self.engine = Engine(FakeRunner(limits), check_invariants=True, **options)  # type: ignore[arg-type]
+        self.free_pages = self.engine._scheduler.pool.num_free_pages
         self.outputs: dict[tuple[str, int], list[RequestOutput]] = {}
         self.events: dict[tuple[str, int], list[TokenEvent]] = {}
 
@@ -215,7 +227,8 @@ def test_everyone_is_answered_once_as_if_alone(
             check_answer(arrival, output, expected, world.events[name, expected.sample])
     scheduler = world.engine._scheduler
     scheduler.pool.check([])
-    assert scheduler.pool.num_free_pages == limits.num_shards * limits.pages_per_shard
+    assert scheduler.pool.num_free_pages == world.free_pages
+    assert [group.num_free for group in scheduler.pool.groups] == [limits.num_shards * group.pages_per_shard for group in limits.groups]
     assert not scheduler.waiting
     metrics = world.engine.metrics
     sampled = sum(len(step.decode) + sum(chunk.last for chunk in step.prefill) for step in world.engine._runner.steps)
@@ -226,7 +239,8 @@ def test_everyone_is_answered_once_as_if_alone(
 @settings(max_examples=50, deadline=None)
 @given(limits=some_limits(), lag=st.integers(0, 2), order=st.permutations(range(6)), seed=st.integers(0, 5))
 def test_tokens_do_not_depend_on_the_order_of_arrival(limits: RunnerLimits, lag: int, order: list[int], seed: int) -> None:
-    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10, num_parts=1, chunks=True)
+    roomy = tuple(replace(group, pages_per_shard=64) for group in limits.windows)
+    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10, num_parts=1, chunks=True, windows=roomy)
     params = SamplingParams(max_tokens=4, temperature=1.0, seed=seed)
     prompts = [[number, number + 1, 7] for number in range(6)]
     engine = Engine(FakeRunner(limits), lag=lag, check_invariants=True)

@@ -54,7 +54,7 @@ def test_samples_share_the_pages_of_their_prompt() -> None:
     steps = engine._runner.steps
     long = sorted((chunk.start, len(chunk.tokens)) for step in steps for chunk in step.prefill if chunk.end == 10)
     assert long == [(0, 10), (8, 2), (8, 2)]
-    tables = {row.pages[:2] for step in steps for row in step.decode if row.position > 10}
+    tables = {row.tables[0].ids[:2] for step in steps for row in step.decode if row.position > 10}
     assert len(tables) == 1  # all three read the same two pages
     assert engine.metrics.cached_tokens == 16
 

@@ -99,7 +99,7 @@ def test_shards_fill_evenly() -> None:
     batch = scheduler.schedule()
     assert batch is not None
     assert [row.shard for row in batch.prefill] == [0, 1, 2, 3, 0, 1, 2]  # the eighth prompt exceeds the budget
-    assert [chunk.pages[0] // 8 for chunk in batch.step.prefill] == [row.shard for row in batch.prefill]
+    assert [chunk.tables[0].ids[0] // 8 for chunk in batch.step.prefill] == [row.shard for row in batch.prefill]
 
 
 def test_chunks_go_to_a_prefill_shard_of_their_owner() -> None:

@@ -19,7 +19,7 @@ from partinf.cost.program import program_for
 from partinf.cost.split import StepShape
 from partinf.cost.step import step_ledger
 from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
-from partinf.engine.step import DecodeRow, PageCopy, PrefillChunk, RowSampling, Step
+from partinf.engine.step import DecodeRow, PageCopy, PageTable, PrefillChunk, RowSampling, Step
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
@@ -46,7 +46,7 @@ def one_second(*steps: Step) -> Price:
 
 
 def row(slot: int, *pages: int) -> DecodeRow:
-    return DecodeRow(slot, 0, 1, 0, pages, GREEDY)
+    return DecodeRow(slot, 0, 1, 0, (PageTable(pages),), GREEDY)
 
 
 def plan_on(slice_name: str = "v4:2x2x2", **options: object) -> tuple[Plan, Pricing]:
@@ -74,18 +74,18 @@ def test_a_step_costs_what_its_ledger_says(shape: StepShape) -> None:
 def test_a_step_is_priced_by_its_fullest_shard_and_mean_context() -> None:
     plan, pricing = plan_on()
     price = StepPrice(plan, pricing)
-    rows = tuple(DecodeRow(slot, 3, 1, 99, (0,), GREEDY) for slot in range(3))  # all on one shard of eight
+    rows = tuple(DecodeRow(slot, 3, 1, 99, (PageTable((0,)),), GREEDY) for slot in range(3))  # all on one shard of eight
     assert price(Step(rows)) == Price(price.seconds(StepShape(decode_rows=24, decode_context=100)), 24)
 
 
 def test_a_bucket_is_priced_whole() -> None:
     plan, pricing = plan_on()
     price = StepPrice(plan, pricing, buckets=(Bucket(16, 8), Bucket(16, 8, 64, 2)))
-    chunk = PrefillChunk(0, 0, (1,) * 5, 0, (0,), True, GREEDY)
+    chunk = PrefillChunk(0, 0, (1,) * 5, 0, (PageTable((0,)),), True, GREEDY)
     assert price(Step((row(1, 0),))).seconds == price.seconds(StepShape(decode_rows=16, decode_context=128))
     assert price(Step(prefill=(chunk,))).tokens == 80
     with pytest.raises(InvalidInput, match="no bucket"):
-        price(Step(prefill=(replace(chunk, start=4, pages=(0, 1, 2)),)))
+        price(Step(prefill=(replace(chunk, start=4, tables=(PageTable((0, 1, 2)),)),)))
 
 
 def rows_in_seconds(*steps: Step) -> Price:

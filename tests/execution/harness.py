@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partinf.buckets import runner_limits
-from partinf.engine.step import DecodeRow, PrefillChunk, RowSampling, Step
+from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
@@ -186,7 +186,7 @@ def _next_step(progress: list[_Progress], plan: Plan, rng: random.Random) -> Ste
     decode = []
     for slot, one in enumerate(progress):
         if one.prompt <= one.fed < len(one.tokens):
-            decode.append(DecodeRow(slot, one.shard, one.tokens[one.fed], one.fed, one.covering(one.fed + 1), greedy))
+            decode.append(DecodeRow(slot, one.shard, one.tokens[one.fed], one.fed, (PageTable(one.covering(one.fed + 1)),), greedy))
     tokens, slots = [0] * limits.num_prefill_shards, [0] * limits.num_prefill_shards
     chunks = []
     for slot in rng.sample(range(len(progress)), len(progress)):
@@ -196,7 +196,7 @@ def _next_step(progress: list[_Progress], plan: Plan, rng: random.Random) -> Ste
         if count <= 0 or slots[target] == limits.max_prefill_slots_per_shard:
             continue
         end = one.fed + count
-        chunk = PrefillChunk(slot, one.shard, one.tokens[one.fed : end], one.fed, one.covering(end), True, greedy, target)
+        chunk = PrefillChunk(slot, one.shard, one.tokens[one.fed : end], one.fed, (PageTable(one.covering(end)),), True, greedy, target)
         chunks.append(chunk)
         tokens[target] += count
         slots[target] += 1

@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 
 from partinf.buckets import Capacity, with_capacity
 from partinf.engine import Engine, SamplingParams
-from partinf.engine.step import PrefillChunk, RowSampling, Step
+from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
 from partinf.foundation.errors import InvalidInput
@@ -90,7 +90,7 @@ def test_a_loaded_step_still_updates_its_state_in_place(tmp_path: Path) -> None:
     state = empty_state(plan, runner.mesh, unrolled)
     leaves = jax.tree.leaves(state.kv)
     before = [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
-    chunk = PrefillChunk(0, 0, (1, 2, 3), 0, (0,), True, RowSampling())
+    chunk = PrefillChunk(0, 0, (1, 2, 3), 0, (PageTable((0,)),), True, RowSampling())
     placed = place_step(Step(prefill=(chunk,)), bucket, plan, runner.limits)
     new, _ = runner._steps[bucket](runner.params, state, jax.device_put(pack([placed.batch]), runner._batch_sharding))
     after = [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(new.kv) for shard in leaf.addressable_shards]

@@ -15,7 +15,7 @@ from partinf.buckets import Capacity, runner_limits, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
-from partinf.engine.step import PrefillChunk, RowSampling, Step
+from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
 from partinf.hardware.slices import parse_slice
@@ -95,7 +95,7 @@ def test_the_partitioned_step_gives_their_logits(name: str, layout: Layout) -> N
             pages = tuple(shard_page(plan, slot, page) for page in range(limits.pages_for(end)))
             shard = limits.prefill_shards_of(slot % plan.num_shards)[0]
             tokens = tuple(int(token) for token in row[start:end])
-            chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, pages, True, RowSampling(), shard))
+            chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, (PageTable(pages),), True, RowSampling(), shard))
         placed = place_step(Step((), tuple(chunks)), bucket, plan, limits)
         state, out = step(params, state, pack([placed.batch]))
         for sequence, row in enumerate(placed.prefill_rows):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from partinf.buckets import runner_limits
 from partinf.engine.admission import RequestCheck
 from partinf.engine.params import MAX_TEMPERATURE, SamplingParams
-from partinf.engine.step import PrefillChunk, SlotStart, Step
+from partinf.engine.step import PageTable, PrefillChunk, SlotStart, Step
 from partinf.execution.place import place_step
 from partinf.foundation.errors import collect
 from partinf.hardware.slices import parse_slice
@@ -51,7 +51,7 @@ def test_accepted_parameters_fit(values: dict[str, Any]) -> None:
     if request is None:
         return
     how = request.sampling
-    chunk = PrefillChunk(0, 0, request.prompt, 0, (0,), True, replace(how, sample_index=request.params.n - 1))
+    chunk = PrefillChunk(0, 0, request.prompt, 0, (PageTable((0,)),), True, replace(how, sample_index=request.params.n - 1))
     start = SlotStart(0, request.prompt, (), request.params.logit_bias, request.ends)
     placed = place_step(Step(prefill=(chunk,), starts=(start,)), BUCKET, PLAN, LIMITS)
     (row,) = placed.prefill_rows

@@ -144,7 +144,7 @@ def main() -> None:
     note_bytes_read(group.index)
     engine = make_engine(group, options.get("layout", "ws-2d"))
     if options.get("wrong") == group.index:
-        engine._scheduler.pool._free_pages[0][0].reverse()  # the same requests, other pages
+        engine._scheduler.pool.groups[0]._free[0][0].reverse()  # the same requests, other pages
     (RESULTS / f"ready-{group.index}").write_text(str(os.getpid()))
     if not group.leads:
         group.follow(engine)

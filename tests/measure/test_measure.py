@@ -99,8 +99,8 @@ def test_a_full_step_fills_its_bucket() -> None:
     limits = runner_limits(plan)
     decode, prefill = (full_step(plan, bucket, limits) for bucket in buckets)
     assert Counter(row.shard for row in decode.decode) == dict.fromkeys(range(4), 2)
-    assert len({page for row in decode.decode for page in row.pages}) == 24
-    assert {len(row.pages) for row in decode.decode} == {3}
+    assert len({page for row in decode.decode for page in row.tables[0].ids}) == 24
+    assert {len(row.tables[0].ids) for row in decode.decode} == {3}
     assert sum(len(chunk.tokens) for chunk in prefill.prefill) == 32
     assert Counter(chunk.prefill_shard for chunk in prefill.prefill) == dict.fromkeys(range(4), 2)
     assert {chunk.start for chunk in prefill.prefill} == {16}

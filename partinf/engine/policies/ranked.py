@@ -154,7 +154,7 @@ class AheadSwapper:
         first = next((one for one in by_next_time if one is victim or _outside(one)), None)
         if victim is not None and first is not victim:
             self._pages.evict(batch, victim)
-            self._credit -= len(victim.host_pages)
+            self._credit -= victim.num_host_pages
 
     def __call__(self, batch: BatchBuilder, by_next_time: Sequence[Request]) -> None:
         """Add this iteration's copies to the batch.
@@ -163,9 +163,9 @@ class AheadSwapper:
             by_next_time: everybody, the one that is expected to run first in front.
         """
         self._earn(batch.now)
-        reserve = int(self._pages.reserve * batch.limits.pages_per_shard * batch.limits.num_shards)
+        reserve = int(self._pages.reserve * batch.limits.groups[0].pages_per_shard * batch.limits.num_shards)
         coming = [one for one in by_next_time if one.status is Status.SWAPPED and not one.in_flight]
-        first, needed = (coming[0], len(coming[0].host_pages) + 1) if coming else (None, 0)
+        first, needed = (coming[0], coming[0].num_host_pages + 1) if coming else (None, 0)
         for victim in reversed(by_next_time):
             if victim is first:  # whoever is left comes before it, and leaves for the reserve alone
                 first = None
@@ -179,9 +179,9 @@ class AheadSwapper:
                     continue
             if self._credit <= 0 or not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
                 break  # computing again is for those who need room now
-            self._credit -= len(victim.host_pages)
+            self._credit -= victim.num_host_pages
         for sequence in coming:
-            num_pages = len(sequence.host_pages)
+            num_pages = sequence.num_host_pages
             if not batch.num_free_slots or self._credit <= 0 or batch.free_pages() - num_pages - 1 < reserve:
                 break
             if batch.swap_in(sequence):

@@ -1,0 +1,31 @@
+"""Pages that a window of positions needs: counted here for the engine, which has them, and for whoever plans how many there are.
+
+Pages hold S positions each; a window of W positions is what a query sees, its own position included. The pages of a sequence are dealt in
+turn over the parts of a shard, and what is counted per part is what the fullest one holds.
+"""
+
+from __future__ import annotations
+
+from partinf.foundation.rounding import ceil_div
+
+
+def first_page(position: int, window: int, page_size: int) -> int:
+    """The first page of a sequence that a query at this position sees; later ones see none before it."""
+    return max(0, position - window + 1) // page_size
+
+
+def most_pages(num_positions: int, page_size: int) -> int:
+    """On how many pages so many positions in a row lie at most, wherever they begin."""
+    return ceil_div(num_positions - 1, page_size) + 1 if num_positions > 0 else 0
+
+
+def window_pages(window: int, num_positions: int, page_size: int, parts: int = 1) -> int:
+    """Pages per part that one sequence of so many positions needs between two steps: those of the window that its next query sees."""
+    return ceil_div(min(most_pages(window, page_size), ceil_div(num_positions, page_size)), parts)
+
+
+def chunk_pages(num_tokens: int, num_chunks: int, page_size: int, parts: int = 1) -> int:
+    """Pages per part that the chunks of one step, of so many tokens together, take beyond the windows of their sequences at most: a chunk
+    of c tokens takes ⌈(c - 1) / S⌉ pages more than one token does."""
+    pages = num_tokens // page_size + num_chunks
+    return ceil_div(pages, parts) + (num_chunks if parts > 1 else 0)
