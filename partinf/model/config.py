@@ -16,7 +16,19 @@ from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import NEVER, not_whole
 from partinf.foundation.rounding import round_up
 from partinf.model.kinds import MATRICES as MATRICES
-from partinf.model.kinds import MOST_WIDTH, Attention, Experts, FeedForward, Kind, LayerKind, NormPlaces, QkNorm, Run, runs_of
+from partinf.model.kinds import (
+    MOST_WIDTH,
+    Attention,
+    Experts,
+    FeedForward,
+    Kind,
+    LayerKind,
+    NormPlaces,
+    QkNorm,
+    Run,
+    runs_of,
+    unknown_kinds,
+)
 from partinf.model.kinds import Activation as Activation
 from partinf.model.kinds import Block as Block
 from partinf.model.kinds import Norm as Norm
@@ -234,8 +246,10 @@ class ModelConfig:
             offences.append(
                 f"model {self.name}: a parallel block has its norms before its sublayers: norms = {self.norms.value!r} is not supported"
             )
-        if not offences:
-            offences += self._pattern_offences()
+        sized = not offences
+        offences += self._order_offences()
+        if sized:
+            offences += self._kind_offences()
         if not offences:
             offences += self._expert_offences()
         rows = 0 if offences else self.num_layers * (self._widest + self.num_heads * self.head_dim) + self.vocab_size
@@ -270,18 +284,22 @@ class ModelConfig:
             offences += _number_offences(key, getattr(self, key), bounds)
         return offences
 
-    def _pattern_offences(self) -> list[str]:
-        """What is wrong with the kinds and their order; the rest of the configuration is right."""
+    def _order_offences(self) -> list[str]:
+        """What is wrong with the names of kinds and their order, whatever else is."""
         names = [kind.name for kind in self.kinds]
-        used = {*self.prefix, *self.pattern}
-        offences = [f"{name} is no kind of layer; kinds: {', '.join(names) or 'none'}" for name in sorted(used - {*names})]
-        offences += [f"kind {name} stands nowhere in the pattern" for name in names if name not in used]
+        offences = unknown_kinds(names, self.prefix, self.pattern)
+        offences += [f"kind {name} stands nowhere in the pattern" for name in names if name not in (*self.prefix, *self.pattern)]
         if len(names) > _MOST_KINDS or len({*names}) < len(names):
             offences.append(f"{len(names)} kinds of layers, of {len({*names})} names; at most {_MOST_KINDS}, each with a name of its own")
-        if len(self.prefix) > self.num_layers:
-            offences.append(f"the prefix has {len(self.prefix)} layers; the model has {self.num_layers}")
         if names and not self.pattern:
             offences.append("kinds of layers need a pattern, which repeats after the prefix")
+        return [f"model {self.name}: {line}" for line in offences]
+
+    def _kind_offences(self) -> list[str]:
+        """What is wrong with the kinds themselves and their number, of a configuration whose sizes are right."""
+        offences = []
+        if len(self.prefix) > self.num_layers:
+            offences.append(f"the prefix has {len(self.prefix)} layers; the model has {self.num_layers}")
         for kind in self.kinds:
             offences += [f"kind {kind.name}: {line}" for line in not_whole("window", kind.window, *_WHOLE["window"])]
             if self.position is Position.ROPE and kind.rotation is not None:

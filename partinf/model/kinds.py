@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from partinf.foundation.errors import nearest
 from partinf.foundation.limits import not_whole
 from partinf.model.rotation import Rotation
 
@@ -328,3 +329,9 @@ def _least_period(names: Sequence[str]) -> int:
             length = border[length - 1]
         border[place] = length + (names[place] == names[length])
     return len(names) - border[-1]
+
+
+def unknown_kinds(names: Sequence[str], *orders: Sequence[str]) -> list[str]:
+    """An offence for every name in a prefix or a pattern that none of the kinds has."""
+    used = sorted({name for order in orders for name in order if name not in names})
+    return [f"{name} is no kind of layer{nearest(name, names) or '; kinds: none'}" for name in used]

@@ -16,7 +16,7 @@ from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.model.config import MATRICES, MOST_LAYERS, Activation, Block, ModelConfig, Norm, Position
 from partinf.model.families import family_offences
 from partinf.model.hf_config import config_from_hf
-from partinf.model.kinds import Experts, FeedForward, Kind, NormPlaces, QkNorm, Router, Score
+from partinf.model.kinds import Experts, FeedForward, Kind, NormPlaces, QkNorm, Router, Score, unknown_kinds
 from partinf.model.rotation import PLAIN, Rotation, rotation_from, rotation_to
 
 _CONFIG_BYTES = 4 << 20  # of a config.json
@@ -55,8 +55,9 @@ def config_from_toml(text: str, name: str) -> ModelConfig:
     where = f"model {name}"
     table = Table(documents.toml_of(text, where), where, offences)
     values = {field.name: _value(table, field) for field in fields(ModelConfig) if field.name not in ("name", "kinds")}
-    values["kinds"] = _kinds(table, values["window"], values["rotation"])
+    values["kinds"] = kinds = _kinds(table, values["window"], values["rotation"])
     table.refuse_unknown()
+    offences += [f"{where}: {line}" for line in unknown_kinds([kind.name for kind in kinds], *(values[key] for key in _ORDER))]
     raise_offences(offences)
     config = ModelConfig(name=name, **values)
     if config.family:

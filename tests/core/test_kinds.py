@@ -73,6 +73,24 @@ def test_refused(text: str, words: str) -> None:
     assert words in "\n".join(caught.value.offences)
 
 
+def test_a_misspelled_kind_is_named_beside_all_other_offences() -> None:
+    text = REQUIRED.replace("num_layers", "num_layer") + 'pattern = "lokal, global"\n[kinds.local]\nwindows = 4\n[kinds.global]\n'
+    with pytest.raises(InvalidInput) as caught:
+        config_from_toml(text, "mine")
+    found = "\n".join(caught.value.offences)
+    words = ("'num_layer'; did you mean 'num_layers'", "lokal is no kind of layer; did you mean 'local'?", "did you mean 'window'")
+    assert all(part in found for part in words), found
+
+
+def test_the_order_of_kinds_is_checked_beside_sizes() -> None:
+    kinds = (Kind("near", 4), Kind("far"))
+    with pytest.raises(InvalidInput) as caught:
+        ModelConfig("mine", 2, 0, 64, 8, 2, 8, 250, kinds=kinds, pattern=("nearer",))
+    found = "\n".join(caught.value.offences)
+    words = ("embed_dim = 0", "nearer is no kind of layer; did you mean 'near'?", "kind far stands nowhere in the pattern")
+    assert all(part in found for part in words), found
+
+
 def test_kinds_of_one_name_are_refused() -> None:
     with pytest.raises(InvalidInput, match="2 kinds of layers, of 1 names"):
         ModelConfig("mine", 2, 64, 64, 8, 2, 8, 250, kinds=(Kind("a"), Kind("a", 4)), pattern=("a",))
