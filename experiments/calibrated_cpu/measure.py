@@ -100,8 +100,7 @@ def eight_devices() -> dict[str, Any]:
     from partinf.measure.steps import Steps, for_buckets
     from partinf.measure.timing import alternate
     from partinf.partition.sharding import local_slice
-    from partinf.planner.choose import plan_of
-    from partinf.planner.search import search
+    from partinf.planner.report import search
     from partinf.workload import DType, Workload
 
     measured = Measured((DType.F32,))
@@ -113,7 +112,7 @@ def eight_devices() -> dict[str, Any]:
     report = search(model, slice_, workload, program=TILED)
     plans = []
     for rank in _spread(report):
-        plan = replace(plan_of(report, report.candidates[rank]), predicted=())
+        plan = replace(report.plan_of(report.candidates[rank]), predicted=())
         buckets = _buckets(plan)
         _say(f"compiling layout {rank + 1} of {len(report.candidates)}: {report.candidates[rank].name}")
         steps = Steps(for_buckets(plan, buckets))

@@ -20,8 +20,7 @@ from partinf.hardware.chips import chips
 from partinf.hardware.slices import Slice
 from partinf.layout import readable_name
 from partinf.model.load import load_model_config
-from partinf.planner.choose import plan_of
-from partinf.planner.search import search
+from partinf.planner.report import search
 from partinf.planner.slices import slices_of
 from partinf.plans import Bucket, Plan
 from partinf.proof import CompilerFailed, Limits, prove
@@ -36,8 +35,8 @@ WORKLOAD = Workload(batch=32, input_len=1920, output_len=128, prefill_batch=1, w
 def planned(slice_: Slice) -> tuple[dict[str, Any], Plan, tuple[Bucket, ...]]:
     """What the planner says of one slice, and its best plan with the steps that serve the workload."""
     report = search(load_model_config("llama-3-70b"), slice_, WORKLOAD)
-    best = next(candidate for candidate in report.candidates if plan_of(report, candidate).runnable is None)
-    plan, buckets = serving_steps(plan_of(report, best), WORKLOAD)
+    best = next(candidate for candidate in report.candidates if report.plan_of(candidate).runnable is None)
+    plan, buckets = serving_steps(report.plan_of(best), WORKLOAD)
     found = {
         "slice": slice_.name,
         "chips": slice_.num_chips,

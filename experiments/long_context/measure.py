@@ -12,7 +12,7 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout import AttentionRole
 from partinf.model.load import load_model_config
 from partinf.planner import search
-from partinf.planner.report import Candidate
+from partinf.planner.results import Candidate
 from partinf.planner.show.work import roles_of
 from partinf.workload import DType, Workload
 

@@ -14,7 +14,8 @@ from experiments.planner_regret.judge import judged, program_of
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 from partinf.planner.show.work import roles_of
 from partinf.proof import Limits, prove
 

@@ -20,7 +20,8 @@ from partinf.buckets import serving_steps
 from partinf.cost.calibration import ROOFLINE, Calibration, calibration_for
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 from partinf.plans import Bucket, Plan
 from partinf.transformer.account import Account, Collective, trace_account
 

@@ -21,7 +21,8 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout import Role
 from partinf.model.load import load_model_config
 from partinf.planner import search
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 
 CASES = 30
 

@@ -23,8 +23,7 @@ from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.meshes import every_mesh, fastest
 from partinf.planner.question import Question
-from partinf.planner.report import PlanReport
-from partinf.planner.search import answer
+from partinf.planner.report import PlanReport, answer
 from partinf.workload import DType, Workload
 
 PALM = ["plan", "--model", "palm-540b", "--slice", "v4:4x4x4"]

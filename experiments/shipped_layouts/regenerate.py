@@ -15,7 +15,7 @@ from pathlib import Path
 from partinf.hardware.slices import parse_slice
 from partinf.layout import layout_to_toml, make_layout
 from partinf.model.load import load_model_config
-from partinf.planner import plan_of, search
+from partinf.planner import search
 from partinf.planner.files import plan_to_toml
 from partinf.workload import DType, Workload
 
@@ -96,7 +96,7 @@ def _named(name: str) -> str:
 
 def _chosen(chosen: Chosen) -> str:
     report = search(load_model_config(chosen.model), parse_slice(chosen.slice), chosen.workload)
-    plan = plan_of(report, report.best)
+    plan = report.plan
     described = f"{chosen.title}, the planner's choice. {plan.note}"
     return plan_to_toml(plan, chosen.workload, described)
 

@@ -16,8 +16,8 @@ from partinf.cost.ledger import EntryKind, Op
 from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import Role
 from partinf.model.load import load_model_config
-from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import search
+from partinf.planner.report import PlanReport, search
+from partinf.planner.results import Candidate
 from partinf.workload import DType, Workload
 
 CASES = (

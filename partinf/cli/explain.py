@@ -67,7 +67,7 @@ def named_or_chosen(asked: Asked, name: str, mesh: str | None) -> tuple[Slice, L
     if name != "auto":
         return asked.slice, *named(asked, name)
     from partinf.planner.meshes import fastest
-    from partinf.planner.search import answer
+    from partinf.planner.report import answer
 
     report = (fastest if mesh is None else answer)(asked.question, asked.slice)
     return report.slice, report.best.layout, report.best.padded_heads

@@ -13,8 +13,9 @@ from partinf.cli.plan_served import add_bounds, as_json, chosen, lines, read_bou
 from partinf.cli.planning import Asked, add_model_arguments, named, read
 
 if TYPE_CHECKING:
-    from partinf.planner.report import Candidate, PlanReport
-    from partinf.planner.slices import Trial
+    from partinf.planner.report import PlanReport
+    from partinf.planner.results import Candidate
+    from partinf.planner.trials import Trial
     from partinf.proof.candidates import Proofs
 
 
@@ -133,12 +134,11 @@ def _proof_json(report: PlanReport, proofs: Proofs) -> dict[int, dict[str, Any]]
 
 def _commands(report: PlanReport, saved: str | None, model: str) -> dict[str, Any]:
     """The commands that come after the plan; nothing where nothing fits."""
-    from partinf.planner.choose import plan_of
     from partinf.planner.show.commands import commands
 
     if not report.best.fits:
         return {}
-    return {"commands": commands(saved or "plan.toml", plan_of(report, report.best), report.workload, model)}
+    return {"commands": commands(saved or "plan.toml", report.plan, report.workload, model)}
 
 
 def _trials(asked: Asked, mesh: str | None, compared: tuple[Candidate, ...]) -> list[Trial]:
@@ -148,9 +148,9 @@ def _trials(asked: Asked, mesh: str | None, compared: tuple[Candidate, ...]) -> 
         mesh: as it was named. compared: candidates that take the place of a search.
     """
     from partinf.planner.meshes import every_mesh, fastest
-    from partinf.planner.report import PlanReport
-    from partinf.planner.search import answer, order
-    from partinf.planner.slices import Trial, cheapest
+    from partinf.planner.report import PlanReport, answer
+    from partinf.planner.search import order
+    from partinf.planner.trials import Trial, cheapest
 
     question, slice_ = asked.question, asked.slice
     if asked.auto:
@@ -197,9 +197,8 @@ def _save(report: PlanReport, asked: Asked, path: Path, model: str) -> None:
         InvalidInput: nothing fits.
     """
     from partinf.foundation.errors import InvalidInput
-    from partinf.planner.choose import misfit, plan_of
     from partinf.planner.files import plan_to_toml
 
     if not report.best.fits:
-        raise InvalidInput(misfit(report))
-    path.write_text(plan_to_toml(plan_of(report, report.best), asked.workload, model=model))
+        raise InvalidInput(report.misfit)
+    path.write_text(plan_to_toml(report.plan, asked.workload, model=model))

@@ -12,7 +12,7 @@ from partinf.cli.planning import Asked
 from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
-    from partinf.planner.slices import Trial
+    from partinf.planner.trials import Trial
     from partinf.simulation.planned import Planned
     from partinf.simulation.report import LatencyBounds
 
@@ -54,7 +54,7 @@ def chosen(asked: Asked, bounds: LatencyBounds | None, trials: Callable[[], list
     """
     if bounds is None:
         return trials(), []
-    from partinf.planner.slices import Trial
+    from partinf.planner.trials import Trial
     from partinf.simulation.arrivals import parse_arrivals, parse_lengths
     from partinf.simulation.planned import Load, planned, smallest_in_time
 

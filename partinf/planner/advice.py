@@ -6,18 +6,14 @@ search may only do better.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
 from partinf.model.weights import num_params
-from partinf.planner.evaluate import padded_heads
-from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import answer
-from partinf.planner.slices import slices_of
+from partinf.planner.evaluate import Evaluator, padded_heads
+from partinf.planner.results import Candidate
 from partinf.workload import DType, Workload
-
-_MOST_TIMES_LARGER = 16
 
 
 @dataclass(frozen=True)
@@ -32,19 +28,14 @@ class Change:
         return f"{self.what}: {self.memory.total / 1e9:.1f} GB per device, {verdict}"
 
 
-def preflight(report: PlanReport) -> list[Change]:
-    """What to change so that it fits, each change alone, with the memory after it; empty when it fits already."""
-    if report.best.fits:
-        return []
-    least = min(report.candidates, key=lambda candidate: candidate.memory.total)
-    found = [Change(what, _memory(report, least, workload)) for what, workload in _changed(report.workload)]
-    unpadded = [candidate for candidate in report.candidates if not candidate.padded_heads]
+def changes(evaluator: Evaluator, candidates: Sequence[Candidate]) -> list[Change]:
+    """What to change on the same slice, each change alone, with the memory after it."""
+    least = min(candidates, key=lambda candidate: candidate.memory.total)
+    found = [Change(what, _memory(evaluator.under(workload), least)) for what, workload in _changed(evaluator.workload)]
+    unpadded = [candidate for candidate in candidates if not candidate.padded_heads]
     if least.padded_heads and unpadded:
         smallest = min(unpadded, key=lambda candidate: candidate.memory.total)
         found.append(Change(f"heads not padded to {least.padded_heads}", smallest.memory))
-    larger = _smallest_that_fits(report)
-    if larger is not None:
-        found.append(Change(f"slice {larger.slice.name}", larger.best.memory))
     return found
 
 
@@ -63,28 +54,14 @@ def _changed(workload: Workload) -> Iterator[tuple[str, Workload]]:
         yield f"input {workload.input_len // 2}", replace(workload, input_len=workload.input_len // 2)
 
 
-def _memory(report: PlanReport, candidate: Candidate, workload: Workload) -> MemoryBudget:
-    evaluator = report.evaluator.under(workload)
+def _memory(evaluator: Evaluator, candidate: Candidate) -> MemoryBudget:
     priced = [evaluator.price(candidate.layout, result.name, candidate.padded_heads) for result in candidate.phases]
     return evaluator.memory(candidate.layout, priced, candidate.padded_heads)
 
 
-def _smallest_that_fits(report: PlanReport) -> PlanReport | None:
-    """The report for the smallest slice of the same chip that holds the workload; sizes whose HBM cannot are passed over."""
-    chip = report.slice.chip
-    least = min(candidate.memory.total for candidate in report.candidates)
-    for larger in slices_of(chip, _MOST_TIMES_LARGER * report.slice.num_chips):
-        if larger.num_chips <= report.slice.num_chips or larger.num_devices * larger.chip.usable_hbm_per_device() < least:
-            continue
-        found = answer(report.question, larger)
-        if found.best.fits:
-            return found
-    return None
-
-
-def head_splits(report: PlanReport) -> str:
+def head_splits(evaluator: Evaluator) -> str:
     """How query heads split over the slice's devices, and what padding them would cost; empty where they split over all of them."""
-    model, devices = report.model, report.slice.num_devices
+    model, devices = evaluator.model, evaluator.pricing.slice.num_devices
     heads = model.num_heads
     if heads % devices == 0:
         return ""
@@ -95,6 +72,6 @@ def head_splits(report: PlanReport) -> str:
         return f"{text}; over {devices} devices they would have to be padded more than twofold"
     wider = model.with_padded_heads(padded)
     added = num_params(wider) - num_params(model)
-    each = added * report.workload.weights.num_bytes / devices
+    each = added * evaluator.workload.weights.num_bytes / devices
     cost = f"{added / 1e9:.3g} B parameters more, {each / 1e9:.2g} GB per device"
     return f"{text}; over {devices} devices they are padded to {padded}: {cost}"

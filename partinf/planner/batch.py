@@ -1,4 +1,4 @@
-"""How large a decode batch is worth having under a report's best candidate, and what stops it from growing.
+"""How large a decode batch is worth having under a candidate, and what stops it from growing.
 
 Five things can: the critical batch of the chip, from which reading the weights hides behind their products; the memory that weights leave
 to the cache; a latency bound; the requests that arrive, of which no more are ever in flight than rate times stay (Little's law); and
@@ -16,7 +16,7 @@ from partinf.cost.roofline import critical_batch
 from partinf.foundation.rounding import round_up
 from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
-from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 
 _MOST_BATCH = 1 << 14
 
@@ -65,15 +65,15 @@ class BatchAdvice:
         return text
 
 
-def batch_advice(report: PlanReport) -> BatchAdvice | None:
-    """The largest batch worth decoding together under the best candidate's roles; None where nothing decodes or nothing fits.
+def batch_advice(evaluator: Evaluator, best: Candidate) -> BatchAdvice | None:
+    """The largest batch worth decoding together under a candidate's roles; None where nothing decodes or nothing fits.
 
     The critical batch is that of the chip; the latency bound is that of a decode step when one phase was asked for.
     """
-    if not report.best.fits or report.best.phase("decode") is None:
+    if not best.fits or best.phase("decode") is None:
         return None
-    workload, steps = report.workload, _Steps(report)
-    critical = critical_batch(report.slice.chip, workload.weights)
+    workload, steps = evaluator.workload, _Steps(evaluator, best)
+    critical = critical_batch(evaluator.pricing.slice.chip, workload.weights)
     by_memory = _largest(lambda batch: steps.memory(batch).fits)
     bound = workload.max_latency if workload.phase == "decode" else None
     by_latency = None if bound is None else _largest(lambda batch: steps.seconds(batch) <= bound)
@@ -87,21 +87,21 @@ def batch_advice(report: PlanReport) -> BatchAdvice | None:
 
 
 class _Steps:
-    """Steps of the best candidate at other batches."""
+    """Steps of a candidate at other batches."""
 
-    def __init__(self, report: PlanReport) -> None:
-        self.report, self.best = report, report.best
+    def __init__(self, evaluator: Evaluator, best: Candidate) -> None:
+        self.evaluator, self.best = evaluator, best
         self._known: dict[int, Evaluator] = {}
         layout = self.best.layout
         split = {*layout.decode.attention_axes(AttentionRole.BATCH), *layout.token_axes(layout.decode)}
-        self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), report.slice.axis_sizes)
+        self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), evaluator.pricing.slice.axis_sizes)
 
     def _at(self, batch: int) -> Evaluator:
         found = self._known.get(batch)
         if found is None:
-            workload = self.report.workload
+            workload = self.evaluator.workload
             together = None if workload.prefill_batch is None else min(workload.prefill_batch, batch)
-            found = self._known[batch] = self.report.evaluator.under(replace(workload, batch=batch, prefill_batch=together))
+            found = self._known[batch] = self.evaluator.under(replace(workload, batch=batch, prefill_batch=together))
         return found
 
     def memory(self, batch: int) -> MemoryBudget:
@@ -120,11 +120,11 @@ class _Steps:
 
     def requests_per_second(self, batch: int) -> float:
         """Requests that the slice carries when `batch` of them are always decoding."""
-        return 1 / (self._prefill_seconds(batch) + self.report.workload.output_len * self.seconds(batch) / batch)
+        return 1 / (self._prefill_seconds(batch) + self.evaluator.workload.output_len * self.seconds(batch) / batch)
 
     def in_flight(self, rate: float, most: int) -> int | None:
         """Sequences that decode at a time: rate · output · step, held up by prefills in between; None if more than fit."""
-        output = self.report.workload.output_len
+        output = self.evaluator.workload.output_len
 
         def holds(batch: int) -> bool:
             left = 1 - rate * self._prefill_seconds(batch)  # share of the time that is left for decoding

@@ -16,8 +16,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.foundation.rounding import round_up
 from partinf.layout import Layout, Role, ffn_name, make_layout
 from partinf.planner.evaluate import Evaluator
-from partinf.planner.report import PlanReport
-from partinf.planner.search import answer
+from partinf.planner.report import PlanReport, answer
 from partinf.planner.slices import slices_of
 
 BATCHES = (1, 4, 16, 64, 256, 1024)

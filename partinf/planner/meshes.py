@@ -19,8 +19,9 @@ from partinf.layout import Role
 from partinf.planner.candidates import Storage
 from partinf.planner.options import BestSoFar
 from partinf.planner.question import Question
-from partinf.planner.report import Candidate, PlanReport, Refused
-from partinf.planner.search import MOST_AXES, TIE, Search, answer
+from partinf.planner.report import PlanReport, answer, report_of
+from partinf.planner.results import Candidate, Refused
+from partinf.planner.search import MOST_AXES, TIE, Search
 
 # Candidates that are looked at: by default, those of the slice's own mesh among them; and beside those, where somebody asks for all meshes.
 BUDGET, GREAT_BUDGET = 1_200, 4_000
@@ -55,7 +56,7 @@ def every_mesh(question: Question, slice_: Slice, budget: int | None = GREAT_BUD
 def _reports(refining: _Refining, budget: int | None) -> list[PlanReport]:
     left = refining.run(budget)
     own = refining.own.slice
-    first, *others = sorted(refining.reports(), key=_by_time) or [refining.own.report(())]  # which says why there is none
+    first, *others = sorted(refining.reports(), key=_by_time) or [report_of(refining.own, ())]  # which says why there is none
     if first.slice != own:
         best = first.best
         first = answer(first.question, first.slice, best.score if best.fits and best.meets_bound else math.inf)
@@ -112,8 +113,8 @@ class _Refining:
     def reports(self) -> Iterator[PlanReport]:
         """Of every mesh on which something was found."""
         if self._own:
-            yield self.own.report(self._own)
-        yield from (self._searches[mesh].report(found) for mesh, found in self._found.items() if found)
+            yield report_of(self.own, self._own)
+        yield from (report_of(self._searches[mesh], found) for mesh, found in self._found.items() if found)
 
     def _search(self, mesh: Slice) -> Search:
         found = self._searches.get(mesh.mesh)

@@ -1,119 +1,40 @@
-"""What a search finds: candidates with their figures, as types; `cli` turns them into tables and JSON."""
+"""The answer of one slice: its candidates in order, and all that is said of them. A candidate's plan and why it won, and advice: what would
+make it fit, how its heads split, how large a batch is worth having.
+
+A report prices whatever it is asked with the question's own terms, so that no figure of it stands on other ones.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from partinf.cost.calibration import Calibration
 from partinf.cost.collectives import BandwidthModel
-from partinf.cost.ledger import Entry, Ledger
-from partinf.cost.memory import MemoryBudget
-from partinf.cost.overlap import hide_gathers
+from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import TILED, Program
+from partinf.foundation.errors import InvalidInput
+from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
-from partinf.layout import Layout, Phase, attention_name, ffn_name, readable_name
+from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.model.config import ModelConfig
+from partinf.planner.advice import Change, changes, head_splits
+from partinf.planner.batch import BatchAdvice, batch_advice
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.question import Question
+from partinf.planner.reasons import why
+from partinf.planner.results import Candidate, Refused
+from partinf.planner.search import Search, order
+from partinf.planner.slices import slices_of
+from partinf.planner.switch import SwitchRow, prefill_from, switch_table
+from partinf.plans import CacheConfig, Plan
 from partinf.workload import Workload
 
-
-@dataclass(frozen=True)
-class PhaseResult:
-    """One step of one phase under a candidate.
-
-    Attributes:
-        sizes: of the mesh axes. tokens: real tokens of the step. tokens_per_sequence: of one sequence.
-        parts: entries of which its ledger is made when somebody asks for it; few of a search's candidates are looked at.
-    """
-
-    name: str
-    layout: Layout
-    sizes: Mapping[str, int]
-    parts: tuple[tuple[Entry, ...], ...]
-    step_seconds: float
-    mfu: float
-    tokens: int
-    tokens_per_sequence: int
-
-    @property
-    def phase(self) -> Phase:
-        return self.layout.phase(self.name)
-
-    @cached_property
-    def ffn(self) -> str:
-        """The paper's name for its FFN roles."""
-        return ffn_name(self.layout, self.phase, self.sizes)
-
-    @cached_property
-    def attention(self) -> str:
-        """What its attention is split over, in one word."""
-        return attention_name(self.phase, self.sizes)
-
-    @cached_property
-    def ledger(self) -> Ledger:
-        """The step entry by entry."""
-        return hide_gathers(itertools.chain.from_iterable(self.parts))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One role assignment with its figures.
-
-    Attributes:
-        score: what candidates are ordered by, in seconds: the step that was asked for, or the whole workload.
-        meets_bound: the latency bound holds, or there is none.
-        padded_heads: query heads with padding; 0 for none.
-        asked: the phase whose figures stand for the candidate.
-    """
-
-    layout: Layout
-    phases: tuple[PhaseResult, ...]
-    memory: MemoryBudget
-    score: float
-    asked: PhaseResult
-    num_chips: int
-    padded_heads: int = 0
-    meets_bound: bool = True
-    tie_with_best: bool = False
-
-    @cached_property
-    def name(self) -> str:
-        """One line for tables."""
-        return readable_name(self.layout, self.asked.sizes)
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.fits
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Time per token of one sequence."""
-        return self.asked.step_seconds / self.asked.tokens_per_sequence
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.asked.tokens / self.asked.step_seconds
-
-    @property
-    def chip_ms_per_token(self) -> float:
-        return 1e3 * self.num_chips * self.asked.step_seconds / self.asked.tokens
-
-    def phase(self, name: str) -> PhaseResult | None:
-        """The result of a phase, if the search priced it."""
-        return next((result for result in self.phases if result.name == name), None)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Role assignments that cannot hold the model at all, by their reason."""
-
-    reason: str
-    count: int
+_MOST_TIMES_LARGER = 16
 
 
 @dataclass(frozen=True)
@@ -128,6 +49,11 @@ class PlanReport:
     @property
     def best(self) -> Candidate:
         return self.candidates[0]
+
+    @property
+    def smallest(self) -> Candidate:
+        """The one that needs the least memory."""
+        return min(self.candidates, key=lambda candidate: candidate.memory.total)
 
     @property
     def model(self) -> ModelConfig:
@@ -150,6 +76,10 @@ class PlanReport:
         """What its steps were priced with."""
         return self.evaluator.pricing
 
+    @property
+    def calibration(self) -> Calibration:
+        return self.pricing.calibration
+
     @cached_property
     def evaluator(self) -> Evaluator:
         """What prices further steps as those of the report were."""
@@ -160,6 +90,61 @@ class PlanReport:
         """The same for steps as an engine runs them, whatever program the layouts were chosen for."""
         return replace(self.question, program=TILED).evaluator(self.slice)
 
+    @cached_property
+    def plan(self) -> Plan:
+        """The best candidate as a plan."""
+        return self.plan_of(self.best)
+
+    def plan_of(self, candidate: Candidate) -> Plan:
+        """One candidate as a plan, sized for the workload."""
+        workload = self.workload
+        context = max(workload.max_context, 1)
+        page = CacheConfig().page_size
+        roles = (AttentionRole.BATCH, AttentionRole.SEQUENCE)
+        shards, parts = (ways(candidate.layout.decode.attention_axes(role), self.slice.axis_sizes) for role in roles)
+        lanes = ceil_div(workload.batch, shards)
+        cache = CacheConfig(page, lanes * parts * ceil_div(context, page * parts), lanes * shards)
+        predicted = tuple((result.name, result.ledger) for result in candidate.phases)
+        layout = self.engine_layout(candidate)
+        return Plan(
+            self.model,
+            self.slice,
+            layout,
+            workload.weights,
+            workload.kv,
+            context,
+            cache,
+            prefill_from(self.engine_evaluator, layout, candidate.padded_heads),
+            predicted,
+            why(self.slice, self.candidates, candidate),
+            candidate.padded_heads,
+        )
+
+    def engine_layout(self, candidate: Candidate) -> Layout:
+        """The candidate's layout as an engine runs it: with weights gathered ahead in the phases that gather any, where gathers can run
+        beside products and the memory that it takes is there.
+
+        A parallel block has no use for it: all its products wait for the same activations, and a TPU's compiler runs the gathers of those
+        that come later beside those that come first.
+        """
+        layout, held = candidate.layout, candidate.memory
+        if not self.slice.chip.platform.gathers_beside_products or self.model.block.parallel:
+            return layout
+        for label in PHASES:
+            phase = layout.phase(label)
+            changed: dict[str, Any] = {label: replace(phase, ahead=bool(phase.gather))}
+            ahead = replace(layout, **changed)
+            activations = self.evaluator.activations(self.evaluator.split(ahead, label, candidate.padded_heads))
+            if held.weights + held.kv + activations <= held.usable:
+                layout = ahead
+        return layout
+
+    @property
+    def switch_table(self) -> list[SwitchRow]:
+        """Steps of prompts below, at and above the number of tokens from which the plan runs prefill's FFN roles; empty for never."""
+        plan = self.plan
+        return switch_table(self.engine_evaluator, plan.layout, plan.padded_heads, plan.prefill_from_tokens)
+
     def first_token_seconds(self, candidate: Candidate) -> float | None:
         """Prefill of one prompt that comes alone: its time to first token where nothing waits. None where nothing is prefilled."""
         if candidate.phase("prefill") is None:
@@ -169,5 +154,85 @@ class PlanReport:
         return alone.price(candidate.layout, "prefill", candidate.padded_heads).seconds + coupling.seconds
 
     @property
-    def calibration(self) -> Calibration:
-        return self.pricing.calibration
+    def misfit(self) -> str:
+        """Why nothing fits: the smallest budget that was found, against what a device has."""
+        least = self.smallest.memory
+        held = f"weights {least.weights / 1e9:.1f} + KV {least.kv / 1e9:.1f} + activations {least.activations / 1e9:.1f} GB"
+        return (
+            f"model {self.model.name} does not fit {self.slice.name}: {held} = {least.total / 1e9:.1f} GB per device under the smallest "
+            f"layout, usable {least.usable / 1e9:.1f} GB; a larger slice, a smaller batch or context, or int8 would help"
+        )
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """What to change so that it fits, each change alone, with the memory after it; empty when it fits already."""
+        if self.best.fits:
+            return ()
+        larger = self._smallest_that_fits()
+        grown = (Change(f"slice {larger.slice.name}", larger.best.memory),) if larger is not None else ()
+        return (*changes(self.evaluator, self.candidates), *grown)
+
+    def _smallest_that_fits(self) -> PlanReport | None:
+        """The report for the smallest slice of the same chip that holds the workload; sizes whose HBM cannot are passed over."""
+        chip = self.slice.chip
+        for larger in slices_of(chip, _MOST_TIMES_LARGER * self.slice.num_chips):
+            hbm = larger.num_devices * larger.chip.usable_hbm_per_device()
+            if larger.num_chips <= self.slice.num_chips or hbm < self.smallest.memory.total:
+                continue
+            found = answer(self.question, larger)
+            if found.best.fits:
+                return found
+        return None
+
+    @property
+    def head_splits(self) -> str:
+        """How query heads split over the devices, and what padding them would cost; empty where they split over all of them."""
+        return head_splits(self.evaluator)
+
+    @cached_property
+    def batch_advice(self) -> BatchAdvice | None:
+        """The largest batch worth decoding together under the best candidate's roles; None where nothing decodes or nothing fits."""
+        return batch_advice(self.evaluator, self.best)
+
+
+def search(
+    model: ModelConfig,
+    slice_: Slice,
+    workload: Workload,
+    *,
+    calibration: str = "fitted",
+    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
+    program: Program | None = None,
+) -> PlanReport:
+    """Price every role assignment of `slice_` for this workload.
+
+    Args:
+        calibration: `fitted` or `none` (the pure roofline).
+        program: what is credited, see `partinf.cost.program`; that of the chip if not given.
+
+    Raises:
+        InvalidInput: when no assignment can hold the model at all, with the reasons, or when the mesh has too many axes to try all.
+    """
+    return answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
+
+
+def answer(question: Question, slice_: Slice, known: float = math.inf) -> PlanReport:
+    """The same for a question that several slices or meshes are asked.
+
+    Args:
+        known: a score that some candidate is known to have, so that what is much slower is passed over from the start.
+    """
+    search_ = Search(question, slice_, known=known)
+    return report_of(search_, search_.candidates())
+
+
+def report_of(search_: Search, found: Iterable[Candidate]) -> PlanReport:
+    """The answer, from all that a search found.
+
+    Raises:
+        InvalidInput: it found nothing, and why.
+    """
+    found, refused = tuple(found), search_.reasons()
+    if not found:
+        raise InvalidInput([f"model {search_.model.name} on {search_.slice.name}: {one.reason}" for one in refused])
+    return PlanReport(search_.question, search_.slice, order(found), refused)

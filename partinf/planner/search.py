@@ -18,14 +18,11 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from partinf.cost.collectives import BandwidthModel
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
-from partinf.cost.program import Program
-from partinf.foundation.errors import InvalidInput, raise_offences
+from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
-from partinf.model.config import ModelConfig
 from partinf.model.weights import num_params
 from partinf.planner.candidates import Storage, num_options, storages
 from partinf.planner.estimate import Estimate
@@ -33,8 +30,7 @@ from partinf.planner.evaluate import Priced
 from partinf.planner.options import BestSoFar, Bounds, Choice, Options, Space
 from partinf.planner.pairs import Pair, Pairing
 from partinf.planner.question import Question
-from partinf.planner.report import Candidate, PhaseResult, PlanReport, Refused
-from partinf.workload import Workload
+from partinf.planner.results import Candidate, PhaseResult, Refused
 
 TIE = 1.05
 MOST_AXES = 4
@@ -50,37 +46,6 @@ class _Step(NamedTuple):
 
     def beside(self, coupling: Ledger) -> _Step:
         return _Step(self.seconds + coupling.seconds, (*self.parts, coupling.entries))
-
-
-def search(
-    model: ModelConfig,
-    slice_: Slice,
-    workload: Workload,
-    *,
-    calibration: str = "fitted",
-    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program | None = None,
-) -> PlanReport:
-    """Price every role assignment of `slice_` for this workload.
-
-    Args:
-        calibration: `fitted` or `none` (the pure roofline).
-        program: what is credited, see `partinf.cost.program`; that of the chip if not given.
-
-    Raises:
-        InvalidInput: when no assignment can hold the model at all, with the reasons, or when the mesh has too many axes to try all.
-    """
-    return answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
-
-
-def answer(question: Question, slice_: Slice, known: float = math.inf) -> PlanReport:
-    """The same for a question that several slices or meshes are asked.
-
-    Args:
-        known: a score that some candidate is known to have, so that what is much slower is passed over from the start.
-    """
-    search_ = Search(question, slice_, known=known)
-    return search_.report(search_.candidates())
 
 
 def given(question: Question, slice_: Slice, layouts: Iterable[tuple[Layout, int]]) -> tuple[Candidate, ...]:
@@ -148,17 +113,9 @@ class Search:
     def _estimate(self) -> Estimate:
         return Estimate(self.table, self.evaluator)
 
-    def report(self, found: Iterable[Candidate]) -> PlanReport:
-        """The answer, from all that was found.
-
-        Raises:
-            InvalidInput: nothing was, and why.
-        """
-        found = tuple(found)
-        if not found:
-            raise InvalidInput([f"model {self.model.name} on {self.slice.name}: {reason}" for reason, _ in self.refused.most_common()])
-        refused = tuple(Refused(reason, count) for reason, count in self.refused.most_common())
-        return PlanReport(self.question, self.slice, order(found), refused)
+    def reasons(self) -> tuple[Refused, ...]:
+        """What was refused or passed over, the most frequent first."""
+        return tuple(Refused(reason, count) for reason, count in self.refused.most_common())
 
     def _single(self, over: Iterable[Storage]) -> list[Candidate]:
         """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""

@@ -15,7 +15,7 @@ from partinf.cost.split import StepShape
 from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import PHASES, AttentionRole, Layout
-from partinf.planner.report import PlanReport
+from partinf.planner.evaluate import Evaluator
 
 _MOST_TOKENS = 1 << 24
 _APART = 4
@@ -31,11 +31,11 @@ class SwitchRow:
     runs: str
 
 
-def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> int:
+def prefill_from(evaluator: Evaluator, layout: Layout, padded_heads: int = 0) -> int:
     """The number of tokens from which a step is faster under prefill's FFN roles than under decode's; `NEVER` when it never is."""
     if layout.prefill.gather == layout.decode.gather:
         return NEVER
-    step, seconds = _multiple(report, layout), _step_seconds(report, layout, padded_heads)
+    step, seconds = _multiple(evaluator, layout), _step_seconds(evaluator, layout, padded_heads)
 
     def wins(multiple: int) -> bool:
         prefill, decode = seconds(multiple * step)
@@ -53,11 +53,11 @@ def prefill_from(report: PlanReport, layout: Layout, padded_heads: int = 0) -> i
     return high * step
 
 
-def switch_table(report: PlanReport, layout: Layout, padded_heads: int, from_tokens: int) -> list[SwitchRow]:
+def switch_table(evaluator: Evaluator, layout: Layout, padded_heads: int, from_tokens: int) -> list[SwitchRow]:
     """Steps below, at and above the switch, four times as many tokens from row to row; empty when there is no switch."""
     if from_tokens >= NEVER:
         return []
-    step, seconds = _multiple(report, layout), _step_seconds(report, layout, padded_heads)
+    step, seconds = _multiple(evaluator, layout), _step_seconds(evaluator, layout, padded_heads)
     sizes = {from_tokens * _APART**power for power in range(3)}
     size = from_tokens // _APART // step * step
     while size >= step:
@@ -66,20 +66,20 @@ def switch_table(report: PlanReport, layout: Layout, padded_heads: int, from_tok
     return [SwitchRow(size, *seconds(size), "prefill" if size >= from_tokens else "decode") for size in sorted(sizes)]
 
 
-def _multiple(report: PlanReport, layout: Layout) -> int:
+def _multiple(evaluator: Evaluator, layout: Layout) -> int:
     dealt = layout.prefill.attention_axes(AttentionRole.BATCH)
-    return ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode), *dealt}), report.slice.axis_sizes)
+    return ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode), *dealt}), evaluator.pricing.slice.axis_sizes)
 
 
-def _step_seconds(report: PlanReport, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
+def _step_seconds(evaluator: Evaluator, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
     """A function of the tokens: seconds of a step of prompts under prefill's and under decode's FFN roles."""
-    workload = report.workload
-    dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), report.slice.axis_sizes)
+    workload = evaluator.workload
+    dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), evaluator.pricing.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:
         prompts = ceil_div(tokens, max(workload.input_len, 1)) if workload.input_len else 1
         shape = StepShape(prefill_tokens=tokens, prefill_slots=round_up(prompts, dealt))
-        prefill, decode = (report.engine_evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
+        prefill, decode = (evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
         return prefill, decode
 
     return seconds

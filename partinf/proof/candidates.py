@@ -8,8 +8,8 @@ from dataclasses import replace
 from partinf.buckets import serving_steps
 from partinf.cost.movement import ways
 from partinf.layout import Layout, Role
-from partinf.planner.choose import plan_of
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 from partinf.proof import Limits, Proof, prove
 
 Proofs = dict[tuple[Layout, int], Proof]
@@ -32,7 +32,7 @@ def prove_candidates(report: PlanReport, count: int, seconds: float, advance: Ca
     """
     proofs: Proofs = {}
     for candidate in report.candidates:
-        plan = plan_of(report, candidate)
+        plan = report.plan_of(candidate)
         if len(proofs) == count or not candidate.fits:
             break
         if plan.runnable is None:

@@ -14,10 +14,9 @@ from partinf.engine.policies.registry import PolicyOptions
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import Chip
 from partinf.model.weights import num_params
-from partinf.planner.choose import misfit, plan_of
 from partinf.planner.question import Question
-from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import answer
+from partinf.planner.report import PlanReport, answer
+from partinf.planner.results import Candidate
 from partinf.planner.slices import MOST_CHIPS, slices_of
 from partinf.simulation.arrivals import Arrival
 from partinf.simulation.choice import IN_TIME, MOST_LAYOUTS, Choice, Service, choose
@@ -63,16 +62,16 @@ def planned(report: PlanReport, load: Load, most: int = MOST_LAYOUTS) -> Planned
     Raises:
         InvalidInput: nothing fits, or nothing that does holds a request.
     """
-    fitting = [candidate for candidate in report.candidates if candidate.fits and plan_of(report, candidate).runnable is None]
+    fitting = [candidate for candidate in report.candidates if candidate.fits and report.plan_of(candidate).runnable is None]
     if not fitting:
-        raise InvalidInput(misfit(report))
+        raise InvalidInput(report.misfit)
     first = min(fitting, key=lambda candidate: _seconds(candidate, "prefill"))
     bound = load.bounds.ttft
     if bound is not None and _seconds(first, "prefill") > bound:
         return Planned(report, None)
     rankings = [fitting, *(sorted(fitting, key=lambda c, label=label: _seconds(c, label)) for label in ("prefill", "decode"))]  # type: ignore[misc]
     contenders = in_turn(rankings, most)
-    plans = [replace(plan_of(report, candidate), predicted=()) for candidate in contenders]
+    plans = [replace(report.plan_of(candidate), predicted=()) for candidate in contenders]
     choice = choose(_service(report, load), plans, load.arrivals)
     best = contenders[next(index for index, plan in enumerate(plans) if plan is choice.best.plan)]
     return Planned(replace(report, candidates=(best, *(c for c in report.candidates if c is not best))), choice)
@@ -112,7 +111,7 @@ def _seconds(candidate: Candidate, label: str) -> float:
 def _service(report: PlanReport, load: Load) -> Service:
     """An engine of the workload's batch and lengths, with the share of prompts in a step that plans have by default."""
     workload = report.workload
-    capacity = capacity_for(plan_of(report, report.best), workload)
+    capacity = capacity_for(report.plan, workload)
     sizing = Sizing(
         max_rows=workload.batch,
         max_residents=workload.batch,

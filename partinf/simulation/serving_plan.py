@@ -24,8 +24,8 @@ from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Role
 from partinf.model.config import ModelConfig
-from partinf.planner.choose import misfit, plan_of, with_fewer_resident
-from partinf.planner.search import search
+from partinf.planner.choose import with_fewer_resident
+from partinf.planner.report import search
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival
 from partinf.simulation.step_price import StepPrice
@@ -144,9 +144,9 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
         if fitting:
             break
     pricing = Pricing(slice_, found.calibration, found.bandwidth_model, found.program)
-    plans = [_gathering_where_it_pays(replace(plan, predicted=()), pricing) for c in fitting for plan in _undealt(plan_of(found, c))]
+    plans = [_gathering_where_it_pays(replace(plan, predicted=()), pricing) for c in fitting for plan in _undealt(found.plan_of(c))]
     if not plans:
-        raise InvalidInput(misfit(found))
+        raise InvalidInput(found.misfit)
     return plans, pricing
 
 

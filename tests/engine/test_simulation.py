@@ -24,7 +24,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config
-from partinf.planner.search import search
+from partinf.planner.report import search
 from partinf.plans import Bucket, Plan
 from partinf.simulation.arrivals import Arrival, chat_lengths, parse_arrivals, parse_lengths, read_trace
 from partinf.simulation.cost_runner import CostRunner

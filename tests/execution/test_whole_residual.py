@@ -11,7 +11,7 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, layout_from_toml, layout_to_toml, make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.choose import plan
-from partinf.planner.search import search
+from partinf.planner.report import search
 from partinf.transformer.account import Account, trace_account
 from partinf.workload import DType, Workload
 from tests.execution import test_two_accounts as accounts

@@ -15,7 +15,8 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, load_layout, make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.question import Question
-from partinf.planner.search import answer, given
+from partinf.planner.report import answer
+from partinf.planner.search import given
 from partinf.plans import Plan, layout_for
 from partinf.workload import Workload
 

@@ -16,8 +16,7 @@ from partinf.foundation import resources
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
-from partinf.planner.report import PlanReport
-from partinf.planner.search import search
+from partinf.planner.report import PlanReport, search
 from partinf.workload import Workload
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "calibrate_v4" / "results.json"

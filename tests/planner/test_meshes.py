@@ -14,8 +14,8 @@ from partinf.model.load import load_model_config
 from partinf.planner.choose import plan
 from partinf.planner.meshes import every_mesh, fastest
 from partinf.planner.question import Question
-from partinf.planner.report import PlanReport
-from partinf.planner.search import TIE, answer
+from partinf.planner.report import PlanReport, answer
+from partinf.planner.search import TIE
 from partinf.workload import DType, Workload
 
 DECODE = Workload(32, context_len=1024, phase="decode")

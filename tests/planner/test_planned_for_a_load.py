@@ -11,7 +11,7 @@ from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner.question import Question
-from partinf.planner.search import answer
+from partinf.planner.report import answer
 from partinf.simulation.arrivals import parse_arrivals, parse_lengths
 from partinf.simulation.planned import Load, planned, smallest_in_time
 from partinf.simulation.report import LatencyBounds

@@ -19,9 +19,8 @@ from partinf.hardware.platform import memory_of_virtual_devices
 from partinf.hardware.slices import on_this_machine, parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config
-from partinf.planner.choose import plan_of
 from partinf.planner.question import Question
-from partinf.planner.search import answer
+from partinf.planner.report import answer
 from partinf.planner.show.as_json import report_json
 from partinf.plans import Bucket, Plan
 from partinf.proof import proof_json, prove
@@ -59,7 +58,7 @@ def test_plan_proof_simulator_and_server_name_the_same_bytes(model: str, slice_:
     where = parse_slice(slice_)
     report = answer(Question(load_model_config(model), WORKLOAD), where)
     planned = report_json(replace(report, candidates=report.candidates[:1]))["served"]
-    plan = plan_of(report, report.best)
+    plan = report.plan
     served = with_capacity(plan, served_capacity(16, 1024))
     sizing = Sizing(max_rows=16, max_len=1024, prefill_tokens=256)
     simulated = sized_plan(plan, sizing)

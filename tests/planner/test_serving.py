@@ -12,10 +12,9 @@ from partinf.foundation.limits import NEVER
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
-from partinf.planner.choose import running_layout
 from partinf.planner.report import PlanReport
-from partinf.planner.slices import Trial
 from partinf.planner.switch import prefill_from, switch_table
+from partinf.planner.trials import Trial
 from partinf.workload import DType, Objective, Workload
 
 SERVING = Workload(64, 1984, 64, weights=DType.INT8, prefill_batch=1)
@@ -54,24 +53,24 @@ def test_one_prefill_of_everything_is_the_default() -> None:
 
 def test_switch_of_the_ffn_roles() -> None:
     report = searched(GATHERING)
-    layout, padded = running_layout(report, report.best), report.best.padded_heads
-    switch = prefill_from(report, layout, padded)
-    rows = switch_table(report, layout, padded, switch)
+    layout, padded = report.engine_layout(report.best), report.best.padded_heads
+    switch = prefill_from(report.engine_evaluator, layout, padded)
+    rows = switch_table(report.engine_evaluator, layout, padded, switch)
     assert [row.tokens for row in rows] == sorted({row.tokens for row in rows})
     for row in rows:
         assert row.runs == ("prefill" if row.prefill_seconds < row.decode_seconds else "decode")
     assert {row.runs for row in rows} == {"prefill", "decode"}
-    assert switch_table(report, layout, padded, NEVER) == []
+    assert switch_table(report.engine_evaluator, layout, padded, NEVER) == []
 
 
 def test_gathers_that_do_not_go_ahead_pay_later() -> None:
     """Where nothing hides them they are paid in full, so that it takes more tokens to win them back."""
     report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), Workload(8, 1024, 64, weights=DType.INT8))
-    layout = running_layout(report, report.best)
+    layout = report.engine_layout(report.best)
     assert layout.prefill.gather
     assert layout.prefill.ahead
     alone = replace(layout, prefill=replace(layout.prefill, ahead=False))
-    switches = [prefill_from(report, one, report.best.padded_heads) for one in (layout, alone)]
+    switches = [prefill_from(report.engine_evaluator, one, report.best.padded_heads) for one in (layout, alone)]
     assert 256 < switches[0] < 2 * switches[0] < switches[1] < NEVER
 
 

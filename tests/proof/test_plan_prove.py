@@ -12,8 +12,8 @@ import pytest
 from partinf.cli import main
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
-from partinf.planner.report import Candidate, PlanReport
-from partinf.planner.search import search
+from partinf.planner.report import PlanReport, search
+from partinf.planner.results import Candidate
 from partinf.proof import Proof, StepProof
 from partinf.proof.candidates import key, proven_seconds, reordered
 from partinf.proof.report import Estimate, Memory

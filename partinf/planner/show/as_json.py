@@ -8,12 +8,10 @@ from typing import Any
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.program import Residual
 from partinf.foundation.limits import NEVER
-from partinf.planner.batch import batch_advice
-from partinf.planner.choose import running_layout
-from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.commands import served_memory
-from partinf.planner.slices import Trial, price_per_million_tokens
-from partinf.planner.switch import prefill_from
+from partinf.planner.trials import Trial, price_per_million_tokens
 
 # Figures of an entry that are left out where they are zero or empty; a report holds tens of thousands of entries.
 _OPTIONAL = (
@@ -77,7 +75,7 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
 
 
 def _batch_advice(report: PlanReport) -> dict[str, Any] | None:
-    advice = batch_advice(report)
+    advice = report.batch_advice
     if advice is None:
         return None
     return {
@@ -99,7 +97,7 @@ def _ffn_by_tokens(report: PlanReport) -> list[dict[str, Any]]:
     results = {result.name: result for result in best.phases}
     if len(results) < 2:
         return []
-    switch = prefill_from(report, running_layout(report, best), best.padded_heads)
+    switch = report.plan.prefill_from_tokens
     found = [{"from_tokens": 1, "phase": "decode", "ffn": results["decode"].ffn}]
     if switch < NEVER:
         found.append({"from_tokens": switch, "phase": "prefill", "ffn": results["prefill"].ffn})

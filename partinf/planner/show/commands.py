@@ -11,8 +11,8 @@ from partinf.foundation import resources
 from partinf.foundation.documents import is_directory, is_file
 from partinf.foundation.errors import DoesNotFit
 from partinf.model.config import ModelConfig
-from partinf.planner.choose import plan_of
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 from partinf.plans import Plan
 from partinf.workload import Workload
 
@@ -69,7 +69,7 @@ def served_plan(plan: Plan, workload: Workload) -> Plan:
 def served_memory(report: PlanReport, candidate: Candidate) -> Held | None:
     """What a device holds of the server of `serve_command`; None where no sequence fits beside the weights."""
     try:
-        return held(served_plan(plan_of(report, candidate), report.workload))
+        return held(served_plan(report.plan_of(candidate), report.workload))
     except DoesNotFit:
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from partinf.planner.report import Candidate
+from partinf.planner.results import Candidate
 
 _SHOWN = 12  # rows of a phase in the table; JSON has all
 

@@ -10,10 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from partinf.planner.advice import head_splits, preflight
-from partinf.planner.batch import batch_advice
-from partinf.planner.choose import misfit, plan_of
-from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import COLOURS, by_work, moved_bytes, readable_bytes, readable_seconds, roles_of
 
@@ -64,17 +62,17 @@ def _verdict(report: PlanReport) -> list[str]:
     """The choice, why, and its figures; or why nothing fits, and what to change."""
     best = report.best
     if not best.fits:
-        changes = "".join(f"<li>{escape(str(change))}</li>" for change in preflight(report))
-        heads = f"<p>{escape(head_splits(report))}.</p>" if head_splits(report) else ""
-        return ["<h2>Nothing fits</h2>", f"<p>{escape(misfit(report))}</p>", f"<ul>{changes}</ul>", heads]
+        changes = "".join(f"<li>{escape(str(change))}</li>" for change in report.changes)
+        heads = f"<p>{escape(report.head_splits)}.</p>" if report.head_splits else ""
+        return ["<h2>Nothing fits</h2>", f"<p>{escape(report.misfit)}</p>", f"<ul>{changes}</ul>", heads]
     rows = []
     for result in best.phases:
         rate = f"{result.tokens / result.step_seconds:,.0f}"
         cost = f"{1e3 * best.num_chips * result.step_seconds / result.tokens:.4g}"
         rows.append((result.name, roles_of(result), readable_seconds(result.step_seconds), f"{result.mfu:.1%}", rate, cost))
     titles = ("step", "FFN, attention", "takes", "MFU", "tokens per second", "chip·ms per token")
-    said = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(plan_of(report, best).note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
-    if advice := batch_advice(report):
+    said = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(report.plan.note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
+    if advice := report.batch_advice:
         said.append(f"<p>Largest batch worth decoding together under these roles: {escape(str(advice))}.</p>")
     return said
 

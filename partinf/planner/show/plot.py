@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from partinf.foundation.extras import PLOT, missing
 from partinf.planner.curves import TOKENS, front, volumes
-from partinf.planner.report import Candidate, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate
 from partinf.planner.show.work import COLOURS, by_work, roles_of
 
 if TYPE_CHECKING:

@@ -11,16 +11,12 @@ from rich.table import Table
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
 from partinf.layout import PHASES
-from partinf.planner.advice import head_splits, preflight
-from partinf.planner.batch import batch_advice
-from partinf.planner.choose import misfit, plan_of
-from partinf.planner.report import Candidate, PhaseResult, PlanReport
+from partinf.planner.report import PlanReport
+from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.commands import commands, num_hosts, served_memory, unservable
 from partinf.planner.show.explain import Line, explain
 from partinf.planner.show.work import moved_bytes, readable_bytes, readable_seconds
-from partinf.planner.slices import Trial, price_per_million_tokens
-from partinf.planner.switch import switch_table
-from partinf.plans import Plan
+from partinf.planner.trials import Trial, price_per_million_tokens
 
 _BAR = 40
 _PIPE_WIDTH = 140
@@ -40,11 +36,11 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
     if best.fits:
         _show_choice(console, report, best)
     else:
-        console.print(misfit(report), highlight=False)
-        for change in preflight(report):
+        console.print(report.misfit, highlight=False)
+        for change in report.changes:
             console.print(f"  {change}", highlight=False)
-        _show_served(console, report, min(report.candidates, key=lambda candidate: candidate.memory.total))
-        if heads := head_splits(report):
+        _show_served(console, report, report.smallest)
+        if heads := report.head_splits:
             console.print(f"{heads}.", highlight=False)
     if saved:
         console.print(f"Saved to {saved}.", highlight=False)
@@ -132,21 +128,21 @@ def _roles(result: PhaseResult) -> str:
 
 
 def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
-    plan = plan_of(report, best)
+    plan = report.plan
     console.print(f"\n[bold]Chosen:[/bold] {best.name}", highlight=False)
     console.print(plan.note, highlight=False)
     if plan.runnable:
         console.print(f"Can be planned but not run yet: {plan.runnable}.", highlight=False)
     if report.workload.phase is None:
-        _show_switch(console, report, plan)
+        _show_switch(console, report)
     if first := _first_token(report, best):
         console.print(first, highlight=False)
     console.print(_memory_bar(best), highlight=False)
     _show_served(console, report, best)
-    if advice := batch_advice(report):
+    if advice := report.batch_advice:
         console.print(f"Largest batch worth decoding together under these roles: {advice}.", highlight=False)
     if best.padded_heads:
-        console.print(f"{head_splits(report)}.", highlight=False)
+        console.print(f"{report.head_splits}.", highlight=False)
     for result in best.phases:
         console.print(_ledger(result))
 
@@ -157,9 +153,9 @@ def _show_served(console: Console, report: PlanReport, candidate: Candidate) -> 
         console.print(f"Served with the pages that memory holds: {memory}.", highlight=False)
 
 
-def _show_switch(console: Console, report: PlanReport, plan: Plan) -> None:
-    rows = switch_table(report, plan.layout, plan.padded_heads, plan.prefill_from_tokens)
-    text = f"from {plan.prefill_from_tokens} tokens per step on" if rows else "never by the token count"
+def _show_switch(console: Console, report: PlanReport) -> None:
+    rows = report.switch_table
+    text = f"from {report.plan.prefill_from_tokens} tokens per step on" if rows else "never by the token count"
     console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
     if not rows:
         return
@@ -183,7 +179,7 @@ def show_commands(report: PlanReport, saved: str | None, model: str) -> None:
     if not report.best.fits:
         return
     console = wide_console()
-    plan, file = plan_of(report, report.best), saved or "plan.toml"
+    plan, file = report.plan, saved or "plan.toml"
     first, found = "" if saved else f", once --save {file} has written it", commands(file, plan, report.workload, model)
     everywhere = f" on each of {num_hosts(plan)} hosts" if num_hosts(plan) > 1 else ""
     titles = {"serve": f"To serve it{everywhere}{first}:", "simulate": "To simulate what that does under load:"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from partinf.cost.items import What
 from partinf.cost.ledger import Entry, EntryKind, Ledger
 from partinf.layout import AttentionRole
-from partinf.planner.report import PhaseResult
+from partinf.planner.results import PhaseResult
 
 COLOURS = {
     "matmuls": "#3b6ea5",
