@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", default="0", metavar="N", help="virtual CPU devices to measure (default: JAX_NUM_CPU_DEVICES or 1)")
     parser.add_argument("--seconds", default="30", metavar="S", help="for timing; compiling comes beside it (default: 30)")
     parser.add_argument("--output", metavar="FILE", help="(default: the user's configuration, where --slice local finds it)")
+    parser.add_argument(
+        "--products", metavar="show|again", help="the form of each product on this CPU and its times, measured again or not"
+    )
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
     parser.epilog = "Example: partinf calibrate && partinf plan --model llama-125m --slice local --batch 8 --input 128 --output 64"
 
@@ -39,8 +42,12 @@ def run(args: argparse.Namespace) -> int:
     count, seconds = flags.whole("devices", high=devices.MAX_VIRTUAL), flags.number("seconds", high=MAX_SECONDS, above=True)
     flags.word("format", FORMATS)
     flags.target("output")
+    if args.products is not None:
+        flags.word("products", ("show", "again"))
     flags.check()
     devices.prepare(None, virtual_devices=max(1, count))
+    if args.products is not None:
+        return _products(again=args.products == "again", as_json=args.format == "json")
     from partinf.hardware.hardware_file import default_path, write_hardware
     from partinf.measure.calibrate import calibrate, predicted_seconds
 
@@ -57,6 +64,44 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_json(chip, path, probes, predicted, time.perf_counter() - started), indent=2))
     else:
         _show(chip, path, probes, predicted, time.perf_counter() - started, used=not args.output)
+    return 0
+
+
+def _products(again: bool, as_json: bool) -> int:
+    """Show which form products take on this machine's CPU, and what was measured for it."""
+    from rich.table import Table
+
+    from partinf.planner.show.table import wide_console
+    from partinf.transformer.kernels import choices
+
+    found = choices.measure_again() if again else choices.current()
+    if as_json:
+        print(choices.to_json(found))
+        return 0
+    console, where = wide_console(), choices.path()
+    table = Table(box=None, pad_edge=False, header_style="bold", title="Form of a product, up to so many rows", title_justify="left")
+    table.add_column("weights")
+    table.add_column("form")
+    for kind, lines in found.table:
+        told = [f"{form} up to {rows}" for rows, form in lines[:-1]] + [f"{lines[-1][1]} beyond" if len(lines) > 1 else str(lines[0][1])]
+        table.add_row(kind, ", ".join(told))
+    console.print(table)
+    if found.times:
+        rows = [count for count, _ in max((each.measured for each in found.times), key=len)]
+        title = "\nµs of a product with a matrix of 1024 · 1024 on one core, by rows"
+        times = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
+        for name in ("weights", "form", *map(str, rows)):
+            times.add_column(name, justify="left" if name in ("weights", "form") else "right")
+        for each in found.times:
+            took = dict(each.measured)
+            times.add_row(each.kind, each.form, *(f"{1e6 * took[count]:.3g}" if count in took else "" for count in rows))
+        console.print(times)
+    if found.unsettled:
+        console.print(f"\nTimes of {', '.join(found.unsettled)} did not settle; a table holds there. Measure again on a quiet machine.")
+    elif not found.times:
+        console.print("\nNothing was measured; a table holds: nothing is kept between starts, or the kernels cannot be made.")
+    if found.times and where is not None:
+        console.print(f"\nKept in {where}; compiled programs depend on it.", highlight=False)
     return 0
 
 

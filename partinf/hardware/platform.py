@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from partinf.foundation.errors import InvalidInput, nearest
@@ -70,6 +71,27 @@ def _seen_shares(tiles: Tiles, tokens: int, slots: int, heads: int) -> tuple[flo
     return seen / (count * ceil_div(tokens, size)), together / (count * max(slots, 1))
 
 
+class Form(StrEnum):
+    """How a product x [T, E] · weights [F, E] is made where a machine may choose.
+
+    XLA's own: as it is, or with bfloat16 widened to float32 first. The others are kernels of ours (`partinf.transformer.kernels.products`):
+    a few rows meet weights along what is contracted, or panels of sixteen rows meet one number of the weights at a time, in float32 or in
+    pairs of bfloat16; or a unit for matrices of bfloat16 does it (AMX). All add in float32.
+    """
+
+    XLA = "xla"
+    WIDENED = "widened"
+    ROWS = "rows"
+    ROWS_OF_PAIRS = "rows of pairs"
+    PANELS = "panels"
+    PANELS_OF_PAIRS = "panels of pairs"
+    TILES = "tiles"
+
+
+ProductForms = Mapping[str, tuple[tuple[int, tuple[Form, ...]], ...]]
+"""By type of weights: up to how many rows which form, the first of several that the machine has; the last line holds beyond its rows."""
+
+
 @dataclass(frozen=True)
 class Platform:
     """One row of the table.
@@ -89,8 +111,7 @@ class Platform:
         unrolled_layers: layers of all programs of a plan together up to which they are compiled one by one, where a loop over them runs
             slower; each costs a compilation of its own. One program of each shipped model is within a TPU's bound, where a layer takes some
             tenfold of what a loop's share of it takes to compile, and not the six programs that serve Llama 3 8B.
-        native_products: products of a few rows run in our own kernel (`partinf.transformer.kernels.cpu`).
-        widened_rows: rows of bfloat16 from which a product is made in float32 where the machine has no unit for bfloat16; None for never.
+        products: forms of products where a machine may choose and did not measure; None where there is nothing to choose.
         wide_activation: nonlinearities are computed in float32, where that is one pass with what stands around it and bfloat16 is four.
         stacked_rotations: cosines and sines are stacked before the barrier that keeps them out of the loop over heads.
         multiplied_look_up: a table whose columns fill no whole lanes is read by a product, since a look-up would lay all of it out anew.
@@ -117,8 +138,7 @@ class Platform:
     lanes: int
     tiles: Tiles
     unrolled_layers: int
-    native_products: bool
-    widened_rows: int | None
+    products: ProductForms | None
     wide_activation: bool
     stacked_rotations: bool
     multiplied_look_up: bool
@@ -152,8 +172,11 @@ CPU = Platform(
     lanes=1,
     tiles=Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
     unrolled_layers=1 << 30,
-    native_products=True,
-    widened_rows=32,
+    products={
+        "f32": ((8, (Form.ROWS,)), (64, (Form.PANELS, Form.XLA)), (512, (Form.XLA,))),
+        "bf16": ((4, (Form.ROWS_OF_PAIRS,)), (64, (Form.TILES, Form.PANELS, Form.XLA)), (512, (Form.TILES, Form.WIDENED))),
+        "int8": ((4, (Form.ROWS,)), (512, (Form.TILES, Form.PANELS, Form.XLA))),
+    },
     wide_activation=True,
     stacked_rotations=True,
     multiplied_look_up=False,
@@ -179,8 +202,7 @@ GPU = Platform(
     lanes=1,
     tiles=Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
     unrolled_layers=0,
-    native_products=False,
-    widened_rows=None,
+    products=None,
     wide_activation=False,
     stacked_rotations=False,
     multiplied_look_up=False,
@@ -206,8 +228,7 @@ TPU = Platform(
     lanes=128,
     tiles=Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
     unrolled_layers=160,
-    native_products=False,
-    widened_rows=None,
+    products=None,
     wide_activation=False,
     stacked_rotations=False,
     multiplied_look_up=True,

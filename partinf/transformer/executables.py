@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from partinf.foundation.caches import EXECUTABLES, OFF, own, usable
 from partinf.partition.sharding import platform_of
 from partinf.plans import Plan
+from partinf.transformer.kernels import choices
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.machine import host
 
@@ -181,7 +182,9 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         [os.environ.get(flag, "") for flag in _FLAGS],
         [(device.id, device.device_kind) for device in devices],
         (mesh.axis_names, mesh.devices.shape, jax.process_index(), jax.process_count()),
-        (host(), cpu_kernels.available()) if platform_of(mesh).host_code else "",  # which also lets XLA find it in what is loaded
+        (host(), cpu_kernels.available(), choices.current().table)
+        if platform_of(mesh).host_code
+        else "",  # which also lets XLA find it in what is loaded
         replace(plan, predicted=(), note="", buckets=()),
         (plan.rich, plan.constrained, plan.carried_rows, *program),
     )

@@ -9,24 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.hardware.platform import Platform
+from partinf.hardware.platform import Form, Platform
 from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
-from partinf.transformer.kernels import cpu as cpu_kernels
-from partinf.transformer.machine import host
+from partinf.transformer.kernels import choices, products
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
-
-_FEW_ROWS = (2, 64)  # rows of float32 whose products are made in halves
-_BFLOAT16_UNITS = {"amx_bf16", "bf16"}  # flags of x86 and Arm CPUs that multiply bfloat16 faster than float32; avx512_bf16 does not
-
-
-@functools.cache
-def _lacks_bfloat16_unit() -> bool:
-    """Whether this machine's CPU multiplies many rows of bfloat16 faster as float32: unless it has a unit for matrices of bfloat16."""
-    said = set(host().split())
-    return bool(said & {"flags", "Features"}) and not said & _BFLOAT16_UNITS  # of a CPU that says nothing nothing is assumed
 
 
 def made_for(routes: Routes) -> Platform | None:
@@ -44,8 +33,8 @@ def dot(
     transposition of that: left to itself the einsum makes W · xᵀ, which whatever comes next would read against the grain.
 
     Args:
-        platform: that the program is made for, if for any: with kernels of ours few rows meet the weights as they are stored, and many rows
-            of bfloat16 are multiplied as float32 where that is faster, which is as exact.
+        platform: that the program is made for, if for any: where products have several forms, weights are met as they are stored in the
+            one that takes least on this machine (`choices`). All are as exact.
     """
     dtype = x.dtype if dtype is None else dtype
     scale = None
@@ -53,32 +42,17 @@ def dot(
         _, weight_letters, out_letters = spec.replace("->", ",").split(",")
         sizes = dict(zip(weight_letters, weights.shape, strict=True))
         scale = weights.scale.reshape([sizes.get(letter, 1) for letter in out_letters])
-        weights = weights.values if _native(platform) else weights.values.astype(x.dtype)
+        weights = weights.values if _chooses(platform) else weights.values.astype(x.dtype)
     wanted = spec[spec.index(">") + 1 :]
-    made = _row_by_row(spec) if x.shape[0] > _FEW_ROWS[1] else wanted
+    made = _row_by_row(spec) if x.shape[0] > products.FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
     out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), platform).reshape(out_shape)
     out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
 
 
-def _native(platform: Platform | None) -> bool:
-    return platform is not None and platform.native_products
-
-
-def _widens(x: jax.Array, platform: Platform | None) -> bool:
-    """Whether the product of x [T, ..] is made in float32 though x is bfloat16."""
-    least = None if platform is None else platform.widened_rows
-    return least is not None and x.dtype == jnp.bfloat16 and x.shape[0] >= least and _lacks_bfloat16_unit()
-
-
-def _widened(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """bfloat16 weights as float32, made when x (float32) is there. With nothing to wait for, and it waits for no barrier, XLA on CPU would
-    widen the weights of all layers first: into memory instead of a cache, and twice their size of it. So the bits of a number of x, shifted
-    until none is left, go among those that widening adds."""
-    nothing = lax.bitcast_convert_type(x[(0,) * x.ndim], jnp.uint32) >> 16 >> 16
-    high = lax.bitcast_convert_type(weights, jnp.uint16).astype(jnp.uint32) << 16
-    return lax.bitcast_convert_type(high | nothing, jnp.float32)
+def _chooses(platform: Platform | None) -> bool:
+    return platform is not None and platform.products is not None
 
 
 def _row_by_row(spec: str) -> str:
@@ -88,19 +62,11 @@ def _row_by_row(spec: str) -> str:
 
 
 def _product(spec: str, x: jax.Array, weights: jax.Array, platform: Platform | None) -> jax.Array:
-    """An einsum in float32. A few float32 rows meet the two halves of a matrix as a batch of two: XLA on CPU has a fast product for
-    that, and takes up to three times as long for the whole matrix; bfloat16, one row and many rows are as fast whole."""
-    matrices = x.ndim == weights.ndim == 2  # [rows, in] · [out, in], the only form that two letters each are used in
-    if matrices and _native(platform) and cpu_kernels.fits_product(x, weights):
-        return cpu_kernels.product(x, weights)
-    weights = weights.astype(x.dtype)
-    if _widens(x, platform):
-        x = x.astype(jnp.float32)
-        weights = _widened(weights, x)
-    if not matrices or weights.shape[0] % 2 or x.dtype != jnp.float32 or not _FEW_ROWS[0] <= x.shape[0] <= _FEW_ROWS[1]:
-        return jnp.einsum(spec, x, weights, preferred_element_type=jnp.float32)
-    halves = weights.reshape(2, -1, weights.shape[1])
-    return jnp.einsum("te,hfe->htf", x, halves, preferred_element_type=jnp.float32).swapaxes(0, 1).reshape(x.shape[0], -1)
+    """An einsum in float32, in the form that the machine chose where there is a choice."""
+    if x.ndim != 2 or weights.ndim != 2:
+        return jnp.einsum(spec, x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
+    form = choices.current().form(x, weights) if _chooses(platform) else Form.XLA
+    return products.made(form, x, weights)
 
 
 @functools.cache

@@ -12,7 +12,10 @@ from partinf.cli import main
 from partinf.cost.ledger import Op
 from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import write_hardware
+from partinf.hardware.platform import Form
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.transformer.kernels import choices
+from partinf.transformer.kernels.turns import Times
 
 WORKLOAD = ["--model", "demo", "--weights", "f32", "--kv", "f32"]
 
@@ -66,3 +69,24 @@ def test_a_hardware_file_of_other_devices_is_refused(hardware: Path, capsys: pyt
     flags = ["--slice", slice_, "--hardware", str(hardware), "--phase", "decode", "--context", "64", "--max-latency-ms", "50"]
     assert main(["plan", *WORKLOAD, *flags]) == 2
     assert offence in capsys.readouterr().err
+
+
+def test_the_forms_of_products_are_shown_with_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = (Times("f32", Form.XLA, ((1, 2e-3), (4, 3e-3))), Times("f32", Form.ROWS, ((1, 1e-3),)))
+    found = choices.Choices((("f32", ((3, Form.ROWS), (512, Form.XLA))), ("bf16", ((4, Form.XLA),))), times, ("bf16",))
+    monkeypatch.setattr(choices, "_current", [found])
+    assert main(["calibrate", "--products", "show"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("f32 rows up to 3, xla beyond", "f32 xla 2e+03 3e+03", "f32 rows 1e+03", "Times of bf16 did not settle"):
+        assert part in said
+    monkeypatch.setattr(
+        choices, "take_turns", lambda: ([replace(each, kind=kind) for each in times for kind in ("f32", "bf16", "int8")], [])
+    )
+    assert main(["calibrate", "--products", "again", "--format", "json"]) == 0
+    again = choices.from_json(capsys.readouterr().out)
+    assert choices.current() == again
+    assert not again.unsettled
+    assert main(["calibrate", "--products", "agian"]) == 2
+    assert "--products agian: valid: show, again; did you mean 'again'?" in capsys.readouterr().err

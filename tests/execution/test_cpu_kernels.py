@@ -168,11 +168,6 @@ def test_what_does_not_fit_is_left_to_the_tiles() -> None:
     plain = jnp.zeros((4, 8, 32))
     assert cpu_kernels.fits(KeysValues(plain, plain))
     assert not cpu_kernels.fits(KeysValues(plain[..., :24], plain[..., :24]))
-    few, many, weights = jnp.zeros((64, 32)), jnp.zeros((65, 32)), jnp.zeros((12, 32))
-    assert cpu_kernels.fits_product(few, weights)
-    assert not cpu_kernels.fits_product(many, weights)
-    assert not cpu_kernels.fits_product(few, weights[:6])
-    assert not cpu_kernels.fits_product(few[:, :24], weights[:, :24])
 
 
 @pytest.mark.parametrize("compiler", ["off", "/nowhere/c++"])

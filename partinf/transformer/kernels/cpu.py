@@ -1,4 +1,4 @@
-"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products of a few rows (`cpu_products.cc`).
+"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products (`cpu_products.cc`, by `products`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
 for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.foundation.caches`).
@@ -31,10 +31,9 @@ from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import host
 
 COMPILER_VARIABLE = "CXX"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_products.cc", "cpu_vectors.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
-_WIDTH = 16  # d_head, and what is contracted in a product, are multiples of this
-_MOST_ROWS, _OUTPUTS = 64, 4  # of a product: rows for which it pays, and what outputs are a multiple of
+_WIDTH = 16  # d_head is a multiple of this
 _SECONDS = 300
 _NONE = np.zeros((0,), np.int32)
 
@@ -43,18 +42,6 @@ def fits(pages: KeysValues) -> bool:
     """Whether the kernels take these pages [.., S, Q], and this machine has the kernels."""
     known = isinstance(pages.keys, Quantized) or pages.keys.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16)
     return known and pages.keys.shape[-1] % _WIDTH == 0 and available()
-
-
-def fits_product(x: jax.Array, weights: jax.Array) -> bool:
-    """Whether the kernel takes the product of x [T, E] and weights [F, E], and this machine has the kernels."""
-    sizes = x.shape[0] <= _MOST_ROWS and x.shape[1] % _WIDTH == 0 and weights.shape[0] % _OUTPUTS == 0
-    return sizes and weights.dtype in (jnp.float32, jnp.bfloat16, jnp.int8) and available()
-
-
-def product(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """x [T, E] · weights [F, E] → [T, F] float32, weights float32, bfloat16 or int8 as they are."""
-    call = jax.ffi.ffi_call(f"partinf_product_{_digest()}", jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32))
-    return call(x.astype(jnp.float32), weights)
 
 
 def decode(
@@ -70,7 +57,7 @@ def decode(
         [B, K, G, Q], 0 for lanes that saw nothing, and the logarithm of the sum of exp(score) [B, K, G], float32.
     """
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
-    call = jax.ffi.ffi_call(f"partinf_decode_{_digest()}", shapes)
+    call = jax.ffi.ffi_call(target("decode"), shapes)
     visible = _ints(position), _ints(_NONE if least is None else least)
     numbers = {"scale": np.float32(scale), "cap": np.float32(cap)}
     out, mass = call(q.astype(jnp.float32), *_plain(stored.pages), _ints(stored.rows), *visible, **numbers)
@@ -107,7 +94,7 @@ def prefill(
         context = Stored(KeysValues(empty, empty), none.reshape(0, 1)), none, none
     stored, slots, starts = context
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
-    call = jax.ffi.ffi_call(f"partinf_prefill_{_digest()}", shapes)
+    call = jax.ffi.ffi_call(target("prefill"), shapes)
     queries = q.astype(jnp.float32), _ints(owner), _ints(position)
     fresh = new.keys.astype(jnp.float32), new.values.astype(jnp.float32), _ints(key_owner), _ints(key_position)
     earlier = _ints(stored.rows), _ints(slots), _ints(starts), _ints(_NONE if floor is None else floor)
@@ -122,14 +109,29 @@ def available() -> bool:
     if os.environ.get(COMPILER_VARIABLE) == OFF:
         return False
     try:
-        library = ctypes.CDLL(str(_library()))
+        library = _loaded()
     except (InvalidInput, OSError, subprocess.SubprocessError) as error:
         logging.warning("CPU steps run by XLA alone, which takes longer: their kernels cannot be made (%s)", _reason(error))
         return False
     for name in ("decode", "prefill", "product"):
         handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
-        jax.ffi.register_ffi_target(f"partinf_{name}_{_digest()}", handler, platform=CPU.name)
+        jax.ffi.register_ffi_target(target(name), handler, platform=CPU.name)
     return True
+
+
+def has_tiles() -> bool:
+    """Whether this machine, where it has the kernels, multiplies matrices of bfloat16 in a unit of its own (AMX)."""
+    return bool(_loaded().partinf_has_tiles())
+
+
+def target(name: str) -> str:
+    """The name by which XLA knows a kernel."""
+    return f"partinf_{name}_{digest()}"
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_library()))
 
 
 def _library() -> Path:
@@ -147,7 +149,7 @@ def _library() -> Path:
 
 
 def _made_in(folder: Path) -> Path:
-    path = folder / f"cpu_kernels-{_digest()}.so"
+    path = folder / f"cpu_kernels-{digest()}.so"
     if _whole(path):
         return path
     compiler = next(filter(None, map(shutil.which, (os.environ.get(COMPILER_VARIABLE, "c++"), "g++", "clang++"))), None)
@@ -176,8 +178,8 @@ def _whole(path: Path) -> bool:
 
 
 @functools.cache
-def _digest() -> str:
-    """What the library depends on."""
+def digest() -> str:
+    """Names what the library depends on: its sources, how they are compiled, and the machine."""
     parts = ([path.read_bytes() for path in _SOURCES], _FLAGS, jaxlib.__version__, host())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -1,81 +1,225 @@
-// Products of a few rows with a matrix that is read once, at the memory's rate as long as there are few enough of them.
+// Products x [T, E] · weights [F, E] → [T, F] in float32, weights read once where they lie, as float32, bfloat16 or int8.
 //
-// XLA's takes longer in float32, and several times as long where weights are narrower: it widens all of them in a pass of its own.
-// Here the weights of a few outputs are widened in registers, where a few rows meet them; further rows find them in a core's first cache.
+// XLA's takes longer for a few rows, and several times as long where weights are narrower: it widens all of them in a pass of its own.
+// There are five forms, and which is fastest depends on the processor, the type and the number of rows: whoever compiles a program chooses,
+// by what was measured (`partinf/transformer/kernels/choices.py`). All add in float32, and give the same but for the order of additions.
 //
-// Letters: T rows, E inputs (a multiple of 16), F outputs.
+// Rows of x that hold nothing (`live`) are left out: they cost nothing and come out as zeros.
 
-#include <algorithm>
+#include "cpu_products.h"
+
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
-
-#include "cpu_vectors.h"
+#include <vector>
 
 namespace partinf {
 namespace {
 
-#ifdef __AVX512F__
-constexpr int kRows = 4;  // times four outputs: as many sums as keep the multipliers busy
-#else
-constexpr int kRows = 1;
-#endif
-constexpr int64_t kOutputs = 64;  // of a unit of work
+enum Form : int32_t { kRows, kRowsOfPairs, kPanels, kPanelsOfPairs, kTiles };  // as `Form` in choices.py numbers them
 
-// Four outputs of kTaken rows: x [kTaken, E] · weights [4, E]; out [kTaken, F]. `ahead`: fetch the four that come next.
-template <int kTaken, typename T>
-inline void Multiply(const float* x, const T* weights, int64_t inputs, bool ahead, float* out, int64_t outputs) {
-  Vec sums[kTaken][4] = {};
-  for (int64_t e = 0; e < inputs; e += kWidth) {
-    Vec four[4];
-    for (int n = 0; n < 4; ++n) {
-      four[n] = Load(weights + n * inputs + e);
-      if (ahead) __builtin_prefetch(weights + (4 + n) * inputs + e);
-    }
-    for (int t = 0; t < kTaken; ++t) {
-      const Vec row = Load(x + t * inputs + e);
-      for (int n = 0; n < 4; ++n) sums[t][n] += row * four[n];
-    }
-  }
-  for (int t = 0; t < kTaken; ++t) {
-    const Quarter found = Sums(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-    std::memcpy(out + t * outputs, &found, sizeof found);
+constexpr int64_t kCached = 512 << 10;  // bytes of weights that stay in a core's second cache while all rows of x meet them
+
+constexpr bool OfPairs(int32_t form) { return form == kRowsOfPairs || form == kPanelsOfPairs || form == kTiles; }
+
+// One product: what all of its units share.
+struct Task {
+  const float* x;             // prepared: rows, or panels
+  std::vector<int32_t> live;  // the rows of x that hold something, in order
+  int64_t inputs, outputs, words;
+  int32_t form;
+  float* out;
+
+  int64_t panels() const { return (static_cast<int64_t>(live.size()) + kWidth - 1) / kWidth; }
+};
+
+// Numbers that all threads read while the caller waits for them; they stay for its next product.
+inline float* Prepared(size_t count) {
+  static thread_local std::vector<float> held;
+  return Aligned(held, count);
+}
+
+// Sixteen words of a row of x, from word `w` on.
+template <typename X>
+inline Vec WordsOf(const X* row, int64_t w, bool pairs) {
+  if constexpr (std::is_same_v<X, float>) return Load(row + w);
+  else return pairs ? Load(reinterpret_cast<const float*>(row) + w) : Load(row + w);
+}
+
+// x [T, E] as rows of words.
+template <typename X>
+void PrepareRows(const X* x, const Task& task, float* to) {
+  for (const int32_t row : task.live) {
+    for (int64_t w = 0; w < task.words; w += kWidth) Store(to + w, WordsOf(x + row * task.inputs, w, OfPairs(task.form)));
+    to += task.words;
   }
 }
 
-// The same for all rows of x [T, E].
+// One panel of x, the words from `from` to `to`.
+template <typename X>
+void PreparePanel(const X* x, const Task& task, int64_t panel, int64_t from, int64_t to, float* packed) {
+  packed += panel * task.words * kWidth;
+  for (int64_t w = from; w < to; w += kWidth) {
+    Vec rows[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const size_t t = panel * kWidth + i;
+      rows[i] = t < task.live.size() ? WordsOf(x + task.live[t] * task.inputs, w, OfPairs(task.form)) : Vec{};
+    }
+    Turn(rows);
+    for (int64_t i = 0; i < kWidth; ++i) Store(packed + (w + i) * kWidth, rows[i]);
+  }
+}
+
+// sums [outputs, kSpan] of the rows from `first` on, turned over, to out.
+void Hand(const float* sums, const Task& task, int64_t first, int64_t output, int64_t count) {
+  const int64_t rows = std::min<int64_t>(kSpan, task.live.size() - first);
+  for (int64_t t = 0; t < rows; t += kWidth) {
+    for (int64_t n = 0; n < count; n += kWidth) {
+      Vec block[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) block[i] = Load(sums + (n + i) * kSpan + t);
+      Turn(block);
+      const size_t bytes = sizeof(float) * std::min<int64_t>(kWidth, count - n);
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, rows - t); ++i) {
+        std::memcpy(task.out + task.live[first + t + i] * task.outputs + output + n, &block[i], bytes);
+      }
+    }
+  }
+}
+
+// Some outputs, four by four, of all rows.
+template <typename Unit, typename T>
+void RowsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
+  const int64_t count = task.live.size();
+  for (int64_t n = from; n < to; n += 4) {
+    int64_t t = 0;
+    const auto some = [&](auto taken) {
+      float* out[taken];
+      for (int i = 0; i < taken; ++i) out[i] = task.out + task.live[t + i] * task.outputs + n;
+      Rows<Unit, taken>(task.x + t * task.words, weights + n * task.words, task.words, out);
+      t += taken;
+    };
+    while (count - t >= kTogether) some(std::integral_constant<int, kTogether>{});
+    if constexpr (kTogether > 2) {
+      if (count - t >= 2) some(std::integral_constant<int, 2>{});
+    }
+    while (count - t >= 1) some(std::integral_constant<int, 1>{});
+  }
+}
+
+// `count` rows of weights as words: where they are, or in scratch memory, where rows of zeros make them a multiple of `whole`.
 template <typename T>
-void AllRows(const float* x, int64_t tokens, const T* weights, int64_t inputs, float* out, int64_t outputs) {
-  int64_t t = 0;
-  const auto rows = [&](auto taken, const auto* from, bool ahead) {
-    Multiply<taken>(x + t * inputs, from, inputs, ahead, out + t * outputs, outputs);
-    t += taken;
-  };
-  const auto all = [&](const auto* from, bool ahead) {
-    for (; tokens - t >= kRows; ahead = false) rows(std::integral_constant<int, kRows>{}, from, ahead);
-    if (kRows > 2 && tokens - t >= 2) rows(std::integral_constant<int, 2>{}, from, ahead);
-    if (tokens > t) rows(std::integral_constant<int, 1>{}, from, ahead);
-  };
-  if (std::is_same_v<T, float> || tokens <= kRows) return all(weights, true);
-  float* wide = Scratch(4 * inputs);  // widened once for all
-  for (int64_t i = 0; i < 4 * inputs; i += kWidth) {
-    Store(wide + i, Load(weights + i));
-    __builtin_prefetch(weights + 4 * inputs + i);
+const float* WordsOfWeights(const Task& task, const T* weights, int64_t count, int64_t whole) {
+  const int64_t size = count * task.inputs, words = task.words, line = 64 / sizeof(T);
+  const bool pairs = OfPairs(task.form), there = std::is_same_v<T, float> || (std::is_same_v<T, uint16_t> && pairs);
+  if (there && count % whole == 0) return reinterpret_cast<const float*>(weights);
+  const int64_t padded = (count + whole - 1) / whole * whole;
+  float* to = Scratch(padded * words);
+  std::fill(to + count * words, to + padded * words, 0.f);
+  if (there) return static_cast<const float*>(std::memcpy(to, weights, size * sizeof(T)));
+  for (int64_t i = 0; i < size; i += 2 * kWidth) {
+    if (i % line == 0) Fetch(weights + i, kAhead);
+    if constexpr (std::is_same_v<T, int8_t>) {
+      if (pairs) {
+        Narrow(weights + i, to + i / 2);
+        continue;
+      }
+    }
+    for (int64_t half = i; half < std::min(size, i + 2 * kWidth); half += kWidth) Store(to + half, Load(weights + half));
   }
-  all(wide, false);
+  return to;
 }
 
-// x [T, E], weights [F, E], F a multiple of 4 → [T, F]
-ffi::Error Product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weights, ffi::ResultBuffer<ffi::F32> out) {
+// Some outputs of all panels.
+template <typename Unit, typename T>
+void PanelsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
+  constexpr int64_t kMost = kSpan / kWidth, kBlock = 2 * kWidth;  // panels, and outputs, whose sums are kept at once
+  alignas(64) float sums[kBlock * kSpan];
+  const bool tiles = task.form == kTiles;
+  const int64_t panels = task.panels();
+  const float* words = WordsOfWeights(task, weights + from * task.inputs, to - from, tiles ? kWidth : 1);
+  const bool there = words == reinterpret_cast<const float*>(weights + from * task.inputs);
+  for (int64_t first = 0; first < panels; first += kMost) {
+    const int64_t taken = std::min(kMost, panels - first);
+    const float* with[kMost];
+    for (int64_t p = 0; p < kMost; ++p) with[p] = task.x + (first + std::min(p, taken - 1)) * task.words * kWidth;
+    for (int64_t n = from; n < to; n += kBlock) {
+      const int64_t outputs = std::min(kBlock, to - n);
+      const float* block = words + (n - from) * task.words;
+      const bool ahead = there && first == 0;
+      if (tiles) {
+        TilesOfAll(with, taken, block, task.words, outputs, ahead, sums);
+      } else {
+        const auto meet = [&](auto number) { MeetAll<Unit, number>(with, block, task.words, outputs, ahead, sums); };
+        if (taken == 1) meet(std::integral_constant<int, 1>{});
+        if (taken == 2) meet(std::integral_constant<int, 2>{});
+        if (taken == 3) meet(std::integral_constant<int, 3>{});
+        if (taken == 4) meet(std::integral_constant<int, 4>{});
+      }
+      Hand(sums, task, first * kWidth, n, outputs);
+    }
+  }
+}
+
+// The units of a product, each some outputs.
+template <typename Unit, typename T>
+void Multiply(ffi::ThreadPool& pool, const Task& task, const T* weights) {
+  const bool rows = task.form == kRows || task.form == kRowsOfPairs;
+  // A few for each thread, of what fits its cache.
+  const int64_t fitting = std::min(kCached / (4 * task.words), task.outputs / (4 * std::max<int64_t>(pool.num_threads(), 1)));
+  const int64_t each = std::clamp<int64_t>(fitting / 32 * 32, 32, 256);
+  Spread(pool, (task.outputs + each - 1) / each, [&](int64_t unit) {
+    const int64_t from = unit * each, to = std::min(task.outputs, from + each);
+    if (rows) return RowsUnit<Unit>(task, weights, from, to);
+    if (task.form != kTiles) return PanelsUnit<Unit>(task, weights, from, to);
+    const TilesInUse used;
+    PanelsUnit<Unit>(task, weights, from, to);
+  });
+}
+
+// x as the form takes it, then the product.
+template <typename X, typename T>
+void Run(ffi::ThreadPool& pool, Task& task, const X* x, const T* weights) {
+  if (task.form == kRows || task.form == kRowsOfPairs) {
+    float* to = Prepared(task.live.size() * task.words);
+    PrepareRows(x, task, to);
+    task.x = to;
+  } else {
+    constexpr int64_t kPart = 512;  // words
+    float* to = Prepared(task.panels() * task.words * kWidth);
+    const int64_t parts = (task.words + kPart - 1) / kPart;
+    Spread(pool, task.panels() * parts, [&](int64_t unit) {
+      const int64_t from = unit % parts * kPart;
+      PreparePanel(x, task, unit / parts, from, std::min(task.words, from + kPart), to);
+    });
+    task.x = to;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    Multiply<Ones>(pool, task, weights);
+  } else if (!OfPairs(task.form)) {
+    Multiply<Ones>(pool, task, weights);
+  } else if (task.form == kRowsOfPairs) {
+    if constexpr (std::is_same_v<T, uint16_t>) Multiply<Pairs>(pool, task, reinterpret_cast<const float*>(weights));
+  } else {
+    Multiply<Pairs>(pool, task, weights);
+  }
+}
+
+// x [T, E] float32 or bfloat16, weights [F, E], live [T] or empty: not 0 where a row of x holds something → [T, F], 0 in other rows.
+ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, Ints live, int32_t form,
+                   ffi::ResultBuffer<ffi::F32> out) {
   const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1], outputs = weights.dimensions()[0];
-  if (inputs % kWidth != 0 || outputs % 4 != 0) return ffi::Error::InvalidArgument("a product of sizes that the kernel does not take");
+  const bool narrow = x.element_type() == ffi::BF16, pairs = OfPairs(form);
+  if (inputs % (pairs ? 32 : 16) != 0 || outputs % 4 != 0 || (pairs && !narrow) || (form == kTiles && !TilesPermitted())) {
+    return ffi::Error::InvalidArgument("a product that this form does not make");
+  }
+  Task task = {nullptr, {}, inputs, outputs, pairs ? inputs / 2 : inputs, form, out->typed_data()};
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (live.element_count() == 0 || live.typed_data()[t] != 0) task.live.push_back(static_cast<int32_t>(t));
+    else std::fill_n(task.out + t * outputs, outputs, 0.f);
+  }
+  if (task.live.empty()) return ffi::Error::Success();
   return ByType(weights.element_type(), [&](auto element) {
     const auto* from = static_cast<const decltype(element)*>(weights.untyped_data());
-    Spread(pool, (outputs + kOutputs - 1) / kOutputs, [&](int64_t unit) {
-      for (int64_t n = unit * kOutputs; n < std::min(outputs, (unit + 1) * kOutputs); n += 4) {
-        AllRows(x.typed_data(), tokens, from + n * inputs, inputs, out->typed_data() + n, outputs);
-      }
-    });
+    if (narrow) Run(pool, task, static_cast<const uint16_t*>(x.untyped_data()), from);
+    else Run(pool, task, static_cast<const float*>(x.untyped_data()), from);
   });
 }
 
@@ -83,7 +227,13 @@ ffi::Error Product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weights, ffi::
 }  // namespace partinf
 
 namespace ffi = xla::ffi;
-using partinf::Floats;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_product, partinf::Product,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<ffi::AnyBuffer>().Ret<Floats>());
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<partinf::Ints>()
+                                  .Attr<int32_t>("form")
+                                  .Ret<partinf::Floats>());
+
+// Whether this machine multiplies in tiles; it is asked for once, before the first product does.
+extern "C" int partinf_has_tiles() { return partinf::TilesPermitted(); }

@@ -1,0 +1,152 @@
+"""Which form a product takes on this machine: by what was measured here once, else by the platform's table.
+
+Flags of a CPU do not say which form is fastest: they are right on one machine and wrong on the next. So all forms take turns for a few
+seconds when the kernels are first used (`turns`). What was found is kept beside the kernels under the same name, so that it holds for the
+same machine and the same kernels, and it is part of the key of every compiled program. It is measured again only when asked
+(`partinf calibrate --products again`). Where nothing is kept between starts, and where times do not settle, the platform's table stands.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from partinf.foundation.caches import NATIVE, usable
+from partinf.hardware.platform import CPU, Form
+from partinf.transformer.kernels import cpu as cpu_kernels
+from partinf.transformer.kernels import products
+from partinf.transformer.kernels.turns import Times, take_turns
+
+_ROWS = tuple(sorted({step << power for power in range(10) for step in (2, 3)} | {1}))  # for which a form is chosen
+Table = tuple[tuple[str, tuple[tuple[int, Form], ...]], ...]
+"""By type of weights, up to how many rows which form; the last holds beyond its rows."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The forms of products on one machine.
+
+    Attributes:
+        table: what is chosen. times: what was measured, seconds of one product of each form by rows; empty for the platform's table.
+        unsettled: types for which the times did not settle, which follow the platform's table.
+    """
+
+    table: Table
+    times: tuple[Times, ...] = ()
+    unsettled: tuple[str, ...] = ()
+
+    def form(self, x: jax.Array, weights: jax.Array) -> Form:
+        """The form of the product x [T, E] · weights [F, E]."""
+        lines = dict(self.table).get(products.kind_of(x, weights) or "")
+        if lines is None:
+            return Form.XLA
+        chosen = next((form for rows, form in lines if x.shape[0] <= rows), lines[-1][1])
+        return chosen if products.fits(chosen, x, weights) else Form.XLA
+
+
+_lock = threading.Lock()
+_current: list[Choices] = []
+
+
+def current() -> Choices:
+    """The choices of this process: those that were adopted, else this machine's, measured now if they never were."""
+    with _lock:
+        if not _current:
+            # On a thread of its own: whoever asks may be in the middle of tracing a program.
+            with ThreadPoolExecutor(1) as other:
+                _current.append(other.submit(_of_this_machine).result())
+        return _current[0]
+
+
+def adopt(choices: Choices) -> None:
+    """Take the choices of another process, as all hosts of a job take those of the first: they run one program."""
+    with _lock:
+        _current[:] = [choices]
+
+
+def measure_again() -> Choices:
+    """Measure, keep and take what is found."""
+    found = _measured()
+    adopt(found)
+    return found
+
+
+def fallback() -> Choices:
+    """What the platform's table says, as far as this machine has its forms."""
+    return Choices(tuple((kind, _of_table(kind)) for kind in CPU.products or {}))
+
+
+def path() -> Path | None:
+    """Where the choices of this machine are kept; None where nothing is."""
+    folder = usable(NATIVE)
+    return None if folder is None else folder / f"cpu_products-{cpu_kernels.digest()}.json"
+
+
+def to_json(choices: Choices) -> str:
+    return json.dumps(asdict(choices), indent=1)
+
+
+def from_json(text: str) -> Choices:
+    """What `to_json` wrote.
+
+    Raises:
+        ValueError, KeyError, TypeError: it did not.
+    """
+    said = json.loads(text)
+    table = tuple((str(kind), tuple((int(rows), Form(form)) for rows, form in lines)) for kind, lines in said["table"])
+    if any(not lines for _, lines in table):
+        raise ValueError("a type without forms")
+    return Choices(table, tuple(Times.read(each) for each in said["times"]), tuple(map(str, said["unsettled"])))
+
+
+def _of_this_machine() -> Choices:
+    where = path()
+    if where is None or not cpu_kernels.available():
+        return fallback()
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = from_json(where.read_text())
+        if all(form in products.forms(kind) for kind, lines in found.table for _, form in lines):
+            return found
+    return _measured()
+
+
+def _measured() -> Choices:
+    times, unsettled = take_turns()
+    kinds = {each.kind for each in times} - set(unsettled)
+    table = tuple(
+        (kind, chosen([each for each in times if each.kind == kind]) if kind in kinds else _of_table(kind)) for kind in CPU.products or {}
+    )
+    found = Choices(table, tuple(times), tuple(unsettled))
+    if unsettled:
+        logging.warning("forms of products follow a table for %s: the machine is too busy to measure them", ", ".join(unsettled))
+    where = path()
+    if where is not None:
+        with suppress(OSError):
+            handle, name = tempfile.mkstemp(dir=where.parent, prefix="writing-")
+            with os.fdopen(handle, "w") as file:
+                file.write(to_json(found))
+            os.replace(name, where)
+    return found
+
+
+def chosen(times: list[Times]) -> tuple[tuple[int, Form], ...]:
+    """Up to how many rows which form takes least."""
+    best = [min((each.seconds(rows), each.form) for each in times)[1] for rows in _ROWS]
+    runs = itertools.groupby(zip(_ROWS, best, strict=True), key=lambda pair: pair[1])
+    return tuple((max(rows for rows, _ in run), form) for form, run in runs)
+
+
+def _of_table(kind: str) -> tuple[tuple[int, Form], ...]:
+    has = products.forms(kind)
+    lines = (CPU.products or {})[kind]
+    return tuple((rows, next((form for form in forms if form in has), Form.XLA)) for rows, forms in lines)

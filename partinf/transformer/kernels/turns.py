@@ -1,0 +1,149 @@
+"""Times of every form of a product on this machine, measured so that other work on it does little.
+
+Forms take turns in a process of their own that stays on one core; what counts is the core's time and not the clock's, and of several turns
+the least. So the order of the forms is right on a busy machine too.
+
+    python -m partinf.transformer.kernels.turns         # prints them, for `take_turns`
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from partinf.hardware.platform import CPU, Form
+from partinf.transformer.kernels import products
+
+ROWS = (1, 4, 16, 64, 256)
+_FEW = 16  # rows up to which forms that take few are measured
+_SIZE = 1024  # inputs and outputs
+_BYTES, _FLOPS = 8 << 20, 1.5e9  # of weights that one call reads, more than a core's own caches hold, and of its arithmetic at most
+_ROUNDS, _SPREAD = (3, 12), 0.15  # at least and at most, and how much the two least times of the best form may differ
+_HOPELESS = 2.0  # times the best: no more turns
+_SECONDS, _WAIT = 12.0, 120.0  # of the core, after which what is missing counts as unsettled; and of the clock, after which all is
+_DTYPES = {"f32": (jnp.float32, jnp.float32), "bf16": (jnp.bfloat16, jnp.bfloat16), "int8": (jnp.int8, jnp.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one product [rows, 1024] · [1024, 1024] in one form on one core, by rows."""
+
+    kind: str
+    form: Form
+    measured: tuple[tuple[int, float], ...]
+
+    def seconds(self, rows: float) -> float:
+        """At any number of rows: along a line between the logarithms, and in proportion beyond the last; never for fewer than the first."""
+        points = self.measured
+        if not points or rows < points[0][0]:
+            return math.inf
+        for (fewer, less), (more, longer) in itertools.pairwise(points):
+            if rows <= more:
+                part = math.log(rows / fewer) / math.log(more / fewer)
+                return less ** (1 - part) * longer**part
+        return points[-1][1] * rows / points[-1][0]
+
+    @staticmethod
+    def read(said: dict[str, Any]) -> Times:
+        return Times(str(said["kind"]), Form(said["form"]), tuple((int(rows), float(seconds)) for rows, seconds in said["measured"]))
+
+
+def take_turns() -> tuple[list[Times], list[str]]:
+    """The times of all forms, and the types for which they did not settle; all of them where the process that measures fails."""
+    root = str(Path(__file__).resolve().parents[3])
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment |= CPU.environment(1) | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
+        command = [sys.executable, "-m", __name__]
+        said = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_WAIT)
+        found = json.loads(said.stdout)
+        return [Times.read(each) for each in found["times"]], [str(kind) for kind in found["unsettled"]]
+    return [], list(CPU.products or {})
+
+
+def main() -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    times, unsettled = measured()
+    print(json.dumps({"times": [asdict(each) for each in times], "unsettled": unsettled}))
+
+
+def measured(rows: Sequence[int] = ROWS, seconds: float = _SECONDS) -> tuple[list[Times], list[str]]:
+    """The times of all forms in this process, and the types for which they did not settle."""
+    deadline = time.process_time() + seconds
+    found: list[Times] = []
+    unsettled = []
+    for kind in CPU.products or {}:
+        weights = _weights(kind)
+        least: dict[Form, list[tuple[int, float]]] = {form: [] for form in products.forms(kind)}
+        for count in rows:
+            times, settled = _cell(kind, count, weights, deadline)
+            for form, took in times.items():
+                least[form].append((count, took))
+            if not settled:
+                unsettled.append(kind)
+                break
+        found += [Times(kind, form, tuple(points)) for form, points in least.items()]
+    return found, unsettled
+
+
+def _cell(kind: str, rows: int, weights: list[jax.Array], deadline: float) -> tuple[dict[Form, float], bool]:
+    """Least seconds of every form for one number of rows, and whether those of the best came twice."""
+    few = {Form.ROWS, Form.ROWS_OF_PAIRS} if rows > _FEW else set()
+    number = max(1, min(len(weights), int(_FLOPS / (2 * rows * _SIZE**2))))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, _SIZE)), _DTYPES[kind][1])
+    calls = {form: _call(form, x, weights[:number]) for form in products.forms(kind) if form not in few}
+    times: dict[Form, list[float]] = {form: [] for form in calls}
+    for turn in range(_ROUNDS[1]):
+        best = min((min(took) for took in times.values() if took), default=math.inf)
+        for form, call in calls.items():
+            if turn == 0 or min(times[form]) <= _HOPELESS * best:
+                started = time.process_time()
+                call()
+                times[form].append((time.process_time() - started) / number)
+        first, second = sorted(min(times.values(), key=min))[:2] if turn else (0.0, math.inf)
+        settled = second <= (1 + _SPREAD) * first
+        if time.process_time() > deadline or (settled and turn + 1 >= _ROUNDS[0]):
+            break
+    return {form: min(took) for form, took in times.items()}, settled
+
+
+def _call(form: Form, x: jax.Array, weights: list[jax.Array]) -> Callable[[], None]:
+    """Products of x with each of these matrices, one after the other."""
+
+    def run(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        found = [jax.lax.optimization_barrier(products.made(form, x, matrix))[:1, :1] for matrix in weights]
+        return jnp.concatenate(found)
+
+    compiled = jax.jit(run).lower(x, *weights).compile()
+
+    def call() -> None:
+        jax.block_until_ready(compiled(x, *weights))
+
+    call()
+    return call
+
+
+def _weights(kind: str) -> list[jax.Array]:
+    dtype = jnp.dtype(_DTYPES[kind][0])
+    rng = np.random.default_rng(1)
+    values = rng.integers(-127, 128, (_SIZE, _SIZE)).astype(np.int8)
+    return [jnp.asarray(values, dtype) + 0 for _ in range(max(1, _BYTES // (_SIZE**2 * dtype.itemsize)))]
+
+
+if __name__ == "__main__":
+    main()

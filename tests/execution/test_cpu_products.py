@@ -1,0 +1,193 @@
+"""Every form of a product that a machine may choose against numpy, and how the choice is made, kept and adopted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partinf.hardware.platform import CPU, Form
+from partinf.transformer.kernels import choices, products, turns
+from partinf.transformer.kernels import cpu as cpu_kernels
+from partinf.transformer.kernels.choices import Choices
+from partinf.transformer.kernels.turns import Times
+from partinf.transformer.linear import dot
+
+needs_kernels = pytest.mark.skipif("not cpu_kernels.available()", reason="no C++ compiler")
+TYPES = {"f32": (jnp.float32, jnp.float32), "bf16": (jnp.bfloat16, jnp.bfloat16), "int8": (jnp.int8, jnp.bfloat16)}
+EVERY = [(kind, form) for kind in TYPES for form in Form if form in products._FORMS[kind]]
+
+
+@pytest.fixture(autouse=True)
+def choices_of_the_process() -> Iterator[None]:
+    before = choices.current()
+    yield
+    choices.adopt(before)
+
+
+def arrays(kind: str, rows: int, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(rows + inputs + outputs)
+    dtype, act = TYPES[kind]
+    weights = rng.integers(-128, 128, (outputs, inputs)) if kind == "int8" else rng.standard_normal((outputs, inputs))
+    return jnp.asarray(rng.standard_normal((rows, inputs)), act), jnp.asarray(weights, dtype)
+
+
+def exact(x: jax.Array, weights: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(weights, np.float64).T
+
+
+def skip_without(kind: str, form: Form) -> None:
+    if form not in products.forms(kind):
+        pytest.skip("this machine has no such form")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "form"), EVERY)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 100), (1312, 36)])  # what fills no block of outputs, and no whole depth of words
+def test_every_form_is_the_product(kind: str, form: Form, inputs: int, outputs: int) -> None:
+    skip_without(kind, form)
+    for rows in (1, 3, 16, 41, 70):
+        x, weights = arrays(kind, rows, inputs, outputs)
+        want = exact(x, weights)
+        got = np.asarray(products.made(form, x, weights), np.float64)
+        # As float32 adds: an error of the sum of magnitudes, whatever the order.
+        bound = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weights, np.float64)).T
+        assert (np.abs(got - want) <= 2**-20 * bound).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "form"), [each for each in EVERY if each[1] not in (Form.XLA, Form.WIDENED)])
+def test_rows_that_hold_nothing_come_out_as_zeros_and_reach_no_other(kind: str, form: Form) -> None:
+    skip_without(kind, form)
+    x, weights = arrays(kind, 37, 64, 12)
+    live = np.random.default_rng(3).random(37) < 0.6
+    spoilt = jnp.where(live[:, None], x, jnp.nan)
+    got = np.asarray(products.made(form, spoilt, weights, jnp.asarray(live)))
+    assert (got[~live] == 0).all()
+    np.testing.assert_array_equal(got[live], np.asarray(products.made(form, x[live], weights)))
+    assert (np.asarray(products.made(form, x, weights, jnp.zeros(37, bool))) == 0).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kind", "form"), EVERY)
+def test_what_is_no_number_stays_in_its_row_and_column(kind: str, form: Form) -> None:
+    skip_without(kind, form)
+    x, weights = arrays(kind, 19, 64, 12)
+    x = x.at[4, 5].set(jnp.nan).at[7, 0].set(jnp.inf)
+    spoilt = np.zeros((19, 12), bool)
+    spoilt[[4, 7]] = True
+    if kind != "int8":
+        weights = weights.at[9, 33].set(jnp.nan)
+        spoilt[:, 9] = True
+    np.testing.assert_array_equal(~np.isfinite(np.asarray(products.made(form, x, weights))), spoilt)
+
+
+def test_a_form_takes_certain_sizes_and_types() -> None:
+    x, weights = arrays("bf16", 2, 48, 12)
+    assert products.fits(Form.PANELS, x, weights)
+    assert not products.fits(Form.TILES, x, weights)
+    assert not products.fits(Form.PANELS, x, weights[:6])
+    assert not products.fits(Form.ROWS, x[:, :24], weights[:, :24])
+    assert products.fits(Form.XLA, x[:, :24], weights[:6, :24])
+    assert products.kind_of(x, weights) == "bf16"
+    assert products.kind_of(x.astype(jnp.float32), weights) is None  # pairs are of bfloat16 on both sides
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_product_of_a_step_takes_the_form_that_was_chosen(kind: str) -> None:
+    x, weights = arrays(kind, 5, 64, 12)
+    for form in products.forms(kind):
+        choices.adopt(Choices(((kind, ((4, Form.XLA), (8, form))),)))
+        traced = str(jax.make_jaxpr(lambda x, w: dot("te,fe->tf", x, w, jnp.float32, CPU))(x, weights))
+        assert ("ffi_call" in traced) == (form not in (Form.XLA, Form.WIDENED))
+        traced = str(jax.make_jaxpr(lambda x, w: dot("te,fe->tf", x, w, jnp.float32, CPU))(x[:4], weights))
+        assert "ffi_call" not in traced
+        without = jax.make_jaxpr(lambda x, w: dot("te,fe->tf", x, w, jnp.float32))(x, weights)
+        assert "ffi_call" not in str(without)
+
+
+def test_the_form_that_takes_least_is_chosen_between_the_rows_that_were_measured() -> None:
+    few = Times("f32", Form.ROWS, ((1, 1.0), (4, 2.0), (16, 16.0)))
+    many = Times("f32", Form.XLA, ((1, 4.0), (4, 4.0), (16, 4.0), (64, 8.0)))
+    assert few.seconds(2) == pytest.approx(2**0.5)
+    assert many.seconds(256) == 32.0
+    assert few.seconds(32) == 32.0
+    assert choices.chosen([few, many]) == ((6, Form.ROWS), (1536, Form.XLA))  # both take 4.0 at 6.3 rows
+    late = Times("f32", Form.PANELS, ((16, 0.1),))
+    assert choices.chosen([late, many]) == ((12, Form.XLA), (1536, Form.PANELS))
+
+
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PARTINF_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(cpu_kernels, "available", lambda: True)
+    monkeypatch.setattr(products, "_has", lambda form: form is not Form.TILES)
+    choices._current.clear()
+    where = choices.path()
+    assert where is not None
+    return where
+
+
+def test_what_was_measured_is_kept_and_measured_again_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, asked = kept(tmp_path, monkeypatch), []
+
+    def measured() -> tuple[list[Times], list[str]]:
+        asked.append(1)
+        form = Form.XLA if len(asked) == 1 else Form.PANELS
+        return [Times(kind, form, ((1, 1.0),)) for kind in TYPES], []
+
+    monkeypatch.setattr(choices, "take_turns", measured)
+    first = choices.current()
+    assert {form for _, lines in first.table for _, form in lines} == {Form.XLA}
+    choices._current.clear()
+    assert choices.current() == first
+    assert len(asked) == 1
+    again = choices.measure_again()
+    assert again.table != first.table
+    assert choices.current() == again
+    for damaged in ("", "{}", where.read_text().replace("panels", "heaps"), where.read_text().replace("panels", "tiles")):
+        where.write_text(damaged)
+        choices._current.clear()
+        assert choices.current() == again
+    assert len(asked) == 6
+    assert choices.from_json(choices.to_json(again)) == again
+
+
+def test_times_that_do_not_settle_leave_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept(tmp_path, monkeypatch)
+    monkeypatch.setattr(choices, "take_turns", lambda: ([Times("f32", Form.XLA, ((1, 1.0),))], ["bf16", "int8"]))
+    found, table = choices.current(), choices.fallback()
+    assert found.unsettled == ("bf16", "int8")
+    assert dict(found.table) == dict(table.table) | {"f32": ((1536, Form.XLA),)}
+    choices._current.clear()
+    assert choices.current() == found  # and are not measured at every start
+
+
+def test_nothing_is_measured_where_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTINF_CACHE_DIR", "off")
+    monkeypatch.setattr(choices, "take_turns", lambda: pytest.fail("measured"))
+    choices._current.clear()
+    assert choices.current() == choices.fallback()
+    monkeypatch.setattr(products, "_has", lambda form: False)
+    assert {form for _, lines in choices.fallback().table for _, form in lines} <= {Form.XLA, Form.WIDENED}
+
+
+def test_a_process_that_cannot_measure_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    assert turns.take_turns() == ([], list(TYPES))
+
+
+@needs_kernels
+def test_every_form_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_SIZE", 64)
+    monkeypatch.setattr(turns, "_BYTES", 1)
+    times, _ = turns.measured(rows=(1, 32), seconds=1e9)
+    assert {(each.kind, each.form) for each in times} == {(kind, form) for kind in TYPES for form in products.forms(kind)}
+    for each in times:
+        assert [rows for rows, _ in each.measured] == ([1] if each.form in (Form.ROWS, Form.ROWS_OF_PAIRS) else [1, 32])
+    json.dumps([each.measured for each in times])
