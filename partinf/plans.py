@@ -133,8 +133,6 @@ class Plan:
     @property
     def runnable(self) -> str | None:
         """None when the library can run this plan; otherwise what is missing."""
-        if self.model.experts is not None:
-            return "mixtures of experts"
         if self.padded_heads in (0, self.model.num_heads) or self.model.num_kv_heads in (1, self.model.num_heads):
             return None
         return f"heads in groups, padded from {self.model.num_heads} to {self.padded_heads}"
@@ -254,8 +252,13 @@ class Plan:
             if len(sizes - {0}) > 1
         ]
 
+    def _row_axes(self, phase: Phase) -> tuple[str, ...]:
+        """The axes that split tokens in this phase, in linear layers or before experts."""
+        tokens = self.layout.token_axes(phase)
+        return tokens if self.model.experts is None else tokens + self.layout.expert_token_axes(phase)
+
     def _multiple(self, attention_axes: tuple[str, ...], phases: tuple[Phase, ...] = ()) -> int:
-        split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in self.layout.token_axes(phase)}
+        split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in self._row_axes(phase)}
         return self.ways(tuple(split | set(attention_axes)))
 
 

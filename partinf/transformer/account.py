@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,12 @@ _KINDS = {
     "pmin": "all-reduce",
     "ppermute": "collective-permute",
 }
+
+_DIMENSION_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "dot_general": lambda params: params["dimension_numbers"],
+    "ragged_dot_general": lambda params: params["ragged_dot_dimension_numbers"].dot_dimension_numbers,
+}
+"""The products that are counted. Of grouped ones every row of the buffer is, taken or not, once; of matrices all groups' are."""
 
 _VIEWS = ("reshape", "transpose", "squeeze")
 
@@ -121,7 +127,7 @@ def _count(jaxpr: Any, times: int, sizes: Mapping[str, int], account: Account) -
             narrow[equation.outvars[0]] = narrow[equation.invars[0]]
         if name in _KINDS:
             _count_collective(_KINDS[name], equation, times, sizes, account)
-        elif name == "dot_general":
+        elif name in _DIMENSION_NUMBERS:
             account.dots[_dot(equation, narrow)] += times
         elif name == "while":
             raise ValueError("a loop without a static trip count cannot be counted")
@@ -142,10 +148,10 @@ def _count_collective(op: str, equation: Any, times: int, sizes: Mapping[str, in
 
 
 def _dot(equation: Any, narrow: Mapping[Any, int]) -> Dot:
-    (contracting, _), _ = equation.params["dimension_numbers"]
+    (contracting, _), _ = _DIMENSION_NUMBERS[equation.primitive.name](equation.params)
     contracted = math.prod(equation.invars[0].aval.shape[dim] for dim in contracting)
     num_bytes = stored_bytes = 0
-    for variable in (*equation.invars, *equation.outvars):
+    for variable in (*equation.invars[:2], *equation.outvars):
         size, itemsize = math.prod(variable.aval.shape), variable.aval.dtype.itemsize
         num_bytes += size * itemsize
         stored_bytes += size * min(itemsize, narrow.get(variable, itemsize))

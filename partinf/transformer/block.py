@@ -16,10 +16,11 @@ from jax import lax
 from partinf.model.kinds import Block, LayerKind
 from partinf.model.weights import bias_of
 from partinf.partition.collective_matmul import Cut, gather_multiply, multiply_scatter
-from partinf.partition.collectives import Split, take_split
+from partinf.partition.collectives import Split, move, take_split
 from partinf.partition.quantize import Quantized
 from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
+from partinf.transformer.experts import Partial, experts, gather_experts, gathered_rows, joins, reduced, shares_gather
 from partinf.transformer.ffn import ffn
 from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, made_for, norm, normalised, weighted
 from partinf.transformer.params import OneOf, Params
@@ -44,62 +45,120 @@ def block(
             wait for keeps them from running beside the first products.
         kind: of the layer. rotations: its own.
     """
-    weights = {**weights, **gather_weights(weights, LEAVING, routes)}
+    weights = {**weights, **gather_weights(weights, LEAVING, routes), **gather_experts(weights, routes)}
     if kind.block.parallel:
-        q, new, hidden = _enter(x, weights, _NORMS[kind.block], kind, routes)
+        wanted = {name: norm for name, norm in _NORMS[kind.block].items() if kind.feed_forward is not None or name != "w_in"}
+        normed = _before(x, weights, tuple(dict.fromkeys(_NORMS[kind.block].values())), kind, routes)
+        (q, new, *rest), mixed = _enter(normed, weights, wanted, _NORMS[kind.block]["w_in"], kind, routes)
         attended, kv = attention(weights, q, new, kv, layer, batch, routes, kind.attention, rotations)
-        inner = {"wo": attended, "w_out": ffn(weights, hidden, kind.feed_forward, routes)}
-        return _leave(x, weights, inner, "", kind, routes), kv
-    q, new = _enter(x, weights, _SHARED, kind, routes)
+        return _leave(x, weights, {"wo": attended, **_inner(weights, normed, rest, kind, routes)}, mixed, "", kind, routes), kv
+    normed = _before(x, weights, ("attention_norm",), kind, routes)
+    (q, new), _ = _enter(normed, weights, _SHARED, "", kind, routes)
     attended, kv = attention(weights, q, new, kv, layer, batch, routes, kind.attention, rotations)
-    x = _leave(x, weights, {"wo": attended}, "attention_post_norm", kind, routes)
-    (hidden,) = _enter(x, weights, {"w_in": "ffn_norm"}, kind, routes)
-    return _leave(x, weights, {"w_out": ffn(weights, hidden, kind.feed_forward, routes)}, "ffn_post_norm", kind, routes), kv
+    x = _leave(x, weights, {"wo": attended}, None, "attention_post_norm", kind, routes)
+    return feed_forward(weights, x, kind, routes), kv
 
 
-def _enter(x: jax.Array, weights: Params, wanted: Mapping[str, str], kind: LayerKind, routes: Routes) -> tuple[jax.Array, ...]:
-    """Norm, gather and products before a sublayer's core: [T.t, E.w] → [T.t, E.e] · W, each {e unreduced}.
+def feed_forward(weights: Params, x: jax.Array, kind: LayerKind, routes: Routes) -> jax.Array:
+    """The second sublayer of a serial block: x [T.t, E.w] plus what its feed-forward, its experts or both make of the norm of x.
 
     Args:
-        wanted: matrix → the norm of what it multiplies. Two norms differ in what comes after their sums, so these are taken, and E is
-            gathered, once.
+        weights: gathered already.
     """
-    norms = tuple(dict.fromkeys(wanted.values()))
-    own = len(norms) > 1
+    normed = _before(x, weights, ("ffn_norm",), kind, routes)
+    entering = {} if kind.feed_forward is None else {"w_in": "ffn_norm"}
+    entered, mixed = _enter(normed, weights, entering, "ffn_norm", kind, routes)
+    return _leave(x, weights, _inner(weights, normed, entered, kind, routes), mixed, "ffn_post_norm", kind, routes)
+
+
+def _before(x: jax.Array, weights: Params, norms: tuple[str, ...], kind: LayerKind, routes: Routes) -> jax.Array:
+    """The norm before a sublayer: [T.t, E.w]. Two norms of the same differ in what comes after their sums, so these alone are taken."""
     if not kind.norms.before:
-        normed = x
-    elif own:
-        normed = normalised(x, kind.norm, kind.norm_eps, routes.plan.model.embed_dim, routes.between, routes).astype(x.dtype)
-    else:
-        normed = norm(x, weights, norms[0], routes.between, routes)
+        return x
+    if len(norms) > 1:
+        return normalised(x, kind.norm, kind.norm_eps, routes.plan.model.embed_dim, routes.between, routes).astype(x.dtype)
+    return norm(x, weights, norms[0], routes.between, routes)
+
+
+def _enter(
+    normed: jax.Array, weights: Params, wanted: Mapping[str, str], mixed_by: str, kind: LayerKind, routes: Routes
+) -> tuple[list[jax.Array], Partial | None]:
+    """What a sublayer makes of its normalised input [T.t, E.w] before its core: it is gathered, once if all want it alike, and multiplied
+    with matrices to [T.t, E.e] · W, each {e unreduced}, and goes through the experts.
+
+    Args:
+        wanted: matrix → the norm of what it multiplies. mixed_by: the norm of what the experts read; empty where the sublayer has none.
+    """
+    norms, own = tuple(dict.fromkeys(wanted.values())), kind.block is Block.PARALLEL_TWO_NORMS
+    mixed, cols, dtype = None, routes.between, normed.dtype
+    if mixed_by and kind.experts is not None:
+        rows = gathered_rows(_scaled_by(mixed_by, normed, weights, kind, routes), routes)
+        mixed = experts(weights, rows, kind.experts, routes)
+        if not own and shares_gather(routes):
+            normed, cols = rows, routes.embed
 
     def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
-        read = {
-            name: weighted(part, x.dtype, _part_of_norm(weights, name, cut, routes), name, (), routes) if own else part for name in norms
-        }
+        read = {name: weighted(part, dtype, _part_of_norm(weights, name, cut, routes), name, (), routes) if own else part for name in norms}
         products = (dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), jnp.float32, made_for(routes)) for name, by in wanted.items())
         return tuple(products)
 
-    frame, source, target = routes.frame((), routes.weight_stored), Split(cols=routes.between), Split(cols=routes.embed)
+    if not wanted:
+        return [], mixed
+    frame, source, target = routes.frame((), routes.weight_stored), Split(cols=cols), Split(cols=routes.embed)
     products = gather_multiply(normed, frame, source, target, routes.phase.loop, multiply)
-    return tuple(product.astype(x.dtype) for product in products)
+    return [product.astype(dtype) for product in products], mixed
 
 
-def _leave(x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], after: str, kind: LayerKind, routes: Routes) -> jax.Array:
+def _scaled_by(name: str, normed: jax.Array, weights: Params, kind: LayerKind, routes: Routes) -> jax.Array:
+    """What `_before` gives, [T.t, E.w], with the weight of its norm where it has none yet."""
+    if kind.block is not Block.PARALLEL_TWO_NORMS:
+        return normed
+    return weighted(normed, normed.dtype, weights, name, routes.between, routes)
+
+
+def _inner(weights: Params, normed: jax.Array, entered: list[jax.Array], kind: LayerKind, routes: Routes) -> Params:
+    """What the feed-forward has between its two products, [T.t, F.f] by the weight that it meets next; nothing where there is none.
+
+    Beside experts a gate may weight its output: the sigmoid of a product of the token, whose E lies split here.
+    """
+    if kind.feed_forward is None:
+        return {}
+    (hidden,) = entered
+    inner = ffn(weights, hidden, kind.feed_forward, routes)
+    if "shared_gate" in weights:
+        wide = _scaled_by("ffn_norm", normed, weights, kind, routes).astype(jnp.float32)
+        wide = wide * embed_vector(weights["shared_gate"], routes.between, routes).astype(jnp.float32)
+        frame = routes.frame((), routes.weight_stored)
+        gate = move(jnp.sum(wide, axis=-1, keepdims=True), frame, Split(unreduced=routes.between), Split())  # [T.t, 1]
+        inner = (inner.astype(jnp.float32) * jax.nn.sigmoid(gate)).astype(inner.dtype)
+    return {"w_out": inner}
+
+
+def _leave(
+    x: jax.Array, weights: Params, inner: Mapping[str, jax.Array], mixed: Partial | None, after: str, kind: LayerKind, routes: Routes
+) -> jax.Array:
     """Products after a sublayer's core, inner [T.t, F.f] by the weight that each meets, reduced and added to the residual x [T.t, E.w].
 
     Args:
-        after: the norm of what is added, where the kind has such.
+        mixed: what experts add, which is reduced with the products where it is split alike. after: the norm of what is added, where the
+            kind has such.
     """
+    partial = Split(routes.tokens, routes.embed, routes.ffn)
+    together = mixed is not None and bool(inner) and routes.phase.loop is None and joins(mixed, partial, routes)
 
     def multiply(cut: Cut, rows: slice) -> jax.Array:
         cuts = {name: _cut(weights[name], cut, 0) for name in inner}
         parts = [dot("tf,ef->te", hidden[rows], cuts[name], jnp.float32, made_for(routes)) for name, hidden in inner.items()]
+        if together:
+            parts.append(mixed.array)
         return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]
 
-    partial = Split(cols=routes.embed, unreduced=routes.ffn)
-    frame, target = routes.frame((), routes.weight_stored), Split(cols=routes.between)
-    added = multiply_scatter(multiply, frame, x.shape[0], partial, target, routes.phase.loop, x.dtype)
+    added = reduced(mixed, routes) if mixed is not None and not together else None
+    if inner:
+        frame, target = routes.frame((), routes.weight_stored), Split(cols=routes.between)
+        source = Split(cols=routes.embed, unreduced=routes.ffn)
+        dense = multiply_scatter(multiply, frame, x.shape[0], source, target, routes.phase.loop, x.dtype)
+        added = dense if added is None else added + dense
     for name in inner:
         if bias_of(name) in weights:
             added = added + embed_vector(weights[bias_of(name)], routes.between, routes)

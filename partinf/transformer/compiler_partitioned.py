@@ -27,7 +27,7 @@ from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block
 from partinf.transformer.cache import KeysValues, PagesOfHeads
 from partinf.transformer.forward import embedded, repeated, sampled_logits
-from partinf.transformer.params import Params, abstract_params
+from partinf.transformer.params import Params, Stacks, abstract_params
 from partinf.transformer.routes import Routes
 from partinf.transformer.step import Out, State, abstract_state, choose_tokens, compiler_options
 
@@ -66,10 +66,12 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
             for index, (weights, kind) in enumerate(zip(params["layers"], plan.model.kind_of_layers, strict=True)):
                 x, kv = one(weights, (x, kv), index, kind)
         else:
+            stacks = Stacks(params["layers"], plan.model)
 
-            def stacked(carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
-                slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
-                return one(jax.tree.map(slice_of, params["layers"]), carry, index, kind)
+            def stacked(carry: tuple[jax.Array, Any], index: Any, kind: int, following: int) -> tuple[jax.Array, Any]:
+                stack, place = stacks.layer(index, kind)
+                slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False)  # noqa: E731
+                return one(jax.tree.map(slice_of, stack), carry, index, kind)
 
             carry = (x, PagesOfHeads(kv.keys, kv.values))
             for run in plan.model.runs:

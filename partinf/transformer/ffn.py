@@ -35,9 +35,13 @@ def ffn(weights: Params, hidden: jax.Array, of: FeedForward, routes: Routes) -> 
     hidden = move(hidden, routes.frame(rows, cols, 0, 2), whole, split)  # [T.te, 2, F.f] or [T.t, 2, F.fe]
     if "b_in" in weights:
         hidden = hidden + take_split(weights["b_in"], 1, cols, split.cols, routes.sizes)[None]
+    hidden = activated(hidden, of, routes)  # [T.te, F.f] or [T.t, F.fe]
+    return move(hidden, routes.frame(rows, cols), split, Split(routes.tokens, routes.ffn))  # [T.t, F.f]
+
+
+def activated(hidden: jax.Array, of: FeedForward, routes: Routes) -> jax.Array:
+    """The nonlinearity on hidden [T, 2, F] (gate, up) or [T, 1, F] → [T, F], in the type that the platform prefers."""
     platform = made_for(routes)
     if platform is not None and platform.wide_activation:
-        hidden = activate(hidden.astype(jnp.float32), of).astype(hidden.dtype)
-    else:
-        hidden = activate(hidden, of)  # [T.te, F.f] or [T.t, F.fe]
-    return move(hidden, routes.frame(rows, cols), split, Split(routes.tokens, routes.ffn))  # [T.t, F.f]
+        return activate(hidden.astype(jnp.float32), of).astype(hidden.dtype)
+    return activate(hidden, of)

@@ -24,6 +24,7 @@ prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,7 @@ from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, made_for, norm
-from partinf.transformer.params import OneOf, Params
+from partinf.transformer.params import OneOf, Params, Stacks
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import likeliest, log_normalizer, logit_of
 
@@ -134,13 +135,15 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
             caches.append(held)
         return x, tuple(caches)
     in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
+    stacks = Stacks(layers, model.of_stage(routes.ways(routes.stages)))
 
-    def layer(index: Any) -> Params:
-        slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
-        return {name: OneOf(leaf, index) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in layers.items()}
+    def layer(index: Any, kind: int) -> Params:
+        stack, place = stacks.layer(index, kind)
+        slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False)  # noqa: E731
+        return {name: OneOf(leaf, place) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in stack.items()}
 
-    def plainly(carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
-        return one(layer(index), entering(layer(index)), *carry, index, kind)
+    def plainly(carry: tuple[jax.Array, Any], index: Any, kind: int, following: int) -> tuple[jax.Array, Any]:
+        return one(layer(index, kind), entering(layer(index, kind)), *carry, index, kind)
 
     if not routes.phase.ahead:
         carry = (x, kv)
@@ -148,30 +151,42 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
             carry = repeated(run, plainly, carry)
         return carry
 
-    def before_next(carry: tuple[jax.Array, Any, Params], index: Any, kind: int) -> tuple[jax.Array, Any, Params]:
+    def before_next(carry: tuple[jax.Array, Any, Params], index: Any, kind: int, following: int) -> tuple[jax.Array, Any, Params]:
         x, kv, ready = carry
-        following = entering(layer(index + 1))
-        return (*one(layer(index), ready, x, kv, index, kind), following)
+        ready_next = entering(layer(index + 1, following))
+        return (*one(layer(index, kind), ready, x, kv, index, kind), ready_next)
 
-    *before, end = routes.runs
+    runs = routes.runs if stacks.num_groups == 1 else tuple(itertools.chain.from_iterable(map(_last_apart, routes.runs)))
+    *before, end = runs
     last = end.first + end.num_layers - 1
-    ahead = (x, kv, entering(layer(0)))
-    for run in (*before, replace(end, repeats=end.repeats - 1), Run(last + 1 - len(end.kinds), end.kinds[:-1], 1)):
-        ahead = repeated(run, before_next, ahead)
+    ahead = (x, kv, entering(layer(0, runs[0].kinds[0])))
+    for run, then in itertools.pairwise(runs):
+        ahead = repeated(run, before_next, ahead, then.kinds[0])
+    ahead = repeated(replace(end, repeats=end.repeats - 1), before_next, ahead)
+    ahead = repeated(Run(last + 1 - len(end.kinds), end.kinds[:-1], 1), before_next, ahead, end.kinds[-1])
     x, kv, ready = ahead
-    return one(layer(last), ready, x, kv, last, end.kinds[-1])
+    return one(layer(last, end.kinds[-1]), ready, x, kv, last, end.kinds[-1])
 
 
-def repeated(run: Run, layer: Callable[[Any, Any, int], Any], carry: Any) -> Any:
+def _last_apart(run: Run) -> tuple[Run, ...]:
+    """A run as two, of which the second is the last repeat: the layer after that may have other weights than the first of the run."""
+    if run.repeats == 1:
+        return (run,)
+    return replace(run, repeats=run.repeats - 1), Run(run.first + run.num_layers - len(run.kinds), run.kinds, 1)
+
+
+def repeated(run: Run, layer: Callable[[Any, Any, int, int], Any], carry: Any, then: int | None = None) -> Any:
     """The layers of a run: what repeats is compiled once.
 
     Args:
-        layer: (what the layer before left, the layer's number, its kind) → what it leaves.
+        layer: (what the layer before left, the layer's number, its kind, the kind of the next one) → what it leaves.
+        then: the kind of the layer after the run, if that is not its first one. A run that repeats needs one with the same weights.
     """
+    following = (*run.kinds, *(run.kinds[:1] if then is None else (then,)))[1:]
 
     def period(carry: Any, first: Any) -> Any:
-        for place, kind in enumerate(run.kinds):
-            carry = layer(carry, first + place if place else first, kind)
+        for place, (kind, following_kind) in enumerate(zip(run.kinds, following, strict=True)):
+            carry = layer(carry, first + place if place else first, kind, following_kind)
         return carry
 
     if run.num_layers == len(run.kinds):

@@ -166,7 +166,8 @@ ENTERING, LEAVING = ("wq", "wkv", "w_in"), ("wo", "w_out")
 
 
 def gather_weights(layer: Params, names: tuple[str, ...], routes: Routes) -> Params:
-    """These weights of a layer with the shards of the phase's gathered axes brought together: F, H and K over f, E over e."""
+    """Those of these weights that a layer has, the shards of the phase's gathered axes brought together: F, H and K over f, E over e."""
+    names = tuple(name for name in names if name in layer)
     if not routes.phase.gather:
         return {name: layer[name] for name in names}
     heads, kv, hidden = routes.head_digits, routes.kv_digits, routes.hidden_digits

@@ -1,12 +1,14 @@
 """Parameters on devices: shapes, shardings and initial values, derived from the declarations of `partinf.model.weights`.
 
 The tree is a plain dict; `layers` is one dict of arrays stacked on a leading layer dimension (a scan runs over it), or a tuple with
-one dict per layer (unrolled, faster on CPU).
+one dict per layer (unrolled, faster on CPU). Where layers differ in their weights, those with the same are stacked together: `layers` is a
+dict of such dicts, by `group_name`. A pipeline stage has of each group as many as every other one, in the order of its layers.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +43,47 @@ def declare(model: ModelConfig, unrolled: bool) -> Params:
     of_kind = {kind: group.weights for group in groups for kind in group.kinds}
     layers: Any = tuple(dict(of_kind[kind]) for kind in model.kind_of_layers)
     if not unrolled:
-        (group,) = groups
-        layers = {name: replace(d, shape=(group.count, *d.shape), letters="N" + d.letters) for name, d in group.weights.items()}
+        stacks = [{name: _stacked(d, group.count) for name, d in group.weights.items()} for group in groups]
+        layers = stacks[0] if len(stacks) == 1 else {group_name(number): stack for number, stack in enumerate(stacks)}
     return {**declare_ends(model), "layers": layers}
+
+
+def _stacked(d: Declared, count: int) -> Declared:
+    return replace(d, shape=(count, *d.shape), letters="N" + d.letters)
+
+
+def group_name(number: int) -> str:
+    """The key of stacked layers that have the same weights, by their number in `declare_layers`, where there are several such groups."""
+    return f"group{number}"
+
+
+class Stacks:
+    """Stacked layers by the number of a layer and its kind.
+
+    Attributes:
+        num_groups: of layers with the same weights.
+    """
+
+    def __init__(self, layers: Params, model: ModelConfig) -> None:
+        """
+        Args:
+            layers: of the parameter tree, all or those of one pipeline stage. model: with as many layers.
+        """
+        groups = declare_layers(model)
+        self.num_groups = len(groups)
+        self._group_of_kind = {kind: number for number, group in enumerate(groups) for kind in group.kinds}
+        self._stacks = [layers] if len(groups) == 1 else [layers[group_name(number)] for number in range(len(groups))]
+        before, self._place = Counter[int](), []  # of every layer, the layers of its group before it
+        for kind in model.kind_of_layers:
+            self._place.append(before[self._group_of_kind[kind]])
+            before[self._group_of_kind[kind]] += 1
+
+    def layer(self, index: Any, kind: int) -> tuple[Params, Any]:
+        """The stack that layer `index` of this kind lies in, and its place there."""
+        stack = self._stacks[self._group_of_kind[kind]]
+        if self.num_groups == 1:
+            return stack, index
+        return stack, self._place[index] if isinstance(index, int) else jnp.asarray(self._place)[index]
 
 
 def activation_dtype(plan: Plan) -> jnp.dtype:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from partinf.model.config import ModelConfig, Position
 from partinf.model.kinds import Activation, Block, Experts, FeedForward, LayerKind, Norm, QkNorm, Score
-from partinf.transformer.params import Params
+from partinf.transformer.params import Params, Stacks
 from partinf.transformer.rope import angles, rotate
 
 
@@ -48,9 +48,9 @@ def _layer(layer: Params, kind: LayerKind, x: jax.Array, served: int) -> jax.Arr
     if kind.block.parallel:
         first = before(x, "attention_norm")
         second = before(x, "ffn_norm") if kind.block is Block.PARALLEL_TWO_NORMS else first
-        return x + (_attention(layer, kind, first, served) + _feed_forward(layer, kind, second)) * kind.residual_scale
+        return x + (_attention(layer, kind, first, served) + feed_forward(layer, kind, second)) * kind.residual_scale
     x = x + added(_attention(layer, kind, before(x, "attention_norm"), served), "attention_post_norm")
-    return x + added(_feed_forward(layer, kind, before(x, "ffn_norm")), "ffn_post_norm")
+    return x + added(feed_forward(layer, kind, before(x, "ffn_norm")), "ffn_post_norm")
 
 
 def greedy(params: Params, model: ModelConfig, prompt: list[int], count: int) -> list[int]:
@@ -108,7 +108,7 @@ def _heads_norm(x: jax.Array, layer: Params, name: str, kind: LayerKind) -> jax.
     return _weighted(normed, layer.get(name), kind.norm, x.dtype)
 
 
-def _feed_forward(layer: Params, kind: LayerKind, x: jax.Array) -> jax.Array:
+def feed_forward(layer: Params, kind: LayerKind, x: jax.Array) -> jax.Array:
     """A feed-forward, or experts with or without one beside them, which a gate may weight."""
     out = jnp.zeros_like(x)
     if kind.feed_forward is not None:
@@ -211,6 +211,12 @@ def _weighted(normed: jax.Array, weight: jax.Array | None, norm: Norm, dtype: jn
 
 def _layers(params: Params, model: ModelConfig) -> list[Params]:
     layers = params["layers"]
-    if isinstance(layers, dict):  # stacked
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(model.num_layers)]
-    return list(layers)
+    if isinstance(layers, tuple):
+        return list(layers)
+    stacks = Stacks(layers, model)
+
+    def layer(index: int, kind: int) -> Params:
+        stack, place = stacks.layer(index, kind)
+        return jax.tree.map(lambda leaf: leaf[place], stack)
+
+    return [layer(index, kind) for index, kind in enumerate(model.kind_of_layers)]

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from partinf.layout import AttentionRole, Phase, Role
+from partinf.layout import AttentionRole, ExpertRole, Phase, Role
 from partinf.model.kinds import LayerKind, Run
 from partinf.partition.collectives import Axes, Frame, Split
 from partinf.plans import Bucket, Plan, head_axes, kv_head_axes
@@ -35,6 +35,33 @@ class Group:
     sequence: Axes
     kv: Axes
     order: Axes
+
+
+@dataclass(frozen=True)
+class ExpertAxes:
+    """What splits experts' matrices and the rows that they multiply, without axes of size 1.
+
+    Attributes:
+        tokens: τ, that split the rows.
+        experts, ffn, embed: X, f and e, that still split the experts, and the d_ff and d_model of each, after gathering.
+        experts_stored, ffn_stored, embed_stored: the same in the stored matrices.
+        rows: digits of the rows on their way to the experts and back: those that are gathered, those that always split them, and those
+            that split them for the experts alone.
+        hidden: digits of F. embed_digits: of E of what experts add up.
+        in_order: whether these are the digits of E between sublayers too, as far as both are split.
+    """
+
+    tokens: Axes
+    experts: Axes
+    ffn: Axes
+    embed: Axes
+    experts_stored: Axes
+    ffn_stored: Axes
+    embed_stored: Axes
+    rows: Axes
+    hidden: Axes
+    embed_digits: Axes
+    in_order: bool
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,26 @@ class Routes:
     def runs(self) -> tuple[Run, ...]:
         """The layers of one stage, which are of the same kinds in all stages."""
         return self.plan.model.of_stage(self.ways(self.stages)).runs
+
+    @cached_property
+    def experts(self) -> ExpertAxes:
+        """What splits the experts in this phase, and the rows that come to them."""
+        layout, dense = self.plan.layout, self._kept(self.weight_stored)
+        tokens, here = self._kept(layout.expert_token_axes(self.phase)), self._kept(self.tokens)
+        roles = (ExpertRole.EXPERT, ExpertRole.FFN, ExpertRole.EMBED)
+        experts_stored, ffn_stored, embed_stored = (self._kept(layout.expert_axes(role)) for role in roles)
+        experts, ffn, embed = (self._kept(layout.expert_splits(self.phase, role)) for role in roles)
+        gathered, always = tuple(a for a in here if a not in tokens), tuple(a for a in here if a in tokens)
+        rows = gathered + always + tuple(a for a in tokens if a not in here)
+        digits = embed_stored + tuple(a for a in dense if a not in embed_stored) if embed else dense
+        in_order = digits == dense + tuple(a for a in digits if a not in dense)
+        return ExpertAxes(
+            tokens, experts, ffn, embed, experts_stored, ffn_stored, embed_stored, rows, ffn_stored + embed_stored, digits, in_order
+        )
+
+    def _kept(self, axes: Axes) -> Axes:
+        """Those of size > 1."""
+        return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
     # Digit orders.
 

@@ -26,12 +26,13 @@ from partinf.execution.place import place_step
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
 from partinf.model.config import ModelConfig
+from partinf.model.weights import declare_layers
 from partinf.partition.quantize import Quantized, quantize
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer import reference
 from partinf.transformer.batch import pack
-from partinf.transformer.params import abstract_params, random_params
+from partinf.transformer.params import abstract_params, group_name, random_params
 from partinf.transformer.step import compile_step, empty_state
 from partinf.workload import DType
 
@@ -92,7 +93,7 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
     layers = tuple({name: pad_heads(leaf, name, plan) for name, leaf in layer.items()} for layer in params["layers"])
     params = params | {"layers": layers}
     if not unrolled:
-        params = params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *params["layers"])}
+        params = params | {"layers": _stacked(plan, layers)}
 
     def place(want: jax.ShapeDtypeStruct | Quantized, leaf: np.ndarray) -> jax.Array | Quantized:
         if isinstance(want, Quantized):
@@ -100,6 +101,16 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
         return jax.device_put(leaf.astype(want.dtype), want.sharding)
 
     return jax.tree.map(place, abstract_params(plan, mesh, unrolled), params, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def _stacked(plan: Plan, layers: tuple[dict, ...]) -> dict:
+    """Separate layers as the parameter tree stacks them: those with the same weights together."""
+    groups = declare_layers(plan.model)
+    stacks = []
+    for group in groups:
+        alike = [layer for layer, kind in zip(layers, plan.model.kind_of_layers, strict=True) if kind in group.kinds]
+        stacks.append(jax.tree.map(lambda *leaves: np.stack(leaves), *alike))
+    return stacks[0] if len(groups) == 1 else {group_name(number): stack for number, stack in enumerate(stacks)}
 
 
 def pad_heads(leaf: np.ndarray, name: str, plan: Plan) -> np.ndarray:

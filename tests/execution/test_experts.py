@@ -1,0 +1,79 @@
+"""Partitioned experts = the reference, over roles for both kinds of matrices × meshes × routers, however tokens are routed."""
+
+from __future__ import annotations
+
+import pytest
+
+from partinf.layout import make_layout
+from partinf.model.config import Block
+from partinf.workload import DType
+from tests.execution.harness import TOLERANCE, largest_error, make_plan
+from tests.execution.mixtures import DENSE_FIRST, Mixed, all_mixed, largest_errors, model_of, sampled_mixed
+
+
+def check(mixed: Mixed, dtype: DType = DType.F32) -> None:
+    errors = largest_errors(mixed, dtype)
+    assert max(errors.values()) < TOLERANCE[dtype.value], errors
+
+
+@pytest.mark.parametrize("mixed", sampled_mixed(4, seed=8), ids=str)
+def test_sampled_assignments_equal_the_reference(mixed: Mixed) -> None:
+    check(mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed", all_mixed(), ids=str)
+def test_every_assignment_equals_the_reference(mixed: Mixed) -> None:
+    check(mixed)
+
+
+DEALT = {"x": "replica", "y": "embed", "z": "ffn"}
+ATTENTION = {"x": "batch", "y": "heads", "z": "heads"}
+WHOLE_MODELS = {
+    "dense first, gathering ahead": (
+        "2x2x2",
+        {"num_layers": 3, "ffn_dim": 32, **DENSE_FIRST},
+        make_layout(
+            DEALT,
+            ATTENTION,
+            decode_gather="y",
+            decode_ahead=True,
+            decode_gather_experts="y",
+            experts={"x": "expert", "y": "ffn", "z": "expert"},
+        ),
+    ),
+    "dense and mixed in turn, two stages": (
+        "2x2x2",
+        {"num_layers": 4, "ffn_dim": 32, "kinds": DENSE_FIRST["kinds"], "pattern": ("dense", "mixed")},
+        make_layout(
+            {"x": "stage", "y": "replica", "z": "ffn"},
+            {"x": "none", "y": "batch", "z": "heads"},
+            experts={"x": "stage", "y": "expert", "z": "ffn"},
+        ),
+    ),
+    "parallel, two norms": (
+        "2x2x2",
+        {"block": Block.PARALLEL_TWO_NORMS},
+        make_layout(DEALT, ATTENTION, experts={"x": "expert", "y": "expert", "z": "ffn"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if number else []) for number, name in enumerate(WHOLE_MODELS)])
+def test_whole_models(name: str) -> None:
+    """Layers of several kinds of weights, stacked by kind; and one kind, unrolled."""
+    mesh, other, layout = WHOLE_MODELS[name]
+    model = model_of("not renormalised, shared with a gate", **other)
+    assert largest_error(make_plan(mesh, layout, model), unrolled=not model.kinds) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(DType.BF16, marks=pytest.mark.slow), DType.INT8])
+def test_narrow_types_stay_close(dtype: DType) -> None:
+    gathered = Mixed(
+        "2x2x2",
+        (("replica", False), ("ffn", True), ("embed", False)),
+        (("expert", False), ("ffn", True), ("embed", False)),
+        "of the chosen, with biases",
+        False,
+    )
+    check(gathered, dtype)
