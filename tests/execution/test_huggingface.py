@@ -33,6 +33,8 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = sorted(file.parent.name for file in FIXTURES.glob("*/expected.npz"))
 SERVED = 64  # the longest context, of which the answers are those where a rotation depends on it
 TOLERANCE = 1e-4
+# Whose tokens the engine gives in every run: layers of two kinds, shared key-value heads, learned positions. The step below it runs all.
+ENGINE = ("gemma3_small", "llama_gqa", "opt_small")
 
 # What weights, queries and pages are split over, in turn: every fixture runs, no two neighbours in the same way.
 LAYOUTS = (
@@ -109,7 +111,7 @@ def shard_page(plan: Plan, slot: int, page: int) -> int:
     return shard * plan.cache.pages_per_shard + place * 16 + page
 
 
-@pytest.mark.parametrize("name, layout", over(LAYOUTS_2D, slow=["cohere2_small", "neox_small", "phi3_small"]))
+@pytest.mark.parametrize("name, layout", over(LAYOUTS_2D, slow=[name for name in NAMES if name not in ENGINE]))
 def test_the_engine_gives_their_tokens(name: str, layout: Layout) -> None:
     plan = make_plan(name, "cpu:4x2", layout, page_size=4, prefill_tokens=56)
     runner = JaxRunner(plan, load(plan, name, device_mesh(plan)))

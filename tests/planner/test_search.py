@@ -53,7 +53,7 @@ def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None
 @pytest.mark.parametrize(
     ("name", "phase", "kv_heads"),
     [
-        ("v4:4x4x8", "decode", 4),
+        pytest.param("v4:4x4x8", "decode", 4, marks=pytest.mark.slow),
         ("v4:2x2x2", "prefill", 1),
         ("v5e:4x4", "decode", 64),
         ("v5e:4x8", "prefill", 4),
@@ -77,15 +77,22 @@ def test_whole_workload_equals_trying_every_pair() -> None:
     report = search(SMALL, slice_, workload)
     pricing = report.pricing
     evaluator = Evaluator(SMALL, pricing, workload)
-    best, decodes = float("inf"), dict[object, float | None]()
-    for prefill, decode in itertools.product(every_layout(("x", "y")), repeat=2):
-        if prefill.storage != decode.storage:
-            continue
-        layout = Layout(prefill.storage, prefill.prefill, decode.decode)
-        key = (layout.storage, layout.decode, head_axes(layout))  # all that a decode step depends on
-        if key not in decodes:
-            decodes[key] = seconds_of(evaluator, layout, "decode")
-        first, second = seconds_of(evaluator, layout, "prefill"), decodes[key]
+    best, known = float("inf"), dict[object, float | None]()
+
+    def seconds(layout: Layout, label: str, *depends: object, again: bool) -> float | None:
+        """Of a step, which depends on the storage and on these parts of the layout alone, as every 53rd pair shows."""
+        key = (label, layout.storage, *depends)
+        if key not in known:
+            known[key] = seconds_of(evaluator, layout, label)
+        elif again:
+            assert seconds_of(evaluator, layout, label) == known[key]
+        return known[key]
+
+    pairs = itertools.product(every_layout(("x", "y")), repeat=2)
+    for number, (prefill, decode) in enumerate(pair for pair in pairs if pair[0].storage == pair[1].storage):
+        layout, again = Layout(prefill.storage, prefill.prefill, decode.decode), number % 53 == 0
+        first = seconds(layout, "prefill", layout.prefill, layout.decode.attention, again=again)
+        second = seconds(layout, "decode", layout.decode, head_axes(layout), again=again)
         if first is not None and second is not None:
             best = min(best, first + workload.output_len * second)
     assert report.best.score == pytest.approx(best)
