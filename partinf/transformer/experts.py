@@ -11,6 +11,14 @@ matrices after gathering, and τ all that split none of these (nor layers):
     5. · W_out, bias, times the weights, added up by token                              [T.τ, E.e] {Xf unreduced}
     6. reduce-scatter of rows over t∖τ, of E over what splits it between sublayers      [T.t, E.w]
 
+Where the phase exchanges rows, along the axes D = t ∩ X, these are no axes of X in the steps above but of τ, with W ways:
+
+    2b. all-gather over D of the routes, experts and the bits of weights side by side   [W·T.τ, 2k] int32
+        rows to the devices that hold one of their experts (all-to-all of [W, T.τ, E.e])
+                                                                                        [W·T.τ, E.e]
+    3. to 5. with the rows that arrived                                                 [W·T.τ, E.e] {X∖D, f unreduced}
+    5b. the same way back to where they came from, and added up there                   [T.τ, E.e] {X∖D, f unreduced}
+
 Rows move as one array, decode lanes before prompt tokens, in any order: they come back where they were. Step 6 is one `move` where E.e and
 E.w are digits of one order (`ExpertAxes.in_order`); elsewhere E is made whole there and sliced, for experts' E is stored in runs of e's
 own order. What is added up joins the partial sums of a product with W_out or W_O beside it where both are split alike.
@@ -27,6 +35,7 @@ from jax import lax
 from partinf.model.kinds import Experts
 from partinf.partition.collectives import Split, move, take_split
 from partinf.partition.quantize import Quantized
+from partinf.transformer.dispatch import Routed, sent
 from partinf.transformer.ffn import activated
 from partinf.transformer.grouped import Sorted, added_up, grouped_dot, sorted_by_expert
 from partinf.transformer.params import Params
@@ -66,17 +75,18 @@ def experts(weights: Params, hidden: jax.Array, of: Experts, routes: Routes) -> 
     """
     axes = routes.experts
     chosen, by = routed(weights, hidden, of)
-    rows = sorted_by_expert(_held(chosen, of, routes), weights["wx_out"].shape[0])
     hidden = take_split(hidden, 1, axes.embed_stored, axes.embed, routes.sizes)  # [T.τ, E.e]
-    out = _through(weights, hidden[rows.token], rows, of, routes)
-    added = added_up(out, by, rows).astype(hidden.dtype)
-    return Partial(added, Split(axes.tokens, axes.embed, axes.experts + axes.ffn))
+    here, back = sent(Routed(hidden, chosen, by), of.count, routes)
+    rows = sorted_by_expert(_held(here.experts, of, routes), weights["wx_out"].shape[0])
+    out = _through(weights, here.rows[rows.token], rows, of, routes)
+    added = back(added_up(out, here.weights, rows).astype(hidden.dtype))
+    return Partial(added, Split(axes.tokens, axes.embed, tuple(a for a in axes.experts if a not in axes.exchanged) + axes.ffn))
 
 
 def _held(chosen: jax.Array, of: Experts, routes: Routes) -> jax.Array:
-    """The numbers of experts among those that this device holds; as many as these for the others."""
+    """The numbers of experts among those that this device holds; as many as these for the others, and for what is no expert."""
     axes, rest = routes.experts, of.count
-    here, local = jnp.ones(chosen.shape, bool), jnp.zeros_like(chosen)
+    here, local = chosen < of.count, jnp.zeros_like(chosen)
     for axis in axes.experts_stored:
         size = routes.sizes[axis]
         rest //= size

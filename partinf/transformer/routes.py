@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from partinf.layout import AttentionRole, ExpertRole, Phase, Role
+from partinf.layout import AttentionRole, Dispatch, ExpertRole, Phase, Role
 from partinf.model.kinds import LayerKind, Run
 from partinf.partition.collectives import Axes, Frame, Split
 from partinf.plans import Bucket, Plan, head_axes, kv_head_axes
@@ -42,7 +42,8 @@ class ExpertAxes:
     """What splits experts' matrices and the rows that they multiply, without axes of size 1.
 
     Attributes:
-        tokens: τ, that split the rows.
+        tokens: τ, that split the rows where they are routed: all that split no matrix, and those of `exchanged`.
+        exchanged: that split tokens and experts, along which rows travel to their experts (`Dispatch.EXCHANGE`).
         experts, ffn, embed: X, f and e, that still split the experts, and the d_ff and d_model of each, after gathering.
         experts_stored, ffn_stored, embed_stored: the same in the stored matrices.
         rows: digits of the rows on their way to the experts and back: those that are gathered, those that always split them, and those
@@ -52,6 +53,7 @@ class ExpertAxes:
     """
 
     tokens: Axes
+    exchanged: Axes
     experts: Axes
     ffn: Axes
     embed: Axes
@@ -151,17 +153,20 @@ class Routes:
     def experts(self) -> ExpertAxes:
         """What splits the experts in this phase, and the rows that come to them."""
         layout, dense = self.plan.layout, self._kept(self.weight_stored)
-        tokens, here = self._kept(layout.expert_token_axes(self.phase)), self._kept(self.tokens)
         roles = (ExpertRole.EXPERT, ExpertRole.FFN, ExpertRole.EMBED)
         experts_stored, ffn_stored, embed_stored = (self._kept(layout.expert_axes(role)) for role in roles)
         experts, ffn, embed = (self._kept(layout.expert_splits(self.phase, role)) for role in roles)
+        here, exchanges = self._kept(self.tokens), self.phase.dispatch is Dispatch.EXCHANGE
+        exchanged = tuple(a for a in here if a in experts) if exchanges else ()
+        tokens = tuple(a for a in layout.axes if a in self._kept(layout.expert_token_axes(self.phase)) + exchanged)
         gathered, always = tuple(a for a in here if a not in tokens), tuple(a for a in here if a in tokens)
         rows = gathered + always + tuple(a for a in tokens if a not in here)
         digits = embed_stored + tuple(a for a in dense if a not in embed_stored) if embed else dense
         in_order = digits == dense + tuple(a for a in digits if a not in dense)
         return ExpertAxes(
-            tokens, experts, ffn, embed, experts_stored, ffn_stored, embed_stored, rows, ffn_stored + embed_stored, digits, in_order
-        )
+            tokens, exchanged, experts, ffn, embed, experts_stored, ffn_stored, embed_stored,
+            rows, ffn_stored + embed_stored, digits, in_order,
+        )  # fmt: skip
 
     def _kept(self, axes: Axes) -> Axes:
         """Those of size > 1."""

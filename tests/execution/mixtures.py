@@ -86,7 +86,7 @@ class Mixed:
     def __str__(self) -> str:
         pairs = zip(self.storage, self.experts, strict=True)
         roles = ",".join(f"{a}{'*' if b else ''}:{c}{'*' if d else ''}" for (a, b), (c, d) in pairs)
-        return f"{self.mesh} {roles} {self.mixture}" + (" whole" if self.whole else "")
+        return f"{self.mesh} {roles} {self.mixture} {self.dispatch}" + (" whole" if self.whole else "")
 
 
 def _of_axis() -> list[tuple[tuple[str, bool], tuple[str, bool]]]:
@@ -101,15 +101,16 @@ def _of_axis() -> list[tuple[tuple[str, bool], tuple[str, bool]]]:
 
 @functools.cache
 def all_mixed() -> tuple[Mixed, ...]:
-    """Every assignment of both kinds of roles to the axes of small meshes, equal axes once; mixtures take turns, and so does what passes
-    between sublayers. On three axes every ninth is taken of 4495: what two axes do to each other is there on two."""
+    """Every assignment of both kinds of roles to the axes of small meshes, equal axes once; mixtures, what passes between sublayers and
+    how rows reach their experts take turns. On three axes every ninth of 4495 is taken: what two do to each other is there on two."""
     found, mixtures = [], itertools.cycle(MIXTURES)
     for mesh, sizes in MESHES.items():
         every = itertools.product(_of_axis(), repeat=len(sizes))
         different = [one for one in every if len(set(sizes)) > 1 or list(one) == sorted(one)]
         for combination in different[:: 9 if len(sizes) == 3 else 1]:
             storage, experts = zip(*combination, strict=True)
-            found.append(Mixed(mesh, storage, experts, next(mixtures), len(found) % 3 == 0))
+            number = len(found)
+            found.append(Mixed(mesh, storage, experts, next(mixtures), number % 3 == 0, ("gather", "exchange")[number % 2]))
     return tuple(found)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from partinf.hardware.platform import TPU
 from partinf.layout import make_layout
 from partinf.model.config import Block
+from partinf.transformer import dispatch
 from partinf.workload import DType
 from tests.execution.harness import TOLERANCE, largest_error, make_plan
 from tests.execution.mixtures import DENSE_FIRST, Mixed, all_mixed, largest_errors, model_of, sampled_mixed
@@ -77,3 +83,39 @@ def test_narrow_types_stay_close(dtype: DType) -> None:
         False,
     )
     check(gathered, dtype)
+
+
+EXCHANGED = (
+    Mixed(
+        "2x2x2",
+        (("replica", False), ("ffn", True), ("embed", False)),
+        (("expert", False), ("embed", False), ("expert", False)),
+        "in groups, shared",
+        True,
+        "exchange",
+    ),
+    Mixed(
+        "4x2", (("replica", False), ("ffn", True)), (("expert", False), ("expert", False)), "of the chosen, with biases", False, "exchange"
+    ),
+)
+
+
+@pytest.mark.parametrize("mixed", [EXCHANGED[0], pytest.param(EXCHANGED[1], marks=pytest.mark.slow)], ids=str)
+def test_rows_that_are_sent_packed(mixed: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on TPUs, the exchange itself being made of a gather here."""
+    calls = []
+
+    def from_all(operand: Any, output: Any, *where: Any, axis_name: Any) -> Any:
+        calls.append(axis_name)
+        parts, starts, sizes, targets = (lax.all_gather(one, axis_name) for one in (operand, *where[:3]))
+        me, places = lax.axis_index(axis_name), jnp.arange(output.shape[0])
+        for sender in range(parts.shape[0]):
+            within = places - targets[sender, me]
+            found = parts[sender].at[starts[sender, me] + within].get(mode="clip")
+            output = jnp.where(((within >= 0) & (within < sizes[sender, me]))[:, None], found, output)
+        return output
+
+    monkeypatch.setattr(lax, "ragged_all_to_all", from_all)
+    monkeypatch.setattr(dispatch, "made_for", lambda routes: TPU)
+    check(mixed)
+    assert len(calls) >= 2  # there and back
