@@ -22,8 +22,30 @@ def add_where(parser: argparse.ArgumentParser, slice_help: str) -> None:
     """`--slice`, `--mesh` and `--layout`."""
     parser.add_argument("--slice", default="local", metavar="NAME", help=slice_help)
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes: 4x2, or x0:2,x1:2,y:4 on a torus")
-    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    add_layout(parser)
     add_hardware(parser)
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """`--layout`."""
+    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+
+
+def add_pricing(parser: argparse.ArgumentParser) -> None:
+    """`--calibration` and `--program`: how steps are priced."""
+    parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
+    text = "tiled: what runs (default); plain; or a published one: looped (the paper's), jax-llm-examples, tensor-parallel"
+    parser.add_argument("--program", metavar="KIND", help=text)
+
+
+def add_pod(parser: argparse.ArgumentParser | argparse._ArgumentGroup, output: str) -> None:
+    """What a run on a slice that is created for it needs to be told; `output` is the flag of the directory that its files go to."""
+    parser.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live, …: see tpu_scripts/README.md")
+    parser.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
+    parser.add_argument(output, type=Path, default=Path("pod-runs"), metavar="DIR", help="where its files go (default: pod-runs)")
+    parser.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
+    parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
+    parser.add_argument("--poll-seconds", default="20", metavar="S", help="between two looks at a machine (default: 20)")
 
 
 def add_saved_plan(parser: argparse.ArgumentParser) -> None:

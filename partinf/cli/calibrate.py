@@ -69,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _products(again: bool, as_json: bool) -> int:
     """Show which form products take on this machine's CPU, and what was measured for it."""
-    from rich.table import Table
-
-    from partinf.planner.show.table import wide_console
+    from partinf.foundation.terminal import plain_table, wide_console
     from partinf.transformer.kernels import choices
 
     found = choices.measure_again() if again else choices.current()
@@ -79,9 +77,7 @@ def _products(again: bool, as_json: bool) -> int:
         print(choices.to_json(found))
         return 0
     console, where = wide_console(), choices.path()
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Form of a product, up to so many rows", title_justify="left")
-    table.add_column("weights")
-    table.add_column("form")
+    table = plain_table("weights", "form", title="Form of a product, up to so many rows")
     for kind, lines in found.table:
         told = [f"{form} up to {rows}" for rows, form in lines[:-1]] + [f"{lines[-1][1]} beyond" if len(lines) > 1 else str(lines[0][1])]
         table.add_row(kind, ", ".join(told))
@@ -89,9 +85,7 @@ def _products(again: bool, as_json: bool) -> int:
     if found.times:
         rows = [count for count, _ in max((each.measured for each in found.times), key=len)]
         title = "\nµs of a product with a matrix of 1024 · 1024 on one core, by rows"
-        times = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-        for name in ("weights", "form", *map(str, rows)):
-            times.add_column(name, justify="left" if name in ("weights", "form") else "right")
+        times = plain_table("weights", "form", *(f">{count}" for count in rows), title=title)
         for each in found.times:
             took = dict(each.measured)
             times.add_row(each.kind, each.form, *(f"{1e6 * took[count]:.3g}" if count in took else "" for count in rows))
@@ -118,9 +112,7 @@ def _json(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], s
 
 
 def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float, used: bool) -> None:
-    from rich.table import Table
-
-    from partinf.planner.show.table import wide_console
+    from partinf.foundation.terminal import plain_table, wide_console
 
     console, rates = wide_console(), chip.rates
     assert rates is not None
@@ -128,10 +120,7 @@ def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], s
     console.print(
         f"{chip.name}: {count} of kind {rates.device_kind}, measured in {seconds:.0f} s; figures are of one of them\n", highlight=False
     )
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Products, GFLOP/s by rows", title_justify="left")
-    table.add_column("weights")
-    for rows in rates.products[0][1].sizes:
-        table.add_column(f"{rows:.0f}", justify="right")
+    table = plain_table("weights", *(f">{rows:.0f}" for rows in rates.products[0][1].sizes), title="Products, GFLOP/s by rows")
     for name, curve in rates.products:
         table.add_row(name, *(f"{rate / 1e9:.3g}" for rate in curve.rates))
     console.print(table)
@@ -148,9 +137,7 @@ def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], s
             f"{rate.op} among {rate.ways}: {rate.seconds * 1e6:.3g} µs, bytes at {1 / rate.factor if rate.factor else float('inf'):.2g} ×"
         )
         console.print(f"{text} the links' {chip.switch_bandwidth / 1e9 or chip.link_bandwidth / 1e9:.3g} GB/s", highlight=False)
-    steps = Table(box=None, pad_edge=False, header_style="bold", title="\nSteps that the rates were fitted to, ms", title_justify="left")
-    for title in ("step", "measured", "±", "predicted", ""):
-        steps.add_column(title, justify="left" if title == "step" else "right")
+    steps = plain_table("step", ">measured", ">±", ">predicted", ">", title="\nSteps that the rates were fitted to, ms")
     for probe, price in zip(probes, predicted, strict=True):
         took = probe.timing.seconds
         steps.add_row(probe.name, f"{1e3 * took:.3g}", f"{probe.timing.spread:.0%}", f"{1e3 * price:.3g}", f"{price / took - 1:+.0%}")

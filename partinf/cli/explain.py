@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import is_auto
+from partinf.cli.arguments import add_layout, is_auto
 from partinf.cli.flags import Flags
 from partinf.cli.planning import Asked, add_model_arguments, named, read
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    add_layout(parser)
     parser.epilog = "Example: partinf explain --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --layout ws-2d"
 
 
@@ -28,8 +28,9 @@ def run(args: argparse.Namespace) -> int:
     asked = read(flags)
     slice_, layout, padded_heads = named_or_chosen(asked, args.layout, args.mesh)
     from partinf.cost.step import step_ledger
+    from partinf.foundation.terminal import wide_console
     from partinf.layout import PHASES, readable_name
-    from partinf.planner.show.table import print_step, wide_console
+    from partinf.planner.show.table import print_step
 
     console = wide_console()
     name = readable_name(layout, slice_.axis_sizes)

@@ -26,22 +26,18 @@ def show(about: Any, report: RunReport, form: str, heading: Sequence[str]) -> No
         print(json.dumps(asdict(about) | report.as_json(), indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
+
+    from partinf.foundation.terminal import plain_table
 
     console = Console()
     for line in heading:
         console.print(line, highlight=False, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("ms")
-    for title in ("mean", "P50", "P95", "P99"):
-        table.add_column(title, justify="right")
+    table = plain_table("ms", ">mean", ">P50", ">P95", ">P99")
     for name, values in report.latencies.items():
         label = {"ttft": "time to first token", "normalized_latency": "completion / tokens"}.get(name, name.replace("_", " "))
         table.add_row(label, *(f"{1e3 * value:.1f}" for value in (values.mean, values.p50, values.p95, values.p99)))
     console.print(table)
-    rest = Table(box=None, pad_edge=False, show_header=False)
-    rest.add_column()
-    rest.add_column(justify="right")
+    rest = plain_table("", ">", show_header=False)
     for label, value in _lines(report):
         rest.add_row(label, value)
     console.print(rest)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partinf.cli.arguments import add_pod
 from partinf.cli.flags import Flags
 from partinf.foundation.limits import MAX_SECONDS
 
@@ -24,14 +25,9 @@ _PLACEHOLDERS = {"project": "your-project", "zone": "your-zone1-a", "time_to_liv
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", required=True, type=Path, metavar="FILE", help="a plan saved by partinf plan --save")
-    parser.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live, …: see tpu_scripts/README.md")
     parser.add_argument("--manifest", action="store_true", help="print a GKE JobSet instead")
-    parser.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
-    parser.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
-    parser.add_argument("--output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where results go (default: pod-runs)")
+    add_pod(parser, "--output")
     parser.add_argument("--prices", type=Path, metavar="FILE", help="prices in place of the hardware table's; see tpu_scripts/README.md")
-    parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
-    parser.add_argument("--poll-seconds", default="20", metavar="S", help="between two looks at a machine (default: 20)")
     parser.epilog = "Example: partinf launch --plan plan.toml --description pod.toml --dry-run"
 
 

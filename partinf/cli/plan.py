@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
             show_proofs(trials[0].report, report, proofs)
         show(report, top, args.save)
         if len(compared) > 1:
+            from partinf.foundation.terminal import wide_console
             from partinf.planner.show.compare import comparison_table
-            from partinf.planner.show.table import wide_console
 
             wide_console().print(comparison_table(args.layout, compared))
         show_commands(report, args.save, args.model)

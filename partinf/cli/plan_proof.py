@@ -11,16 +11,12 @@ if TYPE_CHECKING:
 
 def show(before: PlanReport, after: PlanReport, proofs: Proofs) -> None:
     """Print what was proven beside what was predicted."""
-    from rich.table import Table
-
-    from partinf.planner.show.table import stored, wide_console
+    from partinf.foundation.terminal import plain_table, wide_console
+    from partinf.planner.show.table import stored
     from partinf.proof.candidates import key, proven_seconds
 
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Proven by the compiler, its order", title_justify="left")
-    for title in ("", "planned", "weights", "phases"):
-        table.add_column(title)
-    for title in ("predicted ms", "proven ms", "GiB needed", ""):
-        table.add_column(title, justify="right")
+    headings = ("", "planned", "weights", "phases", ">predicted ms", ">proven ms", ">GiB needed", ">")
+    table = plain_table(*headings, title="Proven by the compiler, its order")
     places = {key(candidate): index for index, candidate in enumerate(before.candidates, start=1)}
     proven = [candidate for candidate in after.candidates if key(candidate) in proofs]
     for index, candidate in enumerate(proven, start=1):

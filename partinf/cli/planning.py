@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware, is_auto, read_slice, say_lengths, say_slice
+from partinf.cli.arguments import add_hardware, add_pricing, is_auto, read_slice, say_lengths, say_slice
 from partinf.cli.flags import ANY, Flags
 
 if TYPE_CHECKING:
@@ -59,12 +59,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument("--weights", default="bf16", metavar="TYPE", help="storage of weights: bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--kv", default="bf16", metavar="TYPE", help="storage of the KV cache: bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--bandwidth-model", default="axis", metavar="MODEL", help="axis: links per torus axis; paper: all links together")
-    parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
-    parser.add_argument(
-        "--program",
-        metavar="KIND",
-        help="tiled: what runs (default); plain; or a published one: looped (the paper's), jax-llm-examples, tensor-parallel",
-    )
+    add_pricing(parser)
 
 
 def read(flags: Flags) -> Asked:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_pool, read_pool
+from partinf.cli.arguments import add_layout, add_pool, read_pool
 from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import add_model_arguments
 from partinf.foundation.limits import MAX_SECONDS
@@ -25,7 +25,7 @@ _SHOWN = 14  # rows of a table; JSON has all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="a plan that `partinf plan --save` wrote; instead of --model and --slice")
     add_model_arguments(parser, required=False)
-    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    add_layout(parser)
     text = "the largest step that serve would run for --batch sequences at a time of the longest context, with the pages that memory holds"
     parser.add_argument("--as-served", action="store_true", help=text)
     add_pool(parser)
@@ -118,7 +118,7 @@ def _asked(flags: Flags) -> tuple[Plan, Workload]:
 
 def show(proof: Proof) -> None:
     """Print a proof as tables."""
-    from partinf.planner.show.table import wide_console
+    from partinf.foundation.terminal import wide_console
 
     console = wide_console()
     verdict = "fits" if proof.fits else "does not fit"
@@ -156,14 +156,9 @@ def _show_step(console: Console, step: StepProof) -> None:
 
 
 def _show_collectives(console: Console, step: StepProof) -> None:
-    from rich.table import Table
+    from partinf.foundation.terminal import plain_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("collective", "axes"):
-        table.add_column(name)
-    for name in ("bytes", "count", "µs each", "hidden"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("from")
+    table = plain_table("collective", "axes", ">!bytes", ">!count", ">!µs each", ">!hidden", "from")
     for one in step.collectives[:_SHOWN]:
         hidden = f"{one.overlapped_fraction:.0%}"
         cells = (one.op, "".join(one.axes), f"{one.bytes:,}", f"{one.count}", f"{one.seconds * 1e6:.1f}", hidden, one.source_op)
@@ -172,30 +167,21 @@ def _show_collectives(console: Console, step: StepProof) -> None:
 
 
 def _show_differences(console: Console, step: StepProof) -> None:
-    from rich.table import Table
+    from partinf.foundation.terminal import plain_table
 
     if not step.differences:
         console.print("the compiled program is the planned one", highlight=False)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("compiled against planned")
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    table.add_column("ms", justify="right")
-    table.add_column("from")
+    table = plain_table("compiled against planned", "what", ">count", ">ms", "from")
     for d in step.differences[:_SHOWN]:
         table.add_row(d.kind, d.what, f"{d.count}", f"{d.seconds * 1e3:+.3f}", d.source_op)
     console.print(table, markup=False)
 
 
 def _show_work(console: Console, step: StepProof) -> None:
-    from rich.table import Table
+    from partinf.foundation.terminal import plain_table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("dearest instructions beside collectives")
-    table.add_column("count", justify="right")
-    table.add_column("ms", justify="right")
-    table.add_column("from")
+    table = plain_table("dearest instructions beside collectives", ">count", ">ms", "from")
     for one in step.work[:_SHOWN]:
         table.add_row(one.what, f"{one.count}", f"{one.seconds * one.count * 1e3:.3f}", one.source_op)
     console.print(table, markup=False)

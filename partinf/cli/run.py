@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partinf.cli.arguments import add_pod
 from partinf.cli.flags import FORMATS, Flags
 from partinf.foundation import documents
 from partinf.foundation.errors import InvalidInput
@@ -37,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on", default="simulator", metavar="PLACE", help=f"{places} (default: simulator)")
     parser.add_argument("--output", metavar="FILE", help="write the result there as JSON")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
-    pod = parser.add_argument_group("on a pod")
-    pod.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live, …: see tpu_scripts/README.md")
-    pod.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
-    pod.add_argument("--pod-output", type=Path, default=Path("pod-runs"), metavar="DIR", help="where its files go (default: pod-runs)")
-    pod.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
-    pod.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
-    pod.add_argument("--poll-seconds", default="20", metavar="S", help="between two looks at a machine (default: 20)")
+    add_pod(parser.add_argument_group("on a pod"), "--pod-output")
     parser.epilog = "Example: partinf run experiments/on_a_pod/demo.toml --on processes"
 
 
@@ -132,9 +127,8 @@ def _on_pod(args: argparse.Namespace, experiment: Experiment) -> Any:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.table import Table
 
-    from partinf.planner.show.table import wide_console
+    from partinf.foundation.terminal import plain_table, wide_console
 
     console, plan, where, figures = wide_console(), found["plan"], found["where"], found["figures"]
     place = "simulated" if where["kind"] == "simulator" else f"{where['devices']} × {where['device_kind']}, {where['processes']} processes"
@@ -147,9 +141,8 @@ def _show(found: dict[str, Any]) -> None:
         highlight=False,
     )
     for step in found["steps"]:
-        table = Table(box=None, pad_edge=False, header_style="bold", title=f"\n{step['step']}", title_justify="left")
-        for title in ("entry", "collective", "count", "predicted ms", "measured ms", "measured / predicted"):
-            table.add_column(title, justify="left" if title in ("entry", "collective") else "right")
+        headings = ("entry", "collective", ">count", ">predicted ms", ">measured ms", ">measured / predicted")
+        table = plain_table(*headings, title=f"\n{step['step']}")
         key = lambda entry: -entry["count"] * (entry["measured_seconds"] or entry["predicted_seconds"])  # noqa: E731
         for entry in sorted(step["entries"], key=key)[:_LISTED]:
             op = f"{entry['op']}({''.join(entry['axes'])})" if entry["op"] else ""

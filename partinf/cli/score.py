@@ -48,12 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(console: Console, texts: list[str], scores: Scores) -> None:
-    from rich.table import Table
+    from partinf.foundation.terminal import plain_table
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("tokens", "log-probability", "per token"):
-        table.add_column(heading, justify="right")
-    table.add_column("text")
+    table = plain_table(">tokens", ">log-probability", ">per token", "text")
     for index, (text, one) in enumerate(zip(texts, scores.logprobs, strict=True)):
         sums = ("failed", "failed") if index in scores.errors else (f"{sum(one):.3f}", f"{sum(one) / len(one):.3f}")
         table.add_row(f"{len(one)}", *sums, text, style=None)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from partinf.cli.arguments import (
     add_hardware,
+    add_layout,
     add_pool,
+    add_pricing,
     add_saved_plan,
     named_layout,
     read_pool,
@@ -62,15 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slice", metavar="SLICE", help=where)
     parser.add_argument("--mesh", metavar="AXES", help="another factorisation of the slice's axes")
     add_hardware(parser)
-    parser.add_argument("--layout", default="auto", metavar="NAME|FILE|auto", help="a layout of layouts/, a saved plan, or auto: chosen")
+    add_layout(parser)
     parser.add_argument("--weights", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
     parser.add_argument("--kv", metavar="TYPE", help="bf16, int8 or f32 (default: bf16)")
-    parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
-    parser.add_argument(
-        "--program",
-        metavar="KIND",
-        help="tiled (what runs; default), plain, or a published one: looped (the paper's), jax-llm-examples, tensor-parallel",
-    )
+    add_pricing(parser)
     add_load_arguments(parser, requests=1000, lengths="chat")
     parser.add_argument("--max-len", "--max-model-len", default="0", metavar="N", help="longest context (default: the longest request)")
     parser.add_argument("--prefill-tokens", default="0", metavar="N", help="prompt tokens per iteration (default: the longest context)")

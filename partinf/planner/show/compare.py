@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from partinf.foundation.terminal import plain_table
 from partinf.planner.results import Candidate
 
 _SHOWN = 12  # rows of a phase in the table; JSON has all
@@ -50,11 +51,8 @@ def rows(candidates: Sequence[Candidate]) -> list[Row]:
 
 def comparison_table(names: Sequence[str], candidates: Sequence[Candidate]) -> Table:
     """Milliseconds of every entry under every layout, and what the others spend more than the first; steps and memory below."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Side by side, ms per step", title_justify="left")
-    for title in ("phase", "part", "entry"):
-        table.add_column(title)
-    for title in (*names, *(f"{name} − {names[0]}" for name in names[1:])):
-        table.add_column(title, justify="right")
+    figures = (*names, *(f"{name} − {names[0]}" for name in names[1:]))
+    table = plain_table("phase", "part", "entry", *(f">{title}" for title in figures), title="Side by side, ms per step")
     every = rows(candidates)
     for result in candidates[0].phases:
         mine = [row for row in every if row.phase == result.name]

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
+from partinf.foundation.terminal import plain_table, wide_console
 from partinf.layout import PHASES
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
@@ -19,7 +20,6 @@ from partinf.planner.show.work import moved_bytes, readable_bytes, readable_seco
 from partinf.planner.trials import Trial, price_per_million_tokens
 
 _BAR = 40
-_PIPE_WIDTH = 140
 _ENTRIES = 10
 
 
@@ -52,10 +52,7 @@ def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
     if len(trials) > 1:
         meshes = len({trial.report.slice.name for trial in trials}) == 1
         title = "Meshes, the fastest first" if meshes else "Slices, the cheapest first"
-        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-        table.add_column("mesh" if meshes else "slice")
-        for title in ("chips", "ms", "chip-seconds", ""):
-            table.add_column(title, justify="right")
+        table = plain_table("mesh" if meshes else "slice", ">chips", ">ms", ">chip-seconds", ">", title=title)
         for trial in trials:
             where, late = trial.report.slice, "" if trial.accepted else "late"
             table.add_row(
@@ -66,12 +63,6 @@ def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
     if per_chip_hour is not None:
         price = price_per_million_tokens(trials[0], per_chip_hour)
         console.print(f"At {per_chip_hour:g} per chip-hour, a million tokens cost {price:.4g}.", highlight=False)
-
-
-def wide_console() -> Console:
-    """The terminal as wide as it is; a pipe or a file as wide as the tables want."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PIPE_WIDTH)
 
 
 def _heading(report: PlanReport) -> str:
@@ -91,12 +82,9 @@ def _heading(report: PlanReport) -> str:
 
 
 def _candidates(report: PlanReport, top: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
     whole = report.workload.phase is None
-    for title in ("", "weights", *(_phase_titles(report)), "heads", "GB/device", "fits"):
-        table.add_column(title)
-    for title in (*(("prefill s",) if whole else ()), "ms/step", "MFU", "chip·ms/token", ""):
-        table.add_column(title, justify="right")
+    words = ("", "weights", *_phase_titles(report), "heads", "GB/device", "fits")
+    table = plain_table(*words, *((">prefill s",) if whole else ()), ">ms/step", ">MFU", ">chip·ms/token", ">")
     for index, candidate in enumerate(report.candidates[:top], start=1):
         asked, memory = candidate.asked, candidate.memory
         prefill = candidate.phase("prefill")
@@ -160,10 +148,8 @@ def _show_switch(console: Console, report: PlanReport) -> None:
     if not rows:
         return
     names = {result.name: result.ffn for result in report.best.phases}
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Steps of prompts, ms under either FFN", title_justify="left")
-    for name in ("tokens", *(f"{label}: {ffn}" for label, ffn in names.items())):
-        table.add_column(name, justify="right")
-    table.add_column("runs")
+    headings = (">tokens", *(f">{label}: {ffn}" for label, ffn in names.items()), "runs")
+    table = plain_table(*headings, title="Steps of prompts, ms under either FFN")
     for row in rows:
         times = (f"{1e3 * seconds:.4g}" for seconds in (row.prefill_seconds, row.decode_seconds))
         table.add_row(str(row.tokens), *times, names[row.runs])
@@ -212,11 +198,7 @@ def _memory_bar(best: Candidate) -> str:
 
 def _ledger(result: PhaseResult) -> Table:
     title = f"{result.name} step, {result.step_seconds * 1e3:.4g} ms"
-    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    for name in ("entry", "part", "collective"):
-        table.add_column(name)
-    for name in ("count", "MB", "ms", ""):
-        table.add_column(name, justify="right")
+    table = plain_table("entry", "part", "collective", ">count", ">MB", ">ms", ">", title=title)
     for entry in result.ledger.dearest()[:_ENTRIES]:
         op = f"{entry.op}({''.join(entry.axes)})" if entry.op else ""
         seconds = entry.exposed_seconds
@@ -237,12 +219,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     title = f"[bold]{label} {step}[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
     console.print(f"\n{title}", highlight=False)
     for section in explain(split, ledger):
-        table = Table(box=None, pad_edge=False, show_header=number == 0, header_style="bold")
-        table.add_column("", justify="right")
-        for name in ("", "then", "here"):
-            table.add_column(name)
-        for name in ("bytes", "µs"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = plain_table(">", "", "then", "here", ">!bytes", ">!µs", show_header=number == 0)
         for line in section.lines:
             number += 1
             table.add_row(str(number), line.what, line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _occurrence(line))
