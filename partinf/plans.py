@@ -252,14 +252,17 @@ class Plan:
             if len(sizes - {0}) > 1
         ]
 
-    def _row_axes(self, phase: Phase) -> tuple[str, ...]:
-        """The axes that split tokens in this phase, in linear layers or before experts."""
-        tokens = self.layout.token_axes(phase)
-        return tokens if self.model.experts is None else tokens + self.layout.expert_token_axes(phase)
-
     def _multiple(self, attention_axes: tuple[str, ...], phases: tuple[Phase, ...] = ()) -> int:
-        split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in self._row_axes(phase)}
+        split = {axis for phase in phases or map(self.layout.phase, PHASES) for axis in row_axes(self.model, self.layout, phase)}
         return self.ways(tuple(split | set(attention_axes)))
+
+
+def row_axes(model: ModelConfig, layout: Layout, phase: Phase) -> tuple[str, ...]:
+    """The axes that split tokens in this phase, in the linear layers or on their way to experts."""
+    tokens = layout.token_axes(phase)
+    if model.experts is None:
+        return tokens
+    return tokens + tuple(axis for axis in layout.expert_token_axes(phase) if axis not in tokens)
 
 
 def layout_for(slice_: Slice, layout: Layout) -> Layout:

@@ -70,6 +70,32 @@ def matrix(tensor: str, name: str, side: Side) -> Matrix:
 W_Q, W_KV, W_O = matrix("wq", "W_Q", Side.IN), matrix("wkv", "W_KV", Side.IN), matrix("wo", "W_O", Side.OUT)
 W_IN, W_OUT = matrix("w_in", "W_in", Side.IN), matrix("w_out", "W_out", Side.OUT)
 
+
+def _experts_matrix(tensor: str, name: str) -> Matrix:
+    """The entries of all experts' matrices of one name. No loop goes around their products, so they have no side."""
+    return Matrix(
+        Item(What.PRODUCT, f"× {name} of experts", tensor),
+        Item(What.WEIGHTS, f"weights {name} of experts", tensor),
+        Item(What.SCALES, f"scales of {name} of experts", tensor),
+    )
+
+
+WX_IN, WX_OUT = _experts_matrix("wx_in", "W_in"), _experts_matrix("wx_out", "W_out")
+BIASES_IN = Item(What.WEIGHTS, "biases of W_in of experts", "bx_in")
+BIASES_OUT = Item(What.WEIGHTS, "biases of W_out of experts", "bx_out")
+ROUTER = Item(What.PRODUCT, "× router", "router")
+SHARED_GATE = Item(What.MOVE, "gate beside the experts", "shared_gate")
+ROUTING = Item(What.OTHER, "choice and sorting")
+ROWS_TO_EXPERTS = Item(What.MOVE, "rows to the experts", "E")
+CHOSEN_EXPERTS = Item(What.MOVE, "chosen experts", "X")
+ROWS_SENT = Item(What.MOVE, "rows to their experts", "E")
+ROWS_SORTED = Item(What.OTHER, "rows by expert", "E")
+EXPERTS_AFTER_IN = Item(What.MOVE, "F of experts after W_in", "F")
+EXPERTS_BEFORE_OUT = Item(What.MOVE, "F of experts before W_out", "F")
+OUTPUTS_ADDED = Item(What.OTHER, "outputs by token", "E")
+OUTPUTS_SENT = Item(What.MOVE, "outputs to their tokens", "E")
+FROM_EXPERTS = Item(What.MOVE, "E after the experts", "E")
+
 DISPATCH = Item(What.OTHER, "dispatch")
 LOOKUP = Item(What.OTHER, "lookup", "embed")
 SMALL = Item(What.OTHER, "small operations")

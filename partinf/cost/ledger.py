@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from partinf.cost.items import Item
+from partinf.cost.routing import Routed
 
 
 class EntryKind(StrEnum):
@@ -63,6 +64,8 @@ class Entry(NamedTuple):
             0 in a program whose layers are not compiled one by one.
         shape: on one device, so that it can be timed alone: of a product with weights rows, inputs and outputs; of a core sequences, their
             tokens, query heads, key-value heads, and positions of each sequence in the cache; else empty.
+        routed: of what experts do, what their devices are expected to get. FLOPs and bytes are those of the padded shapes all the same, and
+            all weights of a device; `seconds` are of what is expected where there is most of it.
     """
 
     item: Item
@@ -85,6 +88,7 @@ class Entry(NamedTuple):
     early: float = 0.0
     free: float = 0.0
     shape: tuple[int, ...] = ()
+    routed: Routed | None = None
 
     @property
     def name(self) -> str:

@@ -35,17 +35,17 @@ def sums_bytes(split: StepSplit, rows: int) -> int:
     return _F32 * (2 if split.model.norm.centred else 1) * rows
 
 
-def gather_embed(split: StepSplit, part: Part) -> list[Entry]:
+def gather_embed(split: StepSplit, part: Part, count: int | None = None) -> list[Entry]:
     """[T.t, E.between] → [T.t, E.e] before a sublayer's first product."""
     elements = split.shape.num_tokens * split.model.embed_dim
-    return movement(split, part, BEFORE, elements, Split(split.t, split.between), Split(split.t, split.e))
+    return movement(split, part, BEFORE, elements, Split(split.t, split.between), Split(split.t, split.e), count=count)
 
 
-def scatter_embed(split: StepSplit, part: Part) -> list[Entry]:
+def scatter_embed(split: StepSplit, part: Part, count: int | None = None) -> list[Entry]:
     """[T.t, E.e] {f unreduced} → [T.t, E.between] after a sublayer's last product."""
     elements = split.shape.num_tokens * split.model.embed_dim
     source, target = Split(split.t, split.e, split.f), Split(split.t, split.between)
-    return movement(split, part, AFTER, elements, source, target, dtype=split.wide_dtype)
+    return movement(split, part, AFTER, elements, source, target, dtype=split.wide_dtype, count=count)
 
 
 def movement(
@@ -58,31 +58,36 @@ def movement(
     useful: float | None = None,
     dtype: DType | None = None,
     rides: bool = False,
+    count: int | None = None,
 ) -> list[Entry]:
     """The collectives, once per layer, that bring an activation of `elements` from one split to another.
 
     Args:
-        dtype: of the elements; that of activations unless given. rides: as in `Pricing.collective`.
+        dtype: of the elements; that of activations unless given. rides: as in `Pricing.collective`. count: of layers; all unless given.
     """
     share = split.shape.useful if useful is None else useful
-    sent = dtype or split.act_dtype
+    sent, layers = dtype or split.act_dtype, split.model.num_layers if count is None else count
     return [
-        split.pricing.collective(item, part, split.model.num_layers, op, axes, count * sent.num_bytes, sent.value, share, rides)
-        for op, axes, count in split.moves(elements, source, target)
+        split.pricing.collective(item, part, layers, op, axes, payload * sent.num_bytes, sent.value, share, rides)
+        for op, axes, payload in split.moves(elements, source, target)
     ]
 
 
 class Weight:
     """One weight matrix of a layer: its local size as stored and as used, and the gathers between the two."""
 
-    def __init__(self, split: StepSplit, matrix: Matrix, out: int, stored: Axes, used: Axes, to_embed: bool = False) -> None:
+    def __init__(
+        self, split: StepSplit, matrix: Matrix, out: int, stored: Axes, used: Axes, to_embed: bool = False, count: int | None = None
+    ) -> None:
         """
         Args:
             out: entries of the dimension that is not E (heads × Q or F, times the matrices that are stored together).
             stored, used: axes that split it before and after gathering.
             to_embed: E is what comes out (W_O, W_out), so int8 scales run over E; otherwise over the other dimension.
+            count: of layers that have it; all unless given.
         """
         self.split, self.matrix = split, matrix
+        self.count = split.model.num_layers if count is None else count
         self.elements = out * split.model.embed_dim
         self.source, self.target = Split(stored, split.e_stored), Split(used, split.e)
         self.channels = split.model.embed_dim if to_embed else out
@@ -95,13 +100,13 @@ class Weight:
         """All-gathers of this weight, once per layer."""
         split = self.split
         found = []
-        for op, axes, count in split.moves(self.elements, self.source, self.target):
-            size, dtype = count * split.weight_bytes, split.weight_dtype.value
-            found.append(split.pricing.collective(self.matrix.weights, part, split.model.num_layers, op, axes, size, dtype))
+        for op, axes, elements in split.moves(self.elements, self.source, self.target):
+            size, dtype = elements * split.weight_bytes, split.weight_dtype.value
+            found.append(split.pricing.collective(self.matrix.weights, part, self.count, op, axes, size, dtype))
         if split.weight_dtype is DType.INT8:
-            for op, axes, count in split.moves(self.channels, self.scale_source, self.scale_target):
-                size = count * _F32
-                found.append(split.pricing.collective(self.matrix.scales, part, split.model.num_layers, op, axes, size, "f32"))
+            for op, axes, elements in split.moves(self.channels, self.scale_source, self.scale_target):
+                size = elements * _F32
+                found.append(split.pricing.collective(self.matrix.scales, part, self.count, op, axes, size, "f32"))
         return [entry._replace(ahead=entry.seconds) for entry in found] if split.gathers_behind else found
 
     def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float) -> Entry:
@@ -115,7 +120,7 @@ class Weight:
         return self.split.pricing.product(
             self.matrix.product,
             part,
-            self.split.model.num_layers,
+            self.count,
             flops,
             useful,
             self.stored_bytes,

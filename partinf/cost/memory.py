@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from partinf.cost.attention import projection_weights
+from partinf.cost.experts import expert_bytes
 from partinf.cost.ffn import ffn_weights, matrices_in
+from partinf.cost.linear import Weight
 from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
@@ -179,18 +181,19 @@ def linear_set(split: StepSplit) -> LinearSet:
     model, shape, act = split.model, split.shape, split.act_bytes
     tokens = split.local_tokens
     embed_spread, embed = model.embed_dim // split.ways(split.between), model.embed_dim // split.ways(split.e)
-    hidden = tokens * model.ffn_dim // split.ways(split.f)
-    w_in, w_out = ffn_weights(split)
     query, key, out = projection_weights(split)
-    fed, widened = tokens * embed * act, matrices_in(split) * hidden * act
-    rows = shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
+    widths = [(of, *ffn_weights(split, of, count)) for of, count in model.feed_forwards]
+    queries = _gathered(query)
     if split.ahead:  # all that a layer gathers, and what the next one needs first
-        first, last = (sum(_gathered(w.used_bytes, w.stored_bytes) for w in group) for group in ((w_in, query, key), (w_out, out)))
-        before = after = queries = 2 * first + last
-    else:
-        before, after, queries = (_gathered(w.used_bytes, w.stored_bytes) for w in (w_in, w_out, query))
-    largest = max(fed + widened + before, fed + hidden * act + after, rows * model.padded_vocab_size * _F32)
-    return LinearSet(tokens * embed_spread * act + carried_bytes(split), largest, fed + queries)
+        queries = 2 * _gathered(query, key) + _gathered(out)
+        queries += max((2 * _gathered(w_in) + _gathered(w_out) for _, w_in, w_out in widths), default=0)
+    fed, rows = tokens * embed * act, shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
+    largest = rows * model.padded_vocab_size * _F32
+    for of, w_in, w_out in widths:
+        hidden = tokens * of.width // split.ways(split.f) * act
+        before, after = (queries if split.ahead else _gathered(weight) for weight in (w_in, w_out))
+        largest = max(largest, fed + matrices_in(of) * hidden + before, fed + hidden + after)
+    return LinearSet(tokens * embed_spread * act + carried_bytes(split), max(largest, expert_bytes(split)), fed + queries)
 
 
 def activation_bytes(split: StepSplit, linear: LinearSet | None = None) -> int:
@@ -199,8 +202,9 @@ def activation_bytes(split: StepSplit, linear: LinearSet | None = None) -> int:
     return shared.residual + max(shared.largest, shared.attention + _core_bytes(split))
 
 
-def _gathered(used: int, stored: int) -> int:
-    return used if used > stored else 0
+def _gathered(*weights: Weight) -> int:
+    """Bytes of these weights, of which each is gathered before use, or none."""
+    return sum(weight.used_bytes for weight in weights if weight.used_bytes > weight.stored_bytes)
 
 
 def _core_bytes(split: StepSplit) -> int:

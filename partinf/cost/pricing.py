@@ -25,14 +25,15 @@ class Pricing:
         calibration: Calibration = ROOFLINE,
         bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
         program: Program | None = None,
+        skew: float = 0.0,
     ) -> None:
         """
         Args:
-            program: None for that of the chip, `program_for`.
+            program: None for that of the chip, `program_for`. skew: of routers, see `partinf.cost.routing`; 0 for uniform routing.
         """
         chip = slice_.chip
         self.slice = slice_
-        self.calibration = calibration
+        self.calibration, self.skew = calibration, skew
         self.program = program or program_for(chip)
         hop = calibration.hop(self.program.looped)
         fixed, rings = calibration.collective_seconds, calibration.switch_rings
@@ -135,9 +136,13 @@ class Pricing:
         one = self.calibration
         return scores * one.score_seconds + pairs * one.tile_seconds + tiles * one.query_tile_seconds
 
-    def small(self, item: Item, part: Part, count: int) -> list[Entry]:
-        """The small operations of each of so many layers, where their time is known."""
-        seconds = self.calibration.layer_seconds * self.program.small_operations
+    def small(self, item: Item, part: Part, count: int, times: float | None = None) -> list[Entry]:
+        """The small operations of each of so many layers, where their time is known.
+
+        Args:
+            times: as many dozens of them; those of attention and a feed-forward in the program unless given.
+        """
+        seconds = self.calibration.layer_seconds * (self.program.small_operations if times is None else times)
         free = seconds if self.program.unrolled else 0.0
         return [Entry(item, part, EntryKind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
 

@@ -89,6 +89,7 @@ class StepSplit:
         whole: those are e alone (`Phase.whole`, `Residual.WHOLE`).
         t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t. ahead: the phase gathers weights ahead.
         stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
+        phase: whose roles the step runs.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
     """
 
@@ -108,7 +109,7 @@ class StepSplit:
             model: the whole of it, with padded dimensions, if any. phase: whose FFN roles the step runs.
             shares: useful part of padded dimensions.
         """
-        self.shape, self.shares = shape, shares
+        self.shape, self.shares, self.phase = shape, shares, phase
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
         self.stages = keep(layout.storage_axes(Role.STAGE))
@@ -134,6 +135,12 @@ class StepSplit:
         found = object.__new__(StepSplit)
         found.__dict__.update(self.__dict__)
         found._attend(layout)
+        return found
+
+    def with_experts(self, layout: Layout, phase: Phase) -> StepSplit:
+        """The same under a layout and a phase that differ in what they say of experts alone."""
+        found = object.__new__(StepSplit)
+        found.__dict__.update(self.__dict__, layout=layout, phase=phase)
         return found
 
     def with_shape(self, shape: StepShape) -> StepSplit:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from partinf.cost.attention import cache_entries, decode_entries, linear_entries, prefill_entries
 from partinf.cost.ends import embedding_entries, logits_entries
+from partinf.cost.experts import expert_entries
 from partinf.cost.ffn import ffn_entries
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.overlap import bound_fetches, hide_gathers, run_loops
@@ -17,6 +18,16 @@ from partinf.cost.stages import stage_entries
 
 def linear_part(split: StepSplit) -> tuple[Entry, ...]:
     """What depends on storage and gathered axes alone, the same for all attention roles: layers' products, embedding, logits, stages."""
+    return dense_part(split) + expert_part(split)
+
+
+def expert_part(split: StepSplit) -> tuple[Entry, ...]:
+    """What of that depends on the roles for experts."""
+    return tuple(expert_entries(split))
+
+
+def dense_part(split: StepSplit) -> tuple[Entry, ...]:
+    """What of that does not."""
     layers = linear_entries(split) + ffn_entries(split)
     if split.looped:
         layers = run_loops(layers, split.pricing, split.parallel)

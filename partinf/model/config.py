@@ -199,6 +199,18 @@ class ModelConfig:
         found = Counter(self.layer_kinds[kind].attention.window or NEVER for kind in self.kind_of_layers)
         return tuple(found.items())
 
+    @cached_property
+    def feed_forwards(self) -> tuple[tuple[FeedForward, int], ...]:
+        """What all tokens go through, the feed-forward beside experts included, and how many layers have each, in the order in which they
+        first occur."""
+        kinds = (self.layer_kinds[kind].feed_forward for kind in self.kind_of_layers)
+        return tuple(Counter(one for one in kinds if one is not None).items())
+
+    @cached_property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return sum(self.layer_kinds[kind].experts is not None for kind in self.kind_of_layers)
+
     @property
     def longest_context(self) -> int:
         """Longest context that is computed as the model defines it, in tokens; 0 for any."""

@@ -17,6 +17,7 @@ from partinf.foundation.rounding import round_up
 from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.results import Candidate
+from partinf.plans import row_axes
 
 _MOST_BATCH = 1 << 14
 
@@ -93,7 +94,7 @@ class _Steps:
         self.evaluator, self.best = evaluator, best
         self._known: dict[int, Evaluator] = {}
         layout = self.best.layout
-        split = {*layout.decode.attention_axes(AttentionRole.BATCH), *layout.token_axes(layout.decode)}
+        split = {*layout.decode.attention_axes(AttentionRole.BATCH), *row_axes(evaluator.model, layout, layout.decode)}
         self.multiple = ways((*split, *layout.storage_axes(Role.STAGE)), evaluator.pricing.slice.axis_sizes)
 
     def _at(self, batch: int) -> Evaluator:

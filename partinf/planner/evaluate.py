@@ -23,6 +23,7 @@ from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_hea
 from partinf.model.config import ModelConfig
 from partinf.model.weights import multiplied_params
 from partinf.planner.candidates import Attention
+from partinf.plans import row_axes
 from partinf.workload import Workload
 
 # Padding heads beyond this factor is refused: another layout is always better.
@@ -99,6 +100,7 @@ NOTHING = Least(_Part((), 0.0, 0.0, 0.0), None)
 
 class _Key(NamedTuple):
     storage: tuple[object, ...]
+    experts: tuple[object, ...]
     gather: tuple[str, ...]
     ahead: bool
     whole: bool
@@ -108,7 +110,10 @@ class _Key(NamedTuple):
 
 
 def _key(split: StepSplit) -> _Key:
-    return _Key(split.layout.storage, split.gathered, split.ahead, split.whole, split.kv_stored, split.shape, split.model.num_heads)
+    experts = (split.layout.experts, split.phase.gather_experts, split.phase.dispatch) if split.model.experts is not None else ()
+    return _Key(
+        split.layout.storage, experts, split.gathered, split.ahead, split.whole, split.kv_stored, split.shape, split.model.num_heads
+    )
 
 
 class Evaluator:
@@ -166,7 +171,8 @@ class Evaluator:
         model = self.model.with_padded_heads(padded_heads)
         shares = Shares(heads=self.model.num_heads / model.num_heads)
         shape = shape or self.shape(layout, phase, label)
-        key = (layout.storage, phase.gather, phase.ahead, phase.whole, padded_heads, shape)
+        experts = (layout.experts, phase.gather_experts, phase.dispatch) if model.experts is not None else ()
+        key = (layout.storage, experts, phase.gather, phase.ahead, phase.whole, padded_heads, shape)
         known = self._splits.get(key)
         if known is not None:
             return known.with_attention(layout)
@@ -177,7 +183,7 @@ class Evaluator:
         """The workload's step of a phase, padded to what the roles divide."""
         stages = self.stages(layout)
         owners = phase.attention_axes(AttentionRole.BATCH)
-        spread = {*owners, *layout.token_axes(phase)}
+        spread = {*owners, *row_axes(self.model, layout, phase)}
         if label == "prefill":
             spread.update(phase.attention_axes(AttentionRole.SEQUENCE))
         key = (label, stages, ways(owners, self.sizes), ways(tuple(spread), self.sizes))
@@ -296,7 +302,7 @@ class Evaluator:
 
     def _weights(self, layout: Layout, padded_heads: int) -> int:
         kv_heads = self.model.with_padded_heads(padded_heads).num_kv_heads
-        key = (layout.storage, kv_head_axes(layout, self.sizes, kv_heads), padded_heads)
+        key = (layout.storage, layout.experts, kv_head_axes(layout, self.sizes, kv_heads), padded_heads)
         found = self._weight_bytes.get(key)
         if found is None:
             found = self._weight_bytes[key] = weight_bytes(self.split(layout, "decode", padded_heads))

@@ -23,7 +23,7 @@ from partinf.cost.memory import MemoryBudget
 from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
-from partinf.model.weights import num_params
+from partinf.model.weights import active_params
 from partinf.planner.candidates import Storage, num_options, storages
 from partinf.planner.estimate import Estimate
 from partinf.planner.evaluate import Priced
@@ -230,7 +230,7 @@ class Search:
         each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
         tokens = (workload.batch if label == "decode" else workload.prompts_per_step) * each
         seconds = step.seconds
-        mfu = 2.0 * num_params(self.model) * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
+        mfu = 2.0 * active_params(self.model) * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         return PhaseResult(label, layout, self.sizes, step.parts, seconds, mfu, tokens, each)
 
 

@@ -16,6 +16,7 @@ from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import PHASES, AttentionRole, Layout
 from partinf.planner.evaluate import Evaluator
+from partinf.plans import row_axes
 
 _MOST_TOKENS = 1 << 24
 _APART = 4
@@ -68,7 +69,8 @@ def switch_table(evaluator: Evaluator, layout: Layout, padded_heads: int, from_t
 
 def _multiple(evaluator: Evaluator, layout: Layout) -> int:
     dealt = layout.prefill.attention_axes(AttentionRole.BATCH)
-    return ways(tuple({*layout.token_axes(layout.prefill), *layout.token_axes(layout.decode), *dealt}), evaluator.pricing.slice.axis_sizes)
+    split = {axis for label in PHASES for axis in row_axes(evaluator.model, layout, layout.phase(label))}
+    return ways(tuple({*split, *dealt}), evaluator.pricing.slice.axis_sizes)
 
 
 def _step_seconds(evaluator: Evaluator, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
