@@ -163,7 +163,7 @@ def _bench(args: argparse.Namespace, load: OfferedLoad, model: Model, lag: int) 
     from partinf.engine.request import FinishReason
     from partinf.layout import readable_name
     from partinf.measure.estimates import measured_estimates
-    from partinf.model.weights import num_params
+    from partinf.model.weights import active_params
     from partinf.simulation.play import WallClock, play
     from partinf.simulation.report import Machine, RunReport
     from partinf.simulation.schedule_trace import ScheduleTrace
@@ -209,7 +209,7 @@ def _bench(args: argparse.Namespace, load: OfferedLoad, model: Model, lag: int) 
         decode_seconds=estimates.decode,
         failed=engine.metrics.summary().finished.get(FinishReason.FAILED, 0),
     )
-    machine = Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
+    machine = Machine(active_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
     return about, RunReport.of(engine.metrics, seconds, refused, load.bounds, machine)
 
 

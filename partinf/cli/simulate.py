@@ -271,7 +271,7 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
     from partinf.buckets import held
     from partinf.cli.progress import progress_bar
     from partinf.layout import readable_name
-    from partinf.model.weights import num_params
+    from partinf.model.weights import active_params
     from partinf.simulation.play import play
     from partinf.simulation.report import Machine, RunReport
     from partinf.simulation.schedule_trace import ScheduleTrace
@@ -310,7 +310,7 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
         choice=None if simulated.choice is None else simulated.choice.as_json(),
         wall_seconds=time.perf_counter() - started,
     )
-    machine = Machine(num_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
+    machine = Machine(active_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
     return about, RunReport.of(engine.metrics, runner.clock.now - load.arrivals[0].time, refused, load.bounds, machine)
 
 

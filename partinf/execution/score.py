@@ -22,7 +22,7 @@ from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.foundation.errors import InvalidInput, NoNumber, raise_offences
 from partinf.foundation.rounding import ceil_div, round_up
-from partinf.model.weights import num_params
+from partinf.model.weights import active_params
 from partinf.partition.sharding import whole
 from partinf.plans import Bucket, Plan
 from partinf.transformer.params import Params
@@ -183,7 +183,7 @@ class Scorer:
         num_tokens = sum(map(len, logprobs))
         known = [next((place for place, score in enumerate(one) if not math.isfinite(score)), len(one)) for one in logprobs]
         chips, chip = self.plan.slice.num_chips, self.plan.slice.chip
-        flops = 2 * num_params(self.plan.model) * num_tokens
+        flops = 2 * active_params(self.plan.model) * num_tokens
         return Scores(
             [one[:count] for one, count in zip(logprobs, known, strict=True)],
             num_tokens,

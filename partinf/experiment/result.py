@@ -18,7 +18,7 @@ from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.runner import Runner
 from partinf.experiment.description import Experiment
 from partinf.layout import readable_name
-from partinf.model.weights import num_params
+from partinf.model.weights import active_params
 from partinf.plans import Bucket, Plan
 from partinf.simulation.report import LatencyBounds, Machine, RunReport
 from partinf.simulation.step_price import StepPrice
@@ -77,7 +77,7 @@ def result(
     """
     chip = plan.slice.chip
     constants = calibration_for(chip)
-    machine = Machine(num_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
+    machine = Machine(active_params(plan.model), plan.slice.num_chips, chip.peak_bf16)
     figures = RunReport.of(engine.metrics, seconds, 0, LatencyBounds(), machine).as_json()
     counters = figures.pop("counters") | {name: figures.pop(name) for name in _COUNTERS}
     return {

@@ -17,7 +17,7 @@ from partinf.engine.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.layout import readable_name
-from partinf.model.weights import num_params
+from partinf.model.weights import active_params
 from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival
 from partinf.simulation.cost_runner import CostRunner
@@ -58,7 +58,7 @@ class Service:
         runner, _, make = self.make(plan)
         engine = make(clock=runner.clock)
         refused = play(engine, arrivals, runner.clock, next_finish=lambda: runner.next_finish)
-        machine = Machine(num_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
+        machine = Machine(active_params(plan.model), plan.slice.num_chips, plan.slice.chip.peak_bf16)
         return RunReport.of(engine.metrics, runner.clock.now - arrivals[0].time, refused, self.bounds, machine)
 
 

@@ -43,7 +43,7 @@ class LatencyBounds:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the utilisation is counted against: useful parameters N per token, chips, and the peak of one in FLOP/s."""
+    """What the utilisation is counted against: parameters N that a token meets, chips, and the peak of one in FLOP/s."""
 
     num_params: int
     num_chips: int
