@@ -8,10 +8,8 @@ All take the maker's figures and the chips of the slice together, no collective 
 
 from __future__ import annotations
 
-import math
-
 from partinf.hardware.chips import Chip
-from partinf.hardware.slices import Slice, make_slice
+from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
 from partinf.workload import DType
 
@@ -40,11 +38,3 @@ def step_seconds(slice_: Slice, num_params: float, weights: DType, batch: int, k
 def prefill_seconds(slice_: Slice, num_params: float, tokens: int, mfu: float = 1.0) -> float:
     """Prefill of this many tokens at a given share of peak FLOP/s; attention's own FLOPs are not counted."""
     return 2 * num_params * tokens / (slice_.num_chips * slice_.chip.peak_bf16 * mfu)
-
-
-def smallest_slice(chip: Chip, num_bytes: float, most_chips: int = 8192) -> Slice | None:
-    """The slice with the fewest chips, of those that can be rented, whose usable HBM holds this many bytes; None if none does."""
-    for shape in chip.rented_shapes(most_chips):
-        if math.prod(shape) * chip.usable_hbm >= num_bytes:
-            return make_slice(chip, shape)
-    return None

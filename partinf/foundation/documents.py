@@ -73,13 +73,13 @@ def read_bytes(path: Path, where: str | None = None, most: int = TEXT_BYTES) -> 
     return _bounded(data, name, most)
 
 
-def read_stream(stream: BinaryIO, where: str, most: int = TEXT_BYTES) -> str:
+def read_stream(stream: BinaryIO, where: str) -> str:
     """The text of an open stream, such as standard input, in UTF-8.
 
     Raises:
         InvalidInput: bytes that are no UTF-8, or more of them.
     """
-    return text_of(_bounded(stream.read(most + 1), where, most), where)
+    return text_of(_bounded(stream.read(TEXT_BYTES + 1), where, TEXT_BYTES), where)
 
 
 def read_text(path: Path, where: str | None = None, most: int = TEXT_BYTES) -> str:
@@ -100,13 +100,13 @@ def read_toml(path: Path, where: str | None = None) -> dict[str, Any]:
     return toml_of(read_text(path, where, TOML_BYTES), str(path) if where is None else where)
 
 
-def read_json(path: Path, where: str | None = None, most: int = TEXT_BYTES) -> Any:
+def read_json(path: Path, most: int = TEXT_BYTES) -> Any:
     """The value of a JSON file.
 
     Raises:
         InvalidInput: as `read_text`, or what is no JSON.
     """
-    return json_of(read_bytes(path, where, most), str(path) if where is None else where)
+    return json_of(read_bytes(path, most=most), str(path))
 
 
 def is_file(name: str | Path) -> bool:
@@ -326,11 +326,11 @@ class Table:
         rows = self._of(key, _REQUIRED, [], "a list of tables", take)
         return [Table(row, f"{self.where} [{key}]", self.offences) for row in rows]
 
-    def refuse_unknown(self, others: Iterable[str] = (), what: str = "key") -> None:
+    def refuse_unknown(self, others: Iterable[str] = ()) -> None:
         """An offence, with the nearest known key, for every key that was not asked for and is none of `others`."""
         known = {*self._asked, *others}
         strange = [key for key in self.data if key not in known]
-        self.offences += [f"{self.where}: unknown {what} '{shown(key)[1:-1]}'{nearest(key[:100], known)}" for key in strange]
+        self.offences += [f"{self.where}: unknown key '{shown(key)[1:-1]}'{nearest(key[:100], known)}" for key in strange]
 
     def _of(self, key: str, default: Any, simplest: Any, expected: str, take: Callable[[Any], Any]) -> Any:
         self._asked[key] = None

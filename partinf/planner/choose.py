@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from partinf.cost.collectives import BandwidthModel
-from partinf.cost.program import Program
 from partinf.foundation.errors import DoesNotFit
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
@@ -25,18 +23,13 @@ def plan(
     slice_: Slice,
     workload: Workload,
     *,
-    calibration: str = "fitted",
-    bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
-    program: Program | None = None,
-    only_runnable: bool = True,
     sized: Callable[[Plan], Plan] | None = None,
     finer: bool = False,
 ) -> Plan:
-    """The best layout for a workload, as a plan.
+    """The best layout for a workload that can be run, as a plan.
 
     Args:
         finer: take a finer mesh where it is faster (`partinf.planner.meshes.fastest`).
-        only_runnable: leave out layouts that can be planned but not run yet: those that pad heads in groups.
         sized: gives a plan its cache and its steps. Where it finds no room under any layout, or no layout holds the whole batch at full
             length, layouts are looked for whose cache holds half of it, then a quarter, and so on: the others wait, or are preempted.
 
@@ -45,10 +38,10 @@ def plan(
     """
     refusal: DoesNotFit | None = None
     for asked in [workload] if sized is None else [workload, *with_fewer_resident(workload)]:
-        question = Question(model, asked, calibration, bandwidth_model, program)
+        question = Question(model, asked)
         reports = _reports(question, slice_, finer)
         plans = (report.plan_of(candidate) for report in reports for candidate in report.candidates if candidate.fits)
-        able = (found for found in plans if not (only_runnable and found.runnable))
+        able = (found for found in plans if found.runnable is None)
         for found in itertools.islice(able, None if sized is None else _SIZED):
             try:
                 return found if sized is None else sized(found)
