@@ -100,6 +100,9 @@ def layers(types: tuple[str, ...], count: int, **more: Any) -> Config:
     }
 
 
+CHOSEN = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 2}
+
 Case = tuple[str, Callable[[Config], Config]]
 CASES: Mapping[str, Case] = {
     "llama": ("llama", llama()),
@@ -196,6 +199,55 @@ CASES: Mapping[str, Case] = {
     "biogpt": ("biogpt", multihead(pad_token_id=2)),
     "persimmon": ("persimmon", multihead()),
     "gpt_neox_japanese": ("gpt_neox_japanese", multihead()),
+    # Mixtures of experts.
+    "mixtral": ("mixtral", derived(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    "mixtral, window": ("mixtral", derived(num_local_experts=5, num_experts_per_tok=3, sliding_window=WINDOW)),
+    "qwen2_moe": ("qwen2_moe", derived(num_experts=6, shared_expert_intermediate_size=40, **CHOSEN)),
+    "qwen2_moe, renormalised": (
+        "qwen2_moe",
+        derived(
+            num_experts=4, shared_expert_intermediate_size=40, norm_topk_prob=True, num_hidden_layers=4, decoder_sparse_step=2, **CHOSEN
+        ),
+    ),
+    "qwen3_moe": ("qwen3_moe", llama(num_experts=8, norm_topk_prob=True, **CHOSEN)),
+    "qwen3_moe, dense layers": ("qwen3_moe", llama(num_experts=4, mlp_only_layers=[0, 2], num_hidden_layers=4, **CHOSEN)),
+    "qwen3_moe, window": ("qwen3_moe", llama(num_experts=4, use_sliding_window=True, sliding_window=WINDOW, **CHOSEN)),
+    "olmoe": ("olmoe", derived(num_experts=8, num_experts_per_tok=3)),
+    "olmoe, renormalised": ("olmoe", derived(num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)),
+    "flex_olmo": ("flex_olmo", derived(num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": (
+        "gpt_oss",
+        llama(num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, **rope(150000.0, **YARN, truncate=False)),
+    ),
+    "gpt_oss, clamped": ("gpt_oss", llama(num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, swiglu_limit=0.5)),
+    "glm4_moe": ("glm4_moe", llama(n_routed_experts=8, use_qk_norm=True, attention_bias=True, **CHOSEN)),
+    "glm4_moe, groups": (
+        "glm4_moe",
+        llama(
+            n_routed_experts=8, n_group=4, topk_group=2, routed_scaling_factor=2.5, first_k_dense_replace=0, n_shared_experts=2, **CHOSEN
+        ),
+    ),
+    "glm4_moe, not renormalised": (
+        "glm4_moe",
+        llama(n_routed_experts=4, norm_topk_prob=False, first_k_dense_replace=2, num_hidden_layers=4, **CHOSEN),
+    ),
+    "solar_open": ("solar_open", llama(n_routed_experts=4, **CHOSEN)),
+    "dots1": ("dots1", derived(n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1, **CHOSEN)),
+    "exaone_moe": ("exaone_moe", derived(num_experts=4, num_hidden_layers=5, sliding_window=WINDOW, **CHOSEN)),
+    "minimax_m2": ("minimax_m2", llama(num_local_experts=4, num_experts_per_tok=2, **rope(5e6, partial_rotary_factor=0.5))),
+    "granitemoe": (
+        "granitemoe",
+        derived(num_local_experts=4, num_experts_per_tok=2, embedding_multiplier=6.0, logits_scaling=2.0, attention_multiplier=0.2),
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        derived(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=40, residual_multiplier=0.3, attention_multiplier=0.2),
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        derived(moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1, moe_num_shared_experts=2),
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", llama(num_experts=4, moe_topk=2)),
     # Refused: what is not a decoder of attention and feed-forward alone, and positions that are neither learned nor rotated.
     "bloom": (
         "bloom",
@@ -211,9 +263,10 @@ CASES: Mapping[str, Case] = {
     "bitnet": ("bitnet", derived()),
     "apertus": ("apertus", derived()),
     "gemma4_text": ("gemma4_text", llama(num_hidden_layers=4, sliding_window=WINDOW)),
-    "mixtral": ("mixtral", derived(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
-    "qwen3_moe": ("qwen3_moe", llama(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)),
-    "gpt_oss": ("gpt_oss", llama(num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)),
+    "deepseek_v2": ("deepseek_v2", multihead(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **LATENT)),
+    "deepseek_v3": ("deepseek_v3", multihead(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, **LATENT)),
+    "phimoe": ("phimoe", derived(num_local_experts=4)),
+    "jetmoe": ("jetmoe", derived(num_local_experts=4)),
 }
 
 

@@ -36,6 +36,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             else:
                 end = any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
                 weight.copy_((1.6 if end else 1.2) * drawn / weight.shape[-1] ** 0.5)
+        for name, numbers in model.named_buffers():  # what a router adds for the choice alone
+            if "correction_bias" in name or "expert_bias" in name:
+                numbers.add_(0.3 * torch.randn(numbers.shape, generator=generator))
 
 
 def make(folder: Path, seed: int, names: list[str]) -> None:

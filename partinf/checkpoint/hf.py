@@ -17,17 +17,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from partinf.checkpoint.hf_names import (
-    LeafSource,
-    leaf_sources,
-    naming_of,
-    read_leaf,
-    stored_in,
-    tensor_shapes,
-    tied_offences,
-    tolerated,
-    write_part,
-)
+from partinf.checkpoint.hf_leaves import read_leaf, stored_in, write_part
+from partinf.checkpoint.hf_names import LeafSource, leaf_sources, naming_of, packed, tensor_shapes, tied_offences, tolerated
 from partinf.checkpoint.offences import compare_shapes
 from partinf.checkpoint.safetensors_files import INDEX_FILE, SINGLE_FILE, TensorReader
 from partinf.checkpoint.tree_paths import by_path, shapes_by_path
@@ -66,7 +57,7 @@ def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params
     expected = {path: source.leaf_shape for path, source in sources.items()}
     wanted = shapes_by_path(abstract_params, quantized_whole=True)
     disagreements = compare_shapes(wanted, expected, "the parameter tree", f"the model {config.name}")
-    reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements, aside=naming.aside)
+    reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements, aside=naming.aside, packed=packed(naming))
     raise_offences(tied_offences(reader, config, naming))
     arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
     structure = jax.tree.structure(abstract_params, is_leaf=lambda x: isinstance(x, Quantized))
@@ -142,7 +133,7 @@ def check_hf(directory: str | Path, config: ModelConfig) -> None:
     """Raise `InvalidInput` with every offence of the weights in a directory. Reads headers only, so it takes milliseconds for any size."""
     with TensorReader(directory) as reader:
         naming = naming_of(config, reader.inventory.names)
-        reader.check(tensor_shapes(config, naming), tolerated(config, naming), aside=naming.aside)
+        reader.check(tensor_shapes(config, naming), tolerated(config, naming), aside=naming.aside, packed=packed(naming))
 
 
 def save_hf(

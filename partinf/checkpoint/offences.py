@@ -27,17 +27,17 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def condense(complaints: Iterable[tuple[str, str]]) -> list[str]:
-    """One sentence per complaint (name, text), where names that differ in one number between separators share a sentence."""
+    """One sentence per complaint (name, text), where names that differ in their numbers alone, of layers and experts, share a sentence."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, text in complaints:
-        groups.setdefault((_NUMBER.sub("#", name, count=1), text), []).append(name)
+        groups.setdefault((_NUMBER.sub("#", name), text), []).append(name)
     lines = []
     for (pattern, text), names in groups.items():
-        if len(names) == 1:
-            lines.append(f"{names[0]}: {text}")
-        else:
-            numbers = _ranges(int(match.group()) for match in map(_NUMBER.search, names) if match)
-            lines.append(f"{pattern.replace('#', f'[{numbers}]')}: {text} ({len(names)} tensors)")
+        said = "" if len(names) == 1 else f" ({len(names)} tensors)"
+        columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
+        for numbers in map(_ranges, columns):
+            pattern = pattern.replace("#", numbers if numbers.isdecimal() else f"[{numbers}]", 1)
+        lines.append(f"{pattern}: {text}{said}")
     return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more lines of this kind"]
 
 

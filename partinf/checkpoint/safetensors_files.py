@@ -33,6 +33,7 @@ READABLE_DTYPES = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
+_BYTES = {"U8": np.dtype(np.uint8)}  # of which packed weights are made
 _MAX_HEADER_BYTES = 32 << 20  # of a hundred thousand tensors in one file; the format allows three times as many, which nobody writes
 _MAX_DIMS = 16
 _LONGEST_NAME, _LONGEST_TYPE = 512, 16  # characters
@@ -91,7 +92,8 @@ def _tensor_bytes(entry: Any) -> int | None:
     if not all(_plain_int(number) for number in (*shape, *offsets)):
         return None
     size = offsets[1] - offsets[0]
-    return size if dtype not in READABLE_DTYPES or size == math.prod(shape) * READABLE_DTYPES[dtype].itemsize else None
+    known = READABLE_DTYPES | _BYTES
+    return size if dtype not in known or size == math.prod(shape) * known[dtype].itemsize else None
 
 
 def _parse_header(path: Path) -> tuple[dict[str, Any], int, str]:
@@ -284,7 +286,11 @@ def _without_index(directory: Path) -> tuple[list[Path], list[str]]:
 
 
 def check_tensors(
-    inventory: Inventory, expected: Mapping[str, tuple[int, ...]], tolerated: Collection[str] = (), aside: Collection[str] = ()
+    inventory: Inventory,
+    expected: Mapping[str, tuple[int, ...]],
+    tolerated: Collection[str] = (),
+    aside: Collection[str] = (),
+    packed: Collection[str] = (),
 ) -> list[str]:
     """Offences of the files and of their tensors against the expected names and shapes; layers that offend alike share a line.
 
@@ -292,6 +298,7 @@ def check_tensors(
         inventory: What was found.
         expected: Shape of every tensor that is needed.
         tolerated: Endings of names that may be there and are not read. aside: Beginnings of such names.
+        packed: Endings of the names of what holds bytes.
     """
     found = inventory.tensors
     offences = list(inventory.offences)
@@ -301,10 +308,11 @@ def check_tensors(
     offences += condense(
         (name, f"found shape {found[name].shape}, expected {expected[name]}") for name in shared if found[name].shape != expected[name]
     )
+    types = {name: _BYTES if name.endswith(tuple(packed)) else READABLE_DTYPES for name in shared}
     offences += condense(
-        (name, f"stored as {found[name].dtype}; expected one of {', '.join(READABLE_DTYPES)}")
+        (name, f"stored as {found[name].dtype}; expected one of {', '.join(types[name])}")
         for name in shared
-        if found[name].dtype not in READABLE_DTYPES
+        if found[name].dtype not in types[name]
     )
     surplus = [name for name in found if name not in expected and not name.endswith(tuple(tolerated)) and not name.startswith(tuple(aside))]
     offences += condense((name, f"unexpected: found shape {found[name].shape}; the architecture has no such tensor") for name in surplus)
@@ -332,16 +340,17 @@ class TensorReader:
         tolerated: Collection[str] = (),
         more: Iterable[str] = (),
         aside: Collection[str] = (),
+        packed: Collection[str] = (),
     ) -> None:
         """Raise `InvalidInput` with every offence of `check_tensors` and the `more` that the caller found."""
-        raise_offences([*more, *check_tensors(self.inventory, expected, tolerated, aside)])
+        raise_offences([*more, *check_tensors(self.inventory, expected, tolerated, aside, packed)])
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A view of `tensor[index]` in the stored type, valid while the reader is open. `check` must have passed."""
         tensor = self.inventory.tensors[name]
         if tensor.path not in self._maps:
             self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
-        dtype = READABLE_DTYPES[tensor.dtype]
+        dtype = (READABLE_DTYPES | _BYTES)[tensor.dtype]
         stop = tensor.start + math.prod(tensor.shape) * dtype.itemsize
         view = self._maps[tensor.path][tensor.start : stop].view(dtype).reshape(tensor.shape)[index]
         self.bytes_read += view.nbytes

@@ -2,9 +2,9 @@
 
 The declarations themselves stand in `partinf.model.families`.
 
-Letters of tensors: V vocabulary, E d_model, F d_ff, H query heads, K key/value heads, G query heads of each, Q head size, M longest
-context. A leaf is a reshape of a tensor or of some of its rows, or a stack of such. Where a family pairs neighbours in the rotary
-embedding, the rows of queries and keys are put such that the first half of what is rotated is paired with the second.
+Letters of tensors: V vocabulary, E d_model, F d_ff, X experts, W d_ff of each, H query heads, K key/value heads, G query heads of each, Q
+head size, M longest context. A leaf is a reshape of a tensor or of some of its rows, or a stack of such. Where a family pairs neighbours
+in the rotary embedding, the rows of queries and keys are put such that the first half of what is rotated is paired with the second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from partinf.model.config import ModelConfig, Position
+from partinf.model.hf_experts import Mixture
 from partinf.model.hf_rope import HALVES, Rope
 
 
@@ -123,6 +124,10 @@ class Stored:
             every part stands in one piece.
         skip: Rows of the tensor before the leaf's.
         transposed: The tensor is stored [in, out].
+        numbered: The letter of a dimension of the leaf that is none of the tensor: there is a tensor for each number, which stands in its
+            name as `{number}`.
+        leaf: The letters of the leaf's dimensions, where they have another order than the tensor's; a 1 of the tensor may be missing.
+        packed: The numbers are stored in four bits, in a tensor of blocks and one of scales (`checkpoint.mxfp4`).
     """
 
     dims: str
@@ -132,6 +137,9 @@ class Stored:
     per: str = ""
     skip: int = 0
     transposed: bool = False
+    numbered: str = ""
+    leaf: str = ""
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,14 @@ class Naming:
     Attributes:
         bases: What `{base}` in a name may stand for; the first is what transformers writes.
         layer: What precedes the name of a layer's tensor.
-        layer_weights: Leaves of a layer.
+        layer_weights: Leaves of a layer. mixed_weights: those of a layer with experts, where they have other tensors.
+        packed_weights: those of experts in a directory that has them in four bits.
         model_weights: Leaves of the model.
         heads: What `{head}` stands for with a base; nothing with one that is not here.
         neighbours: Leaves of which the first tensor has rows of heads, such that neighbours are pairs of the rotation.
         buffers: Endings of what is stored although it follows from the configuration.
-        aside: Beginnings of the names of other parts of a model, such as one for images, which are not read.
+        aside: Beginnings of the names of other parts of a model, such as one for images, which are not read; `{layers}` in one stands for
+            the number of layers, that of a layer after the last.
     """
 
     bases: tuple[str, ...]
@@ -157,14 +167,24 @@ class Naming:
     neighbours: frozenset[str] = frozenset()
     buffers: tuple[str, ...] = ()
     aside: tuple[str, ...] = ()
+    mixed_weights: Mapping[str, Stored] = field(default_factory=dict)
+    packed_weights: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def leaves(self) -> set[str]:
-        return {*self.layer_weights, *self.model_weights}
+        return {*self.layer_weights, *self.mixed_weights, *self.model_weights}
 
-    def named(self, tensor: str) -> str:
-        """The name of a tensor of the model, with the first base."""
-        return tensor.format(base=self.bases[0], head=self.heads.get(self.bases[0], ""))
+    def weights_of(self, experts: bool) -> Mapping[str, Stored]:
+        """Leaves of a layer with or without experts."""
+        return {**self.layer_weights, **self.mixed_weights} if experts else self.layer_weights
+
+    def named(self, tensor: str, number: int = 0) -> str:
+        """The name of a tensor, with the first base."""
+        return tensor.format(base=self.bases[0], head=self.heads.get(self.bases[0], ""), number=number)
+
+    def layer_named(self, layer: int) -> str:
+        """What precedes the names of a layer's tensors."""
+        return self.layer.format(base=self.bases[0], layer=layer)
 
 
 @dataclass(frozen=True)
@@ -214,6 +234,8 @@ class Family:
         picks, scalars, biases: keys that decide the other fields. Biases come to those of `block`.
         derived: fields that follow from the others; loose: those of them that a flag decides too, so that they have two values.
         window: how it says that layers have a sliding window; None where it has none.
+        mixture: how it says which layers have experts, and what they are; None where it has none.
+        quantised: the ways of storing weights in fewer bits that are read, by their `quant_method`.
         rope: how its configuration describes rotations.
         harmless: further keys, of this family alone, that change no result.
     """
@@ -234,6 +256,8 @@ class Family:
     derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
     loose: frozenset[str] = frozenset()
     window: Window | None = None
+    mixture: Mixture | None = None
+    quantised: tuple[str, ...] = ()
     rope: Rope = HALVES
     harmless: frozenset[str] = frozenset()
 
@@ -246,7 +270,8 @@ class Family:
         """What is read of a configuration, but for names and rotations."""
         read = (*(size.key for size in self.sizes.values()), *self.only, self.norm_eps[0], *(key for key, _ in self.equal))
         read += (*(one.key for one in self.picks), *(one.key for one in self.scalars), *(one.key for one in self.biases))
-        return frozenset(read) - {""} | (self.window.keys if self.window else frozenset())
+        apart = (one.keys for one in (self.window, self.mixture) if one is not None)
+        return frozenset(read).union(*apart) - {""}
 
     @property
     def rotates(self) -> bool:
@@ -256,8 +281,13 @@ class Family:
     def differences(self, config: ModelConfig) -> dict[str, Any]:
         """The features in which an architecture differs from the family's, with a value that the family has."""
         fixed = {**_PLAIN, **self.block, **self.derived(vars(config))}
-        free = {scalar.field for scalar in self.scalars} | self.loose | ({"kinds", "prefix", "pattern"} if self.window else set())
+        kinds = {"kinds", "prefix", "pattern"} if self.window or (self.mixture and self.mixture.some_dense) else set()
+        free = {scalar.field for scalar in self.scalars} | self.loose | kinds
         found: dict[str, Any] = {}
+        if self.mixture is None and config.experts is not None:
+            found["experts"] = "none"
+        elif self.mixture is not None and (config.experts is None or not self.mixture.has(config.experts)):
+            found["experts"] = "others"
         decided: dict[str, list[Any]] = {}
         for pick in self.picks:
             for _, chosen in pick.values:

@@ -6,14 +6,15 @@ that this library does not compute. What would be silently ignored would run as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partinf.foundation.documents import shown
 from partinf.foundation.errors import InvalidInput, raise_offences
-from partinf.model.config import MATRICES, ModelConfig
+from partinf.model.config import MATRICES, MOST_LAYERS, ModelConfig
 from partinf.model.families import FAMILIES, HARMLESS, ONLY, REFUSED, WRAPPERS
 from partinf.model.family import Family, Wrapper
+from partinf.model.hf_experts import experts_of
 from partinf.model.hf_file import HfFile, as_written, same
 from partinf.model.hf_layers import layers_of
 from partinf.model.kinds import Kind
@@ -45,10 +46,16 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
         "tied_embeddings": file.flag("tie_word_embeddings", family.tied),
     }
     fields |= file.features(family)
-    fields |= layers_of(file, family, sizes, _head_dim(sizes))
+    mixed = [True] * min(max(sizes.get("num_layers") or 0, 0), MOST_LAYERS)
+    if family.mixture is not None:
+        activation = fields.get("activation", ModelConfig.activation)
+        fields["experts"], mixed = experts_of(file, family.mixture, activation, len(mixed))
+    mixed = mixed if any(mixed) else [True] * len(mixed)
+    fields |= layers_of(file, family, sizes, _head_dim(sizes), mixed)
     file.refuse_unknown(family)
     raise_offences(file.offences)
     fields |= _derived(sizes, name)
+    fields |= {"ffn_dim": 0} if fields.get("experts") is not None and all(mixed) else {}
     fields |= family.derived(fields)
     fields = {field: value for field, value in fields.items() if not field.startswith("_")}
     if family.rotates:
@@ -134,13 +141,15 @@ class _File(HfFile):
             value, wanted = self.data.get(key), self.data.get(other)
             if value is not None and not same(value, wanted):
                 self.offend(f"{key} = {as_written(value)} is not supported; it must equal {other} = {as_written(wanted)}")
-        self.quantised()
+        self.quantised(family.quantised)
 
-    def quantised(self) -> None:
-        """An offence where weights are said to be stored in fewer bits."""
+    def quantised(self, read: Sequence[str] = ()) -> None:
+        """An offence where weights are said to be stored in fewer bits, in a way that is not read."""
         for key in _WEIGHTS:
             if self.data.get(key) is not None:
                 method = self.data[key].get("quant_method") if isinstance(self.data[key], dict) else None
+                if method in read:
+                    continue
                 self.offend(
                     f"{key} = {as_written(method or self.data[key])}; quantised checkpoints are not read: "
                     "take the model's unquantised weights, and quantise with --weights int8"

@@ -6,7 +6,9 @@ which counts where it is given.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from partinf.model.config import MOST_LAYERS
 from partinf.model.family import Family, Window
@@ -18,8 +20,12 @@ from partinf.model.rotation import PLAIN, Rotation
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
-def layers_of(file: HfFile, family: Family, sizes: dict[str, int | None], head_dim: int) -> dict[str, Any]:
-    """The fields of `ModelConfig` that say what kinds of layers there are: `window` and `rotation`, or `kinds`, `prefix` and `pattern`."""
+def layers_of(file: HfFile, family: Family, sizes: dict[str, int | None], head_dim: int, mixed: Sequence[bool]) -> dict[str, Any]:
+    """The fields of `ModelConfig` that say what kinds of layers there are: `window` and `rotation`, or `kinds`, `prefix` and `pattern`.
+
+    Args:
+        mixed: of each layer, whether it has the model's experts, where the model has such.
+    """
     count = sizes.get("num_layers") or 0
     listed = _listed(file, family.window is not None, count)
     window, types = _windows(file, family.window, listed, count)
@@ -29,19 +35,31 @@ def layers_of(file: HfFile, family: Family, sizes: dict[str, int | None], head_d
     turned = [rotations[kind] if turns else None for kind, turns in zip(types, _turning(file, family.window, types), strict=True)]
     if not family.rotates:
         turned = [PLAIN] * len(types)
-    found = {(kind, rotation): Kind("", window if kind == _SLIDING else 0, rotation) for kind, rotation in zip(types, turned, strict=True)}
+    layers = [_Layer(*one) for one in zip(types, turned, mixed, strict=True)]
+    found = {layer: Kind("", window if layer.type == _SLIDING else 0, layer.rotation, layer.mixed) for layer in layers}
     if len(found) == 1 and (only := next(iter(found.values()))).rotation is not None:
         return {"window": only.window, "rotation": only.rotation}
-    names = {key: _name(*key, [*found]) for key in found}
-    prefix, pattern = pattern_of([names[key] for key in zip(types, turned, strict=True)])
-    kinds = tuple(Kind(names[key], kind.window, kind.rotation) for key, kind in found.items())
+    names = {layer: _name(layer, [*found]) for layer in found}
+    prefix, pattern = pattern_of([names[layer] for layer in layers])
+    kinds = tuple(replace(kind, name=names[layer]) for layer, kind in found.items())
     return {"kinds": kinds, "prefix": prefix, "pattern": pattern} if kinds else {}
 
 
-def _name(kind: str, rotation: Rotation | None, all_kinds: list[tuple[str, Rotation | None]]) -> str:
-    plain = "sliding" if kind == _SLIDING else "full"
-    alone = sum(one == kind for one, _ in all_kinds) == 1
-    return plain if alone or rotation is not None else f"{plain}_unrotated"
+class _Layer(NamedTuple):
+    type: str
+    rotation: Rotation | None
+    mixed: bool
+
+
+def _name(layer: _Layer, others: list[_Layer]) -> str:
+    """A kind by what tells it from the others: its window, its rotation, its experts."""
+    plain = "sliding" if layer.type == _SLIDING else "full"
+    if layer.rotation is None and len({one.rotation for one in others if one.type == layer.type}) > 1:
+        plain += "_unrotated"
+    if len({one.mixed for one in others}) == 1:
+        return plain
+    inner = "mixed" if layer.mixed else "dense"
+    return inner if len({one[:2] for one in others}) == 1 else f"{plain}_{inner}"
 
 
 def _listed(file: HfFile, windows: bool, count: int) -> list[str] | None:

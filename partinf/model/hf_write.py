@@ -17,6 +17,7 @@ from partinf.model.config import ModelConfig
 from partinf.model.families import FAMILIES, family_of
 from partinf.model.family import Family, Pick, Scalar, Window
 from partinf.model.hf_config import config_from_hf, rotation_of
+from partinf.model.hf_experts import experts_to_hf
 from partinf.model.hf_file import as_written
 from partinf.model.hf_rope import rope_to_hf, ropes_to_hf
 from partinf.model.kinds import Attention, Kind
@@ -66,6 +67,9 @@ def _files(config: ModelConfig, family: Family) -> Iterator[dict[str, Any]]:
     layers = [config.layer_kinds[number].attention for number in config.kind_of_layers]
     if family.window is not None:
         data |= _window_to_hf(layers, family.window)
+    if family.mixture is not None and config.experts is not None:
+        mixed = [config.layer_kinds[number].experts is not None for number in config.kind_of_layers]
+        data |= experts_to_hf(family.mixture, config.experts, mixed)
     if family.rotates:
         data |= _rotations_to_hf(config, family, layers)
     for values in itertools.product(*(_values(pick, config) for pick in family.picks)):

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
-from partinf.checkpoint.hf_names import leaf_sources, read_leaf, tensor_shapes
+from partinf.checkpoint.hf_leaves import read_leaf
+from partinf.checkpoint.hf_names import leaf_sources, tensor_shapes
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
 from partinf.foundation.errors import InvalidInput

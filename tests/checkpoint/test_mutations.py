@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from partinf.checkpoint.hf import check_hf
-from partinf.checkpoint.hf_names import leaf_sources, naming_of, read_leaf, tensor_shapes, tolerated
+from partinf.checkpoint.hf_leaves import read_leaf
+from partinf.checkpoint.hf_names import leaf_sources, naming_of, tensor_shapes, tolerated
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.foundation.errors import InvalidInput
 from partinf.model.load import load_model_config

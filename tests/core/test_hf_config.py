@@ -102,7 +102,7 @@ def test_an_unknown_architecture_names_those_that_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type, why", [("bloom", "ALiBi"), ("mamba", "recurrent state"), ("mixtral", "experts"), ("deepseek_v3", "latent")]
+    "model_type, why", [("bloom", "ALiBi"), ("mamba", "recurrent state"), ("phimoe", "router"), ("deepseek_v3", "latent")]
 )
 def test_what_is_known_and_not_read_says_why(model_type: str, why: str) -> None:
     (line,) = offences({"model_type": model_type})

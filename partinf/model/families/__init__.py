@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 from partinf.foundation.errors import InvalidInput, nearest
 from partinf.model.config import ModelConfig
-from partinf.model.families import cohere, fused, gemma, gpt, layer_norm, llama, olmo
+from partinf.model.families import cohere, fused, gemma, gpt, layer_norm, llama, mixtures, olmo
 from partinf.model.families.harmless import HARMLESS as HARMLESS
 from partinf.model.families.harmless import ONLY as ONLY
 from partinf.model.families.harmless import keys
 from partinf.model.family import Family, Wrapper
 
-_DECLARED = (llama, gpt, gemma, olmo, cohere, fused, layer_norm)
+_DECLARED = (llama, gpt, gemma, olmo, cohere, fused, layer_norm, mixtures)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for module in _DECLARED for family in module.FAMILIES}
 
 
@@ -36,7 +36,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
 
 _ALIBI = "its scores have a bias that grows with the distance (ALiBi), and positions are learned or rotated here"
 _RECURRENT = "its layers carry a recurrent state, and a cache of keys and values is all that is kept here"
-_EXPERTS = "its feed-forwards are chosen among experts"
+_EXPERTS = "its experts are none that are computed here"
 _LATENT = "its keys and values are made of a latent"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(keys("bloom mpt"), _ALIBI),
@@ -49,12 +49,17 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(
         keys("""
-            mixtral qwen2_moe qwen3_moe olmoe granitemoe phimoe gpt_oss llama4 llama4_text glm4_moe minimax_m2 ernie4_5_moe dbrx jetmoe
-            dots1 flex_olmo hunyuan_v1_moe exaone_moe cohere2_moe arctic
+            dbrx arctic cohere2_moe nemotron_h_moe bailing_moe
         """),
         _EXPERTS,
     ),
     **dict.fromkeys(keys("deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 minicpm3 youtu longcat_flash glm4_moe_lite"), _LATENT),
+    "phimoe": "its router chooses one expert after the other, each by a softmax over those that are nearly as good",
+    "jetmoe": "its attention is a mixture of experts too",
+    "afmoe": "its attention is multiplied by a gate",
+    "laguna": "its attention is multiplied by a gate",
+    **dict.fromkeys(keys("llama4 llama4_text"), "its attention sees chunks of positions, and its router weights what experts read"),
+    "mimo_v2_flash": "its values have another size than its keys, and its layers differ in heads",
     "bitnet": "its weights have three values each, and its sublayers norms within",
     "apertus": "its activation (xIELU) has learned numbers",
     "persimmon": "its norms of queries and keys have biases",

@@ -39,7 +39,11 @@ _ORIGIN = keys("""
     _name_or_path name_or_path _commit_hash transformers_version transformers.js_config unsloth_version unsloth_fixed
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation _flash_attn_2_enabled
 """)
-HARMLESS = _TRAINING | _GENERATION | _TOKENS | _TYPES | _OUTPUTS | _ORIGIN
+# Of experts: losses and noise of the training, and layers after the last that guess more than one token.
+_EXPERTS = keys("""
+    output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux num_nextn_predict_layers num_mtp_layers
+""")
+HARMLESS = _EXPERTS | _TRAINING | _GENERATION | _TOKENS | _TYPES | _OUTPUTS | _ORIGIN
 
 # Keys of any family that change the result unless they have one of these values.
 ONLY: Mapping[str, tuple[Any, ...]] = {

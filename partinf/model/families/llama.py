@@ -74,7 +74,7 @@ _QWEN2 = replace(
     window=_QWEN_WINDOW,
     harmless=keys("use_mrope mrope_section"),
 )
-_QWEN3 = replace(
+QWEN3 = replace(
     LLAMA,
     title="Qwen 3",
     architecture="Qwen3ForCausalLM",
@@ -101,7 +101,7 @@ _MULTIPLIERS = (
     Scalar("residual_multiplier", "residual_scale", 1.0),
     Scalar("logits_scaling", "logit_scale", 1.0, lambda scaling: 1 / scaling, lambda scale: 1 / scale),
 )
-_GRANITE = replace(
+GRANITE = replace(
     LLAMA,
     title="Granite",
     architecture="GraniteForCausalLM",
@@ -150,7 +150,7 @@ _JAIS2 = replace(
     block={"gated": False, "norm": Norm.LAYER},
     biases=(Bias("attention_bias", True, ATTENTION), Bias("mlp_bias", True, FEED_FORWARD)),
 )
-_HUNYUAN = replace(
+HUNYUAN = replace(
     LLAMA,
     title="Hunyuan dense",
     architecture="HunYuanDenseV1ForCausalLM",
@@ -193,6 +193,6 @@ _ERNIE = replace(
 )
 
 FAMILIES = (
-    *(LLAMA, _MISTRAL, _MINISTRAL, _QWEN2, _QWEN3, _CWM, _SMOLLM3, _GRANITE, _HYPERCLOVAX),
-    *(_SEED_OSS, _ARCEE, _JAIS2, _HUNYUAN, _HELIUM, _ERNIE),
+    *(LLAMA, _MISTRAL, _MINISTRAL, _QWEN2, QWEN3, _CWM, _SMOLLM3, GRANITE, _HYPERCLOVAX),
+    *(_SEED_OSS, _ARCEE, _JAIS2, HUNYUAN, _HELIUM, _ERNIE),
 )

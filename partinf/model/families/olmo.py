@@ -22,7 +22,7 @@ _OLMO = replace(
     scalars=(Scalar("clip_qkv", "qkv_clip", None),),
     biases=(Bias("attention_bias", False, ATTENTION),),
 )
-_OLMO2 = replace(
+OLMO2 = replace(
     _OLMO,
     title="OLMo 2",
     architecture="Olmo2ForCausalLM",
@@ -33,7 +33,7 @@ _OLMO2 = replace(
     scalars=(),
 )
 _OLMO3 = replace(
-    _OLMO2,
+    OLMO2,
     title="OLMo 3",
     architecture="Olmo3ForCausalLM",
     model_type="olmo3",
@@ -41,7 +41,7 @@ _OLMO3 = replace(
     rope=Rope(by_type={"full_attention": ("rope_theta", 5e5), "sliding_attention": ("", 5e5)}, original=False),
 )
 _EXAONE4 = replace(
-    _OLMO2,
+    OLMO2,
     title="EXAONE 4",
     architecture="Exaone4ForCausalLM",
     model_type="exaone4",
@@ -52,4 +52,4 @@ _EXAONE4 = replace(
     window=Window(4096, typed=True, every=("sliding_window_pattern", 4), unrotated=True),
 )
 
-FAMILIES = (_OLMO, _OLMO2, _OLMO3, _EXAONE4)
+FAMILIES = (_OLMO, OLMO2, _OLMO3, _EXAONE4)
