@@ -44,7 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json (every candidate)")
     found = "--slice auto:CHIP finds the cheapest slice that keeps --max-latency-ms, or --ttft and --tpot at --arrivals"
     parser.description = f"{parser.description} {found}; --mesh auto the best of many meshes."
-    parser.epilog = "Example: partinf plan --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8"
+    parser.epilog = (
+        "Example: partinf plan --model palm-540b --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8. "
+        "Notation: E is d_model, F d_ff, B the batch, L the tokens of a sequence, H heads; E_x F_yz: mesh axis x splits d_model, y and z "
+        "split d_ff. ws-1d, ws-2d: weights stay where they are; d_ff is split, or d_ff and d_model. wg-x, wg-xy, wg-xyz: weights are "
+        "gathered over the axes of d_model, over these and some of d_ff, over all. batch:y heads:x: in attention y splits whole "
+        "sequences and x splits heads; sequence splits the context. tie: the cost model cannot tell it from the best. ±12%: the error "
+        "for steps that the constants were not fitted to. MFU: useful FLOPs over peak."
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from partinf.foundation.units import figures
+
 if TYPE_CHECKING:
     from partinf.planner.report import PlanReport
     from partinf.proof.candidates import Proofs
@@ -23,8 +25,8 @@ def show(before: PlanReport, after: PlanReport, proofs: Proofs) -> None:
         proof = proofs[key(candidate)]
         phases = "; ".join(f"{result.name}: {result.ffn}, {result.attention}" for result in candidate.phases)
         needed = max(step.memory.needed for step in proof.steps) / (1 << 30)
-        time = f"{1e3 * proven_seconds(after, candidate, proof):.4g}" if proof.fits else ""
-        cells = (f"{1e3 * candidate.score:.4g}", time, f"{needed:.2f}", "" if proof.fits else "does not fit")
+        time = figures(1e3 * proven_seconds(after, candidate, proof)) if proof.fits else ""
+        cells = (figures(1e3 * candidate.score), time, f"{needed:.2f}", "" if proof.fits else "does not fit")
         table.add_row(str(index), f"#{places[key(candidate)]}", stored(candidate), phases, *cells)
     console = wide_console()
     console.print(table)

@@ -11,6 +11,7 @@ from partinf.cli.arguments import add_layout, add_pool, read_pool
 from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.planning import add_model_arguments
 from partinf.foundation.limits import MAX_SECONDS
+from partinf.foundation.units import readable_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,7 +147,7 @@ def _show_step(console: Console, step: StepProof) -> None:
         e = step.estimate
         parts = f"{e.compute * 1e3:.3g} compute and memory, {e.collectives * 1e3:.3g} collectives, {e.overlapped * 1e3:.3g} more hidden"
         floor = f"floor {e.floor * 1e3:.3g}, the cost model says {step.planned_seconds * 1e3:.3g}"
-        console.print(f"step {e.seconds * 1e3:.4g} ms ± {e.error:.0%}: {parts}; {floor}", highlight=False)
+        console.print(f"step {readable_seconds(e.seconds)} ± {e.error:.0%}: {parts}; {floor}", highlight=False)
         if e.note:
             console.print(e.note, highlight=False, markup=False)
     console.print(f"compiled in {step.compile_seconds:.1f} s", highlight=False)

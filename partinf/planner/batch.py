@@ -53,16 +53,16 @@ class BatchAdvice:
 
     def __str__(self) -> str:
         reasons = {
-            "memory": f"a larger one does not fit beside the weights (critical batch {self.critical:.0f})",
-            "latency": f"a larger one misses the latency bound (memory would hold {self.by_memory})",
-            "compute": f"from there on reading the weights is hidden behind their products (memory would hold {self.by_memory})",
-            "arrivals": f"at this rate no more are in flight (memory would hold {self.by_memory}, critical batch {self.critical:.0f})",
+            "memory": f"memory holds no more beside the weights (critical batch {self.critical:.0f})",
+            "latency": f"a larger batch misses the latency bound (memory holds {self.by_memory})",
+            "compute": f"in a larger batch products take longer than reading the weights (memory holds {self.by_memory})",
+            "arrivals": f"at this rate no more are in flight (memory holds {self.by_memory}, critical batch {self.critical:.0f})",
         }
-        text = f"batch {self.batch}: {reasons[self.limit]}"
+        text = f"{self.batch} sequences: {reasons[self.limit]}"
         if self.lanes > self.batch:
-            text += f"; it runs as {self.lanes} lanes, in multiples of {self.multiple}"
+            text += f"; they are padded to {self.lanes}, a multiple of {self.multiple}"
         if self.most_requests is not None and self.by_arrivals is None:
-            text += f"; the rate is too high: this slice carries {self.most_requests:.3g} requests per second"
+            text += f"; this slice carries {self.most_requests:.3g} requests per second, fewer than arrive"
         return text
 
 

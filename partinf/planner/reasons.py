@@ -1,17 +1,18 @@
-"""Why a candidate won, in one or two sentences: what its step spends its time on, and what the nearest other layouts would cost."""
+"""Why a candidate won, in one or two sentences: what its step spends its time on, and how much slower the nearest other layouts are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from partinf.cost.ledger import EntryKind, Ledger
+from partinf.foundation.units import readable_seconds
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import Role
 from partinf.planner.results import Candidate
 
 
 def why(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) -> str:
-    """What the step of one of the candidates spends its time on, and what the nearest other kinds of layout would cost.
+    """What the step of one of the candidates spends its time on, and how much slower the nearest other kinds of layout are.
 
     Args:
         candidates: in order, so that the first of a kind is its best.
@@ -19,26 +20,28 @@ def why(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) ->
     asked = candidate.asked
     parts = _shares(asked.ledger)
     spent = ", ".join(f"{name} {share:.0%}" for name, share in parts[:3])
-    text = f"A {asked.name} step of {asked.step_seconds * 1e3:.4g} ms goes to {spent}."
-    others = []
-    for label, kind in (("FFN", "ffn"), ("attention over", "attention")):
+    text = f"A {asked.name} step takes {readable_seconds(asked.step_seconds)}: {spent}."
+    for kind, words in (("ffn", "The best {} layout"), ("attention", "The best layout with {}")):
         mine = getattr(asked, kind)
         rival = next((c for c in candidates if getattr(c.asked, kind) != mine), None)
-        if rival is None:
-            continue
-        other = getattr(rival.asked, kind)
-        if not rival.fits:
-            others.append(f"{label} {other} does not fit ({rival.memory.total / 1e9:.1f} GB per device)")
-        else:
-            tie = "a tie; " if rival.tie_with_best and candidate.tie_with_best else ""
-            reason = _difference(asked.ledger, rival.asked.ledger)
-            others.append(f"{label} {other} would cost {rival.score / candidate.score - 1:+.1%} ({tie}{reason})")
-    text += f" Against {asked.ffn} with attention over {asked.attention}, {' and '.join(others)}." if others else ""
+        if rival is not None:
+            other = getattr(rival.asked, kind)
+            text += f" {words.format(_ATTENTION.get(other, other))} {_compared(candidate, rival)}."
     return text + _between_stages(slice_, candidates, candidate)
 
 
+def _compared(candidate: Candidate, rival: Candidate) -> str:
+    """How much slower a rival is and where, or that it does not fit: what follows the rival's name in a sentence."""
+    if not rival.fits:
+        return f"does not fit ({rival.memory.total / 1e9:.1f} GB per device)"
+    slower = rival.score / candidate.score - 1
+    tie = ", a tie" if rival.tie_with_best and candidate.tie_with_best else ""
+    words = f"is {abs(slower):.1%} {'slower' if slower >= 0 else 'faster'}{tie}"
+    return f"{words} ({_difference(candidate.asked.ledger, rival.asked.ledger)})"
+
+
 def _between_stages(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) -> str:
-    """What other roles of the network between slices, or of the axes of pipeline stages, would cost."""
+    """How much slower other roles of the network between slices, or of the axes of pipeline stages, are."""
     roles = dict(candidate.layout.storage)
     axes = [axis.name for axis in slice_.axes if axis.size > 1 and (axis.link is Link.DCN or roles[axis.name] is Role.STAGE)]
     text = ""
@@ -47,24 +50,25 @@ def _between_stages(slice_: Slice, candidates: Sequence[Candidate], candidate: C
         for role in Role:
             same = (c for c in candidates if dict(c.layout.storage)[axis] is role)
             rival = None if role is roles[axis] else next(same, None)
-            if rival is None:
-                continue
-            if not rival.fits:
-                others.append(f"{_AS[role]} do not fit ({rival.memory.total / 1e9:.1f} GB per device)")
-            else:
-                change = _difference(candidate.asked.ledger, rival.asked.ledger)
-                others.append(f"{_AS[role]} would cost {rival.score / candidate.score - 1:+.1%} ({change})")
+            if rival is not None:
+                others.append(f"{_AS[role]} {_compared(candidate, rival)}")
         if others:
-            text += f" Axis {axis} splits {_SPLITS[roles[axis]]}: {', '.join(others)}."
+            text += f" Axis {axis} splits {_SPLITS[roles[axis]]}; {', '.join(others)}."
     return text
 
 
+_ATTENTION = {
+    "heads": "attention over heads",
+    "batch": "attention over the batch",
+    "sequence": "attention along the context",
+    "mixed": "mixed attention roles",
+}
 _SPLITS = {Role.EMBED: "d_model", Role.FFN: "d_ff and heads", Role.REPLICA: "the batch", Role.STAGE: "the layers into stages"}
 _AS = {
-    Role.EMBED: "shards of d_model there",
-    Role.FFN: "tensors there",
-    Role.REPLICA: "copies of the weights there",
-    Role.STAGE: "stages there",
+    Role.EMBED: "splitting d_model over it",
+    Role.FFN: "splitting d_ff and heads over it",
+    Role.REPLICA: "copying the weights over it",
+    Role.STAGE: "splitting the layers over it",
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from partinf.foundation.errors import InvalidInput
+from partinf.foundation.units import figures
 from partinf.hardware.chips import Chip
 from partinf.hardware.slices import Slice
 from partinf.model.weights import num_params
@@ -64,7 +65,7 @@ def cheapest(question: Question, chip: Chip) -> list[Trial]:
     if not any(trial.accepted for trial in trials):
         near = min(trials, key=lambda trial: trial.seconds)
         bound, took = (workload.max_latency or 0.0) * 1e3, near.seconds * 1e3
-        raise InvalidInput(f"no slice of {chip.name} keeps {bound:g} ms; the fastest, {near.report.slice.name}, takes {took:.4g} ms")
+        raise InvalidInput(f"no slice of {chip.name} keeps {bound:g} ms; the fastest, {near.report.slice.name}, takes {figures(took)} ms")
     first = min(trials, key=_by_cost).report.slice
     trials += _fitting(question, (slice_ for slice_ in shapes_of(chip, first.num_chips) if slice_.shape != first.shape))
     return sorted(trials, key=_by_cost)

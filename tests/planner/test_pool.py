@@ -83,7 +83,7 @@ def test_commands_name_the_same_bytes(capsys: pytest.CaptureFixture[str], tmp_pa
 
     proven = printed("prove", *short, "--as-served")["planned_memory"]
     assert main(["plan", "--model", "llama-3.1-8b", "--slice", "v5e:2x4", "--batch", "4", "--input", "512", "--save", file]) == 0
-    assert "Served with the pages that memory holds: " in capsys.readouterr().out
+    assert "A server has " in capsys.readouterr().out
     size = ["--max-num-seqs", "32", "--max-model-len", "32768", "--requests", "2", "--lengths", "fixed:8:2"]
     simulated = printed("simulate", "--as-served", "--slice", "v5e:2x4", "--model", "llama-3.1-8b", "--layout", "ws-1d", *size)["memory"]
     assert simulated == proven

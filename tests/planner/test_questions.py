@@ -38,7 +38,7 @@ def test_prefill_of_a_prompt_of_100k_tokens_on_v5p_8(capsys: pytest.CaptureFixtu
     found = capsys.readouterr()
     assert "llama-3-8b on v5p:2x2x1" in found.out
     assert "requests of 100000 tokens; model llama-3-8b has a context of 8192 tokens" in found.err
-    assert "A prompt that comes alone has its first token after" in found.out
+    assert "A single prompt has its first token after" in found.out
     assert main(["plan", "--model", "llama-3-8b", *asked, "--format", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     seconds = report["best"]["step_seconds"]

@@ -104,7 +104,7 @@ def test_between_slices_stages_beat_tensors_and_copies_where_these_do_not_fit() 
     report = search(load_model_config("gpt3-175b"), slice_, workload)
     assert dict(report.best.layout.storage)["dcn"] is Role.STAGE
     note = plan(report.model, slice_, workload).note
-    assert "Axis dcn splits the layers into stages: tensors there would cost +" in note
+    assert "Axis dcn splits the layers into stages; splitting d_ff and heads over it is " in note
     assert "(collectives +" in note
     assert "copies of the weights there do not fit (" in note
     staged, tensors = (next(c for c in report.candidates if dict(c.layout.storage)["dcn"] is role) for role in (Role.STAGE, Role.FFN))

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from partinf.foundation.units import figures, readable_bytes, readable_seconds
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.explain import Line, explain
-from partinf.planner.show.work import COLOURS, by_work, moved_bytes, readable_bytes, readable_seconds, roles_of
+from partinf.planner.show.work import COLOURS, by_work, moved_bytes, roles_of
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff; }
@@ -68,12 +69,12 @@ def _verdict(report: PlanReport) -> list[str]:
     rows = []
     for result in best.phases:
         rate = f"{result.tokens / result.step_seconds:,.0f}"
-        cost = f"{1e3 * best.num_chips * result.step_seconds / result.tokens:.4g}"
+        cost = figures(1e3 * best.num_chips * result.step_seconds / result.tokens)
         rows.append((result.name, roles_of(result), readable_seconds(result.step_seconds), f"{result.mfu:.1%}", rate, cost))
     titles = ("step", "FFN, attention", "takes", "MFU", "tokens per second", "chip·ms per token")
     said = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(report.plan.note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
     if advice := report.batch_advice:
-        said.append(f"<p>Largest batch worth decoding together under these roles: {escape(str(advice))}.</p>")
+        said.append(f"<p>Largest batch worth decoding: {escape(str(advice))}.</p>")
     return said
 
 

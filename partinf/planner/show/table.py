@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,15 +11,17 @@ from rich.table import Table
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
 from partinf.foundation.terminal import plain_table, wide_console
+from partinf.foundation.units import figures, readable_bytes, readable_seconds, time_unit
 from partinf.layout import PHASES
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.commands import commands, num_hosts, served_memory, unservable
 from partinf.planner.show.explain import Line, explain
-from partinf.planner.show.work import moved_bytes, readable_bytes, readable_seconds
+from partinf.planner.show.work import moved_bytes
 from partinf.planner.trials import Trial, price_per_million_tokens
 
 _BAR = 40
+_WIDE = 110  # columns of a terminal that has room for every column of the candidates
 _ENTRIES = 10
 
 
@@ -31,7 +33,7 @@ def show(report: PlanReport, top: int, saved: str | None = None) -> None:
     """
     console = wide_console()
     console.print(_heading(report), highlight=False)
-    console.print(_candidates(report, top))
+    console.print(_candidates(report, top, console.width))
     best = report.best
     if best.fits:
         _show_choice(console, report, best)
@@ -56,13 +58,13 @@ def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
         for trial in trials:
             where, late = trial.report.slice, "" if trial.accepted else "late"
             table.add_row(
-                where.mesh if meshes else where.name, str(where.num_chips), f"{1e3 * trial.seconds:.4g}", f"{trial.chip_seconds:.4g}", late
+                where.mesh if meshes else where.name, str(where.num_chips), figures(1e3 * trial.seconds), figures(trial.chip_seconds), late
             )
         console.print(table)
         console.print()
     if per_chip_hour is not None:
         price = price_per_million_tokens(trials[0], per_chip_hour)
-        console.print(f"At {per_chip_hour:g} per chip-hour, a million tokens cost {price:.4g}.", highlight=False)
+        console.print(f"At {per_chip_hour:g} per chip-hour, a million tokens cost {figures(price)}.", highlight=False)
 
 
 def _heading(report: PlanReport) -> str:
@@ -81,25 +83,37 @@ def _heading(report: PlanReport) -> str:
     )
 
 
-def _candidates(report: PlanReport, top: int) -> Table:
-    whole = report.workload.phase is None
-    words = ("", "weights", *_phase_titles(report), "heads", "GB/device", "fits")
-    table = plain_table(*words, *((">prefill s",) if whole else ()), ">ms/step", ">MFU", ">chip·ms/token", ">")
-    for index, candidate in enumerate(report.candidates[:top], start=1):
-        asked, memory = candidate.asked, candidate.memory
-        prefill = candidate.phase("prefill")
-        row = [str(index), stored(candidate), *(_roles(result) for result in candidate.phases)]
-        row += [f"{report.model.num_heads}→{candidate.padded_heads}" if candidate.padded_heads else str(report.model.num_heads)]
-        row += [f"{memory.total / 1e9:.1f}", "yes" if candidate.fits else "no"]
-        row += [f"{prefill.step_seconds:.3g}"] if whole and prefill else []
-        row += [f"{asked.step_seconds * 1e3:.4g}", f"{asked.mfu:.1%}", f"{candidate.chip_ms_per_token:.4g}"]
-        row += ["tie" if candidate.tie_with_best and index > 1 else "" if candidate.meets_bound else "late"]
-        table.add_row(*row)
+def _candidates(report: PlanReport, top: int, width: int) -> Table:
+    """One row for each candidate. Where the terminal is narrow, columns that matter less are left out, so that no row breaks."""
+    narrow, prefills = width < _WIDE, report.workload.phase is None
+    unit, scale = time_unit(report.best.asked.step_seconds)
+    heads = report.model.num_heads
+
+    def cells(index: int, candidate: Candidate) -> Iterator[tuple[str, str]]:
+        asked, prefill = candidate.asked, candidate.phase("prefill")
+        yield "", str(index)
+        yield "weights", stored(candidate)
+        for result in candidate.phases:
+            yield (result.name, f"{result.ffn} {result.attention}") if narrow else (f"{result.name}: FFN, attention", _roles(result))
+        if not narrow:
+            yield "heads", f"{heads}→{candidate.padded_heads}" if candidate.padded_heads else str(heads)
+        yield "GB" if narrow else "GB/device", f"{candidate.memory.total / 1e9:.1f}"
+        if not narrow:
+            yield "fits", "yes" if candidate.fits else "no"
+        if prefills and prefill is not None:
+            yield ">prefill s", figures(prefill.step_seconds)
+        yield f">{unit}/step", figures(asked.step_seconds / scale)
+        if not narrow:
+            yield ">MFU", f"{asked.mfu:.1%}"
+            yield ">chip·ms/token", figures(candidate.chip_ms_per_token)
+        late = "does not fit" if narrow and not candidate.fits else "" if candidate.meets_bound else "late"
+        yield ">", "tie" if candidate.tie_with_best and index > 1 else late
+
+    rows = [list(cells(index, candidate)) for index, candidate in enumerate(report.candidates[:top], start=1)]
+    table = plain_table(*(title for title, _ in rows[0]))
+    for row in rows:
+        table.add_row(*(cell for _, cell in row))
     return table
-
-
-def _phase_titles(report: PlanReport) -> list[str]:
-    return [f"{result.name}: FFN, attention" for result in report.best.phases]
 
 
 def stored(candidate: Candidate) -> str:
@@ -120,7 +134,7 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     console.print(f"\n[bold]Chosen:[/bold] {best.name}", highlight=False)
     console.print(plan.note, highlight=False)
     if plan.runnable:
-        console.print(f"Can be planned but not run yet: {plan.runnable}.", highlight=False)
+        console.print(f"This plan cannot be run yet: {plan.runnable}.", highlight=False)
     if report.workload.phase is None:
         _show_switch(console, report)
     if first := _first_token(report, best):
@@ -128,7 +142,7 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     console.print(_memory_bar(best), highlight=False)
     _show_served(console, report, best)
     if advice := report.batch_advice:
-        console.print(f"Largest batch worth decoding together under these roles: {advice}.", highlight=False)
+        console.print(f"Largest batch worth decoding: {advice}.", highlight=False)
     if best.padded_heads:
         console.print(f"{report.head_splits}.", highlight=False)
     for result in best.phases:
@@ -138,20 +152,20 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
 def _show_served(console: Console, report: PlanReport, candidate: Candidate) -> None:
     """What a server has of it, which need not hold all sequences at full length."""
     if (memory := served_memory(report, candidate)) is not None:
-        console.print(f"Served with the pages that memory holds: {memory}.", highlight=False)
+        console.print(f"A server has {memory}.", highlight=False)
 
 
 def _show_switch(console: Console, report: PlanReport) -> None:
     rows = report.switch_table
     text = f"from {report.plan.prefill_from_tokens} tokens per step on" if rows else "never by the token count"
-    console.print(f"Prefill's FFN roles take over {text}.", highlight=False)
+    console.print(f"The FFN switches to prefill's roles {text}.", highlight=False)
     if not rows:
         return
     names = {result.name: result.ffn for result in report.best.phases}
     headings = (">tokens", *(f">{label}: {ffn}" for label, ffn in names.items()), "runs")
     table = plain_table(*headings, title="Steps of prompts, ms under either FFN")
     for row in rows:
-        times = (f"{1e3 * seconds:.4g}" for seconds in (row.prefill_seconds, row.decode_seconds))
+        times = (figures(1e3 * seconds) for seconds in (row.prefill_seconds, row.decode_seconds))
         table.add_row(str(row.tokens), *times, names[row.runs])
     console.print(table)
 
@@ -168,11 +182,11 @@ def show_commands(report: PlanReport, saved: str | None, model: str) -> None:
     plan, file = report.plan, saved or "plan.toml"
     first, found = "" if saved else f", once --save {file} has written it", commands(file, plan, report.workload, model)
     everywhere = f" on each of {num_hosts(plan)} hosts" if num_hosts(plan) > 1 else ""
-    titles = {"serve": f"To serve it{everywhere}{first}:", "simulate": "To simulate what that does under load:"}
+    titles = {"serve": f"To serve it{everywhere}{first}:", "simulate": "To simulate that server under load:"}
     if reason := unservable(plan):
         titles["simulate"] = f"To simulate serving it{first} (it cannot be served: {reason}):"
     if plan.slice.num_devices > 1 and report.workload.phase is None and report.workload.prompts_per_step > 1:
-        console.print("Requests come one by one: --prefill-batch 1 has the layout judged by that.", highlight=False)
+        console.print("A server prefills requests one by one: --prefill-batch 1 chooses the layout for that.", highlight=False)
     for name, words in found.items():
         for line in (titles[name], f"  {shlex.join(words)}"):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -183,7 +197,7 @@ def _first_token(report: PlanReport, best: Candidate) -> str:
     alone, prefill = report.first_token_seconds(best), best.phase("prefill")
     if alone is None or prefill is None:
         return ""
-    text = f"A prompt that comes alone has its first token after {readable_seconds(alone)}"
+    text = f"A single prompt has its first token after {readable_seconds(alone)}"
     together = report.workload.prompts_per_step
     return text + (f"; the prefill of {together} together takes {readable_seconds(prefill.step_seconds)}." if together > 1 else ".")
 
@@ -197,7 +211,7 @@ def _memory_bar(best: Candidate) -> str:
 
 
 def _ledger(result: PhaseResult) -> Table:
-    title = f"{result.name} step, {result.step_seconds * 1e3:.4g} ms"
+    title = f"{result.name} step, {readable_seconds(result.step_seconds)}"
     table = plain_table("entry", "part", "collective", ">count", ">MB", ">ms", ">", title=title)
     for entry in result.ledger.dearest()[:_ENTRIES]:
         op = f"{entry.op}({''.join(entry.axes)})" if entry.op else ""
@@ -216,7 +230,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     """Print the lines of one step, section by section, numbered through."""
     number = 0
     step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
-    title = f"[bold]{label} {step}[/bold], {ledger.seconds * 1e3:.4g} ms; times and bytes per occurrence, on one device"
+    title = f"[bold]{label} {step}[/bold], {readable_seconds(ledger.seconds)}; times and bytes per occurrence, on one device"
     console.print(f"\n{title}", highlight=False)
     for section in explain(split, ledger):
         table = plain_table(">", "", "then", "here", ">!bytes", ">!µs", show_header=number == 0)

@@ -35,19 +35,3 @@ def roles_of(step: PhaseResult) -> str:
 def moved_bytes(entry: Entry) -> float:
     """The payload of a collective, HBM traffic of the rest, of one occurrence."""
     return entry.bytes or entry.weight_bytes + entry.kv_bytes + entry.activation_bytes
-
-
-def readable_bytes(size: float) -> str:
-    """`18.3 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
-
-
-def readable_seconds(seconds: float) -> str:
-    """`28.3 ms`."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.4g} {unit}"
-    return f"{seconds * 1e6:.1f} µs"
