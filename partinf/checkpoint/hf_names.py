@@ -18,7 +18,7 @@ from partinf.model.config import ModelConfig
 from partinf.model.families import family_of
 from partinf.model.family import Naming, Stored
 from partinf.model.kinds import LayerKind
-from partinf.model.weights import declare_ends, declare_layers, leaf_names
+from partinf.model.weights import Layers, declare_ends, declare_layers, group_name, leaf_names
 
 
 def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
@@ -162,9 +162,11 @@ class _Leaves:
     naming: Naming
     padded_heads: int
 
-    def source(self, name: str, weight: Stored, kind: LayerKind | None, layers: tuple[int, ...] = ()) -> LeafSource:
-        """The source of a leaf outside the layers, in a layer, or, where there are several, of one that stacks them."""
-        config, stacked = self.config, len(layers) > 1
+    def source(
+        self, name: str, weight: Stored, kind: LayerKind | None = None, layers: tuple[int, ...] = (), stacked: bool = False
+    ) -> LeafSource:
+        """The source of a leaf outside the layers, in one, or in several that it stacks."""
+        config = self.config
         sizes = _sizes(config, config.vocab_size, kind)
         whole = _sizes(config.with_padded_heads(self.padded_heads), config.padded_vocab_size, kind)
         dims = [[group.strip("()")] if group.startswith("(") else list(group) for group in weight.dims.split()]  # letters of each dimension
@@ -209,25 +211,26 @@ class _Leaves:
 def leaf_sources(config: ModelConfig, stacked: bool = False, padded_heads: int = 0, naming: Naming | None = None) -> dict[str, LeafSource]:
     """The source of every leaf by its path in the tree; heads beyond the model's are padding at the end of their dimension.
 
-    Paths read `layers/0/wq`, or `layers/wq` where `stacked` says that the layers are one dict of arrays with a leading layer dimension,
-    which they can be where all have the same weights.
+    Paths read `layers/0/wq`, or `layers/wq` where `stacked` says that the layers are one dict of arrays with a leading layer dimension;
+    `layers/group0/wq` where not all layers have the same weights, and there is a dict for each group of those that have.
     """
     leaves = _Leaves(config, naming or naming_of(config), padded_heads)
     ends = declare_ends(config)
-    sources = {name: leaves.source(name, weight, None) for name, weight in leaves.naming.model_weights.items() if name in ends}
-    wanted = {kind: group.weights.keys() for group in declare_layers(config) for kind in group.kinds}
+    sources = {name: leaves.source(name, weight) for name, weight in leaves.naming.model_weights.items() if name in ends}
+    groups = declare_layers(config)
 
-    def layer(path: str, number: int, layers: tuple[int, ...]) -> None:
-        kind = config.layer_kinds[number]
+    def add(path: str, group: Layers, layers: tuple[int, ...]) -> None:
+        kind = config.layer_kinds[group.kinds[0]]
         for name, weight in leaves.naming.weights_of(kind.experts is not None).items():
-            if name in wanted[number]:
-                sources[f"{path}/{name}"] = leaves.source(name, weight, kind, layers)
+            if name in group.weights:
+                sources[f"{path}/{name}"] = leaves.source(name, weight, kind, layers, stacked)
 
-    if stacked:
-        layer("layers", config.kind_of_layers[0], tuple(range(config.num_layers)))
-    else:
-        for place, number in enumerate(config.kind_of_layers):
-            layer(f"layers/{place}", number, (place,))
+    for number, group in enumerate(groups):
+        layers = tuple(layer for layer, kind in enumerate(config.kind_of_layers) if kind in group.kinds)
+        if stacked:
+            add("layers" if len(groups) == 1 else f"layers/{group_name(number)}", group, layers)
+        for layer in () if stacked else layers:
+            add(f"layers/{layer}", group, (layer,))
     return sources
 
 

@@ -87,6 +87,11 @@ def declare_layers(model: ModelConfig) -> tuple[Layers, ...]:
     )
 
 
+def group_name(number: int) -> str:
+    """The key of stacked layers that have the same weights, by their number in `declare_layers`, where there are several such groups."""
+    return f"group{number}"
+
+
 @functools.lru_cache(maxsize=64)
 def declare_ends(model: ModelConfig) -> Mapping[str, Declared]:
     """What stands before the first layer and after the last. The tables are never quantised: logits are what int8 would hurt most."""

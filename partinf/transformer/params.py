@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
-from partinf.model.weights import Declared, declare_ends, declare_layers, held_bytes
+from partinf.model.weights import Declared, declare_ends, declare_layers, group_name, held_bytes
 from partinf.partition.quantize import Quantized, quantize
 from partinf.partition.sharding import platform_of, sharding
 from partinf.plans import Plan
@@ -50,11 +50,6 @@ def declare(model: ModelConfig, unrolled: bool) -> Params:
 
 def _stacked(d: Declared, count: int) -> Declared:
     return replace(d, shape=(count, *d.shape), letters="N" + d.letters)
-
-
-def group_name(number: int) -> str:
-    """The key of stacked layers that have the same weights, by their number in `declare_layers`, where there are several such groups."""
-    return f"group{number}"
 
 
 class Stacks:

@@ -25,7 +25,6 @@ from partinf.model.families import FAMILIES as DECLARED
 from partinf.model.family import Family
 from partinf.model.hf_config import config_from_hf
 from partinf.model.load import load_model_config
-from partinf.model.weights import declare_layers
 from partinf.transformer.params import declare
 from tests.checkpoint.paths import FAMILIES, FIXTURES
 from tests.checkpoint.trees import abstract_tree, all_tensors, assert_same, make_mesh, random_params
@@ -314,7 +313,7 @@ def test_blocks_of_no_family_are_refused_before_anything_is_written(tmp_path: Pa
 def test_every_family_is_saved_and_loaded_unchanged(tmp_path: Path, family: Family) -> None:
     """Fused tensors, interleaved rows and transposed matrices among them."""
     config = config_from_hf(small_file(family), "saved")
-    stacked = family.model_type < "h" and len(declare_layers(config)) == 1
+    stacked = family.model_type < "h"
     params = random_params(config, stacked=stacked)
     save_hf(params, config, tmp_path / "saved")
     assert load_model_config(tmp_path / "saved") == config

@@ -6,7 +6,7 @@ import pytest
 
 from partinf.model.families import family_offences
 from partinf.model.load import load_model_config
-from partinf.model.weights import num_params
+from partinf.model.weights import active_params, num_params
 
 # As the indices of the published weights have them, and for Gemma 3 as table 1 of its report does, in millions, without what reads images.
 PUBLISHED = {
@@ -32,6 +32,26 @@ PUBLISHED = {
     "olmo-2-7b": 7_298_617_344,
     "olmo-2-13b": 13_716_198_400,
     "olmo-2-32b": 32_234_279_936,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen-3-30b-a3b": 30_532_122_624,
+    "qwen-3-235b-a22b": 235_093_634_560,
+    "gpt-oss-20b": 20.91e9,  # section 2 of the model card, as are those of 120b
+    "gpt-oss-120b": 116.83e9,
+    # Less the layer that guesses more tokens, which has copies of both tables.
+    "glm-4.5": 358_337_791_296 - 5_539_962_272,
+    "glm-4.5-air": 110_468_824_832 - 3_616_573_568,
+}
+# Parameters that a token meets, as they were published, tables that are not counted, and how exactly they were published.
+ACTIVE = {
+    "mixtral-8x7b": (12.9e9, 0, 5e-3),
+    "mixtral-8x22b": (39e9, 0, 1e-2),
+    "qwen-3-30b-a3b": (3.3e9, 0, 2e-2),
+    "qwen-3-235b-a22b": (22e9, 0, 2e-2),
+    "gpt-oss-20b": (3.61e9, 1, 1e-3),
+    "gpt-oss-120b": (5.13e9, 1, 1e-3),
+    "glm-4.5": (32e9, 2, 2e-2),
+    "glm-4.5-air": (12e9, 2, 2e-2),
 }
 
 
@@ -40,6 +60,13 @@ def test_parameters_are_those_published(name: str) -> None:
     model = load_model_config(name)
     assert num_params(model) == pytest.approx(PUBLISHED[name], rel=1e-3)
     assert family_offences(model) == []
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_those_published(name: str) -> None:
+    published, tables, digits = ACTIVE[name]
+    model = load_model_config(name)
+    assert active_params(model) - tables * model.vocab_size * model.embed_dim == pytest.approx(published, rel=digits)
 
 
 def test_five_layers_of_gemma_3_in_six_have_a_window() -> None:

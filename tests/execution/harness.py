@@ -26,13 +26,13 @@ from partinf.execution.place import place_step
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
 from partinf.model.config import ModelConfig
-from partinf.model.weights import declare_layers
+from partinf.model.weights import declare_layers, group_name
 from partinf.partition.quantize import Quantized, quantize
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer import reference
 from partinf.transformer.batch import pack
-from partinf.transformer.params import abstract_params, group_name, random_params
+from partinf.transformer.params import abstract_params, random_params
 from partinf.transformer.step import compile_step, empty_state
 from partinf.workload import DType
 
