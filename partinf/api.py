@@ -12,7 +12,7 @@ jax is imported by what needs devices, when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,8 +153,7 @@ def load(
         plan = _default_plan(model)
     if group is not None:
         # What the programs follow from: hosts may differ a little in the memory that they find.
-        told = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in ("slice", "predicted", "note")}
-        group.agree("the plan", (plan.slice.name, plan.slice.mesh, told))
+        group.agree("the plan", (plan.slice.name, plan.slice.mesh, plan.facts("slice", "predicted", "note")))
     directory = weights_directory(model)
     tokenizer = load_tokenizer(directory) if directory is not None else None
     mesh = device_mesh(plan)
@@ -233,6 +232,9 @@ class Model:
         self.engine = engine
         self.tokenizer = tokenizer
         self._scorer: Any = None
+
+    def __repr__(self) -> str:
+        return f"<Model by {self.plan!r}, {self.runner.num_compiled} programs compiled, {self.runner.num_loaded} loaded>"
 
     def generate(
         self,

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.foundation.limits import NEVER
 from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import DCN_AXIS, Slice
-from partinf.layout import PHASES, AttentionRole, ExpertRole, Layout, Phase, Role, letter_axes
+from partinf.layout import PHASES, AttentionRole, ExpertRole, Layout, Phase, Role, letter_axes, readable_name
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
 from partinf.model.config import ModelConfig
@@ -124,6 +124,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         raise_offences(layout_offences(self.model, self.slice, self.layout, self.padded_heads) + self._bucket_offences())
+
+    def __repr__(self) -> str:
+        """One line for the reader; `facts` has everything."""
+        where, how = f"{self.slice.name} ({self.slice.mesh})", readable_name(self.layout, self.axis_sizes)
+        stored = f"weights {self.weights}, KV {self.kv}, contexts to {self.max_len:,} tokens"
+        return f"<Plan of {self.model.name} on {where}: {how}; {stored}, {len(self.buckets)} steps>"
+
+    def facts(self, *without: str) -> dict[str, object]:
+        """Its fields by name but these; the representation of the result tells any two plans apart."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in without}
 
     @property
     def padded_model(self) -> ModelConfig:

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
     parser.add_argument("--weights", metavar="TYPE", help="of weights and activations: f32 or bf16 (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--random-weights", action="store_true", help="run a model without weights; the output repeats it")
-    add_load_arguments(parser, requests=64, lengths="uniform:4-24:4-24")
+    add_load_arguments(parser, requests=64, lengths="uniform:4-24:4-24", rate=4)  # with compiling half a minute
     parser.add_argument(
         "--host-pages", default="0", metavar="N", help="KV pages of host memory, for reactive and proactive eviction (default: 0)"
     )

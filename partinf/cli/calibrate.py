@@ -1,9 +1,15 @@
-"""Measure the devices that are here, and write what was found as a hardware file."""
+"""Measure the devices that are here, and write what was found as a hardware file.
+
+In the user's configuration the file changes what `--slice local` plans from then on, so the command asks before it writes there.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -16,15 +22,24 @@ if TYPE_CHECKING:
     from partinf.hardware.chips import Chip
     from partinf.measure.probes import Probe
 
+_SECONDS = 30.0  # for timing
+_MOST_SECONDS = 110.0  # for all, unless the user names seconds: what comes after the last round takes the rest of two minutes
+_LOADED = 0.25  # of the cores, by work of others
+_UNSTEADY = 0.1  # half the distance of the quartiles over the median
+_ASKS = "the result changes what is planned for slice local from now on"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--types", metavar="LIST", default="f32,bf16,int8", help="of weights (default: f32,bf16,int8)")
     parser.add_argument("--devices", default="0", metavar="N", help="virtual CPU devices to measure (default: JAX_NUM_CPU_DEVICES or 1)")
-    parser.add_argument("--seconds", default="30", metavar="S", help="for timing; compiling comes beside it (default: 30)")
+    parser.add_argument(
+        "--seconds", metavar="S", help="for timing; compiling comes beside it (default: 30, or what is left of two minutes)"
+    )
     parser.add_argument("--output", metavar="FILE", help="(default: the user's configuration, where --slice local finds it)")
     parser.add_argument(
         "--products", metavar="show|again", help="the form of each product on this CPU and its times, measured again or not"
     )
+    parser.add_argument("--yes", action="store_true", help="do not ask before the user's configuration, and with it later plans, change")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
     parser.epilog = "Example: partinf calibrate && partinf plan --model llama-125m --slice local --batch 8 --input 128 --output 64"
 
@@ -39,11 +54,13 @@ def run(args: argparse.Namespace) -> int:
             flags.refuse("types", f"'{name}' is no type; valid: {', '.join(DType)}")
     if "int8" in names and "bf16" not in names:
         flags.refuse("types", "activations of int8 weights are bf16; measure bf16 too")
-    count, seconds = flags.whole("devices", high=devices.MAX_VIRTUAL), flags.number("seconds", high=MAX_SECONDS, above=True)
+    count, seconds = flags.whole("devices", high=devices.MAX_VIRTUAL), flags.optional_number("seconds", high=MAX_SECONDS, above=True)
     flags.word("format", FORMATS)
     flags.target("output")
     if args.products is not None:
         flags.word("products", ("show", "again"))
+    elif not args.output and not args.yes and not sys.stdin.isatty():
+        flags.offences.append(f"{_ASKS}, and there is no terminal to ask: --yes agrees, --output FILE writes the rates elsewhere")
     flags.check()
     devices.prepare(None, virtual_devices=max(1, count))
     if args.products is not None:
@@ -53,17 +70,24 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     say = lambda stage: print(stage, file=sys.stderr)  # noqa: E731
-    chip, probes = calibrate(tuple(dict.fromkeys(DType(name) for name in names)), seconds, say)
+    _warn_if_loaded()
+    latest = math.inf if seconds is not None else started + _MOST_SECONDS
+    chip, probes = calibrate(tuple(dict.fromkeys(DType(name) for name in names)), seconds or _SECONDS, say, latest)
     rates = chip.rates
     assert rates is not None
+    took, predicted = time.perf_counter() - started, predicted_seconds(chip, probes)
     path = Path(args.output) if args.output else default_path(rates.device_kind, rates.devices)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(write_hardware(chip))
-    predicted = predicted_seconds(chip, probes)
+    if args.format == "table":
+        _show(chip, probes, predicted, took)
+    _warn_if_unsteady([spread for _, spread in rates.spread])
+    written = bool(args.output or args.yes) or _agreed(path)
+    if written:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(write_hardware(chip))
     if args.format == "json":
-        print(json.dumps(_json(chip, path, probes, predicted, time.perf_counter() - started), indent=2))
+        print(json.dumps(_json(chip, path if written else None, probes, predicted, took), indent=2, allow_nan=False))
     else:
-        _show(chip, path, probes, predicted, time.perf_counter() - started, used=not args.output)
+        print(_ending(path, written, used=not args.output))
     return 0
 
 
@@ -99,19 +123,63 @@ def _products(again: bool, as_json: bool) -> int:
     return 0
 
 
-def _json(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float) -> dict[str, Any]:
+def _warn_if_loaded() -> None:
+    """Other work takes time from what is measured; more than a part of the cores, and the rates are not those of the machine."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _LOADED * cores:
+        print(
+            f"partinf: warning: the machine is busy ({load:.1f} processes were running on {cores} cores in the last minute); "
+            "rates will be too low: calibrate when it is quiet",
+            file=sys.stderr,
+        )
+
+
+def _warn_if_unsteady(spreads: list[float]) -> None:
+    typical = statistics.median(spreads)
+    if typical > _UNSTEADY:
+        print(
+            f"partinf: warning: repeated measurements vary by ±{typical:.0%} in the median; something else used the devices",
+            file=sys.stderr,
+        )
+
+
+def _agreed(path: Path) -> bool:
+    """Ask whether later plans shall use what was measured."""
+    known = " in place of what was measured before" if path.exists() else ""
+    print(f"\n{_ASKS}. Write {path}{known}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _ending(path: Path, written: bool, used: bool) -> str:
+    if not written:
+        return "\nNothing was written, and plans stay as they are."
+    return f"\nWritten to {path}. " + ("Slice local uses it from now on." if used else "Pass it to other commands as --hardware FILE.")
+
+
+def _json(chip: Chip, path: Path | None, probes: list[Probe], predicted: list[float], seconds: float) -> dict[str, Any]:
+    """What was found; a rate that is too high to be noticed is None."""
     from dataclasses import asdict
 
-    rates = chip.rates
-    assert rates is not None
+    assert chip.rates is not None
+    rates = asdict(chip.rates)
+    rates["types"] = [(name, {key: _finite(value) for key, value in found.items()}) for name, found in rates["types"]]
     steps = [
         {"name": probe.name, "seconds": probe.timing.seconds, "spread": probe.timing.spread, "predicted_seconds": price}
         for probe, price in zip(probes, predicted, strict=True)
     ]
-    return {"file": str(path), "chip": chip.name, "seconds": seconds, "rates": asdict(rates), "steps": steps}
+    return {"file": None if path is None else str(path), "chip": chip.name, "seconds": seconds, "rates": rates, "steps": steps}
 
 
-def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], seconds: float, used: bool) -> None:
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _rate(value: float, unit: str) -> str:
+    """A rate in billions of a unit; one that is infinite took no time that could be told from that of others."""
+    return f"{value / 1e9:.3g} {unit}" if math.isfinite(value) else "too fast to measure"
+
+
+def _show(chip: Chip, probes: list[Probe], predicted: list[float], seconds: float) -> None:
     from partinf.foundation.terminal import plain_table, wide_console
 
     console, rates = wide_console(), chip.rates
@@ -126,22 +194,19 @@ def _show(chip: Chip, path: Path, probes: list[Probe], predicted: list[float], s
     console.print(table)
     for name, found in rates.types:
         console.print(
-            f"{name}: decode attention {found.decode_kv / 1e9:.3g} GB/s of KV and {found.decode_flops / 1e9:.3g} GFLOP/s, prompt attention "
-            f"{found.prompt_flops / 1e9:.3g} GFLOP/s, between products {found.activations / 1e9:.3g} GB/s, choice of a token "
-            f"{found.choice / 1e9:.3g} GB/s, {found.op_seconds * 1e6:.3g} µs per operation, {found.step_seconds * 1e6:.3g} µs per step",
+            f"{name}: decode attention {_rate(found.decode_kv, 'GB/s')} of KV and {_rate(found.decode_flops, 'GFLOP/s')}, prompt attention "
+            f"{_rate(found.prompt_flops, 'GFLOP/s')}, between products {_rate(found.activations, 'GB/s')}, choice of a token "
+            f"{_rate(found.choice, 'GB/s')}, {found.op_seconds * 1e6:.3g} µs per operation, {found.step_seconds * 1e6:.3g} µs per step",
             highlight=False,
         )
     console.print(f"memory {rates.memory / 1e9:.3g} GB/s", highlight=False)
     for rate in rates.collectives:
-        text = (
-            f"{rate.op} among {rate.ways}: {rate.seconds * 1e6:.3g} µs, bytes at {1 / rate.factor if rate.factor else float('inf'):.2g} ×"
-        )
-        console.print(f"{text} the links' {chip.switch_bandwidth / 1e9 or chip.link_bandwidth / 1e9:.3g} GB/s", highlight=False)
+        links = f"the links' {chip.switch_bandwidth / 1e9 or chip.link_bandwidth / 1e9:.3g} GB/s"
+        bytes_ = f"bytes at {1 / rate.factor:.2g} × {links}" if rate.factor else "its bytes take no time that was measured"
+        console.print(f"{rate.op} among {rate.ways}: {rate.seconds * 1e6:.3g} µs, {bytes_}", highlight=False)
     steps = plain_table("step", ">measured", ">±", ">predicted", ">", title="\nSteps that the rates were fitted to, ms")
     for probe, price in zip(probes, predicted, strict=True):
         took = probe.timing.seconds
         steps.add_row(probe.name, f"{1e3 * took:.3g}", f"{probe.timing.spread:.0%}", f"{1e3 * price:.3g}", f"{price / took - 1:+.0%}")
     console.print(steps)
-    console.print(f"\nMedian error {rates.error:.0%}. Written to {path}.", highlight=False)
-    if used:
-        console.print("Slice local uses it from now on; elsewhere, pass --hardware FILE.", highlight=False)
+    console.print(f"\nMedian error {rates.error:.0%}.", highlight=False)

@@ -25,12 +25,14 @@ class OfferedLoad:
     bounds: LatencyBounds
 
 
-def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: str) -> None:
-    """Scheduler, arrivals, bounds and output; with the command's own defaults for the number of requests and their lengths."""
+def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: str, rate: int = 1) -> None:
+    """Scheduler, arrivals, bounds and output; with the command's own defaults for the number of requests, their lengths, and how many of
+    them come in a second."""
     from partinf.engine.policies.registry import PREEMPTIVE, described
 
     parser.add_argument("--scheduler", default="fcfs", metavar="NAME", help=f"{described()} (default: fcfs)")
-    parser.add_argument("--arrivals", default="poisson:1", metavar="HOW", help="poisson:RATE, gamma:RATE:CV, backlog or trace:FILE")
+    arrivals = f"poisson:RATE, gamma:RATE:CV, backlog or trace:FILE (default: poisson:{rate})"
+    parser.add_argument("--arrivals", default=f"poisson:{rate}", metavar="HOW", help=arrivals)
     parser.add_argument("--lengths", default=lengths, metavar="HOW", help=f"uniform:LOW-HIGH:LOW-HIGH, fixed:IN:OUT or chat ({lengths})")
     parser.add_argument("--requests", default="0", metavar="N", help=f"how many (default: {requests}, or the whole trace)")
     parser.add_argument("--seed", default="0", metavar="N", help="of arrivals and lengths (default: 0)")

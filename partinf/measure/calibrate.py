@@ -40,7 +40,9 @@ _LARGE = {True: 1 << 20, False: 64 << 20}
 OnStage = Callable[[str], None]
 
 
-def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_stage: OnStage = lambda _: None) -> tuple[Chip, list[Probe]]:
+def calibrate(
+    types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_stage: OnStage = lambda _: None, latest: float = math.inf
+) -> tuple[Chip, list[Probe]]:
     """Measure all devices that are here.
 
     Everything is compiled first and timed together, in turn: other work on the machine then slows all of it alike, not one kind of
@@ -50,6 +52,7 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
         types: of weights; int8 is measured with bf16 activations, so bf16 has to be among them too.
         budget: seconds of timing in all, three rounds at least; compiling comes beside it.
         on_stage: told what is done next.
+        latest: by `time.perf_counter`, when timing has to be over, with fewer rounds if need be, but one.
 
     Returns:
         The chip, for `partinf.hardware.hardware_file.write_hardware`, and the steps that its rates were fitted to.
@@ -60,7 +63,7 @@ def calibrate(types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_st
     measured = Measured(types)
     calls = measured.calls(on_stage)
     on_stage("timing all of them in turn")
-    return measured.chip(alternate(calls, budget))
+    return measured.chip(alternate(calls, budget, latest=latest))
 
 
 def predicted_seconds(chip: Chip, probes: Sequence[Probe]) -> list[float]:

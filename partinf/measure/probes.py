@@ -8,6 +8,8 @@ device holds the whole small model and has rows of its own.
 from __future__ import annotations
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -94,14 +96,12 @@ def declared(slice_: Slice, dtype: DType) -> list[tuple[str, Plan, Bucket]]:
 
 
 def prepare(slice_: Slice, dtype: DType) -> dict[str, Call]:
-    """The calls of `declared`, compiled."""
-    steps: dict[str, Steps] = {}
-    calls = {}
-    for name, plan, bucket in declared(slice_, dtype):
-        if plan.model.name not in steps:
-            steps[plan.model.name] = Steps(plan)
-        calls[name] = steps[plan.model.name].call(bucket)
-    return calls
+    """The calls of `declared`, compiled, several models at a time where there are cores for them."""
+    steps = declared(slice_, dtype)
+    plans = {plan.model.name: plan for _, plan, _ in steps}
+    with ThreadPoolExecutor(min(len(plans), os.cpu_count() or 1)) as pool:
+        compiled = dict(zip(plans, pool.map(Steps, plans.values()), strict=True))
+    return {name: compiled[plan.model.name].call(bucket) for name, plan, bucket in steps}
 
 
 def fit(timed: list[Probe], slice_: Slice, rates: Rates) -> tuple[TypeRates, list[float]]:

@@ -6,6 +6,7 @@ and moves no median by much.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,21 +35,31 @@ class Timing:
         return cls(median, (high - low) / 2 / median if median else 0.0, len(seconds))
 
 
-def alternate(calls: Mapping[str, Call], budget: float, least: int = 3, most: int = 50) -> dict[str, Timing]:
+def alternate(calls: Mapping[str, Call], budget: float, least: int = 3, most: int = 50, latest: float = math.inf) -> dict[str, Timing]:
     """Time every call in turn, round after round.
 
     Args:
         calls: each returns when its work is done; each is called once before, untimed.
         budget: seconds after which no round begins, once there were `least`.
+        latest: by `time.perf_counter`, when the last round but the first has to be over, as far as the one before it tells, however few
+            there were.
     """
     for call in calls.values():
         call()
     found: dict[str, list[float]] = {name: [] for name in calls}
-    ends, rounds = time.perf_counter() + budget, 0
-    while rounds < least or (rounds < most and time.perf_counter() < ends):
+    ends, rounds, took = time.perf_counter() + budget, 0, 0.0
+
+    def another() -> bool:
+        now = time.perf_counter()
+        if rounds and now + took > latest:
+            return False
+        return rounds < least or (rounds < most and now < ends)
+
+    while another():
+        round_began = time.perf_counter()
         for name, call in calls.items():
             started = time.perf_counter()
             call()
             found[name].append(time.perf_counter() - started)
-        rounds += 1
+        rounds, took = rounds + 1, time.perf_counter() - round_began
     return {name: Timing.of(seconds) for name, seconds in found.items()}

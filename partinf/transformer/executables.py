@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         (host(), cpu_kernels.available(), choices.current().table)
         if platform_of(mesh).host_code
         else "",  # which also lets XLA find it in what is loaded
-        replace(plan, predicted=(), note="", buckets=()),
+        plan.facts("predicted", "note", "buckets"),
         (plan.rich, plan.constrained, plan.carried_rows, *program),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]

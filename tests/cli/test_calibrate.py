@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from partinf.cli import main
 from partinf.cost.ledger import Op
 from partinf.hardware.chips import chips
-from partinf.hardware.hardware_file import write_hardware
+from partinf.hardware.hardware_file import default_path, read_hardware, write_hardware
 from partinf.hardware.platform import Form
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.transformer.kernels import choices
@@ -37,6 +41,92 @@ def hardware(tmp_path: Path) -> Path:
     file = tmp_path / "my cpu.toml"
     file.write_text(write_hardware(replace(chips()["cpu"], rates=rates)))
     return file
+
+
+@pytest.fixture
+def measured(hardware: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Measuring takes no time and finds that chip, with rates that were too fast to tell; the place of the user's own file."""
+    from partinf.measure import calibrate
+    from partinf.measure.timing import Timing
+
+    chip = read_hardware(hardware)
+    fast = TypeRates(math.inf, 2e9, math.inf, 1e9, math.inf, 2e-5, 1e-3)
+    rates = replace(chip.rates, types=(("f32", fast),), spread=(("a", 0.01), ("b", 0.02), ("c", 0.5)))
+    rates = replace(rates, collectives=tuple(replace(rate, factor=0.0) for rate in rates.collectives))
+    probe = SimpleNamespace(name="a step", timing=Timing(1e-3, 0.02, 5))
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: (replace(chip, rates=rates), [probe]))
+    monkeypatch.setattr(calibrate, "predicted_seconds", lambda *_: [2e-3])
+    monkeypatch.setattr("partinf.cli.devices.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return default_path("cpu", 8)
+
+
+def asked_on_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    """Standard input is a terminal where somebody types this."""
+    stdin = io.StringIO(answer)
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", stdin)
+
+
+@pytest.mark.parametrize(("answer", "written"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
+def test_later_plans_change_only_if_somebody_agrees(
+    measured: Path, answer: str, written: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked_on_a_terminal(monkeypatch, answer)
+    assert main(["calibrate"]) == 0
+    found = capsys.readouterr()
+    assert f"Write {measured}? [y/N]" in found.err
+    assert measured.exists() == written
+    assert ("Slice local uses it from now on" if written else "Nothing was written") in found.out
+
+
+def test_without_a_terminal_calibrate_wants_a_flag(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert main(["calibrate"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--yes" in line
+    assert "--output FILE" in line
+    assert main(["calibrate", "--output", str(tmp_path / "elsewhere.toml")]) == 0
+    assert (tmp_path / "elsewhere.toml").exists()
+    assert not measured.exists()
+    assert main(["calibrate", "--yes"]) == 0
+    assert measured.exists()
+    asked_on_a_terminal(monkeypatch, "n\n")
+    assert main(["calibrate"]) == 0
+    assert "in place of what was measured before" in capsys.readouterr().err
+
+
+def test_no_figure_is_infinite(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--yes"]) == 0
+    text = capsys.readouterr().out
+    assert not re.search(r"\b(inf|nan)\b", text)
+    assert "decode attention too fast to measure of KV and 2 GFLOP/s" in text
+    assert "its bytes take no time that was measured" in text
+    assert main(["calibrate", "--yes", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["file"], found["rates"]["types"][0][1]["decode_kv"]) == (str(measured), None)
+    assert read_hardware(measured).rates.type("f32").decode_kv == math.inf  # what was measured is kept as it is
+
+
+def test_a_busy_machine_and_unsteady_times_are_said(
+    measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "--yes"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr("os.getloadavg", lambda: (1.3, 0.1, 0.1))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("partinf.cli.calibrate._UNSTEADY", 0.015)
+    assert main(["calibrate", "--yes"]) == 0
+    busy, unsteady = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "1.3 processes were running on 4 cores" in busy
+    assert "vary by ±2% in the median" in unsteady
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("partinf.cli.calibrate._UNSTEADY", 0.1)
+    assert main(["calibrate", "--yes"]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_every_wrong_flag_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

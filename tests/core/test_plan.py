@@ -9,10 +9,10 @@ import pytest
 
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout import load_layout, make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
-from partinf.plans import Plan
+from partinf.plans import Plan, layout_for
 from partinf.workload import DType, Workload
 
 MODEL = ModelConfig("small", 2, 64, 192, 8, 4, 8, 512)
@@ -84,3 +84,21 @@ def test_lengths_of_a_workload() -> None:
     assert workload.decode_context == 125
     assert workload.max_context == 150
     assert Workload(batch=2, context_len=64, phase="decode").decode_context == 64
+
+
+def test_a_plan_shows_itself_in_one_line_and_tells_itself_from_others() -> None:
+    plan = Plan(
+        load_model_config("llama-3-8b"),
+        parse_slice("v5e:2x2"),
+        layout_for(parse_slice("v5e:2x2"), load_layout("ws-2d")),
+        weights=DType.INT8,
+    )
+    text = repr(plan)
+    assert text.startswith("<Plan of llama-3-8b on v5e:2x2 (x:2,y:2): E_x F_y, prefill ws-2d/")
+    assert "weights int8, KV bf16, contexts to 2,048 tokens, 0 steps" in text
+    assert "\n" not in text
+    assert len(text) < 200
+    other = replace(plan, model=replace(plan.model, norm_eps=1e-6))
+    assert repr(other) == text
+    assert repr(other.facts()) != repr(plan.facts())
+    assert plan.facts("note").keys() == {field.name for field in dataclasses.fields(Plan)} - {"note"}

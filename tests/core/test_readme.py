@@ -22,7 +22,9 @@ READ = [ROOT / "README.md", *PAGES, ROOT / "tpu_scripts" / "README.md"]
 
 def test_the_library_example_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert repr(names["model"]) == f"<Model by {names['plan']!r}, {len(names['plan'].buckets)} programs compiled, 0 loaded>"
     note, greedy, streamed = capsys.readouterr().out.splitlines()
     assert "decode step" in note
     assert greedy == "[' a b c d', ' k k k']"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def test_calls_are_timed_in_turn() -> None:
     timings = alternate(calls, budget=0.0, least=3)
     assert order == list("ab" * 4)  # once untimed
     assert [timing.repeats for timing in timings.values()] == [3, 3]
+    late = alternate(calls, budget=60.0, latest=time.perf_counter() - 1.0)
+    assert [timing.repeats for timing in late.values()] == [1, 1]
     assert Timing.of([1.0, 2.0, 2.0, 2.0, 9.0]) == Timing(2.0, 0.0, 5)
 
 
