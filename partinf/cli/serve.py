@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     make = lambda model: _engine(args, served, model, group)  # noqa: E731
     if group is not None and not group.leads:
         return _follow(place, plan, group, make)
-    return _serve(args, place, plan, template, group, make)
+    masks = f"masks of grammars by {served.mask_threads} threads" if served.mask_threads else "masks of grammars between steps"
+    return _serve(args, place, plan, template, group, make, masks)
 
 
 def _follow(place: ModelPlace, plan: Plan, group: Group, make: _Make) -> int:
@@ -122,8 +123,10 @@ def _follow(place: ModelPlace, plan: Plan, group: Group, make: _Make) -> int:
     return 0
 
 
-def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None, make: _Make) -> int:
-    """The process that clients know."""
+def _serve(
+    args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None, make: _Make, said: str
+) -> int:
+    """The process that clients know; `said` is told when it is ready."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import Loaded, listen, serve
 
@@ -134,6 +137,7 @@ def _serve(args: argparse.Namespace, place: ModelPlace, plan: Plan, template: Ch
         if group is not None:
             note += f", {group.count} processes"
         note += "; no chat template" if template is None else f"; chat template: {template.where}"
+        note += f"; {said}"
         return Loaded(make(model), model.tokenizer, template, note)
 
     with listen(args.host, args.port) as listener:

@@ -7,6 +7,7 @@ made here alone, so that both have the same scheduler, share of prompts in a ste
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 SCHEDULER = "fcfs-chunked"
 _DEFAULT_ROWS = 32
-_MASK_THREADS = 2  # that find out what may follow in answers under grammars; started with the first such answer
+_MOST_MASK_THREADS = 2
+_BUSY_CORES = 2  # by the engine's thread and the event loop
 _RANGES = {
     "max_num_seqs": (1, MAX_BATCH),
     "max_num_batched_tokens": (1, MAX_LEN),
     "lag": (0, 1024),
+    "mask_threads": (0, 64),
     "max_waiting": (1, MAX_REQUESTS),
     "max_waiting_tokens": (1, (1 << 63) - 1),
 }
@@ -50,8 +53,17 @@ def add_engine_arguments(group: _Group) -> None:
     group.add_argument("--enable-prefix-caching", action=OnOff, default=None, help=sharing)
     lag = "steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)"
     group.add_argument("--lag", metavar="N", help=lag)
+    masks = "threads that find out what may follow in answers under grammars; 0: the engine, between steps (default: by cores)"
+    group.add_argument("--mask-threads", metavar="N", help=masks)
     group.add_argument("--max-waiting", metavar="N", help="requests that may wait, then 429 (default: 512)")
     group.add_argument("--max-waiting-tokens", metavar="N", help="prompt tokens that may wait (default: no bound)")
+
+
+def default_mask_threads() -> int:
+    """Threads for masks that have cores of their own. A thread that waits for one costs other requests more than the mask that it computes
+    (experiments/constrained_rows); where there are cores, no mask keeps anybody waiting, however hostile its grammar is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(_MOST_MASK_THREADS, max(0, cores - _BUSY_CORES))
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,14 @@ class ServedEngine:
 
     Attributes:
         rows: sequences per iteration. prompt_tokens: of prompts, per iteration.
+        mask_threads: that find out what may follow in answers under grammars; started with the first such answer.
     """
 
     scheduler: str
     rows: int
     prompt_tokens: int
     lag: int
+    mask_threads: int
     max_waiting: int
     max_waiting_tokens: int | None
     prefix_caching: bool
@@ -85,6 +99,7 @@ class ServedEngine:
             rows=rows,
             prompt_tokens=SERVED_PROMPT_TOKENS if tokens is None else max(1, tokens - rows),
             lag=1 if found["lag"] is None else found["lag"],
+            mask_threads=default_mask_threads() if found["mask_threads"] is None else found["mask_threads"],
             max_waiting=found["max_waiting"] or 512,
             max_waiting_tokens=found["max_waiting_tokens"],
             prefix_caching=flags.args.enable_prefix_caching is not False,
@@ -115,6 +130,6 @@ class ServedEngine:
             prefix_caching=self.prefix_caching,
             max_waiting=self.max_waiting,
             max_waiting_tokens=self.max_waiting_tokens,
-            num_mask_threads=_MASK_THREADS,
+            num_mask_threads=self.mask_threads,
             **own,
         )

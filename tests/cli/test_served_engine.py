@@ -1,0 +1,27 @@
+"""Threads for the masks of grammars: as many as have cores of their own, or as many as were asked for; the start says how many."""
+
+from __future__ import annotations
+
+import pytest
+
+from partinf.cli import main, serve
+from partinf.cli.served_engine import ServedEngine
+from partinf.engine import FakeRunner
+from partinf.engine.estimates import Estimates
+from tests.cli.test_saved_plan import flags_of
+from tests.serve.support import LIMITS
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 0), (2, 0), (3, 1), (4, 2), (64, 2)])
+def test_threads_for_masks_have_cores_of_their_own(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    served = ServedEngine.read(flags_of(serve, "--model", "demo"))
+    assert served.mask_threads == threads
+    assert served.engine(FakeRunner(LIMITS), Estimates(lambda tokens: 1e-3, 1e-3))._workers._num_threads == threads
+    for asked in (0, 1, 3):
+        assert ServedEngine.read(flags_of(serve, "--model", "demo", "--mask-threads", str(asked))).mask_threads == asked
+
+
+def test_a_wrong_number_of_threads_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "demo", "--mask-threads", "65"]) == 2
+    assert "--mask-threads 65" in capsys.readouterr().err
