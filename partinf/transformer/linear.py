@@ -63,7 +63,8 @@ def _row_by_row(spec: str) -> str:
 
 def _product(spec: str, x: jax.Array, weights: jax.Array, platform: Platform | None) -> jax.Array:
     """An einsum in float32, in the form that the machine chose where there is a choice."""
-    if x.ndim != 2 or weights.ndim != 2:
+    first, second, result = spec.replace("->", ",").split(",")
+    if (first[1:], result) != (second[1:], first[0] + second[0]) or x.ndim != 2:  # not rows by rows, which forms are made for
         return jnp.einsum(spec, x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
     form = choices.current().form(x, weights) if _chooses(platform) else Form.XLA
     return products.made(form, x, weights)

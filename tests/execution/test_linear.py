@@ -43,6 +43,14 @@ def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
     np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 65])
+def test_a_table_is_met_by_its_columns(rows: int) -> None:
+    """The look-up as a product, where neither argument is as the forms of products take it."""
+    rng = np.random.default_rng(rows)
+    x, table = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((rows, 12), (12, 12)))
+    np.testing.assert_allclose(dot("tv,ve->te", x, table), np.asarray(x) @ np.asarray(table), atol=2e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 31, 64, 65])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 132), (12, 6)])

@@ -48,7 +48,7 @@ def test_a_whole_workload_is_judged_by_both_steps() -> None:
 
 @needs_compiler
 def test_the_command_puts_proofs_into_candidates(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    what = ("--model", "llama-125m", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64")
+    what = ("--model", "demo", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64")
     done = run_python("-m", "partinf", "plan", *what, "--prove", "2", "--format", "json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)

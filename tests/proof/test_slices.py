@@ -100,7 +100,7 @@ def test_stages_over_the_network_between_slices_are_proven() -> None:
 
 @needs_compiler
 def test_what_does_not_fit_is_refused_with_the_compilers_figures() -> None:
-    plan = replace(plan_for("v5e:2x2"), model=replace(MODEL, num_layers=80, embed_dim=8192, ffn_dim=65536))
+    plan = replace(plan_for("v5e:2x2"), model=replace(MODEL, embed_dim=16384, ffn_dim=1 << 19))
     (step,) = prove(plan, [BUCKET]).steps
     assert not step.fits
     assert step.memory.needed > step.memory.usable == int(15.75 * 2**30)
