@@ -17,7 +17,7 @@ from partinf.buckets import split_of
 from partinf.cost import memory
 from partinf.cost.calibration import ROOFLINE, calibration_for
 from partinf.cost.collectives import Network
-from partinf.cost.items import DECODE, PREFILL, Item
+from partinf.cost.items import DECODE, PREFILL, WX_IN, WX_OUT, Item
 from partinf.cost.ledger import Ledger, Op
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import PLAIN, TILED
@@ -36,7 +36,8 @@ from partinf.workload import DType
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
 _ERROR = 0.25
 _COMPILED = replace(PLAIN, skips_windows=True)
-_KERNELS = {"paged_decode": DECODE.core}  # kernels of ours, and the entry of the ledger that is their work
+# Kernels of ours, and the entry of the ledger that is their work.
+_KERNELS = {"paged_decode": DECODE.core, "experts_in": WX_IN.product, "experts_out": WX_OUT.product}
 _LISTED = 16  # instructions in a report
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

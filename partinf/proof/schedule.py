@@ -29,7 +29,7 @@ CARRIERS = tuple(
 _FED_BY = 3  # how many instructions back the source of a nameless one is looked for
 # jax's names of collectives → ours.
 _ASKED = {"reduce_scatter": "reduce-scatter", "all_gather": "all-gather", "all_to_all": "all-to-all", "ppermute": "collective-permute"}
-_ASKED |= {"psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"}
+_ASKED |= {"ragged_all_to_all": "all-to-all", "psum": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce"}
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,12 @@ class Reader:
 
 
 def _payloads(home: Computation, collective: Instruction, op: str) -> list[Shape]:
-    """The output of an all-gather, the input of the others, array by array."""
+    """The output of an all-gather, the input of the others, array by array. Of an exchange that is ragged the smaller one of rows that are
+    sent and places where they arrive, of which one holds what a device may send, and the other what all may send to it."""
     operands = [shape for name in collective.operands if name in home.by_name for shape in home.by_name[name].shapes]
     operands = [shape for shape in operands if shape.dtype != "token"]
+    if collective.opcode.startswith("ragged"):
+        return [min(operands[0], collective.shapes[-1], key=lambda shape: shape.num_bytes)]
     if op != "all-gather":
         return operands
     if not collective.opcode.endswith("-start"):

@@ -18,6 +18,7 @@ _FREE |= {"partition-id", "replica-id", "iota", "reshape", "call-start", "send",
 _FREE_CALLS = ("ConcatBitcast", "AssumeGatherIndicesInBound")
 _SEMAPHORE = 2  # the memory space of what a transfer signals with
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_RAGGED = {"ragged-all-to-all": "all-to-all"}
 _BETWEEN_SLICES = {"ONE_TO_ONE": "collective-permute"}  # the others have the names of collectives
 _VIEWS = {"bitcast", "reshape", "transpose", "copy"}
 _MOVING = {*_VIEWS, "convert", "broadcast", "slice", "dynamic-slice", "dynamic-update-slice", "pad", "concatenate"}
@@ -35,6 +36,7 @@ def collective_op(instruction: Instruction) -> str | None:
         ValueError: a transfer between slices of a kind that is not known here; a collective must not be overlooked.
     """
     op = instruction.opcode.removesuffix("-start")
+    op = _RAGGED.get(op, op)
     if instruction.opcode == "send":  # between slices: the hosts do it
         found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
         op = _BETWEEN_SLICES.get(found[1], found[1].lower().replace("_", "-")) if found else ""

@@ -192,6 +192,19 @@ def test_transfers_between_slices_are_collectives() -> None:
         op('"SOMETHING"')
 
 
+@pytest.mark.parametrize(("sent", "arriving"), [(16, 64), (64, 16)])
+def test_rows_that_are_exchanged_count_the_places_of_those_that_a_device_may_send(sent: int, arriving: int) -> None:
+    numbers = "".join(f"  %n{number} = s32[8]{{0}} constant(0)\n" for number in range(4))
+    exchange = f'ragged-all-to-all(%a, %b, %n0, %n1, %n2, %n3), replica_groups={X}, metadata={{op_name="jit(step)/ragged_all_to_all"}}'
+    text = (
+        f"ENTRY %m (a: bf16[{sent},128], b: bf16[{arriving},128]) -> bf16[{arriving},128] {{\n"
+        f"  %a = bf16[{sent},128]{{1,0}} parameter(0)\n  %b = bf16[{arriving},128]{{1,0}} parameter(1)\n{numbers}"
+        f"  ROOT %r = bf16[{arriving},128]{{1,0}} {exchange}\n}}"
+    )
+    (found,) = Reader(Module(text), SLICE, Network(SLICE)).read().collectives
+    assert (found.op, found.axes, found.bytes, found.asked) == ("all-to-all", ("x",), 16 * 128 * 2, "all-to-all")
+
+
 def test_shapes_know_their_memory() -> None:
     on_chip, in_hbm = shapes("(bf16[2,64]{1,0:T(8,128)(2,1)S(3)}, s8[4,4]{1,0:T(32,128)(4,1)})")
     assert (on_chip.num_bytes, on_chip.hbm_bytes) == (256, 0)
