@@ -44,7 +44,7 @@ DEFAULT_WORKLOAD = Workload(batch=32, input_len=64, output_len=64)
 
 
 def find_slice(slice_: str | Slice, mesh: str | None = None, hardware: str | Path | None = None) -> Slice:
-    """A slice by name; `local` is the devices that are here.
+    """A slice by name; `local` stands for the devices of this machine.
 
     Args:
         hardware: a file of `partinf calibrate` that says what the slice's chips are; for `local`, the user's own if not given.
@@ -56,7 +56,7 @@ def find_slice(slice_: str | Slice, mesh: str | None = None, hardware: str | Pat
         return slice_ if mesh is None else slice_.with_mesh(mesh)
     if slice_ != "local":
         return slice_of(slice_, mesh, hardware)
-    need(RUN, "a plan for the devices that are here (local)")
+    need(RUN, "a plan for the devices of this machine (local)")
     from partinf.partition.sharding import local_slice
 
     found = local_slice(mesh, None if hardware is None else read_hardware(Path(hardware)))
@@ -122,7 +122,7 @@ def load(
 
     Args:
         model: a directory with weights, or the name of a shipped one.
-        plan: from `plan`; for the devices that are here if not given.
+        plan: from `plan`; for the local devices if not given.
         random_weights: run without weights, with random ones.
         on_compiled: called with (bucket, number done, number in all) as steps are compiled.
         unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster, unless the plan has

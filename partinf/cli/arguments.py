@@ -112,7 +112,7 @@ def named_slice(text: str, mesh: str | None, hardware: str | None = None) -> Sli
 
 
 def read_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice:
-    """The slice to plan for: `local` asks jax for the devices that are here, `auto:CHIP` is one chip.
+    """The slice to plan for: `local` asks jax for the local devices, `auto:CHIP` is one chip.
 
     Raises:
         InvalidInput: what is no slice, or a hardware file of other devices.

@@ -31,7 +31,7 @@ _MOST_LAG = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model")
-    add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
+    add_where(parser, "devices to run on: local (the devices of this machine), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
     parser.add_argument("--weights", metavar="TYPE", help="of weights and activations: f32 or bf16 (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--random-weights", action="store_true", help="run a model without weights; the output repeats it")
     add_load_arguments(parser, requests=64, lengths="uniform:4-24:4-24", rate=4)  # with compiling half a minute

@@ -1,4 +1,4 @@
-"""Measure the devices that are here, and write what was found as a hardware file.
+"""Measure the local devices, and write what was found as a hardware file.
 
 In the user's configuration the file changes what `--slice local` plans from then on, so the command asks before it writes there.
 """

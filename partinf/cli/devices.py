@@ -17,7 +17,7 @@ def prepare(slice_: Slice | None = None, virtual_devices: int = 1, num_processes
     """Set jax's environment; variables that the user has set win.
 
     Args:
-        slice_: the slice to run on; None for the devices that are here.
+        slice_: the slice to run on; None for the local devices.
         virtual_devices: CPU devices to make where no accelerator is there and no slice is given.
         num_processes: how many processes have the devices together.
 

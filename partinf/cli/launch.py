@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     flags.check()
     folder = Path(__file__).resolve().parents[2] / "tpu_scripts"
     if not (folder / "pod.py").is_file():
-        raise InvalidInput("launch: tpu_scripts/ is not here; launching sends a commit, so run it from a checkout of partinf")
+        raise InvalidInput("launch: tpu_scripts/ is missing; launching sends a commit, so run it from a checkout of partinf")
     if args.description is None and not args.dry_run and not args.manifest:
         raise InvalidInput("--description is missing: a plan does not say which project pays, where and for how long; or pass --dry-run")
     sys.path.insert(0, str(folder))

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") ->
     """The model, where it runs, and how it is stored; `length` is the flag of the longest context."""
     parser.add_argument("--model", metavar="DIR|NAME", help="a Hugging Face directory, or a shipped model with weights")
     add_saved_plan(parser)
-    add_where(parser, "devices to run on: local (those that are here), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
+    add_where(parser, "devices to run on: local (the devices of this machine), cpu:2x2x2 for virtual ones, h200:8, v5e:2x2, …")
     types = "f32, bf16 or int8"
     parser.add_argument("--weights", metavar="TYPE", help=f"storage of the weights: {types} (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--kv", metavar="TYPE", help=f"storage of the KV cache: {types} (default: as the activations)")

@@ -1,4 +1,4 @@
-"""An experiment on the devices that are here, or that this process and others have together.
+"""An experiment on the local devices, or that this process and others have together.
 
 Every process runs the same lines in the same order: the schedule, the number of repeats and the order of all calls follow from the
 description, never from a clock, so collectives meet.

@@ -30,7 +30,7 @@ def launch(experiment: Experiment, file: Path, description: Path, options: Any) 
     """
     folder = Path(__file__).resolve().parents[2] / "tpu_scripts"
     if not (folder / "pod.py").is_file():
-        raise InvalidInput("a run on a pod: tpu_scripts/ is not here; launching sends a commit, so run it from a checkout of partinf")
+        raise InvalidInput("a run on a pod: tpu_scripts/ is missing; launching sends a commit, so run it from a checkout of partinf")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     pod: Any = importlib.import_module("pod")

@@ -121,7 +121,7 @@ class Platform:
             where that takes them.
         ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs nobody has tried the step with it.
         compiler_options: what the compiler is asked for beyond its defaults.
-        described: the compiler describes slices that are not here (libtpu), so that a proof needs no device.
+        described: the compiler describes slices without any device (libtpu), so that a proof needs none.
         proof_environment: environment variables of the process that compiles a proof, beside those of every proof.
         host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
         keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.

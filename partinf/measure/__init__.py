@@ -1,1 +1,1 @@
-"""Timing the devices that are here: single products, single collectives, whole steps, and from these a hardware file."""
+"""Timing the local devices: single products, single collectives, whole steps, and from these a hardware file."""

@@ -1,4 +1,4 @@
-"""From the devices that are here to a chip with measured rates: products, memory, collectives, then whole steps of small models."""
+"""From the local devices to a chip with measured rates: products, memory, collectives, then whole steps of small models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OnStage = Callable[[str], None]
 def calibrate(
     types: Sequence[DType] = tuple(DType), budget: float = 30.0, on_stage: OnStage = lambda _: None, latest: float = math.inf
 ) -> tuple[Chip, list[Probe]]:
-    """Measure all devices that are here.
+    """Measure all local devices.
 
     Everything is compiled first and timed together, in turn: other work on the machine then slows all of it alike, not one kind of
     figure against another.
@@ -74,7 +74,7 @@ def predicted_seconds(chip: Chip, probes: Sequence[Probe]) -> list[float]:
 
 
 class Measured:
-    """What is timed on the devices that are here, by name, and what the times say. The calls are made apart from both."""
+    """What is timed on the local devices, by name, and what the times say. The calls are made apart from both."""
 
     def __init__(self, types: Sequence[DType]) -> None:
         if DType.INT8 in types and DType.BF16 not in types:

@@ -1,7 +1,7 @@
 """Where layouts become JAX shardings: the only module that builds `Mesh` and `PartitionSpec`.
 
 Parameters, cache and step arguments are declared by letters (`partinf.axes`); this module knows which mesh axes split which letter
-under a plan. It also finds the devices: those that are here, virtual CPU devices, or abstract ones for tracing without any.
+under a plan. It also finds the devices: local ones, virtual CPU devices, or abstract ones for tracing without any.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def over_all(mesh: Mesh) -> P:
 
 
 def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:
-    """The devices that are here, as a slice: a torus by its chips' coordinates, or one switched axis.
+    """The local devices, as a slice: a torus by its chips' coordinates, or one switched axis.
 
     CPU devices are virtual ones. Eight switched devices make a 2×2×2 mesh unless another is asked for (`4x2`).
 

@@ -49,14 +49,14 @@ def prove(
     advance: Callable[[int], None] | None = None,
     by_compiler: bool = False,
 ) -> Proof:
-    """Compile the steps that an engine would run: for a TPU slice without any chip, for GPUs and CPUs on those that are here.
+    """Compile the steps that an engine would run: for a TPU slice without any chip, for GPUs and CPUs on the local ones.
 
     Args:
         buckets: those of the plan if not given. limits: of each compilation. advance: called with 1 after each bucket.
         by_compiler: prove the twin in which the compiler chooses the collectives (`partinf.transformer.compiler_partitioned`) instead.
 
     Raises:
-        InvalidInput: no buckets, a plan that cannot run, stages for `by_compiler`, no compiler that matches jax, or GPUs that are not here.
+        InvalidInput: no buckets, a plan that cannot run, stages for `by_compiler`, no compiler that matches jax, or GPUs that are missing.
         partinf.proof.process.CompilerFailed: the compiler crashed or exceeded a limit.
     """
     chosen = tuple(plan.buckets if buckets is None else buckets)

@@ -1,5 +1,5 @@
-"""The devices that a proof compiles for, in mesh order: those of a TPU slice that is not here, as the TPU compiler describes them, or the
-GPUs or virtual CPU devices that are here."""
+"""The devices that a proof compiles for, in mesh order: those of a TPU slice, as the TPU compiler describes them without any chip, or the
+local GPUs or virtual CPU devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def describe(slice_: Slice) -> tuple[str, dict[str, Any]]:
 
 
 def mesh_of(plan: Plan) -> Mesh:
-    """The mesh of a plan: of devices that are not here for a TPU slice, of those that are here for others.
+    """The mesh of a plan: of described devices for a TPU slice, of local ones for others.
 
     Raises:
         InvalidInput: a slice for which the TPU compiler knows no topology, or that has more devices than there are here.

@@ -296,7 +296,7 @@ def _overloaded(error: Overloaded) -> ApiError:
 
 
 async def _of_starlette(request: Request, error: Exception) -> Response:
-    """A path or a method that is not here."""
+    """An unknown path or method."""
     assert isinstance(error, HTTPException)
     response = _refusal(ApiError(error.status_code, [Offence(f"{request.method} {request.url.path}: {error.detail}")]), request.scope)
     response.headers.update(error.headers or {})

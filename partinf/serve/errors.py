@@ -78,7 +78,7 @@ def raise_invalid(offences: Iterable[Offence]) -> None:
 
 
 def unknown_model(name: str, known: Iterable[str]) -> ApiError:
-    message = f"the model {name[:80]!r} is not here; there is {', '.join(known)}"
+    message = f"the model {name[:80]!r} is not served; the server has {', '.join(known)}"
     return ApiError(404, [Offence(message, "model")], code="model_not_found")
 
 
