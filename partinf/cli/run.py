@@ -16,7 +16,7 @@ from partinf.foundation import documents
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.extras import RUN, need
 from partinf.foundation.limits import MAX_SECONDS
-from partinf.foundation.units import figures
+from partinf.foundation.units import figures as shown
 
 if TYPE_CHECKING:
     from partinf.experiment.description import Experiment
@@ -138,7 +138,7 @@ def _show(found: dict[str, Any]) -> None:
     generated = figures["throughput"]["generated_tokens_per_second"]
     console.print(
         f"{len(found['requests'])} requests in {found['counters']['iterations']} iterations and {figures['seconds']:.3g} s: "
-        f"{figures(generated)} tokens/s",
+        f"{shown(generated)} tokens/s",
         highlight=False,
     )
     for step in found["steps"]:
@@ -162,4 +162,4 @@ def _beside(row: dict[str, Any], count: int) -> tuple[str, str, str]:
 
 
 def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else figures(1e3 * seconds)
+    return "–" if seconds is None else shown(1e3 * seconds)

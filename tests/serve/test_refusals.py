@@ -141,7 +141,7 @@ def test_values_that_ask_for_nothing_are_taken(shared: Serving) -> None:
 def test_unknown_names(shared: Serving) -> None:
     error = refusal(shared, "/v1/completions", GOOD | {"model": "gpt"}, 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
-    assert "there is demo, other-name" in error["message"]
+    assert "the server has demo, other-name" in error["message"]
     assert shared.get("/v1/nothing")[0] == 404
     assert shared.get("/v1/completions")[0] == 405
     assert shared.get("/v1/models/gpt")[0] == 404

@@ -62,7 +62,7 @@ def test_ids_that_could_not_stand_in_a_line_are_replaced(shared: Serving) -> Non
     [
         ("/v1/completions", GOOD | {"temperature": -1, "n": 0}, "400: POST /v1/completions: n: expected `int` >= 1"),
         ("/v1/completions", GOOD | {"suffix": "x"}, "suffix is not supported"),
-        ("/v1/completions", GOOD | {"model": "gpt"}, "404: POST /v1/completions: the model 'gpt' is not here"),
+        ("/v1/completions", GOOD | {"model": "gpt"}, "404: POST /v1/completions: the model 'gpt' is not served"),
         ("/v1/completions", b"{", "the body is not JSON"),
         ("/v1/chat/completions", CHAT | {"tools": 3}, "tools"),
         ("/v1/chat/completions", CHAT | {"tools": [{"type": "function", "function": {"name": "f"}}]}, "template knows none"),
