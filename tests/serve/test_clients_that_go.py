@@ -9,6 +9,7 @@ import random
 import resource
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -291,7 +292,7 @@ def test_an_iterations_events_are_whole() -> None:
     tokenizer = load_tokenizer(FIXTURES / "tokenizer_byte_level")
     text = " naïve 東京 👩\u200d👩\u200d👧\u200d👦 end"
     script = tokenizer.encode(text, add_bos=False)
-    limits = type(LIMITS)(**{**vars(LIMITS), "vocab_size": tokenizer.vocab_size})
+    limits = replace(LIMITS, vocab_size=tokenizer.vocab_size)
     runner = Slow(limits, rule=lambda context: script[len(context) - 1])
     with serving(fake_engine(runner, tokenizer=tokenizer), tokenizer) as found:
         body = {"model": "demo", "prompt": [40], "max_tokens": len(script), "temperature": 0, "stream": True, "logprobs": 0}
