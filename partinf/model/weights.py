@@ -4,7 +4,7 @@ Parameter counts, bytes held per device, the leaves that a checkpoint must have,
 from here. The cost model's entries do not: what a step reads and multiplies is derived there a second time, as an independent account.
 
 A weight is used in `transformer/block.py`, `attention.py` or `ffn.py` and in `transformer/reference.py`; its names on disk stand with its
-family (`families.py`); `tests/execution/assignments.py` gives it to the tests of equivalence. A vector needs no entry in the ledger, which
+family (`families/`); `tests/execution/assignments.py` gives it to the tests of equivalence. A vector needs no entry in the ledger, which
 counts products, matrices and collectives.
 
 Weights are stored [out, in], as Hugging Face stores them: skinny products read such rows two to three times faster on CPU, and a TPU
