@@ -23,13 +23,14 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import TILED
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
-from partinf.engine.runner import RunnerLimits
+from partinf.engine.runner import PageGroup, RunnerLimits
 from partinf.engine.step import Step
 from partinf.foundation.errors import DoesNotFit, InvalidInput, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
+from partinf.foundation.paging import chunk_pages, window_pages
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole
-from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.plans import Bucket, CacheConfig, CacheGroup, Plan
 from partinf.workload import SERVED_PROMPT_TOKENS, Workload
 
 _RANGES = {
@@ -128,13 +129,42 @@ def with_capacity(plan: Plan, capacity: Capacity, *, beyond: bool = False) -> Pl
         raise_offences(plan.model.context_offences(f"max_len = {capacity.max_len}", capacity.max_len))
     longest = capacity.max_len or plan.model.longest_context or _UNKNOWN_CONTEXT
     sized = _with_pages(plan, capacity, longest)
-    holds = sized.cache.pages_per_shard * capacity.page_size
-    if holds < longest and not capacity.max_len and holds:
-        # Steps that read less take no more, so that what holds this length holds it still.
-        sized = _with_pages(plan, replace(capacity, kv_pages=sized.cache.pages_per_shard), holds)
-    elif holds < longest:
-        raise DoesNotFit(_no_room(sized, longest))
+    while (holds := _longest_held(sized)) < longest:
+        if capacity.max_len or not holds:
+            raise DoesNotFit(_no_room(sized, longest))
+        # Steps that read less take no more, so that what holds this length holds it still; unless windows hold it too, and are none.
+        alike = len(plan.model.kept_windows(holds)) == len(sized.cache_groups)
+        longest = holds
+        sized = _with_pages(plan, replace(capacity, kv_pages=sized.cache.pages_per_shard) if alike else capacity, longest)
     return sized
+
+
+def _longest_held(plan: Plan) -> int:
+    """Positions of the longest sequence that the pages of one shard hold; 0 where a window does not hold its own."""
+    first, *windows = plan.cache_groups
+    for group in (first, *windows) if first.window else windows:
+        if group.pages_per_shard < plan.num_parts * sum(_window_pages(plan, group.window)):
+            return 0
+    return plan.max_len if first.window else first.pages_per_shard * plan.cache.page_size
+
+
+def _window_pages(plan: Plan, window: int, positions: int = 0) -> tuple[int, int]:
+    """Pages per part of a window that one sequence of so many positions, `max_len` if not given, keeps at most between two steps, and those
+    that prompts of one step take more."""
+    size, parts = plan.cache.page_size, plan.num_parts
+    shared = plan.ways(tuple(axis for axis in plan.batch_axes if axis in plan.layout.prefill.attention_axes(AttentionRole.BATCH)))
+    tokens, slots = (max(getattr(bucket, name) for bucket in plan.buckets) for name in ("prefill_tokens", "prefill_slots"))
+    return window_pages(window, positions or plan.max_len, size, parts), chunk_pages(tokens // shared, slots // shared, size, parts)
+
+
+def with_window_pages(plan: Plan, residents: int, positions: int) -> Plan:
+    """The plan with as many pages of windows as so many sequences per shard, of so many positions each, need with the prompts of one step;
+    `plan` has buckets."""
+    kept = [window for window, _ in plan.model.kept_windows(plan.max_len)]
+    found = [_window_pages(plan, window, positions) for window in kept if window]
+    pages = [plan.num_parts * (residents * own + more) for own, more in found]
+    pages = pages if kept[0] else [plan.cache.pages_per_shard, *pages]
+    return replace(plan, cache=replace(plan.cache, pages_per_shard=pages[0], other_pages=tuple(pages[1:])))
 
 
 def _capacity_offences(plan: Plan, capacity: Capacity) -> list[str]:
@@ -153,28 +183,37 @@ def _with_pages(plan: Plan, capacity: Capacity, max_len: int) -> Plan:
     slots = max(rows * plan.num_stages, capacity.max_residents)
     cache = CacheConfig(capacity.page_size, plan.num_parts, slots)
     sized = replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
-    pages = capacity.kv_pages or _pages_that_fit(sized, capacity)
-    return replace(sized, cache=replace(cache, pages_per_shard=pages))
+    first, *others = (pages * plan.num_parts for pages in _pages_that_fit(sized, capacity))
+    return replace(sized, cache=replace(cache, pages_per_shard=first, other_pages=tuple(others)))
 
 
-def _pages_that_fit(plan: Plan, capacity: Capacity) -> int:
-    """Pages of one shard: those of the share that was asked for; otherwise of the platform's, and more if one sequence needs more. On
-    virtual devices, which share the machine's memory with all that runs on it, no more than the sequences that may hold pages can fill."""
-    platform, found = plan.slice.chip.platform, held(plan)
-    (pages,) = found.room.pages(capacity.memory_share or platform.memory_share, found.page_bytes)
-    one = ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_parts)
-    if capacity.max_len and not capacity.memory_share:
-        pages = max(pages, min(one, *found.room.pages(_LARGEST_SHARE, found.page_bytes)))
+def _pages_that_fit(plan: Plan, capacity: Capacity) -> tuple[int, ...]:
+    """Pages per part of one shard, of every group of the cache: those of the share that was asked for; otherwise of the platform's, and
+    more if one sequence needs more. On virtual devices, which share the machine's memory with all that runs on it, no more than the
+    sequences that may hold pages can fill."""
+    platform, found, groups = plan.slice.chip.platform, held(plan), plan.cache_groups
+    residents = max(rows_per_stage(plan, capacity.max_rows) * plan.num_stages, capacity.max_residents)
+    each = ceil_div(residents, plan.num_shards)
+    windows = [_window_pages(plan, group.window) for group in groups if group.window]
+    one = 0 if groups[0].window else ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_parts)
+    if capacity.kv_pages:
+        first = capacity.kv_pages // plan.num_parts
+        of_use = max(1, min([each, *(first // own for own, _ in windows)]))
+        more = [of_use * own + chunk for own, chunk in windows]
+        return (first, *(more if one else more[1:]))
+    pages = found.room.divided(capacity.memory_share or platform.memory_share, found.page_bytes, windows, each, one)
+    if capacity.max_len and not capacity.memory_share and (pages[0] < one or not pages[-1]):
+        larger = found.room.divided(_LARGEST_SHARE, found.page_bytes, windows, each, one)
+        pages = (max(pages[0], min(one, larger[0])), *larger[1:]) if one else larger
     most = MAX_PAGES // (plan.num_shards * plan.num_parts)
-    if platform.virtual:
-        residents = max(rows_per_stage(plan, capacity.max_rows) * plan.num_stages, capacity.max_residents)
-        most = min(most, ceil_div(residents, plan.num_shards) * one)
-    return min(pages, most) * plan.num_parts
+    needed = [each * own + more for own, more in windows]
+    bounds = ([each * one, *needed] if one else needed) if platform.virtual else [most] * len(pages)
+    return tuple(min(count, bound, most) for count, bound in zip(pages, bounds, strict=True))
 
 
 def _no_room(plan: Plan, longest: int) -> str:
     """Why memory does not hold one sequence of this length."""
-    room, tokens = held(plan).room, plan.cache.pages_per_shard * plan.cache.page_size
+    room, tokens = held(plan).room, _longest_held(plan)
     beside = f"weights {room.weights / 1e9:.1f} + programs and slots {(room.code + room.state) / 1e9:.1f}"
     return (
         f"model {plan.model.name} does not fit {plan.slice.name}: beside {beside} + activations {room.activations / 1e9:.1f} GB of "
@@ -205,10 +244,32 @@ def held(plan: Plan) -> Held:
         state=slot_bytes(vocabulary, plan.rich, plan.constrained) * plan.cache.num_slots,
         activations=max(map(activation_bytes, splits)),
     )
-    cache = plan.cache
-    each = page_bytes(plan.padded_model, plan.layout, plan.slice, plan.kv, cache.page_size)
-    tokens = cache.pages_per_shard * plan.num_shards * cache.page_size
-    return Held(room, (each,), (cache.pages_per_shard // plan.num_parts,), tokens)
+    cache, groups = plan.cache, plan.cache_groups
+    tokens = groups[0].pages_per_shard * plan.num_shards * cache.page_size
+    return Held(
+        room,
+        group_page_bytes(plan),
+        tuple(group.pages_per_shard // plan.num_parts for group in groups),
+        tokens,
+        tuple(group.window for group in groups),
+        tuple(_peak(plan, group) for group in groups),
+    )
+
+
+def group_page_bytes(plan: Plan) -> tuple[int, ...]:
+    """Bytes of a page of every group of the cache, on one device that has it."""
+    model, size = plan.padded_model, plan.cache.page_size
+    return tuple(page_bytes(model, plan.layout, plan.slice, plan.kv, size, len(group.layers)) for group in plan.cache_groups)
+
+
+def _peak(plan: Plan, group: CacheGroup) -> tuple[int, int]:
+    """Pages per part that one sequence takes while the longest chunk of its prompt is computed, and those that it keeps after that."""
+    size, parts = plan.cache.page_size, plan.num_parts
+    if not group.window:
+        return (ceil_div(ceil_div(plan.max_len, size), parts),) * 2
+    chunk = max(1, max(bucket.prefill_tokens for bucket in plan.buckets) // plan.prefill_slot_multiple())
+    own = window_pages(group.window, plan.max_len, size, parts)
+    return window_pages(group.window - 1 + chunk, plan.max_len, size, parts), own
 
 
 def rows_per_stage(plan: Plan, sequences: int) -> int:
@@ -224,6 +285,7 @@ def shape_of(bucket: Bucket, page_size: int) -> StepShape:
         prefill_tokens=bucket.prefill_tokens,
         prefill_slots=bucket.prefill_slots,
         prefill_context=bucket.prefill_pages * page_size,
+        page_size=page_size,
         sampling=bucket.random,
         rich=bucket.rich,
         constrained=bucket.constrained,
@@ -251,11 +313,14 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
         slots = round_up(prompts, plan.prefill_slot_multiple())
         tokens = round_up(slots * workload.input_len, plan.prefill_token_multiple())  # every slot holds a whole prompt
         buckets.append(Bucket(prefill_tokens=tokens, prefill_slots=slots))
-    cache = CacheConfig(size, held * plan.num_stages // plan.num_shards * pages, rows * plan.num_stages)
+    lanes = held * plan.num_stages // plan.num_shards
+    cache = CacheConfig(size, lanes * pages, rows * plan.num_stages)
     switch = 1 if workload.phase == "prefill" else plan.prefill_from_tokens
     if workload.phase is None:
         switch = min(switch, max(rows + 1, 2))
-    return replace(plan, cache=cache, max_len=max(plan.max_len, pages * size), prefill_from_tokens=switch), tuple(buckets)
+    sized = replace(plan, cache=cache, max_len=max(plan.max_len, pages * size), prefill_from_tokens=switch)
+    windows = with_window_pages(replace(sized, buckets=tuple(buckets)), lanes, pages * size).cache
+    return replace(sized, cache=windows), tuple(buckets)
 
 
 def least_rows(plan: Plan) -> int:
@@ -310,13 +375,16 @@ def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
     return ()
 
 
-def runner_limits(plan: Plan, num_host_pages: int = 0) -> RunnerLimits:
+def runner_limits(plan: Plan, num_host_pages: int = 0, *others: int) -> RunnerLimits:
     """What steps of this plan may hold, over all its buckets.
 
     Args:
-        num_host_pages: KV pages that may be kept in host memory.
+        num_host_pages: pages of the first group of the cache that may be kept in host memory. others: of each further one; as many if they
+            are not given.
     """
     biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))
+    groups = plan.cache_groups
+    kept_of = list(zip(groups, (num_host_pages, *(others or (num_host_pages,) * (len(groups) - 1))), strict=True))
     alone = [bucket for bucket in plan.buckets if bucket.decode_rows and not bucket.prefill_tokens]
     prefill_shards = _prefill_shards(plan)
     num_prefill_shards = plan.prefill_slot_multiple()
@@ -325,7 +393,7 @@ def runner_limits(plan: Plan, num_host_pages: int = 0) -> RunnerLimits:
         max_prefill_tokens=biggest.prefill_tokens,
         max_prefill_slots_per_shard=biggest.prefill_slots // num_prefill_shards,
         page_size=plan.cache.page_size,
-        pages_per_shard=plan.cache.pages_per_shard,
+        pages_per_shard=sum(group.pages_per_shard for group in groups if not group.window),
         num_shards=plan.num_shards,
         num_parts=plan.num_parts,
         num_slots=plan.cache.num_slots,
@@ -339,6 +407,7 @@ def runner_limits(plan: Plan, num_host_pages: int = 0) -> RunnerLimits:
         constrained=all(bucket.constrained for bucket in plan.buckets),
         num_stages=plan.num_stages,
         num_host_pages=num_host_pages,
+        windows=tuple(PageGroup(group.window, group.pages_per_shard, kept) for group, kept in kept_of if group.window),
     )
 
 

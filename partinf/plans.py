@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.foundation.limits import NEVER
+from partinf.foundation.paging import table_pages
 from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import DCN_AXIS, Slice
 from partinf.layout import PHASES, AttentionRole, ExpertRole, Layout, Phase, Role, letter_axes, readable_name
@@ -86,13 +88,38 @@ class CacheConfig:
 
     Attributes:
         page_size: tokens per page.
-        pages_per_shard: pages owned by each shard of decode's batch axes, in equal parts over the sequence axes within it.
+        pages_per_shard: pages owned by each shard of decode's batch axes, in equal parts over the sequence axes within it; of the first
+            group of the cache.
         num_slots: sequences that may be resident (each has a slot for its last sampled token).
+        other_pages: the same of every further group (`Plan.cache_groups`); empty for as many as of the first.
     """
 
     page_size: int = 16
     pages_per_shard: int = 64
     num_slots: int = 32
+    other_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """What layers keep together: their keys and values lie on the same pages.
+
+    Attributes:
+        window: positions that a query sees, the latest ones, its own included; 0 for all. layers: their numbers, in order.
+        pages_per_shard: as in `CacheConfig`.
+    """
+
+    window: int
+    layers: tuple[int, ...]
+    pages_per_shard: int
+
+    def columns(self, pages: int, page_size: int, parts: int) -> int:
+        """Columns of a lane's page table in a bucket whose lanes read so many pages."""
+        return min(pages, table_pages(self.window, page_size, parts, parts)) if self.window else pages
+
+    def earlier_columns(self, pages: int, page_size: int, parts: int, multiple: int) -> int:
+        """Columns of a prompt's table of earlier context in a bucket that reads so many pages of it; a multiple of `multiple`."""
+        return min(pages, table_pages(self.window - 1, page_size, parts, multiple)) if self.window else pages
 
 
 @dataclass(frozen=True)
@@ -139,6 +166,23 @@ class Plan:
     def padded_model(self) -> ModelConfig:
         """The architecture with the padded number of heads: what is stored and computed."""
         return self.model.with_padded_heads(self.padded_heads)
+
+    @cached_property
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """The groups of the cache, by what layers keep of contexts of at most `max_len` positions: all of them first, then the windows, the
+        longest first.
+
+        Raises:
+            InvalidInput: pages of other groups than there are.
+        """
+        windows = [window for window, _ in self.model.kept_windows(self.max_len)]
+        pages = (self.cache.pages_per_shard, *(self.cache.other_pages or (self.cache.pages_per_shard,) * (len(windows) - 1)))
+        if len(pages) != len(windows):
+            raise InvalidInput(f"cache: pages of {len(pages)} groups; {self.model.name} has {len(windows)} in contexts of {self.max_len}")
+        kept = [self.model.layer_kinds[kind].attention.window for kind in self.model.kind_of_layers]
+        kept = [window if window < self.max_len else 0 for window in kept]
+        layers = [tuple(layer for layer, window in enumerate(kept) if window == own) for own in windows]
+        return tuple(map(CacheGroup, windows, layers, pages))
 
     @property
     def runnable(self) -> str | None:

@@ -66,10 +66,10 @@ def forced_logits(plan: Plan, params: Any, texts: list[list[int]]) -> np.ndarray
     bucket, mesh = Bucket(LANES, PAGES), device_mesh(plan)
     step, state, found = compile_step(plan, mesh, bucket, unrolled=True, with_logits=True), empty_state(plan, mesh, unrolled=True), []
     for position in range(max(map(len, texts)) - 1):
-        batch, lanes = empty_batch(bucket), [lane for lane, text in enumerate(texts) if position < len(text) - 1]
+        batch, lanes = empty_batch(bucket, plan), [lane for lane, text in enumerate(texts) if position < len(text) - 1]
         for lane in lanes:
             batch.decode.token[lane], batch.decode.slot[lane], batch.decode.position[lane] = texts[lane][position], lane, position
-            batch.decode.pages[lane] = np.arange(lane * PAGES, (lane + 1) * PAGES)
+            batch.decode.tables[0].pages[lane] = np.arange(lane * PAGES, (lane + 1) * PAGES)
         state, out = step(params, state, jax.device_put(pack(batch)))
         found.append(np.asarray(out.logits)[lanes, : plan.model.vocab_size])
     return np.concatenate(found)

@@ -58,7 +58,7 @@ def ours(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]:
     params = random_params(plan, mesh, unrolled=True)
 
     def prepared(bucket: Bucket, fill: Callable[[Any], None]) -> Callable[[], None]:
-        step, batch = compile_step(plan, mesh, bucket, unrolled=True), empty_batch(bucket)
+        step, batch = compile_step(plan, mesh, bucket, unrolled=True), empty_batch(bucket, plan)
         fill(batch)
         held = [empty_state(plan, mesh, unrolled=True)]
         packed = jax.device_put(pack([batch]))
@@ -75,7 +75,7 @@ def ours(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]:
         def fill(batch: Any) -> None:
             batch.decode.token[:rows], batch.decode.slot[:rows] = 5, np.arange(rows)
             batch.decode.position[:rows] = CONTEXT - 1
-            batch.decode.pages[:rows] = np.arange(rows * pages).reshape(rows, pages)
+            batch.decode.tables[0].pages[:rows] = np.arange(rows * pages).reshape(rows, pages)
 
         return fill
 
@@ -83,7 +83,7 @@ def ours(dtype: str, spread: str) -> dict[tuple[str, int], Callable[[], None]]:
         def fill(batch: Any) -> None:
             batch.prefill.token[:], batch.prefill.owner[:] = 3, 0
             batch.prefill.position[:] = np.arange(tokens)
-            batch.prefill.page[:] = np.arange(tokens) // PAGE
+            batch.prefill.page[0][:] = np.arange(tokens) // PAGE
             batch.prefill.last[0], batch.prefill.slot[0] = tokens - 1, 0
 
         return fill

@@ -109,7 +109,7 @@ def decode_cores(
     """
     found = []
     for window, count in split.windows:
-        computed = min(context, window)
+        computed = split.decode_keys(context, window)
         useful = share * (min(seen, window) / computed if computed else 1.0)
         found.append(_decode_core(split, rows, heads, kv_heads, ceil_div(computed, parts), useful, count))
     return found
@@ -154,15 +154,17 @@ def cache_entries(split: StepSplit) -> list[Entry]:
     width = 2 * model.num_kv_heads * model.head_dim
     here = Split(group.batch, group.kv)
     entries = movement(split, _PART, NEW_TO_CACHE, shape.prefill_tokens * width, here, Split(shared, owners.kv))
-    if shape.prefill_context:
-        entries += _earlier(split, shape.prefill_slots * shape.prefill_context * width, shared)
+    for window, layers in split.windows:
+        keys = split.earlier_keys(window, moved=True)
+        if keys:
+            entries += _earlier(split, shape.prefill_slots * keys * width, shared, layers)
     kv_heads = model.num_kv_heads // split.ways(owners.kv)
     written = shape.prefill_tokens // split.ways(shared + owners.sequence) * 2 * kv_heads * model.head_dim * split.kv_bytes
     entries.append(split.pricing.traffic(WRITE_CACHE, _PART, model.num_layers, written))
     return entries
 
 
-def _earlier(split: StepSplit, elements: int, shared: Axes) -> list[Entry]:
+def _earlier(split: StepSplit, elements: int, shared: Axes, layers: int) -> list[Entry]:
     """Earlier context to where prompt tokens attend to it: from its owners over the batch axes that only decode has, then the pages that
     other devices along decode's sequence axes have, which make the payload grow."""
     group, owners = split.prefill, split.decode
@@ -171,11 +173,12 @@ def _earlier(split: StepSplit, elements: int, shared: Axes) -> list[Entry]:
     near = Split(*(tuple(axis for axis in axes if axis not in away) for axes in (group.batch, group.kv)))
     dealt = tuple(axis for axis in owners.sequence if axis not in away or axis not in group.batch)
     rest = tuple(axis for axis in dealt if axis not in away)
-    entries = movement(split, _PART, EARLIER, elements // split.ways(owners.sequence), Split(shared, owners.kv, alone), near)
+    here = elements // split.ways(owners.sequence)
+    entries = movement(split, _PART, EARLIER, here, Split(shared, owners.kv, alone), near, count=layers)
     beside = elements // split.ways(near.cols)
-    entries += movement(split, _PART, EARLIER, beside, Split(near.rows, owners.sequence), Split(group.batch, dealt))
+    entries += movement(split, _PART, EARLIER, beside, Split(near.rows, owners.sequence), Split(group.batch, dealt), count=layers)
     beside = elements // split.ways(group.batch)
-    return entries + movement(split, _PART, EARLIER, beside, Split(dealt, near.cols), Split(rest, group.kv))
+    return entries + movement(split, _PART, EARLIER, beside, Split(dealt, near.cols), Split(rest, group.kv), count=layers)
 
 
 def prefill_cores(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> list[Entry]:
@@ -188,7 +191,7 @@ def _prefill_core(
     split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float, window: int, count: int
 ) -> Entry:
     shape, model, program = split.shape, split.model, split.pricing.program
-    own, context = tokens / max(slots, 1), min(shape.prefill_context, window)
+    own, context = tokens / max(slots, 1), split.earlier_keys(window)
     keys_all = (slots * context + tokens) // parts
     computed, tiles = context + own, split.pricing.slice.chip.platform.tiles
     if tiles.skip:  # a tile of queries reaches over the windows of all its tokens

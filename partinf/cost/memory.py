@@ -17,6 +17,7 @@ from partinf.cost.linear import Weight
 from partinf.cost.movement import ways
 from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
+from partinf.foundation.paging import chunk_pages, window_pages
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role, kv_head_axes, letter_axes
@@ -66,15 +67,33 @@ class Room(NamedTuple):
         """What pages may take; less than 0 where the rest does not fit."""
         return self.usable - self.weights - self.code - self.state - self.activations
 
-    def pages(self, share: float, page_bytes: Sequence[int], each: Sequence[int] = (1,)) -> tuple[int, ...]:
-        """Pages of every group of the cache, in the proportion in which sequences take them.
+    def divided(
+        self, share: float, page_bytes: Sequence[int], windows: Sequence[tuple[int, int]], most: int, longest: int
+    ) -> tuple[int, ...]:
+        """Pages of every group of the cache, per part of a shard.
+
+        What windows need has a bound, so their groups are given it: what as many sequences as may be resident keep at their peak, and what
+        prompts of one step take more. The group that keeps all positions, the first if there is one, takes the rest, and it is what decides
+        how much is served. Where memory is short, windows are given no more than is of use: a sequence that fills its window has as many
+        pages in the first group, and one sequence of the longest context has to fit there. Without such a group windows take all.
 
         Args:
             share: of what is left that becomes pages; the rest is for what the compiler needs beyond this account.
-            page_bytes: of one page of each group on a device that has it. each: pages of each group that one sequence takes.
+            page_bytes: of one page of each group on a device that has it. windows: pages that one sequence keeps of each, and those that
+                prompts take more. most: sequences of a shard. longest: pages of the longest context, 0 without a group that keeps all.
         """
-        together = sum(size * count for size, count in zip(page_bytes, each, strict=True))
-        return tuple(max(0, int(share * self.left)) * count // together for count in each)
+        room = max(0, int(share * self.left))
+        of_windows = page_bytes[-len(windows) :] if windows else ()
+        each = sum(size * own for size, (own, _) in zip(of_windows, windows, strict=True))
+        free = room - sum(size * more for size, (_, more) in zip(of_windows, windows, strict=True))
+        if not longest:
+            return tuple(own * free // each + more for own, more in windows) if free >= each else (0,) * len(windows)
+        if windows:
+            of_use = free // (each + page_bytes[0] * max(own for own, _ in windows))
+            most = max(1, min(most, of_use, (free - longest * page_bytes[0]) // each))
+        taken = tuple(most * own + more for own, more in windows)
+        left = room - sum(size * count for size, count in zip(of_windows, taken, strict=True))
+        return max(0, left // page_bytes[0]), *taken
 
 
 class Held(NamedTuple):
@@ -82,13 +101,17 @@ class Held(NamedTuple):
 
     Attributes:
         page_bytes: of one page of each group of the cache. pages: of each group, on one device.
-        tokens: positions that the pages of all devices hold.
+        tokens: positions that the pages of all devices hold: those of the group that keeps all, or else those of its windows.
+        windows: of each group, 0 for all positions. peak: pages of each that one sequence takes while a chunk of its prompt is computed,
+            and those that it keeps after that; of a group that keeps all, both are those of the longest context.
     """
 
     room: Room
     page_bytes: tuple[int, ...]
     pages: tuple[int, ...]
     tokens: int
+    windows: tuple[int, ...] = (0,)
+    peak: tuple[tuple[int, int], ...] = ()
 
     @property
     def cache(self) -> int:
@@ -108,8 +131,21 @@ class Held(NamedTuple):
             "slack": self.slack,
             "page_bytes": list(self.page_bytes),
             "pages": list(self.pages),
+            "windows": list(self.windows),
             "kv_tokens": self.tokens,
         }
+
+    @property
+    def _division(self) -> str:
+        """How memory is divided among the groups of the cache; nothing where there is one."""
+        if len(self.windows) == 1:
+            return ""
+        parts = []
+        for window, size, pages, (chunk, own) in zip(self.windows, self.page_bytes, self.pages, self.peak, strict=True):
+            takes = f"{own:,} for a sequence, {chunk:,} while a chunk of it is computed" if window else f"{own:,} for the longest sequence"
+            name = f"windows of {window:,}" if window else "all positions"
+            parts.append(f"{name} {size * pages / 1e9:.2f} GB in {pages:,} pages of {size / 1e3:,.1f} kB ({takes})")
+        return "; KV by what layers keep: " + ", ".join(parts)
 
     def __str__(self) -> str:
         room = self.room
@@ -117,7 +153,7 @@ class Held(NamedTuple):
         beside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         return (
             f"{self.tokens:,} tokens of KV: {self.cache / 1e9:.2f} GB per device beside {beside}; "
-            f"{self.slack / 1e9:.2f} of {room.usable / 1e9:.2f} GB left"
+            f"{self.slack / 1e9:.2f} of {room.usable / 1e9:.2f} GB left{self._division}"
         )
 
 
@@ -143,23 +179,48 @@ def weight_bytes(split: StepSplit) -> int:
     return held_bytes(split.model, ways, split.weight_dtype)
 
 
-def page_bytes(model: ModelConfig, layout: Layout, slice_: Slice, kv: DType, page_size: int) -> int:
-    """One page of the cache on a device that has it: keys and values of all its layers and heads; those of int8 each have a row of float32
-    scales, filled up to whole lanes."""
+def page_bytes(model: ModelConfig, layout: Layout, slice_: Slice, kv: DType, page_size: int, num_layers: int) -> int:
+    """One page of a group of the cache on a device that has it: keys and values of all its layers and heads; those of int8 each have a row
+    of float32 scales, filled up to whole lanes.
+
+    Args:
+        num_layers: of the group, in all stages.
+    """
     sizes = slice_.axis_sizes
     decode_heads = layout.decode.attention_axes(AttentionRole.HEADS)
     split_heads = tuple(axis for axis in kv_head_axes(layout, sizes, model.num_kv_heads) if axis in decode_heads)
-    layers, heads = model.num_layers // ways(layout.storage_axes(Role.STAGE), sizes), model.num_kv_heads // ways(split_heads, sizes)
+    layers, heads = num_layers // ways(layout.storage_axes(Role.STAGE), sizes), model.num_kv_heads // ways(split_heads, sizes)
     scales = _F32 * round_up(heads * page_size, slice_.chip.platform.lanes) if kv is DType.INT8 else 0
     return layers * 2 * (page_size * heads * model.head_dim * kv.num_bytes + scales)
 
 
-def kv_bytes(model: ModelConfig, layout: Layout, slice_: Slice, rows: int, context: int, kv: DType, page_size: int = 16) -> int:
-    """The cache of `rows` sequences of `context` tokens on one device, in whole pages."""
+def kv_bytes(
+    model: ModelConfig,
+    layout: Layout,
+    slice_: Slice,
+    rows: int,
+    context: int,
+    kv: DType,
+    prompts: tuple[int, int] = (0, 0),
+    page_size: int = 16,
+) -> int:
+    """The cache of `rows` sequences of `context` tokens on one device, in whole pages.
+
+    Args:
+        prompts: tokens and slots of prompts that one step computes meanwhile, whose windows take more pages (`chunk_pages`).
+    """
     sizes = slice_.axis_sizes
-    lanes = ceil_div(rows, ways(layout.decode.attention_axes(AttentionRole.BATCH), sizes))
+    dealt = layout.decode.attention_axes(AttentionRole.BATCH)
+    lanes = ceil_div(rows, ways(dealt, sizes))
     parts = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
-    return lanes * ceil_div(context, page_size * parts) * page_bytes(model, layout, slice_, kv, page_size)
+    shared = ways(tuple(axis for axis in layout.prefill.attention_axes(AttentionRole.BATCH) if axis in dealt), sizes)
+    tokens, slots = (ceil_div(count, shared) for count in prompts)  # that may belong to one shard
+    total = 0
+    for window, num_layers in model.kept_windows(context):
+        each = page_bytes(model, layout, slice_, kv, page_size, num_layers)
+        own = window_pages(window or context, context, page_size, parts)
+        total += each * (lanes * own + (chunk_pages(tokens, slots, page_size, parts) if window else 0))
+    return total
 
 
 class LinearSet(NamedTuple):

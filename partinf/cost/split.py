@@ -12,6 +12,7 @@ from partinf.cost.movement import Axes, Group, Moved, Split, moves, ways
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import Residual
 from partinf.foundation.limits import NEVER
+from partinf.foundation.paging import table_pages
 from partinf.foundation.rounding import ceil_div
 from partinf.layout import AttentionRole, Layout, Phase, Role, kv_head_axes
 from partinf.model.config import ModelConfig
@@ -26,6 +27,7 @@ class StepShape:
         decode_rows: decode lanes, each with one token. decode_context: keys that each lane reads.
         prefill_tokens: prompt tokens, flat. prefill_slots: prompts (or chunks) that share them evenly.
         prefill_context: keys of earlier context that each slot reads.
+        page_size: of the pages in whose tables those keys stand, where these are padded; 0 for keys without padding.
         real_rows, real_tokens, real_slots: how many of them are not padding; None for all.
         real_context: keys of a lane that are not masked; None for all. allocated: positions that a lane holds, filled or not; None for
             those that it reads.
@@ -38,6 +40,7 @@ class StepShape:
     prefill_tokens: int = 0
     prefill_slots: int = 0
     prefill_context: int = 0
+    page_size: int = 0
     real_rows: int | None = None
     real_tokens: int | None = None
     real_slots: int | None = None
@@ -173,10 +176,37 @@ class StepSplit:
     @property
     def windows(self) -> tuple[tuple[int, int], ...]:
         """The windows of the layers and how many have each. A layer without one has a window without end, and so have all in a program
-        that masks what lies outside instead of skipping it."""
-        if not self.pricing.program.skips_windows:
+        that masks what lies outside instead of skipping it, where no page tables leave it out."""
+        if not self.pricing.program.skips_windows and not self.shape.page_size:
             return ((NEVER, self.model.num_layers),)
         return self.model.windows
+
+    def decode_keys(self, context: int, window: int) -> int:
+        """Keys that a lane with so much context is computed with: those of its window, or all in its page table where a program masks."""
+        if self.pricing.program.skips_windows:
+            return min(context, window)
+        parts = self.ways(self.decode.sequence)
+        return self._of_table(context, window, window, parts)
+
+    def earlier_keys(self, window: int, moved: bool = False) -> int:
+        """Keys of earlier context that a slot's tokens are computed with, likewise.
+
+        Args:
+            moved: those that are brought to where they are needed: all in the page table in every program.
+        """
+        context = self.shape.prefill_context
+        if self.pricing.program.skips_windows and not moved:
+            return min(context, window)
+        multiple = self.ways(tuple({*self.decode.sequence, *self.prefill.sequence}))
+        return self._of_table(context, window, window - 1, multiple)
+
+    def _of_table(self, context: int, window: int, positions: int, multiple: int) -> int:
+        size, parts = self.shape.page_size, self.ways(self.decode.sequence)
+        if window == NEVER:
+            return context
+        if not size:
+            return min(context, positions)
+        return min(context, table_pages(positions, size, parts, multiple) * size)
 
     @property
     def num_stages(self) -> int:

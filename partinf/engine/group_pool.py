@@ -104,11 +104,10 @@ class GroupPool:
         """Let go what no later query of a resident sees, once its step has been put together.
 
         That step and others in flight may still read it. A step that writes the page for another sequence comes after them, on the devices
-        and in every stage of a pipeline, which keep steps in order; so nothing waits for them. Where samples share a prompt a page more
-        stays (`RunnerLimits.reserved_pages`).
+        and in every stage of a pipeline, which keep steps in order; so nothing waits for them. One page more stays (`window_pages`).
         """
         held, size = sequence.held[self._index], self._limits.page_size
-        passed = first_page(sequence.num_scheduled - (size if sequence.family else 0), self.window, size) - held.first
+        passed = first_page(sequence.num_scheduled - size, self.window, size) - held.first
         if passed > 0:
             for page in held.pages[:passed]:
                 self._release(page, sequence.shard)
@@ -164,7 +163,7 @@ class GroupPool:
                     assert seen.setdefault(page, content) == content, f"page {page} is shared by sequences that differ"
 
     def _reserve(self, sequence: Sequence) -> int:
-        return self._limits.reserved_pages(self.window, sequence.max_positions, bool(sequence.family))
+        return self._limits.reserved_pages(self.window, sequence.max_positions)
 
     def _wanted(self, first: int, end: int) -> list[int]:
         """How many of the pages from `first` to before `end` of a sequence lie in each part."""

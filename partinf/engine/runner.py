@@ -98,7 +98,7 @@ class RunnerLimits:
 
     def _too_few(self, group: PageGroup) -> list[str]:
         """Why the pages of a window's group hold no sequence that runs alone."""
-        needed = (self.reserved_pages(group.window, self.max_len, shares=True) + self.chunk_pages) * self.num_parts
+        needed = (self.reserved_pages(group.window, self.max_len) + self.chunk_pages) * self.num_parts
         if group.window > 0 and needed <= group.pages_per_shard:
             return []
         return [f"window of {group.window}: {group.pages_per_shard} pages per shard; one sequence needs up to {needed}"]
@@ -109,13 +109,9 @@ class RunnerLimits:
         whole = (PageGroup(0, self.pages_per_shard, self.num_host_pages),) if self.pages_per_shard else ()
         return whole + self.windows
 
-    def reserved_pages(self, window: int, num_positions: int, shares: bool = False) -> int:
-        """Pages per part that a window's group keeps for a sequence of so many positions.
-
-        Args:
-            shares: other samples share its prompt: a page more is kept, so that they find the window at the prompt's last whole page.
-        """
-        return window_pages(window + shares * self.page_size, num_positions, self.page_size, self.num_parts)
+    def reserved_pages(self, window: int, num_positions: int) -> int:
+        """Pages per part that a window's group keeps for a sequence of so many positions."""
+        return window_pages(window, num_positions, self.page_size, self.num_parts)
 
     @cached_property
     def chunk_pages(self) -> int:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from partinf.engine.runner import RunnerLimits
-from partinf.engine.step import RowSampling, Step
+from partinf.engine.step import PageTable, RowSampling, Step
+from partinf.foundation.paging import table_start
 from partinf.plans import Bucket, Plan
-from partinf.transformer.batch import ENDS_LATER, STEERED, Batch, empty_batch
+from partinf.transformer.batch import ENDS_LATER, STEERED, Batch, Tables, empty_batch
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Placed:
 
 def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:
     """Lay the step out in the bucket: lanes in equal blocks per shard, prompt tokens in equal blocks per prefill shard."""
-    batch: Batch = empty_batch(bucket)
-    decode_rows = _place_decode(step, bucket, plan, batch)
+    batch: Batch = empty_batch(bucket, plan)
+    decode_rows = _place_decode(step, bucket, plan, limits, batch)
     prefill_rows, scored = _place_prefill(step, bucket, limits, batch)
     return Placed(batch, decode_rows, prefill_rows, scored)
 
 
-def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple[int, ...]:
+def _place_decode(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, batch: Batch) -> tuple[int, ...]:
     lanes = bucket.decode_rows // plan.num_shards
     used = [0] * plan.num_shards
     rows = []
@@ -44,13 +45,20 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, batch: Batch) -> tuple
         batch.decode.token[lane] = -1 if row.token is None else row.token
         batch.decode.slot[lane] = row.slot
         batch.decode.position[lane] = row.position
-        pages = row.tables[0].ids
-        batch.decode.pages[lane, : len(pages)] = pages
         _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
         if row.counts:
             assert batch.rich is not None  # such a step goes into a rich bucket
             batch.rich.counted[lane] = 1
         rows.append(lane)
+    for number, (group, tables) in enumerate(zip(limits.groups, batch.decode.tables, strict=True)):
+        if group.window:
+            for lane, row in zip(rows, step.decode, strict=True):
+                _place_table(tables, lane, row.tables[number], row.position, row.position + 1, group.window, limits)
+        else:
+            pages = tables.pages
+            for lane, row in zip(rows, step.decode, strict=True):
+                ids = row.tables[number].ids
+                pages[lane, : len(ids)] = ids
     return tuple(rows)
 
 
@@ -70,11 +78,10 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
         prefill.token[span] = chunk.tokens
         prefill.owner[span] = slot
         prefill.position[span] = positions
-        pages = chunk.tables[0].ids
-        prefill.page[span] = np.asarray(pages)[positions // limits.page_size]
         prefill.start[slot] = chunk.start
-        earlier = limits.pages_for(chunk.start)
-        prefill.pages[slot, :earlier] = pages[:earlier]
+        for table, group, page, tables in zip(chunk.tables, limits.groups, prefill.page, prefill.tables, strict=True):
+            page[span] = np.asarray(table.ids)[positions // limits.page_size - table.first]
+            _place_table(tables, slot, table, chunk.start, chunk.start, group.window, limits)
         scored.append(slice(first, first + len(chunk.targets)))
         if chunk.targets:
             assert batch.rich is not None
@@ -84,6 +91,16 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
             _place_sampling(batch, bucket.decode_rows + slot, chunk.sampling, chunk.end, chunk.mask is not None)
         rows.append(bucket.decode_rows + slot if chunk.last else None)
     return tuple(rows), tuple(scored)
+
+
+def _place_table(tables: Tables, row: int, table: PageTable, query: int, end: int, window: int, limits: RunnerLimits) -> None:
+    """The pages of positions before `end` that a query at position `query` sees."""
+    begin, last = 0, limits.pages_for(end)
+    if tables.begin is not None:
+        begin = table_start(query, window, limits.page_size, limits.num_parts)
+        tables.begin[row] = begin * limits.page_size
+    first = max(begin, table.first)  # none before are seen
+    tables.pages[row, first - begin : max(first, last) - begin] = table.ids[first - table.first : max(first, last) - table.first]
 
 
 def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int, constrained: bool) -> None:

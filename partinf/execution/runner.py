@@ -101,13 +101,17 @@ class JaxRunner:
         self._pipeline: deque[_Submitted | None] = deque([None] * plan.num_stages, maxlen=plan.num_stages)  # by stage
         self._buckets = smallest_first(plan.buckets)
         self._limits = runner_limits(plan, num_host_pages)
-        self._host_pages: HostPages | None = None
+        self._host_pages: tuple[HostPages, ...] = ()  # by group of the cache
         self._start_slot: Any = None
         self._state = empty_state(plan, self.mesh, self._unrolled)
 
     @property
     def limits(self) -> RunnerLimits:
         return self._limits
+
+    @property
+    def _swaps(self) -> bool:
+        return all(group.num_host_pages for group in self._limits.groups)
 
     def warm_up(self, on_compiled: Callable[[Bucket, int, int], None] | None = None) -> Obtained:
         """Load or compile every bucket that is not ready yet, as many at once as there are cores; says what it did.
@@ -125,13 +129,17 @@ class JaxRunner:
                 done += obtained
                 if on_compiled is not None:
                     on_compiled(futures[future], number, len(missing))
-        if self._limits.num_host_pages and self._host_pages is None:
-            programs = []
-            for name, compile_copy in (("take", compile_take), ("put", compile_put)):
-                program, obtained = self._obtain(partial(compile_copy, self.plan, self.mesh, self._unrolled), name, self._unrolled)
-                programs.append(program)
-                done += obtained
-            self._host_pages = HostPages(self.plan, self.mesh, self._unrolled, *programs)
+        if self._swaps and not self._host_pages:
+            kept = []
+            for group in range(len(self._limits.groups)):
+                programs = []
+                for name, compile_copy in (("take", compile_take), ("put", compile_put)):
+                    compile_one_copy = partial(compile_copy, self.plan, self.mesh, self._unrolled, group)
+                    program, obtained = self._obtain(compile_one_copy, name, self._unrolled, group)
+                    programs.append(program)
+                    done += obtained
+                kept.append(HostPages(self.plan, self.mesh, self._unrolled, group, *programs))
+            self._host_pages = tuple(kept)
         if self.plan.rich and self._start_slot is None:
             self._start_slot, obtained = self._obtain(partial(compile_start, self.plan, self.mesh), "start")
             done += obtained
@@ -183,7 +191,7 @@ class JaxRunner:
                 self._masks = masks
                 self._state = replace(self._state, masks=put(laid_out(masks, self.plan), self._mask_sharding))
             placed = [None if each is None else each.place(bucket, self.plan, self._limits) for each in self._pipeline]
-            batches = [empty_batch(bucket) if each is None else each.batch for each in placed]
+            batches = [empty_batch(bucket, self.plan) if each is None else each.batch for each in placed]
             self._state, out = self._steps[bucket](self.params, self._state, put(pack(batches), self._batch_sharding))
             if leaving is not None and leaving.step.num_rows:
                 leaving.out = out
@@ -226,21 +234,22 @@ class JaxRunner:
         """Forget what is in flight. The state is made anew: a step that failed may have consumed the donated one."""
         self._in_flight.clear()
         self._pipeline.extend([None] * self.plan.num_stages)
-        if self._host_pages is not None:
-            self._host_pages.clear()
+        for kept in self._host_pages:
+            kept.clear()
         self._masks = {}
         self._state = empty_state(self.plan, self.mesh, self._unrolled)
 
     def _copy(self, step: Step, stage: int) -> None:
         """Move a stage's part of pages to host memory and back, in the order of the devices' work; the host does not wait."""
-        if self._host_pages is None:
+        if not self._host_pages:
             self.warm_up()
-        assert self._host_pages is not None, "pages are swapped by a runner without pages of host memory"
+        assert self._host_pages, "pages are swapped by a runner without pages of host memory"
         for copy in step.swap_out:
-            self._host_pages.out(self._state.kv, copy.pages, copy.host_pages, stage)
+            self._host_pages[copy.group].out(self._state.kv[copy.group], copy.pages, copy.host_pages, stage)
         for copy in step.swap_in:
-            kv = self._host_pages.back(self._state.kv, copy.pages, copy.host_pages, stage)
-            self._state = replace(self._state, kv=kv)
+            held = list(self._state.kv)
+            held[copy.group] = self._host_pages[copy.group].back(held[copy.group], copy.pages, copy.host_pages, stage)
+            self._state = replace(self._state, kv=tuple(held))
 
 
 def _check_ticks(plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Scoring: the log-probabilities of given texts, by prefill alone.
 
 Texts are packed into steps of one shape, cut where they are longer than a shard's share of a step; the pages of a text are its own until
-its last chunk has run.
+its last chunk has run. Of a window it has as many as a chunk and what it sees take, which come round again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.foundation.errors import InvalidInput, NoNumber, raise_offences
+from partinf.foundation.paging import first_page, most_pages
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.model.weights import active_params
 from partinf.partition.sharding import whole
@@ -55,9 +56,17 @@ class _Text:
     index: int
     tokens: Sequence[int]
     shard: int
-    pages: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]
     fed: int = 0
     scores: list[float] = field(default_factory=list)
+
+    def tables(self, end: int, limits: RunnerLimits) -> tuple[PageTable, ...]:
+        """Of every group of the cache, the pages up to a position that the next chunk sees."""
+        tables = []
+        for group, pages in zip(limits.groups, self.pages, strict=True):
+            first = first_page(self.fed, group.window, limits.page_size) if group.window else 0
+            tables.append(PageTable(tuple(pages[page % len(pages)] for page in range(first, limits.pages_for(end))), first))
+        return tuple(tables)
 
     @property
     def num_fed(self) -> int:
@@ -84,8 +93,12 @@ class Scorer:
         bucket = max(plan.buckets, key=lambda b: (b.prefill_tokens, b.prefill_pages))
         self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)
         # Pages of its own, beside the engine's: no more than its texts can fill.
-        full = round_up(ceil_div(plan.max_len, plan.cache.page_size), plan.num_parts) * self.bucket.prefill_slots
-        cache = replace(plan.cache, pages_per_shard=min(full, plan.cache.pages_per_shard))
+        slots, chunk = self.bucket.prefill_slots, self.bucket.prefill_tokens // plan.prefill_slot_multiple()
+        full = round_up(ceil_div(plan.max_len, plan.cache.page_size), plan.num_parts)
+        reach = [most_pages(group.window - 1 + chunk, plan.cache.page_size) if group.window else full for group in plan.cache_groups]
+        self._most = [min(full, round_up(pages, plan.num_parts)) for pages in reach]  # pages of one text, by group
+        held = [group.pages_per_shard if group.window else min(full * slots, group.pages_per_shard) for group in plan.cache_groups]
+        cache = replace(plan.cache, pages_per_shard=held[0], other_pages=tuple(held[1:]))
         self.plan = replace(plan, cache=cache, buckets=(replace(self.bucket, decode_rows=plan.decode_row_multiple()),))
         self._limits: RunnerLimits = runner_limits(self.plan)
         self._params, self._mesh = params, mesh
@@ -102,9 +115,12 @@ class Scorer:
         self._check(texts)
         state = empty_state(self.plan, self._mesh, self._unrolled)
         waiting = deque(enumerate(texts))
-        each, parts = self._limits.pages_per_shard // self._limits.num_parts, range(self._limits.num_parts)
-        first = [[(shard * len(parts) + part) * each for part in parts] for shard in range(self._limits.num_shards)]
-        free = [[list(range(low, low + each)) for low in lows] for lows in first]
+        parts = self._limits.num_parts
+        free = [[[list[int]() for _ in range(parts)] for _ in self._limits.groups] for _ in range(self._limits.num_shards)]
+        for number, group in enumerate(self._limits.groups):
+            for page in range(group.pages_per_shard * self._limits.num_shards):
+                shard, part = self._limits.place_of(page, number)
+                free[shard][number][part].append(page)
         running: list[_Text] = []
         done: dict[int, _Text] = {}
         steps, started = 0, time.perf_counter()
@@ -115,8 +131,9 @@ class Scorer:
             for text in [text for text in running if text.fed == text.num_fed]:
                 running.remove(text)
                 done[text.index] = text
-                for index, page in enumerate(text.pages):
-                    free[text.shard][index % len(parts)].append(page)
+                for own, pages in zip(free[text.shard], text.pages, strict=True):
+                    for index, page in enumerate(pages):
+                        own[index % parts].append(page)
         seconds = time.perf_counter() - started
         return self._scores([done[index].scores for index in range(len(texts))], steps, seconds)
 
@@ -131,19 +148,20 @@ class Scorer:
             offences.append("no texts; at least one is needed")
         raise_offences(offences)
 
-    def _admit(self, waiting: deque[tuple[int, Sequence[int]]], running: list[_Text], free: list[list[list[int]]]) -> None:
+    def _admit(self, waiting: deque[tuple[int, Sequence[int]]], running: list[_Text], free: list[list[list[list[int]]]]) -> None:
         """Give pages to texts in order, each on the shard with most of them free, in turn from its parts, as long as there is room."""
         while waiting and len(running) < self.bucket.prefill_slots:
             index, tokens = waiting[0]
-            count = self._limits.pages_for(len(tokens) - 1)
-            shard = max(range(len(free)), key=lambda one: sum(map(len, free[one])))
-            parts = free[shard]
-            if any(len(parts[part]) < ceil_div(count - part, len(parts)) for part in range(len(parts))):
-                if not running:
-                    raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {self._limits.pages_per_shard}")
-                return
+            counts = [min(most, self._limits.pages_for(len(tokens) - 1)) for most in self._most]
+            shard = max(range(len(free)), key=lambda one: sum(map(len, free[one][0])))
+            for parts, count in zip(free[shard], counts, strict=True):
+                if any(len(pages) < ceil_div(count - part, len(parts)) for part, pages in enumerate(parts)):
+                    if not running:
+                        raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {sum(map(len, parts))}")
+                    return
             waiting.popleft()
-            pages = tuple(parts[page % len(parts)].pop() for page in range(count))
+            pairs = zip(free[shard], counts, strict=True)
+            pages = tuple(tuple(parts[page % len(parts)].pop() for page in range(count)) for parts, count in pairs)
             running.append(_Text(index, tokens, shard, pages))
 
     def _run(self, state: object, running: list[_Text]) -> object:
@@ -159,8 +177,8 @@ class Scorer:
             if slots[target] == limits.max_prefill_slots_per_shard or count == 0 or not (whole or limits.chunks):
                 continue
             tokens = tuple(text.tokens[text.fed : text.fed + count])
-            table = PageTable(text.pages[: limits.pages_for(text.fed + count)])
-            chunk = PrefillChunk(0, text.shard, tokens, text.fed, (table,), True, RowSampling(), target)
+            tables = text.tables(text.fed + count, limits)
+            chunk = PrefillChunk(0, text.shard, tokens, text.fed, tables, True, RowSampling(), target)
             chosen.append((text, chunk))
             used[target] += count
             slots[target] += 1

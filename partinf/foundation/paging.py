@@ -6,7 +6,7 @@ turn over the parts of a shard, and what is counted per part is what the fullest
 
 from __future__ import annotations
 
-from partinf.foundation.rounding import ceil_div
+from partinf.foundation.rounding import ceil_div, round_up
 
 
 def first_page(position: int, window: int, page_size: int) -> int:
@@ -20,8 +20,9 @@ def most_pages(num_positions: int, page_size: int) -> int:
 
 
 def window_pages(window: int, num_positions: int, page_size: int, parts: int = 1) -> int:
-    """Pages per part that one sequence of so many positions needs between two steps: those of the window that its next query sees."""
-    return ceil_div(min(most_pages(window, page_size), ceil_div(num_positions, page_size)), parts)
+    """Pages per part that one sequence of so many positions keeps at most: those that its next query sees, and one before them, so that
+    other samples of the request find the window at the last whole page of the prompt that they share."""
+    return ceil_div(min(most_pages(window, page_size) + 1, ceil_div(num_positions, page_size)), parts)
 
 
 def chunk_pages(num_tokens: int, num_chunks: int, page_size: int, parts: int = 1) -> int:
@@ -29,3 +30,14 @@ def chunk_pages(num_tokens: int, num_chunks: int, page_size: int, parts: int = 1
     of c tokens takes ⌈(c - 1) / S⌉ pages more than one token does."""
     pages = num_tokens // page_size + num_chunks
     return ceil_div(pages, parts) + (num_chunks if parts > 1 else 0)
+
+
+def table_pages(num_positions: int, page_size: int, parts: int, multiple: int) -> int:
+    """Columns of a page table that holds the pages of so many positions in a row wherever they begin: it begins with a page of the first
+    part, and has a multiple of `multiple` columns."""
+    return round_up(most_pages(num_positions, page_size) + parts - 1, multiple) if num_positions > 0 else 0
+
+
+def table_start(position: int, window: int, page_size: int, parts: int) -> int:
+    """The page with which the table of a query at this position begins; see `table_pages`."""
+    return first_page(position, window, page_size) // parts * parts

@@ -117,8 +117,6 @@ class Platform:
         multiplied_look_up: a table whose columns fill no whole lanes is read by a product, since a look-up would lay all of it out anew.
         default_program: name of the program for which layouts are chosen (`partinf.cost.program.PROGRAMS`): the one that runs.
         gathers_beside_products: the compiler runs a gather of weights beside products that do not wait for it.
-        grouped_rows: products of rows with the matrices of their experts run in our own kernel (`partinf.transformer.kernels.grouped_rows`)
-            where that takes them.
         ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs nobody has tried the step with it.
         compiler_options: what the compiler is asked for beyond its defaults.
         described: the compiler describes slices without any device (libtpu), so that a proof needs none.
@@ -147,7 +145,6 @@ class Platform:
     multiplied_look_up: bool
     default_program: str
     gathers_beside_products: bool
-    grouped_rows: bool
     ragged_exchange: bool
     compiler_options: Mapping[str, str]
     described: bool
@@ -187,7 +184,6 @@ CPU = Platform(
     multiplied_look_up=False,
     default_program="tiled",
     gathers_beside_products=False,
-    grouped_rows=False,
     ragged_exchange=False,
     compiler_options={},
     described=False,
@@ -215,7 +211,6 @@ GPU = Platform(
     multiplied_look_up=False,
     default_program="tiled",
     gathers_beside_products=False,
-    grouped_rows=False,
     ragged_exchange=False,
     compiler_options={},
     described=False,
@@ -243,7 +238,6 @@ TPU = Platform(
     multiplied_look_up=True,
     default_program="tiled",
     gathers_beside_products=True,
-    grouped_rows=True,
     ragged_exchange=True,
     # A TPU does one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
     compiler_options={"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"},

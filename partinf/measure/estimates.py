@@ -46,11 +46,11 @@ def measured_estimates(
 
 def _page_seconds(runner: Any, repeats: int = 20) -> float:
     """Time to copy one KV page to host memory or back, measured on groups that go there and back; the pages' content stays."""
-    pages = tuple(range(min(16, runner.limits.pages_per_shard, runner.limits.num_host_pages)))
+    group = runner.limits.groups[0]
+    pages = tuple(range(min(16, group.pages_per_shard, group.num_host_pages)))
+    tables = tuple(PageTable((0,)) for _ in runner.limits.groups)
     copy = PageCopy(pages, pages, shard=0)
-    fetched = Step(
-        prefill=(PrefillChunk(0, 0, (1,), 0, (PageTable((0,)),), True, RowSampling()),)
-    )  # its token is on the host once all is done
+    fetched = Step(prefill=(PrefillChunk(0, 0, (1,), 0, tables, True, RowSampling()),))  # its token is on the host once all is done
 
     def seconds(steps: list[Step]) -> float:
         started = time.perf_counter()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from partinf.buckets import runner_limits
+from partinf.buckets import runner_limits, with_window_pages
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.runner import JaxRunner
+from partinf.foundation.paging import first_page
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.measure.timing import Call
 from partinf.partition.sharding import device_mesh
@@ -31,7 +32,8 @@ def for_buckets(plan: Plan, buckets: tuple[Bucket, ...]) -> Plan:
         pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * round_up(own, plan.num_parts))
         rows = max(rows, bucket.decode_rows + bucket.prefill_slots)
     longest = max(max(bucket.decode_pages, bucket.prefill_pages + bucket.prefill_tokens) * size for bucket in buckets)
-    return replace(plan, buckets=buckets, cache=CacheConfig(size, pages, rows), max_len=max(longest, plan.max_len))
+    sized = replace(plan, buckets=buckets, cache=CacheConfig(size, pages, rows), max_len=max(longest, plan.max_len))
+    return with_window_pages(sized, ceil_div(rows, shards), sized.max_len)
 
 
 class Steps:
@@ -75,8 +77,8 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
     decode = []
     for lane in range(bucket.decode_rows):
         shard, place = divmod(lane, lanes)
-        pages = _pages(plan, shard, place, bucket.decode_pages)
-        decode.append(DecodeRow(lane, shard, 1, bucket.decode_pages * size - 1, (PageTable(pages),), _GREEDY))
+        last = bucket.decode_pages * size - 1
+        decode.append(DecodeRow(lane, shard, 1, last, _tables(plan, shard, place, last, bucket.decode_pages), _GREEDY))
     chunks = []
     per_shard = bucket.prefill_slots // limits.num_prefill_shards if bucket.prefill_slots else 0
     start = bucket.prefill_pages * size
@@ -85,14 +87,19 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
         owners = [shard for shard in range(shards) if prefill_shard in limits.prefill_shards_of(shard)]
         shard = owners[slot % len(owners)]
         tokens = bucket.prefill_tokens // limits.num_prefill_shards // per_shard
-        pages = _pages(plan, shard, slot // shards if shards > 1 else slot, ceil_div(start + tokens, size))
-        chunk = PrefillChunk(bucket.decode_rows + slot, shard, (1,) * tokens, start, (PageTable(pages),), True, _GREEDY, prefill_shard)
+        tables = _tables(plan, shard, slot // shards if shards > 1 else slot, start, ceil_div(start + tokens, size))
+        chunk = PrefillChunk(bucket.decode_rows + slot, shard, (1,) * tokens, start, tables, True, _GREEDY, prefill_shard)
         chunks.append(chunk)
     return Step(tuple(decode), tuple(chunks))
 
 
-def _pages(plan: Plan, shard: int, place: int, count: int) -> tuple[int, ...]:
-    """`count` pages of a shard for its `place`-th sequence, from the start again where there are no more."""
-    held, parts = plan.cache.pages_per_shard // plan.num_parts, plan.num_parts
-    first = place * ceil_div(count, parts)
-    return tuple((shard * parts + number % parts) * held + (first + number // parts) % held for number in range(count))
+def _tables(plan: Plan, shard: int, place: int, query: int, end: int) -> tuple[PageTable, ...]:
+    """By group of the cache, pages of a shard for its `place`-th sequence, from those that a query sees to `end`; from the start again
+    where there are no more."""
+    parts, tables = plan.num_parts, []
+    for group in plan.cache_groups:
+        held, first = group.pages_per_shard // parts, first_page(query, group.window, plan.cache.page_size) if group.window else 0
+        before = place * ceil_div(end - first, parts)
+        ids = ((shard * parts + page % parts) * held + (before + page // parts) % held for page in range(first, end))
+        tables.append(PageTable(tuple(ids), first))
+    return tuple(tables)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from partinf.foundation.documents import finite, shown
@@ -211,6 +211,11 @@ class ModelConfig:
         """Layers with experts."""
         return sum(self.layer_kinds[kind].experts is not None for kind in self.kind_of_layers)
 
+    def kept_windows(self, served: int) -> tuple[tuple[int, int], ...]:
+        """What layers keep of contexts of at most `served` positions: windows, 0 for all positions, the longest first, and how many layers
+        have each. A window that holds the longest context is none."""
+        return _kept_windows(self.windows, served)
+
     @property
     def longest_context(self) -> int:
         """Longest context that is computed as the model defines it, in tokens; 0 for any."""
@@ -317,6 +322,14 @@ class ModelConfig:
             if self.position is Position.ROPE and kind.rotation is not None:
                 offences += [f"kind {kind.name}: rotation: {line}" for line in kind.rotation.offences(self.head_dim)]
         return [f"model {self.name}: {line}" for line in offences]
+
+
+@cache
+def _kept_windows(windows: tuple[tuple[int, int], ...], served: int) -> tuple[tuple[int, int], ...]:
+    found: Counter[int] = Counter()
+    for window, count in windows:
+        found[window if window < served else 0] += count
+    return tuple(sorted(found.items(), key=lambda one: (one[0] > 0, -one[0])))
 
 
 def _number_offences(key: str, value: Any, bounds: tuple[float, float]) -> list[str]:

@@ -24,7 +24,7 @@ from partinf.model.config import ModelConfig
 from partinf.model.weights import multiplied_params
 from partinf.planner.candidates import Attention
 from partinf.plans import row_axes
-from partinf.workload import Workload
+from partinf.workload import SERVED_PROMPT_TOKENS, Workload
 
 # Padding heads beyond this factor is refused: another layout is always better.
 _MOST_PADDING = 2.0
@@ -127,6 +127,8 @@ class Evaluator:
         self._attention: dict[object, _Part] = {}
         self._splits: dict[object, StepSplit] = {}
         self._prompt_len = workload.input_len or workload.context_len or 1
+        prompts = 0 if workload.phase == "decode" else workload.prompts_per_step
+        self._prompts = min(prompts * self._prompt_len, workload.chunk or SERVED_PROMPT_TOKENS), prompts  # that an engine computes at once
         self._entries = multiplied_params(model)
         self._coupling: dict[object, Ledger] = {}
         self._cores: dict[object, float] = {}
@@ -322,7 +324,7 @@ class Evaluator:
         model = self.model.with_padded_heads(padded_heads)
         context = max(self.workload.max_context, 1)
         rows = self.workload.resident or self.workload.batch
-        cache = kv_bytes(model, layout, self.pricing.slice, rows, context, self.workload.kv)
+        cache = kv_bytes(model, layout, self.pricing.slice, rows, context, self.workload.kv, self._prompts)
         weights = self._weights(layout, padded_heads)
         return MemoryBudget(weights, cache, max((p.activations for p in priced), default=0), usable_bytes(self.pricing.slice))
 

@@ -124,7 +124,8 @@ def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
-    """How often a branch is taken: attention skips tiles of prompts that nobody sees, if prompts of one length fill the bucket."""
+    """How often a branch is taken: attention skips tiles of prompts that nobody sees, if prompts of one length fill the bucket. Layers are
+    counted together: of a window no more is seen than what it reaches over beside a tile."""
     from partinf.transformer.kernels import tiles as kernels  # jax is loaded with these, and a proof that is refused earlier needs none
     from partinf.transformer.routes import Routes
 
@@ -133,7 +134,10 @@ def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
     heads = plan.padded_model.num_heads // routes.ways(routes.prefill.heads)
     source = kernels.__name__.replace(".", "/") + ".py"
     tiles = plan.slice.chip.platform.tiles
-    seen, together = tiles.seen_shares(bucket.prefill_tokens // ways, bucket.prefill_slots // ways, heads)
+    tokens, windows = bucket.prefill_tokens // ways, plan.model.windows
+    causal, together = tiles.seen_shares(tokens, bucket.prefill_slots // ways, heads)
+    reached = [(min(causal, (window + tiles.prompt_keys) / max(tokens, 1)), count) for window, count in windows]
+    seen = sum(share * count for share, count in reached) / plan.model.num_layers
 
     def taken(lines: Sequence[Frame]) -> float:
         functions = [line.function for line in lines if line.file.endswith(source)]

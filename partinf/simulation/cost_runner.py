@@ -59,12 +59,14 @@ class CostRunner:
         *,
         overhead_seconds: float = 0.0,
         page_seconds: tuple[float, float] = (0.0, 0.0),
+        page_sizes: tuple[float, ...] = (),
     ) -> None:
         """
         Args:
             price: of a tick in which the stages hold these steps, `price(*steps)`.
             overhead_seconds: added to every tick: what the host needs per iteration.
-            page_seconds: one KV page to host memory, and back; every stage its own part at once.
+            page_seconds: one KV page to host memory, and back; every stage its own part at once; of the first group of the cache.
+            page_sizes: of a page of each group, in pages of the first; all alike if not given.
         """
         self.clock = clock or VirtualClock()
         self.busy_seconds = self.stage_seconds = 0.0
@@ -72,6 +74,7 @@ class CostRunner:
         self._price = price
         self._overhead = overhead_seconds
         self._page_seconds = page_seconds
+        self._page_sizes = page_sizes or (1.0,) * len(limits.groups)
         self._pipeline: deque[_Passing | None] = deque([None] * limits.num_stages, maxlen=limits.num_stages)  # by stage
         self._free = 0.0  # end of the last tick
         self._link_free = [0.0, 0.0]
@@ -166,7 +169,7 @@ class CostRunner:
 
     def _copy(self, copy: PageCopy, direction: int, after: float) -> None:
         began = max(self.clock.now, self._link_free[direction], after)
-        done = began + len(copy.pages) * self._page_seconds[direction]
+        done = began + len(copy.pages) * self._page_sizes[copy.group] * self._page_seconds[direction]
         self._link_free[direction] = done
         for page in copy.pages:
             self._page_ready[copy.group, page] = done

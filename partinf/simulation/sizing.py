@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from partinf.buckets import Capacity, runner_limits, with_capacity
+from partinf.buckets import Capacity, held, runner_limits, with_capacity
 from partinf.cost.pricing import Pricing
 from partinf.foundation.errors import raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_HOST_BYTES, MAX_LEN, MAX_PAGES, MAX_SECONDS, not_whole, outside
@@ -65,9 +65,14 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunne
     sized = sized_plan(plan, sizing)
     price, chip = StepPrice(sized, pricing), plan.slice.chip
     most = MAX_PAGES // (plan.num_shards * plan.num_parts)  # of one part of a shard
-    host_pages = min(int(sizing.host_bytes / chip.devices_per_chip // price.page_bytes), most) * plan.num_shards * plan.num_parts
-    limits = runner_limits(_with_one_bucket(sized, sizing), host_pages)
-    return CostRunner(limits, price, overhead_seconds=sizing.overhead_seconds, page_seconds=(price.page_seconds,) * 2), price
+    longest = [own for _, own in held(sized).peak]  # host memory holds as many of the longest sequences of every group
+    of_all = sum(own * size for own, size in zip(longest, price.page_bytes, strict=True))
+    room = int(sizing.host_bytes / chip.devices_per_chip)
+    host_pages = tuple(min(room * own // of_all, most) * plan.num_shards * plan.num_parts for own in longest)
+    limits = runner_limits(_with_one_bucket(sized, sizing), *host_pages)
+    sizes = tuple(size / price.page_bytes[0] for size in price.page_bytes)
+    overhead, page_seconds = sizing.overhead_seconds, (price.page_seconds,) * 2
+    return CostRunner(limits, price, overhead_seconds=overhead, page_seconds=page_seconds, page_sizes=sizes), price
 
 
 def sized_plan(plan: Plan, sizing: Sizing) -> Plan:
@@ -91,13 +96,15 @@ def sized_plan(plan: Plan, sizing: Sizing) -> Plan:
 
 
 def _with_one_bucket(plan: Plan, sizing: Sizing) -> Plan:
-    """The plan with one bucket, which holds all that a step may hold: steps are priced at their own shapes, not at its."""
+    """The plan with one bucket, which holds all that a step may hold: steps are priced at their own shapes, not at its. Where windows have
+    pages for the prompts of one step, these are as many as in the plan's own."""
     rows, prefill_shards = round_up(sizing.max_rows, plan.num_shards), plan.prefill_slot_multiple()
+    slots = max(bucket.prefill_slots for bucket in plan.buckets) if len(plan.cache_groups) > 1 else rows * prefill_shards
     largest = Bucket(
         decode_rows=rows,
         decode_pages=ceil_div(sizing.max_len, sizing.page_size),
         prefill_tokens=round_up(sizing.prefill_tokens, prefill_shards),
-        prefill_slots=rows * prefill_shards,
+        prefill_slots=slots,
         prefill_pages=ceil_div(sizing.max_len, sizing.page_size),
         random=True,
         rich=True,

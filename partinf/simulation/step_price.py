@@ -13,9 +13,8 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from partinf.buckets import fit, runner_limits, shape_of, smallest_first
+from partinf.buckets import fit, group_page_bytes, runner_limits, shape_of, smallest_first
 from partinf.cost.ledger import Entry, total_seconds
-from partinf.cost.memory import page_bytes
 from partinf.cost.overlap import compute_left
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
@@ -56,7 +55,8 @@ class StepPrice:
     """Prices the steps of one plan, each on one of its stages.
 
     Attributes:
-        page_bytes: of one KV page on one device that has it, all its layers. page_seconds: of one page of many to host memory or back.
+        page_bytes: of one page of every group of the cache on one device that has it, all its layers. page_seconds: of one of many pages of
+            the first group to host memory or back.
         shares: useful part of padded dimensions.
     """
 
@@ -83,9 +83,9 @@ class StepPrice:
         self._slot_multiple, self._num_shards = plan.prefill_slot_multiple(), plan.num_shards
         self._decode_rows: dict[int, int] = {}
         self._shapes: deque[tuple[Step, StepShape]] = deque(maxlen=2 * plan.num_stages)  # of the last steps: each is priced on every stage
-        self.page_bytes = page_bytes(plan.padded_model, plan.layout, plan.slice, plan.kv, self._page_size)
+        self.page_bytes = group_page_bytes(plan)
         chip = plan.slice.chip
-        self.page_seconds = self.page_bytes * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
+        self.page_seconds = self.page_bytes[0] * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
 
     def __call__(self, *steps: Step) -> Price:
         """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""
@@ -129,7 +129,10 @@ class StepPrice:
 
     def estimates(self, limits: RunnerLimits) -> Estimates:
         """What a policy needs to know: an iteration is a way through all stages."""
-        stages, page = self.plan.num_stages, self.page_seconds
+        stages = self.plan.num_stages
+        longest = [limits.reserved_pages(group.window or self.plan.max_len, self.plan.max_len) for group in limits.groups]
+        of_all = sum(count * size for count, size in zip(longest, self.page_bytes, strict=True))
+        page = self.page_seconds * of_all / (longest[0] * self.page_bytes[0])  # with its share of the windows' pages
         decode = stages * self.decode_seconds(1, limits.page_size)
         first_iteration = cache(lambda tokens: stages * self.prefill_seconds(tokens))
         return Estimates(first_iteration, decode, page, page, limits.pages_for)

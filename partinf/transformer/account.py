@@ -100,7 +100,7 @@ def trace_account(plan: Plan, bucket: Bucket) -> Account:
     """Count the step of one bucket, traced over the plan's mesh without devices."""
     mesh = abstract_mesh(plan)
     everywhere = whole(mesh)
-    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), stacked(bucket, plan.num_stages))
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), stacked(bucket, plan))
     step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
     jaxpr = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), batch)
     return count(jaxpr.jaxpr, plan.axis_sizes)

@@ -70,13 +70,15 @@ def attention(
     batch: Batch,
     routes: Routes,
     of: Attention,
+    pages: int,
     rotations: Rotations,
 ) -> tuple[jax.Array, Any]:
     """Attention for all tokens of the step, between its products.
 
     Args:
         q: [T.t, H.f, Q] {e unreduced}. new: keys and values [T.t, 2, K.kf, Q] {e unreduced}.
-        kv: the cache; this layer's pages receive the step's keys and values. of: the layer's kind of attention.
+        kv: the cache; this layer's pages receive the step's keys and values. of: the layer's kind of attention. pages: the group of the
+            cache in which it lies.
 
     Returns:
         [T.t, HQ.f], and the updated cache.
@@ -84,10 +86,10 @@ def attention(
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     outputs = []
     if routes.bucket.decode_rows:
-        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, of, rotations.decode)
+        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, of, pages, rotations.decode)
         outputs.append(out)
     if routes.bucket.prefill_tokens:
-        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, of, rotations.prefill)
+        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, of, pages, rotations.prefill)
         outputs.append(out)
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
     return out.reshape(out.shape[0], -1), kv
@@ -102,12 +104,15 @@ def _decode(
     batch: DecodeBatch,
     routes: Routes,
     of: Attention,
+    cached: int,
     by: Angles | None,
 ) -> tuple[jax.Array, Any]:
-    group, size = routes.decode, routes.plan.cache.page_size
-    position, pages = _rows(batch.position, group, routes), _rows(batch.pages, group, routes)  # [B.b], [B.b, pages]
+    group, size, table = routes.decode, routes.plan.cache.page_size, batch.tables[cached]
+    position, pages = _rows(batch.position, group, routes), _rows(table.pages, group, routes)  # [B.b], [B.b, pages]
+    if table.begin is not None:
+        position = position - _rows(table.begin, group, routes)  # within the table, as all that follows
     q, new = _to_group(weights, q, new, of, by, group, routes)  # [B.b, H.h, Q], [B.b, 2, K.k, Q]
-    pages, owned = cache.local_pages(pages, routes.plan)
+    pages, owned = cache.local_pages(pages, routes.plan, routes.plan.cache_groups[cached])
     row = jnp.arange(position.shape[0])
     current = jnp.maximum(position, 0) // size
     mine = owned[row, current] & (position >= 0)
@@ -130,6 +135,7 @@ def _prefill(
     batch: PrefillBatch,
     routes: Routes,
     of: Attention,
+    cached: int,
     by: Angles | None,
 ) -> tuple[jax.Array, Any]:
     group, plan = routes.prefill, routes.plan
@@ -140,12 +146,14 @@ def _prefill(
     shared, owners = routes.shared_batch, routes.decode
     frame = routes.frame(group.order, routes.kv_digits, 0, 2)
     for_cache = move(new, frame, Split(group.batch, group.kv), Split(shared, owners.kv))
-    page = take_split(jnp.asarray(batch.page), 0, group.order, shared, routes.sizes)
+    page = take_split(jnp.asarray(batch.page[cached]), 0, group.order, shared, routes.sizes)
     offset = take_split(jnp.asarray(batch.position), 0, group.order, shared, routes.sizes) % plan.cache.page_size
-    local, owned = cache.local_pages(page, plan)
+    local, owned = cache.local_pages(page, plan, plan.cache_groups[cached])
     kv = cache.write(kv, layer, local, offset, owned, KeysValues(for_cache[:, 0], for_cache[:, 1]))
 
-    context = _earlier(kv, layer, batch, position, of.window, routes, q.dtype) if routes.bucket.prefill_pages else None
+    context = (
+        _earlier(kv, layer, batch, cached, owner, position, of.window, routes, q.dtype) if batch.tables[cached].pages.shape[1] else None
+    )
     new, *where = (deal(x, 0, group.sequence, group.sequence, routes.sizes) for x in (new, owner, position))  # [T.bs, 2, K.k, Q]
     own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.bs, Q]
     fresh = kernels.Fresh(_choose(own, group, routes), *where)
@@ -154,24 +162,37 @@ def _prefill(
 
 
 def _earlier(
-    kv: Any, layer: Any, batch: PrefillBatch, position: jax.Array, window: int, routes: Routes, dtype: jnp.dtype
+    kv: Any,
+    layer: Any,
+    batch: PrefillBatch,
+    cached: int,
+    owner: jax.Array,
+    position: jax.Array,
+    window: int,
+    routes: Routes,
+    dtype: jnp.dtype,
 ) -> kernels.Context:
     """What earlier steps stored of each slot's sequence, where its tokens attend: see `kernels.prefill`.
 
     Pages that lie there already are read in place; otherwise all of them are brought. Of those that are there a device attends to its
     part over the sequence axes that do not deal them in the cache.
     """
-    group, owners, sizes = routes.prefill, routes.decode, routes.sizes
+    group, owners, sizes, table = routes.prefill, routes.decode, routes.sizes, batch.tables[cached]
     here, away = routes.sequence_here, routes.sequence_away
     more = tuple(axis for axis in group.sequence if axis not in here)
     again = lambda x, dim: deal(x, dim, more, more, sizes)  # noqa: E731
     slots = take_split(jnp.arange(routes.bucket.prefill_slots), 0, group.batch, group.batch, sizes)
-    starts = take_split(jnp.asarray(batch.start), 0, group.batch, group.batch, sizes)
-    indices = again(deal(jnp.arange(routes.bucket.prefill_pages), 0, owners.sequence, here, sizes), 0)
+    starts = jnp.asarray(batch.start)
+    if table.begin is not None:  # places within the tables, which begin where the slots' windows do
+        starts = starts - jnp.asarray(table.begin)
+        position = position - jnp.asarray(table.begin).at[owner].get(mode="clip")
+    starts = take_split(starts, 0, group.batch, group.batch, sizes)
+    indices = again(deal(jnp.arange(table.pages.shape[1]), 0, owners.sequence, here, sizes), 0)
     stored = num_seen(starts, indices, routes.plan.cache.page_size)
     floor = num_seen(jnp.maximum(position + 1 - window, 0), indices, routes.plan.cache.page_size) if window else None
-    pages = take_split(jnp.asarray(batch.pages), 0, group.batch, routes.shared_batch, sizes)
-    local, owned = (deal(x, 1, owners.sequence, owners.sequence, sizes) for x in cache.local_pages(pages, routes.plan))
+    pages = take_split(jnp.asarray(table.pages), 0, group.batch, routes.shared_batch, sizes)
+    found_here = cache.local_pages(pages, routes.plan, routes.plan.cache_groups[cached])
+    local, owned = (deal(x, 1, owners.sequence, owners.sequence, sizes) for x in found_here)
     if not away and routes.frame(group.batch, routes.kv_digits).same(routes.kv_cached, Split(group.batch, group.kv)):
         return _context(kv, layer, again(local, 1), slots, stored, floor, group, routes)
     found = kernels.dequantized(cache.read_pages(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone

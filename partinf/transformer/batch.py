@@ -13,11 +13,25 @@ import jax
 import numpy as np
 from jax import lax
 
-from partinf.plans import Bucket
+from partinf.plans import Bucket, CacheGroup, Plan
 
 Array: TypeAlias = jax.Array | np.ndarray
 
 STEERED, ENDS_LATER = 1, 2  # values of `RichBatch.steered`
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tables:
+    """Page tables of lanes or slots in one group of the cache.
+
+    Attributes:
+        pages: [rows, pages] global page ids in the order of positions, -1 for none.
+        begin: [rows] the position with which the first of them begins; None for 0, where the group keeps all positions.
+    """
+
+    pages: Array
+    begin: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +41,14 @@ class DecodeBatch:
 
     Attributes:
         token: [D] token to feed; -1 takes the last one sampled for the slot. slot: [D] place of that last token, -1 for none.
-        position: [D] index of that token in its sequence. pages: [D, pages] global page ids that cover positions 0..position, -1 after.
+        position: [D] index of that token in its sequence.
+        tables: of every group of the cache.
     """
 
     token: Array
     slot: Array
     position: Array
-    pages: Array
+    tables: tuple[Tables, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -43,17 +58,17 @@ class PrefillBatch:
 
     Attributes:
         token: [T] tokens. owner: [T] index of the token's prefill slot, -1 for padding. position: [T] index in its sequence.
-        page: [T] global id of the page that receives the token's keys and values, -1 for padding.
-        start: [S] positions of the slot's sequence that are already in the cache. pages: [S, pages] their global page ids, -1 after.
+        page: of every group, [T] global id of the page that receives the token's keys and values, -1 for padding.
+        start: [S] positions of the slot's sequence that are already in the cache. tables: of every group, their pages.
         last: [S] flat index of the token from which the slot samples, -1 if it does not. slot: [S] place of the sampled token, or -1.
     """
 
     token: Array
     owner: Array
     position: Array
-    page: Array
+    page: tuple[Array, ...]
     start: Array
-    pages: Array
+    tables: tuple[Tables, ...]
     last: Array
     slot: Array
 
@@ -115,10 +130,10 @@ class Batch:
     constrained: Array | None = None
 
 
-def empty_batch(bucket: Bucket) -> Batch:
+def empty_batch(bucket: Bucket, plan: Plan) -> Batch:
     """A batch of the bucket's shapes in which every lane, token and slot is padding (numpy, to be filled in)."""
     lanes, tokens, slots = bucket.decode_rows, bucket.prefill_tokens, bucket.prefill_slots
-    rows = lanes + slots
+    rows, size, parts = lanes + slots, plan.cache.page_size, plan.num_parts
 
     def fill(value: int, *shape: int) -> np.ndarray:
         return np.full(shape, value, np.int32)
@@ -126,11 +141,17 @@ def empty_batch(bucket: Bucket) -> Batch:
     def floats(value: float) -> np.ndarray:
         return np.full(rows, value, np.float32)
 
+    def tables(group: CacheGroup, rows: int, pages: int) -> Tables:
+        return Tables(fill(-1, rows, pages), fill(0, rows) if group.window else None)
+
+    groups, multiple = plan.cache_groups, plan.prefill_page_multiple()
+    read = tuple(tables(group, lanes, group.columns(bucket.decode_pages, size, parts)) for group in groups)
+    earlier = tuple(tables(group, slots, group.earlier_columns(bucket.prefill_pages, size, parts, multiple)) for group in groups)
     return Batch(
-        DecodeBatch(fill(0, lanes), fill(-1, lanes), fill(-1, lanes), fill(-1, lanes, bucket.decode_pages)),
+        DecodeBatch(fill(0, lanes), fill(-1, lanes), fill(-1, lanes), read),
         PrefillBatch(
-            fill(0, tokens), fill(-1, tokens), fill(-1, tokens), fill(-1, tokens),
-            fill(0, slots), fill(-1, slots, bucket.prefill_pages), fill(-1, slots), fill(-1, slots),
+            fill(0, tokens), fill(-1, tokens), fill(-1, tokens), tuple(fill(-1, tokens) for _ in groups),
+            fill(0, slots), earlier, fill(-1, slots), fill(-1, slots),
         ),
         SamplingBatch(floats(0), fill(0, rows), floats(1), floats(0), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)),
         RichBatch(fill(0, rows), floats(0), floats(0), floats(1), fill(0, rows), fill(0, lanes), fill(-1, tokens)) if bucket.rich else None,
@@ -138,9 +159,9 @@ def empty_batch(bucket: Bucket) -> Batch:
     )  # fmt: skip
 
 
-def stacked(bucket: Bucket, num_stages: int) -> Batch:
+def stacked(bucket: Bucket, plan: Plan) -> Batch:
     """Empty batches for all stages: every array with a leading stage dimension."""
-    return jax.tree.map(lambda leaf: np.stack([leaf] * num_stages), empty_batch(bucket))
+    return jax.tree.map(lambda leaf: np.stack([leaf] * plan.num_stages), empty_batch(bucket, plan))
 
 
 def at_stage(batches: Batch, stage: jax.Array | int) -> Batch:
@@ -154,9 +175,9 @@ def pack(batches: Sequence[Batch]) -> np.ndarray:
     return np.stack([np.concatenate(leaves) for leaves in flat])
 
 
-def unpack(packed: jax.Array, bucket: Bucket) -> Batch:
+def unpack(packed: jax.Array, bucket: Bucket, plan: Plan) -> Batch:
     """The inverse of `pack`, inside the program: arrays with a leading stage dimension."""
-    leaves, tree = jax.tree.flatten(empty_batch(bucket))
+    leaves, tree = jax.tree.flatten(empty_batch(bucket, plan))
     ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
     parts = [packed[:, end - leaf.size : end].reshape(packed.shape[0], *leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
     return jax.tree.unflatten(tree, [lax.bitcast_convert_type(part, leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)])

@@ -33,7 +33,7 @@ _NORMS = {Block.PARALLEL: {**_SHARED, "w_in": "attention_norm"}, Block.PARALLEL_
 
 
 def block(
-    weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, kind: LayerKind, rotations: Rotations
+    weights: Params, x: jax.Array, kv: Any, layer: Any, batch: Batch, routes: Routes, number: int, rotations: Rotations
 ) -> tuple[jax.Array, Any]:
     """One layer: x [T.t, E.w] → x and the updated cache; E.e where the phase keeps x whole (`Phase.whole`).
 
@@ -43,18 +43,20 @@ def block(
     Args:
         weights: those before the cores gathered already (`gather_weights`); those after them are gathered here, where nothing that they
             wait for keeps them from running beside the first products.
-        kind: of the layer. rotations: its own.
+        kv: the group of the cache in which the layer lies. layer: which of its layers that is.
+        number: of the layer's kind. rotations: its own.
     """
+    kind, group = routes.kinds[number], routes.groups[number]
     weights = {**weights, **gather_weights(weights, LEAVING, routes), **gather_experts(weights, routes)}
     if kind.block.parallel:
         wanted = {name: norm for name, norm in _NORMS[kind.block].items() if kind.feed_forward is not None or name != "w_in"}
         normed = _before(x, weights, tuple(dict.fromkeys(_NORMS[kind.block].values())), kind, routes)
         (q, new, *rest), mixed = _enter(normed, weights, wanted, _NORMS[kind.block]["w_in"], kind, routes)
-        attended, kv = attention(weights, q, new, kv, layer, batch, routes, kind.attention, rotations)
+        attended, kv = attention(weights, q, new, kv, layer, batch, routes, kind.attention, group, rotations)
         return _leave(x, weights, {"wo": attended, **_inner(weights, normed, rest, kind, routes)}, mixed, "", kind, routes), kv
     normed = _before(x, weights, ("attention_norm",), kind, routes)
     (q, new), _ = _enter(normed, weights, _SHARED, "", kind, routes)
-    attended, kv = attention(weights, q, new, kv, layer, batch, routes, kind.attention, rotations)
+    attended, kv = attention(weights, q, new, kv, layer, batch, routes, kind.attention, group, rotations)
     x = _leave(x, weights, {"wo": attended}, None, "attention_post_norm", kind, routes)
     return feed_forward(weights, x, kind, routes), kv
 

@@ -2,11 +2,12 @@
 
 One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, where the sequence
 axes deal them, and key-value heads are split over the leading head axes as far as they divide. Keys and values lie apart, each
-[P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all stacked on a
-leading layer dimension (behind `write` and `read`). Scales of int8 lie apart too, [P.bs, ways of k, heads of one device · S], filled up to
-whole lanes where the platform has such (`Platform.lanes`): those of a page are one run on a device, which is written, read and fetched as
-it lies. A TPU that was shown S numbers per head kept them in tiles of 128, eight times as many bytes, and laid them out anew in every
-layer. Page ids are global, shard · pages_per_shard + part · pages of a part + local id,
+[P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all layers of a
+group (`Plan.cache_groups`) stacked on a leading dimension (behind `write` and `read`). Every group has as many pages as it needs. Scales of
+int8 lie apart too, [P.bs, ways of k, heads of one device · S], filled up to whole lanes where the platform has such (`Platform.lanes`):
+those of a page are one run on a device, which is written, read and fetched as it lies. A TPU that was shown S numbers per head kept them in
+tiles of 128, eight times as many bytes, and laid them out anew in every layer. Page ids are global within a group,
+shard · pages_per_shard + part · pages of a part + local id,
 and page i of a sequence lies in part i modulo their number; -1 is no page.
 """
 
@@ -24,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 from partinf.foundation.rounding import round_up
 from partinf.partition.quantize import Quantized, quantize
 from partinf.partition.sharding import sharding
-from partinf.plans import Plan
+from partinf.plans import CacheGroup, Plan
 from partinf.workload import DType
 
 _LETTERS = "PC.."
@@ -47,9 +48,14 @@ class PagesOfHeads(KeysValues):
 
 
 def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any:
-    """The cache as `jax.ShapeDtypeStruct`s with shardings; int8 with a scale per token and head."""
-    model, lead = plan.padded_model, () if unrolled else (plan.model.num_layers,)
-    shape = (plan.cache.pages_per_shard * plan.num_shards, model.num_kv_heads, plan.cache.page_size, model.head_dim)
+    """The cache as `jax.ShapeDtypeStruct`s with shardings, group by group: a tuple of layers where they lie apart, or one stack of them.
+    int8 has a scale per token and head."""
+    return tuple(_abstract_group(plan, mesh, unrolled, group) for group in plan.cache_groups)
+
+
+def _abstract_group(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool, group: CacheGroup) -> Any:
+    model, lead = plan.padded_model, () if unrolled else (len(group.layers),)
+    shape = (group.pages_per_shard * plan.num_shards, model.num_kv_heads, plan.cache.page_size, model.head_dim)
 
     def array(shape: tuple[int, ...], dtype: Any, letters: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(lead + shape, dtype, sharding=sharding(plan, mesh, "N" * len(lead) + letters))
@@ -60,7 +66,7 @@ def abstract_cache(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Any
     else:
         half = array(shape, jnp.float32 if plan.kv is DType.F32 else _bfloat16(plan), _LETTERS)
     layer = KeysValues(half, half)
-    return (layer,) * model.num_layers if unrolled else layer
+    return (layer,) * len(group.layers) if unrolled else layer
 
 
 def _scale_row(plan: Plan) -> tuple[int, int]:
@@ -79,13 +85,13 @@ def cache_bytes_per_device(plan: Plan) -> int:
     model, axes = plan.padded_model, plan.letter_axes["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     of_page = heads * plan.cache.page_size * model.head_dim * plan.kv.num_bytes + (4 * _scale_row(plan)[1] if plan.kv is DType.INT8 else 0)
-    layers, pages = model.num_layers // plan.num_stages, plan.cache.pages_per_shard // plan.num_parts
-    return layers * pages * 2 * of_page
+    pages = sum(len(group.layers) // plan.num_stages * (group.pages_per_shard // plan.num_parts) for group in plan.cache_groups)
+    return pages * 2 * of_page
 
 
-def local_pages(pages: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Global page ids as ids on this device, and which of them it has."""
-    held, place = plan.cache.pages_per_shard // plan.num_parts, lax.axis_index(plan.page_axes) if plan.page_axes else 0
+def local_pages(pages: jax.Array, plan: Plan, group: CacheGroup) -> tuple[jax.Array, jax.Array]:
+    """Global page ids of a group as ids on this device, and which of them it has."""
+    held, place = group.pages_per_shard // plan.num_parts, lax.axis_index(plan.page_axes) if plan.page_axes else 0
     local = pages - place * held
     return local, (pages >= 0) & (local >= 0) & (local < held)
 

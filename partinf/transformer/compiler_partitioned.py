@@ -35,7 +35,8 @@ from partinf.transformer.step import Out, State, abstract_state, choose_tokens, 
 def on_one_device(plan: Plan) -> Plan:
     """The plan of a single device with the same model and a cache of the same size in all."""
     chip = plan.slice.chip
-    cache = replace(plan.cache, pages_per_shard=plan.cache.pages_per_shard * plan.num_shards)
+    first, *others = (group.pages_per_shard * plan.num_shards for group in plan.cache_groups)
+    cache = replace(plan.cache, pages_per_shard=first, other_pages=tuple(others))
     slice_ = make_slice(chip, (1,) * len(plan.slice.shape))
     names = [axis.name for axis in slice_.axes]
     layout = make_layout(dict.fromkeys(names, "replica"), dict.fromkeys(names, "none"))
@@ -52,19 +53,24 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
     constrain = lambda x: lax.with_sharding_constraint(x, between)  # noqa: E731
 
     def step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
-        batch: Batch = at_stage(unpack(packed, bucket), 0)
+        batch: Batch = at_stage(unpack(packed, bucket, plan), 0)
         fed = jnp.asarray(batch.decode.token)
         fed = jnp.where(fed >= 0, fed, state.last_token.at[batch.decode.slot].get(mode="clip"))
         rotations = rotations_of(batch, routes)
         x, kv = constrain(embedded(params, batch, fed, routes)), state.kv
 
         def one(weights: Params, carry: tuple[jax.Array, Any], index: Any, kind: int) -> tuple[jax.Array, Any]:
-            x, kv = block(weights, *carry, index, batch, routes, routes.kinds[kind], rotations[kind])
-            return constrain(x), kv
+            (x, kv), group = carry, routes.groups[kind]
+            x, held = block(weights, x, kv[group], jnp.asarray(routes.places)[index], batch, routes, kind, rotations[kind])
+            return constrain(x), (*kv[:group], held, *kv[group + 1 :])
 
         if isinstance(params["layers"], tuple):
-            for index, (weights, kind) in enumerate(zip(params["layers"], plan.model.kind_of_layers, strict=True)):
-                x, kv = one(weights, (x, kv), index, kind)
+            caches = [list(held) for held in kv]
+            for weights, place, kind in zip(params["layers"], routes.places, plan.model.kind_of_layers, strict=True):
+                held = caches[routes.groups[kind]]
+                x, (held[place],) = block(weights, x, (held[place],), 0, batch, routes, kind, rotations[kind])
+                x = constrain(x)
+            kv = tuple(map(tuple, caches))
         else:
             stacks = Stacks(params["layers"], plan.model)
 
@@ -73,10 +79,10 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
                 slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False)  # noqa: E731
                 return one(jax.tree.map(slice_of, stack), carry, index, kind)
 
-            carry = (x, PagesOfHeads(kv.keys, kv.values))
+            carry = (x, tuple(PagesOfHeads(held.keys, held.values) for held in kv))
             for run in plan.model.runs:
                 carry = repeated(run, stacked, carry)
-            x, kv = carry[0], KeysValues(carry[1].keys, carry[1].values)
+            x, kv = carry[0], tuple(KeysValues(held.keys, held.values) for held in carry[1])
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, State(kv, state.last_token), slots, batch, routes)
@@ -84,7 +90,7 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
         last = state.last_token.at[slots].set(jnp.maximum(out.tokens, 0), mode="drop")
         return State(kv, last), replace(out, logits=logits if with_logits else None)
 
-    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)]).shape, np.int32, sharding=dimensions(mesh, ()))
+    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket, plan)]).shape, np.int32, sharding=dimensions(mesh, ()))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     held = jax.tree.map(lambda leaf: leaf.sharding, arguments[1])
     lowered = jax.jit(step, donate_argnums=1, out_shardings=(held, None)).lower(*arguments)

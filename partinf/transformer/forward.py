@@ -40,7 +40,6 @@ from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
-from partinf.transformer.experts import left_stacked
 from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params, Stacks
 from partinf.transformer.routes import Group, Routes
@@ -122,7 +121,7 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     rotations, model = rotations_of(batch, routes), routes.plan.model
 
     def one(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any, kind: int) -> tuple[jax.Array, Any]:
-        return block({**weights, **entering}, x, kv, index, batch, routes, routes.kinds[kind], rotations[kind])
+        return block({**weights, **entering}, x, kv, index, batch, routes, kind, rotations[kind])
 
     def entering(weights: Params) -> Params:
         return gather_weights(weights, ENTERING, routes)
@@ -130,12 +129,12 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     if isinstance(layers, tuple):
         # All layers of a kind are the same function of their own weights and cache, which is traced and lowered once.
         alike = [jax.jit(functools.partial(one, index=0, kind=kind)) for kind in range(len(model.layer_kinds))]
-        caches = []
-        for weights, held, kind in zip(layers, kv, model.kind_of_layers, strict=True):
-            x, (held,) = alike[kind](weights, entering(weights), x, (held,))
-            caches.append(held)
-        return x, tuple(caches)
-    in_parts = (*(LEAVING if routes.phase.loop and not routes.phase.gather else ()), *left_stacked(routes))
+        caches = [list(held) for held in kv]
+        for weights, place, kind in zip(layers, routes.places, model.kind_of_layers, strict=True):
+            held = caches[routes.groups[kind]]
+            x, (held[place],) = alike[kind](weights, entering(weights), x, (held[place],))
+        return x, tuple(map(tuple, caches))
+    in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
     stacks = Stacks(layers, model.of_stage(routes.ways(routes.stages)))
 
     def layer(index: Any, kind: int) -> Params:
@@ -143,8 +142,14 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
         slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False)  # noqa: E731
         return {name: OneOf(leaf, place) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in stack.items()}
 
+    def stacked(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any, kind: int) -> tuple[jax.Array, Any]:
+        group = routes.groups[kind]
+        place = index if len(kv) == 1 else jnp.asarray(routes.places)[index]
+        x, held = one(weights, entering, x, kv[group], place, kind)
+        return x, (*kv[:group], held, *kv[group + 1 :])
+
     def plainly(carry: tuple[jax.Array, Any], index: Any, kind: int, following: int) -> tuple[jax.Array, Any]:
-        return one(layer(index, kind), entering(layer(index, kind)), *carry, index, kind)
+        return stacked(layer(index, kind), entering(layer(index, kind)), *carry, index, kind)
 
     if not routes.phase.ahead:
         carry = (x, kv)
@@ -155,7 +160,7 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     def before_next(carry: tuple[jax.Array, Any, Params], index: Any, kind: int, following: int) -> tuple[jax.Array, Any, Params]:
         x, kv, ready = carry
         ready_next = entering(layer(index + 1, following))
-        return (*one(layer(index, kind), ready, x, kv, index, kind), ready_next)
+        return (*stacked(layer(index, kind), ready, x, kv, index, kind), ready_next)
 
     runs = routes.runs if stacks.num_groups == 1 else tuple(itertools.chain.from_iterable(map(_last_apart, routes.runs)))
     *before, end = runs
@@ -166,7 +171,7 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
     ahead = repeated(replace(end, repeats=end.repeats - 1), before_next, ahead)
     ahead = repeated(Run(last + 1 - len(end.kinds), end.kinds[:-1], 1), before_next, ahead, end.kinds[-1])
     x, kv, ready = ahead
-    return one(layer(last, end.kinds[-1]), ready, x, kv, last, end.kinds[-1])
+    return stacked(layer(last, end.kinds[-1]), ready, x, kv, last, end.kinds[-1])
 
 
 def _last_apart(run: Run) -> tuple[Run, ...]:

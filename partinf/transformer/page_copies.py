@@ -27,9 +27,9 @@ PAGES = 16  # of a place that one program moves
 _NOWHERE = np.iinfo(np.int32).max  # a page that there is not: read as 0 and not written
 
 
-def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [stages, places, PAGES]) → these pages of every place and layer; ids are local to the place."""
-    shapes = _Shapes(plan, mesh, unrolled)
+def compile_take(plan: Plan, mesh: Mesh, unrolled: bool, group: int) -> Any:
+    """(a group of the cache, ids [stages, places, PAGES]) → these pages of every place and layer; ids are local to the place."""
+    shapes = _Shapes(plan, mesh, unrolled, group)
 
     def take(kv: Any, ids: jax.Array) -> Any:
         return jax.tree.map(lambda array: array.at[(*shapes.where, ids[0, 0])].get(mode="fill", fill_value=0), kv)
@@ -39,9 +39,9 @@ def compile_take(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
     return jax.jit(local, out_shardings=_shardings(shapes.pages)).lower(shapes.kv, shapes.ids).compile()
 
 
-def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
-    """(cache, ids [stages, places, PAGES], pages) → the cache with these pages there; the old one is given up."""
-    shapes = _Shapes(plan, mesh, unrolled)
+def compile_put(plan: Plan, mesh: Mesh, unrolled: bool, group: int) -> Any:
+    """(a group of the cache, ids [stages, places, PAGES], pages) → it with these pages there; the old one is given up."""
+    shapes = _Shapes(plan, mesh, unrolled, group)
 
     def put_back(kv: Any, ids: jax.Array, new: Any) -> Any:
         return jax.tree.map(lambda array, pages: array.at[(*shapes.where, ids[0, 0])].set(pages, mode="drop"), kv, new)
@@ -53,18 +53,19 @@ def compile_put(plan: Plan, mesh: Mesh, unrolled: bool) -> Any:
 
 
 class HostPages:
-    """Pages in host memory, by stage and the first of their places there."""
+    """Pages of one group of the cache in host memory, by stage and the first of their places there."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool, take: Callable[..., Any], put_back: Callable[..., Any]) -> None:
+    def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool, group: int, take: Callable[..., Any], put_back: Callable[..., Any]) -> None:
         """
         Args:
             take, put_back: from `compile_take` and `compile_put`.
         """
         self._take, self._put = take, put_back
         self._held: dict[tuple[int, int], list[list[_Part]]] = {}
-        self._shapes = _Shapes(plan, mesh, unrolled)
-        self._parts, self._held_by_each = plan.num_parts, plan.cache.pages_per_shard // plan.num_parts
-        self._layers_per_stage = plan.model.num_layers // plan.num_stages
+        self._shapes = _Shapes(plan, mesh, unrolled, group)
+        cached = plan.cache_groups[group]
+        self._parts, self._held_by_each = plan.num_parts, cached.pages_per_shard // plan.num_parts
+        self._layers_per_stage = len(cached.layers) // plan.num_stages
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
         self._pinned = "pinned_host" in kinds
@@ -152,14 +153,14 @@ class _Part:
 
 
 class _Shapes:
-    """The cache, the pages that one program moves, and the ids, as `jax.ShapeDtypeStruct`s with shardings.
+    """A group of the cache, the pages that one program moves, and the ids, as `jax.ShapeDtypeStruct`s with shardings.
 
     Attributes:
         where: what comes before the index of a page: the axis of the layers, if there is one.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool) -> None:
-        self.kv = abstract_state(plan, mesh, unrolled).kv
+    def __init__(self, plan: Plan, mesh: Mesh, unrolled: bool, group: int) -> None:
+        self.kv = abstract_state(plan, mesh, unrolled).kv[group]
         axis = 0 if isinstance(self.kv, tuple) else 1
         self.where = (slice(None),) * axis
         places, split = plan.num_shards * plan.num_parts, dimensions(mesh, plan.stage_axes, plan.page_axes, ())

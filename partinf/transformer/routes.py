@@ -145,6 +145,19 @@ class Routes:
         return tuple(replace(kind, attention=attention) for kind, attention in zip(kinds, seen, strict=True))
 
     @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """By kind, the group of the cache in which its layers lie."""
+        windows = [group.window for group in self.plan.cache_groups]
+        return tuple(windows.index(kind.attention.window) for kind in self.kinds)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """By layer of a stage, which of its group's layers it is: the same in all stages."""
+        per_stage = self.plan.model.num_layers // self.ways(self.stages)
+        place = {layer: place for group in self.plan.cache_groups for place, layer in enumerate(group.layers)}
+        return tuple(place[layer] for layer in range(per_stage))
+
+    @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The layers of one stage, which are of the same kinds in all stages."""
         return self.plan.model.of_stage(self.ways(self.stages)).runs

@@ -29,7 +29,7 @@ def compile_score_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool) -
     routes = Routes(plan, bucket)
     parameters, state = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled)
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
-    batch = empty_batch(bucket)
+    batch = empty_batch(bucket, plan)
 
     def local_step(params: Params, state: State, batch: Batch, targets: jax.Array) -> tuple[State, jax.Array]:
         x, kv = hidden(params, state.kv, batch, jnp.zeros(0, jnp.int32), routes)  # [T.t, E.w]

@@ -106,8 +106,9 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
     for label, size, multiple in multiples:
         if size % multiple:
             offences.append(f"bucket {bucket}: {size} {label} on this plan; a multiple of {multiple} is needed")
-    if plan.cache.pages_per_shard % plan.num_parts:
-        held = f"cache: {plan.cache.pages_per_shard} pages per shard"
+    uneven = [group.pages_per_shard for group in plan.cache_groups if group.pages_per_shard % plan.num_parts]
+    for count in uneven:
+        held = f"cache: {count} pages per shard"
         offences.append(f"{held}, which sequence axes deal over {plan.num_parts} parts; a multiple of {plan.num_parts} is needed")
     if bucket.num_tokens == 0:
         offences.append(f"bucket {bucket}: no tokens")
@@ -133,7 +134,7 @@ def build_step(
     routes = Routes(plan, bucket, plain)
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
-    batch_specs = jax.tree.map(lambda _: WHOLE, stacked(bucket, plan.num_stages))
+    batch_specs = jax.tree.map(lambda _: WHOLE, stacked(bucket, plan))
     rich = WHOLE if bucket.rich else None
     out_specs = Out(WHOLE, WHOLE, spec(plan, ".W") if with_logits else None, rich, rich, *[rich if bucket.prefill_tokens else None] * 3)
 
@@ -167,9 +168,9 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
     step = build_step(plan, mesh, bucket, unrolled, with_logits)
 
     def packed_step(params: Params, state: State, packed: jax.Array) -> tuple[State, Out]:
-        return step(params, state, unpack(packed, bucket))
+        return step(params, state, unpack(packed, bucket, plan))
 
-    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket)] * plan.num_stages).shape, jnp.int32, sharding=whole(mesh))
+    packed = jax.ShapeDtypeStruct(pack([empty_batch(bucket, plan)] * plan.num_stages).shape, jnp.int32, sharding=whole(mesh))
     arguments = abstract_params(plan, mesh, unrolled), abstract_state(plan, mesh, unrolled), packed
     return jax.jit(packed_step, donate_argnums=1).lower(*arguments).compile(compiler_options(mesh))
 

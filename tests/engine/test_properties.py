@@ -70,7 +70,7 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
 
 def some_pages(draw: st.DrawFn, limits: RunnerLimits, window: int) -> PageGroup:
     """Those of a window that one sequence needs at least, or as many again."""
-    least = limits.reserved_pages(window, limits.max_len, shares=True)
+    least = limits.reserved_pages(window, limits.max_len)
     pages = limits.chunk_pages + least * draw(st.integers(1, 3))
     return PageGroup(window, limits.num_parts * pages, limits.num_host_pages)
 

@@ -162,7 +162,7 @@ def test_memory_decides_how_many_tokens_are_kept() -> None:
     sizing = Sizing(max_rows=32, max_len=2048, page_size=64)
     runner, price = cost_runner(plan, pricing, sizing)
     whole = held(sized_plan(plan, sizing))
-    assert runner.limits.pages_per_shard * price.page_bytes == whole.cache
+    assert runner.limits.pages_per_shard * price.page_bytes[0] == whole.cache
     assert 0.8 * plan.slice.chip.usable_hbm < whole.cache + whole.room.weights < plan.slice.chip.usable_hbm
     with pytest.raises(InvalidInput, match="room for 0 tokens"):
         cost_runner(Plan(load_model_config("palm-540b"), plan.slice, plan.layout), pricing, Sizing())

@@ -21,8 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from partinf.buckets import runner_limits
+from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
+from partinf.foundation.paging import first_page, most_pages
+from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
 from partinf.model.config import ModelConfig
@@ -42,6 +45,7 @@ TOLERANCE = {"f32": 1e-4, "bf16": 1e-1, "int8": 3e-1}
 MODEL = ModelConfig("tiny", 2, 64, 64, 8, 2, 8, 250, tied_embeddings=True, max_len=64)
 _LANES, _TOKENS, _SLOTS, _PAGE = 8, 16, 8, 2
 _MAX_LEN = 12
+_CHUNK = 5  # tokens of a prompt in a step
 _PAGES = _MAX_LEN // _PAGE
 
 
@@ -62,7 +66,7 @@ def make_plan(
         weights=dtype,
         kv=dtype if kv is None else kv,
         max_len=_MAX_LEN,
-        cache=CacheConfig(_PAGE, 64, _LANES),
+        cache=CacheConfig(_PAGE, 128, _LANES),
         prefill_from_tokens=prefill_from_tokens,
         padded_heads=padded_heads,
     )
@@ -145,8 +149,15 @@ class _Progress:
     prompt: int
     fed: int = 0
 
-    def covering(self, end: int) -> tuple[int, ...]:
-        return self.pages[: -(-end // _PAGE)]
+    def tables(self, query: int, end: int, limits: RunnerLimits) -> tuple[PageTable, ...]:
+        """Of every group the pages up to a position, from those that a query sees; a window's are written anew once it has passed them."""
+        tables = []
+        for group in limits.groups:
+            first = first_page(query, group.window, _PAGE) if group.window else 0
+            most = round_up(most_pages(group.window - 1 + _CHUNK, _PAGE), limits.num_parts) if group.window else _PAGES
+            ids = tuple(self.pages[page % min(most, _PAGES)] for page in range(first, -(-end // _PAGE)))
+            tables.append(PageTable(ids, first))
+        return tuple(tables)
 
 
 def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: Callable[..., Any] = compile_step) -> float:
@@ -191,23 +202,23 @@ def _start(plan: Plan, rng: random.Random) -> list[_Progress]:
 
 
 def _next_step(progress: list[_Progress], plan: Plan, rng: random.Random) -> Step:
-    """Decode what is past its prompt, and chunks of at most 5 tokens of the rest in random order."""
+    """Decode what is past its prompt, and chunks of the rest in random order."""
     limits = runner_limits(plan)
     greedy = RowSampling()
     decode = []
     for slot, one in enumerate(progress):
         if one.prompt <= one.fed < len(one.tokens):
-            decode.append(DecodeRow(slot, one.shard, one.tokens[one.fed], one.fed, (PageTable(one.covering(one.fed + 1)),), greedy))
+            decode.append(DecodeRow(slot, one.shard, one.tokens[one.fed], one.fed, one.tables(one.fed, one.fed + 1, limits), greedy))
     tokens, slots = [0] * limits.num_prefill_shards, [0] * limits.num_prefill_shards
     chunks = []
     for slot in rng.sample(range(len(progress)), len(progress)):
         one = progress[slot]
         target = rng.choice(limits.prefill_shards_of(one.shard))
-        count = min(one.prompt - one.fed, 5, limits.max_prefill_tokens_per_shard - tokens[target])
+        count = min(one.prompt - one.fed, _CHUNK, limits.max_prefill_tokens_per_shard - tokens[target])
         if count <= 0 or slots[target] == limits.max_prefill_slots_per_shard:
             continue
         end = one.fed + count
-        chunk = PrefillChunk(slot, one.shard, one.tokens[one.fed : end], one.fed, (PageTable(one.covering(end)),), True, greedy, target)
+        chunk = PrefillChunk(slot, one.shard, one.tokens[one.fed : end], one.fed, one.tables(one.fed, end, limits), True, greedy, target)
         chunks.append(chunk)
         tokens[target] += count
         slots[target] += 1

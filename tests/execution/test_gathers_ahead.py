@@ -68,7 +68,7 @@ def test_the_carry_brings_the_next_layers_first_weights() -> None:
     plan, bucket = make_plan("2x2x2", layout("xyz"), model), Bucket(16, 8)
     mesh = abstract_mesh(plan)
     step = build_step(plan, mesh, bucket, unrolled=False, plain=True)
-    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), stacked(bucket, 1))
+    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, False), abstract_state(plan, mesh, False), stacked(bucket, plan))
     (inner,) = (equation.params["jaxpr"] for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
     (scan,) = (equation for equation in inner.eqns if equation.primitive.name == "scan")
     carried = {tuple(variable.aval.shape) for variable in scan.outvars}

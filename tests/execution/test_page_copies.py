@@ -12,6 +12,7 @@ import pytest
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.config import ModelConfig
+from partinf.model.kinds import Kind
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer.page_copies import PAGES, HostPages, compile_put, compile_take
@@ -31,10 +32,10 @@ def test_pages_dealt_over_parts_come_back_to_theirs() -> None:
     rng = np.random.default_rng(1)
     kv = jax.tree.map(
         lambda leaf: jax.device_put(rng.integers(-100, 100, leaf.shape).astype(leaf.dtype), leaf.sharding),
-        abstract_state(plan, mesh, True).kv,
+        abstract_state(plan, mesh, True).kv[0],
     )
     before = jax.device_get(kv)
-    copies = HostPages(plan, mesh, True, compile_take(plan, mesh, True), compile_put(plan, mesh, True))
+    copies = HostPages(plan, mesh, True, 0, compile_take(plan, mesh, True, 0), compile_put(plan, mesh, True, 0))
 
     def dealt() -> list[int]:
         free = [(first + part * per_part + rng.permutation(per_part)).tolist() for part in range(4)]
@@ -49,22 +50,26 @@ def test_pages_dealt_over_parts_come_back_to_theirs() -> None:
     chex.assert_trees_all_equal(jax.tree.map(lambda leaf: leaf[rest], after), jax.tree.map(lambda leaf: leaf[rest], before))
 
 
-@pytest.mark.parametrize("kv_dtype", [DType.F32, DType.INT8])
-@pytest.mark.parametrize("unrolled", [True, False])
-def test_pages_come_back_to_their_shard(kv_dtype: DType, unrolled: bool) -> None:
-    """Two shards of requests, heads split in two, a third axis that holds copies; more pages than one program moves."""
+@pytest.mark.parametrize(
+    ("kv_dtype", "unrolled", "group"), [(DType.F32, True, 0), (DType.INT8, True, 1), (DType.F32, False, 1), (DType.INT8, False, 0)]
+)
+def test_pages_come_back_to_their_shard(kv_dtype: DType, unrolled: bool, group: int) -> None:
+    """Two shards of requests, heads split in two, a third axis that holds copies; more pages than one program moves, of either group of a
+    model that has a window in one of its layers."""
     slice_ = parse_slice("cpu:2x2x2")
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "heads"})
-    plan = replace(Plan(MODEL, slice_, layout, kv=kv_dtype, cache=CacheConfig(4, PER_SHARD, 4)), buckets=(Bucket(4, 2),))
+    model = replace(MODEL, kinds=(Kind("near", 8), Kind("all")), pattern=("near", "all"))
+    cache = CacheConfig(4, PER_SHARD if group == 0 else 40, 4, (PER_SHARD if group else 40,))
+    plan = replace(Plan(model, slice_, layout, kv=kv_dtype, cache=cache), buckets=(Bucket(4, 2),))
     mesh = device_mesh(plan)
     rng = np.random.default_rng(0)
 
     def filled(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(rng.integers(-100, 100, leaf.shape).astype(leaf.dtype), leaf.sharding)
 
-    kv = jax.tree.map(filled, abstract_state(plan, mesh, unrolled).kv)
+    kv = jax.tree.map(filled, abstract_state(plan, mesh, unrolled).kv[group])
     before = jax.device_get(kv)
-    copies = HostPages(plan, mesh, unrolled, compile_take(plan, mesh, unrolled), compile_put(plan, mesh, unrolled))
+    copies = HostPages(plan, mesh, unrolled, group, compile_take(plan, mesh, unrolled, group), compile_put(plan, mesh, unrolled, group))
     count = PAGES + 3
     pages = [PER_SHARD + page for page in rng.permutation(PER_SHARD)[:count].tolist()]
     copies.out(kv, pages, range(7, 7 + count))

@@ -86,13 +86,12 @@ def test_tokens_are_those_of_one_device(mesh: str, policy: str, nothing_compiles
 def test_every_stage_keeps_its_own_part_of_the_pages() -> None:
     runner = make_runner("4x2")
     runner.warm_up()
-    pages = runner._host_pages
-    assert pages is not None
+    (pages,) = runner._host_pages
     runner.reset()
-    pages.out(runner._state.kv, [0, 1], [4, 5], stage=0)
+    pages.out(runner._state.kv[0], [0, 1], [4, 5], stage=0)
     alone = pages.num_bytes
     for stage in (1, 2, 3):
-        pages.out(runner._state.kv, [0, 1], [4, 5], stage=stage)
+        pages.out(runner._state.kv[0], [0, 1], [4, 5], stage=stage)
     assert pages.num_bytes == 4 * alone
     runner.reset()
     assert pages.num_bytes == 0

@@ -19,6 +19,7 @@ from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout, make_layout
 from partinf.model.config import ModelConfig
+from partinf.model.kinds import Kind
 from partinf.model.load import load_model_config
 from partinf.model.weights import num_params
 from partinf.plans import Bucket, CacheConfig, Plan
@@ -144,6 +145,22 @@ def test_every_family(family: str, kind: str) -> None:
             dict(TWO_D.storage), dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads"), decode_gather=gather, prefill_gather=gather
         )
         check(make_plan("2x2x2", layout, model=model), BUCKETS[kind])
+
+
+WINDOWS = {
+    "two windows": {"kinds": (Kind("near", 5), Kind("far", 18), Kind("all")), "pattern": ("near", "all", "far")},
+    "windows alone": {"kinds": (Kind("near", 1), Kind("far", 9)), "pattern": ("near", "far", "far")},
+}
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
+@pytest.mark.parametrize("assignment", sampled_assignments(6, seed=21), ids=str)
+def test_windows_have_tables_of_their_own(assignment: Assignment, windows: str) -> None:
+    """Shorter ones, with what a window reaches: what is computed with is that, and what is brought to prompts."""
+    plan = plan_of(assignment)
+    plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, **WINDOWS[windows]))
+    check(plan, BUCKETS["mixed"])
+    check(plan, Bucket(0, 0, 32, 8, 16))
 
 
 def shipped_models() -> list[Any]:

@@ -33,7 +33,7 @@ def test_layers_of_a_kind_are_traced_once() -> None:
     plan, bucket = make_plan("2x2x2", LAYOUT, replace(MODEL, num_layers=5)), Bucket(8, 6)
     mesh = abstract_mesh(plan)
     step = build_step(plan, mesh, bucket, unrolled=True, plain=True)
-    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, True), abstract_state(plan, mesh, True), stacked(bucket, 1))
+    traced = jax.make_jaxpr(step)(abstract_params(plan, mesh, True), abstract_state(plan, mesh, True), stacked(bucket, plan))
     (inner,) = (equation.params["jaxpr"] for equation in traced.jaxpr.eqns if equation.primitive.name == "shard_map")
     calls = [equation.params["jaxpr"] for equation in inner.eqns if equation.params.get("name") == "one"]
     assert len(calls) == 5

@@ -65,10 +65,11 @@ def test_plan_proof_simulator_and_server_name_the_same_bytes(model: str, slice_:
     runner, price = cost_runner(plan, Pricing(where), sizing)
     proof = proof_json(prove(served, [largest_step(served)]))["planned_memory"]
     assert planned == held(served).as_json() == held(simulated).as_json() == proof
-    assert planned["cache"] == runner.limits.pages_per_shard // plan.num_parts * price.page_bytes
+    pages = [group.pages_per_shard // plan.num_parts for group in runner.limits.groups]
+    assert planned["cache"] == sum(count * size for count, size in zip(pages, price.page_bytes, strict=True))
     room = planned["usable"] - planned["weights"] - planned["code"] - planned["state"] - planned["activations"]
     assert planned["slack"] == room - planned["cache"] >= int(0.0999 * room)
-    assert planned["slack"] < 0.1 * room + 2 * price.page_bytes
+    assert planned["slack"] < 0.1 * room + 2 * max(price.page_bytes)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -166,13 +167,20 @@ def test_virtual_devices_leave_the_machine_its_memory() -> None:
     assert on_this_machine(parse_slice("v5e:2x2")) == parse_slice("v5e:2x2")
 
 
-def test_pages_of_several_groups_are_in_the_proportion_in_which_sequences_take_them() -> None:
+def test_windows_have_what_their_sequences_take_and_the_first_group_the_rest() -> None:
     room = Room(usable=1000, weights=100, code=50, state=25, activations=25)
     assert room.left == 800
-    assert room.pages(1.0, [10]) == (80,)
-    assert room.pages(0.5, [10]) == (40,)
-    assert room.pages(1.0, [10, 20], [3, 1]) == (48, 16)
-    assert room._replace(weights=2000).pages(1.0, [10]) == (0,)
+    assert room.divided(1.0, [10], [], 4, 20) == (80,)
+    assert room.divided(0.5, [10], [], 4, 20) == (40,)
+    assert room._replace(weights=2000).divided(1.0, [10], [], 4, 20) == (0,)
+    # Windows keep 2 pages per sequence, and 3 while a prompt is computed.
+    assert room.divided(1.0, [10, 20], [(2, 3)], 4, 20) == (58, 11)
+    # No more windows than sequences that could fill them, which need as many pages in the first group.
+    assert room.divided(1.0, [10, 20], [(2, 3)], 100, 4) == (26, 27)
+    # One sequence of the longest context has to fit.
+    assert room.divided(1.0, [10, 20], [(2, 3)], 100, 50) == (50, 15)
+    assert room.divided(1.0, [20], [(2, 3)], 4, 0) == (40,)
+    assert room.divided(1.0, [20, 10], [(4, 3), (1, 0)], 4, 0) == (35, 8)
 
 
 def test_longer_contexts_have_three_sets_of_steps_at_most() -> None:

@@ -124,7 +124,7 @@ def decode(
     found = None if stored is None else _in_place(grouped[:, :, :, 0], stored, position, tiles, scores, first)
     if found is not None:
         return Attended(found[0].reshape(q.shape), found[1].reshape(q.shape[:2]))
-    if first is not None:
+    if first is not None and _reach(table, read, scores.window) < table.shape[1]:
         table, shift = _within(table, first, read, scores.window)
         position, first = position - shift, first - shift
     columns, size = _columns(table, read, tiles.keys)
@@ -184,7 +184,7 @@ def prefill(
         earlier = None if context is None or lying is None else (lying, context.slots, context.starts)
         how = scores.of(q.shape[-1]), scores.cap, scores.window, None if context is None else context.floor
         return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how))
-    if context is not None and context.floor is not None:
+    if context is not None and context.floor is not None and _reach(context.table, context.read, scores.window) < context.table.shape[1]:
         context = _latest(context, owner, scores.window)
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]
     done = _by_kernel(q, owner, position, fresh, scores, tiles)
@@ -223,10 +223,15 @@ def prefill(
     return Attended(*(x.reshape(-1, *x.shape[2:])[:total] for x in found))
 
 
+def _reach(table: jax.Array, read: Read, window: int) -> int:
+    """How many of the pages of a row [B, n] a window can reach."""
+    size = jax.eval_shape(read, table[:, :1]).keys.shape[-2]
+    return min(table.shape[1], ceil_div(window - 1, size) + 1)
+
+
 def _within(table: jax.Array, first: jax.Array, read: Read, window: int) -> tuple[jax.Array, jax.Array]:
     """The pages of each row [B, n] that a window from `first` [B] on can reach, and how many positions [B] lie before them."""
-    size = jax.eval_shape(read, table[:, :1]).keys.shape[-2]
-    count = min(table.shape[1], ceil_div(window - 1, size) + 1)
+    size, count = jax.eval_shape(read, table[:, :1]).keys.shape[-2], _reach(table, read, window)
     start = jnp.clip(first // size, 0, table.shape[1] - count)
     return jnp.take_along_axis(table, start[:, None] + jnp.arange(count)[None, :], axis=1), start * size
 
