@@ -55,9 +55,11 @@ def test_the_kernel_equals_the_plain_twin(
     q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, SIZE)), kind)
 
     def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
-        lying = cache.stored(kv, layer, jnp.asarray(table), first)
-        read = lambda ids: jax.tree.map(lambda x: x[:, first : first + kv_heads], cache.read(kv, layer, ids))  # noqa: E731
-        found = kernels.decode(q, read, jnp.asarray(table), jnp.asarray(position), tiles, lying)
+        def attended(q: jax.Array, kv: KeysValues, table: jax.Array, position: jax.Array) -> kernels.Attended:
+            read = lambda ids: jax.tree.map(lambda x: x[:, first : first + kv_heads], cache.read(kv, layer, ids))  # noqa: E731
+            return kernels.decode(q, read, table, position, tiles, cache.stored(kv, layer, table, first))
+
+        found = jax.jit(attended)(q, kv, jnp.asarray(table), jnp.asarray(position))
         return np.asarray(found.out, np.float32), np.asarray(found.mass)
 
     assert paged_decode.fits(cache.stored(kv, layer, jnp.asarray(table)).pages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,16 +44,20 @@ def test_the_kernel_equals_the_plain_twin(
     q = jnp.asarray(rng.standard_normal((len(owner), kv_heads * group, SIZE)), kind)
     keys, values = rng.standard_normal((2, kv_heads, len(owner), SIZE))
     keys[:, owner < 0] = np.nan
-    fresh = kernels.Fresh(KeysValues(jnp.asarray(keys, kind), jnp.asarray(values, kind)), jnp.asarray(owner), jnp.asarray(position))
+    new = KeysValues(jnp.asarray(keys, kind), jnp.asarray(values, kind))
     pool = KeysValues(*(jnp.asarray(rng.standard_normal((6, kv_heads, PAGE, SIZE)), kind) for _ in range(2)))
     table = jnp.asarray([[0, 1, -1], [-1, -1, -1], [4, 2, 5]])
-    context = kernels.Context(lambda ids: cache.read((pool,), 0, ids), table, jnp.arange(3), jnp.asarray(starts)) if earlier else None
 
     def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
-        found = kernels.prefill(q, jnp.asarray(owner), jnp.asarray(position), fresh, context, tiles, how)
+        def attended(q: jax.Array, new: KeysValues, pool: KeysValues, owner: jax.Array, position: jax.Array) -> kernels.Attended:
+            read = lambda ids: cache.read((pool,), 0, ids)  # noqa: E731
+            context = kernels.Context(read, table, jnp.arange(3), jnp.asarray(starts)) if earlier else None
+            return kernels.prefill(q, owner, position, kernels.Fresh(new, owner, position), context, tiles, how)
+
+        found = jax.jit(attended)(q, new, pool, jnp.asarray(owner), jnp.asarray(position))
         return np.asarray(found.out, np.float32)[owner >= 0], np.asarray(found.mass)[owner >= 0]
 
-    assert prompt.fits(q, fresh.new.keys)
+    assert prompt.fits(q, new.keys)
     for got, want in zip(run(INTERPRETED), run(None), strict=True):
         np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype] / 5)
 

@@ -118,6 +118,7 @@ def test_what_lies_before_every_window_is_not_read(tiles: Tiles) -> None:
     owner, place, floor = jnp.zeros(1, int), jnp.array([32]), jnp.array([25])
     new = KeysValues(*(jnp.ones((GROUPS, 1, SIZE)) for _ in range(2)))
 
+    @jax.jit
     def run(kv: KeysValues) -> list[jax.Array]:
         read, stored = lambda ids: cache.read((kv,), 0, ids), cache.stored((kv,), 0, table)
         context = kernels.Context(read, table, jnp.zeros(1, int), jnp.array([32]), stored, floor)
