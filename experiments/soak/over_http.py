@@ -37,7 +37,7 @@ from experiments.soak.checks import growth, thinned
 from experiments.soak.http_asks import MODEL, TEMPLATE, WRONG, Ask, Streamed, drawn, whole
 
 ROOT = Path(__file__).parents[2]
-KNOWN, CLIENTS = 170, 24
+KNOWN, CLIENTS = 102, 24
 SHARE_STREAMED, SHARE_LEAVING, SHARE_OTHER = 0.6, 0.12, 0.1
 FLAT = 0.03  # memory may grow by this share between the second fifth of the run and the last
 DRIFT = 0.01  # of sampled answers, where a choice hung by a rounding
@@ -165,7 +165,7 @@ class Clients:
                     await self._other(rng)
                 else:
                     await self._ask(rng.choice(self._asks), rng)
-            except httpx.HTTPError as error:
+            except Exception as error:  # a server that fails, or says what no client understands: others go on, and it is told at the end
                 self.problem(f"{type(error).__name__}: {error}")
 
     async def _other(self, rng: random.Random) -> None:
@@ -249,8 +249,10 @@ class Clients:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[Server]:
-    make_model(folder)
-    server = Server(folder, folder / "log")
+    model = folder / MODEL  # its name is part of those of compiled programs
+    model.mkdir()
+    make_model(model)
+    server = Server(model, folder / "log")
     try:
         server.wait_ready()
         yield server
