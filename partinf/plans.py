@@ -113,13 +113,17 @@ class CacheGroup:
     layers: tuple[int, ...]
     pages_per_shard: int
 
-    def columns(self, pages: int, page_size: int, parts: int) -> int:
+    def columns(self, pages: int, plan: Plan) -> int:
         """Columns of a lane's page table in a bucket whose lanes read so many pages."""
-        return min(pages, table_pages(self.window, page_size, parts, parts)) if self.window else pages
+        if not self.window:
+            return pages
+        return min(pages, table_pages(self.window, plan.cache.page_size, plan.num_parts, plan.num_parts))
 
-    def earlier_columns(self, pages: int, page_size: int, parts: int, multiple: int) -> int:
-        """Columns of a prompt's table of earlier context in a bucket that reads so many pages of it; a multiple of `multiple`."""
-        return min(pages, table_pages(self.window - 1, page_size, parts, multiple)) if self.window else pages
+    def earlier_columns(self, pages: int, plan: Plan) -> int:
+        """Columns of a prompt's table of earlier context in a bucket that reads so many pages of it."""
+        if not self.window:
+            return pages
+        return min(pages, table_pages(self.window - 1, plan.cache.page_size, plan.num_parts, plan.prefill_page_multiple()))
 
 
 @dataclass(frozen=True)

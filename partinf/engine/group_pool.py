@@ -65,9 +65,7 @@ class GroupPool:
         return list(map(add, free, map(len, self.prefixes[shard].idle))) if self.prefixes else free
 
     def missing(self, held: HeldPages, end: int, shard: int) -> int:
-        """Pages beyond those that are free, where they are wanted, that a resident needs to reach to its page `end`."""
-        if self.window:
-            return 0
+        """Pages beyond those that are free, where they are wanted, that a resident needs to reach to its page `end`; windows lack none."""
         return sum(max(0, count - free) for count, free in zip(self._wanted(held.end, end), self.free_in(shard), strict=True))
 
     def has_room(self, sequence: Sequence | None, end: int, shard: int, cached: list[int]) -> bool:
@@ -98,7 +96,8 @@ class GroupPool:
 
     def extend(self, held: HeldPages, end: int, shard: int) -> None:
         """Give a resident its pages up to `end`."""
-        held.pages.extend([self._take(shard, index) for index in range(held.end, end)])
+        for index in range(held.end, end):
+            held.pages.append(self._take(shard, index))
 
     def trim(self, sequence: Sequence) -> None:
         """Let go what no later query of a resident sees, once its step has been put together.

@@ -71,7 +71,7 @@ class PagePool:
 
     def missing_pages(self, sequence: Sequence, num_pages: int) -> int:
         """Pages beyond those that are free, where they are wanted, that a resident sequence needs to have so many."""
-        return sum(group.missing(held, num_pages, sequence.shard) for group, held in zip(self.groups, sequence.held, strict=True))
+        return 0 if self.groups[0].window else self.groups[0].missing(sequence.held[0], num_pages, sequence.shard)
 
     def choose_shard(self, num_pages: int, shards: Iterable[int], sequence: Sequence | None = None, crowd: bool = False) -> int | None:
         """The shard that takes another sequence of so many pages; None when none of `shards` has room.
@@ -116,7 +116,7 @@ class PagePool:
             return False
         for group, held in zip(self.groups, sequence.held, strict=True):
             group.extend(held, num_pages, sequence.shard)
-        self._cover(sequence)
+        sequence.num_covered = max(sequence.num_covered, num_pages * self._limits.page_size)
         return True
 
     def trim(self, sequences: Iterable[Sequence]) -> None:

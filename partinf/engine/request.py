@@ -185,7 +185,7 @@ class Sequence:
     def tables(self, num_pages: int) -> tuple[PageTable, ...]:
         """Its tables up to so many pages, which are kept while nothing changes: most steps of a sequence have the same ones."""
         if self._tables_end != num_pages:
-            self._tables = tuple(PageTable(tuple(held.pages[: num_pages - held.first]), held.first) for held in self.held)
+            self._tables = tuple([PageTable(tuple(held.pages[: num_pages - held.first]), held.first) for held in self.held])
             self._tables_end = num_pages
         return self._tables
 

@@ -38,6 +38,7 @@ def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> 
 def _place_decode(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, batch: Batch) -> tuple[int, ...]:
     lanes = bucket.decode_rows // plan.num_shards
     used = [0] * plan.num_shards
+    whole = None if limits.groups[0].window else batch.decode.tables[0].pages  # of the group that keeps all positions, which is the first
     rows = []
     for row in step.decode:
         lane = row.shard * lanes + used[row.shard]
@@ -45,20 +46,17 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, 
         batch.decode.token[lane] = -1 if row.token is None else row.token
         batch.decode.slot[lane] = row.slot
         batch.decode.position[lane] = row.position
+        if whole is not None:
+            ids = row.tables[0].ids
+            whole[lane, : len(ids)] = ids
         _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
         if row.counts:
             assert batch.rich is not None  # such a step goes into a rich bucket
             batch.rich.counted[lane] = 1
         rows.append(lane)
     for number, (group, tables) in enumerate(zip(limits.groups, batch.decode.tables, strict=True)):
-        if group.window:
-            for lane, row in zip(rows, step.decode, strict=True):
-                _place_table(tables, lane, row.tables[number], row.position, row.position + 1, group.window, limits)
-        else:
-            pages = tables.pages
-            for lane, row in zip(rows, step.decode, strict=True):
-                ids = row.tables[number].ids
-                pages[lane, : len(ids)] = ids
+        for lane, row in zip(rows, step.decode, strict=True) if group.window else ():
+            _place_table(tables, lane, row.tables[number], row.position, row.position + 1, group.window, limits)
     return tuple(rows)
 
 

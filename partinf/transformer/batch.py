@@ -133,7 +133,7 @@ class Batch:
 def empty_batch(bucket: Bucket, plan: Plan) -> Batch:
     """A batch of the bucket's shapes in which every lane, token and slot is padding (numpy, to be filled in)."""
     lanes, tokens, slots = bucket.decode_rows, bucket.prefill_tokens, bucket.prefill_slots
-    rows, size, parts = lanes + slots, plan.cache.page_size, plan.num_parts
+    rows, groups = lanes + slots, plan.cache_groups
 
     def fill(value: int, *shape: int) -> np.ndarray:
         return np.full(shape, value, np.int32)
@@ -144,9 +144,8 @@ def empty_batch(bucket: Bucket, plan: Plan) -> Batch:
     def tables(group: CacheGroup, rows: int, pages: int) -> Tables:
         return Tables(fill(-1, rows, pages), fill(0, rows) if group.window else None)
 
-    groups, multiple = plan.cache_groups, plan.prefill_page_multiple()
-    read = tuple(tables(group, lanes, group.columns(bucket.decode_pages, size, parts)) for group in groups)
-    earlier = tuple(tables(group, slots, group.earlier_columns(bucket.prefill_pages, size, parts, multiple)) for group in groups)
+    read = tuple(tables(group, lanes, group.columns(bucket.decode_pages, plan)) for group in groups)
+    earlier = tuple(tables(group, slots, group.earlier_columns(bucket.prefill_pages, plan)) for group in groups)
     return Batch(
         DecodeBatch(fill(0, lanes), fill(-1, lanes), fill(-1, lanes), read),
         PrefillBatch(
