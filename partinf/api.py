@@ -145,7 +145,7 @@ def load(
     from partinf.execution.runner import JaxRunner
     from partinf.partition.sharding import device_mesh
     from partinf.transformer.executables import open_cache
-    from partinf.transformer.params import abstract_params, prefers_unrolled, random_params
+    from partinf.transformer.params import abstract_params, random_params
 
     check_loadable(model, random_weights)
     executables = open_cache(cache)
@@ -158,7 +158,7 @@ def load(
     tokenizer = load_tokenizer(directory) if directory is not None else None
     mesh = device_mesh(plan)
     if unrolled is None:
-        unrolled = prefers_unrolled(plan, mesh)
+        unrolled = plan.unrolled
     if random_weights or directory is None:
         params = random_params(plan, mesh, unrolled, seed)
     else:

@@ -240,7 +240,7 @@ def held(plan: Plan) -> Held:
     room = Room(
         usable=usable_bytes(plan.slice),
         weights=weight_bytes(splits[0]),
-        code=plan.slice.chip.platform.code_bytes * len(plan.buckets),
+        code=sum(code_bytes(plan, bucket) for bucket in plan.buckets),
         state=slot_bytes(vocabulary, plan.rich, plan.constrained) * plan.cache.num_slots,
         activations=max(map(activation_bytes, splits)),
     )
@@ -272,6 +272,12 @@ def _peak(plan: Plan, group: CacheGroup) -> tuple[int, int]:
     return window_pages(group.window - 1 + chunk, plan.max_len, size, parts), own
 
 
+def code_bytes(plan: Plan, bucket: Bucket) -> int:
+    """Of the program of one bucket, on each device."""
+    layers, tokens = plan.model.num_layers if plan.unrolled else 0, ceil_div(bucket.prefill_tokens, plan.prefill_slot_multiple())
+    return plan.slice.chip.platform.program_bytes(bucket.decode_rows, tokens, layers)
+
+
 def rows_per_stage(plan: Plan, sequences: int) -> int:
     """Decode rows of a step when so many sequences are decoded together: those of one stage's batch, padded to what the axes divide."""
     return plan.decode_rows(ceil_div(sequences, plan.num_stages))
@@ -293,10 +299,10 @@ def shape_of(bucket: Bucket, page_size: int) -> StepShape:
 
 
 def split_of(plan: Plan, bucket: Bucket, pricing: Pricing) -> StepSplit:
-    """The plan's roles worked out for a bucket at its padded shape."""
+    """The plan's roles worked out for a bucket at its padded shape, in the program that an engine of this plan compiles."""
     model, phase, shape = plan.padded_model, plan.ffn_phase(bucket.num_tokens), shape_of(bucket, plan.cache.page_size)
     shares = Shares(heads=plan.model.num_heads / model.num_heads)
-    return StepSplit(model, plan.layout, phase, shape, pricing, plan.weights, plan.kv, shares)
+    return StepSplit(model, plan.layout, phase, shape, pricing.compiled(plan.unrolled), plan.weights, plan.kv, shares)
 
 
 def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, ...]]:
@@ -323,6 +329,18 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     return replace(sized, cache=windows), tuple(buckets)
 
 
+def num_programs(workload: Workload) -> int:
+    """Steps that an engine for this workload compiles, by which it decides whether layers are compiled one by one; of one phase, one.
+
+    Not counted is the smaller bucket of prompts, which some layouts have besides (`_smaller`).
+    """
+    if workload.phase is not None:
+        return 1
+    longest = max(workload.max_context, 1)
+    chunked = longest - 1 > _prompt_tokens(workload, num_stages=1)
+    return len(_contexts(ceil_div(longest, CacheConfig().page_size))) * (2 + chunked)
+
+
 def least_rows(plan: Plan) -> int:
     """Decode lanes below which a step gains nothing: XLA makes the product of a matrix and one row a sum over its columns, which takes
     several times as long as two rows on some platforms."""
@@ -334,16 +352,17 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     shards = plan.prefill_slot_multiple()
     tokens = round_up(max(capacity.prefill_tokens, capacity.max_prompt_len * shards), plan.prefill_token_multiple())
     slots = round_up(min(8, rows), shards)
-    buckets = []
+    sets: list[list[Bucket]] = []
     for context in _contexts(pages):
         lanes_read, slots_read = round_up(context, plan.num_parts), round_up(context, plan.prefill_page_multiple())
         kinds = {"random": capacity.random or capacity.rich, "rich": capacity.rich, "constrained": capacity.constrained}
         decode = Bucket(rows, lanes_read, **kinds)
         full = replace(decode, decode_rows=round_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
-        buckets += [decode, *_smaller(plan, full), full]
+        sets.append([decode, full])
         if not capacity.max_prompt_len and max_len - 1 > tokens // shards:
-            buckets.append(replace(full, prefill_pages=slots_read))
-    return tuple(buckets)
+            sets[-1].append(replace(full, prefill_pages=slots_read))
+    together = replace(plan, buckets=tuple(itertools.chain(*sets)))
+    return tuple(bucket for decode, full, *rest in sets for bucket in (decode, *_smaller(together, full), full, *rest))
 
 
 def _contexts(pages: int) -> list[int]:
@@ -358,8 +377,8 @@ def _contexts(pages: int) -> list[int]:
 
 
 def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
-    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model. Pipeline stages pass
-    on the same rows in every bucket, so theirs have one size."""
+    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model, beside the plan's.
+    Pipeline stages pass on the same rows in every bucket, so theirs have one size."""
     if plan.num_stages > 1:
         return ()
     pricing = Pricing(plan.slice, calibration_for(plan.slice.chip))

@@ -229,6 +229,11 @@ class Plan:
         return self.ways(self.stage_axes)
 
     @property
+    def unrolled(self) -> bool:
+        """Whether its layers are compiled one by one: what an engine compiles by default, and what steps are priced as."""
+        return self.slice.chip.platform.unrolls(self.model.num_layers * max(len(self.buckets), 1), self.num_stages)
+
+    @property
     def carried_rows(self) -> tuple[int, int]:
         """Decode rows and prompt tokens of the activations that pass from stage to stage: those of all buckets."""
         if self.num_stages == 1:

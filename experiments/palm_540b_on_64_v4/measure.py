@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.results import read, write
@@ -21,6 +21,7 @@ from partinf.proof import CompilerFailed, Limits, Proof, proof_json, prove
 from partinf.workload import DType
 
 _PAGE, _CONTEXT = 16, 2048
+_PROGRAMS = 6  # of an engine that serves: so many have their layers in a loop, and so does the one that is judged
 _TWO_D = {"x": "embed", "y": "ffn", "z": "ffn"}
 _ONE_D = dict.fromkeys("xyz", "ffn")
 _BATCH = dict.fromkeys("xyz", "batch")
@@ -98,9 +99,10 @@ def plan_of(case: Case) -> tuple[Plan, Bucket]:
     cache = CacheConfig(_PAGE, rows // shards * case.length // _PAGE, rows)
     switch = 1 if case.phase == "prefill" else 1 << 30
     plan = Plan(model, slice_, layout, case.weights, max_len=case.length, cache=cache, prefill_from_tokens=switch, padded_heads=padded)
-    if case.phase == "decode":
-        return plan, Bucket(rows, case.length // _PAGE)
-    return plan, Bucket(prefill_tokens=case.batch * case.length, prefill_slots=case.batch)
+    bucket = Bucket(rows, case.length // _PAGE)
+    if case.phase == "prefill":
+        bucket = Bucket(prefill_tokens=case.batch * case.length, prefill_slots=case.batch)
+    return replace(plan, buckets=(bucket,) * _PROGRAMS), bucket
 
 
 def _layout(case: Case) -> Layout:

@@ -6,9 +6,9 @@ changed price changes no program.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from partinf.buckets import serving_steps
+from partinf.buckets import capacity_for, serving_steps, with_capacity
 from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config
@@ -81,4 +81,6 @@ def planned(step: Step) -> tuple[Plan, Bucket]:
     layout = make_layout(roles(step.storage, "replica"), *attention, **gather)
     plan = Plan(load_model_config(step.model), slice_, layout, step.weights, step.kv)
     plan, buckets = serving_steps(plan, step.workload)
+    if step.served:  # by its engine's programs it is decided whether layers are compiled one by one
+        plan = replace(plan, buckets=with_capacity(plan, capacity_for(plan, step.workload)).buckets)
     return plan, next(bucket for bucket in buckets if bool(bucket.prefill_tokens) == (step.phase == "prefill"))

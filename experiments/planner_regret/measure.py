@@ -40,7 +40,7 @@ def rivals(found: list[Candidate], most: int | None, draw: random.Random) -> lis
 def judge(case: Case, most: int | None, draw: random.Random) -> dict[str, Any] | None:
     """One row of the table; None when nothing fits."""
     question = load_model_config(case.model), parse_slice(case.slice), case.workload
-    tiled = replace(TILED, either_residual=False)  # roles are judged here, with the residual split in all of them
+    tiled = replace(TILED, either_residual=False, either_layers=False)  # roles are judged here, in one program for all of them
     priced = tiled if program_for(question[1].chip) is TILED else program_for(question[1].chip)
     plain, default = search(*question, calibration="none", program=PLAIN), search(*question, program=priced)
     found = able(plain)

@@ -50,7 +50,8 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     FFN's are left out.
     """
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
-    entries = split.pricing.small(SMALL, _PART, model.num_layers)
+    passed = 2 * tokens * model.embed_dim // split.ways(split.between)
+    entries = split.pricing.small(SMALL, _PART, model.num_layers, elements=passed)
     if model.norms.before:
         entries += norm(split, _PART, tokens, split.between, model.num_layers, useful)
     query, key, out = projection_weights(split)
@@ -206,7 +207,12 @@ def _prefill_core(
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * seen / keys) if keys else 1.0
     core = (slots, tokens, heads, kv_heads, context // parts)
-    done, seconds = _tile_loop(split, slots, tokens, heads, parts, window) if program.tile_loop and pairs else (pairs, 0.0)
+    done, seconds = pairs, 0.0
+    if program.tile_loop and pairs:
+        kernel = tiles.takes_prompts(heads, kv_heads, model.head_dim)
+        own = tiles.kernel_pairs(tokens, slots, max(heads // max(kv_heads, 1), 1), window) / parts if kernel else 0.0
+        done, seconds = _tile_loop(split, slots, tokens, heads, parts, window, fresh=not kernel)
+        seconds += split.pricing.prompt_kernel(4.0 * own * heads * model.head_dim)
     return split.pricing.product(
         PREFILL.core,
         _PART,
@@ -230,18 +236,23 @@ def _seen(own: float, context: int, window: int) -> float:
     return ((context + (grows + 1) / 2) * grows + window * (own - grows)) / own if grows < own else context + (own + 1) / 2
 
 
-def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int, window: int) -> tuple[float, float]:
+def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int, window: int, fresh: bool) -> tuple[float, float]:
     """Pairs of a query and a key for which a loop over tiles makes scores, and its time on the core beside the products.
 
     Queries and keys of all prompts of a device lie in one row; of earlier context a tile of queries visits that of its own slots. Every
     pair of tiles is visited, and of a window no more is made than what a tile of queries reaches over.
+
+    Args:
+        fresh: the loop goes over the step's own keys too, which no kernel takes.
     """
     tiles, context = split.pricing.slice.chip.platform.tiles, split.shape.prefill_context // parts
     keys, reach = max(tokens // parts, 1), window + tiles.prompt_keys
     seen, together = tiles.seen_shares(tokens, slots, heads)
-    queries, pairs = tiles.count(tokens, keys, heads)
+    queries, pairs = tiles.count(tokens, keys if fresh else 0, heads)
     _, earlier = tiles.count(tokens, context, heads)
-    own = tokens * min(seen * keys, reach / parts) if tiles.skip else tokens * keys
+    if not (fresh or context):
+        return 0.0, 0.0
+    own = tokens * (min(seen * keys, reach / parts) if tiles.skip else keys) if fresh else 0.0
     before = tokens * min(context, reach / parts) * slots * together
     return own + before, split.pricing.tile_loop((own + before) * heads, pairs + earlier * slots * together, queries)
 
@@ -249,14 +260,18 @@ def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int
 def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items: GroupItems) -> list[Entry]:
     model = split.model
     target_q, target_kv = Split(group.batch, group.heads), Split(group.batch, group.kv)
+    rows, heads = ceil_div(tokens, split.ways(group.batch)), model.num_heads // split.ways(group.heads)
+    passed = rows * (heads + 2 * (model.num_kv_heads // split.ways(group.kv))) * model.head_dim
+    passes = split.pricing.small(items.passes, _PART, model.num_layers, times=0.0, elements=passed)
     queries, keys = tokens * model.num_heads * model.head_dim, 2 * tokens * model.num_kv_heads * model.head_dim
     share = useful * split.shares.heads
-    moved = movement(split, _PART, items.queries, queries, split.q_projected, target_q, share) + movement(
-        split, _PART, items.keys, keys, split.kv_projected, target_kv, useful
+    moved = (
+        passes
+        + movement(split, _PART, items.queries, queries, split.q_projected, target_q, share)
+        + movement(split, _PART, items.keys, keys, split.kv_projected, target_kv, useful)
     )
     if model.qk_norm is not QkNorm.WIDTH:
         return moved
-    rows = tokens // split.ways(group.batch)
     return moved + [
         split.pricing.collective(HEADS_NORM, _PART, model.num_layers, Op.ALL_REDUCE, axes, sums_bytes(split, rows), "f32", useful)
         for axes in (group.heads, group.kv)

@@ -40,7 +40,9 @@ class Calibration:
         score_seconds: what a score of a prompt takes on the core beside its products, where they are made tile by tile: mask, exponential,
             sums. tile_seconds: a pair of a tile of queries and one of keys, whether it is skipped or not. query_tile_seconds: a tile of
             queries.
-        layer_seconds: what the small operations of a layer take together: norms, rotations, residuals.
+        prompt_share: share of peak FLOP/s that the kernel for prompts reaches in the products that it makes, with all else that it does.
+        layer_seconds: what the small operations of a layer take together, however little they pass over: norms, rotations, residuals.
+        element_seconds: and for each element that they pass over: of the residual, twice in a layer, of queries, keys and values.
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.
@@ -71,6 +73,8 @@ class Calibration:
     score_seconds: float = 0.0
     tile_seconds: float = 0.0
     query_tile_seconds: float = 0.0
+    prompt_share: float = 1.0
+    element_seconds: float = 0.0
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     left_out: tuple[float, float] | None = None
 

@@ -113,9 +113,11 @@ WRITE_CACHE = Item(What.OTHER, "write K, V", "K")
 
 
 class GroupItems(NamedTuple):
-    """The entries of one token group: its embedded tokens, the way to its core and back, and its way out of a pipeline stage."""
+    """The entries of one token group: its embedded tokens, what passes over its queries, keys and values, the way to its core and back,
+    and its way out of a pipeline stage."""
 
     embedded: Item
+    passes: Item
     queries: Item
     keys: Item
     core: Item
@@ -127,6 +129,7 @@ class GroupItems(NamedTuple):
 def _group(label: str) -> GroupItems:
     return GroupItems(
         Item(What.MOVE, f"embedded {label} tokens", "E", group=label),
+        Item(What.OTHER, f"{label}: small operations on Q, K, V", "H", group=label),
         Item(What.MOVE, f"{label}: Q to its attention split", "H", group=label),
         Item(What.MOVE, f"{label}: new K, V to their split", "K", group=label),
         Item(What.CORE, f"{label} core", "H", group=label),

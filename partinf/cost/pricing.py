@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
@@ -38,13 +38,26 @@ class Pricing:
         hop = calibration.hop(self.program.looped)
         fixed, rings = calibration.collective_seconds, calibration.switch_rings
         self.network = Network(slice_, bandwidth_model, calibration.collective_factor, hop, calibration.rates, fixed, rings)
-        self._flop_rate = chip.peak_bf16 / chip.devices_per_chip * calibration.matmul_efficiency
+        self._peak = chip.peak_bf16 / chip.devices_per_chip
+        self._flop_rate = self._peak * calibration.matmul_efficiency
         self._byte_rate = chip.hbm_bandwidth / chip.devices_per_chip * calibration.hbm_share
         # A search asks for few of these many times.
         self.known_moves: dict[tuple[int, Split, Split], tuple[Moved, ...]] = {}
         self.known_groups: dict[tuple[object, Axes], Group] = {}
         self._measured: _Measured | None = None
         self._of_types: dict[tuple[DType, DType], Pricing] = {}
+        self._compiled: dict[bool, Pricing] = {}
+
+    def compiled(self, unrolled: bool) -> Pricing:
+        """The same for the program with its layers compiled one by one or in a loop, where that is the plan's to say. Where a platform
+        reads no weights ahead, both have one price."""
+        if not (self.program.either_layers and self.slice.chip.platform.fetches_ahead):
+            return self
+        found = self._compiled.get(unrolled)
+        if found is None:
+            found = self._compiled[unrolled] = copy.copy(self)
+            found.program, found._of_types = replace(self.program, unrolled=unrolled, either_layers=False), {}
+        return found
 
     def of_types(self, weights: DType, activations: DType) -> Pricing:
         """The same for steps with these types; only measured rates depend on them."""
@@ -60,7 +73,7 @@ class Pricing:
     def compute_seconds(self, flops: float, num_bytes: float) -> float:
         """Time of an op: the longer of its compute and memory time, or their sum where memory was measured not to hide."""
         compute, memory = flops / self._flop_rate, num_bytes / self._byte_rate
-        return max(compute, memory) if self.calibration.hides_memory else compute + memory
+        return max(compute, memory) if self._hides_memory else compute + memory
 
     def least_seconds(self, flops: float, num_bytes: float) -> float:
         """What products of so many FLOPs, with weights of so many bytes, take at least, however they are shaped."""
@@ -68,14 +81,21 @@ class Pricing:
             return 0.0  # rates that depend on types and shapes
         return self.compute_seconds(flops, num_bytes)
 
-    def _queued(self, entry: Entry, core: float, memory: float) -> Entry:
+    @property
+    def _hides_memory(self) -> bool:
+        """Whether memory traffic runs behind compute. Where it does not in a loop over layers, it does where they are compiled one by
+        one."""
+        return self.calibration.hides_memory or self.program.unrolled
+
+    def _queued(self, entry: Entry, core: float, memory: float, fetched: bool) -> Entry:
         """The entry with its time, from what it takes of the core and of HBM. In an unrolled program the longer one leaves room for the
         other of a neighbour."""
-        if not self.calibration.hides_memory:
+        if not self._hides_memory:
             return entry._replace(seconds=core + memory)
         if not self.program.unrolled:
             return entry._replace(seconds=max(core, memory))
-        early = max(memory - core, 0.0) if entry.weight_bytes else 0.0  # keys and values are read by the kernel that wants them
+        # Keys and values are read by the kernel that wants them.
+        early = max(memory - core, 0.0) if entry.weight_bytes and fetched else 0.0
         return entry._replace(seconds=max(core, memory), early=early, free=max(core - memory, 0.0))
 
     def product(
@@ -109,9 +129,10 @@ class Pricing:
         if weight_bytes and shape:
             core *= max(1.0, self.calibration.least_rows / shape[0])
         memory = (weight_bytes + kv_bytes + activation_bytes) / self._byte_rate
-        if self.calibration.streamed_share and not self.program.unrolled:
+        fetched = self.program.unrolled and weight_bytes <= self.program.fetched_matrix
+        if self.calibration.streamed_share and not fetched:
             memory += weight_bytes / self._byte_rate * (self.calibration.hbm_share / self.calibration.streamed_share - 1)
-        return self._queued(entry, core, memory)
+        return self._queued(entry, core, memory, fetched)
 
     def traffic(self, item: Item, part: Part, count: int, num_bytes: float) -> Entry:
         """Activations that pass through HBM without a product."""
@@ -131,18 +152,23 @@ class Pricing:
         """What decode's kernel takes on the core for so many rows, beside its products."""
         return self.calibration.kernel_seconds + rows * self.calibration.row_seconds if self.program.decode_kernel else 0.0
 
+    def prompt_kernel(self, flops: float) -> float:
+        """What the kernel for prompts takes on the core for the products that it makes."""
+        return flops / (self._peak * self.calibration.prompt_share)
+
     def tile_loop(self, scores: float, pairs: float, tiles: float) -> float:
         """What a loop over so many tiles of prompts, pairs of tiles and scores takes on the core, beside its products."""
         one = self.calibration
         return scores * one.score_seconds + pairs * one.tile_seconds + tiles * one.query_tile_seconds
 
-    def small(self, item: Item, part: Part, count: int, times: float | None = None) -> list[Entry]:
+    def small(self, item: Item, part: Part, count: int, times: float | None = None, elements: float = 0.0) -> list[Entry]:
         """The small operations of each of so many layers, where their time is known.
 
         Args:
-            times: as many dozens of them; those of attention and a feed-forward in the program unless given.
+            times: as many dozens of them; those of attention and a feed-forward in the program unless given. elements: that they pass over.
         """
         seconds = self.calibration.layer_seconds * (self.program.small_operations if times is None else times)
+        seconds += self.calibration.element_seconds * elements * self.program.passes_elements
         free = seconds if self.program.unrolled else 0.0
         return [Entry(item, part, EntryKind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
 

@@ -9,6 +9,7 @@ hold the model of cost to what was timed: the one that the paper measured, as it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -44,13 +45,16 @@ class Program:
         residual: see `Residual`. either_residual: a phase may have it whole instead (`Phase.whole`).
         unrolled: layers are compiled one by one, so that the weights of a product come from HBM while the core does something else that
             leaves HBM alone: a layer takes the longer of the core's time and HBM's. In a loop over layers every product reads its own.
+        either_layers: layers are compiled one by one where the platform prefers that for the plan (`Plan.unrolled`), in a loop otherwise.
         gathers_beside: gathers of a parallel block's weights run beside products where the platform's compiler does that.
         fetched_bytes: of a layer's weights in an unrolled program, those that are read before their product begins, at most: they lie in
             VMEM until then.
+        fetched_matrix: the largest matrix that is; a larger one is read by its product.
         decode_kernel: decode's core is a kernel that takes time for every row, whatever it reads; the chip says how much
             (`Calibration.kernel_seconds`).
         small_operations: of a layer, as a multiple of those of the program whose trace gave their time (`Calibration.layer_seconds`), which
             has a dozen: ours has some 26 of rotations, norms, residuals, and of what finds pages.
+        passes_elements: the small operations of many rows take the longer, the more they pass over (`Calibration.element_seconds`).
         tile_loop: a prompt's core goes over tiles of queries and keys in a loop, which skips tiles that nobody sees
             (`partinf.hardware.platform.Tiles`); the chip says what a tile and its scores take (`Calibration.score_seconds`).
         position_seconds: what else is done for one position of one row in one layer, filled or not.
@@ -64,10 +68,13 @@ class Program:
     residual: Residual = Residual.SPLIT
     either_residual: bool = False
     unrolled: bool = False
+    either_layers: bool = False
     gathers_beside: bool = False
     fetched_bytes: float = 0.0
+    fetched_matrix: float = math.inf
     decode_kernel: bool = False
     small_operations: float = 1.0
+    passes_elements: bool = False
     tile_loop: bool = False
     position_seconds: float = 0.0
 
@@ -78,9 +85,15 @@ TILED = Program(
     per_prompt_attention=True,
     blocked_attention=True,
     either_residual=True,
+    either_layers=True,
     gathers_beside=True,
+    # Of what nine compiled programs read ahead: the largest matrix has 42 MB (PaLM 540B on 64 v4), the smallest that is left to its product
+    # 50 MB (Qwen 3 8B on 4 v6e). With 16 MiB in a layer their decode steps are met within 18 % (experiments/tpu_steps, planner_and_proof).
+    fetched_bytes=2.0**24,
+    fetched_matrix=45e6,
     decode_kernel=True,
     small_operations=26 / 12,
+    passes_elements=True,
     tile_loop=True,
 )
 LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)

@@ -91,7 +91,7 @@ class StepSplit:
         e, f, kv: what is left of them after gathering. w: e and f. between: those of w that split E of the activations between sublayers.
         whole: those are e alone (`Phase.whole`, `Residual.WHOLE`).
         t: axes that split tokens in the linear layers. replica, gathered: the two kinds of t. ahead: the phase gathers weights ahead.
-        stages: axes that split the layers. model: what one stage has of the model, and its padded dimensions.
+        stages: axes that split the layers, into num_stages. model: what one stage has of the model, and its padded dimensions.
         phase: whose roles the step runs.
         act_bytes, weight_bytes, kv_bytes: bytes per element of activations, weights and cache. act_dtype: name of the first.
     """
@@ -116,7 +116,8 @@ class StepSplit:
         self.sizes = pricing.slice.axis_sizes
         keep = self._kept
         self.stages = keep(layout.storage_axes(Role.STAGE))
-        self.model = model.of_stage(self.ways(self.stages))
+        self.num_stages = self.ways(self.stages)
+        self.model = model.of_stage(self.num_stages)
         self.e_stored, self.f_stored = keep(layout.storage_axes(Role.EMBED)), keep(layout.storage_axes(Role.FFN))
         self.replica = keep(layout.storage_axes(Role.REPLICA))
         self.t = keep(layout.token_axes(phase))
@@ -207,10 +208,6 @@ class StepSplit:
         if not size:
             return min(context, positions)
         return min(context, table_pages(positions, size, parts, multiple) * size)
-
-    @property
-    def num_stages(self) -> int:
-        return self.ways(self.stages)
 
     @property
     def looped(self) -> bool:

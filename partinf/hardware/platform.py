@@ -26,8 +26,7 @@ class Tiles:
         keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
         skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
-        fresh: prompts by the Pallas kernel for TPUs over fresh keys (`kernels.prompt`) where that takes them. No platform has it on:
-            plans price the loop over tiles (`Program.tile_loop`), and a program is run as it is priced.
+        fresh: prompts by the Pallas kernel for TPUs over fresh keys (`kernels.prompt`) where that takes them (`takes_prompts`).
         paged: decode by the Pallas kernel for TPUs (`kernels.paged_decode`) where that takes the pages. interpret: without a TPU.
         native: by the C++ kernels for CPUs (`kernels.cpu`), prompts too, where those take the pages.
     """
@@ -50,10 +49,42 @@ class Tiles:
         queries = ceil_div(tokens, min(self.queries(heads), tokens)) if tokens else 0
         return queries, queries * ceil_div(keys, min(self.prompt_keys, keys)) if keys else 0
 
+    def takes_prompts(self, heads: int, kv_heads: int, size: int) -> bool:
+        """Whether the kernel for prompts takes so many heads of this size on a device: whole lanes, and groups of which a block has a tile
+        of tokens."""
+        return self.fresh and size % KERNEL_LANES == 0 and heads // max(kv_heads, 1) * KERNEL_TILE <= KERNEL_ROWS
+
+    def kernel_pairs(self, tokens: int, slots: int, group: int, window: int) -> float:
+        """Pairs of one of a device's prompt tokens and one of their keys for which the kernel makes scores, for `slots` prompts of one
+        length that fill the tokens and heads in groups of so many."""
+        return _kernel_pairs(tokens, max(slots, 1), group, window)
+
     def seen_shares(self, tokens: int, slots: int, heads: int) -> tuple[float, float]:
         """Of all pairs of tiles of a device's prompt tokens, the share of which somebody sees something; and of all pairs of a tile of
         queries and a slot, the share that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
         return _seen_shares(self, tokens, slots, heads)
+
+
+# Of the kernel for prompts: lanes that a head fills, rows of a block's tile, and rows (heads of a group times tokens) and keys of a block.
+KERNEL_LANES, KERNEL_TILE, KERNEL_ROWS, KERNEL_KEYS = 128, 16, 1024, 512
+
+
+def kernel_tokens(group: int) -> int:
+    """Tokens of a block of the kernel for prompts, whose heads come in groups of so many."""
+    return max(KERNEL_TILE, KERNEL_ROWS // group // KERNEL_TILE * KERNEL_TILE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kernel_pairs(tokens: int, slots: int, group: int, window: int) -> float:
+    """As `Tiles.kernel_pairs`: a block of queries meets those blocks of keys that hold some of its prompts, up to its last token and from
+    where its first one's window begins."""
+    each, rows, pairs = max(tokens // slots, 1), min(kernel_tokens(group), tokens), 0
+    for first in range(0, tokens, rows):
+        last = min(first + rows, tokens) - 1
+        begin = max(first // each * each, first - window + 1)
+        keys = (last // KERNEL_KEYS - begin // KERNEL_KEYS + 1) * KERNEL_KEYS
+        pairs += (last - first + 1) * min(keys, tokens)
+    return pairs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,6 +123,9 @@ ProductForms = Mapping[str, tuple[tuple[int, tuple[Form, ...]], ...]]
 """By type of weights: up to how many rows which form, the first of several that the machine has; the last line holds beyond its rows."""
 
 
+_FEW_PROMPT_TOKENS = 512  # up to which a layer's code for them is as large
+
+
 @dataclass(frozen=True)
 class Platform:
     """One row of the table.
@@ -111,6 +145,7 @@ class Platform:
         unrolled_layers: layers of all programs of a plan together up to which they are compiled one by one, where a loop over them runs
             slower; each costs a compilation of its own. One program of each shipped model is within a TPU's bound, where a layer takes some
             tenfold of what a loop's share of it takes to compile, and not the six programs that serve Llama 3 8B.
+        fetches_ahead: where layers are compiled one by one, the compiler reads the weights of later products beside earlier work.
         products: forms of products where a machine may choose and did not measure; None where there is nothing to choose.
         wide_activation: nonlinearities are computed in float32, where that is one pass with what stands around it and bfloat16 is four.
         stacked_rotations: cosines and sines are stacked before the barrier that keeps them out of the loop over heads.
@@ -125,7 +160,8 @@ class Platform:
         keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.
         memory_share: of the memory that weights, programs and activations leave, the part that becomes pages of the cache unless another
             is asked for. Virtual devices share the machine with all else that runs on it, so it is a quarter there.
-        code_bytes: what one compiled step takes beside its data: a round figure above what compilers named.
+        code_bytes: what one compiled step takes beside its data: a round figure above what compilers named. layer_code_bytes: what every
+            layer adds that is compiled one by one, for its decode rows, for up to 512 prompt tokens, and for each doubling of these.
     """
 
     name: str
@@ -139,6 +175,7 @@ class Platform:
     lanes: int
     tiles: Tiles
     unrolled_layers: int
+    fetches_ahead: bool
     products: ProductForms | None
     wide_activation: bool
     stacked_rotations: bool
@@ -153,6 +190,18 @@ class Platform:
     keeps_cached: bool
     memory_share: float
     code_bytes: int
+    layer_code_bytes: tuple[int, int, int] = (0, 0, 0)
+
+    def program_bytes(self, decode_rows: int, prompt_tokens: int, layers: int) -> int:
+        """Code of one compiled step, of which so many layers are compiled one by one; tokens of one device's prompts."""
+        decode, prompts, doubled = self.layer_code_bytes
+        more = max(ceil_div(prompt_tokens, _FEW_PROMPT_TOKENS) - 1, 0).bit_length()
+        return self.code_bytes + layers * (decode * (decode_rows > 0) + (prompts + doubled * more) * (prompt_tokens > 0))
+
+    def unrolls(self, layers: int, stages: int) -> bool:
+        """Whether layers are compiled one by one: as far as these devices prefer it for so many layers of all programs together. Stages
+        share one program, so theirs are stacked."""
+        return layers <= self.unrolled_layers and stages == 1
 
     def environment(self, num_devices: int) -> dict[str, str]:
         """The environment in which jax finds this platform alone: for virtual devices, so many of them.
@@ -174,6 +223,7 @@ CPU = Platform(
     lanes=1,
     tiles=Tiles(keys=64, prompt_keys=128, scores=1 << 18, native=True),  # a tile stays in the cache of a core
     unrolled_layers=1 << 30,
+    fetches_ahead=False,
     products={
         "f32": ((8, (Form.ROWS,)), (64, (Form.PANELS, Form.XLA)), (512, (Form.XLA,))),
         "bf16": ((4, (Form.ROWS_OF_PAIRS,)), (64, (Form.TILES, Form.PANELS, Form.XLA)), (512, (Form.TILES, Form.WIDENED))),
@@ -205,6 +255,7 @@ GPU = Platform(
     lanes=1,
     tiles=Tiles(keys=512, prompt_keys=512, scores=1 << 24, skip=False),
     unrolled_layers=0,
+    fetches_ahead=False,
     products=None,
     wide_activation=False,
     stacked_rotations=False,
@@ -230,8 +281,9 @@ TPU = Platform(
     slow_single_row=frozenset({"bf16", "int8", "f32"}),
     bfloat16_as_bits=False,
     lanes=128,
-    tiles=Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True),  # every tile costs microseconds, whatever its size
+    tiles=Tiles(keys=1024, prompt_keys=1024, scores=1 << 22, paged=True, fresh=True),  # every tile costs microseconds, whatever its size
     unrolled_layers=160,
+    fetches_ahead=True,
     products=None,
     wide_activation=False,
     stacked_rotations=False,
@@ -247,6 +299,8 @@ TPU = Platform(
     keeps_cached=True,
     memory_share=0.9,
     code_bytes=16 << 20,
+    # experiments/tpu_steps/code.json: 1.1 to 1.9 MB for decode, 3.5 to 4.7 MB for 512 prompt tokens, 6.7 MB for 2048 and 8192.
+    layer_code_bytes=(2_000_000, 5_000_000, 1_000_000),
 )
 PLATFORMS: dict[str, Platform] = {platform.name: platform for platform in (CPU, GPU, TPU)}
 

@@ -13,7 +13,7 @@ from partinf.foundation.rounding import ceil_div, round_up
 from partinf.measure.timing import Call
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.transformer.params import prefers_unrolled, random_params
+from partinf.transformer.params import random_params
 
 _GREEDY = RowSampling()
 
@@ -46,7 +46,7 @@ class Steps:
         """
         mesh = device_mesh(plan)
         if unrolled is None:
-            unrolled = prefers_unrolled(plan, mesh)
+            unrolled = plan.unrolled
         self.plan = plan
         self.runner = JaxRunner(plan, random_params(plan, mesh, unrolled), mesh)
         self.runner.warm_up()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from partinf.buckets import num_programs
 from partinf.cost.attention import decode_cores, prefill_cores
 from partinf.cost.ledger import Entry, Ledger, Op, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
@@ -120,7 +121,13 @@ class Evaluator:
     """Prices phases of one model on one slice under one workload."""
 
     def __init__(self, model: ModelConfig, pricing: Pricing, workload: Workload) -> None:
+        """
+        Attributes:
+            unrolled: without pipeline stages, an engine for the workload compiles its layers one by one.
+        """
         self.model, self.pricing, self.workload = model, pricing, workload
+        self.unrolled = pricing.slice.chip.platform.unrolls(model.num_layers * num_programs(workload), stages=1)
+        self._unstaged, self._staged = pricing.compiled(self.unrolled), pricing.compiled(unrolled=False)
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, _Linear] = {}
         self._whole: dict[_Key, bool] = {}
@@ -135,6 +142,7 @@ class Evaluator:
         self._core_seconds: dict[object, float] = {}
         self._shapes: dict[tuple[str, int, int, int], StepShape] = {}
         self._weight_bytes: dict[object, int] = {}
+        self._stages: dict[object, int] = {}
 
     def floor(self, label: str, stored: int) -> float:
         """Seconds that a phase's step takes at least: the products of its tokens, spread over all devices, and its weights read once.
@@ -143,12 +151,27 @@ class Evaluator:
             stored: into how many parts the weights of a layer are split.
         """
         flops = 2.0 * self.tokens(label) * self._entries / self.pricing.slice.num_devices
-        return self.pricing.least_seconds(flops, self._entries / stored * self.workload.weights.num_bytes)
+        return self._unstaged.least_seconds(flops, self._entries / stored * self.workload.weights.num_bytes)
 
     def gather_floor(self, stored: int, axes: tuple[str, ...]) -> float:
         """Seconds that it takes at least to gather all layers' weights over these axes, those of one stage after those of another."""
         num_bytes = self._entries / stored * ways(axes, self.sizes) * self.workload.weights.num_bytes
         return self.pricing.network.seconds(Op.ALL_GATHER, axes, num_bytes) if axes else 0.0
+
+    def with_exchange(self, floor: float, label: str, axes: tuple[str, ...], ways_of: Mapping[Role, int]) -> float:
+        """A floor with what all sublayers exchange at least: each sums its outputs over the axes that split F, by an all-reduce or parts of
+        one. In a program whose layers are compiled one by one, HBM may be read meanwhile.
+
+        Args:
+            axes: that split F and are not gathered. ways_of: into how many parts each role splits, those that are gathered as copies.
+        """
+        if not axes or self.pricing.program.looped or self.pricing.calibration.rates is not None:
+            return floor
+        rows = self.tokens(label) / (ways_of[Role.STAGE] * ways_of[Role.REPLICA])
+        num_bytes = rows * self.model.embed_dim / ways_of[Role.EMBED] * self.workload.weights.activations.num_bytes
+        sublayers = self.model.num_layers * (1 if self.model.block.parallel else 2)
+        moving = sublayers * self.pricing.network.seconds(Op.ALL_REDUCE, axes, num_bytes)
+        return max(floor, moving) if self._unstaged.program.unrolled else floor + moving
 
     def tokens(self, label: str) -> int:
         """Real tokens of a phase's step."""
@@ -178,7 +201,8 @@ class Evaluator:
         known = self._splits.get(key)
         if known is not None:
             return known.with_attention(layout)
-        made = StepSplit(model, layout, phase, shape, self.pricing, self.workload.weights, self.workload.kv, shares)
+        pricing = self._unstaged if self.stages(layout) == 1 else self._staged
+        made = StepSplit(model, layout, phase, shape, pricing, self.workload.weights, self.workload.kv, shares)
         return self._splits.setdefault(key, made)
 
     def shape(self, layout: Layout, phase: Phase, label: str) -> StepShape:
@@ -206,7 +230,10 @@ class Evaluator:
 
     def stages(self, layout: Layout) -> int:
         """Ticks in which a batch that is dealt over the pipeline stages comes once through all layers."""
-        return ways(layout.storage_axes(Role.STAGE), self.sizes)
+        found = self._stages.get(layout.storage)
+        if found is None:
+            found = self._stages[layout.storage] = ways(layout.storage_axes(Role.STAGE), self.sizes)
+        return found
 
     def linear(self, split: StepSplit) -> _Linear:
         """What does not depend on attention roles."""

@@ -97,13 +97,20 @@ class Space:
         """What a step of a phase takes at least; nothing is worked out where there is no limit."""
         return 0.0 if self.cut is None else self.evaluator.floor(label, self._stored(storage))
 
-    def gather_floor(self, storage: Storage, gather: Gather, floor: float) -> float:
-        """The same where the weights of these axes are gathered first, from what it takes without."""
-        if self.cut is None or not any(gather):
+    def gather_floor(self, storage: Storage, gather: Gather, label: str, floor: float) -> float:
+        """The same where the weights of these axes are gathered first, from what it takes without; with the least that is exchanged."""
+        if self.cut is None:
             return floor
-        axes = tuple(name for name, used in zip(self.table.names, gather, strict=True) if used)
-        moving = self.evaluator.gather_floor(self._stored(storage), axes)
-        return max(floor, moving) if self.evaluator.gathers_hide else floor + moving
+        if any(gather):
+            axes = tuple(name for name, used in zip(self.table.names, gather, strict=True) if used)
+            moving = self.evaluator.gather_floor(self._stored(storage), axes)
+            floor = max(floor, moving) if self.evaluator.gathers_hide else floor + moving
+        split, ways = list[str](), dict.fromkeys(Role, 1)
+        for name, size, role, used in zip(self.table.names, self.table.sizes, storage, gather, strict=True):
+            ways[Role.REPLICA if used else role] *= size
+            if role is Role.FFN and not used and size > 1:
+                split.append(name)
+        return self.evaluator.with_exchange(floor, label, tuple(split), ways)
 
     def _stored(self, storage: Storage) -> int:
         """Into how many parts a layer's weights are split."""
@@ -125,7 +132,7 @@ class Bounds:
         self._padded = space.padded(space.heads.of(storage, self._alone.heads)[0])
         every = [] if self._padded is None else gathers(space.table, storage)
         floor = space.floor(storage, label)
-        self._floors = {gather: space.gather_floor(storage, gather, floor) for gather in every}
+        self._floors = {gather: space.gather_floor(storage, gather, label, floor) for gather in every}
         self._known: dict[Gather, Least] = {}
         self._core: float | None = None
 

@@ -72,6 +72,12 @@ class PlanReport:
         return self.pricing.program
 
     @property
+    def layers(self) -> str:
+        """How the priced program has its layers, where nothing splits them into stages: `one by one` or `in a loop`."""
+        either = self.program.either_layers
+        return "one by one" if (self.evaluator.unrolled if either else self.program.unrolled) else "in a loop"
+
+    @property
     def pricing(self) -> Pricing:
         """What its steps were priced with."""
         return self.evaluator.pricing

@@ -119,7 +119,7 @@ def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
     """A compiled step as a proof reads it; a kernel of ours takes what the cost model says of its work."""
     ledger = planned_ledger(plan, bucket)
     kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
-    kernels["prompt_attention"] = _from_ledger(_fresh_ledger(plan, bucket), PREFILL.core)
+    kernels["prompt_attention"] = _from_ledger(planned_ledger(plan, replace(bucket, prefill_pages=0)), PREFILL.core)
     return Reader(Module(program), plan.slice, network_of(plan), _taken(plan, bucket), kernels, pace_of(plan.slice)).read()
 
 
@@ -166,14 +166,6 @@ def _from_ledger(ledger: Ledger, item: Item) -> Callable[[Instruction, float], f
     """The time of one run of a kernel that does the work of an entry."""
     total = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == item)
     return lambda _, runs: total / runs
-
-
-def _fresh_ledger(plan: Plan, bucket: Bucket) -> Ledger:
-    """The step without earlier context, by the roofline of a program in which a prompt sees itself alone, later tokens included. The kernel
-    for prompts leaves these out, which is half of the products: so it is priced at half of the peak, as nobody has timed it."""
-    return step_ledger(
-        split_of(plan, replace(bucket, prefill_pages=0), Pricing(plan.slice, ROOFLINE, program=replace(TILED, tile_loop=False)))
-    )
 
 
 def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:

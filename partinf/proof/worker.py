@@ -54,7 +54,6 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
 
     from partinf.proof.topology import mesh_of
     from partinf.transformer.compiler_partitioned import compile_partitioned
-    from partinf.transformer.params import prefers_unrolled
     from partinf.transformer.step import compile_step
 
     mesh, platform = mesh_of(job.plan), job.plan.slice.chip.platform
@@ -63,7 +62,7 @@ def _compile(job: Job, directory: Path) -> dict[str, Any]:
     )
     start = time.monotonic()
     compile_program = compile_partitioned if job.by_compiler else compile_step
-    compiled: Any = compile_program(job.plan, mesh, job.bucket, prefers_unrolled(job.plan, mesh))  # as `partinf.load` does
+    compiled: Any = compile_program(job.plan, mesh, job.bucket, job.plan.unrolled)  # as `partinf.load` does
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     (directory / "program").write_text(compiled.as_text())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from partinf.buckets import num_programs
 from partinf.cost.movement import ways
 from partinf.cost.pricing import Pricing
 from partinf.foundation.errors import InvalidInput
@@ -105,14 +106,15 @@ def contenders(model: ModelConfig, slice_: Slice, traffic: Traffic, terms: Terms
     """
     full, pricing = _plans(model, slice_, traffic, traffic.max_batch_size, terms)
     first = min(full, key=lambda plan: iteration_seconds(plan, pricing, traffic))
-    few = traffic.in_flight(StepPrice(first, pricing).decode_seconds(ceil_div(traffic.max_batch_size, first.num_stages), traffic.context))
+    rows = ceil_div(traffic.max_batch_size, first.num_stages)
+    few = traffic.in_flight(_price(first, pricing, traffic).decode_seconds(rows, traffic.context))
     plans = full if few == traffic.max_batch_size else full + _plans(model, slice_, traffic, few, terms)[0]
     distinct = list({(plan.layout, plan.prefill_from_tokens): plan for plan in plans}.values())
     prices: list[Callable[[Plan], float]] = [
         lambda plan: iteration_seconds(plan, pricing, traffic),
         lambda plan: iteration_seconds(plan, pricing, replace(traffic, max_batch_size=few)),
-        lambda plan: StepPrice(plan, pricing).prefill_seconds(traffic.input_len),
-        lambda plan: StepPrice(plan, pricing).decode_seconds(ceil_div(few, plan.num_stages), traffic.context),
+        lambda plan: _price(plan, pricing, traffic).prefill_seconds(traffic.input_len),
+        lambda plan: _price(plan, pricing, traffic).decode_seconds(ceil_div(few, plan.num_stages), traffic.context),
     ]
     return in_turn([sorted(distinct, key=price) for price in prices], most)
 
@@ -143,8 +145,9 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
         fitting = [c for c in found.candidates if c.fits and not c.padded_heads][:_JUDGED]
         if fitting:
             break
-    pricing = Pricing(slice_, found.calibration, found.bandwidth_model, found.program)
-    plans = [_gathering_where_it_pays(replace(plan, predicted=()), pricing) for c in fitting for plan in _undealt(found.plan_of(c))]
+    pricing = found.question.pricing(slice_)
+    bound = (replace(plan, predicted=()) for c in fitting for plan in _undealt(found.plan_of(c)))
+    plans = [_gathering_where_it_pays(plan, pricing, traffic) for plan in bound]
     if not plans:
         raise InvalidInput(found.misfit)
     return plans, pricing
@@ -153,19 +156,26 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
 def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
     """Mean iteration of a full batch, dealt over the pipeline stages, whose ended requests are replaced at once: prompts in the step of
     every stage lengthen a tick no more than one does."""
-    price, stages = StepPrice(plan, pricing), plan.num_stages
+    price, stages = _price(plan, pricing, traffic), plan.num_stages
     decode = stages * price.decode_seconds(ceil_div(traffic.max_batch_size, stages), traffic.input_len + traffic.output_len // 2)
     return decode + traffic.max_batch_size / traffic.output_len * price.prefill_seconds(traffic.input_len)
 
 
-def _gathering_where_it_pays(plan: Plan, pricing: Pricing) -> Plan:
+def _price(plan: Plan, pricing: Pricing, traffic: Traffic) -> StepPrice:
+    """Of steps of the engine that serves this traffic: the plan has no buckets yet, by which it decides how layers are compiled."""
+    programs = num_programs(Workload(traffic.max_batch_size, traffic.input_len, traffic.output_len))
+    unrolled = plan.slice.chip.platform.unrolls(plan.model.num_layers * programs, plan.num_stages)
+    return StepPrice(plan, pricing.compiled(unrolled))
+
+
+def _gathering_where_it_pays(plan: Plan, pricing: Pricing, traffic: Traffic) -> Plan:
     """The plan without prefill's FFN roles where they lose once attention is counted in: the planner compares linear layers alone, and
     tokens that are split for them have to be exchanged when attention splits heads."""
     never = replace(plan, prefill_from_tokens=NEVER)
     if plan.prefill_from_tokens >= NEVER:
         return never
     length = 2 * plan.prefill_from_tokens
-    seconds = [StepPrice(each, pricing).prefill_seconds(length) for each in (plan, never)]
+    seconds = [_price(each, pricing, traffic).prefill_seconds(length) for each in (plan, never)]
     return plan if seconds[0] < seconds[1] else never
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from partinf.buckets import fit, group_page_bytes, runner_limits, shape_of, smallest_first
 from partinf.cost.ledger import Entry, total_seconds
-from partinf.cost.overlap import compute_left
+from partinf.cost.overlap import compute_left, fetches
 from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import attention_part, cache_part, linear_part
@@ -40,15 +40,18 @@ class Price(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """Sums over entries: time if no weight were gathered ahead, time of what can be, compute that it could hide behind."""
+    """Sums over entries: time if no weight were gathered or read ahead, time of gathers that can be, compute that they could hide behind;
+    time that waits for HBM alone, and time that leaves it alone."""
 
     seconds: float
     hidden: float
     behind: float
+    early: float
+    free: float
 
     @classmethod
     def of(cls, entries: tuple[Entry, ...]) -> _Sum:
-        return cls(total_seconds(entries), sum(entry.ahead * entry.count for entry in entries), compute_left(entries))
+        return cls(total_seconds(entries), sum(entry.ahead * entry.count for entry in entries), compute_left(entries), *fetches(entries))
 
 
 class StepPrice:
@@ -67,7 +70,7 @@ class StepPrice:
                 fullest shard, contexts at their mean, prompts at the length that gives their mean work.
         """
         self.plan = plan
-        self._pricing = pricing
+        self._pricing = pricing.compiled(plan.unrolled)
         self._sampling = sampling
         self._buckets = smallest_first(buckets)
         self._limits = runner_limits(replace(plan, buckets=self._buckets)) if buckets else None
@@ -115,8 +118,8 @@ class StepPrice:
             alone = StepShape(prefill_tokens=prompt, prefill_slots=shape.prefill_slots, prefill_context=shape.prefill_context)
             key = (prompt, shape.prefill_slots, shape.prefill_context, shape.num_tokens >= self.plan.prefill_from_tokens)
             sums.append(self._part(self._prompt, key, alone, lambda split: attention_part(split) + cache_part(split), shape))
-        hidden, behind = sum(s.hidden for s in sums), sum(s.behind for s in sums)
-        return sum(s.seconds for s in sums) - min(hidden, max(behind, 0.0))
+        seconds, hidden, behind, early, free = map(sum, zip(*sums, strict=True))
+        return seconds - min(hidden, max(behind, 0.0)) - min(early, free)
 
     def prefill_seconds(self, num_tokens: int) -> float:
         """Time of a step on one stage that prefills one prompt of so many tokens and does nothing else."""

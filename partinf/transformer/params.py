@@ -20,7 +20,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
 from partinf.model.weights import Declared, declare_ends, declare_layers, group_name, held_bytes
 from partinf.partition.quantize import Quantized, quantize
-from partinf.partition.sharding import platform_of, sharding
+from partinf.partition.sharding import sharding
 from partinf.plans import Plan
 from partinf.workload import DType
 
@@ -116,13 +116,6 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
         return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
 
     return jax.tree.map(leaf, declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
-
-
-def prefers_unrolled(plan: Plan, mesh: Mesh) -> bool:
-    """Whether layers are compiled one by one: as far as these devices prefer it for so many layers of so many programs. Stages share one
-    program, so theirs are stacked."""
-    layers = plan.model.num_layers * max(len(plan.buckets), 1)
-    return layers <= platform_of(mesh).unrolled_layers and plan.num_stages == 1
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:

@@ -7,16 +7,17 @@ from dataclasses import replace
 import jax
 import pytest
 
-from partinf.hardware.platform import PLATFORMS, TPU
+from partinf.buckets import split_of
+from partinf.cost.pricing import Pricing
+from partinf.hardware.platform import TPU
+from partinf.hardware.slices import parse_slice
 from partinf.layout import make_layout
 from partinf.model.load import load_model_config
-from partinf.partition.sharding import abstract_mesh, device_mesh
-from partinf.plans import Bucket
-from partinf.transformer import params
+from partinf.partition.sharding import abstract_mesh
+from partinf.plans import Bucket, Plan
 from partinf.transformer.batch import stacked
-from partinf.transformer.params import abstract_params, prefers_unrolled
+from partinf.transformer.params import abstract_params
 from partinf.transformer.step import abstract_state, build_step
-from partinf.workload import DType
 from tests.execution.assignments import BLOCKS
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
@@ -41,18 +42,21 @@ def test_layers_of_a_kind_are_traced_once() -> None:
 
 
 @pytest.mark.parametrize(("model", "programs", "unrolled"), [("llama-3-70b", 1, True), ("llama-3-70b", 3, False), ("llama-3-8b", 6, False)])
-def test_a_bound_on_programs_and_layers(monkeypatch: pytest.MonkeyPatch, model: str, programs: int, unrolled: bool) -> None:
-    """The devices' bound counts; all are unrolled on CPUs, and none on GPUs."""
-    plan = replace(make_plan("2x2x2", LAYOUT), model=load_model_config(model), weights=DType.BF16)
-    plan = replace(plan, buckets=tuple(Bucket(8, pages) for pages in range(1, programs + 1)))
+def test_a_bound_on_programs_and_layers(model: str, programs: int, unrolled: bool) -> None:
+    """The platform's bound counts; all are unrolled on CPUs, and none on GPUs. What is priced is what is compiled."""
+    buckets = tuple(Bucket(8, pages) for pages in range(1, programs + 1))
+    roles = {"x": "ffn", "y": "ffn"}, {"x": "none", "y": "heads"}
     found = []
-    for name in ("cpu", "gpu", "tpu"):
-        monkeypatch.setattr(params, "platform_of", lambda mesh, name=name: PLATFORMS[name])
-        found.append(prefers_unrolled(plan, device_mesh(plan)))
+    for name in ("cpu:2x4", "h100:8", "v5e:2x4"):
+        slice_ = parse_slice(name, "x:2,y:4" if name == "h100:8" else "")
+        plan = Plan(load_model_config(model), slice_, make_layout(*roles), buckets=buckets)
+        found.append(plan.unrolled)
+        priced = split_of(plan, buckets[0], Pricing(slice_)).pricing.program
+        assert priced.unrolled == (plan.unrolled and slice_.chip.platform.fetches_ahead)
     assert found == [True, False, unrolled]
 
 
 def test_stages_share_one_program() -> None:
     staged = make_plan("2x4", make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "heads"}))
-    assert not prefers_unrolled(staged, device_mesh(staged))
+    assert not staged.unrolled
     assert TPU.unrolled_layers > staged.model.num_layers

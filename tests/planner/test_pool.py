@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from experiments.results import read
+from experiments.tpu_steps import code
 from partinf import api
 from partinf.buckets import Capacity, held, largest_step, served_capacity, with_capacity
 from partinf.cli import main
@@ -197,3 +199,17 @@ def test_longer_contexts_have_three_sets_of_steps_at_most() -> None:
         [128, 512, 2048],
         [128, 1024, 8192],
     ]
+
+
+def test_code_of_layers_compiled_one_by_one_is_counted() -> None:
+    """Every program of the plan counts, at what the compiler named of such layers and at most twice that; a loop has one layer's code."""
+    plan = split_heads("llama-3.1-8b", "v5e:4x4")
+    few = replace(plan, buckets=(Bucket(8, 4), Bucket(8, 4, 512, 8)))
+    many = replace(plan, buckets=few.buckets * 4)
+    platform = plan.slice.chip.platform
+    assert held(many).room.code == len(many.buckets) * platform.code_bytes
+    assert held(few).room.code == 2 * platform.code_bytes + plan.model.num_layers * sum((2, 2 + 5)) * 1_000_000
+    for row in read(code.__file__, code.FILE).values():
+        said = platform.program_bytes(row["decode_rows"], row["prompt_tokens"], layers=1) - platform.code_bytes
+        assert row["layer"] <= said < 2 * row["layer"]
+        assert row["rest"] < platform.code_bytes

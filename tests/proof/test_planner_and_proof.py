@@ -16,7 +16,8 @@ from partinf.cost.items import PREFILL
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
-from partinf.hardware.platform import CPU, GPU, TPU, Tiles
+from partinf.foundation.limits import NEVER
+from partinf.hardware.platform import CPU, GPU, PLATFORMS, TPU, Tiles
 from partinf.plans import Bucket
 from partinf.proof.proving import planned_ledger
 
@@ -45,7 +46,24 @@ def test_a_long_prompt_takes_what_its_seen_tiles_take() -> None:
     assert 3.5 < twice / long < 4  # half of a square, and the diagonal's tiles
     assert core(32768, 16) < twice / 3  # sixteen prompts see themselves alone, and every pair of tiles is visited
     assert core(4096, 1, context=4096) > 1.8 * core(4096, 1)  # earlier context is seen whole
+
+
+def test_the_kernel_for_prompts_is_priced_at_half_of_the_peak_for_the_blocks_that_it_visits() -> None:
+    plan, _ = planned(next(step for step in STEPS if step.name == "v5e 512"))
+    heads, size, chip = plan.model.num_heads // 8, plan.model.head_dim, plan.slice.chip
+    pairs = TPU.tiles.kernel_pairs(4096, 1, heads, NEVER)
+    assert 4096**2 / 2 < pairs < 4096**2 / 1.6
+    assert core(4096, 1) == pytest.approx(4 * pairs * heads * size / (chip.peak_bf16 / 2))
+
+
+def test_where_the_kernel_does_not_fit_a_loop_over_tiles_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernel = core(4096, 1)
+    monkeypatch.setitem(PLATFORMS, "tpu", replace(TPU, tiles=replace(TPU.tiles, fresh=False)))
     assert core(4096, 1) > 3 * core(4096, 1, tile_loop=False)  # the loop's own work is most of it
+    assert core(4096, 1) > 3 * with_kernel
+    assert not TPU.tiles.takes_prompts(8, 8, 64)
+    assert not TPU.tiles.takes_prompts(128, 1, 128)
+    assert TPU.tiles.takes_prompts(64, 1, 128)
 
 
 def test_tiles_are_counted_as_the_loop_visits_them() -> None:
@@ -62,6 +80,6 @@ def test_tiles_are_counted_as_the_loop_visits_them() -> None:
 def test_tiles_of_every_chip_are_what_the_compiler_says(chip: str) -> None:
     """The constants are those of one compiled prompt; within a quarter they are those of the other too."""
     constants = calibration_for(planned(next(step for step in STEPS if step.slice.startswith(chip)))[0].slice.chip)
-    found = [row["tiles"] for name, row in ROWS.items() if name.startswith(chip) and "tiles" in row]
+    found = [row for name, row in read(measure.__file__, "tiles.json").items() if name.startswith(chip)]
     mine = (constants.score_seconds, constants.tile_seconds, constants.query_tile_seconds)
     assert any(all(abs(a / b - 1) < 0.02 for a, b in zip(mine, one.values(), strict=True)) for one in found)

@@ -56,6 +56,7 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
         },
         "bandwidth_model": report.bandwidth_model.value,
         "program": report.program.name,
+        "layers": report.layers,
         "calibration": {
             "name": report.calibration.name,
             "measured": report.calibration.measured,

@@ -55,7 +55,7 @@ def _asked(report: PlanReport) -> str:
     return (
         f"{aim}, batch {workload.batch}, context {workload.decode_context}, weights {workload.weights}, KV {workload.kv}, "
         f"for {workload.objective}; mesh {report.slice.mesh}; constants '{calibration.name}' (±{calibration.error:.0%}), bandwidth model "
-        f"'{report.bandwidth_model}', program '{report.program.name}'."
+        f"'{report.bandwidth_model}', program '{report.program.name}', layers {report.layers}."
     )
 
 

@@ -79,7 +79,7 @@ def _heading(report: PlanReport) -> str:
     return (
         f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{prompts}{context}, "
         f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}\nbandwidth model '{report.bandwidth_model}', program "
-        f"'{report.program.name}'; {len(report.candidates)} role assignments"
+        f"'{report.program.name}', layers {report.layers}; {len(report.candidates)} role assignments"
     )
 
 

@@ -19,16 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from partinf.foundation.rounding import round_up
+from partinf.hardware.platform import KERNEL_KEYS, KERNEL_LANES, KERNEL_TILE, kernel_tokens
 
 _MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels.tiles`
-_ROWS, _KEYS = 1024, 512  # of a block: heads of a group times tokens, and keys
-_LANES, _TILE = 128, 16
 _FAR = jnp.iinfo(jnp.int32).max
-
-
-def fits(q: jax.Array, keys: jax.Array) -> bool:
-    """Whether the kernel takes queries [T, H, Q] and keys [K, M, Q]: whole lanes, and groups of which a block has a tile of tokens."""
-    return q.shape[-1] % _LANES == 0 and q.shape[1] // keys.shape[0] * _TILE <= _ROWS
 
 
 def prompt_attention(
@@ -55,8 +49,8 @@ def prompt_attention(
     """
     (tokens, heads, size), (groups, length, _) = q.shape, keys.shape
     each = heads // groups
-    rows = min(max(_TILE, _ROWS // each // _TILE * _TILE), round_up(tokens, _TILE))
-    wide = min(_KEYS, round_up(length, _LANES))
+    rows = min(kernel_tokens(each), round_up(tokens, KERNEL_TILE))
+    wide = min(KERNEL_KEYS, round_up(length, KERNEL_LANES))
     padded, held = round_up(tokens, rows), round_up(length, wide)
     fill = lambda x, to, dim, value=0: jnp.pad(  # noqa: E731
         x, [(0, to - x.shape[dim]) if at == dim else (0, 0) for at in range(x.ndim)], constant_values=value
@@ -65,7 +59,7 @@ def prompt_attention(
     keys, values = fill(keys.astype(q.dtype), held, 1), fill(values.astype(q.dtype), held, 1)
     owner, position = fill(owner, padded, 0, -1), fill(position, padded, 0)
     key_owner, key_position = fill(key_owner, held, 0, -1), fill(key_position, held, 0)
-    seen = _seen(owner, position, key_owner, key_position, rows, wide)
+    seen = _seen(owner, position, key_owner, key_position, rows, wide, window)
     count = held // wide
     of_keys = lambda group, row, block, seen: (group, jnp.where(seen[row * count + block] > 0, block, 0), 0)  # noqa: E731
     line = lambda group, row, block, seen: (0, block)  # noqa: E731
@@ -94,7 +88,9 @@ def prompt_attention(
     return out.transpose(2, 0, 1, 3).reshape(q.shape), mass.transpose(2, 0, 1).reshape(tokens, heads)
 
 
-def _seen(owner: jax.Array, position: jax.Array, key_owner: jax.Array, key_position: jax.Array, rows: int, wide: int) -> jax.Array:
+def _seen(
+    owner: jax.Array, position: jax.Array, key_owner: jax.Array, key_position: jax.Array, rows: int, wide: int, window: int = 0
+) -> jax.Array:
     """For every block of queries and every block of keys, one after the other, whether any may see any: 1 or 0, never 0 by mistake."""
 
     def ends(of: jax.Array, by: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -103,8 +99,10 @@ def _seen(owner: jax.Array, position: jax.Array, key_owner: jax.Array, key_posit
 
     first, last = ends(owner, owner, rows)
     key_first, key_last = ends(key_owner, key_owner, wide)
-    latest, earliest = ends(position, owner, rows)[1], ends(key_position, key_owner, wide)[0]
+    (soonest, latest), (earliest, key_latest) = ends(position, owner, rows), ends(key_position, key_owner, wide)
     meet = (first[:, None] <= key_last[None]) & (key_first[None] <= last[:, None]) & (earliest[None] <= latest[:, None])
+    if window:
+        meet &= key_latest[None] > soonest[:, None] - window
     return meet.astype(jnp.int32).reshape(-1)
 
 

@@ -248,12 +248,10 @@ def _latest(context: Context, owner: jax.Array, window: int) -> Context:
 
 def _by_kernel(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, scores: Scores, tiles: Tiles) -> Attended | None:
     """Attention over the fresh keys alone by the TPU's kernel, where it fits."""
-    if not tiles.fresh:
+    if not tiles.takes_prompts(q.shape[1], fresh.new.keys.shape[0], q.shape[-1]):
         return None
     from partinf.transformer.kernels import prompt  # as in `_in_place`
 
-    if not prompt.fits(q, fresh.new.keys):
-        return None
     how = scores.of(q.shape[-1]), scores.cap, scores.window, tiles.interpret
     return Attended(*prompt.prompt_attention(q, owner, position, fresh.new.keys, fresh.new.values, fresh.owner, fresh.position, *how))
 
