@@ -66,24 +66,32 @@ def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params
 
 def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -> Quantized:
     """Quantise while loading: a shard's scales need the whole contraction, so its rows are read whole and then cut."""
-    blocks: dict[Any, Quantized] = {}
+    places = leaf.values.sharding.addressable_devices_indices_map(leaf.shape)
+    whole = {
+        device: tuple(slice(None) if dim in leaf.contracted_dims else part for dim, part in enumerate(index))
+        for device, index in places.items()
+    }
+    values: list[jax.Array] = []
+    scales: list[jax.Array] = []
+    for rows, devices in _by_shard(whole, leaf.shape):
+        block = _read_quantized(reader, source, rows, leaf)
+        for device in devices:
+            cut = tuple(part if dim in leaf.contracted_dims else slice(None) for dim, part in enumerate(places[device]))
+            values.append(jax.device_put(block.values[cut], device))
+            scales.append(jax.device_put(block.scale, device))
+        jax.block_until_ready((values, scales))
+        del block
+    made = jax.make_array_from_single_device_arrays
+    return Quantized(made(leaf.shape, leaf.values.sharding, values), made(leaf.scale.shape, leaf.scale.sharding, scales), leaf.contracted)
 
-    def rows(index: tuple[slice, ...]) -> Quantized:
-        whole = tuple(slice(None) if dim in leaf.contracted_dims else part for dim, part in enumerate(index))
-        key = tuple(part.indices(size) for part, size in zip(whole, leaf.shape, strict=True))
-        if key not in blocks:
-            blocks[key] = _read_quantized(reader, source, whole, leaf)
-        return blocks[key]
 
-    def values(index: tuple[slice, ...]) -> np.ndarray:
-        return rows(index).values[tuple(part if dim in leaf.contracted_dims else slice(None) for dim, part in enumerate(index))]
-
-    def scale(index: tuple[slice, ...]) -> np.ndarray:
-        kept = iter(index)
-        return rows(tuple(slice(None) if dim in leaf.contracted_dims else next(kept) for dim in range(len(leaf.shape)))).scale
-
-    make = jax.make_array_from_callback
-    return Quantized(make(leaf.shape, leaf.values.sharding, values), make(leaf.scale.shape, leaf.scale.sharding, scale), leaf.contracted)
+def _by_shard(places: Mapping[Any, tuple[slice, ...]], shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, ...], list[Any]]]:
+    """Each shard of an array once, with the devices that hold it."""
+    found: dict[tuple[tuple[int, int, int], ...], tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in places.items():
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        found.setdefault(key, (index, []))[1].append(device)
+    yield from found.values()
 
 
 def _read_quantized(reader: TensorReader, source: LeafSource, index: tuple[slice, ...], leaf: Quantized) -> Quantized:
@@ -111,22 +119,18 @@ def _pieces(shape: list[int], lead: int) -> Iterator[tuple[slice, ...]]:
 
 
 def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStruct | Quantized) -> jax.Array | Quantized:
+    """Shard by shard: the host holds the one that is read, and the devices those before it."""
     if isinstance(leaf, Quantized):
         return _load_quantized(reader, source, leaf)
-    # Devices that hold the same shard ask for the same index; the file is read once for all of them.
-    blocks: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
-
-    def block(index: tuple[slice, ...] | None) -> np.ndarray:
-        wanted = index if index is not None else (slice(None),) * len(leaf.shape)
-        key = tuple(part.indices(size) for part, size in zip(wanted, leaf.shape, strict=True))
-        if key not in blocks:
-            blocks[key] = read_leaf(reader, source, wanted, leaf.dtype)
-        return blocks[key]
-
-    sharding = leaf.sharding
-    if sharding is None:
-        return jax.numpy.asarray(block(None))
-    return jax.make_array_from_callback(leaf.shape, sharding, block)
+    if leaf.sharding is None:
+        return jax.numpy.asarray(read_leaf(reader, source, (slice(None),) * len(leaf.shape), leaf.dtype))
+    arrays: list[jax.Array] = []
+    for index, devices in _by_shard(leaf.sharding.addressable_devices_indices_map(leaf.shape), leaf.shape):
+        block = read_leaf(reader, source, index, leaf.dtype)
+        arrays += [jax.device_put(block, device) for device in devices]
+        jax.block_until_ready(arrays)
+        del block
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
 
 
 def check_hf(directory: str | Path, config: ModelConfig) -> None:

@@ -35,6 +35,8 @@ SERVED = 64  # the longest context, of which the answers are those where a rotat
 TOLERANCE = 1e-4
 # Whose tokens the engine gives in every run: layers of two kinds, shared key-value heads, learned positions. The step below it runs all.
 ENGINE = ("gemma3_small", "llama_gqa", "opt_small")
+# Of mixtures of experts those whose layers differ are run, and those with biases, sinks and clamps.
+SLOW_MIXTURES = ("granite_moe_small", "minimax_m2_small", "mixtral_small", "olmoe_small", "qwen2_moe_small", "qwen3_moe_small")
 
 # What weights, queries and pages are split over, in turn: every fixture runs, no two neighbours in the same way.
 LAYOUTS = (
@@ -47,6 +49,26 @@ LAYOUTS = (
 )
 
 
+# The same with roles for experts: whole experts, their d_ff and both; rows gathered, and rows exchanged.
+EXPERT_LAYOUTS = (
+    make_layout(
+        {"x": "replica", "y": "embed", "z": "ffn"},
+        {"x": "batch", "y": "heads", "z": "heads"},
+        experts={"x": "expert", "y": "ffn", "z": "expert"},
+    ),
+    make_layout(
+        {"x": "replica", "y": "replica", "z": "ffn"},
+        {"x": "batch", "y": "batch", "z": "heads"},
+        decode_dispatch="exchange",
+        prefill_dispatch="exchange",
+        experts={"x": "expert", "y": "expert", "z": "ffn"},
+    ),
+    make_layout(dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "batch", "z": "none"}, experts={"x": "ffn", "y": "expert", "z": "embed"}),
+)
+EXPERT_LAYOUTS_2D = (
+    make_layout({"x": "replica", "y": "ffn"}, {"x": "batch", "y": "heads"}, experts={"x": "expert", "y": "ffn"}),
+    make_layout({"x": "ffn", "y": "embed"}, {"x": "heads", "y": "batch"}, experts={"x": "expert", "y": "embed"}),
+)
 LAYOUTS_2D = (
     make_layout({"x": "ffn", "y": "embed"}, {"x": "batch", "y": "heads"}),
     make_layout({"x": "replica", "y": "ffn"}, {"x": "batch", "y": "batch"}, {"x": "heads", "y": "none"}),
@@ -57,9 +79,11 @@ LAYOUTS_2D = (
 )
 
 
-def over(layouts: tuple[Layout, ...], slow: list[str]) -> list[Any]:
-    """The fixtures, each under one of the layouts in turn."""
-    pairs = zip(NAMES, itertools.cycle(layouts), strict=False)
+def over(layouts: tuple[Layout, ...], of_experts: tuple[Layout, ...], slow: list[str]) -> list[Any]:
+    """The fixtures, each under one of the layouts in turn; mixtures of experts under those that have roles for experts."""
+    mixtures = [name for name in NAMES if load_model_config(FIXTURES / name).experts is not None]
+    dense = [name for name in NAMES if name not in mixtures]
+    pairs = [*zip(dense, itertools.cycle(layouts), strict=False), *zip(mixtures, itertools.cycle(of_experts), strict=False)]
     return [pytest.param(name, layout, marks=[pytest.mark.slow] if name in slow else []) for name, layout in pairs]
 
 
@@ -81,7 +105,7 @@ def test_the_reference_gives_their_logits(name: str) -> None:
     np.testing.assert_allclose(np.asarray(logits), expected["logits"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name, layout", over(LAYOUTS, slow=["cohere2_small"]))
+@pytest.mark.parametrize("name, layout", over(LAYOUTS, EXPERT_LAYOUTS, slow=["cohere2_small", *SLOW_MIXTURES]))
 def test_the_partitioned_step_gives_their_logits(name: str, layout: Layout) -> None:
     """Prefixes of every length in one prefill each would be 40 programs; the last position of growing chunks covers all with one."""
     plan = make_plan(name, "cpu:2x2x2", layout, page_size=4, prefill_tokens=56)
@@ -111,7 +135,7 @@ def shard_page(plan: Plan, slot: int, page: int) -> int:
     return shard * plan.cache.pages_per_shard + place * 16 + page
 
 
-@pytest.mark.parametrize("name, layout", over(LAYOUTS_2D, slow=[name for name in NAMES if name not in ENGINE]))
+@pytest.mark.parametrize("name, layout", over(LAYOUTS_2D, EXPERT_LAYOUTS_2D, slow=[name for name in NAMES if name not in ENGINE]))
 def test_the_engine_gives_their_tokens(name: str, layout: Layout) -> None:
     plan = make_plan(name, "cpu:4x2", layout, page_size=4, prefill_tokens=56)
     runner = JaxRunner(plan, load(plan, name, device_mesh(plan)))
