@@ -141,7 +141,7 @@ def load(
     """
     need(RUN, "running a model")
     from partinf.checkpoint.hf import load_hf
-    from partinf.checkpoint.tokenizer import load_tokenizer
+    from partinf.checkpoint.tokenizer import find_tokenizer
     from partinf.execution.runner import JaxRunner
     from partinf.partition.sharding import device_mesh
     from partinf.transformer.executables import open_cache
@@ -155,7 +155,7 @@ def load(
         # What the programs follow from: hosts may differ a little in the memory that they find.
         group.agree("the plan", (plan.slice.name, plan.slice.mesh, plan.facts("slice", "predicted", "note")))
     directory = weights_directory(model)
-    tokenizer = load_tokenizer(directory) if directory is not None else None
+    tokenizer = find_tokenizer(directory) if directory is not None else None
     mesh = device_mesh(plan)
     if unrolled is None:
         unrolled = plan.unrolled
@@ -190,10 +190,10 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
 
 def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> None:
     """Raise `InvalidInput` with every reason why an engine of this plan would refuse any of the prompts; touches no device."""
-    from partinf.checkpoint.tokenizer import load_tokenizer
+    from partinf.checkpoint.tokenizer import find_tokenizer
 
     directory = weights_directory(model)
-    check = RequestCheck(runner_limits(plan), load_tokenizer(directory) if directory is not None else None, seed=0)
+    check = RequestCheck(runner_limits(plan), find_tokenizer(directory) if directory is not None else None, seed=0)
     offences: list[str] = []
     for number, prompt in enumerate(prompts, start=1):
         collect(offences, partial(check, prompt, params, str(number), number, 0.0))

@@ -85,6 +85,10 @@ def _read_rows(reader: TensorReader, source: LeafSource, number: int, index: tup
     """A block of the leaf's part of a tensor, [out, in] however it is stored."""
     rows, *columns = index
     head, rotated = source.groups[0][-1], source.neighbours[number]
+    if rotated and _heads_are_columns(source):
+        plain = replace(source, neighbours=(0,) * len(source.names))
+        size = source.groups[1][0]
+        return _read_rows(reader, plain, number, (rows, slice(0, size)))[:, _halves(size, rotated)[columns[0]]]
     if rotated:  # whole heads are read, for their rows come in another order
         first = rows.start // head * head
         heads = _read_rows(
@@ -100,6 +104,11 @@ def _read_rows(reader: TensorReader, source: LeafSource, number: int, index: tup
         else:
             blocks.append(reader.read(name, where[::-1]).T if source.transposed else reader.read(name, where))
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def _heads_are_columns(source: LeafSource) -> bool:
+    """Whether the tensor has a row for each head, of which the columns are what is rotated, as a norm's weight has."""
+    return len(source.groups) == 2 and len(source.groups[0]) == 1
 
 
 def _pieces(rows: slice, source: LeafSource, number: int) -> Iterator[slice]:
@@ -137,7 +146,11 @@ def write_part(tensor: np.ndarray, source: LeafSource, number: int, leaf: np.nda
     sizes = [size for group in source.groups for size in group]
     kept = [size for dim, size in enumerate(sizes) if not source.order or source.order[dim] >= 0]
     part = whole[tuple(slice(0, size) for size in kept)].reshape([math.prod(group) for group in source.groups])
-    if source.neighbours[number]:
+    if source.neighbours[number] and _heads_are_columns(source):
+        columns = np.empty_like(part)
+        columns[:, _halves(source.groups[1][0], source.neighbours[number])] = part
+        part = columns
+    elif source.neighbours[number]:
         head = source.groups[0][-1]
         row = np.arange(part.shape[0])
         rows = np.empty_like(part)

@@ -20,6 +20,8 @@ from partinf.model.family import Naming, Stored
 from partinf.model.kinds import LayerKind
 from partinf.model.weights import Layers, declare_ends, declare_layers, group_name, leaf_names
 
+_DEVICES = 4  # see `model.family`
+
 
 def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
     """The names of the model's tensors, with the one base of which most are among those `found` in a directory; of equals the first.
@@ -139,6 +141,8 @@ def _sizes(config: ModelConfig, vocab_size: int, kind: LayerKind | None) -> dict
         "G": config.queries_per_kv_head,
         "Q": config.head_dim,
         "M": config.max_len,
+        "T": _DEVICES,
+        "S": config.num_heads // _DEVICES,
         "1": 1,
         "2": 2,
     }

@@ -169,7 +169,9 @@ class ModelPlace:
         with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
             model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
         check_programs(model)
-        if model.tokenizer is not None and model.tokenizer.eos_note:
+        if model.tokenizer is None and api.weights_directory(self.args.model) is not None:
+            print("no tokenizer: prompts are token ids, and a text ends at its greatest length or a stop token", file=sys.stderr)
+        elif model.tokenizer is not None and model.tokenizer.eos_note:
             print(model.tokenizer.eos_note, file=sys.stderr)
         return model
 

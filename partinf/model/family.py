@@ -3,8 +3,9 @@
 The declarations themselves stand in `partinf.model.families`.
 
 Letters of tensors: V vocabulary, E d_model, F d_ff, X experts, W d_ff of each, H query heads, K key/value heads, G query heads of each, Q
-head size, M longest context. A leaf is a reshape of a tensor or of some of its rows, or a stack of such. Where a family pairs neighbours
-in the rotary embedding, the rows of queries and keys are put such that the first half of what is rotated is paired with the second.
+head size, M longest context, T the four devices that CodeGen was cut for, S query heads of each. A leaf is a reshape of a tensor or of some
+of its rows, or a stack of such. Where a family pairs neighbours in the rotary embedding, the rows of queries and keys are put such that the
+first half of what is rotated is paired with the second.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from partinf.model.hf_file import HfFile, as_written
 from partinf.model.rotation import MOST_POSITIONS, Dynamic, Linear, Llama3, LongRope, Rotation, Scaling, Yarn, yarn_amplitude
 
 _SHARED = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
+_STRETCHED = frozenset({"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})  # of which the first alone is read
+_MOST_ALPHA = 1e12
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Rope:
         by_type: type of layer → the key of its theta and what a missing key means, where types rotate differently.
         original: whether `original_max_position_embeddings` may stand beside, where it counts before what stands within.
         renamed: names of ways of scaling that mean others in this family. missing: the rotation of a file that describes none.
+        alpha: whether dynamic scaling with an `alpha` is a theta that is stretched by it once, whatever is served.
     """
 
     theta: float = 10_000.0
@@ -44,6 +47,7 @@ class Rope:
     original: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, Any] = field(default_factory=dict)
+    alpha: bool = False
 
     @property
     def keys(self) -> frozenset[str]:
@@ -134,6 +138,9 @@ class RopeReader:
             wrong = second if reader else kind
             self._file.offend(f"{key}: rope type {as_written(wrong)} is not supported; supported: {', '.join(map(repr, self._READERS))}")
             return Rotation()
+        if self._rope.alpha and kind == "dynamic" and self._has(inner, "alpha"):
+            inner.unknown({*_SHARED, *_STRETCHED})
+            return Rotation(self._stretched(own, inner), dims)
         needed, more, make = reader
         inner.unknown({*_SHARED, *needed, *more})
         missing = [one for one in needed if one not in found]
@@ -143,6 +150,14 @@ class RopeReader:
         before = len(self._file.offences)
         scaling = make(self, inner)
         return Rotation(own, dims, scaling if len(self._file.offences) == before else None)
+
+    def _stretched(self, theta: float, inner: HfFile) -> float:
+        """Theta such that the longest wavelength is `alpha` times as long."""
+        alpha = inner.number("alpha", 1.0)
+        if self._head_dim < 4 or not 0 < alpha < _MOST_ALPHA:
+            inner.offend(f"alpha = {alpha:g}; a number above 0 and below {_MOST_ALPHA:g} is needed, and heads of at least 4 dimensions")
+            return theta
+        return theta * alpha ** (self._head_dim / (self._head_dim - 2))
 
     def _dims(self, inner: HfFile) -> int:
         """Rotated dimensions, 0 for all of a head."""

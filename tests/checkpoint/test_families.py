@@ -320,6 +320,18 @@ def test_every_family_is_saved_and_loaded_unchanged(tmp_path: Path, family: Fami
     assert_same(load_hf(tmp_path / "saved", config, abstract_tree(config, make_mesh(1, 1), stacked=stacked)), params)
 
 
+@pytest.mark.parametrize("model_type, key", [("cohere", "use_qk_norm"), ("stablelm", "qk_layernorm")])
+def test_norms_of_every_head_are_saved_and_loaded_unchanged(tmp_path: Path, model_type: str, key: str) -> None:
+    """As one tensor, of which neighbours are pairs of the rotation, and as a tensor for each head; padded heads have none."""
+    config = config_from_hf(small_file(DECLARED[model_type]) | {key: True}, "saved")
+    params = random_params(config)
+    save_hf(params, config, tmp_path / "saved")
+    assert_same(load_hf(tmp_path / "saved", config, abstract_tree(config, make_mesh(1, 1))), params)
+    padded = config.with_padded_heads(12)
+    found = load_hf(tmp_path / "saved", config, abstract_tree(padded, make_mesh(1, 1)), padded_heads=12)["layers"][0]["q_norm"]
+    np.testing.assert_array_equal(found, np.pad(params["layers"][0]["q_norm"], ((0, 4), (0, 0))))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_saved_directory_has_the_tensors_that_transformers_wrote(tmp_path: Path, name: str) -> None:
     config = load_model_config(FIXTURES / name)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partinf.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from partinf.checkpoint.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from partinf.foundation.errors import InvalidInput
 from tests.checkpoint.tokenizer_files import KINDS, TOKENIZERS, copy, each_kind
 
@@ -195,3 +195,10 @@ def test_tokens_for_readers(tokenizer: Tokenizer, text: str) -> None:
     if "<s>" not in text:
         assert b"".join(map(tokenizer.token_bytes, ids)).decode() in (text, f" {text}")
     assert tokenizer.token_text(tokenizer.vocab_size + 9) == ""
+
+
+def test_a_directory_without_a_tokenizer_is_used_by_token_ids(tmp_path: Path) -> None:
+    assert find_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidInput):
+        find_tokenizer(tmp_path)

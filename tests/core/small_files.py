@@ -16,7 +16,7 @@ _SIZES = {
     "vocab_size": 96,
     "max_len": 64,
 }
-_MORE: dict[str, dict[str, Any]] = {"gptj": {"rotary_dim": 4}}
+_MORE: dict[str, dict[str, Any]] = {"gptj": {"rotary_dim": 4}, "codegen": {"rotary_dim": 4}}
 
 
 def small_file(family: Family) -> dict[str, Any]:

@@ -9,8 +9,8 @@ jax is not imported.
 * `text` is what everybody else uses: encoding, decoding, and decoding of a stream.
 """
 
-from partinf.checkpoint.tokenizer.load import load_tokenizer
+from partinf.checkpoint.tokenizer.load import find_tokenizer, load_tokenizer
 from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, TooLong
 from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["TokenStream", "Tokenizer", "TooLong", "Vocabulary", "load_tokenizer"]
+__all__ = ["TokenStream", "Tokenizer", "TooLong", "Vocabulary", "find_tokenizer", "load_tokenizer"]

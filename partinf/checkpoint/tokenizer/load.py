@@ -15,6 +15,16 @@ from partinf.foundation.errors import InvalidInput
 JSON_FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 
 
+def find_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer of a model directory; None where it has none, and the model is used by token ids.
+
+    Raises:
+        InvalidInput: as `load_tokenizer` does of files that are there.
+    """
+    there = any(is_present(Path(directory) / name) for name in (JSON_FILE, SENTENCEPIECE_FILE))
+    return load_tokenizer(directory) if there else None
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: tokenizer.json, or else a sentencepiece tokenizer.model.
 

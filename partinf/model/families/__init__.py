@@ -66,7 +66,6 @@ REFUSED: Mapping[str, str] = {
     "nanochat": "it normalises embeddings before the first layer, and rotates the other way round",
     "gpt_neox_japanese": "its last layer alone has a bias",
     "ministral3": "its queries grow with the position",
-    "codegen": "its queries, keys and values are cut for four devices of its training",
     "gemma3n": "its layers share caches and take inputs of their own",
     "gemma4": "its layers share caches, have heads of two sizes and take inputs of their own",
     "gemma4_text": "its layers share caches, have heads of two sizes and take inputs of their own",

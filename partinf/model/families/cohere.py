@@ -7,7 +7,7 @@ from dataclasses import replace
 from partinf.model.config import Block, Norm
 from partinf.model.families.harmless import keys
 from partinf.model.families.llama import ATTENTION, LLAMA
-from partinf.model.families.shared import NEIGHBOURS, llama_naming, sizes
+from partinf.model.families.shared import NEIGHBOURS, QK_HEADS, heads_norm, llama_naming, sizes
 from partinf.model.family import Bias, Scalar, Window
 from partinf.model.hf_rope import Rope
 
@@ -19,8 +19,9 @@ _COHERE = replace(
     sizes=sizes({"max_len": 8192}),
     norm_eps=("layer_norm_eps", 1e-5),
     tied=True,
-    naming=llama_naming(neighbours=NEIGHBOURS),
-    only={"use_qk_norm": (False,)},
+    naming=llama_naming(QK_HEADS, neighbours=NEIGHBOURS | {"q_norm", "k_norm"}),
+    only={},
+    picks=(*LLAMA.picks, heads_norm("use_qk_norm")),
     block={"block": Block.PARALLEL, "norm": Norm.LAYER_NO_BIAS},
     scalars=(Scalar("logit_scale", "logit_scale", 0.0625),),
     biases=(Bias("attention_bias", False, ATTENTION),),
@@ -31,6 +32,7 @@ _COHERE2 = replace(
     title="Cohere 2",
     architecture="Cohere2ForCausalLM",
     model_type="cohere2",
+    picks=LLAMA.picks,
     only={
         "use_qk_norm": (False,),
         "position_embedding_type": ("rope_gptj",),

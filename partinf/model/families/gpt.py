@@ -115,31 +115,50 @@ _BIGCODE = replace(
         max_batch_size max_sequence_length pad_key_length pre_allocate_kv_cache
     """),
 )
+_GPTJ_NAMING = replace(
+    _GPT2_NAMING,
+    layer_weights={
+        "attention_norm": Stored("E", ("ln_1.weight",)),
+        "attention_norm_bias": Stored("E", ("ln_1.bias",)),
+        "wq": Stored("HQ E", ("attn.q_proj.weight",)),
+        "wkv": Stored("KQ E", ("attn.k_proj.weight", "attn.v_proj.weight")),
+        "wo": Stored("E (HQ)", ("attn.out_proj.weight",)),
+        "w_in": Stored("1F E", ("mlp.fc_in.weight",)),
+        "b_in": Stored("1F", ("mlp.fc_in.bias",)),
+        "w_out": Stored("E F", ("mlp.fc_out.weight",)),
+        "b_out": Stored("E", ("mlp.fc_out.bias",)),
+    },
+    neighbours=NEIGHBOURS,
+)
 _GPTJ = replace(
     _GPT2,
     title="GPT-J",
     architecture="GPTJForCausalLM",
     model_type="gptj",
     tied=False,
-    naming=replace(
-        _GPT2_NAMING,
-        layer_weights={
-            "attention_norm": Stored("E", ("ln_1.weight",)),
-            "attention_norm_bias": Stored("E", ("ln_1.bias",)),
-            "wq": Stored("HQ E", ("attn.q_proj.weight",)),
-            "wkv": Stored("KQ E", ("attn.k_proj.weight", "attn.v_proj.weight")),
-            "wo": Stored("E (HQ)", ("attn.out_proj.weight",)),
-            "w_in": Stored("1F E", ("mlp.fc_in.weight",)),
-            "b_in": Stored("1F", ("mlp.fc_in.bias",)),
-            "w_out": Stored("E F", ("mlp.fc_out.weight",)),
-            "b_out": Stored("E", ("mlp.fc_out.bias",)),
-        },
-        neighbours=NEIGHBOURS,
-    ),
+    naming=_GPTJ_NAMING,
     only={"scale_attn_weights": (True,), "rotary": (True,)},
     block=_PARALLEL | {"biases": FEED_FORWARD, "output_bias": True},
     rope=Rope(dims_key=("rotary_dim", 64)),
     harmless=_GPT_HARMLESS,
+)
+# Rows are cut for the devices of its training: of each, the queries of its heads, then values, then keys.
+_BY_DEVICE = ("SQ", "SQ", "SQ")
+_CODEGEN = replace(
+    _GPTJ,
+    title="CodeGen",
+    architecture="CodeGenForCausalLM",
+    model_type="codegen",
+    naming=replace(
+        _GPTJ_NAMING,
+        layer_weights={
+            **_GPTJ_NAMING.layer_weights,
+            "wq": Stored("HQ E", ("attn.qkv_proj.weight",), fused=_BY_DEVICE, part=(0,), per="T"),
+            "wkv": Stored("KQ E", ("attn.qkv_proj.weight",) * 2, fused=_BY_DEVICE, part=(2, 1), per="T"),
+        },
+        buffers=(".attn.causal_mask",),
+    ),
+    only={},
 )
 _GPT_NEO = replace(
     _GPT2,
@@ -395,4 +414,4 @@ _PHI = replace(
     harmless=keys("embd_pdrop resid_pdrop"),
 )
 
-FAMILIES = (_GPT2, _OPT, _BIGCODE, _GPTJ, _GPT_NEO, _BIOGPT, _NEOX, _FALCON, _PHI)
+FAMILIES = (_GPT2, _OPT, _BIGCODE, _GPTJ, _CODEGEN, _GPT_NEO, _BIOGPT, _NEOX, _FALCON, _PHI)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from partinf.model.config import Block, Norm
 from partinf.model.families.harmless import keys
 from partinf.model.families.llama import ATTENTION, FEED_FORWARD, LLAMA, QKV
-from partinf.model.families.shared import ALL_BIASES, UNGATED, activation, llama_naming, sizes, without
+from partinf.model.families.shared import ALL_BIASES, UNGATED, activation, heads_norm, llama_naming, sizes, without
 from partinf.model.family import Bias, Pick, Stored, Window
 from partinf.model.hf_rope import Rope
 
@@ -18,9 +18,19 @@ _STABLELM = replace(
     model_type="stablelm",
     sizes=without(sizes({"num_kv_heads": 32, "max_len": 4096}), "head_dim"),
     norm_eps=("layer_norm_eps", 1e-5),
-    only={"qk_layernorm": (False,)},
+    naming=llama_naming(
+        {
+            "q_norm": Stored("Q", ("self_attn.q_layernorm.norms.{number}.weight",), numbered="H"),
+            "k_norm": Stored("Q", ("self_attn.k_layernorm.norms.{number}.weight",), numbered="K"),
+        }
+    ),
+    only={},
     block={"norm": Norm.LAYER},
-    picks=(*LLAMA.picks, Pick("use_parallel_residual", False, ((False, {"block": Block.SERIAL}), (True, {"block": Block.PARALLEL})))),
+    picks=(
+        *LLAMA.picks,
+        heads_norm("qk_layernorm"),
+        Pick("use_parallel_residual", False, ((False, {"block": Block.SERIAL}), (True, {"block": Block.PARALLEL}))),
+    ),
     biases=(Bias("use_qkv_bias", False, QKV),),
     rope=Rope(partial=0.25),
     harmless=keys("rotary_scaling_factor"),

@@ -165,6 +165,7 @@ HUNYUAN = replace(
     block={"qk_norm": QkNorm.HEAD, "qk_norm_rotated": True},
     biases=(Bias("attention_bias", False, ATTENTION),),
     harmless=keys("pretraining_tp eod_token_id im_end_id im_newline_id im_start_id use_cla cla_share_factor"),
+    rope=Rope(alpha=True),
 )
 _HELIUM = replace(
     LLAMA,

@@ -7,6 +7,7 @@ from typing import Any
 
 from partinf.model.config import Activation
 from partinf.model.family import Naming, Pick, Size, Stored
+from partinf.model.kinds import QkNorm
 
 _ACTIVATIONS = {
     Activation.SILU: ("silu", "swish"),
@@ -92,7 +93,16 @@ QK_WIDTH: Mapping[str, Stored] = {
     "q_norm": Stored("HQ", ("self_attn.q_norm.weight",)),
     "k_norm": Stored("KQ", ("self_attn.k_norm.weight",)),
 }
+QK_HEADS: Mapping[str, Stored] = {
+    "q_norm": Stored("H Q", ("self_attn.q_norm.weight",)),
+    "k_norm": Stored("K Q", ("self_attn.k_norm.weight",)),
+}
 NEIGHBOURS = frozenset({"wq", "bq", "wkv", "bkv"})
+
+
+def heads_norm(key: str) -> Pick:
+    """A flag that gives every head of queries and keys a norm of its own."""
+    return Pick(key, False, ((False, {"qk_norm": QkNorm.NONE}), (True, {"qk_norm": QkNorm.HEADS})))
 
 
 def llama_naming(*layers: Mapping[str, Stored], **fields: Any) -> Naming:
