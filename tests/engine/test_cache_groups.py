@@ -13,7 +13,7 @@ from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.request import Sequence
 from partinf.foundation.errors import InvalidInput
-from partinf.foundation.paging import chunk_pages, first_page, most_pages, window_pages
+from partinf.foundation.paging import chunk_pages, first_page, most_pages, table_pages, table_start, window_pages
 from tests.engine.support import ROOMY, alone
 from tests.engine.test_properties import ESTIMATES
 
@@ -54,6 +54,20 @@ def test_pages_of_a_window_are_those_that_one_counts() -> None:
         more = [most_pages(window - 1 + length, size) - most_pages(window, size) for length in lengths]
         assert sum(more) <= chunk_pages(tokens, chunks, size)
         assert sum(-(-count // parts) for count in more) <= chunk_pages(tokens, chunks, size, parts)
+
+
+def test_a_table_holds_what_a_query_sees_and_begins_with_the_first_part() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        position, window, size, parts = rng.randint(0, 80), rng.randint(1, 30), rng.randint(1, 8), rng.randint(1, 4)
+        multiple = parts * rng.randint(1, 2)
+        start = table_start(position, window, size, parts)
+        assert start % parts == 0
+        assert start <= first_page(position, window, size) < start + parts
+        columns, earlier = table_pages(window, size, parts, multiple), table_pages(window - 1, size, parts, multiple)
+        assert columns % multiple == earlier % multiple == 0
+        assert position // size < start + columns
+        assert window == 1 or position == 0 or (position - 1) // size < start + earlier
 
 
 @pytest.mark.parametrize("lag", [0, 2])

@@ -19,11 +19,14 @@ from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh
 from partinf.planner.question import Question
 from partinf.planner.search import given
-from partinf.plans import CacheConfig, Plan
+from partinf.plans import Bucket, CacheConfig, Plan
+from partinf.proof import proving
+from partinf.proof.hlo import Frame
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.sizing import Sizing, cost_runner, sized_plan
 from partinf.simulation.step_price import Price
 from partinf.transformer.cache import abstract_cache, cache_bytes_per_device
+from partinf.transformer.kernels import tiles as kernels
 from partinf.workload import DType, Workload
 
 GEMMA = load_model_config("gemma-3-27b")
@@ -125,3 +128,16 @@ def test_pages_of_groups_that_there_are_not_are_refused() -> None:
     plan = replace(plan_of(), cache=CacheConfig(16, 64, 4, (64, 64)))
     with pytest.raises(InvalidInput, match=r"cache: pages of 3 groups; gemma-3-27b has 2 in contexts of 2048"):
         plan.cache_groups  # noqa: B018
+
+
+def test_a_proof_takes_tiles_of_prompts_as_often_as_windows_let_it() -> None:
+    """Of five layers in six no more than their window and a tile of queries reach over."""
+    source = kernels.__name__.replace(".", "/") + ".py"
+    bucket = Bucket(prefill_tokens=16384, prefill_slots=1)
+    of_full, of_windows = (
+        proving._taken(replace(plan_of(model=model), buckets=(bucket,)), bucket)([Frame(source, 1, "prefill.<locals>.queries")])
+        for model in (FULL, GEMMA)
+    )
+    reach = (1024 + plan_of().slice.chip.platform.tiles.prompt_keys) / 16384
+    assert of_full > 0.5 > reach
+    assert of_windows == pytest.approx((10 * of_full + 52 * reach) / 62)
