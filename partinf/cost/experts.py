@@ -17,6 +17,7 @@ unit takes anyway.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from partinf.cost.items import Item, Matrix
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.linear import movement
 from partinf.cost.movement import Axes, Split
+from partinf.cost.program import PLAIN
 from partinf.cost.routing import Routed, expected_sent, routed
 from partinf.cost.split import StepSplit
 from partinf.foundation.rounding import ceil_div
@@ -131,10 +133,10 @@ class _Mixture:
         added = self.together * (self.of.per_token + 1) * self.embed * split.act_bytes
         entries.append(split.pricing.traffic(items.OUTPUTS_ADDED, _PART, count, added))
         if axes.sent:
-            entries.append(self._sent(items.OUTPUTS_SENT, self.together * self.embed, split.act_dtype, self.places_used))
+            entries.append(self._sent(items.OUTPUTS_SENT, self.together))
         return entries + self._reduced(elements) + self._shared_gate()
 
-    @property
+    @functools.cached_property
     def load(self) -> Routed:
         """What is expected on the devices; rows that are exchanged too."""
         split, of, axes = self.split, self.of, self.axes
@@ -147,13 +149,6 @@ class _Mixture:
         """Rows that a device sends along the axes of an exchange, those that stay among them."""
         ways = self.split.ways(self.axes.sent)
         return ways * expected_sent(self.of.count, self.of.per_token, self.tokens, ways) if ways > 1 else 0.0
-
-    @property
-    def places_used(self) -> float:
-        """Of the places of an exchange, the share that holds rows, as many more on the device with most of them as it has of all rows."""
-        parts = self.split.ways(self.axes.experts)
-        load = routed(self.of.count, self.of.per_token, self.together, parts, self.split.ways(self.axes.tokens), self.split.pricing.skew)
-        return min(1.0, self.rows_sent / self.together * load.most_rows / load.rows)
 
     def working_set(self) -> int:
         split, act = self.split, self.split.act_bytes
@@ -214,20 +209,27 @@ class _Mixture:
 
     def _exchange(self) -> list[Entry]:
         """The choices of all rows to all devices along which rows are exchanged, and the rows."""
-        split, chosen = self.split, self.together * self.of.per_token
-        found = [
-            split.pricing.collective(
-                items.CHOSEN_EXPERTS, _PART, self.count, Op.ALL_GATHER, self.axes.sent, chosen * _F32, dtype, split.shape.useful
-            )
-            for dtype in ("int32", "f32")
-        ]
-        return [*found, self._sent(items.ROWS_SENT, self.together * self.embed, split.act_dtype, self.places_used)]
+        split, axes = self.split, self.axes.sent
+        size = self.together * 2 * self.of.per_token * _F32  # experts, and the bits of weights beside them
+        chosen = split.pricing.collective(items.CHOSEN_EXPERTS, _PART, self.count, Op.ALL_GATHER, axes, size, "int32", split.shape.useful)
+        places = self.tokens * min(self.of.per_token, split.ways(axes)) if self._ragged else self.together
+        return [chosen, self._sent(items.ROWS_SENT, places)]
 
-    def _sent(self, item: Item, elements: int, dtype: DType, share: float) -> Entry:
-        """An exchange whose places are filled to a share; the wanted rows alone take time."""
-        pricing, size = self.split.pricing, elements * dtype.num_bytes
-        entry = pricing.collective(item, _PART, self.count, Op.ALL_TO_ALL, self.axes.sent, size, dtype.value, share)
-        wanted = pricing.network.seconds(Op.ALL_TO_ALL, self.axes.sent, int(size * share))
+    @property
+    def _ragged(self) -> bool:
+        """Whether wanted rows travel alone; otherwise places for all do, as in the plain program."""
+        pricing = self.split.pricing
+        return pricing.program is not PLAIN and pricing.slice.chip.platform.ragged_exchange
+
+    def _sent(self, item: Item, places: int) -> Entry:
+        """An exchange of so many places, of which the wanted rows are filled, and take time where they travel alone."""
+        pricing, size = self.split.pricing, places * self.embed * self.split.act_bytes
+        filled = min(1.0, self.rows_sent / places)
+        entry = pricing.collective(item, _PART, self.count, Op.ALL_TO_ALL, self.axes.sent, size, self.split.act_dtype.value, filled)
+        if not self._ragged:
+            return entry._replace(routed=self.load)
+        fullest = size * min(1.0, filled * self.load.most_rows / self.load.rows)  # as much more than the mean as it multiplies
+        wanted = pricing.network.seconds(Op.ALL_TO_ALL, self.axes.sent, int(fullest))
         return entry._replace(seconds=wanted, free=min(entry.free, wanted), routed=self.load)
 
     def _product(self, matrix: Matrix, load: Routed, inputs: int, outputs: int) -> Entry:

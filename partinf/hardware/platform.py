@@ -126,6 +126,16 @@ ProductForms = Mapping[str, tuple[tuple[int, tuple[Form, ...]], ...]]
 _FEW_PROMPT_TOKENS = 512  # up to which a layer's code for them is as large
 
 
+class Grouped(StrEnum):
+    """How products of rows with the matrices of their experts are made. COMPILER: by `jax.lax.ragged_dot`, which XLA on CPU makes a product
+    with all experts, and a TPU's compiler one with all of them laid out anew. TPU_KERNEL: `partinf.transformer.kernels.grouped_rows`.
+    CPU_KERNEL: `cpu_experts.cc`, by `partinf.transformer.kernels.cpu`."""
+
+    COMPILER = "compiler"
+    TPU_KERNEL = "tpu-kernel"
+    CPU_KERNEL = "cpu-kernel"
+
+
 @dataclass(frozen=True)
 class Platform:
     """One row of the table.
@@ -152,6 +162,7 @@ class Platform:
         multiplied_look_up: a table whose columns fill no whole lanes is read by a product, since a look-up would lay all of it out anew.
         default_program: name of the program for which layouts are chosen (`partinf.cost.program.PROGRAMS`): the one that runs.
         gathers_beside_products: the compiler runs a gather of weights beside products that do not wait for it.
+        grouped: what multiplies rows with the matrices of their experts, where it takes them.
         ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs nobody has tried the step with it.
         compiler_options: what the compiler is asked for beyond its defaults.
         described: the compiler describes slices without any device (libtpu), so that a proof needs none.
@@ -182,6 +193,7 @@ class Platform:
     multiplied_look_up: bool
     default_program: str
     gathers_beside_products: bool
+    grouped: Grouped
     ragged_exchange: bool
     compiler_options: Mapping[str, str]
     described: bool
@@ -234,6 +246,7 @@ CPU = Platform(
     multiplied_look_up=False,
     default_program="tiled",
     gathers_beside_products=False,
+    grouped=Grouped.CPU_KERNEL,
     ragged_exchange=False,
     compiler_options={},
     described=False,
@@ -262,6 +275,7 @@ GPU = Platform(
     multiplied_look_up=False,
     default_program="tiled",
     gathers_beside_products=False,
+    grouped=Grouped.COMPILER,
     ragged_exchange=False,
     compiler_options={},
     described=False,
@@ -290,6 +304,7 @@ TPU = Platform(
     multiplied_look_up=True,
     default_program="tiled",
     gathers_beside_products=True,
+    grouped=Grouped.TPU_KERNEL,
     ragged_exchange=True,
     # A TPU does one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
     compiler_options={"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"},

@@ -32,13 +32,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.hardware.platform import Grouped
 from partinf.model.kinds import Experts
 from partinf.partition.collectives import Split, move, take_split
 from partinf.partition.quantize import Quantized
 from partinf.transformer.dispatch import Routed, sent
 from partinf.transformer.ffn import activated
 from partinf.transformer.grouped import Sorted, added_up, grouped_dot, sorted_by_expert
-from partinf.transformer.params import Params
+from partinf.transformer.linear import made_for
+from partinf.transformer.params import OneOf, Params
 from partinf.transformer.router import routed
 from partinf.transformer.routes import Routes
 
@@ -77,7 +79,7 @@ def experts(weights: Params, hidden: jax.Array, of: Experts, routes: Routes) -> 
     chosen, by = routed(weights, hidden, of)
     hidden = take_split(hidden, 1, axes.embed_stored, axes.embed, routes.sizes)  # [T.τ, E.e]
     here, back = sent(Routed(hidden, chosen, by), of.count, routes)
-    rows = sorted_by_expert(_held(here.experts, of, routes), weights["wx_out"].shape[0])
+    rows = sorted_by_expert(_held(here.experts, of, routes), of.count // routes.ways(axes.experts))
     out = _through(weights, here.rows[rows.token], rows, of, routes)
     added = back(added_up(out, here.weights, rows).astype(hidden.dtype))
     return Partial(added, Split(axes.tokens, axes.embed, tuple(a for a in axes.experts if a not in axes.exchanged) + axes.ffn))
@@ -100,8 +102,8 @@ def _held(chosen: jax.Array, of: Experts, routes: Routes) -> jax.Array:
 
 def _through(weights: Params, x: jax.Array, rows: Sorted, of: Experts, routes: Routes) -> jax.Array:
     """Rows [R, E.e] through their expert: [R, E.e] {f unreduced}."""
-    axes, each = routes.experts, of.each
-    hidden = grouped_dot(x, weights["wx_in"], rows).astype(x.dtype)  # [R, 2, F.f] {e unreduced}
+    axes, each, platform = routes.experts, of.each, made_for(routes)
+    hidden = grouped_dot(x, weights["wx_in"], rows, x.dtype, platform, "experts_in")  # [R, 2, F.f] {e unreduced}
     frame, digits = routes.frame((), axes.hidden, 0, 2), axes.ffn + axes.embed
     hidden = move(hidden, frame, Split((), axes.ffn, axes.embed), Split((), digits))  # [R, 2, F.fe]
     if "bx_in" in weights:
@@ -109,8 +111,9 @@ def _through(weights: Params, x: jax.Array, rows: Sorted, of: Experts, routes: R
         hidden = hidden + bias[rows.expert]
     hidden = activated(hidden, each, routes)  # [R, F.fe]
     hidden = move(hidden, routes.frame((), axes.hidden), Split((), digits), Split((), axes.ffn))  # [R, F.f]
-    out = grouped_dot(hidden, weights["wx_out"], rows)
-    if "bx_out" in weights:
+    biased = "bx_out" in weights
+    out = grouped_dot(hidden, weights["wx_out"], rows, jnp.float32 if biased else x.dtype, platform, "experts_out")
+    if biased:
         out = out + jnp.where(_first_along(axes.ffn, routes), weights["bx_out"], 0).astype(jnp.float32)[rows.expert]
     return out.astype(x.dtype)
 
@@ -140,13 +143,20 @@ def joins(partial: Partial, source: Split, routes: Routes) -> bool:
     return routes.experts.in_order and frame.same(partial.split, source)
 
 
+def left_stacked(routes: Routes) -> tuple[str, ...]:
+    """The matrices of `MATRICES` that products read where they lie among those of all layers: a slice would copy them."""
+    platform = made_for(routes)
+    stacked = platform is not None and platform.grouped is Grouped.TPU_KERNEL and not routes.phase.gather_experts
+    return ("wx_in", "wx_out") if stacked else ()
+
+
 def gather_experts(layer: Params, routes: Routes) -> Params:
     """What a layer has of `MATRICES` with the shards of the axes that the phase gathers experts over brought together: d_ff and d_model of
     each expert, then experts."""
     return {name: _gathered(layer[name], name, routes) for name in MATRICES if name in layer}
 
 
-def _gathered(weights: jax.Array | Quantized, name: str, routes: Routes) -> jax.Array | Quantized:
+def _gathered(weights: jax.Array | Quantized | OneOf, name: str, routes: Routes) -> jax.Array | Quantized | OneOf:
     if not routes.phase.gather_experts:
         return weights
     dims = {"wx_in": (2, 3), "wx_out": (2, 1), "bx_in": (2, None), "bx_out": (None, 1)}[name]  # of F and E

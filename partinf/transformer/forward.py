@@ -40,6 +40,7 @@ from partinf.transformer import stages
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
+from partinf.transformer.experts import left_stacked
 from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params, Stacks
 from partinf.transformer.routes import Group, Routes
@@ -134,7 +135,7 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
             held = caches[routes.groups[kind]]
             x, (held[place],) = alike[kind](weights, entering(weights), x, (held[place],))
         return x, tuple(map(tuple, caches))
-    in_parts = LEAVING if routes.phase.loop and not routes.phase.gather else ()
+    in_parts = (*(LEAVING if routes.phase.loop and not routes.phase.gather else ()), *left_stacked(routes))
     stacks = Stacks(layers, model.of_stage(routes.ways(routes.stages)))
 
     def layer(index: Any, kind: int) -> Params:

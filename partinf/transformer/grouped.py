@@ -6,15 +6,20 @@ ever dropped; places beyond those that are taken hold rows that nobody reads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.hardware.platform import Grouped, Platform
 from partinf.partition.quantize import Quantized
+from partinf.transformer.kernels import cpu as cpu_kernels
+from partinf.transformer.params import OneOf
 
-_OF_STORED = lax.RaggedDotDimensionNumbers(((((1,), (2,)), ((), ()))), (0,), (0,))  # [rows, in] · [experts, out, in]
+_OF_STORED = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))  # [rows, in] · [experts, out, in]
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,50 @@ def sorted_by_expert(experts: jax.Array, count: int) -> Sorted:
     return Sorted(order // chosen, jnp.minimum(flat[order], count - 1), sizes, place)
 
 
-def grouped_dot(x: jax.Array, weights: jax.Array | Quantized, rows: Sorted) -> jax.Array:
-    """Rows [R, in] sorted by expert · matrices [X, .., in] → float32 [R, ..]; int8 weights are scaled by expert and output channel."""
-    values = weights.values if isinstance(weights, Quantized) else weights
-    flat = values.astype(x.dtype).reshape(values.shape[0], -1, values.shape[-1])
-    out = lax.ragged_dot_general(x, flat, rows.sizes, _OF_STORED, preferred_element_type=jnp.float32)
-    out = out.reshape(x.shape[0], *values.shape[1:-1])
-    return out * weights.scale[rows.expert] if isinstance(weights, Quantized) else out
+def grouped_dot(
+    x: jax.Array, weights: jax.Array | Quantized | OneOf, rows: Sorted, dtype: Any, platform: Platform | None, name: str
+) -> jax.Array:
+    """Rows [R, in] sorted by expert · matrices [X, .., in] → [R, ..]; int8 weights are scaled by expert and output channel.
+
+    Args:
+        dtype: of the result; sums are float32. platform: that the program is made for, if for any. name: of the kernel that does it.
+    """
+    held, lead = (weights.layers, 1) if isinstance(weights, OneOf) else (weights, 0)
+    inner = held.shape[lead + 1 : -1]
+    how = Grouped.COMPILER if platform is None else platform.grouped
+    if how is Grouped.TPU_KERNEL:
+        from partinf.transformer.kernels import grouped_rows  # it takes a quarter of a second, which a CPU never needs
+
+        if grouped_rows.fits(x, held):
+            first = weights.index * held.shape[1] if isinstance(weights, OneOf) else 0
+            out = grouped_rows.grouped_rows(x, _flat(held, lead), rows.sizes, first, dtype, name)
+            return out.reshape(x.shape[0], *inner)
+    flat = _flat(_sliced(weights), 0)
+    values = flat.values if isinstance(flat, Quantized) else flat
+    if how is Grouped.CPU_KERNEL and cpu_kernels.fits_groups(x, values):
+        out = cpu_kernels.grouped(x, values, rows.sizes)
+    else:
+        out = lax.ragged_dot_general(x, values.astype(x.dtype), rows.sizes, _OF_STORED, preferred_element_type=jnp.float32)
+    out = out * flat.scale[rows.expert] if isinstance(flat, Quantized) else out
+    return out.astype(dtype).reshape(x.shape[0], *inner)
+
+
+def _sliced(weights: jax.Array | Quantized | OneOf) -> jax.Array | Quantized:
+    """The layer's own matrices."""
+    if not isinstance(weights, OneOf):
+        return weights
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, weights.index, keepdims=False), weights.layers)
+
+
+def _flat(weights: jax.Array | Quantized, lead: int) -> jax.Array | Quantized:
+    """Matrices [(layers,) X, .., in] one after the other, [.., out, in], and their scales."""
+
+    def merged(x: jax.Array, last: int) -> jax.Array:
+        return x.reshape(math.prod(x.shape[: lead + 1]), -1, *x.shape[x.ndim - last :])
+
+    if not isinstance(weights, Quantized):
+        return merged(weights, 1)
+    return Quantized(merged(weights.values, 1), merged(weights.scale, 0), weights.contracted)
 
 
 def added_up(out: jax.Array, weights: jax.Array, rows: Sorted) -> jax.Array:

@@ -1,4 +1,5 @@
-"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products (`cpu_products.cc`, by `products`).
+"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products (`cpu_products.cc`, by `products`),
+those of experts among them (`cpu_experts.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
 for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.foundation.caches`).
@@ -31,7 +32,9 @@ from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import host
 
 COMPILER_VARIABLE = "CXX"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_experts.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h")
+)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
 _WIDTH = 16  # d_head is a multiple of this
 _SECONDS = 300
@@ -103,6 +106,22 @@ def prefill(
     return out.astype(q.dtype), mass
 
 
+def fits_groups(x: jax.Array, weights: jax.Array) -> bool:
+    """Whether `grouped` takes rows [R, E] and matrices [X, F, E], and this machine has it."""
+    known = x.dtype in (jnp.float32, jnp.bfloat16) and weights.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
+    return known and weights.shape[2] % (2 * _WIDTH) == 0 and weights.shape[1] % 4 == 0 and available()
+
+
+def grouped(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Rows [R, E], those of the first group first, each with the matrix of its group, [X, F, E] → [R, F] float32.
+
+    Args:
+        sizes: [X], rows of each group; rows beyond their sum are given anything. Matrices of groups without rows are not read.
+    """
+    shape = jax.ShapeDtypeStruct((x.shape[0], weights.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call(target("grouped"), shape)(x, weights, _ints(sizes))
+
+
 @functools.cache
 def available() -> bool:
     """Whether this machine has the kernels: made now, if they are not there yet, and made known to XLA."""
@@ -113,7 +132,7 @@ def available() -> bool:
     except (InvalidInput, OSError, subprocess.SubprocessError) as error:
         logging.warning("CPU steps run by XLA alone, which takes longer: their kernels cannot be made (%s)", _reason(error))
         return False
-    for name in ("decode", "prefill", "product"):
+    for name in ("decode", "prefill", "product", "grouped"):
         handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
         jax.ffi.register_ffi_target(target(name), handler, platform=CPU.name)
     return True
