@@ -40,6 +40,11 @@ class Ask:
     samples: int = 1
     alone: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def streams(self) -> bool:
+        """Whether it may be asked for as a stream."""
+        return "prompt_logprobs" not in self.body
+
 
 def drawn(count: int, seed: int) -> list[Ask]:
     """As many of each kind as of the others, in turn."""
@@ -48,8 +53,8 @@ def drawn(count: int, seed: int) -> list[Ask]:
 
 
 def _completion(rng: random.Random, **fields: Any) -> Ask:
-    text = "".join(rng.choices("the quick brown fox, 1 2 3 ", k=rng.randint(8, 60)))
-    body = {"model": MODEL, "prompt": text, "max_tokens": rng.randint(8, 40), "seed": rng.randrange(1 << 31)} | fields
+    text = "".join(rng.choices("the quick brown fox, 1 2 3 ", k=rng.randint(8, 400)))
+    body = {"model": MODEL, "prompt": text, "max_tokens": rng.randint(8, 120), "seed": rng.randrange(1 << 31)} | fields
     return Ask("/v1/completions", body, body.get("best_of") or body.get("n") or 1)
 
 

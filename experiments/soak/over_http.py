@@ -189,7 +189,7 @@ class Clients:
 
     async def _ask(self, ask: Ask, rng: random.Random) -> None:
         leaves = rng.random() < SHARE_LEAVING
-        if rng.random() < SHARE_STREAMED:
+        if ask.streams and rng.random() < SHARE_STREAMED:
             await self._stream(ask, rng.randint(1, 20) if leaves else None)
         elif leaves:
             self.perhaps += ask.samples
