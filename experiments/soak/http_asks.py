@@ -53,13 +53,13 @@ def drawn(count: int, seed: int) -> list[Ask]:
 
 
 def _completion(rng: random.Random, **fields: Any) -> Ask:
-    text = "".join(rng.choices("the quick brown fox, 1 2 3 ", k=rng.randint(8, 400)))
-    body = {"model": MODEL, "prompt": text, "max_tokens": rng.randint(8, 120), "seed": rng.randrange(1 << 31)} | fields
+    text = "".join(rng.choices("the quick brown fox, 1 2 3 ", k=rng.randint(8, 800)))
+    body = {"model": MODEL, "prompt": text, "max_tokens": rng.randint(8, 150), "seed": rng.randrange(1 << 31)} | fields
     return Ask("/v1/completions", body, body.get("best_of") or body.get("n") or 1)
 
 
 def _chat(rng: random.Random, **fields: Any) -> Ask:
-    messages = [{"role": "user", "content": "".join(rng.choices("does it rain? ", k=rng.randint(8, 40)))}]
+    messages = [{"role": "user", "content": "".join(rng.choices("does it rain? ", k=rng.randint(8, 300)))}]
     body = {"model": MODEL, "messages": messages, "max_completion_tokens": 60, "seed": rng.randrange(1 << 31)} | fields
     return Ask("/v1/chat/completions", body, body.get("n", 1))
 

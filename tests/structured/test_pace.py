@@ -9,7 +9,7 @@ import pytest
 
 from partinf.engine import Engine, FakeRunner, RunnerLimits, SamplingParams
 from partinf.engine.constraint import Grammar
-from partinf.engine.step import Step, StepOutput
+from partinf.engine.step import PageTable, Step, StepOutput
 from partinf.structured import Grammars, Structure
 from tests.structured.support import TOKENIZER
 
@@ -40,8 +40,8 @@ class Timed(FakeRunner):
         self._free_at = max(self._free_at, time.perf_counter()) + 0.006
         self._ends.append(self._free_at)
 
-    def _context(self, slot: int, pages: tuple[int, ...], length: int) -> list[int]:
-        return [slot * 7 + length]
+    def _context(self, slot: int, tables: tuple[PageTable, ...], start: int, end: int) -> list[int]:
+        return [slot * 7 + end]
 
     def collect(self) -> StepOutput:
         time.sleep(max(0.0, self._ends.popleft() - time.perf_counter()))
