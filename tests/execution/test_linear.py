@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,7 +39,8 @@ def test_every_form_is_the_einsum(spec: str, rows: int, dtype: str) -> None:
     else:
         given = jnp.asarray(weights, dtype)
         x, weights = (np.asarray(jnp.asarray(array, dtype), np.float32) for array in (x, weights))
-    found = dot(spec, jnp.asarray(x), given, jnp.float32) if dtype == "int8" else dot(spec, jnp.asarray(x, dtype), given, jnp.float32)
+    product = jax.jit(lambda x, given: dot(spec, x, given, jnp.float32))
+    found = product(jnp.asarray(x, jnp.float32 if dtype == "int8" else dtype), given)
     want = np.einsum(spec, x.astype(np.float64), weights.astype(np.float64))
     np.testing.assert_allclose(found, want, atol=1e-4 if dtype == "int8" else 2e-5)
 
