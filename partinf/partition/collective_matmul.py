@@ -72,7 +72,7 @@ def multiply_scatter(
     """A product whose partial sums are reduced, from `source` to `target`, into its columns.
 
     Args:
-        multiply: (how to cut the weights' dimension of the product's columns, rows) → float32 part [rows, columns].
+        multiply: (how to cut the weights' dimension of the product's columns, rows) → a part [rows, columns], which is added in float32.
         rows: of the product on this device. dtype: of what is sent and returned.
     """
     axis = _looped(loop, frame, target.cols, source.cols)
@@ -82,7 +82,7 @@ def multiply_scatter(
     me, size = lax.axis_index(axis), frame.sizes[axis]
 
     def part(index: jax.Array, rows: slice) -> jax.Array:
-        return multiply(_part(frame, source.cols, axis, index % size), rows)
+        return multiply(_part(frame, source.cols, axis, index % size), rows).astype(jnp.float32)
 
     def around(direction: int, steps: int, rows: slice) -> jax.Array:
         """What the `steps` devices behind this one add to its own part, on its way here."""

@@ -69,6 +69,12 @@ def test_a_step_with_loops_equals_the_reference(axis: str, ring: str, family: st
     assert largest_error(make_plan("2x2x2", looped_layout(axis, ring, "x"), model, prefill_from_tokens=16)) < TOLERANCE["f32"]
 
 
+def test_the_sum_of_a_parallel_block_goes_around_in_bfloat16() -> None:
+    model = dataclasses.replace(MODEL, name="looped-palm", **FAMILIES["palm"])
+    plan = make_plan("2x2x2", looped_layout("y", "both-ways"), model, dtype=DType.BF16)
+    assert largest_error(plan) < TOLERANCE["bf16"]
+
+
 @pytest.mark.parametrize("ring", Ring)
 def test_a_loop_over_a_long_axis(ring: Ring) -> None:
     layout = make_layout({"x": "ffn", "y": "embed"}, {"x": "heads", "y": "batch"}, decode_loop={"axis": "x", "ring": ring})
