@@ -92,7 +92,7 @@ def test_a_saved_plan_is_served_whole(saved: Path, tmp_path: Path) -> None:
     assert flags.args.model == "demo"
     assert (plan.model, plan.slice, plan.layout, plan.weights, plan.kv) == (kept.model, kept.slice, kept.layout, kept.weights, kept.kv)
     assert plan.prefill_from_tokens == 77
-    assert plan.note.startswith("A decode step of ")  # why this layout, which serve says when it loads the model
+    assert plan.note.startswith("A decode step takes ")  # why this layout, which serve says when it loads the model
 
 
 def test_the_model_may_lie_elsewhere_than_when_the_plan_was_made(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
