@@ -12,6 +12,7 @@ jax is imported by what needs devices, when it is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -145,6 +146,7 @@ def load(
     from partinf.execution.runner import JaxRunner
     from partinf.partition.sharding import device_mesh
     from partinf.transformer.executables import open_cache
+    from partinf.transformer.kernels import choices
     from partinf.transformer.params import abstract_params, random_params
 
     check_loadable(model, random_weights)
@@ -154,21 +156,27 @@ def load(
     if group is not None:
         # What the programs follow from: hosts may differ a little in the memory that they find.
         group.agree("the plan", (plan.slice.name, plan.slice.mesh, plan.facts("slice", "predicted", "note")))
+        if plan.slice.chip.platform.products is not None:
+            choices.adopt(choices.from_json(group.share(choices.to_json(choices.of_this_machine()) if group.leads else "")))
     directory = weights_directory(model)
     tokenizer = find_tokenizer(directory) if directory is not None else None
     mesh = device_mesh(plan)
     if unrolled is None:
         unrolled = plan.unrolled
+    runner = JaxRunner(plan, None, mesh, num_host_pages=num_host_pages, executables=executables, unrolled=unrolled)
     if random_weights or directory is None:
-        params = random_params(plan, mesh, unrolled, seed)
+        runner.params = random_params(plan, mesh, unrolled, seed)
+        if compile_steps:
+            runner.warm_up(on_compiled)
     else:
-        params = load_hf(directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
-    runner = JaxRunner(plan, params, mesh, num_host_pages=num_host_pages, executables=executables)
-    if compile_steps:
-        runner.warm_up(on_compiled)
+        with ThreadPoolExecutor(1) as beside:  # compilers take cores, and reading the disk and memory
+            reading = beside.submit(load_hf, directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
+            if compile_steps:
+                runner.warm_up(on_compiled)
+            runner.params = reading.result()
     replicas = None if group is None else group.replicas
     engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, seed=seed, replicas=replicas)
-    return Model(plan, mesh, params, runner, engine, tokenizer)
+    return Model(plan, mesh, runner.params, runner, engine, tokenizer)
 
 
 def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConfig:

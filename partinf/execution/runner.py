@@ -70,17 +70,20 @@ class JaxRunner:
     def __init__(
         self,
         plan: Plan,
-        params: Params,
+        params: Params | None,
         mesh: Mesh | None = None,
         num_host_pages: int = 0,
         executables: ExecutableCache | None = None,
+        unrolled: bool | None = None,
     ) -> None:
         """
         Args:
             plan: with buckets (`partinf.buckets.with_capacity`).
             params: on the devices of `mesh`, as `abstract_params` describes them; a tuple of layers runs unrolled, stacked ones in a scan.
+                None where they come later, into the attribute, before the first step.
             num_host_pages: KV pages that may be kept in host memory.
             executables: where compiled steps are kept for the next start; None compiles at every start.
+            unrolled: how the layers of parameters that come later lie.
         """
         if not plan.buckets:
             raise InvalidInput(f"the plan for {plan.model.name} has no buckets; give it some with partinf.buckets.with_capacity")
@@ -90,9 +93,9 @@ class JaxRunner:
         self.num_compiled = 0
         self.num_loaded = 0
         self.compile_seconds = 0.0
-        self.params = params
+        self.params: Any = params
         self._executables = executables
-        self._unrolled = isinstance(params["layers"], tuple)
+        self._unrolled = bool(unrolled) if params is None else isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
         self._batch_sharding = whole(self.mesh)
         self._masks: dict[int, bytes] = {}  # that lie on the devices, by slot

@@ -63,11 +63,13 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A compiler that writes a few bytes, and where it wrote them; temporary files lie in the test's own directory."""
     wrote: list[Path] = []
 
-    def compile_to(command: list[str], **_: object) -> None:
-        wrote.append(Path(command[-1]))
-        if wrote[-1].parent.name == "full":
+    def compile_to(command: tuple[str, ...], **_: object) -> None:
+        made = Path(command[-1])
+        if made.parent.parent.name == "full":
             raise subprocess.CalledProcessError(1, command, stderr="error: No space left on device")
-        wrote[-1].write_bytes(b"a library")
+        made.write_bytes(b"a library")
+        if made.suffix == ".so":
+            wrote.append(made)
 
     monkeypatch.setattr(subprocess, "run", compile_to)
     monkeypatch.setattr(shutil, "which", lambda name: name)

@@ -28,6 +28,7 @@ from partinf.transformer.kernels import products
 from partinf.transformer.kernels.turns import Times, take_turns
 
 _ROWS = tuple(sorted({step << power for power in range(10) for step in (2, 3)} | {1}))  # for which a form is chosen
+_ALL_ROWS = 1.1  # what a form that computes empty rows has to be faster by
 Table = tuple[tuple[str, tuple[tuple[int, Form], ...]], ...]
 """By type of weights, up to how many rows which form; the last holds beyond its rows."""
 
@@ -59,12 +60,13 @@ _current: list[Choices] = []
 
 
 def current() -> Choices:
-    """The choices of this process: those that were adopted, else this machine's, measured now if they never were."""
+    """The choices of this process: those that were adopted, else this machine's; for one process of several, which run one program, the
+    platform's table, unless all adopt those of one."""
     with _lock:
         if not _current:
             # On a thread of its own: whoever asks may be in the middle of tracing a program.
             with ThreadPoolExecutor(1) as other:
-                _current.append(other.submit(_of_this_machine).result())
+                _current.append(other.submit(of_this_machine if jax.process_count() == 1 else fallback).result())
         return _current[0]
 
 
@@ -109,7 +111,8 @@ def from_json(text: str) -> Choices:
     return Choices(table, tuple(Times.read(each) for each in said["times"]), tuple(map(str, said["unsettled"])))
 
 
-def _of_this_machine() -> Choices:
+def of_this_machine() -> Choices:
+    """The choices that are kept here, measured now if they never were."""
     where = path()
     if where is None or not cpu_kernels.available():
         return fallback()
@@ -140,8 +143,12 @@ def _measured() -> Choices:
 
 
 def chosen(times: list[Times]) -> tuple[tuple[int, Form], ...]:
-    """Up to how many rows which form takes least."""
-    best = [min((each.seconds(rows), each.form) for each in times)[1] for rows in _ROWS]
+    """Up to how many rows which form takes least; of two about as fast, a kernel of ours, which leaves out empty rows."""
+
+    def least(each: Times, rows: int) -> float:
+        return each.seconds(rows) * (1.0 if products.leaves_out(each.form) else _ALL_ROWS)
+
+    best = [min((least(each, rows), each.form) for each in times)[1] for rows in _ROWS]
     runs = itertools.groupby(zip(_ROWS, best, strict=True), key=lambda pair: pair[1])
     return tuple((max(rows for rows, _ in run), form) for form, run in runs)
 

@@ -2,7 +2,7 @@
 those of experts among them (`cpu_experts.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
-for the very CPU that is there, in about eight seconds; it is kept beside the compiled programs (`partinf.foundation.caches`).
+for the very CPU that is there, in about five seconds; it is kept beside the compiled programs (`partinf.foundation.caches`).
 Without a compiler XLA's forms are used, which give the same and take longer; a warning says so once.
 """
 
@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ COMPILER_VARIABLE = "CXX"
 _SOURCES = tuple(
     Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_experts.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h")
 )
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 _WIDTH = 16  # d_head is a multiple of this
 _SECONDS = 300
 _NONE = np.zeros((0,), np.int32)
@@ -174,17 +175,25 @@ def _made_in(folder: Path) -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get(COMPILER_VARIABLE, "c++"), "g++", "clang++"))), None)
     if compiler is None:
         raise InvalidInput(f"no C++ compiler; install one, or name it in ${COMPILER_VARIABLE}")
-    handle, name = tempfile.mkstemp(dir=folder, prefix="making-")
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}", *(str(path) for path in _SOURCES if path.suffix == ".cc"), "-o", name]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        content = Path(name).read_bytes()
-        Path(name).write_bytes(content + hashlib.sha256(content).digest())  # a loader reads no further than the library's own end
-        os.replace(name, path)  # whole or not at all, whoever else makes it at this moment
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="making-") as making:
+        sources = [source for source in _SOURCES if source.suffix == ".cc"]
+        objects = [Path(making) / f"{source.stem}.o" for source in sources]
+        includes = f"-I{jax.ffi.include_dir()}"
+        with ThreadPoolExecutor(len(sources)) as pool:  # at once: each takes seconds
+            commands = [
+                (compiler, *_FLAGS, includes, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
+        made = Path(making) / "whole.so"
+        _run((compiler, *_FLAGS, "-shared", *map(str, objects), "-o", str(made)))
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())  # a loader reads no further than the library's own end
+        os.replace(made, path)  # whole or not at all, whoever else makes it at this moment
     return path
+
+
+def _run(command: tuple[str, ...]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
 
 
 def _whole(path: Path) -> bool:

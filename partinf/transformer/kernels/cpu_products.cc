@@ -18,6 +18,8 @@ enum Form : int32_t { kRows, kRowsOfPairs, kPanels, kPanelsOfPairs, kTiles };  /
 
 constexpr int64_t kCached = 512 << 10;  // bytes of weights that stay in a core's second cache while all rows of x meet them
 
+constexpr int64_t kUnit = 256;            // outputs of a unit of work at most
+
 constexpr bool OfPairs(int32_t form) { return form == kRowsOfPairs || form == kPanelsOfPairs || form == kTiles; }
 
 // One product: what all of its units share.
@@ -55,7 +57,7 @@ void PrepareRows(const X* x, const Task& task, float* to) {
 
 // One panel of x, the words from `from` to `to`.
 template <typename X>
-void PreparePanel(const X* x, const Task& task, int64_t panel, int64_t from, int64_t to, float* packed) {
+__attribute__((noinline)) void PreparePanel(const X* x, const Task& task, int64_t panel, int64_t from, int64_t to, float* packed) {
   packed += panel * task.words * kWidth;
   for (int64_t w = from; w < to; w += kWidth) {
     Vec rows[kWidth];
@@ -69,7 +71,7 @@ void PreparePanel(const X* x, const Task& task, int64_t panel, int64_t from, int
 }
 
 // sums [outputs, kSpan] of the rows from `first` on, turned over, to out.
-void Hand(const float* sums, const Task& task, int64_t first, int64_t output, int64_t count) {
+__attribute__((noinline)) void Hand(const float* sums, const Task& task, int64_t first, int64_t output, int64_t count) {
   const int64_t rows = std::min<int64_t>(kSpan, task.live.size() - first);
   for (int64_t t = 0; t < rows; t += kWidth) {
     for (int64_t n = 0; n < count; n += kWidth) {
@@ -130,31 +132,36 @@ const float* WordsOfWeights(const Task& task, const T* weights, int64_t count, i
 // Some outputs of all panels.
 template <typename Unit, typename T>
 void PanelsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
-  constexpr int64_t kMost = kSpan / kWidth, kBlock = 2 * kWidth;  // panels, and outputs, whose sums are kept at once
-  alignas(64) float sums[kBlock * kSpan];
+  constexpr int64_t kMost = kSpan / kWidth, kBlock = 2 * kWidth;  // panels, and outputs, that meet at once
+  alignas(64) float sums[kUnit * kSpan];
   const bool tiles = task.form == kTiles;
-  const int64_t panels = task.panels();
-  const float* words = WordsOfWeights(task, weights + from * task.inputs, to - from, tiles ? kWidth : 1);
-  const bool there = words == reinterpret_cast<const float*>(weights + from * task.inputs);
+  const int64_t panels = task.panels(), words = task.words;
+  const float* rows = WordsOfWeights(task, weights + from * task.inputs, to - from, tiles ? kWidth : 1);
+  const bool there = rows == reinterpret_cast<const float*>(weights + from * task.inputs);
   for (int64_t first = 0; first < panels; first += kMost) {
-    const int64_t taken = std::min(kMost, panels - first);
+    const int64_t taken = std::min(kMost, panels - first), depth = taken == kMost ? kDepth : words;
     const float* with[kMost];
-    for (int64_t p = 0; p < kMost; ++p) with[p] = task.x + (first + std::min(p, taken - 1)) * task.words * kWidth;
-    for (int64_t n = from; n < to; n += kBlock) {
-      const int64_t outputs = std::min(kBlock, to - n);
-      const float* block = words + (n - from) * task.words;
-      const bool ahead = there && first == 0;
-      if (tiles) {
-        TilesOfAll(with, taken, block, task.words, outputs, ahead, sums);
-      } else {
-        const auto meet = [&](auto number) { MeetAll<Unit, number>(with, block, task.words, outputs, ahead, sums); };
+    for (int64_t p = 0; p < kMost; ++p) with[p] = task.x + (first + std::min(p, taken - 1)) * words * kWidth;
+    for (int64_t begin = 0; begin < words; begin += depth) {
+      const int64_t end = std::min(words, begin + depth);
+      for (int64_t n = 0; n < to - from; n += kBlock) {
+        const int64_t outputs = std::min(kBlock, to - from - n);
+        const float* block = rows + n * words;
+        const bool ahead = there && first == 0;
+        if (tiles) {
+          TilesOfAll(with, taken, block, words, begin, end, outputs, ahead, sums + n * kSpan);
+          continue;
+        }
+        const auto meet = [&](auto number) {
+          MeetAll<Unit, number>(with, block, words, begin, end, outputs, ahead, sums + n * kSpan);
+        };
         if (taken == 1) meet(std::integral_constant<int, 1>{});
         if (taken == 2) meet(std::integral_constant<int, 2>{});
         if (taken == 3) meet(std::integral_constant<int, 3>{});
         if (taken == 4) meet(std::integral_constant<int, 4>{});
       }
-      Hand(sums, task, first * kWidth, n, outputs);
     }
+    Hand(sums, task, first * kWidth, from, to - from);
   }
 }
 
@@ -164,7 +171,7 @@ void Multiply(ffi::ThreadPool& pool, const Task& task, const T* weights) {
   const bool rows = task.form == kRows || task.form == kRowsOfPairs;
   // A few for each thread, of what fits its cache.
   const int64_t fitting = std::min(kCached / (4 * task.words), task.outputs / (4 * std::max<int64_t>(pool.num_threads(), 1)));
-  const int64_t each = std::clamp<int64_t>(fitting / 32 * 32, 32, 256);
+  const int64_t each = std::clamp<int64_t>(fitting / 32 * 32, 32, kUnit);
   Spread(pool, (task.outputs + each - 1) / each, [&](int64_t unit) {
     const int64_t from = unit * each, to = std::min(task.outputs, from + each);
     if (rows) return RowsUnit<Unit>(task, weights, from, to);

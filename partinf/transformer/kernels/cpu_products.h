@@ -91,7 +91,7 @@ constexpr int kTogether = 1;
 
 // Four outputs of kTaken rows: x [kTaken, words] · weights [4, words]; out: where those of each row go.
 template <typename Unit, int kTaken, typename T>
-inline void Rows(const float* x, const T* weights, int64_t words, float* const* out) {
+__attribute__((noinline)) void Rows(const float* x, const T* weights, int64_t words, float* const* out) {
   Vec sums[kTaken][4] = {};
   for (int64_t w = 0; w < words; w += kWidth) {
     Vec four[4];
@@ -115,7 +115,8 @@ inline void Rows(const float* x, const T* weights, int64_t words, float* const* 
 constexpr int64_t kSpan = 64;    // rows of x that are worked on together: four panels
 constexpr int64_t kDepth = 128;  // words that are worked on at once: of four panels, they fill most of a core's first cache
 
-// kOutputs outputs of kPanels panels: sums [kOutputs, kSpan] = what is there, unless `first`, + weights [kOutputs, words] · panels.
+// kOutputs outputs of kPanels panels, and their words from `from` to `to`: sums [kOutputs, kSpan] = what is there, unless those are the
+// first, + weights [kOutputs, words] · panels. `ahead`: fetch the outputs that come next.
 template <typename Unit, int kOutputs, int kPanels>
 inline void Meet(const float* const* panels, const float* weights, int64_t words, int64_t from, int64_t to, bool ahead, float* sums) {
   Vec held[kOutputs][kPanels];
@@ -140,28 +141,25 @@ inline void Meet(const float* const* panels, const float* weights, int64_t words
   }
 }
 
-// All `outputs` of up to four panels.
+// The same for all `outputs`.
 template <typename Unit, int kPanels>
-inline void MeetAll(const float* const* panels, const float* weights, int64_t words, int64_t outputs, bool ahead, float* sums) {
+__attribute__((noinline)) void MeetAll(const float* const* panels, const float* weights, int64_t words, int64_t from, int64_t to,
+                                       int64_t outputs, bool ahead, float* sums) {
 #ifdef __AVX512F__
   constexpr int kMost = kPanels == 1 ? 16 : kPanels == 2 ? 12 : kPanels == 3 ? 8 : 6;
 #else
   constexpr int kMost = 4 / kPanels > 0 ? 4 / kPanels : 1;
 #endif
-  const int64_t depth = kPanels == 4 ? kDepth : words;
-  for (int64_t from = 0; from < words; from += depth) {
-    const int64_t to = std::min(words, from + depth);
-    int64_t n = 0;
-    const auto some = [&](auto count) {
-      Meet<Unit, count, kPanels>(panels, weights + n * words, words, from, to, ahead, sums + n * kSpan);
-      n += count;
-    };
-    while (outputs - n >= kMost) some(std::integral_constant<int, kMost>{});
-    if constexpr (kMost > 2) {
-      while (outputs - n >= 2) some(std::integral_constant<int, 2>{});
-    }
-    while (outputs - n >= 1) some(std::integral_constant<int, 1>{});
+  int64_t n = 0;
+  const auto some = [&](auto count) {
+    Meet<Unit, count, kPanels>(panels, weights + n * words, words, from, to, ahead, sums + n * kSpan);
+    n += count;
+  };
+  while (outputs - n >= kMost) some(std::integral_constant<int, kMost>{});
+  if constexpr (kMost > 2) {
+    while (outputs - n >= 2) some(std::integral_constant<int, 2>{});
   }
+  while (outputs - n >= 1) some(std::integral_constant<int, 1>{});
 }
 
 // ---- tiles: a unit of the processor multiplies sixteen rows of weights and a panel, 32 numbers of bfloat16 at a time
@@ -189,20 +187,28 @@ struct TilesInUse {
   ~TilesInUse() { _tile_release(); }
 };
 
-// Sixteen outputs of one panel: sums [16, kSpan]. Even and odd steps add up apart, since a product waits for the sum that it adds to.
-inline void TilesOfPanel(const float* panel, const uint16_t* weights, int64_t inputs, bool ahead, float* sums) {
+// What is contracted from `from` to `to`, numbers of a row of weights that has `inputs`.
+struct Part {
+  int64_t inputs, from, to;
+};
+
+// Sixteen outputs of one panel: sums [16, kSpan] = what is there, unless it is the first part, + their products. Even and odd steps add up
+// apart, since a product waits for the sum that it adds to.
+inline void TilesOfPanel(const float* panel, const uint16_t* weights, Part part, bool ahead, float* sums) {
   alignas(64) float odd[kWidth * kWidth];
-  _tile_zero(0);
+  if (part.from == 0) _tile_zero(0);
+  else _tile_loadd(0, sums, 4 * kSpan);
   _tile_zero(1);
-  for (int64_t e = 0; e < inputs; e += 2 * kStep) {
+  const int64_t row = 2 * part.inputs;  // bytes
+  for (int64_t e = part.from; e < part.to; e += 2 * kStep) {
     if (ahead) {
-      for (int i = 0; i < 32; ++i) Fetch(weights + kWidth * (inputs + e) + kStep * i, 0);
+      for (int i = 0; i < 32; ++i) Fetch(weights + kWidth * (part.inputs + e) + kStep * i, 0);
     }
-    _tile_loadd(4, weights + e, 2 * inputs);
+    _tile_loadd(4, weights + e, row);
     _tile_loadd(6, panel + e / 2 * kWidth, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if (e + kStep < inputs) {
-      _tile_loadd(5, weights + e + kStep, 2 * inputs);
+    if (e + kStep < part.to) {
+      _tile_loadd(5, weights + e + kStep, row);
       _tile_loadd(7, panel + (e + kStep) / 2 * kWidth, 64);
       _tile_dpbf16ps(1, 5, 7);
     }
@@ -212,43 +218,53 @@ inline void TilesOfPanel(const float* panel, const uint16_t* weights, int64_t in
   for (int n = 0; n < kWidth; ++n) Store(sums + n * kSpan, Load(sums + n * kSpan) + Load(odd + n * kWidth));
 }
 
-// 32 outputs of two panels: sums [32, kSpan].
-inline void TilesOfTwo(const float* first, const float* second, const uint16_t* weights, int64_t inputs, bool ahead, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t e = 0; e < inputs; e += kStep) {
+// The same for 32 outputs of two panels: sums [32, kSpan].
+inline void TilesOfTwo(const float* first, const float* second, const uint16_t* weights, Part part, bool ahead, float* sums) {
+  float *const below = sums + kWidth * kSpan;
+  if (part.from == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 4 * kSpan);
+    _tile_loadd(1, sums + kWidth, 4 * kSpan);
+    _tile_loadd(2, below, 4 * kSpan);
+    _tile_loadd(3, below + kWidth, 4 * kSpan);
+  }
+  const int64_t row = 2 * part.inputs;  // bytes
+  for (int64_t e = part.from; e < part.to; e += kStep) {
     if (ahead) {
-      for (int i = 0; i < 32; ++i) Fetch(weights + 2 * kWidth * (inputs + e) + kStep * i, 0);
+      for (int i = 0; i < 32; ++i) Fetch(weights + 2 * kWidth * (part.inputs + e) + kStep * i, 0);
     }
-    _tile_loadd(4, weights + e, 2 * inputs);
+    _tile_loadd(4, weights + e, row);
     _tile_loadd(6, first + e / 2 * kWidth, 64);
     _tile_loadd(7, second + e / 2 * kWidth, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, weights + kWidth * inputs + e, 2 * inputs);
+    _tile_loadd(5, weights + kWidth * part.inputs + e, row);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, 4 * kSpan);
   _tile_stored(1, sums + kWidth, 4 * kSpan);
-  _tile_stored(2, sums + kWidth * kSpan, 4 * kSpan);
-  _tile_stored(3, sums + kWidth * kSpan + kWidth, 4 * kSpan);
+  _tile_stored(2, below, 4 * kSpan);
+  _tile_stored(3, below + kWidth, 4 * kSpan);
 }
 
 // 16 or 32 outputs of up to four panels, weights [outputs, words of pairs]: sums [outputs, kSpan].
-inline void TilesOfAll(const float* const* panels, int64_t count, const float* weights, int64_t words, int64_t outputs, bool ahead,
-                       float* sums) {
-  const auto* from = reinterpret_cast<const uint16_t*>(weights);
+inline void TilesOfAll(const float* const* panels, int64_t count, const float* weights, int64_t words, int64_t from, int64_t to,
+                       int64_t outputs, bool ahead, float* sums) {
+  const auto* rows = reinterpret_cast<const uint16_t*>(weights);
+  const Part part = {2 * words, 2 * from, 2 * to};
   for (int64_t p = 0; p < count; p += 2, ahead = false) {
     if (count - p >= 2 && outputs > kWidth) {
-      TilesOfTwo(panels[p], panels[p + 1], from, 2 * words, ahead, sums + p * kWidth);
+      TilesOfTwo(panels[p], panels[p + 1], rows, part, ahead, sums + p * kWidth);
       continue;
     }
     for (int64_t q = p; q < std::min(count, p + 2); ++q) {
       for (int64_t n = 0; n < outputs; n += kWidth) {
-        TilesOfPanel(panels[q], from + n * 2 * words, 2 * words, ahead && q == p, sums + n * kSpan + q * kWidth);
+        TilesOfPanel(panels[q], rows + n * part.inputs, part, ahead && q == p, sums + n * kSpan + q * kWidth);
       }
     }
   }
@@ -256,7 +272,7 @@ inline void TilesOfAll(const float* const* panels, int64_t count, const float* w
 #else
 inline bool TilesPermitted() { return false; }
 struct TilesInUse {};
-inline void TilesOfAll(const float* const*, int64_t, const float*, int64_t, int64_t, bool, float*) {}
+inline void TilesOfAll(const float* const*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, bool, float*) {}
 #endif
 
 }  // namespace

@@ -36,8 +36,13 @@ def forms(kind: str) -> tuple[Form, ...]:
 
 
 def fits(form: Form, x: jax.Array, weights: jax.Array) -> bool:
-    """Whether the sizes of x [T, E] and weights [F, E] are such as the form takes."""
-    return form not in _NUMBERS or (weights.shape[1] % _INPUTS[form] == 0 and weights.shape[0] % _OUTPUTS == 0)
+    """Whether the form takes x [T, E] and weights [F, E], which a kernel does by its sizes and where there is one."""
+    return form not in _NUMBERS or (cpu_kernels.available() and weights.shape[1] % _INPUTS[form] == 0 and weights.shape[0] % _OUTPUTS == 0)
+
+
+def leaves_out(form: Form) -> bool:
+    """Whether rows that hold nothing cost nothing."""
+    return form in _NUMBERS
 
 
 def made(form: Form, x: jax.Array, weights: jax.Array, live: jax.Array | None = None) -> jax.Array:
