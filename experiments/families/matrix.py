@@ -7,7 +7,7 @@ PYTHON is an interpreter that has torch and transformers, which this library nee
 float32: prompts that cross the windows and the lengths of the training, in chunks of a few pages, the last two with a beginning in common.
 transformers then scores the same sequences. A case is right where no log-probability, of the plain definition or of a generated token,
 differs by more than 1e-4, and every generated token is the most likely one. Writes results.json beside itself, and docs/families.md with
-the table, once the folder has all cases; some at a time may be run with the same one.
+the table. Where cases are named, the rows of the others stay as they were.
 """
 
 from __future__ import annotations
@@ -145,6 +145,15 @@ def collected(folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: order.index(row.case))
 
 
+def with_others(rows: list[Row]) -> list[Row]:
+    """The rows with those that results.json has of other cases, in the order of `cases.py`."""
+    run, file = {row.case for row in rows}, beside(__file__, "results.json")
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    order = list(cases.CASES)
+    found = [*rows, *(Row(**row) for row in before if row["case"] not in run and row["case"] in order)]
+    return sorted(found, key=lambda row: order.index(row.case))
+
+
 def table(rows: list[Row]) -> str:
     lines = ["| model type | case | | largest difference, or why it is refused |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row.found == "refused", row.model_type)):
@@ -171,11 +180,13 @@ def main() -> int:
     for row in rows:
         if row.found != "right":
             print(f"{row.case}: {row.found}: {row.why or row.difference}")
-    if len(rows) == len(cases.CASES):
-        write(__file__, {"seed": arguments.seed, "counts": counts, "model_types": sorted(types), "rows": [vars(row) for row in rows]})
-        page = Path(__file__).parents[2] / "docs" / "families.md"
-        before, _, after = page.read_text().partition("<!-- table -->\n")
-        page.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->\n{after.partition('<!-- end -->' + chr(10))[2]}")
+    rows = with_others(rows)
+    counts = {kind: sum(row.found == kind for row in rows) for kind in ("right", "wrong", "refused")}
+    types = {row.model_type for row in rows if row.found == "right"} - {row.model_type for row in rows if row.found == "wrong"}
+    write(__file__, {"seed": arguments.seed, "counts": counts, "model_types": sorted(types), "rows": [vars(row) for row in rows]})
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    before, _, after = page.read_text().partition("<!-- table -->\n")
+    page.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->\n{after.partition('<!-- end -->' + chr(10))[2]}")
     return 1 if counts["wrong"] else 0
 
 
