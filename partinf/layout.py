@@ -587,5 +587,22 @@ def readable_name(layout: Layout, sizes: Mapping[str, int]) -> str:
     stages = "".join(axis for axis in layout.storage_axes(Role.STAGE) if sizes[axis] > 1)
     stored = f"E{'_' + embed if embed else ''} F{'_' + ffn if ffn else ''}" + (f", copies over {copies}" if copies else "")
     stored += f", stages over {stages}" if stages else ""
-    parts = [f"{label} {ffn_name(layout, layout.phase(label), sizes)}/{attention_name(layout.phase(label), sizes)}" for label in PHASES]
-    return f"{stored}, {', '.join(parts)}"
+    stored += f", experts {experts_name(layout, sizes)}" if layout.experts else ""
+    return ", ".join([stored, *(_phase_name(layout, label, sizes) for label in PHASES)])
+
+
+def experts_name(layout: Layout, sizes: Mapping[str, int]) -> str:
+    """How experts' matrices are split, `X_y F_z`; `X` where every device has all of them whole."""
+    letters = (("X", ExpertRole.EXPERT), ("E", ExpertRole.EMBED), ("F", ExpertRole.FFN))
+    split = ((letter, "".join(axis for axis in layout.expert_axes(role) if sizes[axis] > 1)) for letter, role in letters)
+    return " ".join(f"{letter}_{axes}" for letter, axes in split if axes) or "X"
+
+
+def _phase_name(layout: Layout, label: str, sizes: Mapping[str, int]) -> str:
+    """`decode ws-1d/batch`, and what the phase does about experts where it is not the plainest."""
+    phase = layout.phase(label)
+    name = f"{label} {ffn_name(layout, phase, sizes)}/{attention_name(phase, sizes)}"
+    gathered = "".join(axis for axis in phase.gather_experts if sizes[axis] > 1)
+    sent = [axis for axis in layout.expert_splits(phase, ExpertRole.EXPERT) if sizes[axis] > 1 and axis in layout.token_axes(phase)]
+    name += f"/experts gathered over {gathered}" if gathered else ""
+    return name + ("/rows exchanged" if sent and phase.dispatch is Dispatch.EXCHANGE else "")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from partinf.cost import items
@@ -30,7 +31,7 @@ from partinf.cost.program import PLAIN
 from partinf.cost.routing import Routed, expected_sent, routed
 from partinf.cost.split import StepSplit
 from partinf.foundation.rounding import ceil_div
-from partinf.layout import Dispatch, ExpertRole
+from partinf.layout import Dispatch, ExpertRole, Layout, Phase
 from partinf.model.kinds import Block, Experts
 from partinf.workload import DType
 
@@ -61,6 +62,11 @@ class ExpertAxes(NamedTuple):
         return self.experts, self.ffn, self.embed
 
     @property
+    def reduced(self) -> Axes:
+        """Over which outputs are still to be summed when they are back with their tokens."""
+        return tuple(axis for axis in self.experts if axis not in self.sent) + self.ffn
+
+    @property
     def tokens(self) -> Axes:
         """That split the rows which are multiplied."""
         return tuple(axis for axis in self.rows if axis not in self.sent)
@@ -69,12 +75,18 @@ class ExpertAxes(NamedTuple):
 def expert_axes(split: StepSplit) -> ExpertAxes:
     """The roles of the layout for experts in this step."""
     layout, phase, sizes = split.layout, split.phase, split.sizes
+    known, key = split.pricing.known_roles, (layout.experts or layout.storage, phase.gather_experts, phase.dispatch, split.t)
+    if key not in known:
+        known[key] = _expert_axes(layout, phase, sizes, split.t)
+    return known[key]
 
+
+def _expert_axes(layout: Layout, phase: Phase, sizes: Mapping[str, int], tokens: Axes) -> ExpertAxes:
     def kept(axes: Axes) -> Axes:
         return tuple(axis for axis in axes if sizes[axis] > 1)
 
     experts, ffn, embed = (kept(layout.expert_splits(phase, role)) for role in _ROLES)
-    sent = tuple(axis for axis in experts if axis in split.t) if phase.dispatch is Dispatch.EXCHANGE else ()
+    sent = tuple(axis for axis in experts if axis in tokens) if phase.dispatch is Dispatch.EXCHANGE else ()
     rows = kept(layout.expert_token_axes(phase)) + sent
     first, second, third = (kept(layout.expert_axes(role)) for role in _ROLES)
     return ExpertAxes(rows, sent, experts, ffn, embed, (first, second, third))
@@ -272,8 +284,7 @@ class _Mixture:
     def _reduced(self, elements: int) -> list[Entry]:
         """[T.τ, E.e] {Xf unreduced} → [T.t, E.between]; nothing where it joins the sums of the matrices beside it."""
         split, axes = self.split, self.axes
-        summed = tuple(axis for axis in axes.experts if axis not in axes.sent) + axes.ffn
-        source, target = Split(axes.rows, axes.embed, summed), Split(split.t, split.between)
+        source, target = Split(axes.rows, axes.embed, axes.reduced), Split(split.t, split.between)
         if self._beside and self._alike(source, Split(split.t, split.e, split.f)) and self._in_order:
             return []
         ways = [(source, target)] if self._in_order else [(source, Split(split.t)), (Split(split.t), target)]

@@ -239,6 +239,12 @@ class LinearSet(NamedTuple):
 
 def linear_set(split: StepSplit) -> LinearSet:
     """The part of `activation_bytes` that all attention roles share."""
+    dense = dense_set(split)
+    return dense._replace(largest=max(dense.largest, expert_bytes(split)))
+
+
+def dense_set(split: StepSplit) -> LinearSet:
+    """The same without experts."""
     model, shape, act = split.model, split.shape, split.act_bytes
     tokens = split.local_tokens
     embed_spread, embed = model.embed_dim // split.ways(split.between), model.embed_dim // split.ways(split.e)
@@ -254,7 +260,7 @@ def linear_set(split: StepSplit) -> LinearSet:
         hidden = tokens * of.width // split.ways(split.f) * act
         before, after = (queries if split.ahead else _gathered(weight) for weight in (w_in, w_out))
         largest = max(largest, fed + matrices_in(of) * hidden + before, fed + hidden + after)
-    return LinearSet(tokens * embed_spread * act + carried_bytes(split), max(largest, expert_bytes(split)), fed + queries)
+    return LinearSet(tokens * embed_spread * act + carried_bytes(split), largest, fed + queries)
 
 
 def activation_bytes(split: StepSplit, linear: LinearSet | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from partinf.cost.calibration import ROOFLINE, Calibration
 from partinf.cost.collectives import BandwidthModel, Network
@@ -44,6 +45,7 @@ class Pricing:
         # A search asks for few of these many times.
         self.known_moves: dict[tuple[int, Split, Split], tuple[Moved, ...]] = {}
         self.known_groups: dict[tuple[object, Axes], Group] = {}
+        self.known_roles: dict[tuple[object, ...], Any] = {}
         self._measured: _Measured | None = None
         self._of_types: dict[tuple[DType, DType], Pricing] = {}
         self._compiled: dict[bool, Pricing] = {}

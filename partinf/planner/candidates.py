@@ -14,15 +14,33 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from partinf.hardware.slices import Link, MeshAxis, Slice
-from partinf.layout import AttentionRole, Layout, Phase, Role
+from partinf.layout import AttentionRole, Dispatch, ExpertRole, Layout, Phase, Role
 
 Storage = tuple[Role, ...]
-Gather = tuple[bool, ...]
+ExpertRoles = tuple[ExpertRole, ...]
 AxisClass = tuple[object, ...]
 
+SPLITTING = (ExpertRole.EXPERT, ExpertRole.FFN, ExpertRole.EMBED)
+_OF_EXPERTS = (*SPLITTING, ExpertRole.REPLICA)
 _STORED = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
 _BETWEEN_SLICES = (Role.REPLICA, Role.STAGE, Role.FFN)
 _ATTENDED = (AttentionRole.HEADS, AttentionRole.BATCH, AttentionRole.SEQUENCE, AttentionRole.NONE)
+
+
+class Stored(NamedTuple):
+    """Roles of all axes in storage: for dense weights, and for experts' matrices, empty where the model has none."""
+
+    roles: Storage
+    experts: ExpertRoles = ()
+
+
+class Gather(NamedTuple):
+    """The axes over which a phase gathers weights, and those over which it gathers experts' matrices, aligned with the slice's axes; and
+    whether it exchanges rows between experts."""
+
+    dense: tuple[bool, ...]
+    experts: tuple[bool, ...] = ()
+    exchanged: bool = False
 
 
 class Attention(NamedTuple):
@@ -69,12 +87,19 @@ class AxisTable:
         key = (option.gather, option.attention.number)
         found = self._phases.get(key)
         if found is None:
-            gather = tuple(name for name, used in zip(self.names, option.gather, strict=True) if used)
-            found = self._phases[key] = Phase(gather, tuple(zip(self.names, option.attention.roles, strict=True)))
+            gather, attention = option.gather, tuple(zip(self.names, option.attention.roles, strict=True))
+            dense, experts = (self.named(marked) for marked in (gather.dense, gather.experts))
+            dispatch = Dispatch.EXCHANGE if gather.exchanged else Dispatch.GATHER
+            found = self._phases[key] = Phase(dense, attention, gather_experts=experts, dispatch=dispatch)
         return found
 
-    def layout(self, storage: Storage, prefill: PhaseOption, decode: PhaseOption) -> Layout:
-        return Layout(tuple(zip(self.names, storage, strict=True)), self.phase(prefill), self.phase(decode), check=False)
+    def named(self, marked: tuple[bool, ...]) -> tuple[str, ...]:
+        """The names of the axes that are marked."""
+        return tuple(name for name, used in zip(self.names, marked, strict=False) if used)
+
+    def layout(self, stored: Stored, prefill: PhaseOption, decode: PhaseOption) -> Layout:
+        roles, experts = tuple(zip(self.names, stored.roles, strict=True)), tuple(zip(self.names, stored.experts, strict=False))
+        return Layout(roles, self.phase(prefill), self.phase(decode), check=False, experts=experts)
 
     def attentions_of(self, storage: Storage) -> list[Attention]:
         """Every choice of attention roles for a storage, equal axes not yet merged; stages split nothing within a layer."""
@@ -125,15 +150,53 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     return list(seen.values())
 
 
-def gathers(table: AxisTable, storage: Storage) -> list[Gather]:
-    """Every set of axes that a storage can gather."""
-    stored = [role in (Role.EMBED, Role.FFN) and may for role, may in zip(storage, table.gathered, strict=True)]
-    return list(itertools.product(*((False, True) if stores else (False,) for stores in stored)))
+def gathers(table: AxisTable, stored: Stored) -> list[Gather]:
+    """Every set of axes that a storage can gather; experts' matrices over axes that split tokens and them, where nothing is sent then.
+    Rows can be exchanged along the others that split tokens and experts."""
+    names = range(len(table.names))
+    splits = [role in (Role.EMBED, Role.FFN) and may for role, may in zip(stored.roles, table.gathered, strict=True)]
+    dense = itertools.product(*((False, True) if one else (False,) for one in splits))
+    if not stored.experts:
+        return [Gather(one) for one in dense]
+    found = []
+    for one in dense:
+        tokens = [role is Role.REPLICA or used for role, used in zip(stored.roles, one, strict=True)]
+        may = [tokens[i] and table.gathered[i] and stored.experts[i] in SPLITTING for i in names]
+        for experts in itertools.product(*((False, True) if each else (False,) for each in may)):
+            found.append(Gather(one, experts))
+            if any(tokens[i] and stored.experts[i] is ExpertRole.EXPERT and not experts[i] for i in names):
+                found.append(Gather(one, experts, exchanged=True))
+    return found
 
 
-def num_options(table: AxisTable, storage: Storage) -> int:
-    """Options of a phase for a storage, equal axes counted apart."""
-    return len(gathers(table, storage)) * len(table.attentions_of(storage))
+def num_options(table: AxisTable, storage: Storage, experts: bool) -> int:
+    """Options of a phase for a storage, equal axes counted apart.
+
+    Args:
+        experts: the model has such; every axis that splits weights or tokens has four roles for them.
+    """
+    roles = math.prod(len(_OF_EXPERTS) for role, size in zip(storage, table.sizes, strict=True) if size > 1 and role is not Role.STAGE)
+    return len(gathers(table, Stored(storage))) * len(table.attentions_of(storage)) * (roles if experts else 1)
+
+
+def expert_roles(table: AxisTable, storage: Storage) -> list[ExpertRoles]:
+    """Every choice of roles for experts' matrices beside a storage. Of those that differ only by swapping equal axes that copy the dense
+    weights there is one; others may be gathered each, and have their place among the axes of heads. Stages are both, and between slices
+    there is nothing but copies or experts."""
+    may: list[tuple[ExpertRole, ...]] = []
+    for role, size, gathered in zip(storage, table.sizes, table.gathered, strict=True):
+        if role is Role.STAGE:
+            may.append((ExpertRole.STAGE,))
+        elif size == 1:
+            may.append((ExpertRole.REPLICA,))
+        else:
+            may.append(_OF_EXPERTS if gathered else (ExpertRole.REPLICA, ExpertRole.EXPERT))
+    seen: dict[object, ExpertRoles] = {}
+    for roles in itertools.product(*may):
+        marked = list(zip(table.class_ids, storage, roles, strict=True))
+        others = [(kind, role) for kind, dense, role in marked if dense is not Role.REPLICA]
+        seen.setdefault((tuple(sorted((kind, role) for kind, dense, role in marked if dense is Role.REPLICA)), tuple(others)), roles)
+    return list(seen.values())
 
 
 class HeadSplits:
@@ -166,13 +229,16 @@ class HeadSplits:
         return parts, tuple(kv)
 
 
-def option_signature(table: AxisTable, storage: Storage, option: PhaseOption, kv: tuple[bool, ...]) -> object:
+def option_signature(table: AxisTable, stored: Stored, option: PhaseOption, kv: tuple[bool, ...]) -> object:
     """Equal for options of a storage that differ only by swapping equal axes.
 
     Args:
         kv: which axes split key-value heads; heads are dealt over leading axes as far as they divide, so order breaks that tie.
     """
-    return tuple(sorted(zip(table.class_ids, storage, option.gather, option.attention.roles, kv, strict=True)))
+    gather, alike = option.gather, tuple(zip(table.class_ids, stored.roles, option.gather.dense, option.attention.roles, kv, strict=True))
+    if not stored.experts:
+        return tuple(sorted(alike))
+    return gather.exchanged, tuple(sorted(zip(alike, stored.experts, gather.experts, strict=True)))
 
 
 def _axis_class(axis: MeshAxis, slice_: Slice) -> AxisClass:

@@ -14,7 +14,7 @@ import math
 
 from partinf.cost.ledger import Op
 from partinf.layout import Role
-from partinf.planner.candidates import AxisTable, Gather, Storage, gathers
+from partinf.planner.candidates import AxisTable, Gather, Storage, Stored, gathers
 from partinf.planner.evaluate import Evaluator
 
 
@@ -27,7 +27,8 @@ class Estimate:
         model, size = evaluator.model, evaluator.workload.weights.activations.num_bytes
         self._sublayers = 1 if model.block.parallel else 2
         self._layers, self._embed = model.num_layers, model.embed_dim * size
-        inner = (3 if model.gated else 2) * model.ffn_dim + 2 * model.num_heads * model.head_dim
+        widths = sum((3 if of.gated else 2) * of.width * count for of, count in model.feed_forwards) // model.num_layers
+        inner = widths + 2 * model.num_heads * model.head_dim
         self._inner = inner * size // 2  # half of it for a reduce-scatter and an all-gather each
 
     def step(self, storage: Storage, label: str) -> float:
@@ -35,15 +36,15 @@ class Estimate:
         stored, evaluator = self._ways(storage, (Role.EMBED, Role.FFN)), self._evaluator
         products = evaluator.floor(label, stored)
         tokens = evaluator.tokens(label) / self._ways(storage, (Role.STAGE,))
-        return min(self._with(storage, gather, products, tokens, stored) for gather in gathers(self._table, storage))
+        return min(self._with(storage, gather, products, tokens, stored) for gather in gathers(self._table, Stored(storage)))
 
     def _with(self, storage: Storage, gather: Gather, products: float, tokens: float, stored: int) -> float:
-        left = tuple(Role.REPLICA if used else role for role, used in zip(storage, gather, strict=True))
+        left = tuple(Role.REPLICA if used else role for role, used in zip(storage, gather.dense, strict=True))
         rows = tokens / self._ways(left, (Role.REPLICA,))
         e_axes, f_axes = (self._axes(left, role) for role in (Role.EMBED, Role.FFN))
         moved = self._sublayers * self._seconds(f_axes, rows * self._embed / self._ways(left, (Role.EMBED,)))
         moved += self._seconds(e_axes, rows * self._inner / self._ways(left, (Role.FFN,)))
-        axes = tuple(name for name, used in zip(self._table.names, gather, strict=True) if used)
+        axes = self._table.named(gather.dense)
         moving = self._evaluator.gather_floor(stored, axes)
         work = max(products, moving) if self._evaluator.gathers_hide else products + moving
         return work + 2 * self._layers * moved

@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 from partinf.buckets import num_programs
 from partinf.cost.attention import decode_cores, prefill_cores
+from partinf.cost.experts import expert_bytes
 from partinf.cost.ledger import Entry, Ledger, Op, total_seconds
-from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, kv_bytes, linear_set, usable_bytes, weight_bytes
+from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, dense_set, kv_bytes, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
 from partinf.cost.overlap import compute_left, fetches
 from partinf.cost.pricing import Pricing
+from partinf.cost.routing import routed
 from partinf.cost.split import Shares, StepShape, StepSplit, gathers_behind
-from partinf.cost.step import attention_part, cache_part, linear_part
+from partinf.cost.step import attention_part, cache_part, dense_part, expert_part
 from partinf.foundation.rounding import ceil_div, round_up
-from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
+from partinf.layout import AttentionRole, ExpertRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model.config import ModelConfig
 from partinf.model.weights import multiplied_params
 from partinf.planner.candidates import Attention
@@ -64,6 +66,10 @@ class _Part(NamedTuple):
             entries = tuple(entry._replace(count=entry.count * times) for entry in entries)
         ahead = sum(entry.ahead * entry.count for entry in entries)
         return cls(entries, total_seconds(entries) - ahead, ahead, compute_left(entries), *fetches(entries))
+
+    def with_(self, other: _Part) -> _Part:
+        """Both."""
+        return _Part(*(mine + others for mine, others in zip(self, other, strict=True)))  # type: ignore[operator]
 
     def beside(self, seconds: float, left: float, early: float = 0.0, free: float = 0.0) -> float:
         """Seconds together with other work, which gathers nothing ahead, leaves some compute for those that do, waits for HBM and leaves it
@@ -111,10 +117,15 @@ class _Key(NamedTuple):
 
 
 def _key(split: StepSplit) -> _Key:
-    experts = (split.layout.experts, split.phase.gather_experts, split.phase.dispatch) if split.model.experts is not None else ()
+    experts = _expert_roles(split.model, split.layout, split.phase)
     return _Key(
         split.layout.storage, experts, split.gathered, split.ahead, split.whole, split.kv_stored, split.shape, split.model.num_heads
     )
+
+
+def _expert_roles(model: ModelConfig, layout: Layout, phase: Phase) -> tuple[object, ...]:
+    """All that a layout and a phase say of experts; nothing where the model has none."""
+    return () if model.experts is None else (layout.experts, phase.gather_experts, phase.dispatch)
 
 
 class Evaluator:
@@ -130,6 +141,8 @@ class Evaluator:
         self._unstaged, self._staged = pricing.compiled(self.unrolled), pricing.compiled(unrolled=False)
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, _Linear] = {}
+        self._dense_parts: dict[_Key, _Linear] = {}
+        self._expert_parts: dict[object, tuple[_Part, int]] = {}
         self._whole: dict[_Key, bool] = {}
         self._attention: dict[object, _Part] = {}
         self._splits: dict[object, StepSplit] = {}
@@ -137,6 +150,10 @@ class Evaluator:
         prompts = 0 if workload.phase == "decode" else workload.prompts_per_step
         self._prompts = min(prompts * self._prompt_len, workload.chunk or SERVED_PROMPT_TOKENS), prompts  # that an engine computes at once
         self._entries = multiplied_params(model)
+        of, layers = model.experts, model.expert_layers
+        each = 0 if of is None else layers * model.embed_dim * of.each.width * (3 if of.each.gated else 2)
+        self._dense_entries = self._entries - each * (0 if of is None else of.per_token)
+        self._expert_entries = each
         self._coupling: dict[object, Ledger] = {}
         self._cores: dict[object, float] = {}
         self._core_seconds: dict[object, float] = {}
@@ -144,18 +161,48 @@ class Evaluator:
         self._weight_bytes: dict[object, int] = {}
         self._stages: dict[object, int] = {}
 
-    def floor(self, label: str, stored: int) -> float:
-        """Seconds that a phase's step takes at least: the products of its tokens, spread over all devices, and its weights read once.
+    def floor(self, label: str, stored: int, experts: tuple[ExpertRole, ...] = ()) -> float:
+        """Seconds that a phase's step takes at least: the products of its tokens, spread over all devices, and its weights read once, of
+        experts those that are hit. The most that is gathered before it is used is read before.
 
         Args:
-            stored: into how many parts the weights of a layer are split.
+            stored: into how many parts the weights of a layer are split. experts: the roles of all axes for experts; where they are not
+                given, the best.
         """
-        flops = 2.0 * self.tokens(label) * self._entries / self.pricing.slice.num_devices
-        return self._unstaged.least_seconds(flops, self._entries / stored * self.workload.weights.num_bytes)
+        devices = self.pricing.slice.num_devices
+        flops = 2.0 * self.tokens(label) * self._entries / devices
+        read = self._dense_entries / stored
+        if self._expert_entries:
+            read += self._hit(label, experts or None) * self._expert_entries
+        return self._unstaged.least_seconds(flops, read * self.workload.weights.num_bytes)
+
+    @property
+    def usable(self) -> int:
+        """Bytes that a program may use on one device."""
+        return usable_bytes(self.pricing.slice)
+
+    def dense_floor(self, label: str, stored: int) -> float:
+        """The same without experts; nothing in a program that reads weights while it does something else."""
+        if self._unstaged.program.unrolled:
+            return 0.0
+        flops = 2.0 * self.tokens(label) * self._dense_entries / self.pricing.slice.num_devices
+        return self._unstaged.least_seconds(flops, self._dense_entries / stored * self.workload.weights.num_bytes)
+
+    def _hit(self, label: str, roles: tuple[ExpertRole, ...] | None) -> float:
+        """Of one layer's experts that some token of a step hits, how many a device reads at least."""
+        of, devices = self.model.experts, self.pricing.slice.num_devices
+        assert of is not None
+        if roles is None:
+            return routed(of.count, of.per_token, self.tokens(label), 1, 1, self.pricing.skew).hit / devices
+        sizes = self.sizes.values()
+        ways = {role: math.prod(size for size, has in zip(sizes, roles, strict=True) if has is role) for role in ExpertRole}
+        tokens = ceil_div(self.tokens(label), ways[ExpertRole.REPLICA] * ways[ExpertRole.STAGE])
+        hit = routed(of.count, of.per_token, tokens, ways[ExpertRole.EXPERT], 1, self.pricing.skew).hit
+        return hit / (ways[ExpertRole.FFN] * ways[ExpertRole.EMBED])
 
     def gather_floor(self, stored: int, axes: tuple[str, ...]) -> float:
         """Seconds that it takes at least to gather all layers' weights over these axes, those of one stage after those of another."""
-        num_bytes = self._entries / stored * ways(axes, self.sizes) * self.workload.weights.num_bytes
+        num_bytes = self._dense_entries / stored * ways(axes, self.sizes) * self.workload.weights.num_bytes
         return self.pricing.network.seconds(Op.ALL_GATHER, axes, num_bytes) if axes else 0.0
 
     def with_exchange(self, floor: float, label: str, axes: tuple[str, ...], ways_of: Mapping[Role, int]) -> float:
@@ -169,7 +216,9 @@ class Evaluator:
             return floor
         rows = self.tokens(label) / (ways_of[Role.STAGE] * ways_of[Role.REPLICA])
         num_bytes = rows * self.model.embed_dim / ways_of[Role.EMBED] * self.workload.weights.activations.num_bytes
-        sublayers = self.model.num_layers * (1 if self.model.block.parallel else 2)
+        model, of = self.model, self.model.experts
+        alone = 0 if model.block.parallel or (of is not None and of.shared) else model.expert_layers  # experts and nothing beside them
+        sublayers = model.num_layers * (1 if model.block.parallel else 2) - alone
         moving = sublayers * self.pricing.network.seconds(Op.ALL_REDUCE, axes, num_bytes)
         return max(floor, moving) if self._unstaged.program.unrolled else floor + moving
 
@@ -196,14 +245,20 @@ class Evaluator:
         model = self.model.with_padded_heads(padded_heads)
         shares = Shares(heads=self.model.num_heads / model.num_heads)
         shape = shape or self.shape(layout, phase, label)
-        experts = (layout.experts, phase.gather_experts, phase.dispatch) if model.experts is not None else ()
+        experts = _expert_roles(model, layout, phase)
         key = (layout.storage, experts, phase.gather, phase.ahead, phase.whole, padded_heads, shape)
         known = self._splits.get(key)
         if known is not None:
             return known.with_attention(layout)
-        pricing = self._unstaged if self.stages(layout) == 1 else self._staged
-        made = StepSplit(model, layout, phase, shape, pricing, self.workload.weights, self.workload.kv, shares)
-        return self._splits.setdefault(key, made)
+        alike = (layout.storage, (), *key[2:])  # whatever it says of experts
+        made = self._splits.get(alike)
+        if made is None:
+            pricing = self._unstaged if self.stages(layout) == 1 else self._staged
+            made = StepSplit(model, layout, phase, shape, pricing, self.workload.weights, self.workload.kv, shares)
+            self._splits[alike] = made
+        if experts:
+            made = self._splits[key] = made.with_experts(layout, phase)
+        return made.with_attention(layout) if made.layout is not layout else made
 
     def shape(self, layout: Layout, phase: Phase, label: str) -> StepShape:
         """The workload's step of a phase, padded to what the roles divide."""
@@ -240,8 +295,42 @@ class Evaluator:
         key = _key(split)
         found = self._linear.get(key)
         if found is None:
-            found = self._linear[key] = _Linear(_Part.of(linear_part(split), split.num_stages), linear_set(split))
+            found = self._linear[key] = self._dense(split, key._replace(experts=()))
+            if split.model.experts is not None:
+                part, size = self._experts(split)
+                largest = max(found.working_set.largest, size)
+                found = self._linear[key] = _Linear(found.part.with_(part), found.working_set._replace(largest=largest))
         return found
+
+    def _dense(self, split: StepSplit, key: _Key) -> _Linear:
+        """The same without experts."""
+        found = self._dense_parts.get(key)
+        if found is None:
+            found = self._dense_parts[key] = _Linear(_Part.of(dense_part(split), split.num_stages), dense_set(split))
+        return found
+
+    def _experts(self, split: StepSplit) -> tuple[_Part, int]:
+        """What experts take, and their working set: the same whatever dense weights do along axes that split neither tokens nor what
+        passes between sublayers."""
+        roles = _expert_roles(split.model, split.layout, split.phase)
+        key = (roles, split.t, split.between, split.e, split.f, split.w_stored, split.shape, split.stages)
+        found = self._expert_parts.get(key)
+        if found is None:
+            found = self._expert_parts[key] = _Part.of(expert_part(split), split.num_stages), expert_bytes(split)
+        return found
+
+    def expert_figures(self, layout: Layout, label: str) -> tuple[float, int, float]:
+        """Seconds of a phase's step that experts take at least, whatever passes between sublayers; their working set; and the least that is
+        left of the seconds without those that leave HBM alone."""
+        split = self.split(layout, label, 0)
+        splits = (split, split.kept_whole()) if self._may_be_whole(split) else (split,)
+        figures = [(part.beside(0.0, 0.0), size, part.seconds - part.free) for part, size in map(self._experts, splits)]
+        return (*min(figures)[:2], min(apart for *_, apart in figures))
+
+    def _may_be_whole(self, split: StepSplit) -> bool:
+        """Many rows leave what passes between sublayers split: each device would pass all of E through its memory, which no entry is there
+        for."""
+        return self.pricing.program.either_residual and bool(split.f) and split.local_tokens <= FEW_ROWS
 
     def price(self, layout: Layout, label: str, padded_heads: int) -> Priced:
         """One step of a phase without the coupling of prefill to decode's cache."""
@@ -252,9 +341,8 @@ class Evaluator:
         return self._priced(self._cheaper(self.split(layout, label, padded_heads)), label)
 
     def _cheaper(self, split: StepSplit) -> StepSplit:
-        """The split, or the same with what passes between sublayers whole. Many rows leave it split: each device would pass all of E
-        through its memory, which no entry is there for."""
-        if not (self.pricing.program.either_residual and split.f and split.local_tokens <= FEW_ROWS):
+        """The split, or the same with what passes between sublayers whole."""
+        if not self._may_be_whole(split):
             return split
         key = _key(split)
         whole = self._whole.get(key)

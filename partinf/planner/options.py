@@ -19,10 +19,12 @@ from partinf.hardware.slices import Link, Slice
 from partinf.layout import Role
 from partinf.planner.candidates import (
     Attention,
+    ExpertRoles,
     Gather,
     HeadSplits,
     PhaseOption,
     Storage,
+    Stored,
     axis_table,
     gathers,
     option_signature,
@@ -97,16 +99,24 @@ class Space:
         """What a step of a phase takes at least; nothing is worked out where there is no limit."""
         return 0.0 if self.cut is None else self.evaluator.floor(label, self._stored(storage))
 
+    def expert_floor(self, storage: Storage, experts: ExpertRoles, label: str) -> float:
+        """The same under these roles for experts."""
+        return self.evaluator.floor(label, self._stored(storage), experts)
+
+    def dense_floor(self, storage: Storage, label: str) -> float:
+        """What everything but experts takes at least."""
+        return self.evaluator.dense_floor(label, self._stored(storage))
+
     def gather_floor(self, storage: Storage, gather: Gather, label: str, floor: float) -> float:
         """The same where the weights of these axes are gathered first, from what it takes without; with the least that is exchanged."""
         if self.cut is None:
             return floor
-        if any(gather):
-            axes = tuple(name for name, used in zip(self.table.names, gather, strict=True) if used)
+        if any(gather.dense):
+            axes = self.table.named(gather.dense)
             moving = self.evaluator.gather_floor(self._stored(storage), axes)
             floor = max(floor, moving) if self.evaluator.gathers_hide else floor + moving
         split, ways = list[str](), dict.fromkeys(Role, 1)
-        for name, size, role, used in zip(self.table.names, self.table.sizes, storage, gather, strict=True):
+        for name, size, role, used in zip(self.table.names, self.table.sizes, storage, gather.dense, strict=True):
             ways[Role.REPLICA if used else role] *= size
             if role is Role.FFN and not used and size > 1:
                 split.append(name)
@@ -126,13 +136,17 @@ class Space:
 class Bounds:
     """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is asked for."""
 
-    def __init__(self, space: Space, storage: Storage, label: str) -> None:
+    def __init__(self, space: Space, storage: Stored, label: str, least: float = 0.0) -> None:
+        """
+        Args:
+            least: what a step is known to take at least.
+        """
         self._space, self._storage, self._label = space, storage, label
         *_, self._alone = space.table.attentions  # splits nothing
-        self._padded = space.padded(space.heads.of(storage, self._alone.heads)[0])
+        self._padded = space.padded(space.heads.of(storage.roles, self._alone.heads)[0])
         every = [] if self._padded is None else gathers(space.table, storage)
-        floor = space.floor(storage, label)
-        self._floors = {gather: space.gather_floor(storage, gather, label, floor) for gather in every}
+        floor = max(space.floor(storage.roles, label), least)
+        self._floors = {gather: space.gather_floor(storage.roles, gather, label, floor) for gather in every}
         self._known: dict[Gather, Least] = {}
         self._core: float | None = None
 
@@ -164,7 +178,8 @@ class Bounds:
         assert self._padded is not None
         least = space.evaluator.least(space.table.layout(self._storage, option, option), self._label, self._padded)
         if self._core is None:
-            self._core = min(space.core(least, self._storage, self._label, one) for one in space.table.attentions_of(self._storage))
+            roles = self._storage.roles
+            self._core = min(space.core(least, roles, self._label, one) for one in space.table.attentions_of(roles))
         return least._replace(core=self._core)
 
 
@@ -175,7 +190,7 @@ class Options:
     """
 
     def __init__(
-        self, space: Space, storage: Storage, label: str, bounds: Bounds, rest: float = 0.0, times: int = 1, merged: bool = True
+        self, space: Space, storage: Stored, label: str, bounds: Bounds, rest: float = 0.0, times: int = 1, merged: bool = True
     ) -> None:
         """
         Args:
@@ -183,9 +198,9 @@ class Options:
                 that differ only by swapping equal axes appear once.
         """
         self._space, self._storage, self._label, self._bounds = space, storage, label, bounds
-        self._limit = space.limit(storage)
+        self._limit = space.limit(storage.roles)
         self._rest, self._times, self._merged = rest, times, merged
-        self._attentions = space.table.attentions_of(storage)
+        self._attentions = space.table.attentions_of(storage.roles)
         self._count = itertools.count()  # ties are taken in the order of enumeration
         self._heap: list[tuple[float, int, _Node]] = []
         for floor, gather in bounds.floors():
@@ -230,11 +245,11 @@ class Options:
     def _expand(self, gather: Gather) -> None:
         space, least = self._space, self._bounds.of(gather)
         for attention in self._attentions:
-            self._push(least.with_core(space.core(least, self._storage, self._label, attention)), PhaseOption(gather, attention))
+            self._push(least.with_core(space.core(least, self._storage.roles, self._label, attention)), PhaseOption(gather, attention))
 
     def _price(self, option: PhaseOption) -> None:
         space = self._space
-        parts, kv = space.heads.of(self._storage, option.attention.heads)
+        parts, kv = space.heads.of(self._storage.roles, option.attention.heads)
         signature = option_signature(space.table, self._storage, option, kv)
         if signature in self._seen:
             known = self._seen[signature]

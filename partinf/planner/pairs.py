@@ -13,7 +13,7 @@ from partinf.cost.ledger import Ledger
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.split import StepShape
 from partinf.layout import Role
-from partinf.planner.candidates import Storage
+from partinf.planner.candidates import Stored
 from partinf.planner.evaluate import Priced
 from partinf.planner.options import Choice, Space
 
@@ -42,7 +42,7 @@ class Pairing:
         self._couplings: dict[object, Ledger] = {}
         self._helds: dict[object, MemoryBudget] = {}
 
-    def best_beside(self, storage: Storage, decode: Choice, prefills: Iterable[Choice]) -> Pair | None:
+    def best_beside(self, storage: Stored, decode: Choice, prefills: Iterable[Choice]) -> Pair | None:
         """The prefill option that is best beside a decode option; None when none goes with it.
 
         Args:
@@ -53,7 +53,7 @@ class Pairing:
         best = None if decode.priced.activations > room else self._first(storage, decode, prefills, room)
         return best or self._first(storage, decode, prefills, None)
 
-    def _first(self, storage: Storage, decode: Choice, prefills: Iterable[Choice], room: int | None) -> Pair | None:
+    def _first(self, storage: Stored, decode: Choice, prefills: Iterable[Choice], room: int | None) -> Pair | None:
         """The first prefill option that no later one can beat: among those that fit, or without `room` among all."""
         decodes = self._decodes * decode.priced.seconds
         tried = set()  # of options that attend alike the first is the best: the pair's heads and coupling are the same
@@ -73,9 +73,9 @@ class Pairing:
                 best = pair
         return best
 
-    def _pair(self, storage: Storage, prefill: Choice, decode: Choice) -> Pair | None:
+    def _pair(self, storage: Stored, prefill: Choice, decode: Choice) -> Pair | None:
         """Prefill and decode side by side; None when their heads do not split together."""
-        parts, kv = self._heads.of(storage, prefill.option.attention.heads | decode.option.attention.heads)
+        parts, kv = self._heads.of(storage.roles, prefill.option.attention.heads | decode.option.attention.heads)
         padded = self._evaluator.padded_heads(parts)
         if padded is None:
             return None
@@ -90,8 +90,8 @@ class Pairing:
         seconds = self._prefills * (first.seconds + coupling.seconds) + self._decodes * then.seconds
         return Pair(prefill, decode, first, then, coupling, padded, memory, memory.fits, seconds)
 
-    def _coupling(self, storage: Storage, prefill: Choice, decode: Choice, shape: StepShape, padded: int, kv: tuple[bool, ...]) -> Ledger:
-        stages = tuple(role is Role.STAGE for role in storage) if Role.STAGE in storage else ()
+    def _coupling(self, storage: Stored, prefill: Choice, decode: Choice, shape: StepShape, padded: int, kv: tuple[bool, ...]) -> Ledger:
+        stages = tuple(role is Role.STAGE for role in storage.roles) if Role.STAGE in storage.roles else ()
         numbers = prefill.option.attention.number, decode.option.attention.number
         key = (numbers, kv, shape.prefill_tokens, shape.prefill_slots, stages, padded)
         found = self._couplings.get(key)
@@ -100,7 +100,7 @@ class Pairing:
             found = self._couplings[key] = self._evaluator.coupling(layout, padded)
         return found
 
-    def _held(self, storage: Storage, prefill: Choice, decode: Choice, padded: int, kv: tuple[bool, ...]) -> MemoryBudget:
+    def _held(self, storage: Stored, prefill: Choice, decode: Choice, padded: int, kv: tuple[bool, ...]) -> MemoryBudget:
         """Weights and cache alone; both are the same for all prefill options that leave the heads split alike."""
         key = (storage, decode.option.attention.number, kv, padded)
         found = self._helds.get(key)
@@ -109,7 +109,7 @@ class Pairing:
             found = self._helds[key] = self._evaluator.memory(layout, [], padded)
         return found
 
-    def _priced_anew(self, storage: Storage, label: str, prefill: Choice, decode: Choice, padded: int, kv: tuple[bool, ...]) -> Priced:
+    def _priced_anew(self, storage: Stored, label: str, prefill: Choice, decode: Choice, padded: int, kv: tuple[bool, ...]) -> Priced:
         option = (prefill if label == "prefill" else decode).option
         key = (storage, option.gather, option.attention.number, label, padded, kv)
         found = self._repriced.get(key)

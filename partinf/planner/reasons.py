@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from partinf.cost.ledger import EntryKind, Ledger
 from partinf.foundation.units import readable_seconds
@@ -28,6 +28,22 @@ def why(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) ->
             other = getattr(rival.asked, kind)
             text += f" {words.format(_ATTENTION.get(other, other))} {_compared(candidate, rival)}."
     return text + _between_stages(slice_, candidates, candidate)
+
+
+def why_experts(candidate: Candidate, others: Mapping[str, Candidate]) -> str:
+    """How experts are split, what a device is expected to get of them, and how much slower other ways to split them are; empty for a model
+    without experts.
+
+    Args:
+        others: the same layout with experts split otherwise, by what they are called.
+    """
+    routed = next((entry.routed for entry in candidate.asked.ledger.entries if entry.routed is not None), None)
+    if routed is None:
+        return ""
+    text = f" A device is hit on {routed.most_hit:.3g} experts per layer at most ({routed.hit:.3g} in the mean)"
+    text += f", with {routed.most_rows:.3g} rows ({routed.rows:.3g})"
+    compared = ", ".join(f"{name} {_compared(candidate, other)}" for name, other in others.items())
+    return f"{text}; {compared}." if compared else f"{text}."
 
 
 def _compared(candidate: Candidate, rival: Candidate) -> str:

@@ -20,18 +20,19 @@ from partinf.cost.program import TILED, Program
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.rounding import ceil_div
 from partinf.hardware.slices import Slice
-from partinf.layout import PHASES, AttentionRole, Layout
+from partinf.layout import PHASES, AttentionRole, Dispatch, ExpertRole, Layout
 from partinf.model.config import ModelConfig
 from partinf.planner.advice import Change, changes, head_splits
 from partinf.planner.batch import BatchAdvice, batch_advice
+from partinf.planner.candidates import SPLITTING
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.question import Question
-from partinf.planner.reasons import why
+from partinf.planner.reasons import why, why_experts
 from partinf.planner.results import Candidate, Refused
-from partinf.planner.search import Search, order
+from partinf.planner.search import Search, given, order
 from partinf.planner.slices import slices_of
 from partinf.planner.switch import SwitchRow, prefill_from, switch_table
-from partinf.plans import CacheConfig, Plan
+from partinf.plans import CacheConfig, Plan, layout_offences
 from partinf.workload import Workload
 
 _MOST_TIMES_LARGER = 16
@@ -122,9 +123,24 @@ class PlanReport:
             cache,
             prefill_from(self.engine_evaluator, layout, candidate.padded_heads),
             predicted,
-            why(self.slice, self.candidates, candidate),
+            why(self.slice, self.candidates, candidate) + why_experts(candidate, self._other_experts(candidate)),
             candidate.padded_heads,
         )
+
+    def _other_experts(self, candidate: Candidate) -> dict[str, Candidate]:
+        """The candidate with every axis that splits experts' matrices splitting the experts, and with every such axis splitting their d_ff,
+        where that is another layout that the model can have; nothing is gathered or exchanged in these."""
+        layout, found = candidate.layout, {}
+        for name, role in (
+            ("splitting the experts over all their axes", ExpertRole.EXPERT),
+            ("splitting d_ff over all their axes", ExpertRole.FFN),
+        ):
+            roles = tuple((axis, role if has in SPLITTING else has) for axis, has in layout.experts)
+            phases: dict[str, Any] = {label: replace(layout.phase(label), gather_experts=(), dispatch=Dispatch.GATHER) for label in PHASES}
+            other = replace(layout, **phases, experts=roles, check=False)
+            if roles != layout.experts and not layout_offences(self.model, self.slice, other, candidate.padded_heads):
+                (found[name],) = given(self.question, self.slice, [(other, candidate.padded_heads)])
+        return found
 
     def engine_layout(self, candidate: Candidate) -> Layout:
         """The candidate's layout as an engine runs it: with weights gathered ahead in the phases that gather any, where gathers can run

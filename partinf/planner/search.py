@@ -24,9 +24,10 @@ from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
 from partinf.model.weights import active_params
-from partinf.planner.candidates import Storage, num_options, storages
+from partinf.planner.candidates import Gather, Storage, Stored, num_options, storages
 from partinf.planner.estimate import Estimate
 from partinf.planner.evaluate import Priced
+from partinf.planner.expert_storage import NO_FASTER, ExpertStorage
 from partinf.planner.options import BestSoFar, Bounds, Choice, Options, Space
 from partinf.planner.pairs import Pair, Pairing
 from partinf.planner.question import Question
@@ -46,6 +47,20 @@ class _Step(NamedTuple):
 
     def beside(self, coupling: Ledger) -> _Step:
         return _Step(self.seconds + coupling.seconds, (*self.parts, coupling.entries))
+
+
+class _Found(NamedTuple):
+    """Roles for all weights, with what a step of each phase takes at least, and the bounds of the last phases."""
+
+    stored: Stored
+    floors: tuple[float, ...]
+    known: list[Bounds]
+
+    def least(self, times: Sequence[int]) -> float:
+        """What all phases take at least, each so many times."""
+        left = len(self.floors) - len(self.known)
+        bounds = (*self.floors[:left], *(one.soonest for one in self.known))
+        return sum(n * seconds for n, seconds in zip(times, bounds, strict=True))
 
 
 def given(question: Question, slice_: Slice, layouts: Iterable[tuple[Layout, int]]) -> tuple[Candidate, ...]:
@@ -86,9 +101,10 @@ class Search:
         self.sizes = slice_.axis_sizes
         self.space = Space(question, slice_, limit, known)
         self.table, self.evaluator, self.refused = self.space.table, self.space.evaluator, self.space.refused
+        self._best_over: dict[Storage, float] = {}
         if limit is None:
             together = 1 if self.workload.phase else 2
-            many = sum(num_options(self.table, storage) ** together for storage in self.storages)
+            many = sum(num_options(self.table, storage, self.model.experts is not None) ** together for storage in self.storages)
             self.space.cut = next(cut for most, cut in _CUTS[together] if many <= most)
 
     @cached_property
@@ -152,32 +168,44 @@ class Search:
             steps["prefill"] = steps["prefill"].beside(self.evaluator.coupling(layout, padded))
         return self._candidate(layout, padded, steps, self.evaluator.memory(layout, list(priced.values()), padded))
 
-    def _ordered(self, over: Iterable[Storage], labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Storage, list[Bounds]]]:
+    def _ordered(self, over: Iterable[Storage], labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Stored, list[Bounds]]]:
         """Storages that hold the model, those that may be fastest first, with what each phase takes at least.
 
-        A phase is bounded when its storage comes up, the last one first: where that takes too long already the others need no bound.
+        Roles for experts are looked for beside a storage when it comes up. A phase is bounded when roles for all weights come up, the last
+        one first: where that takes too long already the others need no bound.
         """
-        heap: list[tuple[float, int, Storage, list[Bounds]]] = []
+        experts, heap = ExpertStorage(self.space, labels, times), list[tuple[float, tuple[int, int], Storage | _Found]]()
         for index, storage in enumerate(storage for storage in over if self._holds(storage)):
             floors = (n * self.space.floor(storage, label) for n, label in zip(times, labels, strict=True))
-            heap.append((sum(floors), index, storage, []))
+            heap.append((sum(floors), (index, 0), storage))
         heapq.heapify(heap)
         while heap:
-            least, index, storage, known = heapq.heappop(heap)
+            least, place, node = heapq.heappop(heap)
+            storage = node.stored.roles if isinstance(node, _Found) else node
             if not self.space.limit(storage).allows(least):
-                self._pass_over(num_options(self.table, storage))
-            elif len(known) == len(labels):
-                yield storage, known
+                self._pass_over(num_options(self.table, storage, self.model.experts is not None))
+            elif not isinstance(node, _Found):
+                for number, worth in enumerate(experts.beside(storage), start=1):
+                    found = _Found(Stored(storage, worth.experts), worth.seconds, [])
+                    if number == 1 and worth.experts and found.least(times) < self.space.limit(storage).score:
+                        # Looked at now, so that what is far slower is passed over before it is priced.
+                        yield found.stored, [Bounds(self.space, found.stored, *one) for one in zip(labels, found.floors, strict=True)]
+                    else:
+                        heapq.heappush(heap, (found.least(times), (place[0], number), found))
+            elif node.stored.experts and self.space.cut and least >= self._best_over.get(storage, math.inf):
+                self.refused[NO_FASTER] += 1
+            elif len(node.known) == len(labels):
+                yield node.stored, node.known
             else:
-                left = len(labels) - len(known) - 1  # phases without a bound, after this one has it
-                known = [Bounds(self.space, storage, labels[left]), *known]
-                least = sum(n * self.space.floor(storage, label) for n, label in zip(times[:left], labels[:left], strict=True))
-                least += sum(n * one.soonest for n, one in zip(times[left:], known, strict=True))
-                heapq.heappush(heap, (least, index, storage, known))
+                left = len(labels) - len(node.known) - 1  # phases without a bound, after this one has it
+                found = node._replace(known=[Bounds(self.space, node.stored, labels[left], node.floors[left]), *node.known])
+                heapq.heappush(heap, (found.least(times), place, found))
 
     def _seen(self, candidate: Candidate) -> Candidate:
         if candidate.fits and candidate.meets_bound:
-            self.space.limit(tuple(role for _, role in candidate.layout.storage)).see(candidate.score)
+            storage = tuple(role for _, role in candidate.layout.storage)
+            self.space.limit(storage).see(candidate.score)
+            self._best_over[storage] = min(candidate.score, self._best_over.get(storage, math.inf))
         return candidate
 
     def _pass_over(self, count: int) -> None:
@@ -198,8 +226,9 @@ class Search:
         self.refused.update(reasons)
         return not reasons
 
-    def _alone(self, storage: Storage, label: str, choice: Choice) -> Candidate:
-        kept = choice.option._replace(gather=(False,) * len(storage)) if label == "prefill" else choice.option
+    def _alone(self, storage: Stored, label: str, choice: Choice) -> Candidate:
+        nothing = Gather((False,) * len(storage.roles))
+        kept = choice.option._replace(gather=nothing) if label == "prefill" else choice.option
         layout = _whole_where(self.table.layout(storage, choice.option, kept), {label: choice.priced})
         step = _Step(choice.priced.seconds, choice.priced.entries)
         if label == "prefill":
@@ -207,7 +236,7 @@ class Search:
         memory = self.evaluator.memory(layout, [choice.priced], choice.padded_heads)
         return self._candidate(layout, choice.padded_heads, {label: step}, memory)
 
-    def _joined(self, storage: Storage, pair: Pair) -> Candidate:
+    def _joined(self, storage: Stored, pair: Pair) -> Candidate:
         priced = {"prefill": pair.prefill_priced, "decode": pair.decode_priced}
         layout = _whole_where(self.table.layout(storage, pair.prefill.option, pair.decode.option), priced)
         prefill, decode = (_Step(one.seconds, one.entries) for one in priced.values())

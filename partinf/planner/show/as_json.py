@@ -125,6 +125,7 @@ def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
     return {
         "layout": candidate.name,
         "roles": {axis: role.value for axis, role in candidate.layout.storage},
+        **({"experts": {axis: role.value for axis, role in candidate.layout.experts}} if candidate.layout.experts else {}),
         "fits": candidate.fits,
         "tie_with_best": candidate.tie_with_best,
         "meets_bound": candidate.meets_bound,
@@ -151,6 +152,7 @@ def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
 def _phase_json(result: PhaseResult, entries: _Entries) -> dict[str, Any]:
     return {
         "gather": list(result.phase.gather),
+        **_of_experts(result),
         "residual": (Residual.WHOLE if result.phase.whole else Residual.SPLIT).value,
         "attention_roles": {axis: role.value for axis, role in result.phase.attention},
         "ffn": result.ffn,
@@ -160,6 +162,12 @@ def _phase_json(result: PhaseResult, entries: _Entries) -> dict[str, Any]:
         "collectives": collectives_json(result.ledger),
         "ledger": [entries.of(entry) for entry in result.ledger.entries],
     }
+
+
+def _of_experts(result: PhaseResult) -> dict[str, Any]:
+    """What a phase does about experts; nothing where the layout has no roles for them."""
+    phase = result.phase
+    return {"gather_experts": list(phase.gather_experts), "dispatch": phase.dispatch.value} if result.layout.experts else {}
 
 
 def collectives_json(ledger: Ledger) -> list[dict[str, Any]]:
@@ -192,4 +200,6 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         value = getattr(entry, key)
         if value:
             line[key] = value
+    if entry.routed is not None:
+        line["routed"] = entry.routed._asdict()
     return line

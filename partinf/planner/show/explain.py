@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from partinf.axes import ShardedShape
 from partinf.cost import items
+from partinf.cost.experts import expert_axes
 from partinf.cost.items import Item, Side
 from partinf.cost.ledger import Entry, Ledger, Op, Part
 from partinf.cost.movement import Axes, Split
@@ -81,7 +82,7 @@ def _tensors(split: StepSplit) -> dict[Item, _Tensor]:
     hidden, partial = Split(split.t, split.f + split.e), Split(split.t, split.f, split.e)
     table_of_v = tuple(axis for axis in stored if axis not in split.logit_cols)
     logits = Split(split.replica, table_of_v, split.logit_cols)
-    tokens, rows = _token_letters(split), ("B",)
+    tokens, rows, routed = _token_letters(split), ("B",), expert_axes(split)
 
     def of(letters: tuple[str, ...], cols: str, source: Split, target: Split | None = None) -> _Tensor:
         return _Tensor(letters, letters[0], cols, source, source if target is None else target)
@@ -98,6 +99,8 @@ def _tensors(split: StepSplit) -> dict[Item, _Tensor]:
         items.F_AFTER_IN: of((*tokens, "F"), "F", partial, hidden),
         items.F_BEFORE_OUT: of((*tokens, "F"), "F", hidden, Split(split.t, split.f)),
         items.W_OUT.product: of((*tokens, "E"), "E", partial_e),
+        items.ROWS_TO_EXPERTS: of((*tokens, "E"), "E", used, Split(routed.rows)),
+        items.FROM_EXPERTS: of((*tokens, "E"), "E", Split(routed.rows, routed.embed, routed.reduced), used),
         items.ROWS_TO_LOGITS: of((*rows, "E"), "E", used, Split(split.replica, split.logit_cols)),
         items.LAST_TO_LOGITS: of((*rows, "E"), "E", Split((), stored), Split((), split.logit_cols)),
         items.LOGITS: of((*rows, "V"), "V", logits),
@@ -181,7 +184,7 @@ def _shape(split: StepSplit, tensor: _Tensor, now: Split) -> tuple[str, str]:
         "B": sequences,
         "L": math.ceil(step.num_tokens / max(sequences, 1)),
         "E": model.embed_dim,
-        "F": model.ffn_dim,
+        "F": max((of.width for of, _ in model.feed_forwards), default=0),
         "H": model.num_heads,
         "K": model.num_kv_heads,
         "Q": model.head_dim,

@@ -1,0 +1,100 @@
+"""The search over roles for experts: what it passes over could not have been better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from partinf.hardware.slices import parse_slice
+from partinf.layout import ExpertRole, Layout, experts_name, make_layout
+from partinf.model.config import Activation, ModelConfig
+from partinf.model.kinds import Experts, FeedForward
+from partinf.planner.question import Question
+from partinf.planner.report import search
+from partinf.planner.results import Candidate
+from partinf.planner.search import Search, given, order
+from partinf.planner.show.as_json import report_json
+from partinf.planner.show.explain import explain
+from partinf.workload import DType, Workload
+
+EACH = FeedForward(768, True, Activation.SILU, ())
+MODEL = ModelConfig("mixed", 8, 1024, 0, 8, 4, 128, 4096, experts=Experts(32, 4, EACH))
+BESIDE = ModelConfig("shared", 8, 1024, 0, 8, 4, 128, 4096, experts=Experts(32, 4, EACH, shared=1024))
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "a small batch": {"batch": 2, "context_len": 512, "phase": "decode"},
+    "a large batch": {"batch": 512, "context_len": 128, "phase": "decode"},
+    "prompts": {"batch": 16, "input_len": 512, "phase": "prefill"},
+    "both phases": {"batch": 32, "input_len": 256, "output_len": 64},
+}
+
+
+def found(model: ModelConfig, slice_: str, cut: float | None, **workload: Any) -> tuple[Candidate, ...]:
+    search = Search(Question(model, Workload(**workload)), parse_slice(slice_))
+    search.space.cut = cut
+    return order(search.candidates())
+
+
+QUICK = ("mixed", "prompts"), ("mixed", "both phases"), ("shared", "both phases")
+CASES = [
+    pytest.param(model, workload, marks=[] if (model.name, workload) in QUICK else [pytest.mark.slow], id=f"{model.name}, {workload}")
+    for model in (MODEL, BESIDE)
+    for workload in WORKLOADS
+]
+
+
+@pytest.mark.parametrize(("model", "workload"), CASES)
+def test_what_is_passed_over_is_no_better_than_all_assignments(model: ModelConfig, workload: str) -> None:
+    where = "v6e:1x4" if workload == "both phases" else "v6e:2x2"
+    every, near = (found(model, where, cut, **WORKLOADS[workload])[0] for cut in (None, 1.1))
+    assert near.score == pytest.approx(every.score, rel=1e-12)
+    assert near.fits
+
+
+def test_a_candidate_has_the_figures_of_its_layout_and_can_be_one() -> None:
+    question = Question(MODEL, Workload(batch=32, input_len=256, output_len=64))
+    for candidate in found(MODEL, "v6e:2x2", 1.1, batch=32, input_len=256, output_len=64)[:20]:
+        assert candidate.layout.offences() == []
+        (again,) = given(question, parse_slice("v6e:2x2"), [(candidate.layout, candidate.padded_heads)])
+        assert again.score == pytest.approx(candidate.score, rel=1e-9)
+        assert again.memory == candidate.memory
+
+
+def _everywhere(dense: str, experts: str, attention: str) -> Layout:
+    return make_layout(*(dict.fromkeys("xy", role) for role in (dense, attention)), experts=dict.fromkeys("xy", experts))
+
+
+def test_roles_for_experts_take_turns_with_the_batch() -> None:
+    """One token reads its experts from all devices where d_ff is split, and from the devices that have them where experts are; what does
+    not fit whole is split some way."""
+    big = ModelConfig("big", 16, 2048, 0, 16, 8, 128, 4096, experts=Experts(128, 8, EACH))
+    few = found(big, "v6e:2x2", 1.1, batch=1, context_len=512, phase="decode")[0]
+    assert ExpertRole.EXPERT not in few.layout.expert_roles.values()
+    question = Question(big, Workload(batch=1, context_len=512, phase="decode"))
+    by_expert, by_width = given(question, parse_slice("v6e:2x2"), [(_everywhere("ffn", role, "heads"), 0) for role in ("expert", "ffn")])
+    assert few.score <= by_width.score < by_expert.score
+
+
+def test_experts_that_do_not_divide_are_refused_with_their_reason() -> None:
+    odd = ModelConfig("odd", 2, 1024, 0, 8, 4, 128, 4096, experts=Experts(6, 2, EACH))
+    search = Search(Question(odd, Workload(batch=8, context_len=128, phase="decode", weights=DType.BF16)), parse_slice("v6e:2x2"))
+    assert search.candidates()
+    assert "experts X = 6 does not split into 4 parts" in search.refused
+
+
+def test_a_report_names_the_roles_for_experts_and_says_what_others_cost() -> None:
+    report = search(MODEL, parse_slice("v6e:1x4"), Workload(batch=32, input_len=256, output_len=64))
+    best = report.best
+    assert "experts X" in best.name
+    assert experts_name(best.layout, {"x": 1, "y": 4}) in ("X_y", "F_y", "E_y", "X")
+    data = report_json(report)["best"]
+    assert data["experts"] == {axis: role.value for axis, role in best.layout.experts}
+    assert set(data["phases"]["decode"]) >= {"gather_experts", "dispatch"}
+    routed = [entry["routed"] for entry in data["phases"]["decode"]["ledger"] if "routed" in entry]
+    assert routed[0]["hit"] <= routed[0]["most_hit"] <= 32
+    note = report.plan.note
+    assert "experts per layer" in note
+    assert "splitting d_ff over all their axes" in note
+    split = report.evaluator.split(best.layout, "decode", best.padded_heads)
+    lines = [line.what for section in explain(split, best.asked.ledger) for line in section.lines]
+    assert "× router" in lines
