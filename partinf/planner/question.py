@@ -21,6 +21,7 @@ class Question:
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).
         program: what is credited, see `partinf.cost.program`; None for that of the chip.
+        skew: of routers of experts, see `partinf.cost.routing`; 0 for uniform routing.
     """
 
     model: ModelConfig
@@ -28,6 +29,7 @@ class Question:
     calibration: str = "fitted"
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS
     program: Program | None = None
+    skew: float = 0.0
 
     def pricing(self, slice_: Slice) -> Pricing:
         """The prices of this slice under the question's terms.
@@ -35,7 +37,7 @@ class Question:
         Raises:
             InvalidInput: an unknown calibration.
         """
-        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, self.program)
+        return Pricing(slice_, calibration_for(slice_.chip, self.calibration), self.bandwidth_model, self.program, self.skew)
 
     def evaluator(self, slice_: Slice) -> Evaluator:
         """What prices steps of this slice.

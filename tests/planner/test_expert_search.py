@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,3 +99,11 @@ def test_a_report_names_the_roles_for_experts_and_says_what_others_cost() -> Non
     split = report.evaluator.split(best.layout, "decode", best.padded_heads)
     lines = [line.what for section in explain(split, best.asked.ledger) for line in section.lines]
     assert "× router" in lines
+
+
+def test_skewed_routers_slow_a_split_of_the_experts_and_leave_that_of_d_ff() -> None:
+    layouts = [(_everywhere("ffn", role, "heads"), 0) for role in ("expert", "ffn")]
+    question = Question(MODEL, Workload(batch=4096, context_len=64, phase="decode"))
+    uniform, skewed = (given(replace(question, skew=skew), parse_slice("v6e:2x2"), layouts) for skew in (0.0, 1.2))
+    assert skewed[0].score > 1.05 * uniform[0].score
+    assert skewed[1].score <= uniform[1].score
