@@ -30,7 +30,7 @@ _WHERE = {
     "Workload": "workload",
     "load": "api",
     "load_model_config": "model.load",
-    "make_layout": "layout",
+    "make_layout": "layout.files",
     "parse_slice": "hardware.slices",
     "plan": "api",
     "prove": "proof",
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from partinf.foundation.errors import InvalidInput, Overloaded
     from partinf.hardware.chips import Chip
     from partinf.hardware.slices import Slice, parse_slice
-    from partinf.layout import AttentionRole, Layout, Phase, Role, make_layout
+    from partinf.layout import AttentionRole, Layout, Phase, Role
+    from partinf.layout.files import make_layout
     from partinf.model.config import ModelConfig
     from partinf.model.load import load_model_config
     from partinf.plans import Plan

@@ -29,7 +29,8 @@ from partinf.foundation.errors import InvalidInput, collect, raise_offences
 from partinf.foundation.extras import RUN, need
 from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
 from partinf.hardware.slices import Slice
-from partinf.layout import Layout, load_layout
+from partinf.layout import Layout
+from partinf.layout.files import load_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan, layout_for

@@ -17,7 +17,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 from experiments.calibrated_cpu.measure import models
 from experiments.results import write
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.measure.steps import Steps, for_buckets
 from partinf.measure.timing import alternate
 from partinf.plans import Bucket, Plan

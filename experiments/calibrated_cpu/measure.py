@@ -43,7 +43,7 @@ def models() -> list[Any]:
 
 def plans_of(dtype: Any) -> dict[str, tuple[Any, Any]]:
     """The steps of the models on one device, by name: plan and bucket."""
-    from partinf.layout import make_layout
+    from partinf.layout.files import make_layout
     from partinf.measure.steps import for_buckets
     from partinf.partition.sharding import local_slice
     from partinf.plans import Bucket, Plan

@@ -15,7 +15,8 @@ from typing import Any
 from experiments.results import write
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import Slice, parse_slice
-from partinf.layout import Layout, experts_name, make_layout
+from partinf.layout import Layout, experts_name
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.planner.evaluate import FEW_ROWS

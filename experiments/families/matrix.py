@@ -36,7 +36,7 @@ from partinf.engine.request import SamplingParams
 from partinf.execution.runner import JaxRunner
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan

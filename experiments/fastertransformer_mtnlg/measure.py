@@ -17,7 +17,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import Program
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.evaluate import Evaluator
 from partinf.workload import Workload

@@ -28,7 +28,7 @@ from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.hardware.slices import DCN_AXIS, parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.arrivals import chat_lengths, parse_arrivals

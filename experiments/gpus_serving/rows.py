@@ -25,7 +25,7 @@ from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.model.weights import num_params

@@ -31,7 +31,7 @@ from partinf.engine import Engine
 from partinf.engine.policies.registry import PolicyOptions, make_policy
 from partinf.engine.step import Step
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.arrivals import parse_arrivals, parse_lengths

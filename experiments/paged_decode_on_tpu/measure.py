@@ -25,7 +25,7 @@ from partinf.cost.program import PLAIN
 from partinf.cost.step import step_ledger
 from partinf.hardware.platform import PLATFORMS, TPU
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof.hlo import Module

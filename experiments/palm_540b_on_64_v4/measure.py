@@ -14,7 +14,8 @@ from typing import Any
 
 from experiments.results import read, write
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof import CompilerFailed, Limits, Proof, proof_json, prove

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from partinf.buckets import capacity_for, serving_steps, with_capacity
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.workload import DType, Workload

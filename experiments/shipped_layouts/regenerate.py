@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partinf.hardware.slices import parse_slice
-from partinf.layout import layout_to_toml, make_layout
+from partinf.layout.files import layout_to_toml, make_layout
 from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.files import plan_to_toml

@@ -15,7 +15,7 @@ from typing import Any
 from experiments.results import read, write
 from partinf.buckets import serving_steps
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.proof.process import Limits, compile_bucket

@@ -20,7 +20,8 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.workload import DType

@@ -146,7 +146,7 @@ def named_layout(text: str) -> Layout | None:
     Raises:
         InvalidInput: an unknown name (nearest one), or what is wrong with the file.
     """
-    from partinf.layout import load_layout
+    from partinf.layout.files import load_layout
 
     return None if text == "auto" else load_layout(text)
 

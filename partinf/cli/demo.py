@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _forced(axes: tuple[str, ...]) -> dict[str, Layout]:
     """The layouts that are run besides the chosen one: roles for the axes at hand."""
-    from partinf.layout import make_layout
+    from partinf.layout.files import make_layout
 
     everything = dict.fromkeys(axes, "ffn")
     first = everything | {axes[0]: "embed"} if len(axes) > 1 else everything

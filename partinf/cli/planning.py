@@ -96,7 +96,7 @@ def named(asked: Asked, name: str) -> tuple[Layout, int]:
         InvalidInput: an unknown layout, one of more kinds of axes than the slice has axes, or one that cannot hold the model.
     """
     from partinf.foundation.errors import InvalidInput, raise_offences
-    from partinf.layout import load_layout
+    from partinf.layout.files import load_layout
     from partinf.planner.evaluate import heads_for
     from partinf.plans import layout_for, layout_offences
 

@@ -19,7 +19,8 @@ from partinf.foundation.errors import collect, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PAGES, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
 from partinf.hardware.hardware_file import slice_of
 from partinf.hardware.slices import Slice
-from partinf.layout import Layout, load_layout
+from partinf.layout import Layout
+from partinf.layout.files import load_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.plans import Plan

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from partinf.cost.items import DECODE, What
 from partinf.cost.ledger import Entry, EntryKind
 from partinf.foundation.rounding import ceil_div
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.measure.collectives import collective_call
 from partinf.measure.products import product_call
 from partinf.measure.steps import Steps, for_buckets

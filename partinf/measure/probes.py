@@ -22,7 +22,7 @@ from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.hardware.rates import Rates, TypeRates
 from partinf.hardware.slices import Slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.measure.steps import Steps, for_buckets
 from partinf.measure.timing import Call, Timing
 from partinf.model.config import ModelConfig

@@ -14,7 +14,8 @@ from partinf.cost.split import StepShape
 from partinf.cost.step import attention_part, linear_part
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.rounding import round_up
-from partinf.layout import Layout, Role, ffn_name, make_layout
+from partinf.layout import Layout, Role, ffn_name
+from partinf.layout.files import make_layout
 from partinf.planner.evaluate import Evaluator
 from partinf.planner.report import PlanReport, answer
 from partinf.planner.slices import slices_of

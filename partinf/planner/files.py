@@ -10,7 +10,7 @@ from partinf.foundation.documents import Table
 from partinf.foundation.errors import collect, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, NEVER
 from partinf.hardware.hardware_file import slice_of
-from partinf.layout import layout_from_toml, layout_to_toml
+from partinf.layout.files import layout_from_toml, layout_to_toml
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.workload import DType, Objective, Workload

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.limits import NEVER
 from partinf.hardware.slices import make_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.partition.sharding import dimensions
 from partinf.plans import Bucket, Plan
 from partinf.transformer.attention import rotations_of

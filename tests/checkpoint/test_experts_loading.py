@@ -18,7 +18,7 @@ from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.quantize import Quantized, quantize
 from partinf.partition.sharding import device_mesh

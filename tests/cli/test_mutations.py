@@ -13,7 +13,7 @@ from partinf.buckets import Capacity, with_capacity
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.limits import MAX_LEN
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Plan
 from partinf.simulation.sizing import Sizing

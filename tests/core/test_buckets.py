@@ -11,7 +11,7 @@ from partinf.cost.pricing import Pricing
 from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.simulation.sizing import Sizing, cost_runner

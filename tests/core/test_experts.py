@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from partinf.foundation.errors import InvalidInput
-from partinf.layout import ExpertRole, layout_from_toml, layout_to_toml, make_layout
+from partinf.layout import ExpertRole
+from partinf.layout.files import layout_from_toml, layout_to_toml, make_layout
 from partinf.model.config import Activation, ModelConfig
 from partinf.model.kinds import Experts, FeedForward, Kind, Router, Score
 from partinf.model.load import config_from_toml, config_to_toml

@@ -12,7 +12,7 @@ import pytest
 from partinf.buckets import Capacity, with_capacity
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import layout_from_toml
+from partinf.layout.files import layout_from_toml
 from partinf.model.families import FAMILIES
 from partinf.model.family import Family
 from partinf.model.hf_config import config_from_hf

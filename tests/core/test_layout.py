@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
-from partinf.layout import (
-    AttentionRole,
-    Role,
-    attention_name,
-    ffn_name,
-    head_axes,
-    kv_head_axes,
-    layout_from_toml,
-    layout_to_toml,
-    make_layout,
-)
+from partinf.layout import AttentionRole, Role, attention_name, ffn_name, head_axes, kv_head_axes
+from partinf.layout.files import layout_from_toml, layout_to_toml, make_layout
 
 SIZES = {"x": 4, "y": 4, "z": 4}
 TWO_D = {"x": "embed", "y": "ffn", "z": "ffn"}

@@ -9,7 +9,7 @@ import pytest
 
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import load_layout, make_layout
+from partinf.layout.files import load_layout, make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.plans import Plan, layout_for

@@ -13,7 +13,7 @@ from partinf.experiment.description import read_experiment
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.hardware_file import read_hardware, write_hardware
-from partinf.layout import layout_from_toml, load_layout
+from partinf.layout.files import layout_from_toml, load_layout
 from partinf.model.load import config_from_toml, load_model_config
 from partinf.planner.files import plan_from_toml, saved_plan
 from partinf.simulation.arrivals import read_trace

@@ -22,7 +22,7 @@ from partinf.engine import Engine, FirstComeFirstServed, Orca, SamplingParams
 from partinf.engine.step import DecodeRow, PageCopy, PageTable, PrefillChunk, RowSampling, Step
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.report import search
 from partinf.plans import Bucket, Plan

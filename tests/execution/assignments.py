@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import MATRICES, Activation, Block, Norm, Position
 from partinf.model.kinds import Kind, NormPlaces, QkNorm
 from partinf.model.rotation import Linear, Rotation

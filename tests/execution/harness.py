@@ -77,7 +77,7 @@ def make_plan(
 @functools.cache
 def host_params(model: ModelConfig) -> dict:
     """Random parameters on the host, in separate layers; norms not all ones, biases not all zero."""
-    from partinf.layout import make_layout
+    from partinf.layout.files import make_layout
 
     plan = Plan(model, parse_slice("cpu:1"), make_layout({"x": "replica"}, {"x": "batch"}), weights=DType.F32, kv=DType.F32)
     params = jax.tree.map(np.asarray, random_params(plan, device_mesh(plan), unrolled=True, seed=7))

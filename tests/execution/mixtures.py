@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import Activation, ModelConfig
 from partinf.model.kinds import Experts, FeedForward, Kind
 from partinf.model.weights import declare_layers

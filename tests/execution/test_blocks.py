@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.transformer.compiler_partitioned import compile_partitioned
 from partinf.workload import DType
 from tests.execution import test_two_accounts as accounts

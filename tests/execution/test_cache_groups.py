@@ -20,7 +20,8 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.execution.runner import JaxRunner
 from partinf.execution.score import Scorer
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.kinds import Kind
 from partinf.partition.sharding import device_mesh

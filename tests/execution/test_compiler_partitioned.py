@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import Activation, Block, ModelConfig
 from partinf.transformer.compiler_partitioned import compile_partitioned
 from partinf.workload import DType

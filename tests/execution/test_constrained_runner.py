@@ -14,7 +14,7 @@ from partinf.engine import Engine, RequestOutput, SamplingParams
 from partinf.engine.constraint import allows
 from partinf.execution import runner as execution_runner
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.plans import CacheConfig, Plan
 from partinf.transformer import reference

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from partinf.foundation.errors import InvalidInput
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.plans import Bucket
 from partinf.transformer.step import check_bucket
 from partinf.workload import DType

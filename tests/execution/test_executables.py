@@ -24,7 +24,7 @@ from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
 from partinf.foundation.errors import InvalidInput
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
 from partinf.transformer.batch import pack

@@ -17,7 +17,8 @@ from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.execution.runner import JaxRunner
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
 from partinf.transformer import reference

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from partinf.hardware.platform import TPU
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import Block
 from partinf.transformer import dispatch
 from partinf.workload import DType

@@ -15,7 +15,8 @@ from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, Phase, layout_from_toml, layout_to_toml, make_layout
+from partinf.layout import Layout, Phase
+from partinf.layout.files import layout_from_toml, layout_to_toml, make_layout
 from partinf.model.config import Block
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh

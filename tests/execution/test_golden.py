@@ -20,7 +20,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import PLAIN
 from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
-from partinf.layout import layout_from_toml, make_layout
+from partinf.layout.files import layout_from_toml, make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh
 from partinf.plans import Bucket, Plan, layout_offences

@@ -19,7 +19,8 @@ from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan

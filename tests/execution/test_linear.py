@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from partinf.hardware.platform import CPU
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import Norm
 from partinf.partition.quantize import dequantize, quantize
 from partinf.transformer.linear import dot, normalised

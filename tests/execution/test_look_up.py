@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.plans import Bucket, Plan
 from partinf.transformer.forward import _looked_up

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, Loop, Ring, layout_from_toml, layout_to_toml, make_layout
+from partinf.layout import Layout, Loop, Ring
+from partinf.layout.files import layout_from_toml, layout_to_toml, make_layout
 from partinf.partition.collective_matmul import gather_multiply, multiply_scatter
 from partinf.partition.collectives import Frame, Split
 from partinf.partition.sharding import device_mesh

@@ -27,7 +27,8 @@ from partinf.execution.score import Scorer
 from partinf.foundation import resources
 from partinf.foundation.errors import NoNumber
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.quantize import quantize
 from partinf.partition.sharding import device_mesh

@@ -17,7 +17,7 @@ from partinf.engine.step import PageTable, PrefillChunk, SlotStart, Step
 from partinf.execution.place import place_step
 from partinf.foundation.errors import collect
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.transformer.batch import pack

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.kinds import Kind
 from partinf.partition.sharding import device_mesh

@@ -11,7 +11,7 @@ import pytest
 
 from partinf.foundation.rounding import round_up
 from partinf.hardware.platform import CPU, PLATFORMS
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.partition.quantize import Quantized, quantize
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues

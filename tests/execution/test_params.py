@@ -6,7 +6,8 @@ import chex
 import jax
 import pytest
 
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket
 from partinf.transformer.account import trace_account

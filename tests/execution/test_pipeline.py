@@ -20,7 +20,7 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.execution.runner import JaxRunner
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, Plan

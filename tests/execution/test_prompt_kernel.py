@@ -12,7 +12,7 @@ import pytest
 from partinf.foundation.limits import NEVER
 from partinf.hardware import platform
 from partinf.hardware.platform import CPU, PLATFORMS
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import prompt

@@ -22,7 +22,8 @@ from partinf.engine.request import SamplingParams
 from partinf.execution.runner import JaxRunner
 from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.partition.quantize import Quantized, dequantize, quantize

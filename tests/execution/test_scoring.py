@@ -17,7 +17,8 @@ from partinf.checkpoint.hf import load_hf
 from partinf.execution.score import Scorer
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Bucket, CacheConfig, Plan

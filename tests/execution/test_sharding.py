@@ -13,7 +13,7 @@ import pytest
 import partinf
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.partition.sharding import by_place, device_mesh
 from tests.execution.harness import make_plan
 

@@ -17,7 +17,8 @@ from partinf.cost.program import PLAIN
 from partinf.cost.step import step_ledger
 from partinf.foundation import resources
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.model.kinds import Kind
 from partinf.model.load import load_model_config

@@ -11,7 +11,7 @@ from partinf.buckets import split_of
 from partinf.cost.pricing import Pricing
 from partinf.hardware.platform import TPU
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh
 from partinf.plans import Bucket, Plan

@@ -8,7 +8,8 @@ import pytest
 
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, layout_from_toml, layout_to_toml, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import layout_from_toml, layout_to_toml, make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.choose import plan
 from partinf.planner.report import search

@@ -71,7 +71,7 @@ def make_engine(group: hosts.Group | None, layout: str = "ws-2d") -> Any:
     from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
     from partinf.engine.policies.ranked import Eviction, Pages
     from partinf.execution.runner import JaxRunner
-    from partinf.layout import make_layout
+    from partinf.layout.files import make_layout
     from partinf.transformer.executables import open_cache
     from partinf.workload import DType, Workload
 

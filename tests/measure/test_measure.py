@@ -20,7 +20,7 @@ from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import default_path, write_hardware
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.hardware.slices import make_slice, parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.measure.calibrate import ROWS, calibrate, predicted_seconds
 from partinf.measure.collectives import collective_call
 from partinf.measure.entries import Alone, Entries

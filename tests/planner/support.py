@@ -9,7 +9,8 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import LOOPED, Program
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.hardware.slices import Slice, parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.workload import DType
 

@@ -14,7 +14,8 @@ from partinf.cost.pricing import Pricing
 from partinf.engine import Engine, FirstComeFirstServed, SamplingParams
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.partition.sharding import abstract_mesh
 from partinf.planner.question import Question

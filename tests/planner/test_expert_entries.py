@@ -16,7 +16,8 @@ from partinf.cost.program import PLAIN, TILED
 from partinf.cost.split import Shares, StepShape, StepSplit
 from partinf.cost.step import dense_part, expert_part, linear_part, step_ledger
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import make_layout
 from partinf.model.config import Activation, ModelConfig
 from partinf.model.kinds import Experts, FeedForward, Kind
 from partinf.model.weights import multiplied_params, num_params

@@ -9,7 +9,8 @@ import pytest
 
 from partinf.cost.items import WX_IN, WX_OUT
 from partinf.hardware.slices import parse_slice
-from partinf.layout import ExpertRole, Layout, experts_name, make_layout
+from partinf.layout import ExpertRole, Layout, experts_name
+from partinf.layout.files import make_layout
 from partinf.model.config import Activation, ModelConfig
 from partinf.model.kinds import Experts, FeedForward
 from partinf.planner.question import Question

@@ -12,7 +12,8 @@ from partinf.cli import main
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
-from partinf.layout import Layout, load_layout, make_layout
+from partinf.layout import Layout
+from partinf.layout.files import load_layout, make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.question import Question
 from partinf.planner.report import answer

@@ -19,7 +19,7 @@ from partinf.cost.pricing import Pricing
 from partinf.foundation.errors import DoesNotFit, InvalidInput
 from partinf.hardware.platform import memory_of_virtual_devices
 from partinf.hardware.slices import on_this_machine, parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.planner.question import Question
 from partinf.planner.report import answer

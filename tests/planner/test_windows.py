@@ -18,7 +18,7 @@ from partinf.cost.step import step_ledger
 from partinf.foundation.errors import InvalidInput
 from partinf.foundation.limits import NEVER
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model import kinds
 from partinf.model.config import ModelConfig
 from partinf.model.load import config_to_toml

@@ -19,7 +19,7 @@ import pytest
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import parse_slice
-from partinf.layout import make_layout
+from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.plans import Bucket, CacheConfig, Plan
 from partinf.proof import CompilerFailed, Limits, process, prove, unavailable

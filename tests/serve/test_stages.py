@@ -26,7 +26,7 @@ def staged() -> Iterator[Serving]:
     from partinf.buckets import Capacity
     from partinf.engine import Engine
     from partinf.engine.policies.fcfs import FirstComeFirstServed
-    from partinf.layout import make_layout
+    from partinf.layout.files import make_layout
     from partinf.workload import DType, Workload
 
     layout = make_layout({"x": "stage", "y": "ffn"}, {"x": "none", "y": "heads"})
