@@ -7,7 +7,6 @@ them, so that both may run as one loop (`partinf.partition.collective_matmul`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.experts import Partial, experts, gather_experts, gathered_rows, joins, reduced, shares_gather
 from partinf.transformer.ffn import ffn
-from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, live_tokens, made_for, norm, normalised, weighted
+from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, made_for, norm, normalised, weighted
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Routes
 
@@ -49,7 +48,6 @@ def block(
     """
     kind, group = routes.kinds[number], routes.groups[number]
     weights = {**weights, **gather_weights(weights, LEAVING, routes), **gather_experts(weights, routes)}
-    routes = replace(routes, live=live_tokens(batch, routes))
     if kind.block.parallel:
         wanted = {name: norm for name, norm in _NORMS[kind.block].items() if kind.feed_forward is not None or name != "w_in"}
         normed = _before(x, weights, tuple(dict.fromkeys(_NORMS[kind.block].values())), kind, routes)
@@ -103,8 +101,8 @@ def _enter(
 
     def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
         read = {name: weighted(part, dtype, _part_of_norm(weights, name, cut, routes), name, (), routes) if own else part for name in norms}
-        made = made_for(routes), routes.live
-        return tuple(dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), jnp.float32, *made) for name, by in wanted.items())
+        products = (dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), jnp.float32, made_for(routes)) for name, by in wanted.items())
+        return tuple(products)
 
     if not wanted:
         return [], mixed
@@ -152,8 +150,7 @@ def _leave(
 
     def multiply(cut: Cut, rows: slice) -> jax.Array:
         cuts = {name: _cut(weights[name], cut, 0) for name in inner}
-        made = made_for(routes), None if routes.live is None else routes.live[rows]
-        parts = [dot("tf,ef->te", hidden[rows], cuts[name], jnp.float32, *made) for name, hidden in inner.items()]
+        parts = [dot("tf,ef->te", hidden[rows], cuts[name], jnp.float32, made_for(routes)) for name, hidden in inner.items()]
         if together:
             parts.append(mixed.array)
         return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]

@@ -41,7 +41,7 @@ from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.experts import left_stacked
-from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, live_rows, made_for, norm
+from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, made_for, norm
 from partinf.transformer.params import OneOf, Params, Stacks
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import likeliest, log_normalizer, logit_of
@@ -210,7 +210,7 @@ def sampled_logits(params: Params, x: jax.Array, batch: Batch, routes: Routes) -
     Returns:
         float32 [D.r + S, V.ef]: decode lanes split over the replica axes r, then all prefill slots; padding of V is -inf.
     """
-    return logits(params, _sampled_rows(x, batch, routes), routes, live_rows(batch, routes))
+    return logits(params, _sampled_rows(x, batch, routes), routes)
 
 
 def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
@@ -242,12 +242,12 @@ def _picked(picked: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(picked & ~numbers[None, :], axis=1)[:, None], jnp.nan, found)
 
 
-def logits(params: Params, rows: jax.Array, routes: Routes, live: jax.Array | None = None) -> jax.Array:
-    """Logits [R, V.ef] of rows [R, E.ef], float32; padding of V is -inf. Rows that are not live may have any."""
+def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
+    """Logits [R, V.ef] of rows [R, E.ef], float32; padding of V is -inf."""
     axes, model = routes.weight_stored, routes.plan.model
     rows = norm(rows, params, "final_norm", axes, routes)
     table = params.get("unembed", params["embed"])  # [V, E.ef]
-    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes), live)  # [R, V] {ef unreduced}
+    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
     if model.output_bias:
         found = found + take_split(params["unembed_bias"], 0, axes, axes, routes.sizes).astype(jnp.float32)[None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -73,13 +72,11 @@ class Routes:
 
     Attributes:
         plain: attention is the plain twin, which gathers all context and masks.
-        live: [T] which tokens hold something, inside a layer whose products ask (`linear.live_tokens`).
     """
 
     plan: Plan
     bucket: Bucket
     plain: bool = False
-    live: Any = None
 
     @cached_property
     def phase(self) -> Phase:

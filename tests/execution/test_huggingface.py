@@ -15,9 +15,11 @@ from partinf.buckets import Capacity, runner_limits, with_capacity
 from partinf.checkpoint.hf import load_hf
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
+from partinf.engine.runner import PageGroup
 from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
 from partinf.execution.runner import JaxRunner
+from partinf.foundation.paging import first_page
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
 from partinf.layout.files import make_layout
@@ -127,10 +129,10 @@ def test_the_partitioned_step_gives_their_logits(name: str, layout: Layout) -> N
     for start, end in zip((0, 1, 7, 17, 30), (1, 7, 17, 30, 40), strict=True):
         chunks = []
         for slot, row in enumerate(expected["tokens"]):
-            pages = tuple(shard_page(plan, slot, page) for page in range(limits.pages_for(end)))
+            tables = tuple(_table(group, slot, start, end, plan) for group in limits.groups)
             shard = limits.prefill_shards_of(slot % plan.num_shards)[0]
             tokens = tuple(int(token) for token in row[start:end])
-            chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, (PageTable(pages),), True, RowSampling(), shard))
+            chunks.append(PrefillChunk(slot, slot % plan.num_shards, tokens, start, tables, True, RowSampling(), shard))
         placed = place_step(Step((), tuple(chunks)), bucket, plan, limits)
         state, out = step(params, state, pack([placed.batch]))
         for sequence, row in enumerate(placed.prefill_rows):
@@ -138,10 +140,14 @@ def test_the_partitioned_step_gives_their_logits(name: str, layout: Layout) -> N
             np.testing.assert_allclose(got, expected["logits"][sequence, end - 1], atol=TOLERANCE, rtol=0)
 
 
-def shard_page(plan: Plan, slot: int, page: int) -> int:
-    """A page of the shard that owns this slot; slots on one shard take turns."""
-    shard, place = slot % plan.num_shards, slot // plan.num_shards
-    return shard * plan.cache.pages_per_shard + place * 16 + page
+def _table(group: PageGroup, slot: int, start: int, end: int, plan: Plan) -> PageTable:
+    """The pages of a sequence in one group of the cache, on the shard that owns its slot; slots on one shard take turns. Of a window it has
+    half of the shard's, which hold more than a chunk and the window before it, and are written anew once that has passed them."""
+    shard, place, size = slot % plan.num_shards, slot // plan.num_shards, plan.cache.page_size
+    first = first_page(start, group.window, size) if group.window else 0
+    each = group.pages_per_shard // 2 if group.window else 16
+    ids = (shard * group.pages_per_shard + place * each + page % each for page in range(first, -(-end // size)))
+    return PageTable(tuple(ids), first)
 
 
 @pytest.mark.parametrize("name, layout", over(LAYOUTS_2D, EXPERT_LAYOUTS_2D, slow=[name for name in NAMES if name not in ENGINE]))
