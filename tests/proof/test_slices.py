@@ -119,7 +119,7 @@ def test_the_command_prints_the_promised_fields(run_python: Callable[..., subpro
     assert not list(tmp_path.iterdir())  # no dump, no job
 
 
-@pytest.mark.parametrize("weights", [DType.F32, DType.BF16])
+@pytest.mark.parametrize("weights", [pytest.param(DType.F32, marks=pytest.mark.slow), DType.BF16])
 def test_a_plan_for_the_devices_here_is_proven(weights: DType) -> None:
     """Virtual CPU devices: the program that runs here, its memory and its collectives; no libtpu takes part."""
     plan = replace(plan_for("cpu:2x2"), weights=weights, kv=weights)
