@@ -107,7 +107,7 @@ def multiplied(spec: str, dtype: Any) -> dict[str, Callable[..., Any]]:
     return {
         "einsum": lambda x, ws: [plain(x, w) for w in ws],
         "dot": lambda x, ws: [dot(spec, x, w) for w in ws],
-        "on CPU": lambda x, ws: [dot(spec, x, w, on_cpu=True) for w in ws],
+        "on CPU": lambda x, ws: [dot(spec, x, w, platform=CPU) for w in ws],
     }
 
 
