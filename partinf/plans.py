@@ -19,7 +19,7 @@ from partinf.foundation.limits import NEVER
 from partinf.foundation.paging import table_pages
 from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import DCN_AXIS, Slice
-from partinf.layout import PHASES, AttentionRole, ExpertRole, Layout, Phase, Role, letter_axes, readable_name
+from partinf.layout import PHASES, AttentionRole, Dispatch, ExpertRole, Layout, Phase, Role, letter_axes, readable_name
 from partinf.layout import head_axes as head_axes
 from partinf.layout import kv_head_axes as kv_head_axes
 from partinf.model.config import ModelConfig
@@ -397,6 +397,7 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
     sizes = slice_.axis_sizes
     offences = [f"layout: axis '{axis}' is no axis of {slice_.name} ({slice_.mesh})" for axis in layout.axes if axis not in sizes]
     offences += [f"layout: axis '{axis}' of {slice_.name} has no role" for axis in sizes if axis not in layout.axes]
+    offences += _needless(model, layout)
     if offences:
         return offences
     if padded_heads and (padded_heads < model.num_heads or padded_heads % model.kv_heads_with(padded_heads)):
@@ -419,6 +420,18 @@ def layout_offences(model: ModelConfig, slice_: Slice, layout: Layout, padded_he
     if model.num_layers % stages == 0:
         offences += [f"model {model.name}: {line}" for line in model.stage_offences(stages)]
     return offences
+
+
+def _needless(model: ModelConfig, layout: Layout) -> list[str]:
+    """What a layout says of experts that the model does not have."""
+    if model.experts is not None:
+        return []
+    said = ["[experts]"] if layout.experts else []
+    for label in PHASES:
+        phase = layout.phase(label)
+        said += [f"{label}.gather_experts"] if phase.gather_experts else []
+        said += [f"{label}.dispatch"] if phase.dispatch is not Dispatch.GATHER else []
+    return [f"layout: {', '.join(said)}: model {model.name} has no experts; leave this out"] if said else []
 
 
 def _expert_checks(model: ModelConfig, layout: Layout, hidden: tuple[str, ...]) -> list[tuple[str, int, tuple[str, ...], int]]:

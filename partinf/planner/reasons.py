@@ -26,7 +26,8 @@ def why(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) ->
         rival = next((c for c in candidates if getattr(c.asked, kind) != mine), None)
         if rival is not None:
             other = getattr(rival.asked, kind)
-            text += f" {words.format(_ATTENTION.get(other, other))} {_compared(candidate, rival)}."
+            named = _UNNAMED if other == "other" else words.format(_ATTENTION.get(other, other))
+            text += f" {named} {_compared(candidate, rival)}."
     return text + _between_stages(slice_, candidates, candidate)
 
 
@@ -40,8 +41,8 @@ def why_experts(candidate: Candidate, others: Mapping[str, Candidate]) -> str:
     routed = next((entry.routed for entry in candidate.asked.ledger.entries if entry.routed is not None), None)
     if routed is None:
         return ""
-    text = f" A device is hit on {routed.most_hit:.3g} experts per layer at most ({routed.hit:.3g} in the mean)"
-    text += f", with {routed.most_rows:.3g} rows ({routed.rows:.3g})"
+    text = f" In each layer a device is expected to read {routed.hit:.3g} experts for {routed.rows:.3g} rows"
+    text += f", the most loaded one {routed.most_hit:.3g} for {routed.most_rows:.3g}"
     compared = ", ".join(f"{name} {_compared(candidate, other)}" for name, other in others.items())
     return f"{text}; {compared}." if compared else f"{text}."
 
@@ -73,6 +74,8 @@ def _between_stages(slice_: Slice, candidates: Sequence[Candidate], candidate: C
     return text
 
 
+_LEAST = 1e-6  # seconds: a smaller difference is not worth a word
+_UNNAMED = "The best layout whose FFN roles have no name"
 _ATTENTION = {
     "heads": "attention over heads",
     "batch": "attention over the batch",
@@ -92,7 +95,8 @@ def _difference(mine: Ledger, other: Ledger) -> str:
     """Where another step spends more time and where less, in milliseconds."""
     mine_by, other_by = _by_kind(mine), _by_kind(other)
     changes = sorted(((other_by[name] - mine_by[name], name) for name in mine_by), key=lambda pair: -abs(pair[0]))
-    return ", ".join(f"{name} {seconds * 1e3:+.3g} ms" for seconds, name in changes[:2])
+    told = [pair for pair in changes if abs(pair[0]) >= _LEAST] or changes[:1]
+    return ", ".join(f"{name} {seconds * 1e3:+.3g} ms" for seconds, name in told[:2])
 
 
 def _shares(ledger: Ledger) -> list[tuple[str, float]]:

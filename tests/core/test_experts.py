@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from partinf.foundation.errors import InvalidInput
+from partinf.hardware.slices import parse_slice
 from partinf.layout import ExpertRole
 from partinf.layout.files import layout_from_toml, layout_to_toml, make_layout
 from partinf.model.config import Activation, ModelConfig
 from partinf.model.kinds import Experts, FeedForward, Kind, Router, Score
-from partinf.model.load import config_from_toml, config_to_toml
+from partinf.model.load import config_from_toml, config_to_toml, load_model_config
 from partinf.model.weights import active_params, declare_layers, num_params
+from partinf.plans import Plan
 
 EACH = FeedForward(width=8, gated=True, activation=Activation.SILU, biases=())
 ROUTERS = {
@@ -91,3 +93,13 @@ def test_wrong_roles_for_experts_are_named() -> None:
     assert "gathers experts over 'y'; axes that split both tokens and experts' matrices: none" in str(caught.value)
     with pytest.raises(InvalidInput, match="axis 'y' has no role"):
         make_layout({"x": "replica", "y": "ffn"}, {"x": "batch", "y": "heads"}, experts={"x": "expert"})
+
+
+def test_a_layout_for_experts_is_refused_for_a_model_without_them() -> None:
+    model = load_model_config("llama-125m")
+    roles = {"x": "replica", "y": "ffn"}
+    attention = {"x": "batch", "y": "heads"}
+    layout = make_layout(roles, attention, decode_dispatch="exchange", experts={"x": "expert", "y": "ffn"})
+    with pytest.raises(InvalidInput, match=r"layout: \[experts\], decode.dispatch: model llama-125m has no experts; leave this out"):
+        Plan(model, parse_slice("cpu:2x2"), layout)
+    assert Plan(model, parse_slice("cpu:2x2"), make_layout(roles, attention)).layout.experts == ()

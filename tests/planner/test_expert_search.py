@@ -96,7 +96,7 @@ def test_a_report_names_the_roles_for_experts_and_says_what_others_cost() -> Non
     routed = [entry["routed"] for entry in data["phases"]["decode"]["ledger"] if "routed" in entry]
     assert routed[0]["hit"] <= routed[0]["most_hit"] <= 32
     note = report.plan.note
-    assert "experts per layer" in note
+    assert "In each layer a device is expected to read" in note
     assert "splitting d_ff over all their axes" in note
     split = report.evaluator.split(best.layout, "decode", best.padded_heads)
     lines = [line.what for section in explain(split, best.asked.ledger) for line in section.lines]
