@@ -21,7 +21,8 @@ SLICE = "v5e:4x4"
 BATCHES, CONTEXTS = (1, 2, 4, 8), (8192, 32768, 131072)
 
 
-def _figures(candidate: Candidate) -> dict[str, Any]:
+def figures(candidate: Candidate) -> dict[str, Any]:
+    """What is kept of a candidate."""
     return {
         "storage": candidate.name.split(",")[0],
         "roles": roles_of(candidate.asked),
@@ -39,7 +40,7 @@ def main() -> None:
                 workload = Workload(batch, context_len=context, phase="decode", weights=DType.INT8)
                 found = search(load_model_config(name), parse_slice(SLICE), workload).candidates
                 undealt = next(c for c in found if not c.layout.decode.attention_axes(AttentionRole.SEQUENCE))
-                cases.append({"model": name, "batch": batch, "context": context, "best": _figures(found[0]), "undealt": _figures(undealt)})
+                cases.append({"model": name, "batch": batch, "context": context, "best": figures(found[0]), "undealt": figures(undealt)})
     results = {"slice": SLICE, "weights": "int8", "kv": "bf16", "cases": cases}
     write(__file__, results)
 

@@ -6,8 +6,8 @@ python -m experiments.windows_at_128k.measure     writes results.json beside thi
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
+from experiments.long_context.measure import figures
 from experiments.results import write
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
@@ -15,23 +15,11 @@ from partinf.model.config import ModelConfig
 from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.question import Question
-from partinf.planner.results import Candidate
 from partinf.planner.search import given
-from partinf.planner.show.work import roles_of
 from partinf.workload import DType, Workload
 
 MODELS, SLICE, BATCHES, CONTEXT = ("gemma-3-27b", "gemma-3-12b", "gemma-3-4b"), "v5e:4x4", (1, 4, 16, 64), 131072
 SIZES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-
-
-def _figures(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "storage": candidate.name.split(",")[0],
-        "roles": roles_of(candidate.asked),
-        "step_ms": round(candidate.asked.step_seconds * 1e3, 2),
-        "kv_gb_per_device": round(candidate.memory.kv / 1e9, 2),
-        "fits": candidate.fits,
-    }
 
 
 def _smallest(model: ModelConfig, workload: Workload) -> str | None:
@@ -56,8 +44,8 @@ def main() -> None:
             (moved,) = given(Question(windowed, workload), slice_, [(without.layout, without.padded_heads)])
             named = {"windows": best, "full_attention": without, "windows_under_its_layout": moved}
             smallest = {"windows": _smallest(windowed, workload), "full_attention": _smallest(full, workload)}
-            figures = {which: _figures(candidate) for which, candidate in named.items()}
-            cases.append({"model": name, "batch": batch, "smallest": smallest} | figures)
+            chosen = {which: figures(candidate) for which, candidate in named.items()}
+            cases.append({"model": name, "batch": batch, "smallest": smallest} | chosen)
     write(__file__, {"slice": SLICE, "context": CONTEXT, "weights": "int8", "kv": "bf16", "cases": cases})
 
 
