@@ -1,5 +1,5 @@
 """How large the steps of a plan are: the KV pages and the few padded shapes that are compiled before anything is served, what a step may
-hold in all of them, and which of them a step runs in. Whoever executes steps or prices them asks here.
+hold in all of them, and which of them a step runs in. Both the runner and the simulator ask here.
 
 The pages are those that memory holds beside weights, programs and the activations of these steps (`held`), whatever the sequences that run
 together would take at full length: more of them are taken than fit so, and a scheduler preempts or swaps some when pages run out.

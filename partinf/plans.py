@@ -41,7 +41,7 @@ class Bucket:
         prefill_pages: pages of earlier context that each slot may read; 0 when every prompt begins in this step.
         random: whether the program can sample, when some row of a step wants it; False compiles greedy selection alone.
         rich: whether it can do what few requests ask for: penalties, logit biases, alternatives, log-probabilities of prompts. Such work
-            is skipped at run time by steps in which nobody asks for it.
+            is skipped at run time by steps in which no request asks for it.
         constrained: whether rows may be held to a mask of tokens; likewise skipped where none is.
     """
 

@@ -103,7 +103,7 @@ def perform(options: Options, description: Description, planned: SavedPlan | Non
     """Carry out one action and return the exit code.
 
     Raises:
-        InvalidInput: a bad run id or price file, a commit that does not exist, or a large slice that nobody confirmed.
+        InvalidInput: a bad run id or price file, a commit that does not exist, or a large slice without confirmation.
     """
     _check(options)
     if options.action == "check":

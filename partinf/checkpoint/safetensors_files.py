@@ -34,7 +34,7 @@ READABLE_DTYPES = {
     "F64": np.dtype("<f8"),
 }
 _BYTES = {"U8": np.dtype(np.uint8)}  # of which packed weights are made
-_MAX_HEADER_BYTES = 32 << 20  # of a hundred thousand tensors in one file; the format allows three times as many, which nobody writes
+_MAX_HEADER_BYTES = 32 << 20  # of a hundred thousand tensors in one file; the format allows three times as many, which no writer produces
 _MAX_DIMS = 16
 _LONGEST_NAME, _LONGEST_TYPE = 512, 16  # characters
 _MOST_LINES = 20  # of entries that contradict themselves
@@ -228,7 +228,7 @@ def _from_index(path: Path) -> Inventory:
 def find_tensors(directory: str | Path) -> Inventory:
     """Every tensor of a directory, by header alone.
 
-    One file or an index with shards; where there are both, nobody can say which is the model, and that is an offence. Without either, the
+    One file or an index with shards; where there are both, it is unclear which is the model, and that is an offence. Without either, the
     numbered shards if there are any, all of them; else every safetensors file.
     """
     directory = Path(directory)

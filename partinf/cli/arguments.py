@@ -159,6 +159,6 @@ def say_lengths(model: ModelConfig, longest: int) -> None:
 
 
 def say_slice(slice_: Slice) -> None:
-    """Say on standard error that nobody rents a slice of this shape, where that is so: it is planned for all the same."""
+    """Warn on standard error if no cloud rents a slice of this shape; it is planned for all the same."""
     if slice_.not_rented:
         print(f"partinf: note: {slice_.not_rented}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 argparse stops at the first value that it cannot convert, so commands declare every flag as text and read it here, with its range. What is
 wrong joins one list, to which a command adds what it finds itself; `check` raises it before anything is made or touched. A flag that takes
-one value and is given again is wrong, too: one of the values would be dropped, and nobody can tell which was meant.
+one value and is given again is wrong, too: one of the values would be dropped, and it is unclear which was meant.
 """
 
 from __future__ import annotations

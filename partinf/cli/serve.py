@@ -169,7 +169,7 @@ def _read(flags: Flags) -> None:
         if origin != "*" and _ORIGIN.fullmatch(origin) is None
     ]
     if any(not key for key in args.api_key):
-        flags.offences.append("--api-key: an empty key would let everybody in; leave it out for that")
+        flags.offences.append("--api-key: an empty key would admit every client; leave the flag out for that")
 
 
 def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:

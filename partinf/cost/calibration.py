@@ -1,4 +1,4 @@
-"""Measured constants of chips: what separates a roofline from a program that somebody timed.
+"""Measured constants of chips: what separates a roofline from a program that was timed.
 
 Few constants per chip, in `calibration.toml` with the source of each. A chip without measurements borrows them and says so: its
 figures carry a wider error. What the sources leave open is an interval, beside the value that is used. `ROOFLINE` takes the maker's

@@ -268,7 +268,7 @@ class _Mixture:
             padding_flops=flops * (1 - useful),
             weight_bytes=float(stored),
             activation_bytes=self.places * (inputs + outputs) * split.act_bytes + (2.0 * used if self.gathered else 0.0),
-            early=0.0,  # nobody knows which experts will be hit
+            early=0.0,  # which experts will be hit is not known in advance
             shape=(self.places, inputs, outputs),
             routed=load,
         )

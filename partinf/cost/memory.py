@@ -120,7 +120,7 @@ class Held(NamedTuple):
 
     @property
     def slack(self) -> int:
-        """What nobody has taken; less than 0 where it does not fit."""
+        """What is free; negative where it does not fit."""
         return self.room.left - self.cache
 
     def as_json(self) -> dict[str, Any]:

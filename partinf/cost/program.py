@@ -2,7 +2,7 @@
 
 The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of a shard attend to each other under a
 mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs: the same with attention tile by tile, in
-which a prompt sees itself alone. It is the one that is priced unless somebody says otherwise. Two published programs stand beside them, to
+which a prompt sees itself alone. It is priced by default. Two published programs are described as well, to
 hold the model of cost to what was timed: the one that the paper measured, as its released code and its appendix describe it
 (`Program.looped`), and that of jax-llm-examples for Llama 3, which keeps the residual whole and compiles its layers one by one.
 """
@@ -55,7 +55,7 @@ class Program:
         small_operations: of a layer, as a multiple of those of the program whose trace gave their time (`Calibration.layer_seconds`), which
             has a dozen: ours has some 26 of rotations, norms, residuals, and of what finds pages.
         passes_elements: the small operations of many rows take the longer, the more they pass over (`Calibration.element_seconds`).
-        tile_loop: a prompt's core goes over tiles of queries and keys in a loop, which skips tiles that nobody sees
+        tile_loop: a prompt's core goes over tiles of queries and keys in a loop, which skips fully masked tiles
             (`partinf.hardware.platform.Tiles`); the chip says what a tile and its scores take (`Calibration.score_seconds`).
         position_seconds: what else is done for one position of one row in one layer, filled or not.
     """
@@ -114,6 +114,6 @@ PROGRAMS = {program.name: program for program in (PLAIN, TILED, LOOPED, JAX_LLM_
 
 
 def program_for(chip: Chip) -> Program:
-    """The program that is priced unless somebody says otherwise, when a layout is chosen and when it is simulated: the one that runs on the
+    """The program that is priced by default, when a layout is chosen and when it is simulated: the one that runs on the
     chip's platform."""
     return PROGRAMS[chip.platform.default_program]

@@ -52,7 +52,7 @@ def popularity(count: int, per_token: int, skew: float) -> tuple[float, ...]:
         return (per_token / count,) * count
     shares = [_quantile((index + 0.5) / count, skew) for index in range(count)]
     kept, left, capped = sum(shares), float(per_token), 0
-    while left * shares[count - 1 - capped] > kept:  # nobody chooses an expert twice
+    while left * shares[count - 1 - capped] > kept:  # no token chooses an expert twice
         kept, left, capped = kept - shares[count - 1 - capped], left - 1.0, capped + 1
     return tuple(left * share / kept for share in shares[: count - capped]) + (1.0,) * capped
 
@@ -76,7 +76,7 @@ def routed(count: int, per_token: int, tokens: int, parts: int, groups: int = 1,
     mean, held = tokens * per_token / parts, count // parts
     spread, per_pair = tokens * _fixed_size(chosen) / parts * (1.0 - 1.0 / parts), _pair(count, per_token, tokens)
     placed = tokens * tokens * _placement(chosen, parts)
-    # Somebody has the most popular expert, and somebody at least the mean.
+    # One device holds the most popular expert, and some device at least the mean.
     popular = tokens * (chosen[-1] + (held - 1) * (per_token - chosen[-1]) / max(count - 1, 1))
     least = max(float(math.ceil(mean - 1e-9)), popular)
     rows = _Count(mean, spread + placed, least, float(tokens * min(per_token, held)), -1.0 / max(parts - 1, 1))

@@ -132,7 +132,7 @@ class BatchBuilder:
         return not any(slots and tokens for slots, tokens in zip(self._prefill_slots, self._prefill_tokens, strict=True))
 
     def free_pages(self, shard: int | None = None) -> int:
-        """Pages that nobody holds, of one shard or of all."""
+        """Pages that no sequence holds, of one shard or of all."""
         pool = self._roster.pool
         return pool.num_free_pages if shard is None else pool.free_pages(shard)
 
@@ -304,7 +304,7 @@ class BatchBuilder:
         self._taken.add(sequence.request.number)
 
     def _start_slot(self, sequence: Sequence) -> None:
-        """Tell the runner what a sequence has so far. All of it is known: nobody becomes resident while a step of its is in flight."""
+        """Tell the runner what a sequence has so far. All of it is known: no sequence becomes resident while it has a step in flight."""
         request, known = sequence.request, max(sequence.prefill_len, sequence.num_scheduled)
         generated = tuple(sequence.tokens[len(request.prompt) : known])
         ends = request.ends if request.params.min_tokens else ()

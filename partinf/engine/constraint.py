@@ -1,4 +1,4 @@
-"""What holds an answer to a grammar, as the engine sees it: which tokens may come next. Whoever compiles grammars provides it.
+"""What holds an answer to a grammar, as the engine sees it: which tokens may come next. The compiler of grammars provides it.
 
 A mask is a bit per token, bit i modulo 8 of byte i // 8 for token i; tokens beyond its end may not come. It follows from the last token, so
 a sequence that is held to a grammar runs again once the host has seen that: in every second step where the host is a step ahead, while all

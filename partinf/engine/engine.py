@@ -37,7 +37,7 @@ class Engine:
     """Serves many requests at once, by iteration-level batching.
 
     All methods may be called from any thread; iterations take turns. A request that is refused, fails or is cancelled leaves the others
-    as they are. An exception from the runner ends every request in flight as FAILED and is raised by whoever ran the iteration.
+    as they are. An exception from the runner ends every request in flight as FAILED and is raised in the thread that ran the iteration.
 
     Attributes:
         metrics: counters since the start or the last `metrics.clear()`. tokenizer: as given.
@@ -71,7 +71,7 @@ class Engine:
                 each that comes out. With more, the runner must feed its own tokens.
             prefix_caching: share pages of equal prompt beginnings, where the runner can go on after them.
             max_waiting, max_waiting_tokens: bounds on the requests that wait for their first iteration, and on the tokens of their prompts;
-                beyond them `add_request` and `stream` raise `Overloaded`. A request that finds nobody waiting is always taken, and so are
+                beyond them `add_request` and `stream` raise `Overloaded`. A request that finds the queue empty is always taken, and so are
                 those of `generate`, whose caller waits for them.
             on_step: called at every commit with batch, output, and the times when it was scheduled and committed.
             check_invariants: check after every iteration that no page and no slot is lost or held twice.
@@ -225,7 +225,7 @@ class Engine:
 
     @contextmanager
     def _iteration(self) -> Iterator[None]:
-        """Takes its turn, fails everybody when it fails, and calls the callbacks that are due after it."""
+        """Takes its turn, fails every request when it fails, and calls the callbacks that are due after it."""
         with self._turn:
             started = self._clock()
             try:

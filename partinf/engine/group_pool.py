@@ -46,21 +46,21 @@ class GroupPool:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds; those that the prefix cache remembers can be taken too."""
+        """Pages that no sequence holds; those that the prefix cache remembers can be taken too."""
         return sum(sum(self.free_in(shard)) for shard in range(len(self._free)))
 
     @property
     def num_available(self) -> int:
-        """Pages that sequences may still be given: those that nobody holds or, of windows, that are kept for nobody."""
+        """Pages that sequences may still be given: those in no use or, for windows, those reserved for no sequence."""
         return sum(map(self.available, range(len(self._free)))) if self.window else self.num_free
 
     def available(self, shard: int) -> int:
-        """Pages of a shard that any one sequence can have: as many from every part as the fullest part has, or as are kept for nobody."""
+        """Pages of a shard that any one sequence can have: as many from every part as the fullest part has, or as are unreserved."""
         each = self._most_reserved - self.reserved[shard] if self.window else min(self.free_in(shard))
         return each * self._parts
 
     def free_in(self, shard: int) -> list[int]:
-        """Pages that nobody holds, per part of a shard."""
+        """Pages that no sequence holds, per part of a shard."""
         free = list(map(len, self._free[shard]))
         return list(map(add, free, map(len, self.prefixes[shard].idle))) if self.prefixes else free
 
@@ -123,7 +123,7 @@ class GroupPool:
         held.first, held.pages, held.reserved = 0, [], 0
 
     def take_back(self, shard: int, pages: list[int]) -> None:
-        """Pages of a shard that nobody holds or remembers are free."""
+        """Pages of a shard are free if no sequence holds them and the prefix cache does not remember them."""
         for page in pages:
             self._free[shard][self._limits.place_of(page, self._index)[1]].append(page)
 

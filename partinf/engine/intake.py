@@ -97,7 +97,7 @@ class Intake:
 class WaitingBound:
     """How many requests, and how many tokens of their prompts, may wait for their first iteration.
 
-    A request that finds nobody waiting is never refused, so that no bound is too small for any request.
+    A request that finds the queue empty is never refused, so that no bound is too small for any request.
     """
 
     def __init__(self, max_requests: int | None, max_tokens: int | None) -> None:

@@ -1,9 +1,9 @@
 """Who finds out what may follow a token under a grammar: the engine's own thread, or others beside it.
 
-A mask mostly takes some microseconds, and for a hostile grammar a hundred milliseconds, in which nobody else would get a token. Grammars
-that are computed outside the interpreter's lock leave the engine to others meanwhile. Their rows wait for their masks, free rows do not;
-tokens follow from masks alone, so how long one takes changes when a row runs and never what it says. Without threads everything is done in
-the engine's, which is the plain twin: schedules then depend on no clock.
+A mask mostly takes some microseconds, and for a hostile grammar a hundred milliseconds, in which no other request would get a token.
+Grammars that are computed outside the interpreter's lock leave the engine to others meanwhile. Their rows wait for their masks, free rows
+do not; tokens follow from masks alone, so how long one takes changes when a row runs and never what it says. Without threads everything is
+done in the engine's, which is the plain twin: schedules then depend on no clock.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class MaskWorkers:
             self._changed.wait_for(lambda: any(one.ended for one in self._asked), _IDLE)
 
     def forget(self) -> None:
-        """Nobody waits for anything any more."""
+        """No result is awaited any more."""
         self._asked.clear()
 
     def _work(self, asked: _Asked) -> None:

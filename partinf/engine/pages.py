@@ -53,7 +53,7 @@ class PagePool:
 
     @property
     def used(self) -> float:
-        """Share of the pages that somebody holds, of the group that has fewest left."""
+        """Share of the pages that are in use, in the group that has fewest left."""
         return max(1 - group.num_free / group.num_pages for group in self.groups)
 
     @property

@@ -1,8 +1,8 @@
 """The prefix cache of one shard and one group: which full pages hold which tokens after which tokens.
 
 A page is named by a hash chain over (name of the page before, its tokens), so equal names mean equal contexts from the first token on.
-Pages that nobody holds stay findable until they are needed, the one that was let go longest ago first; of one sequence the last page
-goes first, because without the pages before it a page cannot be found.
+Pages that no sequence holds stay findable until they are needed, and are reused least recently released first; of one sequence the last
+page goes first, because without the pages before it a page cannot be found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class PrefixCache:
     """Names of pages, both ways, and the idle ones in the order in which they were let go.
 
     Attributes:
-        idle: pages that nobody holds, per part of the shard.
+        idle: pages that no sequence holds, per part of the shard.
     """
 
     def __init__(self, page_size: int, part_of: Callable[[int], int] = lambda page: 0, num_parts: int = 1) -> None:
@@ -58,11 +58,11 @@ class PrefixCache:
                 self._digest_of[page] = digest
 
     def hold(self, page: int) -> None:
-        """Somebody holds this page."""
+        """A sequence holds this page."""
         self.idle[self._part_of(page)].pop(page, None)
 
     def idles(self, page: int) -> bool:
-        """Nobody holds this page any more; whether it stays here."""
+        """No sequence holds this page any more; returns whether it stays cached."""
         if page in self._digest_of:
             self.idle[self._part_of(page)][page] = None
         return page in self._digest_of

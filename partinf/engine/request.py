@@ -249,7 +249,7 @@ class Sequence:
         )
 
     def _scores(self) -> tuple[PromptScore | None, ...] | None:
-        """Of the prompt, which the first sample of the request computes; None where nobody asked."""
+        """Of the prompt, which the first sample of the request computes; None if not requested."""
         return tuple((self.family or (self,))[0].prompt_scores) if self.request.params.prompt_logprobs else None
 
     def output(self) -> RequestOutput:

@@ -24,7 +24,7 @@ class Samples:
     """Registers samples with the scheduler and the bound on waiting, and takes them out of both when they end.
 
     The engine calls it with its lock held, but for `events`. Under a policy that returns whole batches, a sample that has all its tokens is
-    held until nobody of its batch runs.
+    held until no sequence of its batch runs.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Samples:
                 self._end(live, complete or FinishReason.TIMEOUT, text="" if complete else live.rest())
 
     def end_all(self, error: BaseException) -> None:
-        """End everybody as FAILED, those that are held too."""
+        """End every sample as FAILED, including those that are held."""
         self._held.clear()
         self.end(self, FinishReason.FAILED, error)
 
@@ -224,7 +224,7 @@ class Samples:
             self._tell(live, sampled, text)
 
     def _fail(self, live: Live, error: NoNumber) -> None:
-        """End a sample whose keys and values may be no numbers; nobody shall find them."""
+        """End a sample whose keys and values may not be finite; no later request may reuse them."""
         self._end(live, FinishReason.FAILED, error=error)
         self._scheduler.pool.forget(live.sequence)
 

@@ -66,7 +66,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """A port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return int(probe.getsockname()[1])

@@ -43,7 +43,7 @@ def usable(kind: str) -> Path | None:
         return None
     try:
         named = cache_directory(EXECUTABLES)
-        if named == directory.parent:  # whoever may write there could put another directory in the place of this one
+        if named == directory.parent:  # a user who may write there could replace this directory by another
             own(named)
         return own(directory)
     except InvalidInput as error:
@@ -55,7 +55,7 @@ def temporary(kind: str) -> Path:
     """For what has to lie in a file and is not to be kept: the user's own directory among the temporary ones.
 
     Raises:
-        InvalidInput: it cannot be made, or somebody else has made it.
+        InvalidInput: it cannot be made, or belongs to another user.
     """
     return own(own(Path(tempfile.gettempdir()) / f"partinf-{os.getuid()}") / kind)
 
@@ -64,7 +64,7 @@ def own(directory: Path) -> Path:
     """The same directory, made if it is not there.
 
     Raises:
-        InvalidInput: one that cannot be made, or that somebody else may write to: what it holds is run.
+        InvalidInput: one that cannot be made, or that another user may write to: what it holds is executed.
     """
     try:
         for folder in reversed(directory.parents):  # mkdir(parents=True) would give the mode to the last alone

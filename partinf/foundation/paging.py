@@ -1,4 +1,4 @@
-"""Pages that a window of positions needs: counted here for the engine, which has them, and for whoever plans how many there are.
+"""Pages that a window of positions needs: counted here for the engine, which holds them, and for the planner, which sizes the pool.
 
 Pages hold S positions each; a window of W positions is what a query sees, its own position included. The pages of a sequence are dealt in
 turn over the parts of a shard, and what is counted per part is what the fullest one holds.

@@ -1,7 +1,7 @@
 """Chips: all that the project knows of each, read from `hardware.toml`, the one file that a new chip changes.
 
 What a maker states (memory, rates, links, the shapes in which slices are offered), what the TPU compiler calls it, what Google Cloud calls
-it and what it costs there. A key that a chip does not have, or that nobody has published, is `false` in the table.
+it and what it costs there. A key that a chip does not have, or that is unpublished, is `false` in the table.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Price:
 
     Attributes:
         on_demand: without a contract. spot: of capacity that may be taken away; None where the list has no such price.
-        date: what the figures are of. source: where to check them. checked: whether somebody compared them with the source.
+        date: what the figures are of. source: where to check them. checked: whether they were compared with the source.
     """
 
     on_demand: float

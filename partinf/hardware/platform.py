@@ -25,7 +25,7 @@ class Tiles:
     Attributes:
         keys: keys of one tile, of all lanes together when decoding. prompt_keys: the same for prompt tokens.
         scores: elements of a tile's scores at most, which bounds the prompt tokens of one tile.
-        skip: leave out tiles that nobody may see, by a branch on the device; a GPU would wait for the host at each of them.
+        skip: skip fully masked tiles by a branch on the device; a GPU would wait for the host at each of them.
         fresh: prompts by the Pallas kernel for TPUs over fresh keys (`kernels.prompt`) where that takes them (`takes_prompts`).
         paged: decode by the Pallas kernel for TPUs (`kernels.paged_decode`) where that takes the pages. interpret: without a TPU.
         native: by the C++ kernels for CPUs (`kernels.cpu`), prompts too, where those take the pages.
@@ -60,7 +60,7 @@ class Tiles:
         return _kernel_pairs(tokens, max(slots, 1), group, window)
 
     def seen_shares(self, tokens: int, slots: int, heads: int) -> tuple[float, float]:
-        """Of all pairs of tiles of a device's prompt tokens, the share of which somebody sees something; and of all pairs of a tile of
+        """Of all pairs of tiles of a device's prompt tokens, the share that is not fully masked; and of all pairs of a tile of
         queries and a slot, the share that belong together. For `slots` prompts of one length that fill the tokens; 1 without skipping."""
         return _seen_shares(self, tokens, slots, heads)
 
@@ -145,7 +145,7 @@ class Platform:
         device_files: patterns under / of the files by which a machine shows that it has such devices.
         coordinates: devices say where they lie in a torus, so that a mesh is laid out by place.
         partial_kinds: `device_kind` holds more than the chip's name, so that a part of it is enough to find the chip.
-        default_type: storage type of weights that nobody asked for otherwise.
+        default_type: storage type of weights unless another is given.
         slow_single_row: types of weights with which XLA makes a product with one row a sum over the columns of the matrix: several times
             as slow as with two rows on CPUs in bfloat16, twice as slow on TPUs, and four times as slow there in int8.
         bfloat16_as_bits: the cache stores bfloat16 as its bits: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every
@@ -163,7 +163,7 @@ class Platform:
         default_program: name of the program for which layouts are chosen (`partinf.cost.program.PROGRAMS`): the one that runs.
         gathers_beside_products: the compiler runs a gather of weights beside products that do not wait for it.
         grouped: what multiplies rows with the matrices of their experts, where it takes them.
-        ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs nobody has tried the step with it.
+        ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs the step is untested with it.
         compiler_options: what the compiler is asked for beyond its defaults.
         described: the compiler describes slices without any device (libtpu), so that a proof needs none.
         proof_environment: environment variables of the process that compiles a proof, beside those of every proof.

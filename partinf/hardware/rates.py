@@ -2,7 +2,7 @@
 
 The makers' figures and four constants describe a TPU, whose products run at one rate and hide what passes between them. Devices on which
 that does not hold (CPUs above all, where a product of few rows is slow and attention slower) are described by more constants, each of
-which is a time that somebody can measure: the rate of a product by its rows, of attention by what it reads and computes, of what passes
+which is a time that can be measured: the rate of a product by its rows, of attention by what it reads and computes, of what passes
 between products, and the time that one operation, one collective and one step take before they move anything.
 """
 

@@ -89,7 +89,7 @@ class Slice:
 
     @property
     def not_rented(self) -> str | None:
-        """Why nobody can rent this slice, in a line; None where somebody can, or where the devices are virtual."""
+        """Why this slice cannot be rented, in a line; None if it can be, or if the devices are virtual."""
         if self.chip.rents(self.shape) or self.chip.platform.virtual:
             return None
         count = math.prod(self.shape)
@@ -99,7 +99,7 @@ class Slice:
         sizes = {math.prod(shape): shape for shape in reversed([*self.chip.rented_shapes(2 * count)])}
         near = sorted(sizes, key=lambda size: (abs(size - count), size))[:2]
         names = " or ".join(f"{self.chip.name}:{'x'.join(map(str, sizes[size]))}" for size in sorted(near))
-        return f"slice {self.name}: nobody rents {self.chip.name} in this shape; those nearest in size are {names}"
+        return f"slice {self.name}: no cloud rents {self.chip.name} in this shape; the nearest in size are {names}"
 
     @property
     def mesh(self) -> str:

@@ -29,7 +29,7 @@ class Group:
     """The processes of a job, from inside one of them; `partinf.engine.facts.Replicas` for its engine.
 
     Every process makes the same calls in the same order: `share` and `agree` while it sets up, then `follow`, or as the first process
-    whatever it likes with its engine, and `close`. A group of one process has nobody to tell and nothing to watch.
+    whatever it likes with its engine, and `close`. A group of one process has no others to send to and nothing to watch.
 
     Attributes:
         index, count: this process and how many there are. name: this process, for people.
@@ -73,7 +73,7 @@ class Group:
         """The first process's value in every process: of numbers, text, lists and dictionaries.
 
         Raises:
-            JobEnded: somebody is gone.
+            JobEnded: another process has ended.
         """
         if self.leads:
             self._send(MessageKind.VALUE, self._encoder.encode(value))
@@ -106,7 +106,7 @@ class Group:
     def tell(self, facts: Facts) -> None:
         """
         Raises:
-            JobEnded: somebody is gone.
+            JobEnded: another process has ended.
         """
         self._send(MessageKind.FACTS, self._encoder.encode(facts))
 
@@ -128,7 +128,7 @@ class Group:
         """Run the iterations of the first process until it closes the group.
 
         Raises:
-            JobEnded: somebody is gone, this process included.
+            JobEnded: a process has ended, perhaps this one.
         """
         while (message := self._receive(MessageKind.FACTS)) is not None:
             engine.replay(self._decoder.decode(message))

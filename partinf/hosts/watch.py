@@ -2,7 +2,7 @@
 
 A collective waits for ever for a process that does not come, and what waits in it cannot be interrupted. So the watchdog lives in threads
 and connections of its own: processes say several times per second that they live, how far their schedule is with a digest of it, and
-whether they are inside the runner. The first process compares and decides; what it decides everybody prints, and a moment later every
+whether they are inside the runner. The first process compares and decides; every process prints the decision, and a moment later every
 process ends, whatever its main thread waits for.
 """
 
@@ -70,7 +70,7 @@ class Status:
 
 
 def end_process() -> None:
-    """Without waiting for threads, collectives or jax's own farewell, all of which may wait for somebody who is gone."""
+    """Without waiting for threads, collectives or jax's own farewell, all of which may wait for a process that has ended."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -158,7 +158,7 @@ class Watch:
         return self._failed.wait(seconds)
 
     def close(self) -> None:
-        """The job is done: nobody's end is a failure any more. Waits a moment for the others to say the same."""
+        """The job is done: from now on no process fails by ending. Waits a moment for the others to report the same."""
         self._closing.set()
         for _, link in self._peers.values():
             with contextlib.suppress(OSError):
@@ -180,7 +180,7 @@ class Watch:
             with self._lock:
                 packed = self._status.packed()
             for _, link in self._peers.values():
-                with contextlib.suppress(OSError):  # whoever listens there says what happened
+                with contextlib.suppress(OSError):  # the process that listens there reports what happened
                     link.send(MessageKind.BEAT, packed)
             if self._leads:
                 self._look_for_stalls()
@@ -221,13 +221,13 @@ class Watch:
     def _look_for_stalls(self) -> None:
         now = time.monotonic()
         with self._lock:
-            everybody = {0: (self._status, self._own_since)} | self._seen
-        waits = [now - since for status, since in everybody.values() if status.waiting]
+            processes = {0: (self._status, self._own_since)} | self._seen
+        waits = [now - since for status, since in processes.values() if status.waiting]
         if max(waits, default=0.0) <= self._bounds.stall:
             return
-        fewest = min(status.calls for status, _ in everybody.values())
-        behind = [index for index, (status, _) in everybody.items() if status.calls == fewest]
-        if len(behind) == len(everybody):
+        fewest = min(status.calls for status, _ in processes.values())
+        behind = [index for index, (status, _) in processes.items() if status.calls == fewest]
+        if len(behind) == len(processes):
             self.fail(f"every process has waited for {self._bounds.stall:g} s in call {fewest} of its runner, which does not end")
             return
         names = ", ".join(self._name if index == 0 else self._peers[index][0] for index in behind)

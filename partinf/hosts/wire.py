@@ -72,7 +72,7 @@ class Link:
         self._socket.settimeout(seconds)
 
     def shut(self) -> None:
-        """End the connection; whoever waits in it wakes up."""
+        """End the connection; threads that wait in it wake up."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -30,7 +30,7 @@ class HfFile:
 
     Attributes:
         data: its object. where: how messages name it. within: what stands before the names of its keys in messages.
-        offences: what is wrong so far, shared with the objects within; whoever asks for a value gets its default then.
+        offences: what is wrong so far, shared with nested objects; a value that is wrong is read as its default.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str, within: str = "", offences: list[str] | None = None) -> None:

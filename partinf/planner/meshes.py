@@ -23,7 +23,7 @@ from partinf.planner.report import PlanReport, answer, report_of
 from partinf.planner.results import Candidate, Refused
 from partinf.planner.search import MOST_AXES, TIE, Search
 
-# Candidates that are looked at: by default, those of the slice's own mesh among them; and beside those, where somebody asks for all meshes.
+# Candidates that are evaluated: by default, including those of the slice's own mesh; with `--mesh auto`, in addition to those.
 BUDGET, GREAT_BUDGET = 900, 4_000
 _LEAST_BUDGET = 250  # that finer meshes have by default
 _LEVEL = 1.1  # estimates of which neither is so many times the other say nothing about which is faster

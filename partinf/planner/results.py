@@ -19,7 +19,7 @@ class PhaseResult:
 
     Attributes:
         sizes: of the mesh axes. tokens: real tokens of the step. tokens_per_sequence: of one sequence.
-        parts: entries of which its ledger is made when somebody asks for it; few of a search's candidates are looked at.
+        parts: entries from which its ledger is built on first use; a search looks at few of its candidates.
     """
 
     name: str

@@ -64,7 +64,7 @@ class _Found(NamedTuple):
 
 
 def given(question: Question, slice_: Slice, layouts: Iterable[tuple[Layout, int]]) -> tuple[Candidate, ...]:
-    """Candidates of layouts that somebody names, each with its padded heads, in their order, priced as a search prices them."""
+    """Candidates for layouts given by name, each with its padded heads, in their order, priced as a search prices them."""
     search_ = Search(question, slice_, BestSoFar(None))
     return tuple(search_.of(layout, padded) for layout, padded in layouts)
 

@@ -124,8 +124,8 @@ def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
-    """How often a branch is taken: attention skips tiles of prompts that nobody sees, if prompts of one length fill the bucket. Layers are
-    counted together: of a window no more is seen than what it reaches over beside a tile."""
+    """How often a branch is taken: attention skips tiles of prompts that no query sees, if prompts of one length fill the bucket. Layers
+    are counted together: of a window no more is seen than what it reaches over beside a tile."""
     from partinf.transformer.kernels import tiles as kernels  # jax is loaded with these, and a proof that is refused earlier needs none
     from partinf.transformer.routes import Routes
 

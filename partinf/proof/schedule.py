@@ -57,7 +57,7 @@ class KernelTime(NamedTuple):
     """Of all runs of a kernel.
 
     Attributes:
-        known: whether somebody gave it a time; else it takes as long as it takes to move all that it is handed.
+        known: whether its time is known; otherwise it takes as long as moving all its operands takes.
     """
 
     seconds: float

@@ -96,7 +96,7 @@ class Walk:
     ) -> None:
         """
         Args:
-            collective: the axes and the seconds of a collective. kernel: seconds of one run of a kernel, None where nobody knows them.
+            collective: the axes and the seconds of a collective. kernel: seconds of one run of a kernel, None if unknown.
             taken: how often of all times the branches of a conditional run.
         """
         self.spent: dict[Key, float] = defaultdict(float)

@@ -264,11 +264,11 @@ def _heads_normalised(x: jax.Array, weights: Params, name: str, of: Attention, d
 
 
 def _contained(keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Keys and values [T, K, Q] as [T, 2, K, Q], such that what is no number reaches nobody but those that may see it.
+    """Keys and values [T, K, Q] as [T, 2, K, Q], such that values that are not finite reach only the queries that may see them.
 
     Rows of many requests meet the same keys and values. What a row may not see is masked in its scores by choice, so a key may be anything;
     but its weight of 0 times a value of NaN is NaN. So where a key or a value is no number the key becomes NaN and the value 0: one NaN is
-    enough for the score, and so says the same to whoever sees it. Nothing else has to be asked of a page that is read, or used again.
+    enough for the score, and so has the same effect on every query that sees it. Pages that are read or reused need no other check.
     """
     numbers = (jnp.abs(keys) <= _LARGEST) & (jnp.abs(values) <= _LARGEST)
     return jnp.stack([jnp.where(numbers, keys, jnp.nan), jnp.where(numbers, values, 0.0)], axis=1)

@@ -61,7 +61,7 @@ class ExecutableCache:
     def __init__(self, directory: Path, max_bytes: int = _MAX_BYTES) -> None:
         """
         Raises:
-            InvalidInput: a directory that cannot be made, or that somebody else may write to.
+            InvalidInput: a directory that cannot be made, or that another user may write to.
         """
         self.directory = own(directory)
         self._max_bytes = max_bytes

@@ -1,7 +1,7 @@
 """Rows sorted by their expert, and products of each with the matrix of its own expert.
 
 Buffers have a static size, that of the worst case: a row for every token and every one of its experts that a device may hold. No row is
-ever dropped; places beyond those that are taken hold rows that nobody reads.
+ever dropped; places beyond those that are taken hold rows that are never read.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Pages leave from the place in the mesh that has them and come back to it: nothin
 devices have, once. A place is a shard of the batch axes, or one of its parts where sequence axes deal the pages of a sequence. All
 processes run the same two programs; places that have no page of a group read nothing (their ids are out of range), and what the devices
 of other shards hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach
-(`pinned_host`) nobody waits for them.
+(`pinned_host`) no step waits for them.
 
 In a pipeline every stage has its own part of a page, its layers', and moves that when the step that asks for it arrives there: a stage may
 still write what an earlier one has already handed out.

@@ -31,7 +31,7 @@ _TYPES = {DType.F32: jnp.float32, DType.BF16: jnp.bfloat16}
 
 @dataclass(frozen=True)
 class OneOf:
-    """One layer of a stacked weight, not sliced yet: whoever needs only a part of it takes that part in the same slice."""
+    """One layer of a stacked weight, not sliced yet: code that needs only a part of it takes that part in the same slice."""
 
     layers: Any
     index: Any

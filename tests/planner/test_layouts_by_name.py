@@ -1,4 +1,4 @@
-"""Layouts that somebody names: on slices with other axes, side by side, and in the library; and what is wrong with their files."""
+"""Layouts that are named: on slices with other axes, side by side, and in the library; and what is wrong with their files."""
 
 from __future__ import annotations
 

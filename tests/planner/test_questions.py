@@ -1,4 +1,4 @@
-"""Questions that somebody plans for, one command each: will it fit, how long does a prompt take, where does a context end."""
+"""Questions that users plan for, one command each: will it fit, how long does a prompt take, where does a context end."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_one_prompt_beside_the_prefill_of_the_batch(capsys: pytest.CaptureFixtur
     assert decode.first_token_seconds(decode.best) is None
 
 
-def test_a_shape_that_nobody_rents_is_planned_for_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shape_that_no_cloud_rents_is_planned_for_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--model", "llama-3-8b", "--phase", "decode", "--context", "512", "--top", "1"]
     assert main(["plan", "--slice", "v5e:2x1", *asked]) == 0
     found = capsys.readouterr()
     assert "llama-3-8b on v5e:2x1" in found.out
-    assert found.err == "partinf: note: slice v5e:2x1: nobody rents v5e in this shape; those nearest in size are v5e:1x1 or v5e:2x2\n"
+    assert found.err == "partinf: note: slice v5e:2x1: no cloud rents v5e in this shape; the nearest in size are v5e:1x1 or v5e:2x2\n"
     for rented in ("v5e:2x2", "v5e:4x2", "v5litepod-4", "h100x8"):
         assert main(["plan", "--slice", rented, *asked]) == 0
         assert capsys.readouterr().err == ""
@@ -79,4 +79,4 @@ def test_a_shape_that_nobody_rents_is_planned_for_and_said(capsys: pytest.Captur
         main(["simulate", "--model", "llama-3-8b", "--slice", "v4:2x2x8", "--layout", "ws-1d", "--requests", "1", "--lengths", "fixed:8:2"])
         == 0
     )
-    assert "nobody rents v4 in this shape" in capsys.readouterr().err
+    assert "no cloud rents v4 in this shape" in capsys.readouterr().err

@@ -6,7 +6,7 @@ jax is not imported.
 * `settings` reads the files that stand beside a vocabulary; `ends` says which ids end a text.
 * `json_vocabulary` and `sentencepiece_vocabulary` are the two formats; `pieces` is how they write bytes, `marks` finds tokens by name.
 * `length` bounds how few tokens a text can have; `seen` says what of a text a tokenizer.json certainly keeps.
-* `text` is what everybody else uses: encoding, decoding, and decoding of a stream.
+* `text` is what other packages use: encoding, decoding, and decoding of a stream.
 """
 
 from partinf.checkpoint.tokenizer.load import find_tokenizer, load_tokenizer

@@ -49,7 +49,7 @@ class SentencePieceVocabulary:
         self._added_ids = {token.content: token.id for token in settings.added}
         named = {name: token for name in settings.specials if (token := self.find(name)) is not None}
         self._specials = set(named.values()) | {token.id for token in settings.added if token.special}
-        self._specials -= {self._backend.unk_id()}  # one that is sampled stands for text, though nobody knows which
+        self._specials -= {self._backend.unk_id()}  # one that is sampled stands for some unknown text
         found = {name: AddedToken(token, name, True) for name, token in named.items()}
         found |= {name: AddedToken(self._backend.piece_to_id(name), name, True) for name in marks}
         if (unknown := self._backend.unk_id()) >= 0 and self._pieces[unknown]:

@@ -12,9 +12,9 @@ from partinf.engine.request import Sequence, Status
 class FirstComeFirstServed:
     """Every resident sequence runs in every iteration; then prompts join in order of arrival while they fit.
 
-    The first one that does not fit ends the search: nobody overtakes. If a arrived before b, a has therefore run at least as many
-    iterations as b as long as both live, provided that prompts run whole and nobody was preempted. Pages are given out as they are
-    needed; when there are none for a sequence, the newest on its shard waits again, and nobody is admitted in that iteration.
+    The first one that does not fit ends the search: no sequence overtakes another. If a arrived before b, a has therefore run at
+    least as many iterations as b as long as both live, provided that prompts run whole and neither was preempted. Pages are given out as
+    they are needed; when there are none for a sequence, the newest on its shard waits again, and none is admitted in that iteration.
 
     Attributes:
         max_batch_size: sequences per iteration, and so many may be resident per pipeline stage; None leaves it to the runner's limits.

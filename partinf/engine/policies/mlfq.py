@@ -1,9 +1,9 @@
 """FastServe's scheduler: a multi-level feedback queue that new requests join below the queues which they would pass through anyway.
 
-Queues have quanta q₁ < q₂ < …, each twice the one before, and q₁ is the shortest iteration. Output lengths are unknown, so whoever has
-used the quantum of a queue is demoted; whoever has waited longer than α is promoted to the first. The prompt's length is known, and with
-it the time of the first iteration: a request joins the first queue whose quantum covers that (skip-join). The naive queue, for comparison,
-lets everybody join the first.
+Queues have quanta q₁ < q₂ < …, each twice the one before, and q₁ is the shortest iteration. Output lengths are unknown, so a sequence that
+has used the quantum of a queue is demoted; one that has waited longer than α is promoted to the first. The prompt's length is known, and
+with it the time of the first iteration: a request joins the first queue whose quantum covers that (skip-join). The naive queue, for
+comparison, lets every sequence join the first.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class MultiLevelFeedbackQueue:
         return min(_DEEPEST, max(0, math.ceil(math.log2(max(seconds / self.estimates.decode, 1.0)) - 1e-9)))
 
     def _by_next_time(self, batch: BatchBuilder) -> list[Sequence]:
-        """Everybody by estimated next scheduled time (FastServe, section 4.3), and by rank where that is the same.
+        """All sequences by estimated next scheduled time (FastServe, section 4.3), and by rank where that is the same.
 
         ENST(i) = min(T_promote(i), T_execute(i)); T_execute(i) = 1/B · Σ over j ahead of i of Σ of the quanta of j's queue down to the
         one before i's: what those ahead may use before they have sunk to i's queue.

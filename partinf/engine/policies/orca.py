@@ -11,8 +11,8 @@ from partinf.engine.batch import BatchBuilder
 class Orca:
     """At most `max_batch_size` sequences per iteration, the oldest first among those that are in no other batch in flight.
 
-    In its first iteration a sequence reserves pages for prompt and longest answer together, once, so whoever was admitted can run to
-    its end. If they are not free the search stops: nobody is skipped. How many batches are in flight (n_workers) is the engine's `lag`
+    In its first iteration a sequence reserves pages for prompt and longest answer together, once, so an admitted sequence can run to
+    its end. If they are not free the search stops: none is skipped. How many batches are in flight (n_workers) is the engine's `lag`
     plus one, which fills the pipeline stages of the runner.
     """
 

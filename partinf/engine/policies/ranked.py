@@ -58,8 +58,8 @@ class Pages:
 def fill(batch: BatchBuilder, ranked: Sequence[Request], max_batch_size: int | None, pages: Pages) -> None:
     """Run the best of `ranked` (best first) that fit into the batch; those below make room for those above.
 
-    When one does not fit although everybody below has made room, those below still run if they need no room themselves. Where pages are
-    swapped ahead, only residents and those that find free pages run, unless nobody is resident.
+    When one does not fit although all below it have made room, those below still run if they need no room themselves. Where pages are
+    swapped ahead, only residents and those that find free pages run, unless no sequence is resident.
     """
     most = batch.most_rows(max_batch_size)
     victims = [one for one in ranked if _evictable(one)] if not pages.reserves_at_start else []
@@ -100,7 +100,7 @@ def _short_of_pages(batch: BatchBuilder, sequence: Request) -> bool:
 
 
 def _make_room(batch: BatchBuilder, sequence: Request, victims: list[Request], better: Sequence[Request], pages: Pages) -> bool:
-    """Evict the worst ranked one by one until the sequence runs; False when nobody ranked below it is left. Those who live elsewhere are
+    """Evict the worst ranked one by one until the sequence runs; False when none ranked below it is left. Those who live elsewhere are
     spared by one that must run on a certain shard, unless it is a slot that is missing."""
     spared, shard, elsewhere = {id(one) for one in better}, _needed_shard(sequence), list[Request]()
     made = False
@@ -135,9 +135,9 @@ def _outside(sequence: Request) -> bool:
 class AheadSwapper:
     """Proactive swapping (FastServe, section 4.3): pages move before they are needed, no faster than the link carries them.
 
-    A reserve of pages is kept free for bursts; whoever is expected to run last leaves for it, and for those in host memory that are
-    expected to run first. A step never waits for a copy, because nobody runs in the iteration that brings its pages. Slots hold nothing
-    that has to be moved, so they are made free when they are needed.
+    A reserve of pages is kept free for bursts; the sequence that is expected to run last leaves for it, and for those in host memory that
+    are expected to run first. A step never waits for a copy, because no sequence runs in the iteration that brings its pages. Slots hold
+    nothing that has to be moved, so they are made free when they are needed.
     """
 
     def __init__(self, pages: Pages) -> None:
@@ -160,14 +160,14 @@ class AheadSwapper:
         """Add this iteration's copies to the batch.
 
         Args:
-            by_next_time: everybody, the one that is expected to run first in front.
+            by_next_time: all sequences, the one that is expected to run first in front.
         """
         self._earn(batch.now)
         reserve = int(self._pages.reserve * batch.limits.groups[0].pages_per_shard * batch.limits.num_shards)
         coming = [one for one in by_next_time if one.status is Status.SWAPPED and not one.in_flight]
         first, needed = (coming[0], coming[0].num_host_pages + 1) if coming else (None, 0)
         for victim in reversed(by_next_time):
-            if victim is first:  # whoever is left comes before it, and leaves for the reserve alone
+            if victim is first:  # the others come before it, and leave for the reserve alone
                 first = None
             if not _evictable(victim) or batch.taken(victim) or victim.in_flight:
                 continue

@@ -76,7 +76,7 @@ POLICIES: Mapping[str, NamedPolicy] = {
         reads_clock=True,
     ),
     "mlfq-naive": NamedPolicy(
-        "multi-level feedback queue that everybody joins at the top",
+        "multi-level feedback queue that every request joins at the top",
         lambda o, e: MultiLevelFeedbackQueue(e, o.max_batch_size, False, o.alpha, o.pages(e)),
         preemptive=True,
         reads_clock=True,

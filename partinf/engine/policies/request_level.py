@@ -11,7 +11,7 @@ from partinf.engine.request import Sequence
 
 @dataclass
 class RequestLevel:
-    """Static batches of at most `batch_size` sequences, in order of arrival; nobody joins and nobody is returned before all are done.
+    """Static batches of at most `batch_size` sequences, in order of arrival; no sequence joins and none is returned before all are done.
 
     Prompts are padded to the longest of the batch, and the lanes of those that have ended run on as padding.
 

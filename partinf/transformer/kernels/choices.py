@@ -63,7 +63,7 @@ def current() -> Choices:
     platform's table, unless all adopt those of one."""
     with _lock:
         if not _current:
-            # On a thread of its own: whoever asks may be in the middle of tracing a program.
+            # On a thread of its own: the caller may be in the middle of tracing a program.
             with ThreadPoolExecutor(1) as other:
                 _current.append(other.submit(of_this_machine if jax.process_count() == 1 else fallback).result())
         return _current[0]

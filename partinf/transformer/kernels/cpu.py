@@ -188,7 +188,7 @@ def _made_in(folder: Path) -> Path:
         _run((compiler, *_FLAGS, "-shared", *map(str, objects), "-o", str(made)))
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())  # a loader reads no further than the library's own end
-        os.replace(made, path)  # whole or not at all, whoever else makes it at this moment
+        os.replace(made, path)  # atomic, even if another process makes it at this moment
     return path
 
 

@@ -1,7 +1,7 @@
 """Prompt tokens over the fresh keys of their own prompts, as a kernel for TPUs: a running softmax whose scores never leave the chip.
 
 XLA's form, tile by tile, writes the scores of a tile to HBM and reads them again, several times over. Here a block of queries stays on the
-chip while blocks of keys pass; pairs of blocks that nobody sees (keys that come later, or of other prompts) are neither fetched nor
+chip while blocks of keys pass; pairs of blocks that no query sees (keys that come later, or of other prompts) are neither fetched nor
 multiplied. Which pairs those are is told from the ends of both blocks, and the mask within a pair is exact.
 
 Letters: T tokens, H query heads in groups of G per key-value head K, M keys, Q d_head.
