@@ -40,17 +40,17 @@ def add_pricing(parser: argparse.ArgumentParser) -> None:
 
 def add_pod(parser: argparse.ArgumentParser | argparse._ArgumentGroup, output: str) -> None:
     """What a run on a slice that is created for it needs to be told; `output` is the flag of the directory that its files go to."""
-    parser.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live, …: see tpu_scripts/README.md")
-    parser.add_argument("--run-id", metavar="ID", help="name of the run (default: made of the time)")
+    parser.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live and more; see tpu_scripts/README.md")
+    parser.add_argument("--run-id", metavar="ID", help="name of the run (default: the current time)")
     parser.add_argument(output, type=Path, default=Path("pod-runs"), metavar="DIR", help="where its files go (default: pod-runs)")
     parser.add_argument("--dry-run", action="store_true", help="print exactly the commands that would be executed")
     parser.add_argument("--yes", action="store_true", help="do not ask before creating a large slice")
-    parser.add_argument("--poll-seconds", default="20", metavar="S", help="between two looks at a machine (default: 20)")
+    parser.add_argument("--poll-seconds", default="20", metavar="S", help="seconds between two polls of a machine (default: 20)")
 
 
 def add_saved_plan(parser: argparse.ArgumentParser) -> None:
     """`--plan`."""
-    text = "what partinf plan --save wrote: model, slice, mesh, layout and storage; --model then says where the model lies"
+    text = "what partinf plan --save wrote: model, slice, mesh, layout and storage types; --model then gives the model's directory"
     parser.add_argument("--plan", metavar="FILE", help=text)
 
 

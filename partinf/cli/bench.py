@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from partinf import api
     from partinf.buckets import held
     from partinf.cli import devices
-    from partinf.cli.model_place import check_programs, said_of_pool
+    from partinf.cli.model_place import check_programs, pool_text
     from partinf.workload import DType
 
     flags = Flags(args)
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     longest = max(arrival.input_len + arrival.output_len for arrival in load.arrivals)
     raise_offences(config.context_offences(f"the longest request has {longest} tokens", longest))
     plan, capacity = _plan(args, load, longest, _Place(target, layout, dtype), pool)
-    print(f"{said_of_pool(plan, capacity)}: {held(plan)}", file=sys.stderr)
+    print(f"{pool_text(plan, capacity)}: {held(plan)}", file=sys.stderr)
     model = _load(args, plan, host_pages)
     check_programs(model)
     about, report = _bench(args, load, model, lag)

@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--types", metavar="LIST", default="f32,bf16,int8", help="of weights (default: f32,bf16,int8)")
     parser.add_argument("--devices", default="0", metavar="N", help="virtual CPU devices to measure (default: JAX_NUM_CPU_DEVICES or 1)")
     parser.add_argument(
-        "--seconds", metavar="S", help="for timing; compiling comes beside it (default: 30, or what is left of two minutes)"
+        "--seconds", metavar="S", help="seconds of timing, not counting compilation (default: 30, or what is left of two minutes)"
     )
     parser.add_argument("--output", metavar="FILE", help="(default: the user's configuration, where --slice local finds it)")
     parser.add_argument(
-        "--products", metavar="show|again", help="the form of each product on this CPU and its times, measured again or not"
+        "--products", metavar="show|again", help="print the kernel that each product uses on this CPU, with its times; again measures first"
     )
-    parser.add_argument("--yes", action="store_true", help="do not ask before the user's configuration, and with it later plans, change")
+    parser.add_argument("--yes", action="store_true", help="replace the user's configuration, and so change later plans, without asking")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
     parser.epilog = "Example: partinf calibrate && partinf plan --model llama-125m --slice local --batch 8 --input 128 --output 64"
 
@@ -115,11 +115,15 @@ def _products(again: bool, as_json: bool) -> int:
             times.add_row(each.kind, each.form, *(f"{1e6 * took[count]:.3g}" if count in took else "" for count in rows))
         console.print(times)
     if found.unsettled:
-        console.print(f"\nTimes of {', '.join(found.unsettled)} did not settle; a table holds there. Measure again on a quiet machine.")
+        console.print(
+            f"\nTimes of {', '.join(found.unsettled)} did not settle; the default table is used for them. Measure again on an idle machine."
+        )
     elif not found.times:
-        console.print("\nNothing was measured; a table holds: nothing is kept between starts, or the kernels cannot be made.")
+        console.print(
+            "\nNothing was measured; the default table is used, because there is no cache directory or the kernels cannot be compiled."
+        )
     if found.times and where is not None:
-        console.print(f"\nKept in {where}; compiled programs depend on it.", highlight=False)
+        console.print(f"\nStored in {where}; compiled programs depend on it.", highlight=False)
     return 0
 
 
@@ -129,7 +133,7 @@ def _warn_if_loaded() -> None:
     if load > _LOADED * cores:
         print(
             f"partinf: warning: the machine is busy ({load:.1f} processes were running on {cores} cores in the last minute); "
-            "rates will be too low: calibrate when it is quiet",
+            "rates will be too low; calibrate when the machine is idle",
             file=sys.stderr,
         )
 
@@ -138,7 +142,7 @@ def _warn_if_unsteady(spreads: list[float]) -> None:
     typical = statistics.median(spreads)
     if typical > _UNSTEADY:
         print(
-            f"partinf: warning: repeated measurements vary by ±{typical:.0%} in the median; something else used the devices",
+            f"partinf: warning: repeated measurements vary by ±{typical:.0%} in the median; other work was using the devices",
             file=sys.stderr,
         )
 
@@ -152,7 +156,7 @@ def _agreed(path: Path) -> bool:
 
 def _ending(path: Path, written: bool, used: bool) -> str:
     if not written:
-        return "\nNothing was written, and plans stay as they are."
+        return "\nNothing was written; plans do not change."
     return f"\nWritten to {path}. " + ("Slice local uses it from now on." if used else "Pass it to other commands as --hardware FILE.")
 
 
@@ -186,7 +190,7 @@ def _show(chip: Chip, probes: list[Probe], predicted: list[float], seconds: floa
     assert rates is not None
     count = f"{rates.devices} devices" if rates.devices > 1 else "one device"
     console.print(
-        f"{chip.name}: {count} of kind {rates.device_kind}, measured in {seconds:.0f} s; figures are of one of them\n", highlight=False
+        f"{chip.name}: {count} of kind {rates.device_kind}, measured in {seconds:.0f} s; figures are per device\n", highlight=False
     )
     table = plain_table("weights", *(f">{rows:.0f}" for rows in rates.products[0][1].sizes), title="Products, GFLOP/s by rows")
     for name, curve in rates.products:
@@ -202,7 +206,7 @@ def _show(chip: Chip, probes: list[Probe], predicted: list[float], seconds: floa
     console.print(f"memory {rates.memory / 1e9:.3g} GB/s", highlight=False)
     for rate in rates.collectives:
         links = f"the links' {chip.switch_bandwidth / 1e9 or chip.link_bandwidth / 1e9:.3g} GB/s"
-        bytes_ = f"bytes at {1 / rate.factor:.2g} × {links}" if rate.factor else "its bytes take no time that was measured"
+        bytes_ = f"bytes at {1 / rate.factor:.2g} × {links}" if rate.factor else "no measurable time for its bytes"
         console.print(f"{rate.op} among {rate.ways}: {rate.seconds * 1e6:.3g} µs, {bytes_}", highlight=False)
     steps = plain_table("step", ">measured", ">±", ">predicted", ">", title="\nSteps that the rates were fitted to, ms")
     for probe, price in zip(probes, predicted, strict=True):

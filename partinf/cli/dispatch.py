@@ -30,16 +30,16 @@ BROKEN_PIPE = 141
 COMMANDS: Mapping[str, str] = {
     "plan": "choose how a model is split over a slice, and show what each way costs",
     "explain": "print a layout as numbered lines of shapes and collectives",
-    "prove": "let the compiler say, for TPUs without a TPU, whether a plan fits and what it runs",
-    "calibrate": "measure the local devices and write a hardware file, which plans for them then use",
+    "prove": "compile a plan with the TPU compiler, without a TPU: does it fit, and what does it run",
+    "calibrate": "measure the local devices and write a hardware file for later plans",
     "demo": "plan, partition and run a small trained model, and check its answers",
-    "generate": "continue prompts with a model of your own",
-    "score": "log-probabilities of given texts under a model of your own",
-    "serve": "answer over HTTP as OpenAI's servers do, with a model of your own",
-    "bench": "serve requests as they arrive with the real engine, and time it",
+    "generate": "continue prompts with a model",
+    "score": "print log-probabilities of given texts under a model",
+    "serve": "serve a model over HTTP with an OpenAI-compatible API",
+    "bench": "time the real engine under a load of arriving requests",
     "simulate": "simulate serving on any slice, on a virtual clock",
-    "run": "run a described experiment here, in several processes, on a pod or in the simulator; one form of result",
-    "launch": "run a saved plan on a TPU slice, or show the commands that would",
+    "run": "run a described experiment on this machine, in several processes, on a pod or in the simulator",
+    "launch": "run a saved plan on a TPU slice, or print the commands that would",
 }
 
 # The extra that a command needs whatever its flags say. Others need one for some flags only, such as `--slice local`.

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     flags = Flags(args)
     if is_auto(args.slice):
-        flags.refuse("slice", "a layout is explained on one slice; `partinf plan` finds it")
+        flags.refuse("slice", "explain takes one slice; `partinf plan` finds it")
     asked = read(flags)
     slice_, layout, padded_heads = named_or_chosen(asked, args.layout, args.mesh)
     from partinf.cost.step import step_ledger

@@ -111,7 +111,7 @@ class Flags:
             if path.is_dir():
                 self.refuse(name, "a directory; a file is needed")
         except (OSError, ValueError):
-            self.refuse(name, "no name of a file")
+            self.refuse(name, "not a file name")
             return path
         if not there:
             self.refuse(name, f"there is no directory {folder}")
@@ -174,7 +174,7 @@ def _give(namespace: argparse.Namespace, name: str, spelt: str, words: str) -> N
 
 def _again(given: list[tuple[str, str]]) -> str:
     words = [each for _, each in given]
-    return f"{given[0][0]} is given {len(given)} times: {' · '.join(words)}; it takes one value, give it once"
+    return f"{given[0][0]} is given {len(given)} times: {' · '.join(words)}; give it once"
 
 
 def _between(low: float, high: float) -> str:

@@ -40,8 +40,10 @@ def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: 
     parser.add_argument(
         "--eviction", default="recompute", metavar="HOW", help=f"of {', '.join(PREEMPTIVE)}: recompute, reactive, proactive, defer"
     )
-    parser.add_argument("--alpha-ms", default="300", metavar="MS", help="waiting time after which mlfq promotes (default: 300)")
-    parser.add_argument("--prefix-caching", action="store_true", help="share KV pages of equal prompt beginnings")
+    parser.add_argument(
+        "--alpha-ms", default="300", metavar="MS", help="waiting time in ms after which mlfq promotes a request (default: 300)"
+    )
+    parser.add_argument("--prefix-caching", action="store_true", help="share KV pages of common prompt prefixes")
     parser.add_argument("--ttft", metavar="MS", help="bound on the time to first token, for goodput")
     parser.add_argument("--tpot", metavar="MS", help="bound on the time per output token, for goodput")
     parser.add_argument("--trace", metavar="FILE", help="write the schedule as a Chrome/Perfetto trace")

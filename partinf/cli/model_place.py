@@ -67,10 +67,10 @@ class ModelPlace:
 
     Attributes:
         flags: with everything that is wrong so far; the command adds its own and calls `plan`.
-        said: after `plan`, what its devices hold, in lines for the user; `load` prints them.
+        notes: after `plan`, what its devices hold, in lines for the user; `load` prints them.
     """
 
-    said: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, flags: Flags, num_processes: int = 1, runs: bool = True) -> None:
         """
@@ -148,11 +148,11 @@ class ModelPlace:
             plan = with_capacity(replace(self._saved, model=config, slice=where), capacity)
         else:
             plan = api.plan(config, where, workload, layout=self._layout, capacity=capacity)
-        self.said = (f"{said_of_pool(plan, capacity)}: {held(plan)}",)
+        self.notes = (f"{pool_text(plan, capacity)}: {held(plan)}",)
         longest = config.longest_context or plan.max_len
         if plan.max_len < longest and not self._max_len:
-            held_of_one = f"contexts end at {plan.max_len:,} tokens, which these pages hold of one sequence"
-            self.said += (f"{held_of_one}; {config.name} has {longest:,}",)
+            most = f"longest context: {plan.max_len:,} tokens, all that the KV cache holds"
+            self.notes += (f"{most}; {config.name} supports {longest:,}",)
         return plan
 
     def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:
@@ -162,7 +162,7 @@ class ModelPlace:
         from partinf.cost.calibration import calibration_for
 
         print(f"{plan.model.name} on {plan.slice.name} ({plan.slice.mesh}): {plan.note or 'layout as given'}", file=sys.stderr)
-        for line in (*self.said, *_read_as(plan)):
+        for line in (*self.notes, *_read_as(plan)):
             print(line, file=sys.stderr)
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
@@ -170,23 +170,23 @@ class ModelPlace:
             model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
         check_programs(model)
         if model.tokenizer is None and api.weights_directory(self.args.model) is not None:
-            print("no tokenizer: prompts are token ids, and a text ends at its greatest length or a stop token", file=sys.stderr)
+            print("no tokenizer: prompts are token ids, and a text ends at its maximum length or at a stop token", file=sys.stderr)
         elif model.tokenizer is not None and model.tokenizer.eos_note:
             print(model.tokenizer.eos_note, file=sys.stderr)
         return model
 
 
-def said_of_pool(plan: Plan, capacity: Capacity) -> str:
+def pool_text(plan: Plan, capacity: Capacity) -> str:
     """What decides how many pages there are, in words."""
     if capacity.kv_pages:
-        return f"{capacity.kv_pages} pages per shard as asked for"
+        return f"KV cache ({capacity.kv_pages} pages per shard, as given)"
     platform = plan.slice.chip.platform
-    where = "the machine's memory" if platform.virtual else "the memory"
-    return f"pages take up to {capacity.memory_share or platform.memory_share:.0%} of {where} beside the rest"
+    where = "the machine's free memory" if platform.virtual else "the free memory"
+    return f"KV cache (up to {capacity.memory_share or platform.memory_share:.0%} of {where})"
 
 
 def check_programs(model: Model) -> None:
-    """Say on standard error what the compiled programs need beside what a device has.
+    """Print on standard error the memory that the compiled programs need and what a device has.
 
     Raises:
         DoesNotFit: they need more.
@@ -198,10 +198,10 @@ def check_programs(model: Model) -> None:
         return
     found = held(model.plan)
     usable = found.room.usable
-    said = f"the compiled programs need {needed / 1e9:.2f} of {usable / 1e9:.2f} GB per device"
+    text = f"compiled programs need {needed / 1e9:.2f} of {usable / 1e9:.2f} GB per device"
     if needed > usable:
-        raise DoesNotFit(f"{said}; a smaller --memory-share, or fewer --kv-pages, leaves room for them")
-    print(f"{said}: {(usable - needed) / 1e9:.2f} GB left, {found.slack / 1e9:.2f} by the plan", file=sys.stderr)
+        raise DoesNotFit(f"{text}; a smaller --memory-share, or fewer --kv-pages, leaves room for them")
+    print(f"{text}: {(usable - needed) / 1e9:.2f} GB free, {found.slack / 1e9:.2f} GB planned", file=sys.stderr)
 
 
 def tell_failures(what: str, errors: Mapping[int, BaseException]) -> int:

@@ -25,15 +25,21 @@ _PROOF_SECONDS = 600.0  # bound on one compilation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    layouts = "price this layout (of layouts/, or a file) instead of searching; given several times, they stand side by side"
+    layouts = "price this layout (of layouts/, or a file) instead of searching; give several to compare them"
     parser.add_argument("--layout", action="append", metavar="NAME|FILE", help=layouts)
     parser.add_argument("--objective", default="latency", metavar="AIM", help="latency, throughput or cost (default: latency)")
     parser.add_argument("--max-latency-ms", metavar="MS", help="bound on the step (one phase) or on the whole request")
-    parser.add_argument("--arrivals", metavar="RATE", help="requests per second that come in, for the advice on the batch and for bounds")
-    add_bounds(parser)
-    parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print what a million tokens cost")
     parser.add_argument(
-        "--prove", nargs="?", const="3", metavar="N", help="let the TPU compiler prove the first N (default: 3), and order them"
+        "--arrivals", metavar="RATE", help="arriving requests per second, for the advice on batch size and for --ttft and --tpot"
+    )
+    add_bounds(parser)
+    parser.add_argument("--price-per-chip-hour", metavar="MONEY", help="also print the price of a million tokens")
+    parser.add_argument(
+        "--prove",
+        nargs="?",
+        const="3",
+        metavar="N",
+        help="compile the first N (default: 3) with the TPU compiler, and rank them by its estimate",
     )
     parser.add_argument("--save", metavar="FILE", help="write the best layout as a layout file")
     parser.add_argument("--plot", metavar="FILE", help="draw a picture of --plot-kind (.png, .svg or .pdf)")

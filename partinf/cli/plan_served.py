@@ -21,8 +21,8 @@ _REQUESTS = 200  # that arrive; `partinf.simulation.choice` bounds how many of t
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
     """`--ttft` and `--tpot`."""
-    parser.add_argument("--ttft", metavar="MS", help="bound on the time to first token at --arrivals: layouts (and slices) are simulated")
-    parser.add_argument("--tpot", metavar="MS", help="bound on the time per output token at --arrivals, likewise")
+    parser.add_argument("--ttft", metavar="MS", help="bound on the time to first token at --arrivals; layouts (and slices) are simulated")
+    parser.add_argument("--tpot", metavar="MS", help="bound on the time per output token at --arrivals; also simulated")
 
 
 def read_bounds(flags: Flags) -> LatencyBounds | None:
@@ -33,11 +33,11 @@ def read_bounds(flags: Flags) -> LatencyBounds | None:
     found = [flags.optional_number(name, high=1e3 * MAX_SECONDS, above=True) for name in ("ttft", "tpot")]
     given = [flags.flag(name) for name in ("ttft", "tpot") if getattr(args, name) is not None]
     if given and args.arrivals is None:
-        flags.offences.append(f"{' and '.join(given)}: requests meet a bound under a load; give --arrivals, requests per second")
+        flags.offences.append(f"{' and '.join(given)}: latency bounds need a load; give --arrivals, in requests per second")
     if given and args.mesh == "auto":
         flags.offences.append(f"--mesh auto: layouts are simulated on one mesh for {' and '.join(given)}; name it")
     if is_auto(args.slice) and args.max_latency_ms is None and not given:
-        bound = "the cheapest slice is that which keeps a bound"
+        bound = "the cheapest slice is the one that meets a bound"
         flags.offences.append(f"--slice {args.slice} needs --max-latency-ms, or --ttft and --tpot at --arrivals: {bound}")
     ttft, tpot = (None if value is None else value / 1e3 for value in found)
     return LatencyBounds(ttft, tpot) if given else None
@@ -84,5 +84,5 @@ def as_json(served: Sequence[Planned]) -> dict[str, Any]:
 
 def _said(one: Planned) -> str:
     if one.choice is None:
-        return "a prompt that comes alone has its first token too late under every layout"
+        return "even a single prompt on an idle server gets its first token too late under every layout"
     return f"layout {one.choice}"

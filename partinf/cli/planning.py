@@ -47,12 +47,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument(
         "--mesh",
         metavar="AXES",
-        help="a factorisation of the axes: 4x4, x0:2,x1:2,y:4; else a finer one than the slice's own is chosen where it is faster",
+        help="a factorisation of the axes: 4x4, x0:2,x1:2,y:4 (default: the slice's own, or a finer one if it is faster)",
     )
     add_hardware(parser)
-    parser.add_argument("--phase", metavar="PHASE", help="decode or prefill: judge one step of it; neither: the whole workload")
+    parser.add_argument(
+        "--phase", metavar="PHASE", help="decode or prefill: plan for one step of this phase (default: plan for the whole workload)"
+    )
     parser.add_argument("--batch", default="1", metavar="N", help="sequences (default: 1)")
-    parser.add_argument("--prefill-batch", metavar="N", help="prompts prefilled together, to be decoded in --batch (default: all of it)")
+    parser.add_argument("--prefill-batch", metavar="N", help="prompts prefilled together, then decoded in --batch (default: --batch)")
     parser.add_argument("--input", default="0", metavar="N", help="prompt tokens per request")
     parser.add_argument("--output", default="0", metavar="N", help="generated tokens per request")
     parser.add_argument("--context", metavar="N", help="tokens in the cache at the decode step (default: input + output/2)")

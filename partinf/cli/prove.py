@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="FILE", help="a plan that `partinf plan --save` wrote; instead of --model and --slice")
     add_model_arguments(parser, required=False)
     add_layout(parser)
-    text = "the largest step that serve would run for --batch sequences at a time of the longest context, with the pages that memory holds"
+    text = "prove the largest step that serve would run for --batch sequences of the longest context, with as many pages as fit in memory"
     parser.add_argument("--as-served", action="store_true", help=text)
     add_pool(parser)
-    parser.add_argument("--by-compiler", action="store_true", help="prove the twin whose collectives the compiler chooses")
-    parser.add_argument("--timeout", default="600", metavar="SECONDS", help="bound on one compilation (default: 600)")
+    parser.add_argument("--by-compiler", action="store_true", help="prove the program whose collectives the compiler chooses instead")
+    parser.add_argument("--timeout", default="600", metavar="SECONDS", help="time limit of one compilation (default: 600)")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
     example = "--model palm-540b --slice v4:4x4x4 --layout ws-2d --phase decode --batch 64 --context 2048 --weights int8"
     parser.epilog = f"Example: partinf prove {example}"
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = _read(flags)
     pool = read_pool(flags)
     if not args.as_served and any(pool):
-        flags.offences.append("--kv-pages and --memory-share are of an engine that serves: --as-served")
+        flags.offences.append("--kv-pages and --memory-share belong to a serving engine; add --as-served")
     plan, workload = _saved(flags) if args.plan else _asked(flags)
     reason = unavailable(plan.slice.chip.platform)
     raise_offences([reason] if reason else [])
@@ -133,20 +133,21 @@ def show(proof: Proof) -> None:
 def _show_step(console: Console, step: StepProof) -> None:
     held = step.memory
     console.print(f"\n[bold]{step.bucket}[/bold]", highlight=False)
-    gib = 1 << 30
     if not step.fits:
-        console.print(f"does not fit: {held.needed / gib:.2f} GiB needed, {held.usable / gib:.2f} GiB usable per device", highlight=False)
-        console.print(f"the compiler: {step.refusal}", highlight=False, markup=False)
+        console.print(f"does not fit: {held.needed / 1e9:.2f} GB needed, {held.usable / 1e9:.2f} GB usable per device", highlight=False)
+        console.print(f"compiler: {step.refusal}", highlight=False, markup=False)
         if step.advice:
             console.print(f"would fit: {step.advice}", highlight=False, markup=False)
         return
-    parts = f"arguments {held.arguments / gib:.2f}, temporaries {held.temporaries / gib:.2f}, code {held.code / gib:.3f}"
-    slack = f"{(held.usable - held.needed) / gib:.2f} left"
-    console.print(f"{held.needed / gib:.2f} of {held.usable / gib:.2f} GiB per device, {slack}: {parts}", highlight=False)
+    parts = f"arguments {held.arguments / 1e9:.2f}, temporaries {held.temporaries / 1e9:.2f}, code {held.code / 1e9:.3f}"
+    slack = f"{(held.usable - held.needed) / 1e9:.2f} free"
+    console.print(f"{held.needed / 1e9:.2f} of {held.usable / 1e9:.2f} GB per device, {slack}: {parts}", highlight=False)
     if step.estimate:
         e = step.estimate
-        parts = f"{e.compute * 1e3:.3g} compute and memory, {e.collectives * 1e3:.3g} collectives, {e.overlapped * 1e3:.3g} more hidden"
-        floor = f"floor {e.floor * 1e3:.3g}, the cost model says {step.planned_seconds * 1e3:.3g}"
+        parts = f"compute and memory {e.compute * 1e3:.3g} ms, collectives {e.collectives * 1e3:.3g} ms"
+        floor = (
+            f"{e.overlapped * 1e3:.3g} ms more overlapped; lower bound {e.floor * 1e3:.3g} ms, planned {step.planned_seconds * 1e3:.3g} ms"
+        )
         console.print(f"step {readable_seconds(e.seconds)} ± {e.error:.0%}: {parts}; {floor}", highlight=False)
         if e.note:
             console.print(e.note, highlight=False, markup=False)
@@ -159,7 +160,7 @@ def _show_step(console: Console, step: StepProof) -> None:
 def _show_collectives(console: Console, step: StepProof) -> None:
     from partinf.foundation.terminal import plain_table
 
-    table = plain_table("collective", "axes", ">!bytes", ">!count", ">!µs each", ">!hidden", "from")
+    table = plain_table("collective", "axes", ">!bytes", ">!count", ">!µs each", ">!overlapped", "from")
     for one in step.collectives[:_SHOWN]:
         hidden = f"{one.overlapped_fraction:.0%}"
         cells = (one.op, "".join(one.axes), f"{one.bytes:,}", f"{one.count}", f"{one.seconds * 1e6:.1f}", hidden, one.source_op)
@@ -171,7 +172,7 @@ def _show_differences(console: Console, step: StepProof) -> None:
     from partinf.foundation.terminal import plain_table
 
     if not step.differences:
-        console.print("the compiled program is the planned one", highlight=False)
+        console.print("the compiled program matches the plan", highlight=False)
         return
     table = plain_table("compiled against planned", "what", ">count", ">ms", "from")
     for d in step.differences[:_SHOWN]:
@@ -182,7 +183,7 @@ def _show_differences(console: Console, step: StepProof) -> None:
 def _show_work(console: Console, step: StepProof) -> None:
     from partinf.foundation.terminal import plain_table
 
-    table = plain_table("dearest instructions beside collectives", ">count", ">ms", "from")
+    table = plain_table("most expensive instructions, without collectives", ">count", ">ms", "from")
     for one in step.work[:_SHOWN]:
         table.add_row(one.what, f"{one.count}", f"{one.seconds * one.count * 1e3:.3f}", one.source_op)
     console.print(table, markup=False)

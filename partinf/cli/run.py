@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 PLACES = {
     "simulator": "the engine over the cost model",
     "here": "the devices of this process",
-    "processes": "as many processes on this machine as the description says, the devices of a CPU slice dealt to them",
+    "processes": "as many processes on this machine as the description says; they share the devices of a CPU slice",
     "pod": "a TPU slice, created, and deleted afterwards",
-    "worker": "this process together with the others of a pod: what a pod's workers run",
+    "worker": "this process and the others of a pod; for a pod's workers",
 }
 _RESULT = "result.json"
 _TIMEOUT = 3600.0
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", type=Path, metavar="FILE", help="the description, a TOML file; see experiments/on_a_pod")
     places = "; ".join(f"{name}: {what}" for name, what in PLACES.items())
     parser.add_argument("--on", default="simulator", metavar="PLACE", help=f"{places} (default: simulator)")
-    parser.add_argument("--output", metavar="FILE", help="write the result there as JSON")
+    parser.add_argument("--output", metavar="FILE", help="write the result to this file as JSON")
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
     add_pod(parser.add_argument_group("on a pod"), "--pod-output")
     parser.epilog = "Example: partinf run experiments/on_a_pod/demo.toml --on processes"

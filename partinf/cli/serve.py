@@ -41,46 +41,56 @@ _WHOLE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments_of_place(parser, "--max-model-len")
-    where = parser.add_argument_group("where and for whom")
+    where = parser.add_argument_group("address and clients")
     where.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 listens on every interface (default: 127.0.0.1)")
     where.add_argument("--port", default="8000", metavar="N", help="0 takes a free one (default: 8000)")
     where.add_argument(
-        "--api-key", action="append", default=[], metavar="KEY", help=f"asked of clients; several may be given; also {_KEY_VARIABLE}"
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"require this key of clients; several may be given; also {_KEY_VARIABLE}",
     )
-    where.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names to answer to, the first in answers (default: --model)")
-    where.add_argument("--chat-template", metavar="FILE", help="instead of the model's own")
+    where.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="model names to accept; responses carry the first (default: --model)"
+    )
+    where.add_argument("--chat-template", metavar="FILE", help="a template to use instead of the model's own")
     where.add_argument(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="answer to pages of this origin in browsers, https://chat.example.org; several may be given; * for all (default: none)",
+        help="allow pages of this origin in browsers, such as https://chat.example.org; several may be given; * for all (default: none)",
     )
     where.add_argument(
         "--tool-call-parser",
         default="auto",
         metavar="NAME",
-        help="how the model writes calls of tools: hermes, llama3_json, mistral, pythonic, or auto by its chat template (default: auto)",
+        help="how the model writes tool calls: hermes, llama3_json, mistral, pythonic, or auto, by its chat template (default: auto)",
     )
     from partinf.engine.policies.registry import described
 
     batch = parser.add_argument_group("the engine")
     batch.add_argument("--scheduler", default=SCHEDULER, metavar="NAME", help=f"{described()} (default: {SCHEDULER})")
     add_engine_arguments(batch)
-    batch.add_argument("--seed", default="0", metavar="N", help="what requests without a seed derive theirs from (default: 0)")
+    batch.add_argument("--seed", default="0", metavar="N", help="seed of requests that give none (default: 0)")
     bounds = parser.add_argument_group("bounds")
-    bounds.add_argument("--max-connections", default="1024", metavar="N", help="open at once, then 503 (default: 1024)")
-    bounds.add_argument("--max-body-bytes", default=str(8 << 20), metavar="N", help="of a request, then 413 (default: 8 MiB)")
-    bounds.add_argument("--shutdown-timeout", default="20", metavar="S", help="seconds for requests in flight after SIGTERM (default: 20)")
-    others = parser.add_argument_group("several processes", "All run the same command; process 0 alone has clients.")
-    others.add_argument("--multi-host", action="store_true", help="join the processes that jax finds (Cloud TPU, GKE, Slurm)")
-    others.add_argument("--coordinator", metavar="HOST:PORT", help="where jax does not find them: a free port of process 0's machine")
-    others.add_argument("--num-processes", metavar="N", help="how many there are")
-    others.add_argument("--process-id", metavar="I", help="which this is, from 0")
-    others.add_argument(
-        "--stall-timeout", default="300", metavar="S", help="seconds for one step, then the job ends everywhere (default: 300)"
+    bounds.add_argument("--max-connections", default="1024", metavar="N", help="connections open at once; more get a 503 (default: 1024)")
+    bounds.add_argument(
+        "--max-body-bytes", default=str(8 << 20), metavar="N", help="size of a request; larger ones get a 413 (default: 8 MiB)"
     )
-    parser.add_argument("--access-log", action="store_true", help="a line per request; never of its body")
+    bounds.add_argument(
+        "--shutdown-timeout", default="20", metavar="S", help="seconds that requests in flight may take after SIGTERM (default: 20)"
+    )
+    others = parser.add_argument_group("several processes", "Every process runs the same command; only process 0 has clients.")
+    others.add_argument("--multi-host", action="store_true", help="join the processes that jax finds (Cloud TPU, GKE, Slurm)")
+    others.add_argument("--coordinator", metavar="HOST:PORT", help="if jax does not find them: a free port of process 0's machine")
+    others.add_argument("--num-processes", metavar="N", help="number of processes")
+    others.add_argument("--process-id", metavar="I", help="index of this process, from 0")
+    others.add_argument(
+        "--stall-timeout", default="300", metavar="S", help="seconds that one step may take before every process ends (default: 300)"
+    )
+    parser.add_argument("--access-log", action="store_true", help="log a line per request, without its body")
     parser.epilog = "Example: partinf serve --model demo --port 8000"
 
 

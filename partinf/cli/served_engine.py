@@ -49,14 +49,14 @@ def add_engine_arguments(group: _Group) -> None:
     group.add_argument("--max-num-seqs", metavar="N", help=f"sequences per iteration (default: {_DEFAULT_ROWS})")
     text = f"tokens per iteration: one of each sequence, the rest of prompts (default: {SERVED_PROMPT_TOKENS} for prompts)"
     group.add_argument("--max-num-batched-tokens", metavar="N", help=text)
-    sharing = "share KV pages of equal prompt beginnings (default: yes)"
+    sharing = "share KV pages of common prompt prefixes (default: yes)"
     group.add_argument("--enable-prefix-caching", action=OnOff, default=None, help=sharing)
     lag = "steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)"
     group.add_argument("--lag", metavar="N", help=lag)
-    masks = "threads that find out what may follow in answers under grammars; 0: the engine, between steps (default: by cores)"
+    masks = "threads that compute the token masks of grammars; 0: the engine computes them between steps (default: by cores)"
     group.add_argument("--mask-threads", metavar="N", help=masks)
-    group.add_argument("--max-waiting", metavar="N", help="requests that may wait, then 429 (default: 512)")
-    group.add_argument("--max-waiting-tokens", metavar="N", help="prompt tokens that may wait (default: no bound)")
+    group.add_argument("--max-waiting", metavar="N", help="requests that may wait; more get a 429 (default: 512)")
+    group.add_argument("--max-waiting-tokens", metavar="N", help="prompt tokens that may wait (default: unlimited)")
 
 
 def default_mask_threads() -> int:

@@ -74,16 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page-size", default="16", metavar="N", help="tokens per KV page (default: 16)")
     add_pool(parser)
     parser.add_argument(
-        "--residents", default="0", metavar="N", help="sequences that may hold pages (default: 4 batches where one can preempt)"
+        "--residents", default="0", metavar="N", help="sequences that may hold pages (default: 4 batches for schedulers that preempt)"
     )
     parser.add_argument("--host-memory", default="64", metavar="GB", help="host memory per chip for swapped pages (default: 64)")
-    parser.add_argument(
-        "--stages", default="0", metavar="N", help="pipeline stages of the layout that is chosen (default: as many as are best)"
-    )
-    parser.add_argument("--overhead-us", default="0", metavar="US", help="added to every iteration for the host (default: 0)")
-    parser.add_argument("--random-weights", action="store_true", help="accepted and repeated: a simulation reads no weights")
+    parser.add_argument("--stages", default="0", metavar="N", help="pipeline stages of the chosen layout (default: the best number)")
+    parser.add_argument("--overhead-us", default="0", metavar="US", help="time of the host added to every iteration (default: 0)")
+    parser.add_argument("--random-weights", action="store_true", help="accepted and repeated in the output; a simulation reads no weights")
     served = parser.add_argument_group("what serve would do", f"--as-served, with the flags of `partinf serve`; scheduler: {SCHEDULER}")
-    served.add_argument("--as-served", action="store_true", help="the engine, plan, pool and padded steps that serve would have")
+    served.add_argument(
+        "--as-served", action="store_true", help="simulate the engine, plan, page pool and padded steps that serve would have"
+    )
     add_engine_arguments(served)
     parser.set_defaults(scheduler=None)
     parser.epilog = "Example: partinf simulate --model llama-3-8b --slice v5e:2x4 --scheduler mlfq --arrivals poisson:4 --requests 500"
@@ -132,7 +132,7 @@ def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simu
 
     args = flags.args
     flags.offences += [
-        f"{flags.flag(name)}: serve has no such flag{instead}; leave it out, or --as-served"
+        f"{flags.flag(name)}: serve has no such flag{instead}; leave out either it or --as-served"
         for name, instead in _UNSERVED.items()
         if flags.given(name) or getattr(args, name) is True
     ]
@@ -142,7 +142,7 @@ def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simu
     if flags.offences or load is None:
         return None
     plan = served.plan(place)
-    for line in place.said:
+    for line in place.notes:
         print(line, file=sys.stderr)
     pricing = _pricing(plan.slice, calibration, program)
     price = StepPrice(plan, pricing, buckets=plan.buckets)
@@ -159,7 +159,7 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
 
     args = flags.args
     flags.offences += [
-        f"{flags.flag(name)}: it is one of serve's, for --as-served"
+        f"{flags.flag(name)}: a flag of serve; it needs --as-served"
         for name in FLAGS
         if flags.given(name) or getattr(args, name) is not None
     ]
@@ -222,7 +222,7 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
         return None
     model = None if args.model is None else flags.collect(lambda: load_model_config(args.model))
     if args.slice.startswith("auto"):
-        flags.refuse("slice", "requests are served on one slice; `partinf plan` finds it")
+        flags.refuse("slice", "simulate takes one slice; `partinf plan` finds it")
     slice_ = None if args.slice.startswith("auto") else flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))
     layout = flags.collect(lambda: named_layout(args.layout))
     weights, kv = (flags.optional_member(name, DType) or DType.BF16 for name in ("weights", "kv"))
@@ -321,7 +321,7 @@ def _heading(about: _About, choice: Choice | None) -> list[str]:
     if "partinf calibrate" in about.calibration_source:
         measured = f", {about.calibration_source}"
     return [
-        f"[bold]{about.model}[/] on {about.slice} ({about.mesh}){stages}: {about.layout}; {about.kv_tokens} tokens of KV",
+        f"[bold]{about.model}[/] on {about.slice} ({about.mesh}){stages}: {about.layout}; {about.kv_tokens:,} tokens of KV",
         f"{as_served}{about.scheduler}, at most {about.max_batch} per iteration; {about.arrivals}, lengths {about.lengths}; "
         f"step times ±{about.calibration_error:.0%}{measured}; simulated in {about.wall_seconds:.1f} s",
         *([] if choice is None else [f"layout {choice}"]),

@@ -142,18 +142,18 @@ class Held(NamedTuple):
             return ""
         parts = []
         for window, size, pages, (chunk, own) in zip(self.windows, self.page_bytes, self.pages, self.peak, strict=True):
-            takes = f"{own:,} for a sequence, {chunk:,} while a chunk of it is computed" if window else f"{own:,} for the longest sequence"
+            takes = f"{own:,} per sequence, {chunk:,} during its prefill" if window else f"{own:,} for the longest sequence"
             name = f"windows of {window:,}" if window else "all positions"
             parts.append(f"{name} {size * pages / 1e9:.2f} GB in {pages:,} pages of {size / 1e3:,.1f} kB ({takes})")
-        return "; KV by what layers keep: " + ", ".join(parts)
+        return "; KV by group of layers: " + ", ".join(parts)
 
     def __str__(self) -> str:
         room = self.room
         parts = {"weights": room.weights, "programs and slots": room.code + room.state, "activations": room.activations}
-        beside = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        others = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         return (
-            f"{self.tokens:,} tokens of KV: {self.cache / 1e9:.2f} GB per device beside {beside}; "
-            f"{self.slack / 1e9:.2f} of {room.usable / 1e9:.2f} GB left{self._division}"
+            f"{self.tokens:,} tokens of KV; in GB per device: KV {self.cache / 1e9:.2f}, {others}, free {self.slack / 1e9:.2f}, "
+            f"of {room.usable / 1e9:.2f}{self._division}"
         )
 
 

@@ -88,7 +88,7 @@ class Group:
         """
         own = hashlib.sha256(repr(value).encode()).hexdigest()
         if self.share(own) != own:
-            self.failed(InvalidInput(f"{what} is another than in process 0; start all processes with the same arguments and files"))
+            self.failed(InvalidInput(f"{what} differs from that of process 0; start all processes with the same arguments and files"))
 
     def runner(self, runner: Runner) -> Runner:
         """The runner, watched: a call of it that does not end ends the job."""
@@ -164,7 +164,7 @@ class Group:
         if found is MessageKind.BYE:
             return None
         if found is not kind:
-            self.failed(RuntimeError(f"process 0 sent {found.name}, {kind.name} was due: the programs of the two differ"))
+            self.failed(RuntimeError(f"process 0 sent {found.name}, {kind.name} was expected: the two run different programs"))
         return payload
 
     def _check_alive(self) -> None:

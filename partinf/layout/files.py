@@ -143,7 +143,7 @@ def layout_from_toml(text: str, where: str) -> tuple[Layout, dict[str, Any]]:
         layout = collect(collected, lambda: _make(axes, decode, prefill, experts))
         offences += [f"{where}: {offence}" for offence in collected]
     elif "axes" in file and not axes:
-        offences.append(f"{where}: [axes] names no axis; a layout gives every axis of the mesh a role")
+        offences.append(f"{where}: [axes] is empty; a layout gives every axis of the mesh a role")
     raise_offences(offences)
     assert layout is not None
     return layout, rest

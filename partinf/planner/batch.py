@@ -53,14 +53,14 @@ class BatchAdvice:
 
     def __str__(self) -> str:
         reasons = {
-            "memory": f"memory holds no more beside the weights (critical batch {self.critical:.0f})",
+            "memory": f"no more fit in memory next to the weights (critical batch {self.critical:.0f})",
             "latency": f"a larger batch misses the latency bound (memory holds {self.by_memory})",
-            "compute": f"in a larger batch products take longer than reading the weights (memory holds {self.by_memory})",
+            "compute": f"larger batches are limited by compute, not by reading weights (memory holds {self.by_memory})",
             "arrivals": f"at this rate no more are in flight (memory holds {self.by_memory}, critical batch {self.critical:.0f})",
         }
-        text = f"{self.batch} sequences: {reasons[self.limit]}"
+        text = f"{self.batch} sequences; {reasons[self.limit]}"
         if self.lanes > self.batch:
-            text += f"; they are padded to {self.lanes}, a multiple of {self.multiple}"
+            text += f"; padded to {self.lanes}, a multiple of {self.multiple}"
         if self.most_requests is not None and self.by_arrivals is None:
             text += f"; this slice carries {self.most_requests:.3g} requests per second, fewer than arrive"
         return text

@@ -41,8 +41,8 @@ def why_experts(candidate: Candidate, others: Mapping[str, Candidate]) -> str:
     routed = next((entry.routed for entry in candidate.asked.ledger.entries if entry.routed is not None), None)
     if routed is None:
         return ""
-    text = f" In each layer a device is expected to read {routed.hit:.3g} experts for {routed.rows:.3g} rows"
-    text += f", the most loaded one {routed.most_hit:.3g} for {routed.most_rows:.3g}"
+    text = f" Expected per layer and device: {routed.hit:.3g} experts read for {routed.rows:.3g} rows"
+    text += f", on the most loaded device {routed.most_hit:.3g} for {routed.most_rows:.3g}"
     compared = ", ".join(f"{name} {_compared(candidate, other)}" for name, other in others.items())
     return f"{text}; {compared}." if compared else f"{text}."
 
@@ -75,7 +75,7 @@ def _between_stages(slice_: Slice, candidates: Sequence[Candidate], candidate: C
 
 
 _LEAST = 1e-6  # seconds: a smaller difference is not worth a word
-_UNNAMED = "The best layout whose FFN roles have no name"
+_UNNAMED = "The best layout with unnamed FFN roles"
 _ATTENTION = {
     "heads": "attention over heads",
     "batch": "attention over the batch",

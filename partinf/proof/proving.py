@@ -219,7 +219,7 @@ def _advice(plan: Plan, bucket: Bucket, held: Memory) -> str:
     ):
         saved = _stored(plan, bucket) - _stored(changed, bucket)
         if held.needed and saved > 0 and held.needed - saved <= held.usable:
-            found.append(f"{label} (saves {saved / 2**30:.2f} GiB per device)")
+            found.append(f"{label} (saves {saved / 1e9:.2f} GB per device)")
             break
     larger = _larger(plan, held)
     if larger:

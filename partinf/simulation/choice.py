@@ -103,14 +103,14 @@ class Choice:
 
     def __str__(self) -> str:
         first, *others = self.served
-        text = f"chosen of {len(self.served)} layouts by simulating {self.num_requests} requests under each: "
+        text = f"chosen from {len(self.served)} layouts by simulating {self.num_requests} requests under each: "
         if first.report.bounds == LatencyBounds():
             spread = [1e3 * other.seconds_per_token for other in others]
             text += f"{1e3 * first.seconds_per_token:.4g} ms per token"
-            return text + (f", the others {min(spread):.4g} to {max(spread):.4g}" if others else "")
+            return text + (f", against {min(spread):.4g} to {max(spread):.4g} ms under the others" if others else "")
         shares = [other.in_time for other in others]
         text += f"{first.in_time:.0%} of them in time"
-        return text + (f", under the others {min(shares):.0%} to {max(shares):.0%}" if others else "")
+        return text + (f", against {min(shares):.0%} to {max(shares):.0%} under the others" if others else "")
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data, seconds."""

@@ -127,13 +127,13 @@ def test_flags_of_the_other_kind_are_refused(capsys: pytest.CaptureFixture[str])
     wrong = ["--max-batch", "4", "--prefix-caching", "--page-size", "8", "--eviction", "recompute"]
     assert main(["simulate", "--as-served", *place, *wrong, "--max-num-seqs", "0", "--max-num-batched-tokens", "1"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert "partinf: error: --max-batch: serve has no such flag, it has --max-num-seqs; leave it out, or --as-served" in said
+    assert "partinf: error: --max-batch: serve has no such flag, it has --max-num-seqs; leave out either it or --as-served" in said
     assert "partinf: error: --max-num-seqs 0: a whole number is needed, from 1 to 1,048,576" in said
     assert len(said) == 6
     assert main(["simulate", *place, "--max-num-seqs", "4", "--no-enable-prefix-caching"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "partinf: error: --max-num-seqs: it is one of serve's, for --as-served",
-        "partinf: error: --enable-prefix-caching: it is one of serve's, for --as-served",
+        "partinf: error: --max-num-seqs: a flag of serve; it needs --as-served",
+        "partinf: error: --enable-prefix-caching: a flag of serve; it needs --as-served",
     ]
 
 

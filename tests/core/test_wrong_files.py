@@ -67,7 +67,7 @@ def changed(old: str, new: str) -> str:
         ('gather = ["x"]', 'gather = ["x", 1]', "gather = ['x', 1]; expected a list of strings"),
         ('attention = { x = "batch", y = "batch", z = "batch" }', 'attention = "x"', "file [decode]: attention = 'x'; expected a table"),
         (AXES, "axes = []\n", "axes = []; expected a table of strings"),
-        (AXES, "[axes]\n", "[axes] names no axis"),
+        (AXES, "[axes]\n", "[axes] is empty"),
         ('z = "ffn"', "z = 1", "'z': 1}; expected a table of strings"),
         (
             '[prefill]\ngather = ["x"]\nattention = { x = "heads", y = "heads", z = "heads" }',

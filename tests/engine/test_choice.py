@@ -61,18 +61,18 @@ def test_the_choice_is_the_best_of_those_that_were_compared(plans: list[Plan]) -
     assert found.keeps_bounds
     again = choose(service(BOUNDS), contenders(MODEL, SLICE, TRAFFIC, Terms(), 4), ARRIVALS)
     assert again.as_json() == found.as_json()
-    assert str(found).startswith("chosen of 4 layouts by simulating 12 requests under each: 100% of them in time, under the others")
+    assert str(found).startswith("chosen from 4 layouts by simulating 12 requests under each: 100% of them in time, against ")
 
 
 def test_without_bounds_the_mean_time_per_token_decides(plans: list[Plan]) -> None:
     found = choose(service(LatencyBounds()), plans[:3], ARRIVALS[:6])
     assert [one.seconds_per_token for one in found.served] == sorted(one.seconds_per_token for one in found.served)
-    assert "ms per token, the others" in str(found)
+    assert "ms per token, against " in str(found)
 
 
 def test_what_is_compared_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *LOAD[:-1], "6", "--tpot", "6"]) == 0
-    assert "layout chosen of 8 layouts by simulating 6 requests under each" in capsys.readouterr().out
+    assert "layout chosen from 8 layouts by simulating 6 requests under each" in capsys.readouterr().out
     for layout in ([], ["--layout", "ws-1d", "--tpot", "6"]):  # nothing was said of the load, or the layout was
         assert main(["simulate", *LOAD[:-1], "6", *layout, "--format", "json"]) == 0
         assert json.loads(capsys.readouterr().out)["choice"] is None

@@ -76,9 +76,9 @@ def test_what_a_server_holds_agrees_group_by_group(layout: Layout) -> None:
     assert found.pages[1] == per_shard * own + limits.chunk_pages
     assert found.peak[1] == (-(-(1 + -(-(1023 + 512 - 1) // 16) + 1) // parts), own)
     said = str(found)
-    assert "KV by what layers keep: all positions " in said
+    assert "KV by group of layers: all positions " in said
     assert f"windows of 1,024 {by_group[1] / 1e9:.2f} GB in {found.pages[1]:,} pages" in said
-    assert f"({own} for a sequence, {found.peak[1][0]} while a chunk of it is computed)" in said
+    assert f"({own} per sequence, {found.peak[1][0]} during its prefill)" in said
 
 
 def test_twenty_sequences_are_simulated_in_pages_for_four() -> None:

@@ -65,7 +65,7 @@ def test_plan_says_what_it_compared(capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*ASKED, "--slice", "v5e-16", "--layout", "ws-1d", "--layout", "ws-2d", "--arrivals", "4", "--ttft", "200", "--tpot", "20"]
     assert main([*flags, "--top", "1"]) == 0
     out = capsys.readouterr().out
-    assert "v5e:4x4: layout chosen of 2 layouts by simulating 200 requests under each" in out
+    assert "v5e:4x4: layout chosen from 2 layouts by simulating 200 requests under each" in out
     assert "(prefill 1)" in out  # requests come one by one
 
 

@@ -110,8 +110,8 @@ def test_one_chip_serves_what_it_cannot_hold_in_full(capsys: pytest.CaptureFixtu
     command = ["simulate", "--as-served", "--model", "llama-3.1-8b", "--slice", "v5e:1x1", "--weights", "int8", "--requests", "2"]
     assert main(command) == 0
     said = capsys.readouterr().err
-    assert f"contexts end at {plan.max_len:,} tokens, which these pages hold of one sequence; llama-3.1-8b has 131,072" in said
-    assert "pages take up to 90% of the memory beside the rest" in said
+    assert f"longest context: {plan.max_len:,} tokens, all that the KV cache holds; llama-3.1-8b supports 131,072" in said
+    assert "KV cache (up to 90% of the free memory)" in said
 
 
 def test_what_no_layout_holds_is_refused_with_its_bytes() -> None:

@@ -38,7 +38,7 @@ def test_prefill_of_a_prompt_of_100k_tokens_on_v5p_8(capsys: pytest.CaptureFixtu
     found = capsys.readouterr()
     assert "llama-3-8b on v5p:2x2x1" in found.out
     assert "requests of 100000 tokens; model llama-3-8b has a context of 8192 tokens" in found.err
-    assert "A single prompt has its first token after" in found.out
+    assert "The first token of a single prompt takes" in found.out
     assert main(["plan", "--model", "llama-3-8b", *asked, "--format", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     seconds = report["best"]["step_seconds"]
@@ -48,11 +48,11 @@ def test_prefill_of_a_prompt_of_100k_tokens_on_v5p_8(capsys: pytest.CaptureFixtu
     assert 1.0 < seconds / ((products + core / kernel) / (4 * 459e12)) < 3.0
 
 
-def test_one_prompt_beside_the_prefill_of_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_token_of_one_prompt_and_prefill_of_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--model", "llama-3-8b", "--slice", "v5e-8", "--batch", "16", "--input", "512", "--output", "64"]
     assert main(["plan", *asked]) == 0
-    assert "has its first token after" in (out := capsys.readouterr().out)
-    assert "the prefill of 16 together takes" in out
+    assert "The first token of a single prompt takes" in (out := capsys.readouterr().out)
+    assert "prefilling 16 prompts together takes" in out
     workload = Workload(16, 512, 64)
     report = search(load_model_config("llama-3-8b"), parse_slice("v5e-8"), workload)
     alone = report.first_token_seconds(report.best)

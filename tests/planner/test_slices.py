@@ -55,7 +55,7 @@ def test_shapes_that_are_tried() -> None:
         ([*AUTO, "--max-latency-ms", "9", "--price-per-chip-hour", "-1"], "a positive number is needed"),
         ([*ASKED, "--slice", "auto:v5", "--max-latency-ms", "9"], "expected auto:CHIP; did you mean 'v5"),
         ([*ASKED, "--slice", "auto", "--max-latency-ms", "9"], "expected auto:CHIP; known: "),
-        (["explain", *AUTO[1:]], "explained on one slice"),
+        (["explain", *AUTO[1:]], "explain takes one slice"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], flags: list[str], words: str) -> None:

@@ -134,7 +134,7 @@ def _lines(report: PlanReport, result: PhaseResult) -> str:
                     _time(line),
                 )
             )
-    return _table(("", "", "then", "on one device", "bytes", "time"), rows, numbers=(0, 4, 5), raw=(1, 2))
+    return _table(("", "", "result", "per device", "bytes", "time"), rows, numbers=(0, 4, 5), raw=(1, 2))
 
 
 def _time(line: Line) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.ledger import Ledger
 from partinf.cost.split import StepSplit
 from partinf.foundation.terminal import plain_table, wide_console
 from partinf.foundation.units import figures, readable_bytes, readable_seconds, time_unit
@@ -150,23 +150,23 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
 
 
 def _show_served(console: Console, report: PlanReport, candidate: Candidate) -> None:
-    """What a server has of it, which need not hold all sequences at full length."""
+    """The memory of a server, which need not hold all sequences at full length."""
     if (memory := served_memory(report, candidate)) is not None:
-        console.print(f"A server has {memory}.", highlight=False)
+        console.print(f"A server has room for {memory}.", highlight=False)
 
 
 def _show_switch(console: Console, report: PlanReport) -> None:
     rows = report.switch_table
-    text = f"from {report.plan.prefill_from_tokens} tokens per step on" if rows else "never by the token count"
+    text = f"in steps of {report.plan.prefill_from_tokens:,} tokens or more" if rows else "at no number of tokens"
     console.print(f"The FFN switches to prefill's roles {text}.", highlight=False)
     if not rows:
         return
     names = {result.name: result.ffn for result in report.best.phases}
     headings = (">tokens", *(f">{label}: {ffn}" for label, ffn in names.items()), "runs")
-    table = plain_table(*headings, title="Steps of prompts, ms under either FFN")
+    table = plain_table(*headings, title="Time of a step of prompts under either phase's FFN roles, ms")
     for row in rows:
         times = (figures(1e3 * seconds) for seconds in (row.prefill_seconds, row.decode_seconds))
-        table.add_row(str(row.tokens), *times, names[row.runs])
+        table.add_row(f"{row.tokens:,}", *times, names[row.runs])
     console.print(table)
 
 
@@ -193,13 +193,13 @@ def show_commands(report: PlanReport, saved: str | None, model: str) -> None:
 
 
 def _first_token(report: PlanReport, best: Candidate) -> str:
-    """When one prompt has its first token, beside the prefill of all that go together; empty where nothing is prefilled."""
+    """Time to the first token of one prompt, and of the prefill of a whole batch; empty where nothing is prefilled."""
     alone, prefill = report.first_token_seconds(best), best.phase("prefill")
     if alone is None or prefill is None:
         return ""
-    text = f"A single prompt has its first token after {readable_seconds(alone)}"
+    text = f"The first token of a single prompt takes {readable_seconds(alone)}"
     together = report.workload.prompts_per_step
-    return text + (f"; the prefill of {together} together takes {readable_seconds(prefill.step_seconds)}." if together > 1 else ".")
+    return text + (f"; prefilling {together} prompts together takes {readable_seconds(prefill.step_seconds)}." if together > 1 else ".")
 
 
 def _memory_bar(best: Candidate) -> str:
@@ -211,19 +211,17 @@ def _memory_bar(best: Candidate) -> str:
 
 
 def _ledger(result: PhaseResult) -> Table:
+    """The most expensive entries, all occurrences together: the payload of a collective, HBM traffic of the rest."""
     title = f"{result.name} step, {readable_seconds(result.step_seconds)}"
-    table = plain_table("entry", "part", "collective", ">count", ">MB", ">ms", ">", title=title)
+    unit, scale = time_unit(result.step_seconds)
+    table = plain_table("entry", "part", "collective", ">count", ">!bytes", f">{unit}", ">", title=title)
     for entry in result.ledger.dearest()[:_ENTRIES]:
         op = f"{entry.op}({''.join(entry.axes)})" if entry.op else ""
         seconds = entry.exposed_seconds
-        share = f"{seconds / result.step_seconds:.0%}"
-        table.add_row(entry.name, entry.part.value, op, str(entry.count), f"{_megabytes(entry):.1f}", f"{seconds * 1e3:.3f}", share)
+        share, moved = seconds / result.step_seconds, moved_bytes(entry) * entry.count
+        cells = readable_bytes(moved), f"{seconds / scale:,.3f}", "<1%" if share < 0.005 else f"{share:.0%}"
+        table.add_row(entry.name, entry.part.value, op, str(entry.count), *cells)
     return table
-
-
-def _megabytes(entry: Entry) -> float:
-    """Bytes of all occurrences: the payload of a collective, HBM traffic of the rest."""
-    return moved_bytes(entry) * entry.count / 1e6
 
 
 def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -> None:
@@ -233,7 +231,7 @@ def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -
     title = f"[bold]{label} {step}[/bold], {readable_seconds(ledger.seconds)}; times and bytes per occurrence, on one device"
     console.print(f"\n{title}", highlight=False)
     for section in explain(split, ledger):
-        table = plain_table(">", "", "then", "here", ">!bytes", ">!µs", show_header=number == 0)
+        table = plain_table(">", "", "result", "per device", ">!bytes", ">!µs", show_header=number == 0)
         for line in section.lines:
             number += 1
             table.add_row(str(number), line.what, line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _occurrence(line))
