@@ -1,72 +1,82 @@
 """Every role assignment: the partitioned step against the reference, and the planner's account of it against the traced program's.
 
-    python -m experiments.every_assignment.measure          # about 40 minutes on two cores; writes results.json
+    python -m experiments.every_assignment.measure [NAME…] [--processes N]          # writes results.json
 
 These are the slow tests `test_every_assignment…` of tests/execution, part of `make test-all`; here they run alone and their results are
-counted by mesh and by how attention runs. Fails where a test fails.
+counted by mesh and by how attention runs. A run that was ended is resumed: what passed is kept in `.cache/every_assignment`. Fails where a
+test fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
-import tempfile
-import time
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
-from xml.etree import ElementTree
 
 import jax
 
-from experiments.results import machine, write
+from experiments.every_assignment import kept
+from experiments.results import machine, read, write
 
-ATTENDS = "equal to the reference"  # the accounts know one form of attention only
+ROOT = Path(__file__).parents[2]
+# What is run: the file and the test; whether how attention runs is counted apart, which the accounts know nothing of.
 TESTS = {
-    ATTENDS: "tests/execution/test_equivalence.py",
-    "accounts equal": "tests/execution/test_two_accounts.py",
+    "equal": ("tests/execution/test_equivalence.py", "test_every_assignment_equals_the_reference", True),
+    "accounts": ("tests/execution/test_two_accounts.py", "test_every_assignment", False),
+    "families": ("tests/execution/test_blocks.py", "test_every_assignment_of_families", True),
 }
 
 
-def run(path: str) -> tuple[list[tuple[str, bool]], float]:
-    """The slow tests of a file about every assignment: identifiers and whether each passed; seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", path, "-q", "-m", "slow", "-k", "test_every_assignment", f"--junitxml={report}"]
-        start = time.perf_counter()
-        subprocess.run([*command, "-n", str(os.cpu_count()), "--dist", "worksteal"], cwd=Path(__file__).parents[2], check=False)
-        seconds = time.perf_counter() - start
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        return [(case.get("name", ""), all(child.tag not in ("failure", "error", "skipped") for child in case)) for case in cases], seconds
+def run(name: str, processes: int) -> dict[str, tuple[bool, float]]:
+    """The tests of one name: whether each passed, and its seconds."""
+    path, test, _ = TESTS[name]
+    file = ROOT / ".cache" / "every_assignment" / f"{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pytest", f"{path}::{test}", "-q", "-m", "slow", "-p", "experiments.every_assignment.kept"]
+    command += ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
+    subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "PARTINF_KEPT": str(file), "JAX_ENABLE_COMPILATION_CACHE": "0"})
+    return kept.read(file)
 
 
-def kind(name: str) -> str:
-    """The mesh of `test_…[MESH roles kvK dD ring]`, and how attention runs."""
-    words = name[name.index("[") + 1 : -1].split()
-    return f"{words[0]}, {'kernels' if 'd16' in words else 'tiles'}"
+def kind(test: str, attends: bool) -> str:
+    """The mesh of `test_…[FAMILY MESH roles kvK dD ring]`, its family if it names one, and how attention runs."""
+    words = test[test.index("[") + 1 : -1].split()
+    count = next(number for number, word in enumerate(words) if word[0].isdigit())
+    return " ".join(words[: count + 1]) + (f", {'kernels' if 'd16' in words else 'tiles'}" if attends else "")
+
+
+def counted(results: dict[str, tuple[bool, float]], attends: bool) -> dict[str, object]:
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0})
+    for test, (passed, _) in results.items():
+        counts[kind(test, attends)]["passed" if passed else "failed"] += 1
+    seconds = round(sum(seconds for _, seconds in results.values()))
+    return {
+        "date": str(date.today()),
+        "machine": f"{machine()}, jax {jax.__version__}",
+        "seconds of tests": seconds,
+        **dict(sorted(counts.items())),
+        "which failed": [test for test, (passed, _) in results.items() if not passed],
+    }
 
 
 def main() -> None:
-    found: dict[str, object] = {
-        "date": str(date.today()),
-        "machine": f"{machine()}, jax {jax.__version__}",
-    }
-    failed = []
-    for what, path in TESTS.items():
-        results, seconds = run(path)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*TESTS, []], help="all by default")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    asked = parser.parse_args()
+    found, failed = read(__file__, missing={}), []
+    for name in asked.names or TESTS:
+        results = run(name, asked.processes)
         if not results:
-            raise SystemExit(f"{path} has no such tests")
-        counted: dict[str, dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0})
-        for name, passed in results:
-            where = kind(name) if what == ATTENDS else kind(name).partition(",")[0]
-            counted[where]["passed" if passed else "failed"] += 1
-        failed += [name for name, passed in results if not passed]
-        found[what] = {"seconds": round(seconds), **dict(sorted(counted.items()))}
-        for name, counts in sorted(counted.items()):
-            print(f"{what:24} {name:16} {counts['passed']:5} passed {counts['failed']:3} failed", flush=True)
-    found["failed"] = failed
-    write(__file__, found)
+            raise SystemExit(f"{TESTS[name][0]} has no such tests")
+        found[name] = counted(results, TESTS[name][2])
+        failed += found[name]["which failed"]
+        write(__file__, found)
+        print(name, found[name], sep="\n")
     if failed:
         raise SystemExit(f"{len(failed)} failed")
 

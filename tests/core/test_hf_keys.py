@@ -57,7 +57,18 @@ def test_published_files_are_read(name: str) -> None:
 
 @pytest.mark.parametrize(
     "published, shipped",
-    [("Llama 3 8B", "llama-3-8b"), ("Qwen 3 0.6B", "qwen-3-0.6b"), ("Qwen 3 32B", "qwen-3-32b"), ("OPT 66B", "opt-66b")],
+    [
+        ("Llama 3 8B", "llama-3-8b"),
+        ("Qwen 3 0.6B", "qwen-3-0.6b"),
+        ("Qwen 3 32B", "qwen-3-32b"),
+        ("OPT 66B", "opt-66b"),
+        ("Mistral 7B v0.1", "mistral-7b-v0.1"),
+        ("Mistral 7B v0.3", "mistral-7b"),
+        ("Mistral Nemo 12B", "mistral-nemo"),
+        ("Gemma 3 1B", "gemma-3-1b"),
+        ("Gemma 3 4B, the part for text", "gemma-3-4b"),
+        ("OLMo 2 32B", "olmo-2-32b"),
+    ],
 )
 def test_published_files_describe_the_shipped_models(published: str, shipped: str) -> None:
     ours, found = vars(load_model_config(shipped)), vars(config_from_hf(PUBLISHED[published], shipped))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from partinf.layout import Layout
 from partinf.layout.files import make_layout
-from partinf.model.config import MATRICES, Activation, Block, Norm, Position
+from partinf.model.config import MATRICES, Activation, Block, ModelConfig, Norm, Position
+from partinf.model.hf_config import config_from_hf
 from partinf.model.kinds import Kind, NormPlaces, QkNorm
 from partinf.model.rotation import Linear, Rotation
 
@@ -102,6 +103,29 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
+# The three families that are least like each other, as their files describe them: every key that changes a block is here.
+_LEAST_ALIKE: dict[str, dict[str, Any]] = {
+    "gemma3_text": {  # windows of one kind, two rotations, four norms of 1 + w, norms of heads, both caps
+        "sliding_window": 3,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gpt_neox": {"rotary_pct": 0.25},  # parallel with two LayerNorms, biases everywhere, a part of a head rotated, no gate, untied
+    "olmo2": {},  # norms of what sublayers add, one norm over the width of all heads
+}
+LEAST_ALIKE = tuple(_LEAST_ALIKE)
+
+
+def least_alike(family: str, kv_heads: int, head_dim: int) -> ModelConfig:
+    """One of `LEAST_ALIKE`, with one layer of each kind, twice where it has one kind."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 250}
+    model = config_from_hf({"model_type": family, "max_position_embeddings": 64} | sizes | _LEAST_ALIKE[family], family)
+    return replace(model, num_kv_heads=kv_heads, head_dim=head_dim)
+
+
 @dataclass(frozen=True)
 class Assignment:
     """FFN roles with gathers, and decode's and prefill's attention roles, for the axes of a mesh.
@@ -173,6 +197,29 @@ def all_assignments() -> list[Assignment]:
             for prefill in choices:
                 kv_heads, ring = rng.choice(_KV_HEADS), rng.choice(_RINGS)
                 found.append(Assignment(mesh, storage, decode, tuple(prefill), kv_heads, ring, (8, 16)[len(found) % 2]))
+    return found
+
+
+def assignments_of(family: str) -> list[Assignment]:
+    """Every assignment once for one of `LEAST_ALIKE`: FFN role, gather and decode attention role of every axis.
+
+    On one axis with every role in prefill; on two axes with every pair of assignments, the order of their sizes 4 and 2 drawn; on three
+    axes of size 2, where two that are assigned alike would be the one axis of size 4 again, every three that differ in one of the
+    families, which take turns. Prefill's attention roles, key-value heads and loops are drawn (seeded), the first axis aside. Every eighth
+    attends tile by tile, the others by the kernels of CPUs.
+    """
+    number = LEAST_ALIKE.index(family)
+    rng, per_axis = random.Random(number), list(itertools.product(_STORAGE, _ATTENTION))
+    pairs = [tuple(rng.sample(pair, 2)) for pair in itertools.combinations_with_replacement(per_axis, 2)]
+    threes = list(itertools.combinations(per_axis, 3))[number :: len(LEAST_ALIKE)]
+    wanted = [("8", (one,), (prefill,)) for one in per_axis for prefill in _ATTENTION]
+    wanted += [("4x2", pair, tuple(rng.choices(_ATTENTION, k=2))) for pair in pairs]
+    wanted += [("2x2x2", three, tuple(rng.choices(_ATTENTION, k=3))) for three in threes]
+    found = []
+    for mesh, combination, prefill in wanted:
+        storage, decode = zip(*combination, strict=True)
+        kv_heads, ring = 8 if family == "gpt_neox" else rng.choice(_KV_HEADS), rng.choice((None, *_RINGS))
+        found.append(Assignment(mesh, storage, decode, prefill, kv_heads, ring, 16 if len(found) % 8 else 8))
     return found
 
 

@@ -11,11 +11,20 @@ from partinf.layout.files import make_layout
 from partinf.transformer.compiler_partitioned import compile_partitioned
 from partinf.workload import DType
 from tests.execution import test_two_accounts as accounts
-from tests.execution.assignments import BLOCKS, LOCAL_AND_GLOBAL, Assignment, sampled_assignments
+from tests.execution.assignments import (
+    BLOCKS,
+    LEAST_ALIKE,
+    LOCAL_AND_GLOBAL,
+    Assignment,
+    assignments_of,
+    least_alike,
+    sampled_assignments,
+)
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
 
 SAMPLED = [pytest.param(*pair, id=" ".join(map(str, pair))) for pair in zip(BLOCKS, sampled_assignments(len(BLOCKS), seed=21), strict=True)]
 MANY = [(block, assignment) for block in BLOCKS for assignment in sampled_assignments(32, seed=22)]
+EVERY = sorted(((family, one) for family in LEAST_ALIKE for one in assignments_of(family)), key=lambda pair: len(pair[1].storage))
 MIXED = make_layout(
     {"x": "embed", "y": "ffn", "z": "ffn"},
     {"x": "sequence", "y": "heads", "z": "batch"},
@@ -43,6 +52,14 @@ def test_sampled_assignments(block: str, assignment: Assignment) -> None:
 @pytest.mark.parametrize(("block", "assignment"), MANY, ids=str)
 def test_many_assignments(block: str, assignment: Assignment) -> None:
     check(block, assignment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "assignment"), EVERY, ids=[" ".join(map(str, pair)) for pair in EVERY])
+def test_every_assignment_of_families(family: str, assignment: Assignment) -> None:
+    """Of the three that are least like each other, read from their configurations."""
+    model = least_alike(family, assignment.kv_heads, assignment.head_dim)
+    assert largest_error(make_plan(assignment.mesh, assignment.layout(), model)) < TOLERANCE["f32"]
 
 
 @pytest.mark.slow
