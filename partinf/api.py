@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from partinf import planner
 from partinf.buckets import PROMPT_TOKENS, Capacity, capacity_for, runner_limits, with_capacity
+from partinf.checkpoint.described import read_model as read_model
+from partinf.checkpoint.described import weights_directory as weights_directory
 from partinf.engine.admission import Prompt, RequestCheck
 from partinf.engine.engine import Engine, OnToken
 from partinf.engine.request import RequestOutput, SamplingParams
 from partinf.engine.streams import RequestStream
-from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, collect, raise_offences
 from partinf.foundation.extras import RUN, need
 from partinf.hardware.hardware_file import check_devices, read_hardware, slice_of
@@ -32,7 +33,6 @@ from partinf.hardware.slices import Slice
 from partinf.layout import Layout
 from partinf.layout.files import load_layout
 from partinf.model.config import ModelConfig
-from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan, layout_for
 from partinf.workload import DType, Workload
 
@@ -93,7 +93,7 @@ def plan(
     Raises:
         InvalidInput: everything that does not fit together, or an installation without jax and a slice that is `local`.
     """
-    config = model if isinstance(model, ModelConfig) else load_model_config(model)
+    config = model if isinstance(model, ModelConfig) else read_model(model)
     target = find_slice(slice_, mesh, hardware)
 
     def sized(bound: Plan) -> Plan:
@@ -189,7 +189,7 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
     need(RUN, "running a model")
     from partinf.checkpoint.hf import check_hf
 
-    config, directory = load_model_config(model), weights_directory(model)
+    config, directory = read_model(model), weights_directory(model)
     if directory is None and not random_weights:
         raise InvalidInput(f"model {config.name} comes without weights; give a Hugging Face directory")
     if directory is not None and not random_weights:
@@ -209,16 +209,8 @@ def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], para
     raise_offences(offences)
 
 
-def weights_directory(model: str | Path) -> Path | None:
-    """The directory that holds the weights of a model given by path or shipped name; None for an architecture alone."""
-    path = Path(model)
-    if not path.exists():
-        path = resources.find("models", str(model))
-    return path if path.is_dir() else None
-
-
 def _default_plan(model: str | Path) -> Plan:
-    config = load_model_config(model)
+    config = read_model(model)
     length = min(config.longest_context or 2048, 2048)
     workload = Workload(batch=16, input_len=length // 2, output_len=length // 2, weights=DType.BF16)
     return plan(config, "local", workload, capacity=Capacity(max_rows=16, max_len=length))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from partinf.checkpoint import mxfp4
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.foundation.errors import raise_offences
 from partinf.model.config import ModelConfig
-from partinf.model.families import family_of
+from partinf.model.families import FAMILIES, family_of
 from partinf.model.family import Naming, Stored
 from partinf.model.kinds import LayerKind
 from partinf.model.weights import Layers, declare_ends, declare_layers, group_name, leaf_names
@@ -38,7 +39,16 @@ def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
         named = replace(named, mixed_weights={**named.mixed_weights, **named.packed_weights})
     named = replace(named, aside=tuple(one.format(layers=config.num_layers) for one in named.aside))
     namings = [replace(named, bases=(base,)) for base in named.bases]
-    return max(namings, key=lambda naming: len(present & tensor_shapes(config, naming).keys())) if present else namings[0]
+    best = max(namings, key=lambda naming: len(present & tensor_shapes(config, naming).keys())) if present else namings[0]
+    return _one_table(best, present) if config.tied_embeddings else best
+
+
+def _one_table(naming: Naming, present: Collection[str]) -> Naming:
+    """Where embeddings and output matrix are one, and a directory has it under the name of the latter alone: that name."""
+    embed, head = (naming.model_weights.get(name) for name in ("embed", "unembed"))
+    if embed is None or head is None or naming.named(embed.tensors[0]) in present or naming.named(head.tensors[0]) not in present:
+        return naming
+    return replace(naming, model_weights={**naming.model_weights, "embed": head})
 
 
 def tolerated(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
@@ -57,18 +67,31 @@ def _head(naming: Naming) -> str:
     return stored.tensors[0].format(base="", head="") if stored else "lm_head.weight"
 
 
+def as_stored(directory: str | Path, config: ModelConfig) -> ModelConfig:
+    """The architecture of a directory, with an output matrix of its own where the weights have one that is not the embedding although the
+    configuration ties the two: transformers does not tie them then."""
+    if not config.tied_embeddings or config.family not in FAMILIES:
+        return config
+    with TensorReader(directory) as reader:
+        naming = naming_of(config, reader.inventory.names)
+        if reader.inventory.offences or "unembed" not in naming.model_weights or not tied_offences(reader, config, naming):
+            return config
+    own = "embeddings are said to be tied, but the weights have an output matrix of their own, which is used"
+    return replace(config, tied_embeddings=False, source="; ".join(filter(None, (config.source, own))))
+
+
 def tied_offences(reader: TensorReader, config: ModelConfig, naming: Naming) -> list[str]:
     """The offence of an output matrix that is stored beside the embedding, is said to be the same, and is another."""
     embed = naming.named(naming.model_weights["embed"].tensors[0])
     heads = [name for name in reader.inventory.tensors if name.endswith(_head(naming))] if config.tied_embeddings else []
     if "unembed" in naming.model_weights:
-        instead = "set tie_word_embeddings to false to use it, as transformers does, or remove it from the file"
+        instead = "a model with an output matrix of its own is needed, as `as_stored` describes it"
     else:
         instead = "an output matrix of its own is not supported for this family"
     return [
         f"{name} differs from {embed}, although tie_word_embeddings says that they are one; {instead}"
         for name in heads
-        if not reader.same(embed, name)
+        if embed in reader.inventory.tensors and name != embed and not reader.same(embed, name)
     ]
 
 

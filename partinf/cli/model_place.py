@@ -79,8 +79,8 @@ class ModelPlace:
             runs: whether the model is to run; otherwise it is only planned for, and needs neither weights nor devices of a named slice.
         """
         from partinf import api
+        from partinf.checkpoint.described import read_model
         from partinf.cli import devices
-        from partinf.model.load import load_model_config
 
         self.flags, self.args, self._runs = flags, flags.args, runs
         args = flags.args
@@ -97,7 +97,7 @@ class ModelPlace:
         if runs or self._target is None:
             flags.collect(lambda: devices.prepare(self._target, num_processes=num_processes))
         if args.model is not None and (args.plan is None or self._saved is not None):
-            self._config = flags.collect(lambda: api.check_loadable(args.model) if runs else load_model_config(args.model))
+            self._config = flags.collect(lambda: (api.check_loadable if runs else read_model)(args.model))
         self._max_len = flags.whole("max_len", high=MAX_LEN)
         self._kv_pages, self._memory_share = read_pool(flags)
 

@@ -70,13 +70,13 @@ def read(flags: Flags) -> Asked:
     Raises:
         InvalidInput: every offence of every flag, one line each.
     """
+    from partinf.checkpoint.described import read_model
     from partinf.cost.collectives import BandwidthModel
     from partinf.cost.program import PROGRAMS
-    from partinf.model.load import load_model_config
     from partinf.planner.question import Question
 
     args = flags.args
-    model = flags.collect(lambda: load_model_config(args.model))
+    model = flags.collect(lambda: read_model(args.model))
     slice_ = flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))
     workload = _workload(flags)
     bandwidth_model = flags.member("bandwidth_model", BandwidthModel)

@@ -209,7 +209,7 @@ def _pricing(slice_: Slice, calibration: str, program: str | None) -> Pricing:
 def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int) -> list[Plan] | None:
     """The plan, or several to choose among where the load or its bounds were said; None where something is wrong, which the flags'
     offences say."""
-    from partinf.model.load import load_model_config
+    from partinf.checkpoint.described import read_model
     from partinf.plans import Plan, layout_for
     from partinf.workload import DType
 
@@ -220,7 +220,7 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
     if args.slice is None:
         flags.offences.append("--slice is missing: CHIP:SHAPE such as v4:4x4x4")
         return None
-    model = None if args.model is None else flags.collect(lambda: load_model_config(args.model))
+    model = None if args.model is None else flags.collect(lambda: read_model(args.model))
     if args.slice.startswith("auto"):
         flags.refuse("slice", "simulate takes one slice; `partinf plan` finds it")
     slice_ = None if args.slice.startswith("auto") else flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from partinf.checkpoint.described import read_model
 from partinf.checkpoint.hf import check_hf, load_hf
 from partinf.foundation.errors import InvalidInput
 from partinf.model.config import ModelConfig
@@ -252,11 +253,31 @@ def test_headers_that_are_made_to_harm(single: Path) -> None:
         assert all(len(line) < 400 for line in found)
 
 
-def test_a_tied_matrix_that_is_another(single: Path) -> None:
+def test_a_tied_matrix_that_is_another_is_used(single: Path) -> None:
+    """As transformers does, whatever the configuration says; and one that is stored under the name of the output matrix alone."""
+    expected = load_model_config(single)
+    data = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(data | {"tie_word_embeddings": True}))
+    assert load_model_config(single).tied_embeddings
+    config = read_model(single)
+    assert dataclasses.replace(config, source=expected.source) == expected
+    assert config.source.endswith("the weights have an output matrix of their own, which is used")
+    abstract = abstract_tree(config, make_mesh(1, 1))
+    own = load_hf(single, config, abstract)
+    assert not np.array_equal(own["embed"], own["unembed"])
+    edit(single, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    tied = read_model(single)
+    assert tied.tied_embeddings
+    np.testing.assert_array_equal(load_hf(single, tied, abstract_tree(tied, make_mesh(1, 1)))["embed"], own["unembed"])
+    (single / "model.safetensors").unlink()
+    assert read_model(single) == load_model_config(single)  # of which the weights are missing, as whoever loads them is told
+
+
+def test_a_tied_matrix_that_is_another_is_not_dropped(single: Path) -> None:
     """The copy that some tools store is read past; a different one would be dropped without a word."""
     config = dataclasses.replace(load_model_config(single), tied_embeddings=True)
     abstract = abstract_tree(config, make_mesh(1, 1))
-    with pytest.raises(InvalidInput, match=r"lm_head.weight differs from model.embed_tokens.weight.* set tie_word_embeddings to false"):
+    with pytest.raises(InvalidInput, match=r"lm_head.weight differs from model.embed_tokens.weight.* as `as_stored` describes it"):
         load_hf(single, config, abstract)
     edit(single, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     load_hf(single, config, abstract)

@@ -8,7 +8,7 @@ from tests.core.rooms import circles_of, read_house
 
 # A ceiling, to be lowered (`python -m tests.core.rooms --arrows`): whoever needs one more asks first whether the import belongs there, and
 # whoever takes some away writes down the smaller number.
-MOST_ARROWS = 184
+MOST_ARROWS = 185
 
 
 def test_no_files_and_no_rooms_import_each_other_in_a_circle() -> None:
