@@ -196,9 +196,7 @@ def main(arguments: Sequence[str]) -> None:
     found = {"cores": os.cpu_count(), "python": platform.python_version(), "step_ms": 1e3 * STEP_SECONDS, "without_model": rows}
     found["demo_model"] = on_the_demo_model()
     write(__file__, found)
-    print(
-        "| batch | other processes | iteration ms | told, bytes | telling µs | its P99 | last one ready after µs | share of the iteration |"
-    )
+    print("| batch | other processes | iteration ms | bytes sent | broadcast µs | P99 | last one ready after µs | share of the iteration |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         if row["others"]:

@@ -85,3 +85,28 @@ def test_the_recipes_are_there() -> None:
     text = (ROOT / "README.md").read_text()
     for page in ("serve-one-host", "serve-v5e-16", "serve-gke", "serve-gpus"):
         assert f"(docs/{page}.md)" in text
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "experiments").glob("*/README.md")), ids=lambda page: page.parent.name)
+def test_every_experiment_has_its_command_and_ends_with_what_it_means_for_users(page: Path) -> None:
+    text = page.read_text()
+    assert re.search(rf"^    (?:python (?:-m )?experiments[./]{page.parent.name}|partinf )", text, re.MULTILINE)
+    assert re.findall(r"^## .*", text, re.MULTILINE)[-1] == "## For users"
+
+
+_FIGURE = re.compile(r"\d[\d.,]*\s?(?:%|×|ms\b|µs\b|GB\b|MB\b|GiB\b|times (?:as|the)\b)")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_every_paragraph_with_a_figure_names_what_made_it(page: Path) -> None:
+    """An experiment or a test; figures within fences are the output of the command there."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for paragraph in prose.split("\n\n"):
+        if found := _FIGURE.search(paragraph):
+            assert re.search(r"experiments/\w+|tests/\w+", paragraph), (found.group(), paragraph)
+
+
+def test_the_number_of_model_types_is_that_of_the_table_of_families() -> None:
+    (count,) = re.findall(r"decoders of (\d+) Hugging Face model types", (ROOT / "README.md").read_text())
+    rows = re.findall(r"^\| `([^`]+)` \|[^|]*\| right \|", (ROOT / "docs" / "families.md").read_text(), re.MULTILINE)
+    assert int(count) == len(set(rows))
