@@ -1,7 +1,7 @@
 """What it costs that several processes make one schedule: `python -m experiments.multi_host.measure` writes results.json.
 
-Without a model: process 0 has an engine whose runner takes as long as told and computes nothing, the others follow over loopback as they
-would over a network, each a process of its own. Per iteration: bytes and time of what process 0 tells, time of the digest, and how much
+Without a model: process 0 has an engine whose runner takes a given time and computes nothing, the others follow over loopback as they
+would over a network, each a process of its own. Per iteration: bytes and time of process 0's broadcast, time of the digest, and how much
 later than process 0 the last of the others has the same step ready. With a model: the demo model on eight virtual devices, over two
 processes.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from experiments.results import write
 from partinf.engine import Engine, RunnerLimits, SamplingParams
-from partinf.engine.facts import Facts
+from partinf.engine.replicas import IterationInputs
 from partinf.engine.step import SampledToken, Step, StepOutput
 from partinf.experiment.together import run_local
 from partinf.hosts import Group
@@ -61,20 +61,20 @@ class Waiting:
 
 
 class Timed:
-    """A group whose telling is timed."""
+    """A group whose broadcast is timed."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self.leads = group.leads
         self.check, self.failed = group.check, group.failed
-        self.tell_seconds: list[float] = []
-        self.told: list[int] = []
+        self.broadcast_seconds: list[float] = []
+        self.bytes_sent: list[int] = []
 
-    def tell(self, facts: Facts) -> None:
+    def broadcast(self, inputs: IterationInputs) -> None:
         started = time.perf_counter()
-        self._group.tell(facts)
-        self.tell_seconds.append(time.perf_counter() - started)
-        self.told.append(len(self._group._encoder.encode(facts)))
+        self._group.broadcast(inputs)
+        self.broadcast_seconds.append(time.perf_counter() - started)
+        self.bytes_sent.append(len(self._group._encoder.encode(inputs)))
 
     def scheduled(self, number: int, digest: bytes) -> None:
         self._group.scheduled(number, digest)
@@ -120,16 +120,16 @@ def one(rows: int, others: int) -> dict[str, float]:
         "rows": rows,
         "others": others,
         "iteration_ms": 1e3 * statistics.median(lengths[steady]),
-        "told_bytes": statistics.mean(timed.told[steady]),
-        "tell_us": 1e6 * statistics.median(timed.tell_seconds[steady]),
-        "tell_p99_us": 1e6 * sorted(timed.tell_seconds[steady])[int(0.99 * len(timed.tell_seconds[steady]))],
+        "bytes_sent": statistics.mean(timed.bytes_sent[steady]),
+        "broadcast_us": 1e6 * statistics.median(timed.broadcast_seconds[steady]),
+        "broadcast_p99_us": 1e6 * sorted(timed.broadcast_seconds[steady])[int(0.99 * len(timed.broadcast_seconds[steady]))],
         "late_us": 1e6 * statistics.median(late[steady]),
-        "share": statistics.median(timed.tell_seconds[steady]) / statistics.median(lengths[steady]),
+        "share": statistics.median(timed.broadcast_seconds[steady]) / statistics.median(lengths[steady]),
     }
 
 
 def alone(rows: int) -> dict[str, float]:
-    """The same engine with nobody to tell."""
+    """The same engine without other processes."""
     lengths = serve(Engine(Waiting(rows, STEP_SECONDS), lag=1), rows)
     return {"rows": rows, "others": 0, "iteration_ms": 1e3 * statistics.median(lengths[50:])}
 
@@ -169,9 +169,9 @@ def demo_worker() -> None:
         "processes": group.count,
         "iterations": len(lengths),
         "iteration_ms": 1e3 * statistics.median(lengths),
-        "told_bytes": statistics.median(timed.told),
-        "tell_us": 1e6 * statistics.median(timed.tell_seconds),
-        "share": statistics.median(timed.tell_seconds) / statistics.median(lengths),
+        "bytes_sent": statistics.median(timed.bytes_sent),
+        "broadcast_us": 1e6 * statistics.median(timed.broadcast_seconds),
+        "share": statistics.median(timed.broadcast_seconds) / statistics.median(lengths),
     }
     (Path(os.environ["PARTINF_RESULTS"]) / "demo.json").write_text(json.dumps(figures))
 
@@ -201,13 +201,13 @@ def main(arguments: Sequence[str]) -> None:
     for row in rows:
         if row["others"]:
             print(
-                f"| {row['rows']} | {row['others']} | {row['iteration_ms']:.2f} | {row['told_bytes']:.0f} | {row['tell_us']:.0f} | "
-                f"{row['tell_p99_us']:.0f} | {row['late_us']:.0f} | {100 * row['share']:.2f} % |"
+                f"| {row['rows']} | {row['others']} | {row['iteration_ms']:.2f} | {row['bytes_sent']:.0f} | {row['broadcast_us']:.0f} | "
+                f"{row['broadcast_p99_us']:.0f} | {row['late_us']:.0f} | {100 * row['share']:.2f} % |"
             )
         else:
             print(f"| {row['rows']} | 0 | {row['iteration_ms']:.2f} | | | | | |")
     demo = found["demo_model"]
-    print(f"\nDemo model over 2 processes: {demo['tell_us']:.0f} µs of {demo['iteration_ms']:.1f} ms ({100 * demo['share']:.2f} %).")
+    print(f"\nDemo model over 2 processes: {demo['broadcast_us']:.0f} µs of {demo['iteration_ms']:.1f} ms ({100 * demo['share']:.2f} %).")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from partinf.engine.admission import Prompt
 from partinf.engine.batch import Policy, ScheduledBatch
 from partinf.engine.detokenize import Tokenizer
-from partinf.engine.facts import Facts, Replicas, Telling
 from partinf.engine.intake import Intake, WaitingBound
 from partinf.engine.live import Live
 from partinf.engine.live import OnToken as OnToken
 from partinf.engine.mask_workers import MaskWorkers
 from partinf.engine.metrics import Load, Metrics
 from partinf.engine.policies.fcfs import FirstComeFirstServed
+from partinf.engine.replicas import IterationInputs, PendingInputs, Replicas
 from partinf.engine.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence, Status
 from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.samples import Samples
@@ -94,7 +94,7 @@ class Engine:
         self._bound = WaitingBound(max_waiting, max_waiting_tokens)
         self._workers = MaskWorkers(num_mask_threads)
         self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock, self._workers)
-        self._telling = Telling(replicas)
+        self._inputs = PendingInputs(replicas)
         self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # with the time when it was scheduled
         self._committed = deque([0.0], maxlen=runner.limits.num_stages)  # times of the last commits, as many as there are stages
         self._uncharged: list[tuple[ScheduledBatch, float]] = []  # committed, and the seconds not counted yet as attained by its sequences
@@ -194,27 +194,27 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """End a request with all its samples now; whether it was in flight. Its pages are free at once; the next iteration reports it.
-        With `replicas` it ends in the next iteration, which tells the other processes."""
+        With `replicas` it ends in the next iteration, which is broadcast to the other processes."""
         with self._lock:
             lives = self._samples.of_request(request_id)
             self._end(lives, FinishReason.CANCELLED)
             return bool(lives)
 
-    def replay(self, facts: Facts) -> None:
-        """Run the iteration that the leading process runs with these facts."""
+    def replay(self, inputs: IterationInputs) -> None:
+        """Run the iteration that the leading process runs with these inputs."""
         with self._lock:
-            for request in facts.arrivals:
+            for request in inputs.arrivals:
                 self._samples.add(request, None, reported=False)
-        self._iterate(facts=facts)
+        self._iterate(inputs=inputs)
 
-    def _iterate(self, wait: bool = True, facts: Facts | None = None) -> None:
+    def _iterate(self, wait: bool = True, inputs: IterationInputs | None = None) -> None:
         """One iteration: schedule, run, commit."""
         with self._iteration():
-            if not self._telling.alone and facts is None and not self._pending():
-                return  # nothing to tell
+            if not self._inputs.alone and inputs is None and not self._pending():
+                return  # nothing to broadcast
             started = self._clock()
             self._take_masks()
-            batch, wait = self._schedule(wait, facts)
+            batch, wait = self._schedule(wait, inputs)
             if batch is not None:
                 self._runner.submit(batch.step)
                 self._in_flight.append((batch, started))
@@ -232,38 +232,38 @@ class Engine:
                 yield
             except BaseException as error:
                 self._fail_all(error)
-                self._telling.failed(error)
+                self._inputs.failed(error)
                 raise
             finally:
                 self.metrics.busy_seconds += self._clock() - started
                 self._deliver()
 
-    def _schedule(self, wait: bool, facts: Facts | None) -> tuple[ScheduledBatch | None, bool]:
+    def _schedule(self, wait: bool, inputs: IterationInputs | None) -> tuple[ScheduledBatch | None, bool]:
         """The next batch, and whether the iteration waits for the oldest step if there is none."""
         with self._lock:
-            facts = facts or self._telling.facts(self._clock(), wait, (seconds for _, seconds in self._uncharged))
-            self._take(facts)
-            batch = self._scheduler.schedule(facts.now)
+            inputs = inputs or self._inputs.take(self._clock(), wait, (seconds for _, seconds in self._uncharged))
+            self._take(inputs)
+            batch = self._scheduler.schedule(inputs.now)
             if batch is not None:
-                self._samples.start(batch.prefill, facts.now)
-                self._telling.scheduled(facts.number, batch.step)
+                self._samples.start(batch.prefill, inputs.now)
+                self._inputs.scheduled(inputs.number, batch.step)
             elif not self._in_flight and len(self._samples) and not self._samples.any_unmasked:
                 raise RuntimeError(f"{self._scheduler.policy} runs none of {len(self._samples)} requests")
-            return batch, facts.wait
+            return batch, inputs.wait
 
-    def _take(self, facts: Facts) -> None:
-        """Do what follows from facts, but for arrivals, which wait already."""
-        for (batch, _), seconds in zip(self._uncharged, facts.seconds, strict=True):
+    def _take(self, inputs: IterationInputs) -> None:
+        """Apply inputs, except for arrivals, which are queued already."""
+        for (batch, _), seconds in zip(self._uncharged, inputs.seconds, strict=True):
             for sequence in (*batch.decode, *batch.prefill):
                 sequence.attained += seconds
         self._uncharged.clear()
-        for number, reason in facts.ends:
-            live, error = self._samples.get(number), self._telling.error(number)
+        for number, reason in inputs.ends:
+            live, error = self._samples.get(number), self._inputs.error(number)
             if live is not None:
                 self._samples.end([live], reason, error)
-        for number, mask in facts.masks:
+        for number, mask in inputs.masks:
             self._samples.restrict(number, mask)
-        self._samples.end_late(facts.now)
+        self._samples.end_late(inputs.now)
 
     def _take_masks(self) -> None:
         """Let answers under grammars go on, or end, whose masks have come."""
@@ -272,7 +272,7 @@ class Engine:
             return
         with self._lock:
             masks, over = self._samples.read_masks(answers)
-            self._telling.restrict(masks)
+            self._inputs.restrict(masks)
             for live, reason, error in over:
                 self._end([live], reason, error)
 
@@ -283,7 +283,7 @@ class Engine:
         with self._lock:
             self.metrics.record_step(batch.step, output, len(self._scheduler.waiting), seconds)
             self._uncharged.append((batch, seconds))
-            self._telling.committed(output)
+            self._inputs.committed(output)
             self._samples.commit(batch, output, now)
             if self._check_invariants:
                 self._scheduler.check()
@@ -297,7 +297,7 @@ class Engine:
             self._workers.forget()
             self._scheduler.pool.forget_prefixes()
             self._samples.end_all(error)
-            if self._telling.alone:
+            if self._inputs.alone:
                 self._runner.reset()
 
     def _deliver(self) -> None:
@@ -310,23 +310,23 @@ class Engine:
                     self._end(self._samples.silence(live, error), FinishReason.FAILED, error)
 
     def _end(self, lives: SequenceOf[Live], reason: FinishReason, error: BaseException | None = None) -> None:
-        """End these samples now, or in the next iteration where other processes have to be told."""
-        if self._telling.alone:
+        """End these samples now, or in the next iteration if there are other processes."""
+        if self._inputs.alone:
             self._samples.end(lives, reason, error)
             return
         for live in lives:
-            self._telling.end(live.sequence.request.number, reason, error)
+            self._inputs.end(live.sequence.request.number, reason, error)
 
     def _pending(self) -> bool:
         return bool(len(self._samples) or self._in_flight or self._samples.any_events)
 
     def _enqueue(self, requests: SequenceOf[Request], on_token: OnToken | None, *, bounded: bool, reported: bool) -> list[Sequence]:
         """Queue all of these requests, or none."""
-        self._telling.check(requests)
+        self._inputs.check(requests)
         with self._lock:
             taken = [request.id for request in requests if request.id in self._samples.names]
             raise_offences(f"request {name}: this id is in flight already; choose another one" for name in taken)
             for request in requests if bounded else ():
                 self._bound.check(len(request.prompt), self._clock())
-            self._telling.arrive(requests)
+            self._inputs.arrive(requests)
             return [sequence for request in requests for sequence in self._samples.add(request, on_token, reported)]

@@ -1,4 +1,4 @@
-"""The processes of a job as one: what the first tells, what the others do with it, and how all of them end."""
+"""The processes of a job as one: what the first broadcasts, what the others do with it, and how all of them end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from partinf.engine.engine import Engine
-from partinf.engine.facts import Facts
+from partinf.engine.replicas import IterationInputs
 from partinf.engine.request import Request
 from partinf.engine.runner import Runner, RunnerLimits
 from partinf.engine.step import Step, StepOutput
@@ -26,7 +26,7 @@ class JobEnded(RuntimeError):
 
 
 class Group:
-    """The processes of a job, from inside one of them; `partinf.engine.facts.Replicas` for its engine.
+    """The processes of a job, from inside one of them; `partinf.engine.replicas.Replicas` for its engine.
 
     Every process makes the same calls in the same order: `share` and `agree` while it sets up, then `follow`, or as the first process
     whatever it likes with its engine, and `close`. A group of one process has no others to send to and nothing to watch.
@@ -50,10 +50,10 @@ class Group:
             bounds: how long to wait for others. end: ends this process when the job has failed.
         """
         self.index, self.count, self.name = index, count, name
-        self._facts = [links[Purpose.FACTS] for _, links in peers.values()]
+        self._input_links = [links[Purpose.INPUTS] for _, links in peers.values()]
         self._closed = False
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Facts)
+        self._decoder = msgspec.msgpack.Decoder(IterationInputs)
         watched = {other: (called, links[Purpose.WATCH]) for other, (called, links) in peers.items()}
         self._watch = Watch(name, watched, bounds or Bounds(), leads=self.leads, on_failure=self._wake, end=end)
         self._watch.start()
@@ -97,18 +97,18 @@ class Group:
     # Running.
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise `InvalidInput` for what cannot be told: text that is no Unicode, numbers beyond 64 bits."""
+        """Raise `InvalidInput` for what cannot be sent: text that is not Unicode, numbers beyond 64 bits."""
         try:
             self._encoder.encode(requests)
         except (UnicodeEncodeError, OverflowError) as error:
             raise InvalidInput(f"request {requests[0].id}: {error}") from error
 
-    def tell(self, facts: Facts) -> None:
+    def broadcast(self, inputs: IterationInputs) -> None:
         """
         Raises:
             JobEnded: another process has ended.
         """
-        self._send(MessageKind.FACTS, self._encoder.encode(facts))
+        self._send(MessageKind.INPUTS, self._encoder.encode(inputs))
 
     def scheduled(self, number: int, digest: bytes) -> None:
         self._watch.scheduled(number, digest)
@@ -130,7 +130,7 @@ class Group:
         Raises:
             JobEnded: a process has ended, perhaps this one.
         """
-        while (message := self._receive(MessageKind.FACTS)) is not None:
+        while (message := self._receive(MessageKind.INPUTS)) is not None:
             engine.replay(self._decoder.decode(message))
         self.close()
 
@@ -139,17 +139,17 @@ class Group:
         if self._closed:
             return
         self._closed = True
-        for link in self._facts if self.leads else ():
+        for link in self._input_links if self.leads else ():
             with contextlib.suppress(OSError):  # the watchdog knows why
                 link.send(MessageKind.BYE)
         self._watch.close()
-        for link in self._facts:
+        for link in self._input_links:
             link.close()
 
     def _send(self, kind: MessageKind, payload: bytes) -> None:
         self._check_alive()
         try:
-            for link in self._facts:
+            for link in self._input_links:
                 link.send(kind, payload)
         except OSError as error:
             self.failed(error)
@@ -158,7 +158,7 @@ class Group:
         """The next message of the first process; None when it has closed the group."""
         self._check_alive()
         try:
-            found, payload = self._facts[0].receive()
+            found, payload = self._input_links[0].receive()
         except (OSError, EOFError) as error:
             self.failed(error)
         if found is MessageKind.BYE:
@@ -172,7 +172,7 @@ class Group:
             raise JobEnded(self._watch.failure)
 
     def _wake(self) -> None:
-        for link in self._facts:
+        for link in self._input_links:
             link.shut()
 
 

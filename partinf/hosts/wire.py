@@ -23,20 +23,20 @@ _MAX_BYTES = 1 << 30
 
 
 class MessageKind(IntEnum):
-    """BEAT: a sign of life. FAIL: the job ends, and why. BYE: this side is done. FACTS: of an iteration. VALUE: what `Group.share` was
-    given."""
+    """BEAT: a sign of life. FAIL: the job ends, and why. BYE: this side is done. INPUTS: those of an iteration. VALUE: what `Group.share`
+    was given."""
 
     BEAT = 0
     FAIL = 1
     BYE = 2
-    FACTS = 3
+    INPUTS = 3
     VALUE = 4
 
 
 class Purpose(IntEnum):
-    """What a connection is for: FACTS has what the first process tells, WATCH what the watchdogs say in both directions."""
+    """What a connection is for: INPUTS carries what the first process broadcasts, WATCH the watchdogs' messages in both directions."""
 
-    FACTS = 0
+    INPUTS = 0
     WATCH = 1
 
 

@@ -23,9 +23,9 @@ from partinf.engine import (
 )
 from partinf.engine.constraint import allows
 from partinf.engine.estimates import Estimates
-from partinf.engine.facts import Facts
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
+from partinf.engine.replicas import IterationInputs
 from partinf.engine.request import Request
 from partinf.foundation.errors import InvalidInput
 from tests.engine.support import LETTERS, ROOMY, VOCAB, all_alone, make_engine
@@ -237,20 +237,20 @@ def test_refusals_name_what_is_missing() -> None:
 
 
 class Wire:
-    """Passes facts on as another process would get them: without grammars."""
+    """Passes inputs on as another process would get them: without grammars."""
 
     leads = True
 
     def __init__(self) -> None:
-        self.facts: list[Facts] = []
+        self.inputs: list[IterationInputs] = []
         self.digests: list[bytes] = []
 
     def check(self, requests: list[Request]) -> None:
         assert all(request.params.constraint is None for request in requests)
 
-    def tell(self, facts: Facts) -> None:
-        assert all(request.params.constraint is None for request in facts.arrivals)
-        self.facts.append(facts)
+    def broadcast(self, inputs: IterationInputs) -> None:
+        assert all(request.params.constraint is None for request in inputs.arrivals)
+        self.inputs.append(inputs)
 
     def scheduled(self, number: int, digest: bytes) -> None:
         self.digests.append(digest)
@@ -269,8 +269,8 @@ def test_a_process_that_follows_makes_the_same_steps_from_masks_alone(stages: in
     follower = Engine(FakeRunner(limits), replicas=followed, lag=1, check_invariants=True)
     params = [held(replace(GRAMMARS[0], seconds=0.002), n=2), held(GRAMMARS[2]), held(None), held(replace(GRAMMARS[1], breaks_at=3))]
     outputs = leader.generate([[n, 4, 2] for n in range(4)], params)
-    for facts in wire.facts:
-        follower.replay(facts)
+    for inputs in wire.inputs:
+        follower.replay(inputs)
     assert leader._runner.steps == follower._runner.steps
     assert wire.digests == followed.digests
     assert not follower._pending()

@@ -156,7 +156,7 @@ def test_values_are_shared_and_compared(job: Callable[..., list[Process]]) -> No
     thread.join(5)
     assert found == [{"a": [1, 2.5]}]
     first.group.agree("the plan", "one")
-    with pytest.raises(JobEnded, match="the plan is another"):
+    with pytest.raises(JobEnded, match="the plan differs from that of process 0"):
         other.group.agree("the plan", "another")
     assert first.ended.wait(5)
     assert "process 1" in (first.group._watch.failure or "")
@@ -172,7 +172,7 @@ def answers_for_ever(engine: Engine) -> None:
         engine.generate([[1, 2, 3]], SamplingParams(max_tokens=20, ignore_eos=True))
 
 
-def everybody_ends(processes: list[Process], why: str) -> None:
+def all_end(processes: list[Process], why: str) -> None:
     for process in processes:
         assert process.ended.wait(5), process.group.name
         assert why in (process.group._watch.failure or ""), process.group._watch.failure
@@ -194,7 +194,7 @@ def test_a_process_that_disagrees_is_named(job: Callable[..., list[Process]]) ->
     bad.runner.collect = wrong  # type: ignore[method-assign]
     with pytest.raises(JobEnded, match="process 2 disagrees"):
         answers_for_ever(engine)
-    everybody_ends([first, good, bad], "process 2 disagrees: its schedule differs from that of process 0 at iteration")
+    all_end([first, good, bad], "process 2 disagrees: its schedule differs from that of process 0 at iteration")
 
 
 def test_a_process_that_dies_is_named(job: Callable[..., list[Process]]) -> None:
@@ -205,7 +205,7 @@ def test_a_process_that_dies_is_named(job: Callable[..., list[Process]]) -> None
         link.shut()
     with pytest.raises(JobEnded, match="process 2 has ended"):
         answers_for_ever(engine)
-    everybody_ends([first, good], "process 2 has ended")
+    all_end([first, good], "process 2 has ended")
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -214,7 +214,7 @@ def test_a_process_that_is_stopped_is_named(job: Callable[..., list[Process]], i
     processes = job(2, QUICK)
     silent = processes.pop(index)
     silent.group._watch._closing.set()
-    everybody_ends(processes, f"process {index} was silent for 0.5 s")
+    all_end(processes, f"process {index} was silent for 0.5 s")
 
 
 def test_a_process_that_stalls_is_named(job: Callable[..., list[Process]]) -> None:
@@ -231,7 +231,7 @@ def test_a_process_that_stalls_is_named(job: Callable[..., list[Process]]) -> No
     engine.add_request([1, 2])
     thread = threading.Thread(target=steps_until_the_end, args=(engine,))
     thread.start()
-    everybody_ends([first, good, stuck], "process 2 stalled: others have waited for 0.6 s in call 1 of the runner")
+    all_end([first, good, stuck], "process 2 stalled: others have waited for 0.6 s in call 1 of the runner")
     release.set()
     thread.join(10)
 
@@ -246,7 +246,7 @@ def test_a_collective_that_never_ends_is_said_of_all(job: Callable[..., list[Pro
     engine.add_request([1, 2])
     thread = threading.Thread(target=steps_until_the_end, args=(engine,))
     thread.start()
-    everybody_ends(processes, "every process has waited for 0.6 s in call 1 of its runner")
+    all_end(processes, "every process has waited for 0.6 s in call 1 of its runner")
     release.set()
     thread.join(10)
 
@@ -262,12 +262,12 @@ def test_an_error_of_one_process_is_told_to_all(job: Callable[..., list[Process]
     bad.follow(bad.engine())
     with pytest.raises(JobEnded, match="process 1: OSError: device lost"):
         answers_for_ever(engine)
-    everybody_ends([first], "process 1: OSError: device lost")
+    all_end([first], "process 1: OSError: device lost")
     bad.thread.join(5)
     assert isinstance(bad.error, JobEnded)
 
 
-def test_a_process_alone_has_nobody_to_tell() -> None:
+def test_a_process_alone_has_no_one_to_broadcast_to() -> None:
     group = Group(0, 1, "process 0", {}, QUICK)
     engine = Engine(FakeRunner(TIGHT), replicas=group.replicas)
     assert group.replicas is None

@@ -1,11 +1,11 @@
-"""What an iteration is told from outside. The engine's schedule follows from this and from the sampled tokens, from nothing else.
+"""The inputs of an iteration from outside the engine. Its schedule follows from these and from the sampled tokens alone.
 
-Several processes that each have a part of the devices run one engine each. The first takes the requests and tells the others, before each
-iteration, what has happened since the last one; all of them then make the same schedule. A request crosses over once, when it arrives, and
-an iteration in which nothing happens costs a few bytes, however many requests are in flight.
+Several processes that each have a part of the devices run one engine each. The first takes the requests and broadcasts, before each
+iteration, what has happened since the last one; all of them then make the same schedule. A request is sent once, when it arrives, and an
+iteration in which nothing happens costs a few bytes, however many requests are in flight.
 
-Copies of pages are not told: every process makes its own in the order of the steps, and a step that reads pages comes after the one that
-wrote them.
+Copies of pages are not broadcast: every process makes its own in the order of the steps, and a step that reads pages comes after the one
+that wrote them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from partinf.foundation.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What one iteration is told.
+class IterationInputs:
+    """The inputs of one iteration.
 
     Attributes:
         number: of the iteration, from 0.
@@ -50,15 +50,15 @@ class Replicas(Protocol):
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that takes requests and tells the others."""
+        """Whether this is the process that takes requests and leads the others."""
         ...
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise `InvalidInput` for requests that cannot be told."""
+        """Raise `InvalidInput` for requests that cannot be sent."""
         ...
 
-    def tell(self, facts: Facts) -> None:
-        """Send facts to the others; only where this process leads."""
+    def broadcast(self, inputs: IterationInputs) -> None:
+        """Send inputs to the other processes; only the leader does."""
         ...
 
     def scheduled(self, number: int, digest: bytes) -> None:
@@ -66,12 +66,12 @@ class Replicas(Protocol):
         ...
 
     def failed(self, error: BaseException) -> None:
-        """The engine of this process cannot go on, and so nobody can. May raise what ended the others."""
+        """The engine of this process cannot go on, and so no process can. May raise what ended the others."""
         ...
 
 
-class Telling:
-    """What has happened since the last iteration and is still to be told, to an engine that runs alone or to others too."""
+class PendingInputs:
+    """Collects the inputs of the next iteration, for this engine and for its replicas in other processes."""
 
     def __init__(self, replicas: Replicas | None) -> None:
         self._replicas = replicas
@@ -84,21 +84,21 @@ class Telling:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody has to be told."""
+        """Whether there are no other processes."""
         return self._replicas is None
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Raise `InvalidInput` for requests that cannot be told, and where another process takes them."""
+        """Raise `InvalidInput` for requests that cannot be sent, and in a process that does not lead."""
         if self._replicas is None:
             return
         if not self._replicas.leads:
             raise InvalidInput("this process follows another one, which takes the requests")
-        self._replicas.check([_told(request) for request in requests])
+        self._replicas.check([_without_grammar(request) for request in requests])
 
     def arrive(self, requests: Sequence[Request]) -> None:
-        """These requests have arrived here. The others are told of their masks, and need no grammars."""
+        """These requests have arrived here. The other processes get their masks and need no grammars."""
         if self._replicas is not None:
-            self._arrivals += map(_told, requests)
+            self._arrivals += map(_without_grammar, requests)
 
     def restrict(self, masks: Iterable[tuple[int, bytes]]) -> None:
         """These samples, by number, may go on with the tokens of these masks, from the next iteration on."""
@@ -110,23 +110,23 @@ class Telling:
         if error is not None:
             self._errors[number] = error
 
-    def facts(self, now: float, wait: bool, seconds: Iterable[float]) -> Facts:
-        """All of it for the next iteration, told to the others."""
-        facts = Facts(self._number, now, wait, tuple(seconds), tuple(self._arrivals), tuple(self._ends), tuple(self._masks))
+    def take(self, now: float, wait: bool, seconds: Iterable[float]) -> IterationInputs:
+        """The inputs of the next iteration, after sending them to the other processes."""
+        inputs = IterationInputs(self._number, now, wait, tuple(seconds), tuple(self._arrivals), tuple(self._ends), tuple(self._masks))
         self._number += 1
         self._arrivals.clear()
         self._ends.clear()
         self._masks.clear()
         if self._replicas is not None:
-            self._replicas.tell(facts)
-        return facts
+            self._replicas.broadcast(inputs)
+        return inputs
 
     def error(self, number: int) -> BaseException | None:
         """Why a sample ends, if this process knows it; forgotten then."""
         return self._errors.pop(number, None)
 
     def scheduled(self, number: int, step: Step) -> None:
-        """The iteration of these facts has been scheduled."""
+        """The iteration of these inputs has been scheduled."""
         if self._replicas is not None:
             self._replicas.scheduled(number, self._digest.add_step(step))
 
@@ -141,15 +141,15 @@ class Telling:
             self._replicas.failed(error)
 
 
-def _told(request: Request) -> Request:
-    """A request as it crosses over: without its grammar, which only this process needs."""
+def _without_grammar(request: Request) -> Request:
+    """A request as it is sent: without its grammar, which only this process needs."""
     return request if request.params.constraint is None else replace(request, params=replace(request.params, constraint=None))
 
 
 class ScheduleDigest:
     """A digest of all schedules and sampled tokens so far.
 
-    Of a sequence's pages the last stands for all: the others were last ones before, or are told by a copy.
+    Of a sequence's pages the last stands for all: the others were last ones before, or are covered by a copy.
     """
 
     def __init__(self) -> None:
