@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     make = lambda model: _engine(args, served, model, group)  # noqa: E731
     if group is not None and not group.leads:
         return _follow(place, plan, group, make)
-    masks = f"masks of grammars by {served.mask_threads} threads" if served.mask_threads else "masks of grammars between steps"
+    count = served.mask_threads
+    masks = f"grammars that take long by {count} {'thread' if count == 1 else 'threads'}" if count else "all grammars between steps"
     return _serve(args, place, plan, template, group, make, masks)
 
 

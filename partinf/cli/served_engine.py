@@ -53,17 +53,16 @@ def add_engine_arguments(group: _Group) -> None:
     group.add_argument("--enable-prefix-caching", action=OnOff, default=None, help=sharing)
     lag = "steps in flight, beyond one per pipeline stage, before the oldest is awaited (default: 1)"
     group.add_argument("--lag", metavar="N", help=lag)
-    masks = "threads that compute the token masks of grammars; 0: the engine computes them between steps (default: by cores)"
+    masks = "threads that compute the token masks of slow grammars; 0: the engine computes all between steps (default: 1, 2 on 4 cores)"
     group.add_argument("--mask-threads", metavar="N", help=masks)
     group.add_argument("--max-waiting", metavar="N", help="requests that may wait; more get a 429 (default: 512)")
     group.add_argument("--max-waiting-tokens", metavar="N", help="prompt tokens that may wait (default: unlimited)")
 
 
 def default_mask_threads() -> int:
-    """Threads for masks that have cores of their own. A thread that waits for one costs other requests more than the mask that it computes
-    (experiments/constrained_rows); where there are cores, no mask keeps anybody waiting, however hostile its grammar is."""
+    """Threads for masks that are not quick to have: one, and another where it has a core of its own."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(_MOST_MASK_THREADS, max(0, cores - _BUSY_CORES))
+    return min(_MOST_MASK_THREADS, max(1, cores - _BUSY_CORES))
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ServedEngine:
 
     Attributes:
         rows: sequences per iteration. prompt_tokens: of prompts, per iteration.
-        mask_threads: that find out what may follow in answers under grammars; started with the first such answer.
+        mask_threads: that find out what may follow in answers whose grammars take long; started with the first such answer.
     """
 
     scheduler: str

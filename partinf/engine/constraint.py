@@ -13,11 +13,15 @@ from typing import Protocol, runtime_checkable
 class Constraint(Protocol):
     """The state of one answer."""
 
-    def accept(self, token: int) -> bytes | None:
+    def accept(self, token: int, quick: bool = False) -> bytes | None:
         """Take the next token, one of those that the last mask had; the mask of those that may follow, or None where the answer is
         complete and nothing may.
 
+        Args:
+            quick: whoever asks keeps everybody waiting, so it may be refused.
+
         Raises:
+            Costly: only where it is to be quick; the token has not been taken then.
             Exception: the answer cannot be continued; its request fails, no other.
         """
         ...

@@ -77,8 +77,8 @@ class Engine:
             check_invariants: check after every iteration that no page and no slot is lost or held twice.
             replicas: the processes that run this engine together (`partinf.hosts`); each makes it with the same arguments. Cancels wait for
                 the next iteration then, and an exception from the runner ends them all.
-            num_mask_threads: threads that find out what may follow in answers that are held to grammars, while others go on; with 0 it is
-                done between two iterations.
+            num_mask_threads: threads that find out what may follow in answers whose grammars are not quick to read, while others go on;
+                with 0 it is done between two iterations for them too.
         """
         self.metrics = Metrics(runner.limits.num_slots)
         self.tokenizer = tokenizer

@@ -1,22 +1,26 @@
 """Who finds out what may follow a token under a grammar: the engine's own thread, or others beside it.
 
-A mask mostly takes some microseconds, and for a hostile grammar a hundred milliseconds, in which no other request would get a token.
-Grammars that are computed outside the interpreter's lock leave the engine to others meanwhile. Their rows wait for their masks, free rows
-do not; tokens follow from masks alone, so how long one takes changes when a row runs and never what it says. Without threads everything is
+A mask mostly takes some microseconds, less than it costs to hand it to a thread, and for a hostile grammar seconds, in which nobody else
+would get a token. So the engine's thread asks for a quick one first, and gives an answer to the threads for the rest of its life once that
+is refused, or once the masks of an iteration have taken more than their share of it. Rows of such answers wait for their masks, others do
+not; tokens follow from masks alone, so how long one takes changes when a row runs and never what it says. Without threads everything is
 done in the engine's, which is the plain twin: schedules then depend on no clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from partinf.engine.constraint import Constraint
+from partinf.foundation.errors import Costly
 
-PATIENCE = 0.001  # seconds for which an iteration waits for masks that were asked for in the one before; most have come by then
+SHARE = 0.001  # seconds of a core for which the engine's thread finds out masks in one iteration before it gives answers away
 LONGEST = 10.0  # seconds after which an answer is given up whose mask has not come
 _IDLE = 0.02  # for which an iteration waits that has nothing else to do; requests that arrive meanwhile wait as long
 
@@ -41,9 +45,15 @@ class _Asked:
     mask: bytes | None = None
     error: Exception | None = None
 
-    def work(self) -> None:
+    def work(self, quick: bool = False) -> None:
+        """
+        Raises:
+            Costly: it is not quick to be had, but was to be.
+        """
         try:
-            self.mask = self.constraint.accept(self.token)
+            self.mask = self.constraint.accept(self.token, quick)
+        except Costly:
+            raise
         except Exception as error:
             self.error = error
         self.ended = True
@@ -56,12 +66,15 @@ class MaskWorkers:
     def __init__(self, num_threads: int) -> None:
         """
         Args:
-            num_threads: 0 does it in the calling thread.
+            num_threads: for what is not quick; 0 does it in the calling thread.
         """
         self._num_threads = num_threads
-        self._pool: ThreadPoolExecutor | None = None  # made when it is needed first
+        # Made when they are needed first. An answer stays with one thread, which may keep what belongs to it.
+        self._threads: dict[int, ThreadPoolExecutor] = {}
         self._changed = threading.Condition()
         self._asked: deque[_Asked] = deque()
+        self._given_away: WeakSet[Constraint] = WeakSet()
+        self._spent = 0.0  # seconds of a core in this iteration
 
     @property
     def pending(self) -> bool:
@@ -74,20 +87,28 @@ class MaskWorkers:
         self._asked.append(asked)
         if not self._num_threads:
             asked.work()
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="partinf-masks")
-        self._pool.submit(self._work, asked)
+        elif constraint in self._given_away or not self._work_here(asked):
+            place = number % self._num_threads
+            if place not in self._threads:
+                self._threads[place] = ThreadPoolExecutor(1, thread_name_prefix=f"partinf-masks-{place}")
+            self._threads[place].submit(self._work, asked)
+
+    def _work_here(self, asked: _Asked) -> bool:
+        """Find it out if that is quick; whether it was."""
+        started = time.thread_time()  # of a core: an answer does not go because the machine is busy
+        with contextlib.suppress(Costly):
+            asked.work(quick=True)
+        self._spent += time.thread_time() - started
+        if not asked.ended or self._spent > SHARE:
+            self._given_away.add(asked.constraint)
+        return asked.ended
 
     def take(self) -> list[Answer]:
-        """What has come. Waits a little for what is new."""
+        """What has come."""
+        self._spent = 0.0
         if not self._asked:
             return []
         now = time.monotonic()
-        new = [one for one in self._asked if not one.ended and now - one.asked < PATIENCE]
-        if new:
-            with self._changed:
-                self._changed.wait_for(lambda: all(one.ended for one in new), new[-1].asked + PATIENCE - now)
         taken, left = list[Answer](), deque[_Asked]()
         for one in self._asked:
             if one.ended:

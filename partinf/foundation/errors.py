@@ -41,6 +41,10 @@ class Overloaded(RuntimeError):
         super().__init__(message)
 
 
+class Costly(Exception):
+    """What an answer under a grammar may go on with takes longer to find out than others should wait."""
+
+
 class NoNumber(ArithmeticError):
     """What the model computed for a request, or for a text to be scored, is no number: NaN or infinite. Others are as they would be."""
 

@@ -132,6 +132,7 @@ class Server(uvicorn.Server):
         self._options = options
         self._loop: asyncio.AbstractEventLoop | None = None
         self._conversations: Conversations | None = None
+        self._structures: Structures | None = None
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
 
@@ -168,8 +169,9 @@ class Server(uvicorn.Server):
         self._conversations = (
             None if template is None else Conversations(template, self._options.template_bounds, self._options.tool_format)
         )
-        check, structures = RequestCheck(limits, tokenizer, seed=0), Structures(limits, tokenizer)
-        served = Served(tuple(self._options.names), limits, check, tokenizer, self._conversations, structures)
+        self._structures = Structures(limits, tokenizer)
+        check = RequestCheck(limits, tokenizer, seed=0)
+        served = Served(tuple(self._options.names), limits, check, tokenizer, self._conversations, self._structures)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")
         return thread
@@ -177,6 +179,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self._conversations is not None:
             self._conversations.close()
+        if self._structures is not None:
+            self._structures.close()
         await super().shutdown(sockets)
 
     def _tell(self, what: Callable[[], Any]) -> None:

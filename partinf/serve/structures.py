@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from partinf.checkpoint.tokenizer import Tokenizer
 from partinf.engine.constraint import Grammar
@@ -13,19 +14,20 @@ from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.serve.errors import Offence
 from partinf.serve.forced_calls import forced, forced_schema
 from partinf.serve.protocol import ChatBody, SamplingBody
-from partinf.structured import Grammars, Structure, missing
+from partinf.structured import Isolated, Structure, missing
 
-_AT_ONCE = 2  # structures that are compiled: each takes up to a second of a core
+_AT_ONCE = 2  # structures that are compiled: each takes up to some seconds of a core, behind all else that runs
 _SECONDS = 10.0  # that one waits for its turn
 _WAYS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 class Structures:
-    """Compiles what requests ask for, beside the event loop, few at a time."""
+    """Compiles what requests ask for, beside the event loop, few at a time. To be closed."""
 
     def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None) -> None:
         self._tokenizer, self._vocab_size = tokenizer, limits.vocab_size
-        self._grammars: Grammars | None = None
+        self._grammars: Isolated | None = None
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="partinf-structures")
         self._lock = threading.Lock()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._missing: str | None = None
@@ -55,18 +57,24 @@ class Structures:
         except TimeoutError:
             raise Overloaded("too many structures wait to be compiled", retry_after=_SECONDS) from None
         try:
-            return await asyncio.to_thread(self._compile, structure)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._compile, structure)
         except InvalidInput as error:
             offences += [Offence(f"{where}: {offence}", where) for offence in error.offences]
             return None
         finally:
             self._turns.release()
 
+    def close(self) -> None:
+        """End all processes; answers whose masks they find out fail."""
+        self._threads.shutdown(wait=False)
+        if self._grammars is not None:
+            self._grammars.close()
+
     def _compile(self, structure: Structure) -> Grammar:
         with self._lock:  # reading a vocabulary takes some tenths of a second, once
             if self._grammars is None:
                 assert self._tokenizer is not None
-                self._grammars = Grammars(self._tokenizer, self._vocab_size)
+                self._grammars = Isolated(self._tokenizer, self._vocab_size)
         return self._grammars(structure)
 
 

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from partinf.foundation import resources
+from partinf.foundation import bounded_process
+from partinf.foundation.bounded_process import LENGTH
 from partinf.foundation.errors import Overloaded
 from partinf.serve.chat_template import MOST_CHARACTERS, ChatTemplate, TemplateRefusal
-from partinf.serve.template_process import ENDED_FOR_MEMORY, LENGTH, Conversation, Rendered, Template, frame
+from partinf.serve.template_process import ENDED_FOR_MEMORY, Conversation, Rendered, Template, frame
 
 _STARTING_SECONDS = 20.0  # for a process to import what it needs, on a machine that is busy
 
@@ -102,19 +99,7 @@ class _Process:
 
     def __init__(self, template: Template) -> None:
         """Starts it, which does not wait until it has come up."""
-        self._socket, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "partinf.serve.template_process"],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,  # it would repeat what clients send
-                    env={**os.environ, "PYTHONPATH": resources.python_path()},
-                )
-            except BaseException:
-                self._socket.close()
-                raise
+        self._child, self._socket = bounded_process.start("partinf.serve.template_process")
         self._socket.setblocking(False)
         self._seconds = template.seconds
         self._unsaid = frame(template)
@@ -160,9 +145,6 @@ class _Process:
 
     def kill(self) -> int:
         """End it, and say how it ended; nothing of it is left."""
-        code = self._child.poll()
-        if code is None:
-            self._child.kill()
-            code = self._child.wait()
+        code = bounded_process.end(self._child)
         self._socket.close()
         return code

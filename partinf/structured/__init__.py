@@ -2,11 +2,13 @@
 
 * `asked` says what an answer shall be: `Structure`.
 * `grammars` compiles that for the vocabulary of one model: `Grammars(...)(structure)` is a `SamplingParams.constraint`.
+* `isolated` does the same for the structures of strangers, in processes (`process`, `messages`) that are held to time and memory.
 
 llguidance is imported when a `Grammars` is made, and nowhere else in the library.
 """
 
 from partinf.structured.asked import Kind, Structure
 from partinf.structured.grammars import Grammars, missing
+from partinf.structured.isolated import Isolated
 
-__all__ = ["Grammars", "Kind", "Structure", "missing"]
+__all__ = ["Grammars", "Isolated", "Kind", "Structure", "missing"]

@@ -1,8 +1,9 @@
-"""Structures compiled for the vocabulary of one model.
+"""Structures compiled for the vocabulary of one model, in this process.
 
-llguidance counts what it does, in compiling as in every mask, and stops at a bound: a hostile schema can take some hundred milliseconds
-and some fifty megabytes once, and for a token mostly a few milliseconds, at worst more than a hundred. Only tokens are allowed whose bytes
-the grammar takes; a text that leaves no choice comes in the tokens by which the tokenizer writes it.
+llguidance counts what it does, in compiling as in every mask, and stops at a bound. What it counts is not all that takes time: a grammar
+that can be read in many ways takes seconds for a token within the bounds of `FULL`, part of them with the interpreter's lock held. Whoever
+serves strangers therefore compiles by `isolated`. Only tokens are allowed whose bytes the grammar takes; a text that leaves no choice comes
+in the tokens by which the tokenizer writes it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import importlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from partinf.foundation import extras
@@ -22,16 +24,31 @@ from partinf.structured.asked import Kind, Structure
 _REMEMBERED = 16
 _SHOWN = 300  # characters of an error
 _COMPLETE = ("NoExtension", "EndOfSentence")  # why llguidance stops when all is well
-# Of llguidance: lexer fuel goes at some 50,000 per millisecond in compiling and 14,000 in a mask, items at 20,000, states take 2 kB.
-_LIMITS = {
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 100_000,
-    "precompute_large_lexemes": False,
-    "verbose_errors": False,
-}
+_ALL = {"precompute_large_lexemes": False, "verbose_errors": False}
+# Of llguidance: lexer fuel goes at some 50,000 per millisecond in compiling and 14,000 in a mask, items at 20,000 where a grammar can be
+# read in one way alone, and by the square of those in a row where it cannot; states take 2 kB.
+FULL: Mapping[str, int | bool] = MappingProxyType(
+    {
+        **_ALL,
+        "initial_lexer_fuel": 1_000_000,
+        "step_lexer_fuel": 100_000,
+        "step_max_items": 20_000,
+        "max_items_in_row": 1000,
+        "max_lexer_states": 20_000,
+        "max_grammar_size": 100_000,
+    }
+)
+"""What a structure may take at most."""
+QUICK: Mapping[str, int | bool] = MappingProxyType(
+    {
+        **FULL,
+        "step_lexer_fuel": 20_000,
+        "step_max_items": 2000,
+        "max_items_in_row": 100,
+        "max_lexer_states": 5000,
+    }
+)
+"""What one may take between two steps of an engine: a millisecond or two for a token, at worst five, and 10 MB."""
 _SPACES = r" |\n[ \t]{0,40}"  # a run of white space that has an end: a model in doubt writes spaces
 _JSON = {"lenient": False, "coerce_one_of": False}  # what a schema cannot switch on: either would let answers through that are not valid
 
@@ -56,13 +73,40 @@ def missing() -> str | None:
     return extras.missing(extras.SERVE, "structured output", ("llguidance",))
 
 
+class TooComplex(RuntimeError):
+    """A bound was met before it was known what may follow."""
+
+
+class State(Protocol):
+    """The state of one answer: a `partinf.engine.constraint.Constraint`."""
+
+    def accept(self, token: int, quick: bool = False) -> bytes | None: ...
+
+
+class Kept(Protocol):
+    """What is remembered: a `partinf.engine.constraint.Grammar`.
+
+    Attributes:
+        worn: an answer has failed, perhaps for the states that all of its answers share; later ones begin with new ones.
+    """
+
+    @property
+    def first_mask(self) -> bytes: ...
+
+    @property
+    def worn(self) -> bool: ...
+
+    def start(self) -> State: ...
+
+
 class Grammars:
     """Compiles structures, in any thread; others run meanwhile."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, limits: Mapping[str, int | bool] = FULL) -> None:
         """
         Args:
             vocab_size: of the model, which may be padded beyond the tokenizer's.
+            limits: of llguidance, by its names.
 
         Raises:
             InvalidInput: llguidance is missing, or no token ends a text, so that none of these answers could end.
@@ -74,14 +118,14 @@ class Grammars:
         if not ends:
             raise InvalidInput("structured output: the tokenizer names no token that ends a text")
         self._library = llguidance
-        self._limits = llguidance.LLParserLimits(**_LIMITS)
+        self._limits = llguidance.LLParserLimits(**limits)
         vocabulary = _Vocabulary(tokenizer, vocab_size, ends[0])
         self._size = vocab_size
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), n_vocab=len(vocabulary.tokens), eos_token=ends)
-        self._compiled: OrderedDict[Structure, Compiled] = OrderedDict()
+        self._compiled: OrderedDict[Structure, Kept] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, structure: Structure) -> Compiled:
+    def __call__(self, structure: Structure) -> Kept:
         """The structure as a constraint of `SamplingParams`.
 
         Raises:
@@ -92,14 +136,18 @@ class Grammars:
             if known is not None and not known.worn:
                 self._compiled.move_to_end(structure)
                 return known
-        compiled = self._compile(structure)
+        compiled = self._make(structure)
         with self._lock:
             self._compiled[structure] = compiled
             while len(self._compiled) > _REMEMBERED:
                 self._compiled.popitem(last=False)
         return compiled
 
-    def _compile(self, structure: Structure) -> Compiled:
+    def _make(self, structure: Structure) -> Kept:
+        return self.compile(structure)
+
+    def compile(self, structure: Structure) -> Compiled:
+        """As a call of this, and never from memory."""
         try:
             grammar = self._grammar(structure)
         except (ValueError, RecursionError) as error:
@@ -127,32 +175,29 @@ class Grammars:
 
 
 class Compiled:
-    """A compiled structure (`partinf.engine.constraint.Grammar`).
-
-    Attributes:
-        worn: an answer has failed, perhaps for the states that all of its answers share; later ones begin with new ones.
-    """
+    """A compiled structure, as `Kept` has it."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._size = matcher, vocab_size
         self.first_mask = _mask(matcher, vocab_size)
         self.worn = False
 
-    def start(self) -> _Answer:
-        return _Answer(self, self._matcher.deep_copy(), self._size)
+    def start(self) -> Answer:
+        return Answer(self, self._matcher.deep_copy(), self._size)
 
 
-class _Answer:
+class Answer:
     """The state of one answer (`partinf.engine.constraint.Constraint`)."""
 
     def __init__(self, compiled: Compiled, matcher: Any, vocab_size: int) -> None:
         self._compiled, self._matcher, self._size = compiled, matcher, vocab_size
 
-    def accept(self, token: int) -> bytes | None:
-        """As the protocol has it.
+    def accept(self, token: int, quick: bool = False) -> bytes | None:
+        """As the protocol has it, and as quick as its limits are.
 
         Raises:
-            RuntimeError: what may follow takes too long to find out, or is nothing that the vocabulary can write.
+            TooComplex: what may follow takes too much to find out.
+            RuntimeError: it is nothing that the vocabulary can write.
         """
         matcher = self._matcher
         if matcher.consume_token(token) and not matcher.is_stopped():
@@ -163,7 +208,17 @@ class _Answer:
             return None
         self._compiled.worn = True
         why = matcher.get_error() or (matcher.stop_reason() if matcher.is_stopped() else "no token of the vocabulary can come next")
-        raise RuntimeError(f"the answer cannot go on within its structure: {_short(why)}")
+        text = f"the answer cannot go on within its structure: {_short(why)}"
+        raise TooComplex(text) if matcher.is_error() else RuntimeError(text)
+
+    def skip(self, token: int) -> None:
+        """Take a token, and do not find out what may follow it.
+
+        Raises:
+            TooComplex: as `accept`.
+        """
+        if not self._matcher.consume_token(token):
+            raise TooComplex(f"the answer cannot go on within its structure: {_short(self._matcher.get_error())}")
 
 
 def _mask(matcher: Any, vocab_size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Threads for the masks of grammars: as many as have cores of their own, or as many as were asked for; the start says how many."""
+"""Threads for grammars that take long: one, two where there are cores for them, or as many as were asked for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from tests.cli.test_saved_plan import flags_of
 from tests.serve.support import LIMITS
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(1, 0), (2, 0), (3, 1), (4, 2), (64, 2)])
-def test_threads_for_masks_have_cores_of_their_own(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (64, 2)])
+def test_there_is_a_thread_for_masks_and_a_second_one_has_a_core_of_its_own(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     served = ServedEngine.read(flags_of(serve, "--model", "demo"))
     assert served.mask_threads == threads

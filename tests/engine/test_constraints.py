@@ -27,7 +27,7 @@ from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.replicas import IterationInputs
 from partinf.engine.request import Request
-from partinf.foundation.errors import InvalidInput
+from partinf.foundation.errors import Costly, InvalidInput
 from tests.engine.support import LETTERS, ROOMY, VOCAB, all_alone, make_engine
 
 TIGHT = replace(ROOMY, pages_per_shard=9, num_host_pages=60, max_len=24)
@@ -73,7 +73,9 @@ class _Walk:
         self._count = 0
         self._mask = grammar.first_mask
 
-    def accept(self, token: int) -> bytes | None:
+    def accept(self, token: int, quick: bool = False) -> bytes | None:
+        if quick and (self._grammar.gate or self._grammar.seconds):
+            raise Costly
         assert allows(self._mask, token), "a token that the mask does not have"
         self._count += 1
         time.sleep(self._grammar.seconds * (token % 3))

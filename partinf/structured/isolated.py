@@ -1,0 +1,218 @@
+"""Structures of strangers: whatever one takes, it takes it where it harms nobody.
+
+A structure is compiled by a process of its own first, which the kernel holds to a time and to a size in memory (`process`). One that was
+quick there is compiled here too, within limits that leave a token some milliseconds (`grammars.QUICK`), and its masks are found out in
+whichever thread asks. Where an answer meets these limits, it and later ones of its structure go on in a process for the rest of their
+lives: a thread would not do, since part of what a hostile grammar takes it takes with the interpreter's lock held, seconds for a token.
+
+Every thread that asks has a process of its own, started when it is needed first. A process may be ended at any time: it knows nothing that
+is not known here, and answers are built again from their tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pickle
+import signal
+import subprocess
+import threading
+
+import msgspec
+
+from partinf.foundation import bounded_process
+from partinf.foundation.bounded_process import LENGTH
+from partinf.foundation.errors import Costly, InvalidInput
+from partinf.structured.asked import Structure
+from partinf.structured.grammars import QUICK, Answer, Compiled, Grammars, Kept, Tokenizer, TooComplex
+from partinf.structured.messages import Asked, Bounds, Found
+
+_ENDING_SECONDS = 10.0
+_STARTING_SECONDS = 20.0  # for a process to import what it needs and to read a vocabulary, on a machine that is busy
+
+
+class Isolated(Grammars):
+    """`Grammars` for the structures of strangers. To be closed."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, bounds: Bounds | None = None) -> None:
+        """
+        Raises:
+            InvalidInput: as `Grammars`.
+        """
+        super().__init__(tokenizer, vocab_size, QUICK)
+        self.bounds = bounds or Bounds()
+        self._given = pickle.dumps((tokenizer, vocab_size, self.bounds))
+        self._own = threading.local()
+        self._processes: set[_Process] = set()
+        self._numbers = itertools.count(1)
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """End all processes, in the middle of what they do; who waits for them is told that they ended."""
+        with self._closing:
+            self._closed = True
+            processes = list(self._processes)
+        for process in processes:
+            process.close()
+
+    def ask(self, asked: Asked) -> Found:
+        """What this thread's process says.
+
+        Raises:
+            Ended: it was ended by this question.
+        """
+        process: _Process | None = getattr(self._own, "process", None)
+        if process is None:
+            with self._closing:
+                if self._closed:
+                    raise Ended("the server is closing")
+                process = self._own.process = _Process(self._given, self.bounds)
+                self._processes.add(process)
+        try:
+            found = process.ask(asked)
+        except Ended:
+            self._drop(process)
+            raise
+        if found.full:
+            process.close()
+            self._drop(process)
+        return found
+
+    def answer(self, structure: Structure, quick: Answer | None) -> IsolatedAnswer:
+        return IsolatedAnswer(self, next(self._numbers), structure, quick)
+
+    def _make(self, structure: Structure) -> Kept:
+        try:
+            found = self.ask(Asked(0, 0, (), structure))
+        except Ended as error:
+            raise InvalidInput(f"{structure.kind}: {error}") from None
+        if found.offences or found.mask is None:
+            raise InvalidInput(found.offences or f"{structure.kind}: {found.error}")
+        quick = None
+        if found.seconds <= self.bounds.quick_seconds:
+            try:
+                quick = self.compile(structure)
+            except InvalidInput:  # within the limits of a step
+                quick = None
+        return _Structure(self, structure, found.mask, quick)
+
+    def _drop(self, process: _Process) -> None:
+        self._own.process = None
+        with self._closing:
+            self._processes.discard(process)
+
+
+class _Structure:
+    """A compiled structure, as `Kept` has it.
+
+    Attributes:
+        quick: the same within `QUICK`, until an answer met these limits.
+    """
+
+    worn = False
+
+    def __init__(self, home: Isolated, structure: Structure, first_mask: bytes, quick: Compiled | None) -> None:
+        self._home, self._structure, self.first_mask, self.quick = home, structure, first_mask, quick
+
+    def start(self) -> IsolatedAnswer:
+        quick = self.quick
+        if quick is not None and quick.worn:
+            quick = self.quick = None
+        return self._home.answer(self._structure, None if quick is None else quick.start())
+
+
+class IsolatedAnswer:
+    """The state of one answer (`partinf.engine.constraint.Constraint`)."""
+
+    def __init__(self, home: Isolated, number: int, structure: Structure, quick: Answer | None) -> None:
+        self._home, self._number, self._structure, self._quick = home, number, structure, quick
+        self._tokens: list[int] = []
+
+    def accept(self, token: int, quick: bool = False) -> bytes | None:
+        """As the protocol has it.
+
+        Raises:
+            Costly: a process has to be asked, which it does if it is called again.
+            RuntimeError: what may follow takes too much to find out, or is nothing that the vocabulary can write.
+        """
+        if self._quick is not None:
+            try:
+                mask = self._quick.accept(token)
+            except TooComplex:
+                self._quick = None
+            else:
+                self._tokens.append(token)
+                return mask
+        if quick:
+            raise Costly
+        self._tokens.append(token)
+        found = self._home.ask(Asked(self._number, len(self._tokens), (token,), None))
+        if found.unknown:
+            found = self._home.ask(Asked(self._number, len(self._tokens), tuple(self._tokens), self._structure))
+        if found.error or found.offences:
+            raise RuntimeError(found.error or found.offences[0])
+        return found.mask
+
+
+class Ended(RuntimeError):
+    """A process ended instead of answering: for what it took, or with the server."""
+
+
+class _Process:
+    """One process and the socket to it. Whatever goes wrong with it, it is not used again."""
+
+    def __init__(self, given: bytes, bounds: Bounds) -> None:
+        """Starts it, which does not wait until it has come up."""
+        self._child, self._socket = bounded_process.start("partinf.structured.process")
+        self._bounds = bounds
+        self._unsaid = bounded_process.framed(given)
+        self._asking = threading.Lock()
+
+    def ask(self, asked: Asked) -> Found:
+        """
+        Raises:
+            Ended: the process ended instead.
+        """
+        with self._asking:
+            # The process is ended in time by the kernel; this is for one that does not run at all.
+            self._socket.settimeout(self._bounds.patience + (_STARTING_SECONDS if self._unsaid else 0.0))
+            try:
+                self._socket.sendall(self._unsaid + bounded_process.framed(pickle.dumps(asked)))
+                self._unsaid = b""
+                (length,) = LENGTH.unpack(self._read(LENGTH.size))
+                return msgspec.msgpack.decode(self._read(length), type=Found)
+            except TimeoutError:
+                raise Ended(self._why(self._end())) from None
+            except (OSError, EOFError):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be said how it ended
+                raise Ended(self._why(self._end())) from None
+
+    def close(self) -> None:
+        """End it, from any thread."""
+        self._child.kill()
+        with self._asking:
+            self._end()
+
+    def _read(self, count: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < count:
+            part = self._socket.recv(min(count - len(parts), 1 << 20))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+    def _end(self) -> int:
+        code = bounded_process.end(self._child)
+        self._socket.close()
+        return code
+
+    def _why(self, code: int) -> str:
+        """What ended the process, for the client."""
+        if code in (-signal.SIGPROF, -signal.SIGKILL):
+            return "the structure takes too long to find out what may follow"
+        if code == -signal.SIGABRT:
+            return "the structure takes too much memory"
+        return "what may follow cannot be found out for this structure (its process ended)"
