@@ -1,7 +1,7 @@
 """What of v5e's constants, and of the engines', is fitted to published steps, and how well each half of them predicts the other.
 
 Fitted on v5e: the rate of products, and what the kernel of decode takes for a row (its trace gives it at 16 rows). Everything else was read
-from traces or from single operations and is fixed. Fitted of an engine: what a step, a layer and a row of a layer take beside its program.
+from traces or from single operations and is fixed. Fitted of an engine: what a layer and a row of a layer take beside its program.
 Held out are whole layouts, batches, cache sizes, and models, never random cells.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from experiments.published.rows import Engine, Row, predicted, rows
 from partinf.cost.calibration import Calibration, calibration_for
@@ -47,7 +47,7 @@ def fit_engine(seen: Sequence[Row]) -> Engine:
         engine = Engine(*values)
         return sum(math.log(predicted(row, engines={row.engine: engine}) / row.seconds) ** 2 for row in seen)
 
-    return Engine(*descend(loss, (1e-3, 30e-6, 1e-6), (math.inf,) * 3))
+    return Engine(*descend(loss, (30e-6, 1e-6), (math.inf,) * 2))
 
 
 def descend(loss: Callable[[tuple[float, ...]], float], start: tuple[float, ...], highest: tuple[float, ...]) -> tuple[float, ...]:
@@ -93,21 +93,23 @@ def held_out() -> dict[str, dict[str, float]]:
 
 
 def engines_held_out() -> dict[str, dict[str, float]]:
-    """Errors of an engine's rows of one model under constants fitted to its rows of the other."""
+    """Errors of an engine's rows of one model under constants fitted to its rows of the other, and of all of them together."""
     found = {}
     for name in engines():
-        seen = timed("v6e", name)
+        seen, together = timed("v6e", name), []
         for model in sorted({row.fields["model"] for row in seen}):
             engine = fit_engine([row for row in seen if row.fields["model"] != model])
-            unseen = [row for row in seen if row.fields["model"] == model]
-            found[f"{name}, {model}"] = summary(predicted(row, engines={name: engine}) / row.seconds - 1 for row in unseen)
+            errors = [predicted(row, engines={name: engine}) / row.seconds - 1 for row in seen if row.fields["model"] == model]
+            found[f"{name}, {model}"] = summary(errors)
+            together += errors
+        found[f"{name}, each from the other"] = summary(together)
     return found
 
 
 def engines() -> dict[str, Engine]:
-    """Every engine with its constants, fitted to all its rows."""
+    """Every engine with its constants, fitted to all its rows; none of an engine that has no more rows than constants."""
     names = sorted({row.engine for row in rows() if row.engine})
-    return {name: fit_engine(timed("v6e", name)) for name in names}
+    return {name: fit_engine(seen) for name in names if len(seen := timed("v6e", name)) > len(fields(Engine))}
 
 
 def summary(errors: Iterable[float]) -> dict[str, float]:

@@ -30,18 +30,18 @@ from partinf.workload import DType
 
 @dataclass(frozen=True)
 class Engine:
-    """What a serving engine takes beside its program.
+    """What a serving engine takes beside its program. A time per step has no place beside these two: fitted with them it is nothing for one
+    engine and improves no row of the other, and rows of one model cannot tell it from a time per layer.
 
     Attributes:
-        step_seconds: of a step. layer_seconds: of every layer of it. row_seconds: of every row in every layer.
+        layer_seconds: of every layer of a step. row_seconds: of every row in every layer.
     """
 
-    step_seconds: float = 0.0
     layer_seconds: float = 0.0
     row_seconds: float = 0.0
 
     def seconds(self, layers: int, rows: int) -> float:
-        return self.step_seconds + layers * (self.layer_seconds + rows * self.row_seconds)
+        return layers * (self.layer_seconds + rows * self.row_seconds)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def _steps(one: dict[str, Any]) -> Iterator[Row]:
     chip = one["machine"].split(":")[0]
     for row in one["rows"]:
         fields = one | row
+        if not row.get("step_ms", 1):
+            continue  # the source timed its first token alone
         allocated = f", {row['allocated']} positions" if "allocated" in row else f", {row['input']} in"
         label = f"batch {row['batch']}{allocated}"
         seconds = row["step_ms"] / 1e3 if "step_ms" in row else 1 / row["tokens_per_second"]
@@ -178,7 +180,7 @@ def step(row: Row, constants: Calibration) -> Ledger:
 def _placed(name: str) -> tuple[ModelConfig, Slice, Layout]:
     """Model, slice and layout of a set of steps."""
     one = next(one for one in sets() if one["name"] == name)
-    layout = make_layout(one["storage"], one["attention"], one["attention"])
+    layout = make_layout(one["storage"], one["attention"], one["attention"], experts=one.get("experts"))
     return load_model_config(one["model"]), parse_slice(one["machine"], one.get("mesh")), layout
 
 

@@ -68,6 +68,20 @@ def test_each_half_predicts_the_other() -> None:
     assert max(one["ninth_decile"] for one in found.values()) <= 0.2
 
 
+def test_rows_of_an_engine_are_predicted_from_its_rows_of_another_model() -> None:
+    found = RESULTS["fits"]["engines_held_out"]
+    for name in ENGINES:
+        assert found[f"{name}, each from the other"]["rows"] == len(timed("v6e", name))
+        assert found[f"{name}, each from the other"]["median"] <= 0.12
+
+
+def test_an_engine_with_no_more_rows_than_constants_has_none() -> None:
+    alone = [row for row in rows() if row.engine and row.engine not in ENGINES]
+    assert alone
+    assert all(predicted(row, engines=ENGINES) == predicted(row) for row in alone)
+    assert median(abs(predicted(row) / row.seconds - 1) for row in alone) <= 0.12
+
+
 def test_shipped_constants_and_their_record_are_those_of_the_experiment() -> None:
     shipped, fitted = calibration_for(chips()["v5e"]), RESULTS["fits"]["v5e"]
     for key, value in fitted.items():
