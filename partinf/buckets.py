@@ -61,8 +61,8 @@ class Capacity:
         prefill_tokens: prompt tokens per step, rounded up likewise.
         page_size: tokens per KV page.
         random: whether requests may sample; False compiles greedy selection alone.
-        rich: whether requests may also have penalties, logit biases, alternatives (`top_logprobs`) and log-probabilities of their prompts.
-            The programs are as many and larger; every slot keeps counts and biases of the whole vocabulary on the devices.
+        extended: whether requests may use extended sampling: penalties, logit biases, `top_logprobs` and log-probabilities of their
+            prompts. The programs are as many and larger; every slot keeps counts and biases of the whole vocabulary on the devices.
         constrained: whether requests may be held to a grammar, by a mask of the tokens that may come next.
         max_prompt_len: longest prompt that will come; one step then holds such a prompt whole on every shard that prefills. 0: any prompt
             may come, and those that are longer than a shard's share of a step are cut over several.
@@ -76,7 +76,7 @@ class Capacity:
     prefill_tokens: int = 128
     page_size: int = 16
     random: bool = True
-    rich: bool = False
+    extended: bool = False
     constrained: bool = False
     max_prompt_len: int = 0
     max_residents: int = 0
@@ -103,7 +103,7 @@ def served_capacity(rows: int, max_len: int, prompt_tokens: int = SERVED_PROMPT_
         max_len: longest context; 0 for the model's. prompt_tokens: per step.
     """
     prompts = min(prompt_tokens, max_len or prompt_tokens)
-    return Capacity(max_rows=rows, max_len=max_len, prefill_tokens=prompts, rich=True, constrained=True)
+    return Capacity(max_rows=rows, max_len=max_len, prefill_tokens=prompts, extended=True, constrained=True)
 
 
 def _prompt_tokens(workload: Workload, num_stages: int) -> int:
@@ -241,7 +241,7 @@ def held(plan: Plan) -> Held:
         usable=usable_bytes(plan.slice),
         weights=weight_bytes(splits[0]),
         code=sum(code_bytes(plan, bucket) for bucket in plan.buckets),
-        state=slot_bytes(vocabulary, plan.rich, plan.constrained) * plan.cache.num_slots,
+        state=slot_bytes(vocabulary, plan.extended, plan.constrained) * plan.cache.num_slots,
         activations=max(map(activation_bytes, splits)),
     )
     cache, groups = plan.cache, plan.cache_groups
@@ -293,7 +293,7 @@ def shape_of(bucket: Bucket, page_size: int) -> StepShape:
         prefill_context=bucket.prefill_pages * page_size,
         page_size=page_size,
         sampling=bucket.random,
-        rich=bucket.rich,
+        extended=bucket.extended,
         constrained=bucket.constrained,
     )
 
@@ -355,7 +355,7 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     sets: list[list[Bucket]] = []
     for context in _contexts(pages):
         lanes_read, slots_read = round_up(context, plan.num_parts), round_up(context, plan.prefill_page_multiple())
-        kinds = {"random": capacity.random or capacity.rich, "rich": capacity.rich, "constrained": capacity.constrained}
+        kinds = {"random": capacity.random or capacity.extended, "extended": capacity.extended, "constrained": capacity.constrained}
         decode = Bucket(rows, lanes_read, **kinds)
         full = replace(decode, decode_rows=round_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
         sets.append([decode, full])
@@ -422,7 +422,7 @@ def runner_limits(plan: Plan, num_host_pages: int = 0, *others: int) -> RunnerLi
         prefill_shards=prefill_shards,
         chunks=any(bucket.prefill_pages for bucket in plan.buckets),
         random=all(bucket.random for bucket in plan.buckets),
-        rich=all(bucket.rich for bucket in plan.buckets),
+        extended=all(bucket.extended for bucket in plan.buckets),
         constrained=all(bucket.constrained for bucket in plan.buckets),
         num_stages=plan.num_stages,
         num_host_pages=num_host_pages,
@@ -492,6 +492,6 @@ def _needed(limits: RunnerLimits, steps: tuple[Step, ...]) -> Bucket:
         prefill_slots=most_slots * prefill_shards,
         prefill_pages=limits.pages_for(earlier),
         random=not all(each.greedy for each in how),
-        rich=any(each.rich for each in how) or any(chunk.targets for step in steps for chunk in step.prefill),
+        extended=any(each.extended for each in how) or any(chunk.targets for step in steps for chunk in step.prefill),
         constrained=any(row.mask is not None for step in steps for row in step.rows),
     )

@@ -40,8 +40,8 @@ class Bucket:
         prefill_tokens: flat prompt tokens. prefill_slots: prompts (or chunks of them) that share those tokens.
         prefill_pages: pages of earlier context that each slot may read; 0 when every prompt begins in this step.
         random: whether the program can sample, when some row of a step wants it; False compiles greedy selection alone.
-        rich: whether it can do what few requests ask for: penalties, logit biases, alternatives, log-probabilities of prompts. Such work
-            is skipped at run time by steps in which no request asks for it.
+        extended: whether it supports extended sampling: penalties, logit biases, top log-probabilities, log-probabilities of prompts. A
+            step in which no request uses them skips this work at run time.
         constrained: whether rows may be held to a mask of tokens; likewise skipped where none is.
     """
 
@@ -51,7 +51,7 @@ class Bucket:
     prefill_slots: int = 0
     prefill_pages: int = 0
     random: bool = False
-    rich: bool = False
+    extended: bool = False
     constrained: bool = False
 
     @property
@@ -68,7 +68,7 @@ class Bucket:
             and self.prefill_slots >= other.prefill_slots
             and self.prefill_pages >= other.prefill_pages
             and self.random >= other.random
-            and self.rich >= other.rich
+            and self.extended >= other.extended
             and self.constrained >= other.constrained
         )
 
@@ -78,7 +78,7 @@ class Bucket:
             parts.append(f"decode {self.decode_rows} × {self.decode_pages} pages")
         if self.prefill_tokens:
             parts.append(f"prefill {self.prefill_tokens} in {self.prefill_slots} slots, {self.prefill_pages} pages before")
-        kinds = ("sampling" if self.random else "greedy", "rich" if self.rich else "", "constrained" if self.constrained else "")
+        kinds = ("sampling" if self.random else "greedy", "extended" if self.extended else "", "constrained" if self.constrained else "")
         return ", ".join(["; ".join(parts), *filter(None, kinds)])
 
 
@@ -200,9 +200,9 @@ class Plan:
         return self.slice.axis_sizes
 
     @property
-    def rich(self) -> bool:
+    def extended(self) -> bool:
         """Whether penalty counts and logit biases of every slot are kept on the devices, because some bucket needs them."""
-        return any(bucket.rich for bucket in self.buckets)
+        return any(bucket.extended for bucket in self.buckets)
 
     @property
     def constrained(self) -> bool:

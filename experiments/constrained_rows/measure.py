@@ -31,7 +31,7 @@ STEPS, MAX_LEN = 60, 128
 
 def load_demo() -> api.Model:
     workload = Workload(ROWS, 32, 96, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=128, random=True, rich=True, constrained=True)
+    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=128, random=True, extended=True, constrained=True)
     return api.load("demo", api.plan("demo", "cpu:1", workload, capacity=capacity))
 
 

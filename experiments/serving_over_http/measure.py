@@ -80,7 +80,7 @@ def word_tokenizer(vocab_size: int) -> Tokenizer:
 
 def load(rows: int, max_len: int) -> tuple[Any, Engine, Tokenizer]:
     workload = Workload(rows, max_len // 2, max_len // 2, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=256, rich=True)
+    capacity = Capacity(max_rows=rows, max_len=max_len, prefill_tokens=256, extended=True)
     model = api.load(MODEL, api.plan(MODEL, "cpu:1", workload, capacity=capacity), random_weights=True)
     tokenizer = word_tokenizer(model.plan.model.vocab_size)
     policy = FirstComeFirstServed(rows, chunk_prefills=True)

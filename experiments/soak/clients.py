@@ -26,7 +26,7 @@ class Tally:
         outcomes: requests by what became of them: answered, cancelled, timeout, left (by the client), refused, invalid.
         samples: accepted answers, n per request. compared: samples that ran to their end and were compared with what they get alone;
             plain of them are greedy tasks, right of those have the answer that the task asks for.
-        drifted: sampled or steered samples that left the answer which they get alone at some token.
+        drifted: sampled or adjusted samples that left the answer which they get alone at some token.
         largest_difference: of a log-probability from that of the same token alone.
     """
 

@@ -3,8 +3,8 @@
     python -m experiments.soak.run --minutes 10
 
 The demo model runs on one CPU device with few pages, so that every policy has to preempt. Requests come about twice as fast as they can be
-answered: greedy, sampled, steered, scored, several samples, held to grammars, of a least length, shared beginnings; some time out, some are
-cancelled, some clients leave, some requests are nonsense. Every token is compared with what the same request gets alone. At the end of
+answered: greedy, sampled, adjusted, scored, several samples, held to grammars, of a least length, shared beginnings; some time out, some
+are cancelled, some clients leave, some requests are nonsense. Every token is compared with what the same request gets alone. At the end of
 every leg nothing may be left: no page, slot, page of host memory, request or thread; nothing may have been compiled; and memory may not
 grow. Exits with 1 if anything is wrong.
 """
@@ -81,7 +81,7 @@ class Compilations:
 
 def load_demo() -> api.Model:
     workload = Workload(ROWS, 24, 24, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, page_size=PAGE, random=True, rich=True, constrained=True)
+    capacity = Capacity(max_rows=ROWS, max_len=MAX_LEN, prefill_tokens=32, page_size=PAGE, random=True, extended=True, constrained=True)
     plan = api.plan("demo", "cpu:1", workload, capacity=capacity)
     plan = replace(plan, cache=replace(plan.cache, pages_per_shard=PAGES, num_slots=SLOTS))
     return api.load("demo", plan, num_host_pages=HOST_PAGES)

@@ -28,7 +28,8 @@ class Known:
 
     Attributes:
         alone: what it got when nothing else ran, one output per sample.
-        plain: greedy and not steered, so that `task` says what is right; where the model errs, it must err as it does alone.
+        plain: greedy, with logits that are not adjusted, so that `task` says what is right; where the model errs, it must err as it does
+            alone.
     """
 
     task: Task
@@ -55,7 +56,7 @@ def _drawn(count: int, rng: random.Random, grammars: Sequence[Grammar]) -> Itera
         task = make_task(kinds[number % len(kinds)], rng)
         if rng.random() < 0.4:
             task = after_solved(rng.choice(starts), task)
-        make = rng.choice((_plain, _plain, _plain, _sampled, _several, _steered, _scored, _long, _least, held, held))
+        make = rng.choice((_plain, _plain, _plain, _sampled, _several, _adjusted, _scored, _long, _least, held, held))
         yield task, make(rng), make is _plain
 
 
@@ -76,7 +77,7 @@ def _several(rng: random.Random) -> SamplingParams:
     return _params(rng, temperature=1.0, n=rng.randint(2, 4))
 
 
-def _steered(rng: random.Random) -> SamplingParams:
+def _adjusted(rng: random.Random) -> SamplingParams:
     bias = {rng.randrange(4, 90): rng.uniform(-5.0, 5.0) for _ in range(3)}
     how = rng.choice(({"presence_penalty": 1.0}, {"frequency_penalty": 0.7}, {"repetition_penalty": 1.3}, {"logit_bias": bias}))
     return _params(rng, temperature=rng.choice((0.0, 1.0)), **how)

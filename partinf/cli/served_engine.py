@@ -111,7 +111,7 @@ class ServedEngine:
         Raises:
             InvalidInput: as `ModelPlace.plan`.
         """
-        return place.plan(self.rows, random=True, prefill_tokens=self.prompt_tokens, rich=True, constrained=True, prefill_batch=1)
+        return place.plan(self.rows, random=True, prefill_tokens=self.prompt_tokens, extended=True, constrained=True, prefill_batch=1)
 
     def engine(self, runner: Runner, estimates: Estimates, **own: Any) -> Engine:
         """An engine over who executes its steps.

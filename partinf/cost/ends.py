@@ -6,6 +6,7 @@ for sampled rows only and reduce-scattered, axis by axis, into V.
 
 from __future__ import annotations
 
+from partinf.cost.extended_sampling import extended_entries
 from partinf.cost.items import (
     CHOOSE,
     CHOSEN,
@@ -25,7 +26,6 @@ from partinf.cost.items import (
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.linear import norm
 from partinf.cost.movement import Split
-from partinf.cost.rich import rich_entries
 from partinf.cost.split import StepSplit
 from partinf.foundation.rounding import ceil_div
 
@@ -64,7 +64,7 @@ def logits_entries(split: StepSplit) -> list[Entry]:
     real_slots = shape.prefill_slots if shape.real_slots is None else shape.real_slots
     useful = (real_rows + real_slots) / (shape.decode_rows + shape.prefill_slots)
     entries = _sampled_rows(split) + _logits_of(split, rows, 1, useful) + _choice(split, rows, useful)
-    return entries + (rich_entries(split, rows, useful, _logits_of) if shape.rich else [])
+    return entries + (extended_entries(split, rows, useful, _logits_of) if shape.extended else [])
 
 
 def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[Entry]:

@@ -157,14 +157,14 @@ class Held(NamedTuple):
         )
 
 
-def slot_bytes(vocab_size: int, rich: bool, constrained: bool) -> int:
+def slot_bytes(vocab_size: int, extended: bool, constrained: bool) -> int:
     """What one slot keeps on a device beside pages.
 
     Args:
-        vocab_size: entries of the vocabulary on the device. rich: counts (int32), marks (uint8) and biases (float32) of each.
+        vocab_size: entries of the vocabulary on the device. extended: counts (int32), marks (uint8) and biases (float32) of each.
         constrained: a mask of them, in words of 32 bits.
     """
-    return 4 + 9 * vocab_size * rich + 4 * ceil_div(vocab_size, 32) * constrained
+    return 4 + 9 * vocab_size * extended + 4 * ceil_div(vocab_size, 32) * constrained
 
 
 def usable_bytes(slice_: Slice) -> int:

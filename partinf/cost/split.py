@@ -32,7 +32,7 @@ class StepShape:
         real_context: keys of a lane that are not masked; None for all. allocated: positions that a lane holds, filled or not; None for
             those that it reads.
         sampling: the program can sample; False for greedy selection alone.
-        rich: its rows ask for everything that a rich program can do. constrained: and have masks.
+        extended: its rows use all of extended sampling. constrained: and have masks.
     """
 
     decode_rows: int = 0
@@ -47,7 +47,7 @@ class StepShape:
     real_context: int | None = None
     allocated: int | None = None
     sampling: bool = False
-    rich: bool = False
+    extended: bool = False
     constrained: bool = False
 
     @property

@@ -43,7 +43,7 @@ def _chosen_words(split: StepSplit) -> int:
     """Tokens and log-probabilities of all rows; alternatives, and of prompts scores and likeliest tokens, where the program has them."""
     shape = split.shape
     rows = shape.decode_rows + shape.prefill_slots
-    if not shape.rich:
+    if not shape.extended:
         return 2 * rows
     vocab = split.model.padded_vocab_size // split.ways(split.w_stored)
     alternatives = min(TOP_LOGPROBS, min(TOP_LOGPROBS, vocab) * split.ways(split.w_stored))

@@ -59,7 +59,7 @@ class RequestCheck:
                 frequency=float(params.frequency_penalty),
                 repetition=float(params.repetition_penalty),
                 top_logprobs=min(params.top_logprobs, self._limits.vocab_size),
-                steered=_steered(params, ends),
+                adjusted=_adjusted(params, ends),
                 ends_from=len(tokens) + params.min_tokens if params.min_tokens else 0,
             ),
             arrival=arrival,
@@ -114,9 +114,9 @@ class RequestCheck:
             )
         if params.min_tokens and len(ends) > (most := min(MAX_ENDS, self._limits.vocab_size - 1)):
             offences.append(f"min_tokens = {params.min_tokens} with {len(ends)} tokens that end the text; at most {most} can be held back")
-        if not self._limits.rich:
+        if not self._limits.extended:
             offences += [
-                f"{name} = {shown(getattr(params, name))}, but the steps cannot do that; plan with Capacity(rich=True)"
+                f"{name} = {shown(getattr(params, name))}, but the steps cannot do that; plan with Capacity(extended=True)"
                 for name, off in _RICH.items()
                 if getattr(params, name) != off and (name != "min_tokens" or ends)
             ]
@@ -141,12 +141,12 @@ class RequestCheck:
         return [f"{name} holds {shown(bad[0])}{more}, which is no token id; valid: 0..{vocab - 1}"]
 
 
-# Parameters that take rich steps, and their values when off.
+# Parameters of extended sampling, and their values when off.
 _STEERING: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "logit_bias": ()}
 _RICH: dict[str, Any] = _STEERING | {"min_tokens": 0, "top_logprobs": 0, "prompt_logprobs": False}
 
 
-def _steered(params: SamplingParams, ends: tuple[int, ...]) -> bool:
+def _adjusted(params: SamplingParams, ends: tuple[int, ...]) -> bool:
     return bool(params.min_tokens and ends) or any(getattr(params, name) != off for name, off in _STEERING.items())
 
 

@@ -183,7 +183,7 @@ class BatchBuilder:
             return False
         token = sequence.tokens[position] if position < len(sequence.tokens) else None
         sampling = sequence.request.sampling
-        counts = sampling.steered and position >= sequence.prefill_len
+        counts = sampling.adjusted and position >= sequence.prefill_len
         new = position + 1 >= sequence.prefill_len
         mask = sequence.mask if new else None
         row = DecodeRow(sequence.slot, shard, token, position, sequence.tables(num_pages), sampling, counts, mask)
@@ -295,7 +295,7 @@ class BatchBuilder:
         return max(fitting, key=lambda p: self._prefill_tokens[p], default=None)
 
     def _advance(self, sequence: Sequence, num_positions: int) -> None:
-        if sequence.request.sampling.steered and not sequence.started_slot:
+        if sequence.request.sampling.adjusted and not sequence.started_slot:
             self._start_slot(sequence)
         sequence.num_scheduled += num_positions
         sequence.num_iterations += 1

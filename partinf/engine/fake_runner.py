@@ -122,14 +122,14 @@ class FakeRunner:
         if not sampling.greedy:
             key = f"{sampling.seed}/{sampling.sample_index}/{length}"
             token += int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
-        if sampling.steered:
+        if sampling.adjusted:
             start, counted = self._counted[slot]
             generated = (*start.generated, *counted)
             shift = sampling.presence * len(set(generated)) + sampling.frequency * sum(generated)
             shift += (sampling.repetition - 1) * len({*start.prompt, *generated}) + sum(bias for _, bias in start.logit_bias)
             token += int(shift)
         token %= self._limits.vocab_size
-        while length < sampling.ends_from and sampling.steered and token in self._counted[slot][0].ends:
+        while length < sampling.ends_from and sampling.adjusted and token in self._counted[slot][0].ends:
             token = (token + 1) % self._limits.vocab_size
         if mask is not None:
             following = ((token + other) % self._limits.vocab_size for other in range(self._limits.vocab_size))
@@ -164,7 +164,7 @@ class FakeRunner:
                 problems.append(f"slot {row.slot}: its last token has not come out of the pipeline yet")
         rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
         ready = self._counted.keys() | {start.slot for start in step.starts}
-        problems += [f"slot {row.slot}: it was not started" for row in rows if row.sampling.steered and row.slot not in ready]
+        problems += [f"slot {row.slot}: it was not started" for row in rows if row.sampling.adjusted and row.slot not in ready]
         tokens = [row.token for row in step.decode if row.token is not None] + [t for chunk in step.prefill for t in chunk.tokens]
         problems += [f"token {token} is outside the vocabulary" for token in tokens if not 0 <= token < self._limits.vocab_size]
         if problems:

@@ -48,7 +48,7 @@ class RunnerLimits:
         num_host_pages: pages of host memory for sequences that are swapped out, 0 when the runner cannot swap; of the group that keeps all
             positions.
         chunks: whether a prompt may be cut and continued by later steps; if not, one step's share is the longest prompt.
-        random: whether rows may sample. rich: whether they may have penalties, biases, alternatives and log-probabilities of prompts.
+        random: whether rows may sample. extended: whether they may have penalties, biases, alternatives and log-probabilities of prompts.
         constrained: whether rows may have a mask of the tokens that they may sample.
     """
 
@@ -66,7 +66,7 @@ class RunnerLimits:
     prefill_shards: tuple[tuple[int, ...], ...] = ()
     chunks: bool = True
     random: bool = True
-    rich: bool = True
+    extended: bool = True
     constrained: bool = True
     num_stages: int = 1
     num_host_pages: int = 0

@@ -23,7 +23,8 @@ class RowSampling:
         temperature: 0 picks the most likely token. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
         seed: 0 ≤ seed < 2³². sample_index: which of a request's parallel samples this is.
         presence, frequency, repetition: penalties. top_logprobs: alternatives that are wanted with the token.
-        steered: it has penalties, biases or a least length, so its slot is started (`SlotStart`) before it runs and counts what it feeds.
+        adjusted: penalties, biases or a least length adjust its logits, so its slot is started (`SlotStart`) before it runs and counts
+            tokens.
         ends_from: position of the first token that may be one of `SlotStart.ends`.
     """
 
@@ -37,7 +38,7 @@ class RowSampling:
     frequency: float = 0.0
     repetition: float = 1.0
     top_logprobs: int = 0
-    steered: bool = False
+    adjusted: bool = False
     ends_from: int = 0
 
     @property
@@ -45,13 +46,13 @@ class RowSampling:
         return self.temperature == 0.0
 
     @property
-    def rich(self) -> bool:
-        """Whether it takes a rich step (`partinf.plans.Bucket.rich`)."""
-        return self.steered or self.top_logprobs > 0
+    def extended(self) -> bool:
+        """Whether it needs a step with extended sampling (`partinf.plans.Bucket.extended`)."""
+        return self.adjusted or self.top_logprobs > 0
 
 
 class SlotStart(NamedTuple):
-    """What a runner must know of a sequence that is steered and became resident, before its first row.
+    """What a runner must know of a sequence with adjusted logits that became resident, before its first row.
 
     Attributes:
         prompt, generated: its tokens so far, those that are to be computed again included. Later ones are counted as they are fed.
@@ -84,7 +85,7 @@ class DecodeRow(NamedTuple):
     Attributes:
         token: the token fed; None takes the one last sampled in this slot, which the host has not seen yet.
         tables: of every group, the pages up to `position`, from 0 or the first that a query there can see.
-        counts: the token fed is one that its slot has not counted yet: sampled since the slot was started. Only if `sampling.steered`.
+        counts: the token fed is one that its slot has not counted yet: sampled since the slot was started. Only if `sampling.adjusted`.
         mask: the tokens that may be sampled: bit i modulo 8 of byte i // 8 stands for token i, and those beyond its end may not. None
             where all may.
     """

@@ -10,7 +10,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageTable, RowSampling, Step
 from partinf.foundation.paging import table_start
 from partinf.plans import Bucket, Plan
-from partinf.transformer.batch import ENDS_LATER, STEERED, Batch, Tables, empty_batch
+from partinf.transformer.batch import ADJUSTED, ENDS_LATER, Batch, Tables, empty_batch
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, 
             whole[lane, : len(ids)] = ids
         _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
         if row.counts:
-            assert batch.rich is not None  # such a step goes into a rich bucket
-            batch.rich.counted[lane] = 1
+            assert batch.extended is not None  # such a step goes into an extended bucket
+            batch.extended.counted[lane] = 1
         rows.append(lane)
     for number, (group, tables) in enumerate(zip(limits.groups, batch.decode.tables, strict=True)):
         for lane, row in zip(rows, step.decode, strict=True) if group.window else ():
@@ -82,8 +82,8 @@ def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batc
             _place_table(tables, slot, table, chunk.start, chunk.start, group.window, limits)
         scored.append(slice(first, first + len(chunk.targets)))
         if chunk.targets:
-            assert batch.rich is not None
-            batch.rich.target[scored[-1]] = chunk.targets
+            assert batch.extended is not None
+            batch.extended.target[scored[-1]] = chunk.targets
         if chunk.last:
             prefill.last[slot], prefill.slot[slot] = first + count - 1, chunk.slot
             _place_sampling(batch, bucket.decode_rows + slot, chunk.sampling, chunk.end, chunk.mask is not None)
@@ -102,7 +102,7 @@ def _place_table(tables: Tables, row: int, table: PageTable, query: int, end: in
 
 
 def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int, constrained: bool) -> None:
-    sampling, rich = batch.sampling, batch.rich
+    sampling, extended = batch.sampling, batch.extended
     if not how.greedy:
         sampling.temperature[row], sampling.top_k[row] = how.temperature, how.top_k
         sampling.top_p[row], sampling.min_p[row] = how.top_p, how.min_p
@@ -110,6 +110,7 @@ def _place_sampling(batch: Batch, row: int, how: RowSampling, position: int, con
     if constrained:
         assert batch.constrained is not None  # such a step goes into a constrained bucket
         batch.constrained[row] = 1
-    if rich is not None and how.rich:
-        rich.steered[row], rich.alternatives[row] = how.steered * (ENDS_LATER if position < how.ends_from else STEERED), how.top_logprobs
-        rich.presence[row], rich.frequency[row], rich.repetition[row] = how.presence, how.frequency, how.repetition
+    if extended is not None and how.extended:
+        extended.adjusted[row] = how.adjusted * (ENDS_LATER if position < how.ends_from else ADJUSTED)
+        extended.alternatives[row] = how.top_logprobs
+        extended.presence[row], extended.frequency[row], extended.repetition[row] = how.presence, how.frequency, how.repetition

@@ -143,7 +143,7 @@ class JaxRunner:
                     done += obtained
                 kept.append(HostPages(self.plan, self.mesh, self._unrolled, group, *programs))
             self._host_pages = tuple(kept)
-        if self.plan.rich and self._start_slot is None:
+        if self.plan.extended and self._start_slot is None:
             self._start_slot, obtained = self._obtain(partial(compile_start, self.plan, self.mesh), "start")
             done += obtained
         self.num_compiled += done.compiled
@@ -207,9 +207,9 @@ class JaxRunner:
             self._tick(None)
         if submitted.out is None or submitted.placed is None:
             return StepOutput()
-        out, placed, rich = submitted.out, submitted.placed, submitted.placed.batch.rich
-        wanted = None if rich is None or not rich.alternatives.any() else rich.alternatives.tolist()
-        scored = rich is not None and (rich.target >= 0).any()
+        out, placed, extended = submitted.out, submitted.placed, submitted.placed.batch.extended
+        wanted = None if extended is None or not extended.alternatives.any() else extended.alternatives.tolist()
+        scored = extended is not None and (extended.target >= 0).any()
         prompts = (out.prompt_logprobs, out.prompt_top_tokens, out.prompt_top_logprobs) if scored else ()
         fetched = jax.device_get((out.tokens, out.logprobs, (out.top_tokens, out.top_logprobs) if wanted else (), prompts))
         tokens, logprobs = fetched[0].tolist(), fetched[1].tolist()

@@ -87,8 +87,8 @@ class Scorer:
         """
         if plan.num_stages > 1:
             raise InvalidInput(
-                f"texts are not scored in {plan.num_stages} pipeline stages; score them under a layout without, or ask a rich engine for "
-                "prompt_logprobs"
+                f"texts are not scored in {plan.num_stages} pipeline stages; score them under a layout without, or "
+                "ask an engine with extended sampling for prompt_logprobs"
             )
         bucket = max(plan.buckets, key=lambda b: (b.prefill_tokens, b.prefill_pages))
         self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)

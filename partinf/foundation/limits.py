@@ -46,7 +46,7 @@ MAX_SECONDS: Final = 1e9
 MIN_RATE, MAX_RATE = 1e-6, 1e9  # events per second: so that a thousand gaps stay within that time, and one gap is no less than a rounding
 MIN_VARIATION, MAX_VARIATION = 1e-3, 1e3  # coefficient of variation of the gaps: their gamma distribution can be drawn from
 
-# What one request may ask for: all are dimensions of arrays in every rich program.
+# Limits of one request: all are dimensions of arrays in every program with extended sampling.
 TOP_LOGPROBS: Final = 20  # alternatives per token
 MAX_BIASES: Final = 1024  # logit biases
 MAX_ENDS: Final = 128  # tokens that end a text, where it must not end before some length

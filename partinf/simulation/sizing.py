@@ -33,7 +33,7 @@ class Sizing:
         max_len: longest context. prefill_tokens: prompt tokens per step. page_size: tokens per KV page.
         host_bytes: host memory per chip for swapped pages. kv_pages, memory_share: as of `Capacity`. Neither memory has more pages than a
             pool keeps (`limits.MAX_PAGES`, of all shards together).
-        rich: its programs can do all that a server's can.
+        extended: its programs support extended sampling and constraints, as a server's do.
         overhead_seconds: added to every iteration for the host.
     """
 
@@ -45,7 +45,7 @@ class Sizing:
     host_bytes: float = 0.0
     kv_pages: int = 0
     memory_share: float = 0.0
-    rich: bool = True
+    extended: bool = True
     overhead_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -86,8 +86,8 @@ def sized_plan(plan: Plan, sizing: Sizing) -> Plan:
         max_len=sizing.max_len,
         prefill_tokens=sizing.prefill_tokens,
         page_size=sizing.page_size,
-        rich=sizing.rich,
-        constrained=sizing.rich,
+        extended=sizing.extended,
+        constrained=sizing.extended,
         max_residents=sizing.max_residents,
         kv_pages=sizing.kv_pages,
         memory_share=sizing.memory_share,
@@ -107,6 +107,6 @@ def _with_one_bucket(plan: Plan, sizing: Sizing) -> Plan:
         prefill_slots=slots,
         prefill_pages=ceil_div(sizing.max_len, sizing.page_size),
         random=True,
-        rich=True,
+        extended=True,
     )
     return replace(plan, buckets=(largest,))

@@ -75,7 +75,7 @@ class StepPrice:
         self._buckets = smallest_first(buckets)
         self._limits = runner_limits(replace(plan, buckets=self._buckets)) if buckets else None
         # Simulated requests use neither extended sampling nor constraints, and such a step skips both.
-        self._shape_of = {bucket: replace(shape_of(bucket, plan.cache.page_size), rich=False, constrained=False) for bucket in buckets}
+        self._shape_of = {bucket: replace(shape_of(bucket, plan.cache.page_size), extended=False, constrained=False) for bucket in buckets}
         self.shares = Shares(heads=plan.model.num_heads / plan.padded_model.num_heads)
         self._linear: dict[Hashable, _Sum] = {}
         self._decode: dict[Hashable, _Sum] = {}

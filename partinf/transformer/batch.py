@@ -17,7 +17,7 @@ from partinf.plans import Bucket, CacheGroup, Plan
 
 Array: TypeAlias = jax.Array | np.ndarray
 
-STEERED, ENDS_LATER = 1, 2  # values of `RichBatch.steered`
+ADJUSTED, ENDS_LATER = 1, 2  # values of `ExtendedBatch.adjusted`
 
 
 @jax.tree_util.register_dataclass
@@ -94,18 +94,18 @@ class SamplingBatch:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RichBatch:
-    """What few requests ask for: in the batches of rich buckets alone.
+class ExtendedBatch:
+    """Extended sampling: only in the batches of extended buckets.
 
     Attributes:
-        steered: [D + S] STEERED where penalties and biases of the row's slot apply, ENDS_LATER where besides the tokens that end its text
+        adjusted: [D + S] ADJUSTED where penalties and biases of the row's slot apply, ENDS_LATER where besides the tokens that end its text
             must not be chosen yet. presence, frequency, repetition: [D + S] its penalties.
         alternatives: [D + S] how many of the most likely tokens are wanted.
         counted: [D] 1 where the token that is fed was sampled, and is not in its slot's counts yet.
         target: [T] the token whose log-probability after this prompt token is wanted, -1 for none.
     """
 
-    steered: Array
+    adjusted: Array
     presence: Array
     frequency: Array
     repetition: Array
@@ -126,7 +126,7 @@ class Batch:
     decode: DecodeBatch
     prefill: PrefillBatch
     sampling: SamplingBatch
-    rich: RichBatch | None = None
+    extended: ExtendedBatch | None = None
     constrained: Array | None = None
 
 
@@ -146,6 +146,7 @@ def empty_batch(bucket: Bucket, plan: Plan) -> Batch:
 
     read = tuple(tables(group, lanes, group.columns(bucket.decode_pages, plan)) for group in groups)
     earlier = tuple(tables(group, slots, group.earlier_columns(bucket.prefill_pages, plan)) for group in groups)
+    extended = ExtendedBatch(fill(0, rows), floats(0), floats(0), floats(1), fill(0, rows), fill(0, lanes), fill(-1, tokens))
     return Batch(
         DecodeBatch(fill(0, lanes), fill(-1, lanes), fill(-1, lanes), read),
         PrefillBatch(
@@ -153,7 +154,7 @@ def empty_batch(bucket: Bucket, plan: Plan) -> Batch:
             fill(0, slots), earlier, fill(-1, slots), fill(-1, slots),
         ),
         SamplingBatch(floats(0), fill(0, rows), floats(1), floats(0), np.zeros(rows, np.uint32), fill(0, rows), fill(0, rows)),
-        RichBatch(fill(0, rows), floats(0), floats(0), floats(1), fill(0, rows), fill(0, lanes), fill(-1, tokens)) if bucket.rich else None,
+        extended if bucket.extended else None,
         fill(0, rows) if bucket.constrained else None,
     )  # fmt: skip
 

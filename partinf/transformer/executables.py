@@ -186,7 +186,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         if platform_of(mesh).host_code
         else "",  # which also lets XLA find it in what is loaded
         plan.facts("predicted", "note", "buckets"),
-        (plan.rich, plan.constrained, plan.carried_rows, *program),
+        (plan.extended, plan.constrained, plan.carried_rows, *program),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]
 

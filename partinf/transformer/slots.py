@@ -1,10 +1,10 @@
 """Penalties, logit biases and least lengths: what each slot remembers of its sequence on the devices, and how it changes logits.
 
-Every slot of a rich plan keeps, for every entry of the vocabulary, how often the sequence generated it, whether its prompt holds it,
+Every slot of an extended plan keeps, for every entry of the vocabulary, how often the sequence generated it, whether its prompt holds it,
 whether it ends the text, and its bias; all split over the vocabulary as the logits are, so nothing is exchanged. A slot is started, from
-what the host knows, whenever a sequence that is steered becomes resident in it (`compile_start`): when it begins, after preemption, from a
-shared prefix, back from host memory. From then on each sampled token is counted on the device when it is fed, which the host may not have
-seen yet.
+what the host knows, whenever a sequence with adjusted logits becomes resident in it (`compile_start`): when it begins, after preemption,
+from a shared prefix, back from host memory. From then on each sampled token is counted on the device when it is fed, which the host may not
+have seen yet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from partinf.foundation.limits import MAX_BIASES, MAX_ENDS
 from partinf.partition.collectives import take_split
 from partinf.partition.sharding import WHOLE, sharding, whole
 from partinf.plans import Plan
-from partinf.transformer.batch import ENDS_LATER, RichBatch
+from partinf.transformer.batch import ENDS_LATER, ExtendedBatch
 
 PROMPTED, ENDS = 1, 2  # bits of `Slots.marks`
 
@@ -56,14 +56,14 @@ def count_fed(slots: Slots, slot: jax.Array, tokens: jax.Array, counted: jax.Arr
     return Slots(slots.generated.at[slot, places].add(1, mode="drop"), slots.marks, slots.bias)
 
 
-def steer(logits: jax.Array, slots: Slots, slot: jax.Array, how: RichBatch) -> jax.Array:
-    """Logits [R, V.ef] after bias, repetition, frequency and presence penalty, in this order, for the rows that are steered.
+def adjust_logits(logits: jax.Array, slots: Slots, slot: jax.Array, how: ExtendedBatch) -> jax.Array:
+    """Logits [R, V.ef] after bias, repetition, frequency and presence penalty, in this order, for the rows with `adjusted` set.
 
     Frequency and presence count generated tokens alone, as OpenAI's do; repetition divides positive logits and multiplies the others
     for every token of prompt and output, as Hugging Face's does.
     """
-    steered = jnp.asarray(how.steered) > 0
-    ends_later = jnp.asarray(how.steered) == ENDS_LATER
+    adjusted = jnp.asarray(how.adjusted) > 0
+    ends_later = jnp.asarray(how.adjusted) == ENDS_LATER
 
     def changed(logits: jax.Array) -> jax.Array:
         at = lambda array: array.at[slot].get(mode="clip")  # noqa: E731  # [R, V.ef]
@@ -74,12 +74,12 @@ def steer(logits: jax.Array, slots: Slots, slot: jax.Array, how: RichBatch) -> j
         x -= jnp.asarray(how.frequency)[:, None] * generated.astype(jnp.float32)
         x -= jnp.asarray(how.presence)[:, None] * (generated > 0).astype(jnp.float32)
         x = jnp.where((marks & ENDS > 0) & ends_later[:, None], -jnp.inf, x)
-        return jnp.where(steered[:, None], x, logits)
+        return jnp.where(adjusted[:, None], x, logits)
 
-    return lax.cond(jnp.any(steered), changed, lambda x: x, logits)
+    return lax.cond(jnp.any(adjusted), changed, lambda x: x, logits)
 
 
-def steer_plain(
+def adjust_logits_plain(
     logits: np.ndarray,
     prompt: Sequence[int],
     generated: Sequence[int],
@@ -87,8 +87,8 @@ def steer_plain(
     penalties: tuple[float, float, float] = (0.0, 0.0, 1.0),
     ends: Sequence[int] = (),
 ) -> np.ndarray:
-    """The twin of `steer` for one row of whole logits [V], from the tokens themselves; penalties: presence, frequency, repetition; ends:
-    tokens that must not be chosen yet."""
+    """The twin of `adjust_logits` for one row of whole logits [V], from the tokens themselves; penalties: presence, frequency, repetition;
+    ends: tokens that must not be chosen yet."""
     presence, frequency, repetition = penalties
     x = np.array(logits, np.float64)
     for token, value in bias.items():

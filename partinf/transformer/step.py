@@ -1,6 +1,6 @@
 """The compiled step: `step(params, state, batches) → (state, out)`, one program per bucket.
 
-The state (KV pages, the last token of every slot, in rich plans its counts and biases, in constrained ones its mask of tokens) is
+The state (KV pages, the last token of every slot, in extended plans its counts and biases, in constrained ones its mask of tokens) is
 donated and updated in place; a sampled token is fed to the next step on the device unless the host sends another.
 A step is one tick of the pipeline (`transformer.stages`): it takes one batch per stage and gives the tokens of the last stage's. With
 one stage that is the batch that it takes.
@@ -30,7 +30,7 @@ from partinf.transformer.masks import abstract_masks, restrict
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
 from partinf.transformer.sampling import choose, log_normalizer, logit_of, most_likely
-from partinf.transformer.slots import Slots, abstract_slots, count_fed, steer
+from partinf.transformer.slots import Slots, abstract_slots, adjust_logits, count_fed
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class State:
 
     Attributes:
         kv: the paged cache. last_token: [slots] the last token sampled for each slot.
-        slots: for penalties and biases, in rich plans alone. carried: activations that the next tick's stages begin with, if there are
+        slots: for penalties and biases, in extended plans alone. carried: activations that the next tick's stages begin with, if there are
             several. masks: the tokens that constrained rows may choose, in constrained plans alone (`transformer.masks`).
     """
 
@@ -60,8 +60,8 @@ class Out:
         tokens, logprobs: [D + S], decode lanes first; log-probabilities are those of the model, before temperature and penalties. Token
             -1 stands for a row whose logits are no numbers.
         logits: [D + S, V.ef] float32, or None unless it was asked for.
-        top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in rich buckets; meaningless in a step whose
-            rows want none. prompt_logprobs: [T] of the targets, in rich buckets with prompt tokens; prompt_top_tokens,
+        top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in extended buckets; meaningless in a step
+            whose rows want none. prompt_logprobs: [T] of the targets, in extended buckets with prompt tokens; prompt_top_tokens,
             prompt_top_logprobs: [T] the likeliest tokens in their places.
     """
 
@@ -81,7 +81,7 @@ Step = Callable[[Params, State, Batch], tuple[State, Out]]
 def abstract_state(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> State:
     """The state as `jax.ShapeDtypeStruct`s with shardings."""
     last = jax.ShapeDtypeStruct((plan.cache.num_slots,), jnp.int32, sharding=sharding(plan, mesh, "."))
-    slots = abstract_slots(plan, mesh) if plan.rich else None
+    slots = abstract_slots(plan, mesh) if plan.extended else None
     masks = abstract_masks(plan, mesh) if plan.constrained else None
     return State(abstract_cache(plan, mesh, unrolled), last, slots, stages.abstract_carried(plan, mesh), masks)
 
@@ -114,8 +114,8 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         offences.append(f"bucket {bucket}: no tokens")
     if bool(bucket.prefill_tokens) != bool(bucket.prefill_slots):
         offences.append(f"bucket {bucket}: prefill tokens and prefill slots go together")
-    if bucket.rich and not plan.rich:
-        offences.append(f"bucket {bucket}: the plan has no rich bucket, so its slots keep no counts")
+    if bucket.extended and not plan.extended:
+        offences.append(f"bucket {bucket}: the plan has no extended bucket, so its slots keep no counts")
     if bucket.constrained and not plan.constrained:
         offences.append(f"bucket {bucket}: the plan has no constrained bucket, so its slots keep no masks")
     carried = zip((bucket.decode_rows, bucket.prefill_tokens), plan.carried_rows, strict=True)
@@ -135,23 +135,25 @@ def build_step(
     specs = lambda tree: jax.tree.map(lambda leaf: leaf.sharding.spec, tree)  # noqa: E731
     params_specs, state_specs = specs(abstract_params(plan, mesh, unrolled)), specs(abstract_state(plan, mesh, unrolled))
     batch_specs = jax.tree.map(lambda _: WHOLE, stacked(bucket, plan))
-    rich = WHOLE if bucket.rich else None
-    out_specs = Out(WHOLE, WHOLE, spec(plan, ".W") if with_logits else None, rich, rich, *[rich if bucket.prefill_tokens else None] * 3)
+    extended = WHOLE if bucket.extended else None
+    out_specs = Out(
+        WHOLE, WHOLE, spec(plan, ".W") if with_logits else None, extended, extended, *[extended if bucket.prefill_tokens else None] * 3
+    )
 
     def local_step(params: Params, state: State, batches: Batch) -> tuple[State, Out]:
         mine, batch = stages.own(batches, routes), stages.last(batches)
         x, kv = hidden(params, state.kv, mine, _fed(mine, state), routes, state.carried)
         carried = stages.leave(x, state.carried, routes)
         kept = state.slots
-        if bucket.rich:
+        if bucket.extended:
             # A slot's counts change where they are used, so that steps in stages before have not touched them.
             kept = count_fed(
-                kept, jnp.asarray(batch.decode.slot), _fed(batch, state), jnp.asarray(batch.rich.counted), vocabulary_ids(routes)
+                kept, jnp.asarray(batch.decode.slot), _fed(batch, state), jnp.asarray(batch.extended.counted), vocabulary_ids(routes)
             )
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, replace(state, slots=kept), slots, batch, routes)
-        if bucket.rich and bucket.prefill_tokens:
+        if bucket.extended and bucket.prefill_tokens:
             logprobs, top_tokens, top_logprobs = _prompt_scores(params, x, batch, routes)
             out = replace(out, prompt_logprobs=logprobs, prompt_top_tokens=top_tokens, prompt_top_logprobs=top_logprobs)
         out = stages.from_last(replace(out, logits=_whole_lanes(logits, routes) if with_logits else None), routes)
@@ -203,13 +205,13 @@ def choose_tokens(logits: jax.Array, state: State, slots: jax.Array, batch: Batc
     ids, how = vocabulary_ids(routes), jax.tree.map(local, batch.sampling)
     random = jnp.any(jnp.asarray(batch.sampling.temperature) > 0) if routes.bucket.random else None
     choices = logits  # what is chosen from; log-probabilities are the model's own
-    if routes.bucket.rich:
-        rows = replace(batch.rich, counted=None, target=None)
-        choices = steer(choices, state.slots, local(slots), jax.tree.map(local, rows))
+    if routes.bucket.extended:
+        rows = replace(batch.extended, counted=None, target=None)
+        choices = adjust_logits(choices, state.slots, local(slots), jax.tree.map(local, rows))
     if routes.bucket.constrained:
         choices = restrict(choices, state.masks, local(slots), local(batch.constrained))
     tokens = choose(choices, ids, how, axes, random)
-    if not routes.bucket.rich:
+    if not routes.bucket.extended:
         logprobs = logit_of(logits, ids, tokens, axes) - log_normalizer(logits, axes)
         return Out(_whole_lanes(_token_or_none(tokens, logprobs, routes), routes), _whole_lanes(logprobs, routes))
     normalizer = log_normalizer(logits, axes)
@@ -221,7 +223,7 @@ def choose_tokens(logits: jax.Array, state: State, slots: jax.Array, batch: Batc
 
     shapes = jax.eval_shape(alternatives)
     nothing = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # noqa: E731
-    tops = lax.cond(jnp.any(jnp.asarray(batch.rich.alternatives) > 0), alternatives, nothing)
+    tops = lax.cond(jnp.any(jnp.asarray(batch.extended.alternatives) > 0), alternatives, nothing)
     return Out(_whole_lanes(_token_or_none(tokens, logprobs, routes), routes), _whole_lanes(logprobs, routes), None, *tops)
 
 
@@ -233,7 +235,7 @@ def _token_or_none(tokens: jax.Array, logprobs: jax.Array, routes: Routes) -> ja
 
 def _prompt_scores(params: Params, x: jax.Array, batch: Batch, routes: Routes) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities of the targets and the likeliest tokens in their places with theirs, [T] each, where there are any targets."""
-    targets = jnp.asarray(batch.rich.target)
+    targets = jnp.asarray(batch.extended.target)
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     score = lambda: prompt_scores(params, x[lanes:], targets, routes)  # noqa: E731
     nothing = lambda: tuple(jnp.zeros(targets.shape, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32))  # noqa: E731

@@ -79,7 +79,7 @@ def test_what_cannot_be_held_back_is_refused() -> None:
     with pytest.raises(InvalidInput, match=f"{MAX_ENDS + 1} tokens that end the text; at most"):
         engine.generate([[1]], replace(many, min_tokens=1))
     assert engine.generate([[1]], many)
-    plain = Engine(FakeRunner(replace(ROOMY, rich=False)))
+    plain = Engine(FakeRunner(replace(ROOMY, extended=False)))
     with pytest.raises(InvalidInput, match="min_tokens = 2, but the steps cannot do that"):
         plain.generate([[1]], SamplingParams(min_tokens=2, stop_token_ids=(5,)))
     assert len(plain.generate([[1]], SamplingParams(min_tokens=2, max_tokens=3))[0].tokens) == 3  # nothing could end it before

@@ -19,7 +19,7 @@ from partinf.model.config import ModelConfig
 from partinf.plans import CacheConfig, Plan
 from partinf.transformer import reference
 from partinf.transformer.masks import laid_out, restrict, restrict_plain
-from tests.execution.test_rich_runner import LAYOUTS, make_runner
+from tests.execution.test_extended_sampling import LAYOUTS, make_runner
 
 MAX_LEN = 28  # of the runner
 

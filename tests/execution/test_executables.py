@@ -49,8 +49,8 @@ def without_the_cache_of_jax() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
-def plan_of(rich: bool = False) -> Plan:
-    wanted = Capacity(max_rows=4, max_len=12, prefill_tokens=8, page_size=4, rich=rich)
+def plan_of(extended: bool = False) -> Plan:
+    wanted = Capacity(max_rows=4, max_len=12, prefill_tokens=8, page_size=4, extended=extended)
     plan = with_capacity(make_plan("2x2x2", LAYOUT, MODEL), wanted)
     return replace(plan, buckets=plan.buckets[-1:])
 
@@ -66,7 +66,7 @@ def start(plan: Plan, cache: ExecutableCache | None, unrolled: bool = False) -> 
 
 
 def test_a_second_start_compiles_nothing_and_answers_the_same(tmp_path: Path, nothing_compiles) -> None:
-    plan, cache = plan_of(rich=True), ExecutableCache(tmp_path / "programs")
+    plan, cache = plan_of(extended=True), ExecutableCache(tmp_path / "programs")
     first, done = start(plan, cache)
     assert (done.compiled, done.loaded) == (2, 0)
     params = replace(PARAMS, presence_penalty=1.0, top_logprobs=2)
@@ -170,7 +170,7 @@ def test_what_a_program_depends_on_is_in_its_name(monkeypatch: pytest.MonkeyPatc
         program_key(plan, mesh, replace(bucket, decode_pages=1), False),
         program_key(replace(plan, cache=replace(plan.cache, page_size=8)), mesh, bucket, False),
         program_key(replace(plan, model=replace(MODEL, ffn_dim=128)), mesh, bucket, False),
-        program_key(replace(plan, buckets=(replace(bucket, rich=True),)), mesh, bucket, False),
+        program_key(replace(plan, buckets=(replace(bucket, extended=True),)), mesh, bucket, False),
         program_key(plan, device_mesh(plan, jax.devices()[::-1]), bucket, False),
     ]
     monkeypatch.setenv("XLA_FLAGS", "--xla_other")

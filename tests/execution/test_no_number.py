@@ -204,7 +204,7 @@ def poisoned(name: str) -> JaxRunner:
     """The demo with NaN in one row of its embeddings, few pages, and one program for everything."""
     case = CASES[name]
     plan = Plan(load_model_config("demo"), parse_slice(case.slice_name), case.layout, weights=DType.F32, kv=case.kv)
-    plan = with_capacity(plan, Capacity(max_rows=8, max_len=MAX_LEN, prefill_tokens=16, page_size=4, rich=True))
+    plan = with_capacity(plan, Capacity(max_rows=8, max_len=MAX_LEN, prefill_tokens=16, page_size=4, extended=True))
     plan = replace(plan, buckets=plan.buckets[-1:], cache=replace(plan.cache, pages_per_shard=24 // plan.num_shards))
     mesh = device_mesh(plan)
     params = load_hf(resources.find("models", "demo"), plan.model, abstract_params(plan, mesh, False))
@@ -312,7 +312,7 @@ def test_many_mixed_requests_are_answered_as_alone(name: str) -> None:
 
 def test_a_text_without_scores_is_named_and_no_other() -> None:
     runner = poisoned("sequence")
-    plan = replace(runner.plan, buckets=(replace(runner.plan.buckets[0], rich=False, random=False),))
+    plan = replace(runner.plan, buckets=(replace(runner.plan.buckets[0], extended=False, random=False),))
     scorer = Scorer(plan, runner.params, runner.mesh)
     good, bad = [3, 5, 7, 9, 11, 13, 2, 4], [1, 5, POISON, 7, 9, 11]
     scores = scorer.score([bad, good, bad, good[:4]])

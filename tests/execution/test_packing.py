@@ -25,7 +25,7 @@ from partinf.transformer.slots import pack_start
 from partinf.workload import DType
 
 MODEL = ModelConfig("tiny", 1, 64, 128, 8, 4, 16, 500, max_len=64)
-BUCKET = Bucket(4, 4, 16, 4, 0, random=True, rich=True)
+BUCKET = Bucket(4, 4, 16, 4, 0, random=True, extended=True)
 PLAN = Plan(MODEL, parse_slice("cpu:1"), make_layout({"x": "replica"}, {"x": "none"}), weights=DType.F32, kv=DType.F32, max_len=64)
 PLAN = replace(PLAN, cache=CacheConfig(16, 16, 4), buckets=(BUCKET,))
 LIMITS = runner_limits(PLAN)
@@ -55,13 +55,13 @@ def test_accepted_parameters_fit(values: dict[str, Any]) -> None:
     start = SlotStart(0, request.prompt, (), request.params.logit_bias, request.ends)
     placed = place_step(Step(prefill=(chunk,), starts=(start,)), BUCKET, PLAN, LIMITS)
     (row,) = placed.prefill_rows
-    sampling, rich = placed.batch.sampling, placed.batch.rich
+    sampling, extended = placed.batch.sampling, placed.batch.extended
     if not how.greedy:
         assert (sampling.top_k[row], sampling.seed[row], sampling.sample[row]) == (how.top_k, how.seed, request.params.n - 1)
         np.testing.assert_allclose(sampling.temperature[row], how.temperature, rtol=1e-6, atol=1e-38)
         np.testing.assert_allclose(sampling.top_p[row], how.top_p, rtol=1e-6, atol=1e-38)
-    if how.rich:
-        assert rich.alternatives[row] == how.top_logprobs
+    if how.extended:
+        assert extended.alternatives[row] == how.top_logprobs
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(placed.batch))
     pack([placed.batch])
     pack_start(*start, PLAN.max_len)

@@ -1,6 +1,6 @@
 """Requests through 2 and 4 pipeline stages × other axes: tokens as on one device, with preemption, swapping and prefixes; bad input.
 
-Sampling and rich requests in three stages are in `test_rich_runner`.
+Sampling and extended sampling in three stages are in `test_extended_sampling`.
 """
 
 from __future__ import annotations

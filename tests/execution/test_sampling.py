@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from partinf.engine.params import MAX_TEMPERATURE
-from partinf.transformer.batch import ENDS_LATER, RichBatch, SamplingBatch
+from partinf.transformer.batch import ENDS_LATER, ExtendedBatch, SamplingBatch
 from partinf.transformer.sampling import _uniform, choose, keep, keep_plain, log_normalizer, logit_of, most_likely
-from partinf.transformer.slots import ENDS, PROMPTED, Slots, count_fed, steer, steer_plain
+from partinf.transformer.slots import ENDS, PROMPTED, Slots, adjust_logits, adjust_logits_plain, count_fed
 
 VOCAB = 64
 
@@ -151,8 +151,8 @@ def test_the_most_likely_come_in_order_whatever_the_mesh(seed: int, ways: int, c
     np.testing.assert_array_equal(values, np.take_along_axis(logits, want, axis=-1))
 
 
-def steered_rows(ways: int, logits: np.ndarray, prompts: list[list[int]], fed: list[list[int]], how: RichBatch) -> np.ndarray:
-    """Rows steered on a split vocabulary, after tokens were fed one by one to slots in reverse order; every slot has biases, and ends."""
+def adjusted_rows(ways: int, logits: np.ndarray, prompts: list[list[int]], fed: list[list[int]], how: ExtendedBatch) -> np.ndarray:
+    """Rows adjusted on a split vocabulary, after tokens were fed one by one to slots in reverse order; every slot has biases, and ends."""
     mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
     rows = len(prompts)
     slot = jnp.arange(rows)[::-1]
@@ -168,7 +168,7 @@ def steered_rows(ways: int, logits: np.ndarray, prompts: list[list[int]], fed: l
     def local(logits: jax.Array, ids: jax.Array, slots: Slots) -> jax.Array:
         for place in range(length):
             slots = count_fed(slots, slot, jnp.asarray(tokens[:, place]), jnp.asarray(counted[:, place]), ids)
-        return steer(logits, slots, slot, how)
+        return adjust_logits(logits, slots, slot, how)
 
     split = P(None, "x")
     specs = (split, P("x"), Slots(split, split, split))
@@ -185,15 +185,15 @@ def test_penalties_and_biases_equal_the_plain_twin(ways: int) -> None:
     fed = [rng.integers(0, 9, size=size).tolist() for size in (0, 1, 4, 7, 7, 3)]
     penalties = [(0.5, 0.0, 1.0), (0.0, 0.7, 1.0), (0.0, 0.0, 1.3), (1.0, -0.5, 0.8), (-2.0, 2.0, 2.0), (1.0, 1.0, 2.0)]
     presence, frequency, repetition = (np.array(values, np.float32) for values in zip(*penalties, strict=True))
-    steered = np.array([1, 1, 2, 2, 1, 0], np.int32)
+    adjusted = np.array([1, 1, 2, 2, 1, 0], np.int32)
     none = np.zeros(6, np.int32)
-    found = steered_rows(ways, logits, prompts, fed, RichBatch(steered, presence, frequency, repetition, none, none, none))
+    found = adjusted_rows(ways, logits, prompts, fed, ExtendedBatch(adjusted, presence, frequency, repetition, none, none, none))
     for row in range(5):
-        want = steer_plain(
-            logits[row], prompts[row], fed[row], {3: 1.5, 50: -2.0}, penalties[row], [7, 50] if steered[row] == ENDS_LATER else []
+        want = adjust_logits_plain(
+            logits[row], prompts[row], fed[row], {3: 1.5, 50: -2.0}, penalties[row], [7, 50] if adjusted[row] == ENDS_LATER else []
         )
         np.testing.assert_allclose(found[row], want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(found[5], logits[5])  # not steered, whatever its slot holds
+    np.testing.assert_array_equal(found[5], logits[5])  # not adjusted, whatever its slot holds
 
 
 TEMPERATURES = [1e-45, 1e-30, 1e-6, 0.7, 100.0, 1e30, MAX_TEMPERATURE]

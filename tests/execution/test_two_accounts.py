@@ -37,7 +37,7 @@ BUCKETS = {
     "chunks": Bucket(0, 0, 32, 8, 8),
     "mixed": Bucket(8, 16, 64, 16, 8),
     "sampling": Bucket(8, 8, random=True),
-    "rich": Bucket(8, 8, 64, 16, 8, random=True, rich=True),
+    "extended": Bucket(8, 8, 64, 16, 8, random=True, extended=True),
     "constrained": Bucket(8, 8, 64, 16, 8, random=True, constrained=True),
 }
 
@@ -89,7 +89,7 @@ def test_sampled_assignments(assignment: Assignment, kind: str) -> None:
 @pytest.mark.parametrize("assignment", all_assignments(), ids=str)
 def test_every_assignment(assignment: Assignment) -> None:
     """In the buckets that hold all that the others do."""
-    for kind in ("prefill", "mixed", "rich"):
+    for kind in ("prefill", "mixed", "extended"):
         check(plan_of(assignment), BUCKETS[kind])
 
 
@@ -204,7 +204,7 @@ def test_palm_540b_on_64_chips(roles: str) -> None:
     )
     plan = make_plan("4x4x4", layout, model=load_model_config("palm-540b"), slice_name="v4:4x4x4")
     check(plan, Bucket(64, 128))
-    check(plan, Bucket(64, 128, random=True, rich=True))
+    check(plan, Bucket(64, 128, random=True, extended=True))
     check(plan, Bucket(0, 0, 2048, 1, 0))
     check(plan, Bucket(0, 0, 2048, 1, 128))
     check(dataclasses.replace(plan, prefill_from_tokens=1), Bucket(0, 0, 4096, 2, 0))

@@ -20,7 +20,7 @@ def demo() -> Iterator[Serving]:
     from partinf.workload import DType, Workload
 
     workload = Workload(16, 64, 64, weights=DType.F32, kv=DType.F32)
-    capacity = Capacity(max_rows=16, max_len=LIMITS.max_len, prefill_tokens=128, rich=True, constrained=True)
+    capacity = Capacity(max_rows=16, max_len=LIMITS.max_len, prefill_tokens=128, extended=True, constrained=True)
     model = api.load("demo", api.plan("demo", "cpu:1", workload, capacity=capacity))
     policy = FirstComeFirstServed(chunk_prefills=True)
     engine = Engine(model.runner, tokenizer=model.tokenizer, policy=policy, lag=1, check_invariants=True, num_mask_threads=2)

@@ -227,7 +227,7 @@ def test_stop_and_length(client: Client) -> None:
 
 def test_what_steers_sampling(client: Client, demo: Serving) -> None:
     """Every one of these reaches the engine: the answer is the engine's own to the same parameters."""
-    steered = [
+    adjusted = [
         {"logit_bias": {"14": 100}},
         {"presence_penalty": 2.0, "temperature": 0},
         {"frequency_penalty": 2.0, "temperature": 0},
@@ -235,7 +235,7 @@ def test_what_steers_sampling(client: Client, demo: Serving) -> None:
         {"seed": 3, "extra_body": {"top_k": 2, "min_p": 0.2, "repetition_penalty": 1.5}},
         {"temperature": 0, "extra_body": {"ignore_eos": True}},
     ]
-    for more in steered:
+    for more in adjusted:
         (choice,) = client.completions.create(model="demo", prompt="repeat: 9 k =", max_tokens=8, **more).choices  # type: ignore[call-overload]
         given = {name: value for name, value in more.items() if name != "extra_body"} | more.get("extra_body", {})  # type: ignore[operator]
         given["logit_bias"] = {int(token): bias for token, bias in given.get("logit_bias", {}).items()}

@@ -16,7 +16,7 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.foundation.errors import InvalidInput
 from tests.engine.support import ROOMY, all_alone, make_engine
 
-STEERED = SamplingParams(max_tokens=9, presence_penalty=1.0, frequency_penalty=2.0, repetition_penalty=3.0, logit_bias={4: 2.0})
+ADJUSTED = SamplingParams(max_tokens=9, presence_penalty=1.0, frequency_penalty=2.0, repetition_penalty=3.0, logit_bias={4: 2.0})
 SAMPLED = SamplingParams(max_tokens=6, temperature=1.0, n=3, seed=5)
 ESTIMATES = Estimates(first_iteration=lambda tokens: 1.0, decode=1.0)
 TIGHT = replace(ROOMY, pages_per_shard=9, num_host_pages=60, max_len=24)
@@ -34,8 +34,8 @@ POLICIES = {"fcfs": FirstComeFirstServed, "recompute": queue(Eviction.RECOMPUTE)
 def test_counts_survive_preemption_and_swapping(policy: str, lag: int) -> None:
     engine = Engine(FakeRunner(TIGHT), policy=POLICIES[policy](), lag=lag, clock=lambda: engine.metrics.iterations, check_invariants=True)
     prompts = [[number, 7, number, 3, 1] for number in range(5)]
-    outputs = engine.generate(prompts, replace(STEERED, n=2))
-    want = [output.tokens for prompt in prompts for output in all_alone(ROOMY, prompt, replace(STEERED, n=2), "x")]
+    outputs = engine.generate(prompts, replace(ADJUSTED, n=2))
+    want = [output.tokens for prompt in prompts for output in all_alone(ROOMY, prompt, replace(ADJUSTED, n=2), "x")]
     assert [output.tokens for output in outputs] == want
     assert engine.metrics.preemptions + engine.metrics.swap_outs > 4
     starts = [start for step in engine._runner.steps for start in step.starts]
@@ -144,12 +144,12 @@ def test_alternatives_come_with_tokens_and_events() -> None:
 
 
 def test_what_the_steps_cannot_do_is_refused() -> None:
-    engine = make_engine(limits=replace(ROOMY, random=False, rich=False))
+    engine = make_engine(limits=replace(ROOMY, random=False, extended=False))
     with pytest.raises(InvalidInput) as caught:
-        engine.add_request([1], replace(STEERED, temperature=0.5, top_logprobs=1, prompt_logprobs=True))
+        engine.add_request([1], replace(ADJUSTED, temperature=0.5, top_logprobs=1, prompt_logprobs=True))
     assert len(caught.value.offences) == 7
     assert "temperature = 0.5, but the steps take the most likely token; plan with Capacity(random=True)" in caught.value.offences[0]
-    assert "presence_penalty = 1.0, but the steps cannot do that; plan with Capacity(rich=True)" in caught.value.offences[1]
+    assert "presence_penalty = 1.0, but the steps cannot do that; plan with Capacity(extended=True)" in caught.value.offences[1]
     assert engine.generate([[1]], SamplingParams(max_tokens=1, n=2))[1].tokens == (2,)
     with pytest.raises(InvalidInput, match="logit_bias holds 99, which is no token id"):
         make_engine().add_request([1], SamplingParams(logit_bias={99: 1.0}))

@@ -1,4 +1,4 @@
-"""Entries of a step whose rows ask for everything that a rich program can do: penalties, alternatives, log-probabilities of prompts.
+"""Entries of a step whose rows use all of extended sampling: penalties, alternatives, log-probabilities of prompts.
 
 Penalties and biases are split over the vocabulary as the logits are and exchange nothing. Of the alternatives every device sends its own
 most likely entries. The rows of a prompt pass the logits a chunk at a time.
@@ -22,8 +22,8 @@ LogitsOf = Callable[[StepSplit, int, int, float], list[Entry]]
 """(split, rows, count, useful share) → norm, logits and their way into V, so many times."""
 
 
-def rich_entries(split: StepSplit, rows: int, useful: float, logits_of: LogitsOf) -> list[Entry]:
-    """What rich requests add to the choice of tokens for `rows` rows."""
+def extended_entries(split: StepSplit, rows: int, useful: float, logits_of: LogitsOf) -> list[Entry]:
+    """What extended sampling adds to the choice of tokens for `rows` rows."""
     axes, model = split.w_stored, split.model
     vocab = model.padded_vocab_size // split.ways(axes)
     entries = [split.pricing.traffic(COUNTS, Part.SAMPLING, 1, rows * vocab * (_COUNTED_BYTES + _F32))]

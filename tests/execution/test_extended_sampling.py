@@ -31,7 +31,7 @@ from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
 from partinf.transformer import reference
 from partinf.transformer.params import abstract_params
-from partinf.transformer.slots import steer_plain
+from partinf.transformer.slots import adjust_logits_plain
 from partinf.workload import DType
 
 LAYOUTS = {
@@ -63,7 +63,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 @cache
 def make_runner(slice_name: str) -> JaxRunner:
     plan = Plan(load_model_config("demo"), parse_slice(slice_name), LAYOUTS[slice_name], weights=DType.F32, kv=DType.F32)
-    plan = with_capacity(plan, Capacity(max_rows=8, max_len=28, prefill_tokens=16, page_size=4, rich=True, constrained=True))
+    plan = with_capacity(plan, Capacity(max_rows=8, max_len=28, prefill_tokens=16, page_size=4, extended=True, constrained=True))
     plan = replace(plan, buckets=plan.buckets[-1:], cache=replace(plan.cache, pages_per_shard=16 // plan.num_shards))
     mesh = device_mesh(plan)
     runner = JaxRunner(plan, load_hf(resources.find("models", "demo"), plan.model, abstract_params(plan, mesh, False)), mesh, 40)
@@ -100,9 +100,9 @@ def test_equal_to_the_reference_and_numpy(slice_name: str) -> None:
         for index, token in enumerate(output.tokens):
             at = len(output.prompt) - 1 + index
             np.testing.assert_allclose(output.logprobs[index], logp[at, token], atol=TOLERANCE)
-            steered = steer_plain(raw[at], output.prompt, output.tokens[:index], dict(params.logit_bias), penalties)
+            adjusted = adjust_logits_plain(raw[at], output.prompt, output.tokens[:index], dict(params.logit_bias), penalties)
             if not params.temperature:
-                assert steered.max() - steered[token] < TOLERANCE
+                assert adjusted.max() - adjusted[token] < TOLERANCE
             if params.top_logprobs:
                 tokens, values = zip(*output.top_logprobs[index], strict=True)
                 np.testing.assert_allclose(values, -np.sort(-logp[at])[: params.top_logprobs], atol=TOLERANCE)
