@@ -431,8 +431,8 @@ def runner_limits(plan: Plan, num_host_pages: int = 0, *others: int) -> RunnerLi
 
 
 def _prefill_shards(plan: Plan) -> tuple[tuple[int, ...], ...]:
-    """Per shard of decode's batch axes, the shards of prefill's that lie where it does along every axis that both phases deal over: a
-    prompt's K/V come to its owner's pages along the other axes only."""
+    """Per shard of decode's batch axes, the shards of prefill's that lie where it does along every axis that splits requests in both
+    phases: a prompt's K/V come to its owner's pages along the other axes only."""
     ours, theirs = plan.batch_axes, plan.layout.prefill.attention_axes(AttentionRole.BATCH)
     shared = [axis for axis in ours if axis in theirs]
 

@@ -243,17 +243,17 @@ class Plan:
 
     @property
     def batch_axes(self) -> tuple[str, ...]:
-        """The axes over whose shards decode lanes and KV pages are dealt, in mesh order."""
+        """The axes that split decode lanes and KV pages into shards, in mesh order."""
         return self.layout.decode.attention_axes(AttentionRole.BATCH)
 
     @property
     def sequence_axes(self) -> tuple[str, ...]:
-        """The axes over which the pages of one sequence are dealt, in mesh order."""
+        """The axes that split the pages of one sequence, in mesh order."""
         return self.layout.decode.attention_axes(AttentionRole.SEQUENCE)
 
     @property
     def page_axes(self) -> tuple[str, ...]:
-        """The axes that split the pages of the cache: those that deal whole sequences, then those that deal the pages of one."""
+        """The axes that split the pages of the cache: those that split whole sequences, then those that split the pages of one."""
         return self.batch_axes + self.sequence_axes
 
     @property
@@ -263,7 +263,7 @@ class Plan:
 
     @property
     def num_parts(self) -> int:
-        """Parts of a shard over which the pages of its sequences are dealt: page i of a sequence lies in part i modulo this."""
+        """Parts of a shard that hold the pages of its sequences round-robin: page i of a sequence is in part i modulo this."""
         return self.ways(self.sequence_axes)
 
     def ffn_phase(self, num_tokens: int) -> Phase:

@@ -139,8 +139,8 @@ def prefill_entries(split: StepSplit) -> list[Entry]:
     real_tokens = shape.prefill_tokens if shape.real_tokens is None else shape.real_tokens
     useful = real_tokens / shape.prefill_tokens
     entries = _to_group(split, group, shape.prefill_tokens, useful, PREFILL)
-    dealt = split.ways(group.batch)
-    slots, tokens = ceil_div(shape.prefill_slots, dealt), ceil_div(shape.prefill_tokens, dealt)
+    batch_ways = split.ways(group.batch)
+    slots, tokens = ceil_div(shape.prefill_slots, batch_ways), ceil_div(shape.prefill_tokens, batch_ways)
     heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
     entries += prefill_cores(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads)
     return entries + _from_group(split, group, shape.prefill_tokens, useful, PREFILL)
@@ -172,14 +172,14 @@ def _earlier(split: StepSplit, elements: int, shared: Axes, layers: int) -> list
     alone = tuple(axis for axis in owners.batch if axis not in shared)
     away = tuple(axis for axis in owners.sequence if axis not in group.sequence)
     near = Split(*(tuple(axis for axis in axes if axis not in away) for axes in (group.batch, group.kv)))
-    dealt = tuple(axis for axis in owners.sequence if axis not in away or axis not in group.batch)
-    rest = tuple(axis for axis in dealt if axis not in away)
+    stored = tuple(axis for axis in owners.sequence if axis not in away or axis not in group.batch)
+    rest = tuple(axis for axis in stored if axis not in away)
     here = elements // split.ways(owners.sequence)
     entries = movement(split, _PART, EARLIER, here, Split(shared, owners.kv, alone), near, count=layers)
-    beside = elements // split.ways(near.cols)
-    entries += movement(split, _PART, EARLIER, beside, Split(near.rows, owners.sequence), Split(group.batch, dealt), count=layers)
-    beside = elements // split.ways(group.batch)
-    return entries + movement(split, _PART, EARLIER, beside, Split(dealt, near.cols), Split(rest, group.kv), count=layers)
+    others = elements // split.ways(near.cols)
+    entries += movement(split, _PART, EARLIER, others, Split(near.rows, owners.sequence), Split(group.batch, stored), count=layers)
+    others = elements // split.ways(group.batch)
+    return entries + movement(split, _PART, EARLIER, others, Split(stored, near.cols), Split(rest, group.kv), count=layers)
 
 
 def prefill_cores(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> list[Entry]:

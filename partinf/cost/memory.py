@@ -210,10 +210,10 @@ def kv_bytes(
         prompts: tokens and slots of prompts that one step computes meanwhile, whose windows take more pages (`chunk_pages`).
     """
     sizes = slice_.axis_sizes
-    dealt = layout.decode.attention_axes(AttentionRole.BATCH)
-    lanes = ceil_div(rows, ways(dealt, sizes))
+    batch = layout.decode.attention_axes(AttentionRole.BATCH)
+    lanes = ceil_div(rows, ways(batch, sizes))
     parts = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
-    shared = ways(tuple(axis for axis in layout.prefill.attention_axes(AttentionRole.BATCH) if axis in dealt), sizes)
+    shared = ways(tuple(axis for axis in layout.prefill.attention_axes(AttentionRole.BATCH) if axis in batch), sizes)
     tokens, slots = (ceil_div(count, shared) for count in prompts)  # that may belong to one shard
     total = 0
     for window, num_layers in model.kept_windows(context):
@@ -284,13 +284,13 @@ def _core_bytes(split: StepSplit) -> int:
     ):
         if not tokens:
             continue
-        dealt, parts = split.ways(group.batch), split.ways(group.sequence)
+        batch_ways, sequence_ways = split.ways(group.batch), split.ways(group.sequence)
         heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
-        local = ceil_div(tokens, dealt)
+        local = ceil_div(tokens, batch_ways)
         total += local * (3 * heads + 2 * kv_heads) * model.head_dim * act
-        seen = ceil_div(keys or ceil_div(tokens, max(slots, 1)) + shape.prefill_context, parts)
+        seen = ceil_div(keys or ceil_div(tokens, max(slots, 1)) + shape.prefill_context, sequence_ways)
         if split.pricing.program.blocked_attention:
             total += local * heads * min(seen, _SCORE_BLOCK) * _F32
         else:
-            total += local * heads * (keys or local + ceil_div(slots, dealt) * shape.prefill_context) // parts * (_F32 + act)
+            total += local * heads * (keys or local + ceil_div(slots, batch_ways) * shape.prefill_context) // sequence_ways * (_F32 + act)
     return total

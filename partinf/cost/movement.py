@@ -35,8 +35,8 @@ class Group(NamedTuple):
     """One token group in the attention core.
 
     Attributes:
-        batch: axes over which whole requests are dealt. heads: axes that split query heads. kv: those that split kv heads too.
-        sequence: axes over which the keys of each request are dealt.
+        batch: axes that split whole requests. heads: axes that split query heads. kv: those that split kv heads too.
+        sequence: axes that split the keys of each request.
     """
 
     batch: Axes

@@ -93,7 +93,7 @@ class BatchBuilder:
         return len(self._roster.running)
 
     def most_rows(self, max_batch_size: int | None = None) -> int:
-        """Rows of a step: as many as a policy allows, and no more than a fair share when all who could run are dealt over the pipeline
+        """Rows of a step: as many as a policy allows, and no more than a fair share when all that could run are spread over the pipeline
         stages, so that none stands empty while another is crowded."""
         roster, limits = self._roster, self.limits
         everybody = min(len(roster.running) + len(roster.waiting) + len(roster.swapped), limits.num_slots)

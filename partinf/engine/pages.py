@@ -1,6 +1,6 @@
 """The page pool: who owns which page of the KV cache. It counts pages; what they hold is the runner's.
 
-Pages belong to the shards of the decode batch axes, and all pages of a sequence lie on one shard, dealt in turn over its parts: a
+Pages belong to the shards of the decode batch axes, and all pages of a sequence are on one shard, round-robin over its parts: a
 sequence's next page is wanted in a certain part. The cache has groups (`partinf.engine.group_pool`): one that keeps all positions, and one
 for every window, whose pages are let go once no later query sees them. A sequence has pages of all groups, or of none. Slots, the lanes
 in which the runner keeps each resident sequence's last token, are one range for all shards. Pages that hold the same tokens after the same

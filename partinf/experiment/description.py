@@ -53,7 +53,7 @@ class Experiment:
     """A description that was read and checked.
 
     Attributes:
-        processes: how many local processes the devices of the slice are dealt to.
+        processes: how many local processes share the devices of the slice.
         requests: how many; lengths: as of `--lengths`. scheduler: one of `TIMELESS`.
         kv_pages: per shard; 0 for as many as memory holds. memory_share: as of `Capacity`.
         rounds: how often every step and every entry of the ledgers is timed; 0 for not at all.
@@ -169,7 +169,7 @@ def _offences(experiment: Experiment) -> list[str]:
             offences.append(f"{key} = {value!r}; valid: {', '.join(DType)}")
     slice_ = collect(offences, experiment.target)
     if slice_ is not None and slice_.num_devices % experiment.processes:
-        offences.append(f"processes = {experiment.processes}; the {slice_.num_devices} devices of {slice_.name} are not dealt evenly")
+        offences.append(f"processes = {experiment.processes}; the {slice_.num_devices} devices of {slice_.name} cannot be divided evenly")
     collect(offences, experiment.config)
     collect(offences, lambda: parse_lengths(experiment.lengths))
     collect(offences, experiment._layout)

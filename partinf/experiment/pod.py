@@ -41,7 +41,9 @@ def launch(experiment: Experiment, file: Path, description: Path, options: Any) 
     offences: list[str] = []
     if slice_.chip.platform.virtual:
         if slice_.num_devices % read.tpu.num_hosts:
-            offences.append(f"{file}: the {slice_.num_devices} devices of {slice_.name} are not dealt evenly to {read.tpu.num_hosts} hosts")
+            offences.append(
+                f"{file}: the {slice_.num_devices} devices of {slice_.name} cannot be divided evenly by {read.tpu.num_hosts} hosts"
+            )
     elif (slice_.chip.name, sorted(slice_.shape)) != (pod_slice.chip.name, sorted(pod_slice.shape)):
         offences.append(f"{file}: its slice is {slice_.name}, and {read.tpu.name} of {description} is {pod_slice.name}")
     inside = collect(offences, lambda: _path_in_commit(file, read.repository, read.commit))

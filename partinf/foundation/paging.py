@@ -1,7 +1,7 @@
 """Pages that a window of positions needs: counted here for the engine, which holds them, and for the planner, which sizes the pool.
 
-Pages hold S positions each; a window of W positions is what a query sees, its own position included. The pages of a sequence are dealt in
-turn over the parts of a shard, and what is counted per part is what the fullest one holds.
+Pages hold S positions each; a window of W positions is what a query sees, its own position included. The pages of a sequence are
+distributed in turn over the parts of a shard, and what is counted per part is what the fullest one holds.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Five things can: the critical batch of the chip, from which reading the weights hides behind their products; the memory that weights leave
 to the cache; a latency bound; the requests that arrive, of which no more are ever in flight than rate times stay (Little's law); and
-padding, because lanes are dealt in equal blocks over the axes that split them.
+padding, because lanes form equal blocks over the axes that split them.
 """
 
 from __future__ import annotations

@@ -48,14 +48,14 @@ class Attention(NamedTuple):
 
     Attributes:
         number: equal for equal roles, a short key for them. heads: one bit for each axis that splits heads, the first axis lowest.
-        dealt, parts: into how many parts whole requests, and the keys of each request, are dealt.
+        batch_ways, sequence_ways: into how many parts whole requests, and the keys of each request, are split.
     """
 
     roles: tuple[AttentionRole, ...]
     number: int
     heads: int
-    dealt: int
-    parts: int
+    batch_ways: int
+    sequence_ways: int
 
 
 class PhaseOption(NamedTuple):
@@ -125,20 +125,20 @@ def axis_table(slice_: Slice) -> AxisTable:
 def _attentions(sizes: tuple[int, ...]) -> tuple[Attention, ...]:
     found = []
     for number, roles in enumerate(itertools.product(*((AttentionRole.NONE,) if size == 1 else _ATTENDED for size in sizes))):
-        dealt, parts = (
+        batch_ways, sequence_ways = (
             math.prod(size for size, has in zip(sizes, roles, strict=True) if has is role)
             for role in (AttentionRole.BATCH, AttentionRole.SEQUENCE)
         )
         heads = sum(1 << index for index, role in enumerate(roles) if role is AttentionRole.HEADS)
-        found.append(Attention(roles, number, heads, dealt, parts))
+        found.append(Attention(roles, number, heads, batch_ways, sequence_ways))
     return tuple(found)
 
 
 def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
     """Storage roles of all axes, one representative of those that differ only by swapping equal axes.
 
-    Key-value heads are dealt over FFN axes first, then over others in mesh order, as far as they divide. With several of them the order
-    of the axes within either kind is therefore kept; with one there is nothing to deal.
+    Key-value heads are split over FFN axes first, then over others in mesh order, as far as they divide. With several of them the order
+    of the axes within either kind is therefore kept; with one there is nothing to split.
     """
     seen: dict[object, Storage] = {}
     for storage in itertools.product(*table.storage):
@@ -233,7 +233,7 @@ def option_signature(table: AxisTable, stored: Stored, option: PhaseOption, kv: 
     """Equal for options of a storage that differ only by swapping equal axes.
 
     Args:
-        kv: which axes split key-value heads; heads are dealt over leading axes as far as they divide, so order breaks that tie.
+        kv: which axes split key-value heads; heads are split over leading axes as far as they divide, so order breaks that tie.
     """
     gather, alike = option.gather, tuple(zip(table.class_ids, stored.roles, option.gather.dense, option.attention.roles, kv, strict=True))
     if not stored.experts:

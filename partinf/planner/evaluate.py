@@ -37,7 +37,7 @@ FEW_ROWS = 512  # of a device, for which the residual may be whole
 class Priced(NamedTuple):
     """One phase priced: the padded shape of a step and its time, the memory of its activations, and what its ledger is made of.
 
-    In a pipeline the batch is dealt over the stages: the shape is that of one stage's, and time and entries are those of as many ticks as
+    In a pipeline the batch is spread over the stages: the shape is that of one stage's, and time and entries are those of as many ticks as
     there are stages, in which the whole batch comes once through all layers. whole: with what passes between sublayers whole.
     """
 
@@ -273,18 +273,18 @@ class Evaluator:
             found = self._shapes[key] = self._shape(*key)
         return found
 
-    def _shape(self, label: str, stages: int, dealt: int, spread: int) -> StepShape:
-        """Of a batch in so many stages, dealt over so many owners, whose tokens are spread over so many devices."""
+    def _shape(self, label: str, stages: int, batch_ways: int, spread: int) -> StepShape:
+        """Of a batch in so many stages, split over so many owners, whose tokens are spread over so many devices."""
         if label == "decode":
             batch, context = ceil_div(self.workload.batch, stages), max(self.workload.decode_context, 1)
             return StepShape(decode_rows=round_up(batch, spread), decode_context=context, real_rows=batch)
         batch, length = ceil_div(self.workload.prompts_per_step, stages), self._prompt_len
-        slots = round_up(batch, dealt)
+        slots = round_up(batch, batch_ways)
         tokens = round_up(slots * length, spread)
         return StepShape(prefill_tokens=tokens, prefill_slots=slots, real_tokens=batch * length, real_slots=batch)
 
     def stages(self, layout: Layout) -> int:
-        """Ticks in which a batch that is dealt over the pipeline stages comes once through all layers."""
+        """Ticks in which a batch that is spread over the pipeline stages passes all layers once."""
         found = self._stages.get(layout.storage)
         if found is None:
             found = self._stages[layout.storage] = ways(layout.storage_axes(Role.STAGE), self.sizes)
@@ -365,7 +365,7 @@ class Evaluator:
         key = (label, split.num_stages, attention.number, kv)
         found = self._cores.get(key)
         if found is None:
-            sizes = (*self._least_sizes(split, label, attention, kv), attention.parts)
+            sizes = (*self._least_sizes(split, label, attention, kv), attention.sequence_ways)
             found = self._core_seconds.get((label, split.num_stages, sizes))  # of few sizes, however many attention roles have them
             if found is None:
                 cores = self._least_cores(split, label, *sizes)
@@ -382,7 +382,7 @@ class Evaluator:
                 ways *= size
                 kv_ways *= size if splits_kv else 1
         requests = self.workload.batch if label == "decode" else self.workload.prompts_per_step
-        rows = ceil_div(requests, split.num_stages * attention.dealt)
+        rows = ceil_div(requests, split.num_stages * attention.batch_ways)
         return rows, ceil_div(self.model.num_heads, ways), ceil_div(self.model.num_kv_heads, kv_ways)
 
     def _least_cores(self, split: StepSplit, label: str, rows: int, heads: int, kv_heads: int, parts: int) -> list[Entry]:

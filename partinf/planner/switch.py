@@ -68,19 +68,19 @@ def switch_table(evaluator: Evaluator, layout: Layout, padded_heads: int, from_t
 
 
 def _multiple(evaluator: Evaluator, layout: Layout) -> int:
-    dealt = layout.prefill.attention_axes(AttentionRole.BATCH)
+    batch = layout.prefill.attention_axes(AttentionRole.BATCH)
     split = {axis for label in PHASES for axis in row_axes(evaluator.model, layout, layout.phase(label))}
-    return ways(tuple({*split, *dealt}), evaluator.pricing.slice.axis_sizes)
+    return ways(tuple({*split, *batch}), evaluator.pricing.slice.axis_sizes)
 
 
 def _step_seconds(evaluator: Evaluator, layout: Layout, padded_heads: int) -> Callable[[int], tuple[float, float]]:
     """A function of the tokens: seconds of a step of prompts under prefill's and under decode's FFN roles."""
     workload = evaluator.workload
-    dealt = ways(layout.prefill.attention_axes(AttentionRole.BATCH), evaluator.pricing.slice.axis_sizes)
+    batch_ways = ways(layout.prefill.attention_axes(AttentionRole.BATCH), evaluator.pricing.slice.axis_sizes)
 
     def seconds(tokens: int) -> tuple[float, float]:
         prompts = ceil_div(tokens, max(workload.input_len, 1)) if workload.input_len else 1
-        shape = StepShape(prefill_tokens=tokens, prefill_slots=round_up(prompts, dealt))
+        shape = StepShape(prefill_tokens=tokens, prefill_slots=round_up(prompts, batch_ways))
         prefill, decode = (evaluator.prompts(layout, label, padded_heads, shape).seconds for label in PHASES)
         return prefill, decode
 

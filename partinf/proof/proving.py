@@ -225,7 +225,7 @@ def _advice(plan: Plan, bucket: Bucket, held: Memory) -> str:
     if larger:
         found.append(larger)
     if not found and plan.ways(plan.layout.decode.attention_axes(AttentionRole.BATCH)) < math.prod(plan.axis_sizes.values()):
-        found.append("attention over batch on all axes, which deals the cache over all devices")
+        found.append("attention over batch on all axes, which splits the cache over all devices")
     return "; or ".join(found)
 
 

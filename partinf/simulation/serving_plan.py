@@ -1,7 +1,7 @@
 """A layout for serving: chosen for the iterations that requests make of themselves, a full batch that decodes and now and then a prompt.
 
-The planner judges the prefill of a whole batch of prompts, which it may deal over the axes. Requests come one by one, and a single prompt
-would be padded to every shard that prompts are dealt over. So the planner's best are judged again, with prompts that are split by heads.
+The planner judges the prefill of a whole batch of prompts, which it may split over the axes. Requests come one by one, and a single prompt
+would be padded to every shard that prompts are split over. So the planner's best are judged again, with prompts that are split by heads.
 
 `serving_plan` takes the best for a batch that is always full. At a known rate fewer may be in flight, and bounds on single requests ask for
 other things than the mean iteration does: `contenders` are the few that are best in one way or another, for a simulation to choose among
@@ -131,7 +131,7 @@ def in_turn(rankings: Sequence[Sequence[T]], most: int) -> list[T]:
 
 
 def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, terms: Terms) -> tuple[list[Plan], Pricing]:
-    """The planner's best for a batch of this size, prompts not dealt, and how they are priced."""
+    """The planner's best for a batch of this size, prompts not split over axes, and how they are priced."""
     workload = Workload(batch, traffic.input_len, traffic.output_len, weights=terms.weights, kv=terms.kv)
     alone = replace(workload, prefill_batch=1)  # where pages are preempted, prompts come one by one too
     for asked in (workload, *with_fewer_resident(alone)):
@@ -154,7 +154,7 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
 
 
 def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
-    """Mean iteration of a full batch, dealt over the pipeline stages, whose ended requests are replaced at once: prompts in the step of
+    """Mean iteration of a full batch, spread over the pipeline stages, whose ended requests are replaced at once: prompts in the step of
     every stage lengthen a tick no more than one does."""
     price, stages = _price(plan, pricing, traffic), plan.num_stages
     decode = stages * price.decode_seconds(ceil_div(traffic.max_batch_size, stages), traffic.input_len + traffic.output_len // 2)
@@ -180,11 +180,11 @@ def _gathering_where_it_pays(plan: Plan, pricing: Pricing, traffic: Traffic) -> 
 
 
 def _undealt(plan: Plan) -> Iterator[Plan]:
-    """The plan with prompts that are not dealt over axes: by heads over those axes, or by nothing where heads do not divide."""
+    """The plan with prompts that no axis splits by request: by heads over those axes, or by nothing where heads do not divide."""
     layout = plan.layout
-    dealt = layout.prefill.attention_axes(AttentionRole.BATCH)
-    for role in (AttentionRole.HEADS, AttentionRole.NONE) if plan.ways(dealt) > 1 else (AttentionRole.BATCH,):
-        attention = tuple((axis, role if axis in dealt else has) for axis, has in layout.prefill.attention)
+    batch = layout.prefill.attention_axes(AttentionRole.BATCH)
+    for role in (AttentionRole.HEADS, AttentionRole.NONE) if plan.ways(batch) > 1 else (AttentionRole.BATCH,):
+        attention = tuple((axis, role if axis in batch else has) for axis, has in layout.prefill.attention)
         try:
             yield replace(plan, layout=replace(layout, prefill=replace(layout.prefill, attention=attention)))
         except InvalidInput:

@@ -2,7 +2,7 @@
 
 Axes as in `Routes`: t splits tokens and e, f split weights in the linear layers; b, h, s, k are a group's batch, head, sequence and
 kv-head axes. Over s every device has the queries of its requests and attends to its part of their keys
-(`partinf.transformer.kernels.dealt`).
+(`partinf.transformer.kernels.round_robin`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from partinf.transformer import cache
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import tiles as kernels
-from partinf.transformer.kernels.dealt import deal, in_order, num_seen, weighted
+from partinf.transformer.kernels.round_robin import in_order, local_entries, num_seen, weighted
 from partinf.transformer.linear import normalised, scaled
 from partinf.transformer.params import Params
 from partinf.transformer.rope import Angles, angles, rotate
@@ -118,11 +118,11 @@ def _decode(
     mine = owned[row, current] & (position >= 0)
     kv = cache.write(kv, layer, pages[row, current], position % size, mine, KeysValues(new[:, 0], new[:, 1]))
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
-    dealt = lambda x: deal(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
-    seen = num_seen(position + 1, dealt(jnp.arange(pages.shape[1])), size)  # of the pages of each lane that lie here
-    lying = _lying(kv, layer, dealt(pages), group, routes)
-    first = num_seen(jnp.maximum(position + 1 - of.window, 0), dealt(jnp.arange(pages.shape[1])), size) if of.window else None
-    found = kernels.decode(q, read, dealt(pages), seen - 1, _tiles(routes), lying, _scores(of), first)  # [B.b, H.h, Q]
+    local = lambda x: local_entries(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
+    seen = num_seen(position + 1, local(jnp.arange(pages.shape[1])), size)  # of the pages of each lane on this device
+    lying = _lying(kv, layer, local(pages), group, routes)
+    first = num_seen(jnp.maximum(position + 1 - of.window, 0), local(jnp.arange(pages.shape[1])), size) if of.window else None
+    found = kernels.decode(q, read, local(pages), seen - 1, _tiles(routes), lying, _scores(of), first)  # [B.b, H.h, Q]
     return _from_group(found, weights, group, routes), kv
 
 
@@ -154,7 +154,7 @@ def _prefill(
     context = (
         _earlier(kv, layer, batch, cached, owner, position, of.window, routes, q.dtype) if batch.tables[cached].pages.shape[1] else None
     )
-    new, *where = (deal(x, 0, group.sequence, group.sequence, routes.sizes) for x in (new, owner, position))  # [T.bs, 2, K.k, Q]
+    new, *where = (local_entries(x, 0, group.sequence, group.sequence, routes.sizes) for x in (new, owner, position))  # [T.bs, 2, K.k, Q]
     own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.bs, Q]
     fresh = kernels.Fresh(_choose(own, group, routes), *where)
     found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes), _scores(of))  # [T.b, H.h, Q]
@@ -175,24 +175,24 @@ def _earlier(
     """What earlier steps stored of each slot's sequence, where its tokens attend: see `kernels.prefill`.
 
     Pages that lie there already are read in place; otherwise all of them are brought. Of those that are there a device attends to its
-    part over the sequence axes that do not deal them in the cache.
+    part over the sequence axes that do not split them in the cache.
     """
     group, owners, sizes, table = routes.prefill, routes.decode, routes.sizes, batch.tables[cached]
     here, away = routes.sequence_here, routes.sequence_away
     more = tuple(axis for axis in group.sequence if axis not in here)
-    again = lambda x, dim: deal(x, dim, more, more, sizes)  # noqa: E731
+    again = lambda x, dim: local_entries(x, dim, more, more, sizes)  # noqa: E731
     slots = take_split(jnp.arange(routes.bucket.prefill_slots), 0, group.batch, group.batch, sizes)
     starts = jnp.asarray(batch.start)
     if table.begin is not None:  # places within the tables, which begin where the slots' windows do
         starts = starts - jnp.asarray(table.begin)
         position = position - jnp.asarray(table.begin).at[owner].get(mode="clip")
     starts = take_split(starts, 0, group.batch, group.batch, sizes)
-    indices = again(deal(jnp.arange(table.pages.shape[1]), 0, owners.sequence, here, sizes), 0)
+    indices = again(local_entries(jnp.arange(table.pages.shape[1]), 0, owners.sequence, here, sizes), 0)
     stored = num_seen(starts, indices, routes.plan.cache.page_size)
     floor = num_seen(jnp.maximum(position + 1 - window, 0), indices, routes.plan.cache.page_size) if window else None
     pages = take_split(jnp.asarray(table.pages), 0, group.batch, routes.shared_batch, sizes)
     found_here = cache.local_pages(pages, routes.plan, routes.plan.cache_groups[cached])
-    local, owned = (deal(x, 1, owners.sequence, owners.sequence, sizes) for x in found_here)
+    local, owned = (local_entries(x, 1, owners.sequence, owners.sequence, sizes) for x in found_here)
     if not away and routes.frame(group.batch, routes.kv_digits).same(routes.kv_cached, Split(group.batch, group.kv)):
         return _context(kv, layer, again(local, 1), slots, stored, floor, group, routes)
     found = kernels.dequantized(cache.read_pages(kv, layer, local), dtype)  # [S.s, pages, K.k', size, Q], right on the owner alone
@@ -216,12 +216,12 @@ def _brought(both: jax.Array, routes: Routes) -> jax.Array:
     What is away over a sequence axis comes last, because it makes the payload grow: exchanged for slots or heads where the axis splits
     those, gathered elsewhere.
     """
-    group, dealt, away = routes.prefill, routes.decode.sequence, routes.sequence_away
+    group, stored, away = routes.prefill, routes.decode.sequence, routes.sequence_away
     batch, kv = (tuple(axis for axis in axes if axis not in away) for axes in (group.batch, group.kv))
     both = move(both, routes.frame(group.batch, routes.kv_digits, 0, 3), routes.kv_cached, Split(batch, kv))
-    left = tuple(axis for axis in dealt if axis not in away or axis not in group.batch)
-    both = move(both, routes.frame(group.batch, dealt, 0, 2), Split(batch, dealt), Split(group.batch, left))
-    both = move(both, routes.frame(dealt, routes.kv_digits, 2, 3), Split(left, kv), Split(routes.sequence_here, group.kv))
+    left = tuple(axis for axis in stored if axis not in away or axis not in group.batch)
+    both = move(both, routes.frame(group.batch, stored, 0, 2), Split(batch, stored), Split(group.batch, left))
+    both = move(both, routes.frame(stored, routes.kv_digits, 2, 3), Split(left, kv), Split(routes.sequence_here, group.kv))
     return in_order(both, 2, routes.ways(away))
 
 

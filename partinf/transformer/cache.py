@@ -1,7 +1,7 @@
 """The paged KV cache on the devices: its declaration, and reading and writing pages.
 
 One layout for all phases, that of decode's attention: pages lie on the shard of the batch axes that owns the request, where the sequence
-axes deal them, and key-value heads are split over the leading head axes as far as they divide. Keys and values lie apart, each
+axes split them, and key-value heads are split over the leading head axes as far as they divide. Keys and values lie apart, each
 [P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all layers of a
 group (`Plan.cache_groups`) stacked on a leading dimension (behind `write` and `read`). Every group has as many pages as it needs. Scales of
 int8 lie apart too, [P.bs, ways of k, heads of one device · S], filled up to whole lanes where the platform has such (`Platform.lanes`):

@@ -1,7 +1,7 @@
 """KV pages between the devices and host memory: two compiled programs, and what is kept.
 
 Pages leave from the place in the mesh that has them and come back to it: nothing crosses the mesh, and every process keeps what its own
-devices have, once. A place is a shard of the batch axes, or one of its parts where sequence axes deal the pages of a sequence. All
+devices have, once. A place is a shard of the batch axes, or one of its parts where sequence axes split the pages of a sequence. All
 processes run the same two programs; places that have no page of a group read nothing (their ids are out of range), and what the devices
 of other shards hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach
 (`pinned_host`) no step waits for them.

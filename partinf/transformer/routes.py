@@ -23,8 +23,8 @@ class Group:
     """The attention state of one token group.
 
     Attributes:
-        batch: axes over which whole requests are dealt. heads: axes that split the query heads. sequence: axes over which the keys of
-            each request are dealt.
+        batch: axes that split whole requests. heads: axes that split the query heads. sequence: axes that split the keys
+            of each request.
         kv: axes among `heads` that split the key-value heads too.
         order: digits of the group's token dimension: the batch axes, then other axes that split tokens in the linear layers, those that
             hold copies of the weights first, so that these split the same rows whatever a phase gathers.
@@ -225,18 +225,18 @@ class Routes:
 
     @cached_property
     def sequence_here(self) -> Axes:
-        """Axes that deal the pages of a sequence in the cache, over which prompt tokens attend to them where they lie."""
+        """Axes that split the pages of a sequence in the cache, over which prompt tokens attend to them in place."""
         return tuple(axis for axis in self.decode.sequence if axis in self.prefill.sequence)
 
     @cached_property
     def sequence_away(self) -> Axes:
-        """The other axes that deal the pages of a sequence: prompt tokens need the pages of all devices along them."""
+        """The other axes that split the pages of a sequence: prompt tokens need the pages of all devices along them."""
         return tuple(axis for axis in self.decode.sequence if axis not in self.prefill.sequence and self.sizes[axis] > 1)
 
     @cached_property
     def kv_cached(self) -> Split:
-        """Keys and values of prefill's slots in the cache, beside the axes that deal pages: right on the owner over the batch axes that
-        only decode has, zero elsewhere."""
+        """Keys and values of prefill's slots in the cache, apart from the axes that split pages: right on the owner over the batch axes
+        that only decode has, zero elsewhere."""
         only_owners = tuple(axis for axis in self.decode.batch if axis not in self.shared_batch)
         return Split(self.shared_batch, self.decode.kv, only_owners)
 

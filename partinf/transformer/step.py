@@ -109,7 +109,7 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
     uneven = [group.pages_per_shard for group in plan.cache_groups if group.pages_per_shard % plan.num_parts]
     for count in uneven:
         held = f"cache: {count} pages per shard"
-        offences.append(f"{held}, which sequence axes deal over {plan.num_parts} parts; a multiple of {plan.num_parts} is needed")
+        offences.append(f"{held}, which sequence axes split into {plan.num_parts} parts; a multiple of {plan.num_parts} is needed")
     if bucket.num_tokens == 0:
         offences.append(f"bucket {bucket}: no tokens")
     if bool(bucket.prefill_tokens) != bool(bucket.prefill_slots):

@@ -190,7 +190,7 @@ def test_a_plan_that_cannot_be_served_or_fits_nowhere_offers_no_service(capsys: 
 
 
 def test_serve_chooses_a_layout_for_prompts_that_come_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A layout that was judged by the prefill of a whole batch deals prompts over the devices and pads a single one."""
+    """A layout that was judged by the prefill of a whole batch splits prompts over the devices and pads a single one."""
     where, size = ["--model", "llama-3-8b", "--slice", "v5e-8"], ["--max-num-seqs", "16", "--max-model-len", "2048"]
     file = str(tmp_path / "plan.toml")
     assert main(["plan", *where, "--batch", "16", "--input", "1024", "--output", "1024", "--save", file, "--format", "json"]) == 0

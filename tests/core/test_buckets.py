@@ -66,29 +66,29 @@ def test_every_slot_of_a_prefill_holds_a_whole_prompt() -> None:
     assert (bucket.prefill_slots, bucket.prefill_tokens) == (2, 1024)
 
 
-def dealt(decode: dict[str, str], prefill: dict[str, str]) -> Plan:
+def plan_of(decode: dict[str, str], prefill: dict[str, str]) -> Plan:
     """The demo model on cpu:2x2 with these attention roles."""
     layout = make_layout({"x": "ffn", "y": "ffn"}, decode, prefill)
     return Plan(load_model_config("demo"), parse_slice("cpu:2x2"), layout, DType.F32, DType.F32)
 
 
 def test_a_runner_and_its_simulation_have_the_same_limits() -> None:
-    """A chunk runs where the axes that both phases deal over agree with its owner: sequences of x = 0 on (0, 0) and (0, 1)."""
-    plan = dealt({"x": "batch", "y": "heads"}, {"x": "batch", "y": "batch"})
+    """A chunk runs where the axes that split requests in both phases agree with its owner: sequences of x = 0 on (0, 0) and (0, 1)."""
+    plan = plan_of({"x": "batch", "y": "heads"}, {"x": "batch", "y": "batch"})
     run = runner_limits(with_capacity(plan, Capacity(max_rows=8, max_len=128, prefill_tokens=64)))
     simulated = cost_runner(plan, Pricing(plan.slice), Sizing(max_rows=8, max_len=128, prefill_tokens=64))[0].limits
     assert run.prefill_shards == simulated.prefill_shards == ((0, 1), (2, 3))
     for field in ("max_decode_rows_per_shard", "max_prefill_tokens", "page_size", "num_shards", "num_parts", "num_slots", "max_len"):
         assert getattr(run, field) == getattr(simulated, field), field
-    crossed = dealt({"x": "batch", "y": "batch"}, {"x": "heads", "y": "batch"})
+    crossed = plan_of({"x": "batch", "y": "batch"}, {"x": "heads", "y": "batch"})
     assert runner_limits(with_capacity(crossed, Capacity())).prefill_shards == ((0,), (1,), (0,), (1,))
-    alone = dealt({"x": "heads", "y": "heads"}, {"x": "batch", "y": "heads"})
+    alone = plan_of({"x": "heads", "y": "heads"}, {"x": "batch", "y": "heads"})
     assert runner_limits(with_capacity(alone, Capacity())).prefill_shards == ((0, 1),)
 
 
 def test_a_simulator_prices_the_bucket_in_which_a_step_runs() -> None:
     """Blocks per shard: a chunk of 32 tokens on one of four prefill shards does not fit a bucket of 64, which has 16 for each."""
-    plan = dealt({"x": "heads", "y": "heads"}, {"x": "batch", "y": "batch"})
+    plan = plan_of({"x": "heads", "y": "heads"}, {"x": "batch", "y": "batch"})
     buckets = smallest_first([Bucket(8, 8, 128, 4), Bucket(8, 8), Bucket(8, 8, 64, 4)])
     plan = replace(plan, buckets=buckets)
     chunk = PrefillChunk(0, 0, (1,) * 32, 0, (PageTable((0, 1)),), True, RowSampling())
@@ -101,7 +101,7 @@ def test_a_simulator_prices_the_bucket_in_which_a_step_runs() -> None:
 
 def test_a_bucket_holds_every_step_of_a_tick() -> None:
     """The fullest shard and the longest page table of any step count, and so does what any row asks for."""
-    plan = dealt({"x": "batch", "y": "heads"}, {"x": "heads", "y": "heads"})
+    plan = plan_of({"x": "batch", "y": "heads"}, {"x": "heads", "y": "heads"})
     limits = runner_limits(with_capacity(plan, Capacity()))
     buckets = smallest_first([Bucket(8, 8), Bucket(4, 4), Bucket(8, 8, random=True)])
     row = DecodeRow(0, 0, 1, 5, (PageTable((0, 1)),), RowSampling())

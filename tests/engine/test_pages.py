@@ -52,7 +52,7 @@ def test_choice_of_shard() -> None:
     assert residents[0].slot == -1
 
 
-def test_pages_are_dealt_over_the_parts_of_a_shard() -> None:
+def test_pages_are_distributed_round_robin_over_the_parts_of_a_shard() -> None:
     pool = PagePool(replace(LIMITS, num_shards=2, pages_per_shard=6, num_parts=3))
     one, two, three = (sequence(number, 1, 1) for number in range(3))
     pool.allocate(one, 4, 1)

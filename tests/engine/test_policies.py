@@ -98,7 +98,7 @@ def test_orca_keeps_two_disjoint_batches_in_two_stages() -> None:
 
 
 @pytest.mark.parametrize("policy", [FirstComeFirstServed(), by_priority(8)], ids=["fcfs", "priority"])
-def test_few_sequences_are_dealt_over_the_stages(policy: Policy) -> None:
+def test_few_sequences_are_spread_over_the_stages(policy: Policy) -> None:
     """Three stages and six sequences: two in every step, and a step for every stage, although one step could take all."""
     runner = FakeRunner(replace(ROOMY, num_stages=3))
     engine = Engine(runner, policy=policy, check_invariants=True)

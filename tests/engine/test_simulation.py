@@ -168,7 +168,7 @@ def test_memory_decides_how_many_tokens_are_kept() -> None:
         cost_runner(Plan(load_model_config("palm-540b"), plan.slice, plan.layout), pricing, Sizing())
 
 
-def test_a_serving_plan_deals_no_prompts_and_is_no_slower_than_its_decode_roles() -> None:
+def test_a_serving_plan_splits_no_batch_of_prompts_and_is_no_slower_than_its_decode_roles() -> None:
     slice_ = parse_slice("v4:4x2x2")
     plan = serving_plan(load_model_config("palm-62b"), slice_, Traffic(128, 1100, 260))
     assert plan.prefill_slot_multiple() == 1

@@ -159,7 +159,7 @@ class Assignment:
         )
 
     @property
-    def deals_context(self) -> bool:
+    def splits_context(self) -> bool:
         return "sequence" in self.decode + self.prefill
 
     def __str__(self) -> str:
@@ -177,21 +177,21 @@ def all_assignments() -> list[Assignment]:
     the kernels of CPUs.
 
     On one axis prefill's roles are enumerated too. There is no order among axes of one size: exchanging them exchanges the devices. On
-    three axes, which have 860 assignments that deal the context in decode, every fourth of these is taken: what the role does beside one
+    three axes, which have 860 assignments that split the context in decode, every fourth of these is taken: what the role does beside one
     other axis of any role is there on two axes, in either order and size.
     """
     rng = random.Random(0)
     found = []
     for mesh, sizes in MESHES.items():
         per_axis = list(itertools.product(_STORAGE, _ATTENTION))
-        dealt = 0
+        split_contexts = 0
         for combination in itertools.product(per_axis, repeat=len(sizes)):
             if len(set(sizes)) == 1 and list(combination) != sorted(combination):
                 continue
             storage, decode = zip(*combination, strict=True)
             if len(sizes) == 3 and "sequence" in decode:
-                dealt += 1
-                if dealt % 4:
+                split_contexts += 1
+                if split_contexts % 4:
                     continue
             choices = itertools.product(_ATTENTION, repeat=len(sizes)) if len(sizes) == 1 else [rng.choices(_ATTENTION, k=len(sizes))]
             for prefill in choices:
@@ -224,12 +224,12 @@ def assignments_of(family: str) -> list[Assignment]:
 
 
 def sampled_assignments(count: int, seed: int) -> list[Assignment]:
-    """Some of `all_assignments`, the same ones for the same seed, about equally many per mesh, every second one dealing the context."""
+    """Some of `all_assignments`, the same ones for the same seed, about equally many per mesh, every second one splitting the context."""
     rng, everything = random.Random(seed), all_assignments()
     meshes = list(MESHES)
 
     def one(index: int) -> Assignment:
-        mesh, deals = meshes[index % len(meshes)], index // len(meshes) % 2 == 0
-        return rng.choice([each for each in everything if each.mesh == mesh and each.deals_context == deals])
+        mesh, splits = meshes[index % len(meshes)], index // len(meshes) % 2 == 0
+        return rng.choice([each for each in everything if each.mesh == mesh and each.splits_context == splits])
 
     return [one(index) for index in range(count)]

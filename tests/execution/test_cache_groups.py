@@ -102,14 +102,14 @@ SMALL = replace(MODEL, name="five to one, small", num_layers=12, kinds=(Kind("ne
 
 @cache
 def all_ways() -> JaxRunner:
-    """Two stages, pages dealt over two devices, requests over two; pages for less than half of the sequences that run together."""
+    """Two stages, pages split over two devices, requests over two; pages for less than half of the sequences that run together."""
     capacity = Capacity(8, 40, prefill_tokens=8, page_size=4, kv_pages=14, random=False)
     return runner_of("2x2x2", ALL_WAYS, capacity, SMALL, num_host_pages=60)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_tokens_are_those_of_the_reference_whatever_happens_to_pages(policy: str) -> None:
-    """Preempted or swapped, after a prefix that is found, on pages dealt over shards, in stages of a pipeline."""
+    """Preempted or swapped, after a prefix that is found, on pages split over shards, in stages of a pipeline."""
     runner = all_ways()
     engine = Engine(runner, policy=POLICIES[policy], lag=1, prefix_caching=policy == "fcfs", check_invariants=True)
     shared = [7 * n % 250 for n in range(17)]

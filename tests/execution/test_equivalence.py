@@ -148,9 +148,9 @@ DEALT = make_layout(
     ],
     ids=["int8 KV", "bf16", "int8 KV by kernels", "bf16 by kernels", "int8 weights", "padded heads", "palm", "gpt", "qwen3"],
 )
-def test_a_context_dealt_over_axes(changed: dict[str, Any], options: dict[str, Any], tolerance: str) -> None:
-    """The pages of a sequence over x and y, heads over z; prompts gather what x deals and read in place what y deals."""
-    model = dataclasses.replace(MODEL, name=f"dealt {changed}", **changed)
+def test_a_context_split_over_axes(changed: dict[str, Any], options: dict[str, Any], tolerance: str) -> None:
+    """The pages of a sequence over x and y, heads over z; prompts gather what x splits and read in place what y splits."""
+    model = dataclasses.replace(MODEL, name=f"split {changed}", **changed)
     options = {"dtype": DType.F32} | options
     plan = make_plan("2x2x2", DEALT, model, **{"kv": options["dtype"]} | options)
     assert largest_error(plan) < TOLERANCE[tolerance]

@@ -11,7 +11,7 @@ from partinf.partition.quantize import dequantize, quantize
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import tiles as kernels
-from partinf.transformer.kernels.dealt import num_seen
+from partinf.transformer.kernels.round_robin import num_seen
 from partinf.transformer.kernels.tiles import Tiles
 
 HEADS, GROUPS, SIZE, PAGE, POOL = 6, 2, 8, 4, 24
@@ -93,7 +93,7 @@ def test_prompt_tokens_see_their_own_prompt_up_to_themselves(tiles: Tiles | None
 
 @pytest.mark.parametrize("tiles", [None, Tiles(8, 1, 1)])
 def test_parts_of_the_keys_come_together_by_their_mass(tiles: Tiles | None) -> None:
-    """Pages dealt in turn over three readers, one of which has nothing that the shortest lanes may see."""
+    """Pages distributed round-robin over three readers, one of which has nothing that the shortest lanes may see."""
     rng = np.random.default_rng(4)
     pages = pool(rng)
     position = np.array([2, 6, 11, 23])

@@ -23,8 +23,8 @@ MODEL = ModelConfig("tiny", 2, 16, 16, 4, 2, 4, 32, max_len=256)
 PER_SHARD = 24
 
 
-def test_pages_dealt_over_parts_come_back_to_theirs() -> None:
-    """Two shards of requests, the pages of each sequence dealt over four places, more than one program moves."""
+def test_pages_split_over_parts_come_back_to_theirs() -> None:
+    """Two shards of requests, the pages of each sequence split over four places, more than one program moves."""
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "sequence", "y": "batch", "z": "sequence"})
     per_part, count, first = 24, 4 * PAGES + 7, 4 * 24  # of the second shard
     plan = Plan(MODEL, parse_slice("cpu:2x2x2"), layout, kv=DType.F32, cache=CacheConfig(4, 4 * per_part, 4))
@@ -37,11 +37,11 @@ def test_pages_dealt_over_parts_come_back_to_theirs() -> None:
     before = jax.device_get(kv)
     copies = HostPages(plan, mesh, True, 0, compile_take(plan, mesh, True, 0), compile_put(plan, mesh, True, 0))
 
-    def dealt() -> list[int]:
+    def round_robin() -> list[int]:
         free = [(first + part * per_part + rng.permutation(per_part)).tolist() for part in range(4)]
         return [free[index % 4].pop() for index in range(count)]
 
-    pages, there = dealt(), dealt()
+    pages, there = round_robin(), round_robin()
     copies.out(kv, pages, range(count))
     assert copies.num_bytes == sum(leaf.nbytes // 2 for leaf in jax.tree.leaves(kv)) * 2 * PAGES // per_part  # nothing twice, nothing else
     after = jax.device_get(copies.back(kv, there, range(count)))

@@ -87,12 +87,12 @@ def test_only_pages_that_fill_their_tiles_are_taken() -> None:
 
 
 def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the step itself: requests split over two axes, heads over the third; and pages of a request dealt over one."""
+    """In the step itself: requests split over two axes, heads over the third; and pages of a request split over one."""
     monkeypatch.setattr(paged_decode, "_SUBLANES", 1)
     monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED))
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
     few = replace(MODEL, num_kv_heads=4)  # two heads on a device, of which one is read
     assert largest_error(make_plan("2x4", make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"}), few)) < TOLERANCE["f32"]
-    dealt = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
-    assert largest_error(make_plan("2x2x2", dealt)) < TOLERANCE["f32"]
+    layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
+    assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]

@@ -186,10 +186,10 @@ def test_a_runner_without_buckets_says_so(runner: JaxRunner) -> None:
 
 
 def test_decode_does_not_pad_to_what_prefill_gathers_and_a_context_lies_on_all_devices() -> None:
-    """Few long requests: prompts gather weights over all axes, decode deals heads and context; the tokens are those of one device."""
+    """Few long requests: prompts gather weights over all axes, decode splits heads and context; the tokens are those of one device."""
     roles = {"x": "heads", "y": "sequence", "z": "sequence"}
-    dealt = make_layout(dict.fromkeys("xyz", "ffn"), roles, dict.fromkeys("xyz", "heads"), prefill_gather="xyz")
-    runner = make_runner("cpu:2x2x2", dealt, max_rows=2, page_size=4, max_prompt_len=0, random=False)
+    layout = make_layout(dict.fromkeys("xyz", "ffn"), roles, dict.fromkeys("xyz", "heads"), prefill_gather="xyz")
+    runner = make_runner("cpu:2x2x2", layout, max_rows=2, page_size=4, max_prompt_len=0, random=False)
     assert [bucket.decode_rows for bucket in runner.plan.buckets if not bucket.prefill_tokens] == [2]
     assert {bucket.decode_rows for bucket in runner.plan.buckets if bucket.prefill_tokens} == {8}
     assert (runner.plan.cache.num_slots, runner.limits.max_decode_rows_per_shard) == (2, 2)

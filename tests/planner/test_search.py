@@ -145,10 +145,10 @@ def test_switch_is_where_steps_of_prompts_are_level() -> None:
     from partinf.cost.step import attention_part, linear_part
 
     evaluator = Evaluator(chosen.model, Pricing(slice_, calibration_for(slice_.chip), program=TILED), workload)
-    dealt = chosen.prefill_slot_multiple()
+    multiple = chosen.prefill_slot_multiple()
 
     def seconds(label: str, tokens: int) -> float:
-        slots = -(-tokens // 2048 // dealt) * dealt or dealt
+        slots = -(-tokens // 2048 // multiple) * multiple or multiple
         shape = StepShape(prefill_tokens=tokens, prefill_slots=slots)
         split = evaluator.split(chosen.layout, label, chosen.padded_heads, shape)
         return hide_gathers(linear_part(split) + attention_part(split)).seconds
@@ -215,7 +215,7 @@ def test_fetching_ahead_is_searched_as_it_is_priced() -> None:
         assert any(entry.overlapped for entry in ledger.entries)
 
 
-def test_a_long_context_is_dealt_where_requests_are_few() -> None:
+def test_a_long_context_is_split_where_requests_are_few() -> None:
     """Eight key-value heads over 16 chips: heads and context for one long request, heads and requests where there are four."""
     best = {}
     for batch in (1, 4):
@@ -223,9 +223,9 @@ def test_a_long_context_is_dealt_where_requests_are_few() -> None:
         report = search(load_model_config("llama-3-70b"), parse_slice("v5e:4x4"), workload)
         best[batch] = report.best.layout.decode
         if batch == 1:
-            undealt = next(c for c in report.candidates if not c.layout.decode.attention_axes(AttentionRole.SEQUENCE))
-            assert report.best.memory.kv * 4 == undealt.memory.kv
-            assert report.best.score < 0.8 * undealt.score
+            unmultiple = next(c for c in report.candidates if not c.layout.decode.attention_axes(AttentionRole.SEQUENCE))
+            assert report.best.memory.kv * 4 == unmultiple.memory.kv
+            assert report.best.score < 0.8 * unmultiple.score
     assert [role.value for _, role in best[1].attention] == ["heads", "sequence"]
     assert sorted(role.value for _, role in best[4].attention) == ["batch", "heads"]  # on which axis which, is a mirror image
 

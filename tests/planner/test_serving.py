@@ -34,7 +34,7 @@ def test_prefill_at_one_decode_at_many() -> None:
     assert best.score == pytest.approx(prefill.step_seconds + 64 * decode.step_seconds)
     alone = searched(replace(SERVING, batch=1, phase="prefill")).best
     assert prefill.step_seconds >= alone.score
-    lanes = 64 // 64  # requests are dealt over all axes
+    lanes = 64 // 64  # all axes split requests
     assert best.memory.kv == lanes * 118 * 2 * 2048 * 256 * 2
 
 

@@ -107,7 +107,7 @@ def test_everything_wrong_with_a_description_is_listed(tmp_path: Path) -> None:
         read_experiment(file)
     text = "\n".join(caught.value.offences)
     for expected in (
-        "3 devices of cpu:3 are not dealt evenly",
+        "3 devices of cpu:3 cannot be divided evenly",
         "'mlfq' looks at the clock",
         "lengths 'long'",
         "weights = 'f16'",

@@ -133,12 +133,12 @@ def _tensors(split: StepSplit) -> dict[Item, _Tensor]:
 
 
 def _token_letters(split: StepSplit) -> tuple[str, ...]:
-    """`B L` where whole sequences are dealt, `T` where the tokens of one are."""
+    """`B L` where whole sequences are split, `T` where the tokens of one are."""
     shape = split.shape
-    dealt = max(split.ways(split.t), split.ways(split.replica), split.ways(split.decode.batch), split.ways(split.prefill.batch))
+    owners = max(split.ways(split.t), split.ways(split.replica), split.ways(split.decode.batch), split.ways(split.prefill.batch))
     sequences = shape.prefill_slots or shape.decode_rows
     mixed = shape.prefill_tokens and shape.decode_rows
-    return ("T",) if mixed or sequences % dealt else ("B", "L")
+    return ("T",) if mixed or sequences % owners else ("B", "L")
 
 
 def _line(split: StepSplit, entry: Entry, tensor: _Tensor | None, current: dict[Item, Split]) -> Line:

@@ -1,8 +1,8 @@
-"""The keys of one sequence dealt over mesh axes: what lies on which device, and how its parts of attention come together.
+"""The keys of one sequence distributed round-robin over mesh axes: which device holds what, and how partial attention is combined.
 
-Entry i of a sequence, a page of the cache or a token of a prompt, lies on the device whose coordinates along the dealing axes are the
-digits of i modulo their product, major first. So all devices hold alike much of every sequence however it grows, and what a query may
-see of a device's entries, which are in order, is always a run from the first one.
+Entry i of a sequence, a page of the cache or a token of a prompt, is on the device whose coordinates along these axes are the
+digits of i modulo their product, major first. So all devices hold equally much of every sequence however it grows, and the entries of a
+device that a query may see are always its first ones.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jax import lax
 from partinf.partition.collectives import Axes
 
 
-def deal(x: jax.Array, dim: int, order: Axes, axes: Axes, sizes: Mapping[str, int]) -> jax.Array:
-    """The entries of dimension `dim` that lie at this device's coordinates along `axes`, in order, when `order` deals them."""
-    head, tail, dealt = x.shape[:dim], x.shape[dim + 1 :], [sizes[axis] for axis in order]
+def local_entries(x: jax.Array, dim: int, order: Axes, axes: Axes, sizes: Mapping[str, int]) -> jax.Array:
+    """The entries of dimension `dim` on this device's coordinates along `axes`, in order, when they are distributed over `order`."""
+    head, tail, ways = x.shape[:dim], x.shape[dim + 1 :], [sizes[axis] for axis in order]
     kept = x.shape[dim] // math.prod(sizes[axis] for axis in axes)
-    x = x.reshape(*head, x.shape[dim] // math.prod(dealt), *dealt, *tail)
+    x = x.reshape(*head, x.shape[dim] // math.prod(ways), *ways, *tail)
     for place, axis in reversed(list(enumerate(order))):
         if axis in axes:
             x = lax.dynamic_index_in_dim(x, lax.axis_index(axis), dim + 1 + place, keepdims=False)
