@@ -78,7 +78,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self._port()}"
 
     def _port(self) -> int:
-        for _ in range(600):
+        for _ in range(3000):
             if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text()):
                 return int(found[1])
             if self.child.poll() is not None:
@@ -267,7 +267,7 @@ async def loaded(server: Server, seconds: float, seed: int) -> Clients:
     await clients.learn()
     watch = asyncio.create_task(server.watch())
     await clients.run(seconds)
-    for _ in range(600):  # what clients left behind is cancelled
+    for _ in range(3000):  # what clients left behind is cancelled
         if not server.metrics()["num_requests_running"]:
             break
         await asyncio.sleep(0.1)
