@@ -3,9 +3,9 @@
     python -m experiments.constrained_rows.measure          # writes results.json
 
 On the demo model, and on a simulated device whose steps take 6 ms. The ways take turns on one runner. A share is the median of all turns,
-and of the best tenth of each way's turns, which other work on the machine disturbs least; a gap is the time between two tokens of a free row.
-While the host is a step ahead, a constrained row runs in every second step, so no more than 34 of 36 rows (0.944) can be had; 32 free rows
-alone are 0.889.
+and of the best tenth of each way's turns, which other work on the machine disturbs least; a gap is the time between two tokens of a free
+row. While the host is a step ahead, a constrained row runs in every second step, so no more than 34 of 36 rows (0.944) can be had; 32 free
+rows alone are 0.889.
 """
 
 from __future__ import annotations
