@@ -100,6 +100,8 @@ def layers(types: tuple[str, ...], count: int, **more: Any) -> Config:
     }
 
 
+# What is changed in a directory after it was saved: keys of its config.json, and the beginnings of its tensors' names.
+WRITTEN, RENAMED = "_written", "_renamed"
 CHOSEN = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_group": 2}
 
@@ -270,6 +272,24 @@ CASES: Mapping[str, Case] = {
     "deepseek_v3": ("deepseek_v3", multihead(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, **LATENT)),
     "phimoe": ("phimoe", derived(num_local_experts=4)),
     "jetmoe": ("jetmoe", derived(num_local_experts=4)),
+    "mistral3, growing queries": (
+        "mistral3",
+        lambda sizes: {
+            "text_config": sizes | rope(**YARN, llama_4_scaling_beta=0.4) | {"model_type": "ministral3"},
+            "vision_config": vision(),
+            "spatial_merge_size": 1,
+        },
+    ),
+    "persimmon, no norms of heads": ("persimmon", multihead(qk_layernorm=False, hidden_act="gelu")),
+    "opt, narrow tables": ("opt", lambda sizes: opt(sizes, word_embed_proj_dim=sizes["hidden_size"] // 2)),
+    "opt, narrow tables, norms after": (
+        "opt",
+        lambda sizes: opt(sizes, word_embed_proj_dim=sizes["hidden_size"] // 2, do_layer_norm_before=False),
+    ),
+    "openai-gpt": ("openai-gpt", lambda sizes: {key: value for key, value in gpt()(sizes).items() if key != "n_inner"}),
+    "llama, another output matrix than the one it ties": ("llama", llama(**{WRITTEN: {"tie_word_embeddings": True}})),
+    "qwen3, tied by another name": ("qwen3", llama(tie_word_embeddings=True, **{RENAMED: ("model.embed_tokens.", "lm_head.")})),
+    "qwen2, tensors of the base model": ("qwen2", derived(tie_word_embeddings=True, **{RENAMED: ("model.", "")})),
 }
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from experiments.families import cases
 from experiments.results import beside, write
 from partinf.buckets import Capacity, with_capacity
+from partinf.checkpoint.described import read_model
 from partinf.checkpoint.hf import load_hf
 from partinf.engine.engine import Engine
 from partinf.engine.request import SamplingParams
@@ -37,7 +38,6 @@ from partinf.execution.runner import JaxRunner
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout.files import make_layout
-from partinf.model.load import load_model_config
 from partinf.partition.sharding import device_mesh
 from partinf.plans import Plan
 from partinf.transformer import reference
@@ -75,7 +75,7 @@ def run(directory: Path, seed: int) -> dict[str, Any]:
         InvalidInput: a model that is not read.
     """
     case = json.loads((directory / "case.json").read_text())
-    plan = Plan(load_model_config(directory), parse_slice("cpu:1"), PLAIN, weights=DType.F32, kv=DType.F32)
+    plan = Plan(read_model(directory), parse_slice("cpu:1"), PLAIN, weights=DType.F32, kv=DType.F32)
     plan = with_capacity(plan, Capacity(max_rows=4, max_len=cases.LONGEST, page_size=PAGE, prefill_tokens=CHUNK, random=False))
     plan = dataclasses.replace(plan, buckets=plan.buckets[-1:])  # the largest does what all do, and is compiled once
     params = load_hf(directory, plan.model, abstract_params(plan, device_mesh(plan), unrolled=False))

@@ -19,6 +19,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
@@ -41,6 +42,16 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 numbers.add_(0.3 * torch.randn(numbers.shape, generator=generator))
 
 
+def change(directory: Path, written: cases.Config, renamed: tuple[str, str] | None) -> None:
+    """Keys of a saved configuration, and the beginnings of the names of tensors."""
+    file, weights = directory / "config.json", directory / "model.safetensors"
+    if written:
+        file.write_text(json.dumps(json.loads(file.read_text()) | written))
+    if renamed is not None:
+        tensors = {name.replace(*renamed, 1): tensor for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def make(folder: Path, seed: int, names: list[str]) -> None:
     for number, (name, (model_type, arguments)) in enumerate(cases.CASES.items()):
         directory = folder / name.replace(", ", "-").replace(" ", "_")
@@ -48,12 +59,15 @@ def make(folder: Path, seed: int, names: list[str]) -> None:
             continue
         sizes = cases.drawn(1000 * seed + number)
         try:
-            config = transformers.CONFIG_MAPPING[model_type](**arguments(sizes))
+            asked = arguments(sizes)
+            written, renamed = asked.pop(cases.WRITTEN, {}), asked.pop(cases.RENAMED, None)
+            config = transformers.CONFIG_MAPPING[model_type](**asked)
             made = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else transformers.AutoModelForCausalLM
             torch.manual_seed(seed)
             model = made.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
             randomise(model, 7919 * seed + number)
             model.save_pretrained(directory)
+            change(directory, written, renamed)
             (directory / "case.json").write_text(json.dumps({"case": name, "model_type": model_type, "vocab_size": sizes["vocab_size"]}))
         except Exception as error:  # the table says which cases this version of transformers does not make
             print(f"{name}: not made: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)

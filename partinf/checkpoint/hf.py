@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,7 @@ def save_hf(
         InvalidInput: blocks that no family's directory can describe, a tree that is not this model's, arrays that live partly on other
             hosts, or a directory with weights.
     """
+    config = replace(config, table_dim=0)  # the tables are written as they are used
     directory, described = Path(directory), config_to_hf(config)
     sources = leaf_sources(config, stacked=isinstance(params.get("layers"), Mapping))
     expected = {path: source.leaf_shape for path, source in sources.items()}

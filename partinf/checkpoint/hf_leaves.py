@@ -46,6 +46,8 @@ def _placed(runs: list[tuple[int, int]]) -> list[tuple[slice, slice]]:
 def read_leaf(reader: TensorReader, source: LeafSource, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     """The slice `leaf[index]` as [*lead, *padded] cut by `index`, in `dtype`; reads only the bytes under it, and zeros in the padding."""
     ranges = tuple(range(*part.indices(size)) for part, size in zip(index, source.leaf_shape, strict=True))
+    if source.times is not None:
+        return _read_product(reader, source, ranges, dtype)
     lead, inner = ranges[: len(source.lead)], ranges[len(source.lead) :]
     found = np.zeros((math.prod(len(part) for part in lead), *(len(part) for part in inner)), dtype)
     for position, place in enumerate(itertools.product(*lead)):
@@ -57,6 +59,19 @@ def read_leaf(reader: TensorReader, source: LeafSource, index: tuple[slice, ...]
         else:
             _read_into(reader, source, number, inner, found[position])
     return found.reshape(tuple(len(part) for part in ranges))
+
+
+def _read_product(reader: TensorReader, source: LeafSource, wanted: tuple[range, ...], dtype: np.dtype) -> np.ndarray:
+    """A slice of a leaf that is the product of two tensors, made in float32."""
+    assert source.times is not None
+    (name,), (other, shape) = source.names, source.times
+    found, rows, columns = np.zeros([len(part) for part in wanted], dtype), source.groups[0][0], wanted[1]
+    last = shape[-1] == source.tensor_shape[-1]  # what is summed over
+    part = slice(columns.start, columns.stop)
+    matrix = reader.read(other, (part, slice(None)) if last else (slice(None), part)).astype(np.float32)
+    table = reader.read(name, (slice(wanted[0].start, min(wanted[0].stop, rows)), slice(None))).astype(np.float32)
+    found[: len(table)] = table @ (matrix.T if last else matrix)
+    return found
 
 
 def _read_ordered(reader: TensorReader, source: LeafSource, number: int, wanted: tuple[range, ...], into: np.ndarray) -> None:

@@ -40,15 +40,18 @@ def naming_of(config: ModelConfig, found: Collection[str] = ()) -> Naming:
     named = replace(named, aside=tuple(one.format(layers=config.num_layers) for one in named.aside))
     namings = [replace(named, bases=(base,)) for base in named.bases]
     best = max(namings, key=lambda naming: len(present & tensor_shapes(config, naming).keys())) if present else namings[0]
-    return _one_table(best, present) if config.tied_embeddings else best
+    return _one_table(best, present) if config.tied_embeddings or config.table_dim else best
 
 
 def _one_table(naming: Naming, present: Collection[str]) -> Naming:
-    """Where embeddings and output matrix are one, and a directory has it under the name of the latter alone: that name."""
-    embed, head = (naming.model_weights.get(name) for name in ("embed", "unembed"))
-    if embed is None or head is None or naming.named(embed.tensors[0]) in present or naming.named(head.tensors[0]) not in present:
-        return naming
-    return replace(naming, model_weights={**naming.model_weights, "embed": head})
+    """Of a model with one table that a directory has under one of two names: that name for both."""
+    weights = dict(naming.model_weights)
+    stored = {name: weights[name].tensors for name in ("embed", "unembed") if name in weights}
+    there = {name: naming.named(tensors[0]) in present for name, tensors in stored.items()}
+    if len(stored) == 2 and len({*there.values()}) == 2:
+        only = next(stored[name] for name in stored if there[name])
+        weights |= {name: replace(weights[name], tensors=only) for name in stored}
+    return replace(naming, model_weights=weights)
 
 
 def tolerated(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
@@ -112,6 +115,7 @@ class LeafSource:
         transposed: The tensors are stored [in, out].
         neighbours: Of each tensor, how many leading rows of a head are pairs of neighbours.
         packed: The tensors are stored in four bits.
+        times: The leaf is the product of the tensor with another, over what both have last or the other has first: its name and shape.
     """
 
     lead: tuple[int, ...]
@@ -127,6 +131,7 @@ class LeafSource:
     transposed: bool
     neighbours: tuple[int, ...]
     packed: bool = False
+    times: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
@@ -143,6 +148,8 @@ class LeafSource:
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of everything that is stored."""
+        if self.times is not None:
+            return dict.fromkeys(self.names, self.tensor_shape) | dict([self.times])
         if not self.packed:
             return dict.fromkeys(self.names, self.tensor_shape)
         shapes = mxfp4.stored_shapes(self.tensor_shape)
@@ -156,6 +163,7 @@ def _sizes(config: ModelConfig, vocab_size: int, kind: LayerKind | None) -> dict
     return {
         "V": vocab_size,
         "E": config.embed_dim,
+        "P": config.table_dim,
         "F": inner.width if inner is not None else 0,
         "X": experts.count if experts is not None else 0,
         "W": experts.each.width if experts is not None else 0,
@@ -226,12 +234,13 @@ class _Leaves:
             piece=parts[chosen[0]],
             stride=sum(parts),
             groups=groups,
-            padded=tuple(_size(dim, whole) for dim in flat),
+            padded=tuple(_size(dim if weight.times is None or dim != "P" else "E", whole) for dim in flat),
             order=tuple(weight.leaf.find(dim) for dim in flat) if weight.leaf else (),
             tensor_shape=shape[::-1] if weight.transposed else shape,
             transposed=weight.transposed,
             neighbours=(rotated, *[0] * (len(weight.tensors) - 1)) * repeated,
             packed=weight.packed,
+            times=weight.times and (self.naming.named(weight.times[0]), tuple(sizes[letter] for letter in weight.times[1].split())),
         )
 
 

@@ -72,7 +72,7 @@ def _logits_of(split: StepSplit, rows: int, times: int, useful: float) -> list[E
     model = split.model
     cols = split.logit_cols
     ready = tuple(axis for axis in split.w_stored if axis not in cols)  # axes that split V before the product
-    entries = norm(split, Part.LOGITS, rows, cols, times, useful)
+    entries = norm(split, Part.LOGITS, rows, cols, times, useful) if model.final_norm else []
     embed, vocab = model.embed_dim // split.ways(cols), model.padded_vocab_size // split.ways(ready)
     flops = 2.0 * rows * embed * vocab
     table = vocab * embed * split.act_bytes

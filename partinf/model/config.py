@@ -48,6 +48,7 @@ _WHOLE = {
     "vocab_size": (1, 1 << 24),
     "max_len": (0, 1 << 30),
     "window": (0, 1 << 30),
+    "table_dim": (0, 1 << 20),
 }
 _MOST_KINDS = 64
 _MOST_PARAMS = 10**15
@@ -79,12 +80,16 @@ class ModelConfig:
         num_layers: N. embed_dim: E. num_heads: H. num_kv_heads: K. head_dim: Q. vocab_size: V, unpadded.
         ffn_dim: F of layers without experts; 0 where all have them.
         experts: of layers whose kind has them; None where the model has none.
-        block, norms, norm, norm_eps, residual_scale: as in `LayerKind`. Norm and epsilon are those of the final norm too.
+        block, norms, norm, norm_eps, residual_scale: as in `LayerKind`. Norm and epsilon are those of the final norm too, which a model has
+            where `final_norm` says so.
         gated, activation: as in `FeedForward`. biases: of `MATRICES`, those whose product has a bias.
         rotation: of queries and keys, where `position` is ROPE.
-        qk_norm, qk_norm_rotated, qkv_clip, sinks: as in `Attention`. attention_scale: of scores; 0 for 1/√Q. attention_cap: of scores.
+        qk_norm, qk_norm_rotated, qk_norm_bias, qkv_clip, sinks: as in `Attention`. attention_scale: of scores; 0 for 1/√Q. attention_cap:
+            of scores.
         embedding_scale: of what is looked up in the table. logit_scale: of logits. logit_cap: c in c·tanh(logit/c), after that; 0 for none.
         tied_embeddings: logits are made with the table of embeddings. output_bias: they have a bias.
+        table_dim: the width of one table that the weights on disk have instead of two, each of which is its product with a matrix of
+            theirs, made while they are read; 0 where the tables lie there as they are used.
         max_len: longest context in tokens; 0 where the source states none.
         window: positions that every layer may look back on, itself included; 0 where all see all.
         kinds: what layers of several kinds have of their own, `window` and `rotation`; empty where all are alike.
@@ -110,8 +115,10 @@ class ModelConfig:
     rotation: Rotation = PLAIN
     biases: tuple[str, ...] = ()
     norms: NormPlaces = NormPlaces.BEFORE
+    final_norm: bool = True
     qk_norm: QkNorm = QkNorm.NONE
     qk_norm_rotated: bool = False
+    qk_norm_bias: bool = False
     qkv_clip: float = 0.0
     attention_scale: float = 0.0
     attention_cap: float = 0.0
@@ -122,6 +129,7 @@ class ModelConfig:
     logit_cap: float = 0.0
     tied_embeddings: bool = False
     output_bias: bool = False
+    table_dim: int = 0
     max_len: int = 0
     window: int = 0
     experts: Experts | None = None
@@ -174,6 +182,7 @@ class ModelConfig:
             rotation=own.rotation if self.position is Position.ROPE else None,
             qk_norm=self.qk_norm,
             qk_norm_rotated=self.qk_norm_rotated,
+            qk_norm_bias=self.qk_norm_bias,
             qkv_clip=self.qkv_clip,
             scale=self.attention_scale or self.head_dim**-0.5,
             cap=self.attention_cap,
@@ -263,6 +272,10 @@ class ModelConfig:
             offences.append(
                 f"model {self.name}: a parallel block has its norms before its sublayers: norms = {self.norms.value!r} is not supported"
             )
+        if self.qk_norm_bias and (self.qk_norm is QkNorm.NONE or not self.norm.weighted):
+            offences.append(f"model {self.name}: qk_norm_bias needs norms of queries and keys that have weights")
+        if self.table_dim and self.tied_embeddings:
+            offences.append(f"model {self.name}: table_dim = {self.table_dim} makes two tables, which tied_embeddings says are one")
         sized = not offences
         offences += self._order_offences()
         if sized:

@@ -2,10 +2,10 @@
 
 The declarations themselves stand in `partinf.model.families`.
 
-Letters of tensors: V vocabulary, E d_model, F d_ff, X experts, W d_ff of each, H query heads, K key/value heads, G query heads of each, Q
-head size, M longest context, T the four devices that CodeGen was cut for, S query heads of each. A leaf is a reshape of a tensor or of some
-of its rows, or a stack of such. Where a family pairs neighbours in the rotary embedding, the rows of queries and keys are put such that the
-first half of what is rotated is paired with the second.
+Letters of tensors: V vocabulary, E d_model, P the width of tables that are not E wide, F d_ff, X experts, W d_ff of each, H query heads, K
+key/value heads, G query heads of each, Q head size, M longest context, T the four devices that CodeGen was cut for, S query heads of each.
+A leaf is a reshape of a tensor or of some of its rows, or a stack of such. Where a family pairs neighbours in the rotary embedding, the
+rows of queries and keys are put such that the first half of what is rotated is paired with the second.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class Stored:
             name as `{number}`.
         leaf: The letters of the leaf's dimensions, where they have another order than the tensor's; a 1 of the tensor may be missing.
         packed: The numbers are stored in four bits, in a tensor of blocks and one of scales (`checkpoint.mxfp4`).
+        times: The leaf is the product of the tensor with another, over P: its name, and its dimensions.
     """
 
     dims: str
@@ -141,6 +142,7 @@ class Stored:
     numbered: str = ""
     leaf: str = ""
     packed: bool = False
+    times: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,8 @@ class Wrapper:
 
 # What the blocks of a family are where its declaration does not say: what `ModelConfig` says.
 _FEATURES = (
-    *("block", "norms", "gated", "activation", "norm", "position", "biases"),
-    *("qk_norm", "qk_norm_rotated", "qkv_clip", "attention_scale", "attention_cap", "sinks"),
+    *("block", "norms", "final_norm", "gated", "activation", "norm", "position", "biases"),
+    *("qk_norm", "qk_norm_rotated", "qk_norm_bias", "qkv_clip", "attention_scale", "attention_cap", "sinks"),
     *("residual_scale", "embedding_scale", "logit_scale", "logit_cap", "output_bias", "kinds", "prefix", "pattern"),
 )
 _PLAIN: Mapping[str, Any] = {field.name: field.default for field in fields(ModelConfig) if field.name in _FEATURES}

@@ -34,6 +34,7 @@ class Rope:
         by_type: type of layer → the key of its theta and what a missing key means, where types rotate differently.
         original: whether `original_max_position_embeddings` may stand beside, where it counts before what stands within.
         renamed: names of ways of scaling that mean others in this family. missing: the rotation of a file that describes none.
+        growth_key: within, how much queries grow with each original length, which the file must then have.
         alpha: whether dynamic scaling with an `alpha` is a theta that is stretched by it once, whatever is served.
     """
 
@@ -48,6 +49,7 @@ class Rope:
     renamed: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, Any] = field(default_factory=dict)
     alpha: bool = False
+    growth_key: str = ""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -142,14 +144,18 @@ class RopeReader:
             inner.unknown({*_SHARED, *_STRETCHED})
             return Rotation(self._stretched(own, inner), dims)
         needed, more, make = reader
-        inner.unknown({*_SHARED, *needed, *more})
+        grows = self._rope.growth_key
+        inner.unknown({*_SHARED, *needed, *more, *((grows, "max_position_embeddings") if grows else ())})
+        needed = (*needed, grows) if grows else needed
         missing = [one for one in needed if one not in found]
         if missing:
             inner.offend(f"{kind} rope scaling lacks {', '.join(missing)}")
             return Rotation()
         before = len(self._file.offences)
         scaling = make(self, inner)
-        return Rotation(own, dims, scaling if len(self._file.offences) == before else None)
+        growth = (inner.number(grows, 0.0), self._length(inner)) if grows else (0.0, 0)
+        growth = growth if growth[0] else (0.0, 0)
+        return Rotation(own, dims, scaling, *growth) if len(self._file.offences) == before else Rotation(own, dims)
 
     def _stretched(self, theta: float, inner: HfFile) -> float:
         """Theta such that the longest wavelength is `alpha` times as long."""
@@ -261,6 +267,9 @@ def rope_to_hf(rotation: Rotation, head_dim: int, max_len: int, rope: Rope = HAL
     if rope.dims_key[0]:
         return {rope.dims_key[0]: rotation.dims or head_dim}
     scaled, part = _scaling_to_hf(rotation.scaling, max_len), _part_to_hf(rotation, head_dim, rope)
+    if rope.growth_key:
+        grown = {rope.growth_key: rotation.query_growth, "original_max_position_embeddings": rotation.growth_every}
+        scaled = {"rope_type": "default"} | grown | scaled
     data: dict[str, Any] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": rotation.theta, **part, **scaled},
         rope.theta_key: rotation.theta,

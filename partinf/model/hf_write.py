@@ -58,7 +58,7 @@ def _said(value: Any) -> str:
 def _files(config: ModelConfig, family: Family) -> Iterator[dict[str, Any]]:
     """The files that may mean a model, in the family's keys."""
     data: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    data |= {size.key: getattr(config, field) for field, size in family.sizes.items()}
+    data |= {size.key: (getattr(config, field) or None) if size.follows else getattr(config, field) for field, size in family.sizes.items()}
     data |= {key: values[0] for key, values in family.only.items()}
     data |= {"tie_word_embeddings": config.tied_embeddings, "pad_token_id": None}  # which some families' defaults put beyond small tables
     data |= {family.norm_eps[0]: config.norm_eps} if family.norm_eps[0] else {}

@@ -64,24 +64,27 @@ class Norm(StrEnum):
 
 
 class NormPlaces(StrEnum):
-    """Where a sublayer is normalised. BEFORE: what it reads. AFTER: what it adds to the residual. BOTH: either."""
+    """Where a sublayer is normalised. BEFORE: what it reads. AFTER: what it adds to the residual. BOTH: either. SUM: the residual with what
+    was added to it."""
 
     BEFORE = "before"
     AFTER = "after"
     BOTH = "both"
+    SUM = "sum"
 
     @property
     def before(self) -> bool:
-        return self is not NormPlaces.AFTER
+        return self in (NormPlaces.BEFORE, NormPlaces.BOTH)
 
     @property
     def after(self) -> bool:
+        """Whether a sublayer has a norm behind it, of what it adds or of the sum."""
         return self is not NormPlaces.BEFORE
 
 
 class QkNorm(StrEnum):
     """Of queries and keys. HEAD: each head for itself, all with the same weight [Q]. HEADS: each head with a weight of its own [H, Q].
-    WIDTH: all heads together, with a weight [H, Q]. The norm is that of the layers, without its bias."""
+    WIDTH: all heads together, with a weight [H, Q]. The norm is that of the layers, whose bias it may have too."""
 
     NONE = "none"
     HEAD = "head"
@@ -108,7 +111,7 @@ class Attention:
         num_heads: H. num_kv_heads: K. head_dim: Q.
         window: positions that a query sees, the latest ones, its own included; 0 where it sees all before it.
         rotation: of queries and keys; None for none.
-        qk_norm: how queries and keys are normalised. qk_norm_rotated: after the rotation instead of before it.
+        qk_norm: how queries and keys are normalised. qk_norm_rotated: after the rotation instead of before it. qk_norm_bias: with a bias.
         qkv_clip: what queries, keys and values are cut off at, to either side; 0 for nowhere.
         scale: of scores. cap: c in c·tanh(score/c), 0 for none.
         sinks: every head has a learned score that takes its share of the mass and adds nothing.
@@ -122,6 +125,7 @@ class Attention:
     rotation: Rotation | None
     qk_norm: QkNorm
     qk_norm_rotated: bool
+    qk_norm_bias: bool
     qkv_clip: float
     scale: float
     cap: float

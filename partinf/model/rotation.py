@@ -237,11 +237,15 @@ class Rotation:
         theta: the ratio of the longest wavelength to the shortest, nearly.
         dims: leading dimensions of a head that are rotated, the others being left as they are; 0 for all.
         scaling: how frequencies are scaled; None where they are not.
+        query_growth, growth_every: queries at position p are multiplied by 1 + query_growth·ln(1 + ⌊p / growth_every⌋), so that many keys
+            do not flatten the softmax; 0 for no growth.
     """
 
     theta: float = 10_000.0
     dims: int = 0
     scaling: Scaling | None = None
+    query_growth: float = 0.0
+    growth_every: int = 0
 
     def rotated(self, head_dim: int) -> int:
         """Dimensions of a head of this size that are rotated."""
@@ -279,6 +283,10 @@ class Rotation:
     def offences(self, head_dim: int) -> list[str]:
         """What is wrong with it in a head of this size."""
         found = [*_number("theta", self.theta, *_THETA), *not_whole("dims", self.dims, 0, _MOST_DIMS)]
+        found += _number("query_growth", self.query_growth, least=0.0)
+        found += not_whole("growth_every", self.growth_every, 0, MOST_POSITIONS)
+        if not found and (self.query_growth > 0) != (self.growth_every > 0):
+            found = [f"query_growth = {self.query_growth:g} and growth_every = {self.growth_every}; either needs the other"]
         if found:
             return found
         dims = self.rotated(head_dim)
@@ -306,14 +314,16 @@ def rotation_from(table: Table) -> Rotation:
     scaling = None
     if name is not None:
         scaling = SCALINGS[name](**{one.name: _read(table, one) for one in fields(SCALINGS[name])})
+    growth, every = table.number("query_growth", default=0.0), table.whole("growth_every", default=0)
     table.refuse_unknown()
-    return Rotation(theta, dims, scaling)
+    return Rotation(theta, dims, scaling, growth, every)
 
 
 def rotation_to(rotation: Rotation) -> dict[str, Any]:
     """What `rotation_from` reads, defaults left out."""
     found: dict[str, Any] = {} if rotation.theta == Rotation.theta else {"theta": rotation.theta}
     found |= {"dims": rotation.dims} if rotation.dims else {}
+    found |= {"query_growth": rotation.query_growth, "growth_every": rotation.growth_every} if rotation.query_growth else {}
     if rotation.scaling is not None:
         found |= {"scaling": rotation.scaling.name}
         found |= {one.name: getattr(rotation.scaling, one.name) for one in fields(SCALINGS[rotation.scaling.name])}

@@ -96,7 +96,7 @@ def group_name(number: int) -> str:
 def declare_ends(model: ModelConfig) -> Mapping[str, Declared]:
     """What stands before the first layer and after the last. The tables are never quantised: logits are what int8 would hurt most."""
     table = Declared((model.padded_vocab_size, model.embed_dim), ".D")
-    ends = {"embed": table, **_norm("final_norm", model.norm, model.embed_dim)}
+    ends = {"embed": table, **(_norm("final_norm", model.norm, model.embed_dim) if model.final_norm else {})}
     if not model.tied_embeddings:
         ends["unembed"] = table
     if model.output_bias:
@@ -134,6 +134,8 @@ def _attention(of: Attention, norm: Norm, embed: int) -> dict[str, Declared]:
         for name, count in (("q_norm", heads), ("k_norm", kv_heads)):
             shape = (head,) if of.qk_norm is QkNorm.HEAD else (count, head)
             found[name] = Declared(shape, "." * len(shape), fill=1.0 - norm.offset)
+            if of.qk_norm_bias:
+                found[f"{name}_bias"] = Declared(shape, "." * len(shape), fill=0.0)
     if of.sinks:
         found["sinks"] = Declared((heads,), ".", fill=0.0)
     return found

@@ -24,7 +24,7 @@ from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.round_robin import in_order, local_entries, num_seen, weighted
 from partinf.transformer.linear import normalised, scaled
 from partinf.transformer.params import Params
-from partinf.transformer.rope import Angles, angles, rotate
+from partinf.transformer.rope import Angles, angles, growth, rotate
 from partinf.transformer.routes import Group, Routes
 
 _LARGEST = float(jnp.finfo(jnp.bfloat16).max)  # that every type of a cache holds
@@ -46,8 +46,10 @@ def rotations_of(batch: Batch, routes: Routes) -> tuple[Rotations, ...]:
     model = routes.plan.model
 
     def of(positions: Any, group: Group, by: Rotation) -> Angles:
-        made: Any = angles(_rows(positions, group, routes), by, model.head_dim, routes.plan.max_len)
-        return Angles(*lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.platform.stacked_rotations else made))
+        mine = _rows(positions, group, routes)
+        made: Any = angles(mine, by, model.head_dim, routes.plan.max_len)[:2]
+        made = lax.optimization_barrier(jnp.stack(made) if routes.plan.slice.chip.platform.stacked_rotations else made)
+        return Angles(*made, growth(mine, by) if by.query_growth else None)
 
     def both(by: Rotation | None) -> Rotations:
         if by is None:
@@ -245,6 +247,8 @@ def _to_group(
         keys = _heads_normalised(keys, weights, "k_norm", of, routes.kv_digits, group.kv, routes)
     if by is not None and not of.qk_norm_rotated:
         q, keys = rotate(q, by), rotate(keys, by)
+    if by is not None and by.growth is not None:
+        q = q * by.growth.astype(q.dtype)
     return q, _contained(keys, values)
 
 
@@ -260,7 +264,11 @@ def _heads_normalised(x: jax.Array, weights: Params, name: str, of: Attention, d
     if name not in weights:
         return normed.astype(x.dtype)
     weight = weights[name][None] if of.qk_norm is QkNorm.HEAD else take_split(weights[name], 0, digits, split, routes.sizes)
-    return scaled(normed, weight[None], model.norm, x.dtype)
+    weighted = scaled(normed, weight[None], model.norm, x.dtype)
+    if not of.qk_norm_bias:
+        return weighted
+    bias = weights[f"{name}_bias"]
+    return weighted + (bias[None] if of.qk_norm is QkNorm.HEAD else take_split(bias, 0, digits, split, routes.sizes))[None]
 
 
 def _contained(keys: jax.Array, values: jax.Array) -> jax.Array:

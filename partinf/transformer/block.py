@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partinf.model.kinds import Block, LayerKind
+from partinf.model.kinds import Block, LayerKind, NormPlaces
 from partinf.model.weights import bias_of
 from partinf.partition.collective_matmul import Cut, gather_multiply, multiply_scatter
 from partinf.partition.collectives import Split, move, take_split
@@ -142,8 +142,8 @@ def _leave(
     """Products after a sublayer's core, inner [T.t, F.f] by the weight that each meets, reduced and added to the residual x [T.t, E.w].
 
     Args:
-        mixed: what experts add, which is reduced with the products where it is split alike. after: the norm of what is added, where the
-            kind has such.
+        mixed: what experts add, which is reduced with the products where it is split alike. after: the norm of what is added, or of
+            the sum, where the kind has such.
     """
     partial = Split(routes.tokens, routes.embed, routes.ffn)
     together = mixed is not None and bool(inner) and routes.phase.loop is None and joins(mixed, partial, routes)
@@ -164,9 +164,10 @@ def _leave(
     for name in inner:
         if bias_of(name) in weights:
             added = added + embed_vector(weights[bias_of(name)], routes.between, routes)
-    if kind.norms.after:
+    if kind.norms.after and kind.norms is not NormPlaces.SUM:
         added = norm(added, weights, after, routes.between, routes)
-    return x + (added if kind.residual_scale == 1.0 else added * kind.residual_scale)
+    x = x + (added if kind.residual_scale == 1.0 else added * kind.residual_scale)
+    return norm(x, weights, after, routes.between, routes) if kind.norms is NormPlaces.SUM else x
 
 
 def _part_of_norm(weights: Params, name: str, cut: Cut, routes: Routes) -> Params:

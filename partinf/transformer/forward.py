@@ -245,7 +245,7 @@ def _picked(picked: jax.Array, x: jax.Array) -> jax.Array:
 def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
     """Logits [R, V.ef] of rows [R, E.ef], float32; padding of V is -inf."""
     axes, model = routes.weight_stored, routes.plan.model
-    rows = norm(rows, params, "final_norm", axes, routes)
+    rows = norm(rows, params, "final_norm", axes, routes) if model.final_norm else rows
     table = params.get("unembed", params["embed"])  # [V, E.ef]
     found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}
     found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from partinf.model.config import ModelConfig, Position
-from partinf.model.kinds import Activation, Block, Experts, FeedForward, LayerKind, Norm, QkNorm, Score
+from partinf.model.kinds import Activation, Block, Experts, FeedForward, LayerKind, Norm, NormPlaces, QkNorm, Score
 from partinf.transformer.params import Params, Stacks
-from partinf.transformer.rope import angles, rotate
+from partinf.transformer.rope import angles, growth, rotate
 
 
 def forward(params: Params, model: ModelConfig, tokens: jax.Array, served: int = 0) -> jax.Array:
@@ -27,7 +27,8 @@ def forward(params: Params, model: ModelConfig, tokens: jax.Array, served: int =
         x = x + params["positions"][None, : tokens.shape[1]]
     for layer, number in zip(_layers(params, model), model.kind_of_layers, strict=True):
         x = _layer(layer, model.layer_kinds[number], x, served)
-    x = _norm(x, params, "final_norm", model.norm, model.norm_eps)
+    if model.final_norm:
+        x = _norm(x, params, "final_norm", model.norm, model.norm_eps)
     table = params.get("unembed", params["embed"])
     logits = jnp.einsum("ble,ve->blv", x, table, preferred_element_type=jnp.float32)
     if model.output_bias:
@@ -43,14 +44,18 @@ def _layer(layer: Params, kind: LayerKind, x: jax.Array, served: int) -> jax.Arr
         return _norm(x, layer, name, kind.norm, kind.norm_eps) if kind.norms.before else x
 
     def added(x: jax.Array, name: str) -> jax.Array:
-        return (_norm(x, layer, name, kind.norm, kind.norm_eps) if kind.norms.after else x) * kind.residual_scale
+        normed = kind.norms.after and kind.norms is not NormPlaces.SUM
+        return (_norm(x, layer, name, kind.norm, kind.norm_eps) if normed else x) * kind.residual_scale
+
+    def summed(x: jax.Array, name: str) -> jax.Array:
+        return _norm(x, layer, name, kind.norm, kind.norm_eps) if kind.norms is NormPlaces.SUM else x
 
     if kind.block.parallel:
         first = before(x, "attention_norm")
         second = before(x, "ffn_norm") if kind.block is Block.PARALLEL_TWO_NORMS else first
         return x + (_attention(layer, kind, first, served) + feed_forward(layer, kind, second)) * kind.residual_scale
-    x = x + added(_attention(layer, kind, before(x, "attention_norm"), served), "attention_post_norm")
-    return x + added(feed_forward(layer, kind, before(x, "ffn_norm")), "ffn_post_norm")
+    x = summed(x + added(_attention(layer, kind, before(x, "attention_norm"), served), "attention_post_norm"), "attention_post_norm")
+    return summed(x + added(feed_forward(layer, kind, before(x, "ffn_norm")), "ffn_post_norm"), "ffn_post_norm")
 
 
 def greedy(params: Params, model: ModelConfig, prompt: list[int], count: int) -> list[int]:
@@ -82,6 +87,8 @@ def _attention(layer: Params, kind: LayerKind, x: jax.Array, served: int) -> jax
         q, k = rotate(q, by), rotate(k, by)
     if of.qk_norm_rotated:
         q, k = _heads_norm(q, layer, "q_norm", kind), _heads_norm(k, layer, "k_norm", kind)
+    if of.rotation is not None and of.rotation.query_growth:
+        q = q * growth(positions, of.rotation).astype(q.dtype)
     q = q.reshape(*q.shape[:2], of.num_kv_heads, of.num_heads // of.num_kv_heads, of.head_dim)  # [B, L, K, G, Q]
     scores = jnp.einsum("blkgq,bmkq->bkglm", q, k, preferred_element_type=jnp.float32) * of.scale
     if of.cap:
@@ -105,7 +112,11 @@ def _heads_norm(x: jax.Array, layer: Params, name: str, kind: LayerKind) -> jax.
         return x
     wide = x.reshape(*x.shape[:2], -1) if how is QkNorm.WIDTH else x
     normed = _normalised(wide, kind.norm, kind.norm_eps).reshape(x.shape)
-    return _weighted(normed, layer.get(name), kind.norm, x.dtype)
+    weighted = _weighted(normed, layer.get(name), kind.norm, x.dtype)
+    if not kind.attention.qk_norm_bias:
+        return weighted
+    bias = layer[f"{name}_bias"]
+    return weighted + bias.reshape((1,) * (weighted.ndim - bias.ndim) + bias.shape)
 
 
 def feed_forward(layer: Params, kind: LayerKind, x: jax.Array) -> jax.Array:

@@ -13,10 +13,11 @@ from partinf.model.rotation import Rotation
 
 class Angles(NamedTuple):
     """Cosine and sine of the angles of every position [..., T, 1, D/2], times the rotation's amplitude, float32. D of the Q dimensions of a
-    head are rotated."""
+    head are rotated. `growth` is what queries are multiplied by, [..., T, 1, 1]; None for nothing."""
 
     cos: jax.Array
     sin: jax.Array
+    growth: jax.Array | None = None
 
 
 def angles(positions: jax.Array, rotation: Rotation, head_dim: int, served: int) -> Angles:
@@ -31,6 +32,12 @@ def angles(positions: jax.Array, rotation: Rotation, head_dim: int, served: int)
     if rotation.amplitude == 1.0:
         return Angles(cos, sin)
     return Angles(cos * np.float32(rotation.amplitude), sin * np.float32(rotation.amplitude))
+
+
+def growth(positions: jax.Array, rotation: Rotation) -> jax.Array:
+    """What queries at positions [..., T] are multiplied by, float32 [..., T, 1, 1]. Lanes without a token have a position below 0."""
+    times = (jnp.maximum(positions, 0) // rotation.growth_every).astype(jnp.float32)
+    return (1 + np.float32(rotation.query_growth) * jnp.log(1 + times))[..., None, None]
 
 
 def rotate(x: jax.Array, by: Angles) -> jax.Array:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from partinf.checkpoint.hf import check_hf, load_from, load_hf, save_hf
 from partinf.checkpoint.hf_leaves import read_leaf
-from partinf.checkpoint.hf_names import leaf_sources, naming_of
+from partinf.checkpoint.hf_names import leaf_sources, naming_of, tensor_shapes
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.checkpoint.tree_paths import by_path
 from partinf.foundation.errors import InvalidInput
@@ -24,6 +24,7 @@ from partinf.model.config import ModelConfig
 from partinf.model.families import FAMILIES as DECLARED
 from partinf.model.family import Family
 from partinf.model.hf_config import config_from_hf
+from partinf.model.kinds import NormPlaces
 from partinf.model.load import load_model_config
 from partinf.transformer.params import declare
 from tests.checkpoint.paths import FAMILIES, FIXTURES
@@ -311,13 +312,41 @@ def test_blocks_of_no_family_are_refused_before_anything_is_written(tmp_path: Pa
 
 @pytest.mark.parametrize("family", DECLARED.values(), ids=DECLARED.keys())
 def test_every_family_is_saved_and_loaded_unchanged(tmp_path: Path, family: Family) -> None:
-    """Fused tensors, interleaved rows and transposed matrices among them."""
+    """Fused tensors, interleaved rows and transposed matrices among them; and with every beginning that the names of its tensors may have,
+    such as none, as models of embeddings are saved, or that of a model that reads images too."""
     config = config_from_hf(small_file(family), "saved")
     stacked = family.model_type < "h"
     params = random_params(config, stacked=stacked)
     save_hf(params, config, tmp_path / "saved")
     assert load_model_config(tmp_path / "saved") == config
-    assert_same(load_hf(tmp_path / "saved", config, abstract_tree(config, make_mesh(1, 1), stacked=stacked)), params)
+    abstract = abstract_tree(config, make_mesh(1, 1), stacked=stacked)
+    assert_same(load_hf(tmp_path / "saved", config, abstract), params)
+    naming, file = family.naming_of(config), tmp_path / "saved" / "model.safetensors"
+    tensors = load_file(file)
+    assert naming.bases[1:]
+    for base in naming.bases[1:]:
+        others = tensor_shapes(config, dataclasses.replace(naming, bases=(base,)))
+        save_file(dict(zip(others, (tensors[name] for name in tensor_shapes(config, naming)), strict=True)), file)
+        assert {*load_file(file)} != {*tensors}
+        assert_same(load_hf(tmp_path / "saved", config, abstract), params)
+
+
+def test_tables_that_are_products_of_what_is_stored(tmp_path: Path) -> None:
+    """A narrow table with a matrix on either side of the model is two tables of its width, on every mesh; saved, they are what they are."""
+    directory = FIXTURES / "opt_narrow_small"
+    config, tensors = load_model_config(directory), {name: np.asarray(one, np.float32) for name, one in all_tensors(directory).items()}
+    table = tensors["model.decoder.embed_tokens.weight"]
+    whole = load_hf(directory, config, abstract_tree(config, make_mesh(1, 1)))
+    rows = config.vocab_size
+    np.testing.assert_allclose(whole["embed"][:rows], table @ tensors["model.decoder.project_in.weight"].T, atol=1e-6)
+    np.testing.assert_allclose(whole["unembed"][:rows], table @ tensors["model.decoder.project_out.weight"], atol=1e-6)
+    assert not np.asarray(whole["embed"])[rows:].any()
+    split = load_hf(directory, config, abstract_tree(config, make_mesh(2, 4)))
+    np.testing.assert_allclose(np.asarray(split["unembed"]), np.asarray(whole["unembed"]), atol=1e-6)
+    save_hf(whole, config, tmp_path / "saved")
+    saved = load_model_config(tmp_path / "saved")
+    assert (saved.table_dim, saved.tied_embeddings, saved.norms) == (0, False, NormPlaces.SUM)
+    assert_same(load_hf(tmp_path / "saved", saved, abstract_tree(saved, make_mesh(1, 1))), whole)
 
 
 @pytest.mark.parametrize("model_type, key", [("cohere", "use_qk_norm"), ("stablelm", "qk_layernorm")])

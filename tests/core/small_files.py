@@ -20,7 +20,7 @@ _MORE: dict[str, dict[str, Any]] = {"gptj": {"rotary_dim": 4}, "codegen": {"rota
 
 
 def small_file(family: Family) -> dict[str, Any]:
-    data = {"model_type": family.model_type} | {size.key: _SIZES[field] for field, size in family.sizes.items()}
+    data = {"model_type": family.model_type} | {size.key: _SIZES[field] for field, size in family.sizes.items() if field in _SIZES}
     if family.mixture is not None:
         of = family.mixture
         data |= {of.count[0][0]: 4, of.per_token[0]: 2, of.width[0]: 24}

@@ -96,10 +96,18 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "gated": False,
         "activation": Activation.RELU2,
         "qkv_clip": 0.5,
+        "qk_norm": QkNorm.HEAD,
+        "qk_norm_bias": True,
         "biases": ("wo", "w_out"),
         "sinks": True,
     },
     "norms without weights": {"norm": Norm.LAYER_BARE, "norms": NormPlaces.BOTH, "qk_norm": QkNorm.WIDTH},
+    "norms of sums, growing queries": {
+        "norm": Norm.LAYER,
+        "norms": NormPlaces.SUM,
+        "final_norm": False,
+        "rotation": Rotation(query_growth=0.5, growth_every=3),
+    },
 }
 
 

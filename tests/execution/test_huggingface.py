@@ -49,6 +49,9 @@ SLOW_MIXTURES = (
     "qwen3_moe_small",
 )
 
+# Whose features run in other tests of every run, each alone.
+SLOW = ("ministral3_small", "opt_narrow_small", "persimmon_small")
+
 # What weights, queries and pages are split over, in turn: every fixture runs, no two neighbours in the same way.
 LAYOUTS = (
     make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), dict.fromkeys("xyz", "heads")),
@@ -116,7 +119,7 @@ def test_the_reference_gives_their_logits(name: str) -> None:
     np.testing.assert_allclose(np.asarray(logits), expected["logits"], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name, layout", over(LAYOUTS, EXPERT_LAYOUTS, slow=["cohere2_small", *SLOW_MIXTURES]))
+@pytest.mark.parametrize("name, layout", over(LAYOUTS, EXPERT_LAYOUTS, slow=["cohere2_small", *SLOW, *SLOW_MIXTURES]))
 def test_the_partitioned_step_gives_their_logits(name: str, layout: Layout) -> None:
     """Prefixes of every length in one prefill each would be 40 programs; the last position of growing chunks covers all with one."""
     plan = make_plan(name, "cpu:2x2x2", layout, page_size=4, prefill_tokens=56)

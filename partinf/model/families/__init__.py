@@ -2,8 +2,8 @@
 
 `hf_config` reads and writes configurations by a declaration, `checkpoint.hf_names` finds tensors by it, and nothing else in the library
 knows a family's name: whatever a family changes in the computation is a field of `ModelConfig`. A declaration stands with its nearest
-relatives: `llama`, `gpt` for what came before it, `gemma`, `olmo`, `cohere`; `fused` and `layer_norm` are Llama's layer with one change,
-by several makers.
+relatives: `llama`, `gpt` and `opt` for what came before it, `neox`, `gemma`, `olmo`, `cohere`; `fused` and `layer_norm` are Llama's layer
+with one change, by several makers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 from partinf.foundation.errors import InvalidInput, nearest
 from partinf.model.config import ModelConfig
-from partinf.model.families import cohere, fused, gemma, gpt, layer_norm, llama, mixtures, olmo
+from partinf.model.families import cohere, fused, gemma, gpt, layer_norm, llama, mixtures, neox, olmo, opt
 from partinf.model.families.harmless import HARMLESS as HARMLESS
 from partinf.model.families.harmless import ONLY as ONLY
 from partinf.model.families.harmless import keys
 from partinf.model.family import Family, Wrapper
 
-_DECLARED = (llama, gpt, gemma, olmo, cohere, fused, layer_norm, mixtures)
+_DECLARED = (llama, gpt, opt, neox, gemma, olmo, cohere, fused, layer_norm, mixtures)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for module in _DECLARED for family in module.FAMILIES}
 
 
@@ -62,16 +62,13 @@ REFUSED: Mapping[str, str] = {
     "mimo_v2_flash": "its values have another size than its keys, and its layers differ in heads",
     "bitnet": "its weights have three values each, and its sublayers norms within",
     "apertus": "its activation (xIELU) has learned numbers",
-    "persimmon": "its norms of queries and keys have biases",
     "nanochat": "it normalises embeddings before the first layer, and rotates the other way round",
     "gpt_neox_japanese": "its last layer alone has a bias",
-    "ministral3": "its queries grow with the position",
     "gemma3n": "its layers share caches and take inputs of their own",
     "gemma4": "its layers share caches, have heads of two sizes and take inputs of their own",
     "gemma4_text": "its layers share caches, have heads of two sizes and take inputs of their own",
     "diffllama": "its attention is the difference of two",
     "doge": "its attention depends on learned masks",
-    "openai-gpt": "it normalises the sum of a sublayer and its residual",
     "ctrl": "its positions are sines that are added",
     "xglm": "its positions are sines that are added",
     "modernbert-decoder": "its blocks are none that is computed here",

@@ -6,25 +6,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from partinf.model.config import Block, ModelConfig, Norm, Position
+from partinf.model.config import Activation, Block, ModelConfig, Norm, Position
 from partinf.model.families.harmless import keys
-from partinf.model.families.llama import ATTENTION, FEED_FORWARD, LLAMA
+from partinf.model.families.llama import FEED_FORWARD
 from partinf.model.families.shared import (
     ALL_BIASES,
-    EVERY_GROUP,
     EVERY_HEAD,
     NEIGHBOURS,
     ONE_AFTER_THE_OTHER,
     activation,
     fused,
-    llama_naming,
     sizes,
     without,
 )  # fmt: skip
-from partinf.model.family import Bias, Family, Naming, Pick, Size, Stored, Window
+from partinf.model.family import Family, Naming, Pick, Size, Stored, Window
 from partinf.model.hf_rope import Rope
+from partinf.model.kinds import NormPlaces
 
-_LEARNED = {"gated": False, "norm": Norm.LAYER, "position": Position.LEARNED, "biases": ALL_BIASES}
+LEARNED = {"gated": False, "norm": Norm.LAYER, "position": Position.LEARNED, "biases": ALL_BIASES}
 _PARALLEL = {"gated": False, "norm": Norm.LAYER, "block": Block.PARALLEL}
 _GPT2_LAYER = {
     "attention_norm": Stored("E", ("ln_1.weight",)),
@@ -82,7 +81,7 @@ _GPT2 = Family(
     naming=_GPT2_NAMING,
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,), "n_special": (0,)},
     equal=_OTHER_NAMES,
-    block=_LEARNED,
+    block=LEARNED,
     picks=(activation("activation_function", "gelu_new"),),
     harmless=_GPT_HARMLESS,
 )
@@ -142,6 +141,32 @@ _GPTJ = replace(
     rope=Rope(dims_key=("rotary_dim", 64)),
     harmless=_GPT_HARMLESS,
 )
+_GPT1 = replace(
+    _GPT2,
+    title="GPT",
+    architecture="OpenAIGPTLMHeadModel",
+    model_type="openai-gpt",
+    naming=replace(
+        _GPT2_NAMING,
+        layer_weights={
+            **without(_GPT2_LAYER, "attention_norm", "attention_norm_bias", "ffn_norm", "ffn_norm_bias"),
+            "attention_post_norm": Stored("E", ("ln_1.weight",)),
+            "attention_post_norm_bias": Stored("E", ("ln_1.bias",)),
+            "ffn_post_norm": Stored("E", ("ln_2.weight",)),
+            "ffn_post_norm_bias": Stored("E", ("ln_2.bias",)),
+        },
+        model_weights={
+            "embed": Stored("V E", ("{base}tokens_embed.weight",)),
+            "positions": Stored("M E", ("{base}positions_embed.weight",)),
+            "unembed": Stored("V E", ("lm_head.weight",)),
+        },
+        buffers=(".attn.bias", "position_ids"),
+    ),
+    sizes={field: size for field, size in _GPT2.sizes.items() if field != "ffn_dim"},
+    only={},
+    block=LEARNED | {"norms": NormPlaces.SUM, "final_norm": False},
+    picks=(activation("afn", "gelu", gelu=Activation.GELU_TANH),),
+)
 # Rows are cut for the devices of its training: of each, the queries of its heads, then values, then keys.
 _BY_DEVICE = ("SQ", "SQ", "SQ")
 _CODEGEN = replace(
@@ -180,238 +205,9 @@ _GPT_NEO = replace(
     ),
     only={},
     equal=(),
-    block=_LEARNED | {"biases": ("wo", "w_in", "w_out"), "attention_scale": 1.0},
+    block=LEARNED | {"biases": ("wo", "w_in", "w_out"), "attention_scale": 1.0},
     window=Window(256, key="window_size", listed=("attention_layers", "attention_types")),
     harmless=_GPT_HARMLESS | keys("resid_dropout embed_dropout"),
 )
-_OPT_LAYER = {
-    "attention_norm": Stored("E", ("self_attn_layer_norm.weight",)),
-    "attention_norm_bias": Stored("E", ("self_attn_layer_norm.bias",)),
-    "wq": Stored("HQ E", ("self_attn.q_proj.weight",)),
-    "bq": Stored("HQ", ("self_attn.q_proj.bias",)),
-    "wkv": Stored("KQ E", ("self_attn.k_proj.weight", "self_attn.v_proj.weight")),
-    "bkv": Stored("KQ", ("self_attn.k_proj.bias", "self_attn.v_proj.bias")),
-    "wo": Stored("E (HQ)", ("self_attn.out_proj.weight",)),
-    "bo": Stored("E", ("self_attn.out_proj.bias",)),
-    "ffn_norm": Stored("E", ("final_layer_norm.weight",)),
-    "ffn_norm_bias": Stored("E", ("final_layer_norm.bias",)),
-    "w_in": Stored("1F E", ("fc1.weight",)),
-    "b_in": Stored("1F", ("fc1.bias",)),
-    "w_out": Stored("E F", ("fc2.weight",)),
-    "b_out": Stored("E", ("fc2.bias",)),
-}
-_OPT = Family(
-    title="OPT",
-    architecture="OPTForCausalLM",
-    model_type="opt",
-    sizes={
-        "num_layers": Size("num_hidden_layers"),
-        "embed_dim": Size("hidden_size"),
-        "ffn_dim": Size("ffn_dim"),
-        "num_heads": Size("num_attention_heads"),
-        "vocab_size": Size("vocab_size"),
-        "max_len": Size("max_position_embeddings"),
-    },
-    norm_eps=("", 1e-5),
-    tied=True,
-    naming=Naming(
-        bases=("model.decoder.", "decoder."),
-        layer="{base}layers.{layer}.",
-        layer_weights=_OPT_LAYER,
-        model_weights={
-            "embed": Stored("V E", ("{base}embed_tokens.weight",)),
-            "positions": Stored("M E", ("{base}embed_positions.weight",), skip=2),  # fairseq's padding, which no token is given
-            "final_norm": Stored("E", ("{base}final_layer_norm.weight",)),
-            "final_norm_bias": Stored("E", ("{base}final_layer_norm.bias",)),
-            "unembed": Stored("V E", ("lm_head.weight",)),
-        },
-    ),
-    only={"do_layer_norm_before": (True,), "_remove_final_layer_norm": (False,)},
-    equal=(("word_embed_proj_dim", "hidden_size"),),
-    block=without(_LEARNED, "biases"),
-    picks=(
-        activation("activation_function", "relu"),
-        Pick("layer_norm_elementwise_affine", True, ((True, {"norm": Norm.LAYER}), (False, {"norm": Norm.LAYER_BARE}))),
-    ),
-    biases=(Bias("enable_bias", True, ALL_BIASES),),
-    harmless=keys("output_projection"),  # whether a file has an output matrix of its own, which the file says itself
-)
 
-
-def _scaled(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"embedding_scale": fields["embed_dim"] ** 0.5} if fields.get("_scaled") else {}
-
-
-_BIOGPT = replace(
-    _OPT,
-    title="BioGPT",
-    architecture="BioGptForCausalLM",
-    model_type="biogpt",
-    sizes={**_OPT.sizes} | {"ffn_dim": Size("intermediate_size")},
-    naming=Naming(
-        bases=("biogpt.", ""),
-        layer="{base}layers.{layer}.",
-        layer_weights=_OPT_LAYER,
-        model_weights={
-            "embed": Stored("V E", ("{base}embed_tokens.weight",)),
-            "positions": Stored("M E", ("{base}embed_positions.weight",), skip=2),
-            "final_norm": Stored("E", ("{base}layer_norm.weight",)),
-            "final_norm_bias": Stored("E", ("{base}layer_norm.bias",)),
-            "unembed": Stored("V E", ("output_projection.weight",)),
-        },
-    ),
-    only={},
-    equal=(),
-    block=_LEARNED,
-    picks=(activation("hidden_act", "gelu"), Pick("scale_embedding", True, ((True, {"_scaled": True}), (False, {})))),
-    biases=(),
-    derived=_scaled,
-    loose=frozenset({"embedding_scale"}),
-    harmless=keys("layer_norm_eps hidden_dropout_prob attention_probs_dropout_prob"),  # its code does not read the first
-)
-_NEOX_LAYER = {
-    "attention_norm": Stored("E", ("input_layernorm.weight",)),
-    "attention_norm_bias": Stored("E", ("input_layernorm.bias",)),
-    **fused("attention.query_key_value.weight", "attention.query_key_value.bias", EVERY_HEAD, "H"),
-    "wo": Stored("E (HQ)", ("attention.dense.weight",)),
-    "bo": Stored("E", ("attention.dense.bias",)),
-    "ffn_norm": Stored("E", ("post_attention_layernorm.weight",)),
-    "ffn_norm_bias": Stored("E", ("post_attention_layernorm.bias",)),
-    "w_in": Stored("1F E", ("mlp.dense_h_to_4h.weight",)),
-    "b_in": Stored("1F", ("mlp.dense_h_to_4h.bias",)),
-    "w_out": Stored("E F", ("mlp.dense_4h_to_h.weight",)),
-    "b_out": Stored("E", ("mlp.dense_4h_to_h.bias",)),
-}
-_NEOX = Family(
-    title="GPT-NeoX",
-    architecture="GPTNeoXForCausalLM",
-    model_type="gpt_neox",
-    sizes=without(sizes({"max_len": 2048}), "num_kv_heads", "head_dim"),
-    norm_eps=("layer_norm_eps", 1e-5),
-    tied=False,
-    naming=Naming(
-        bases=("gpt_neox.", ""),
-        layer="{base}layers.{layer}.",
-        layer_weights=_NEOX_LAYER,
-        model_weights={
-            "embed": Stored("V E", ("{base}embed_in.weight",)),
-            "final_norm": Stored("E", ("{base}final_layer_norm.weight",)),
-            "final_norm_bias": Stored("E", ("{base}final_layer_norm.bias",)),
-            "unembed": Stored("V E", ("embed_out.weight",)),
-        },
-        buffers=(".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq"),
-    ),
-    block={"gated": False, "norm": Norm.LAYER, "biases": FEED_FORWARD},
-    picks=(
-        activation("hidden_act", "gelu"),
-        Pick("use_parallel_residual", True, ((True, {"block": Block.PARALLEL_TWO_NORMS}), (False, {"block": Block.SERIAL}))),
-    ),
-    biases=(Bias("attention_bias", True, ATTENTION),),
-    rope=Rope(theta_key="rotary_emb_base", partial=0.25, partial_key="rotary_pct"),
-)
-
-
-def _falcon_naming(config: ModelConfig) -> Naming:
-    """Queries, keys and values stand together for each that shares a key, or for each head; norms are called by their number."""
-    if config.num_kv_heads == config.num_heads:
-        parts, per = EVERY_HEAD, "H"
-    else:
-        parts, per = EVERY_GROUP, "K"
-    two = config.block is Block.PARALLEL_TWO_NORMS
-    first, second = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
-    layer = {
-        name: replace(one, tensors=tuple(t.replace("attention.", "self_attention.") for t in one.tensors))
-        for name, one in _NEOX_LAYER.items()
-    }
-    layer |= fused("self_attention.query_key_value.weight", "self_attention.query_key_value.bias", parts, per)
-    for name, tensor in (("attention_norm", first), ("ffn_norm", second)):
-        layer |= {name: Stored("E", (f"{tensor}.weight",)), f"{name}_bias": Stored("E", (f"{tensor}.bias",))}
-    return Naming(
-        bases=("transformer.", ""),
-        layer="{base}h.{layer}.",
-        layer_weights=layer,
-        model_weights={
-            "embed": Stored("V E", ("{base}word_embeddings.weight",)),
-            "final_norm": Stored("E", ("{base}ln_f.weight",)),
-            "final_norm_bias": Stored("E", ("{base}ln_f.bias",)),
-            "unembed": Stored("V E", ("lm_head.weight",)),
-        },
-        buffers=(".rotary.inv_freq", "rotary_emb.inv_freq"),
-    )
-
-
-def _falcon(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Blocks and heads as three flags and a number decide them together."""
-    if "_grouped" not in fields:
-        return {}
-    heads = fields["num_kv_heads"] if fields["_grouped"] or not fields["_one_key"] else 1
-    heads = heads if fields["_grouped"] or heads == 1 else fields["num_heads"]
-    norms = fields["_norms"] or (2 if fields["_grouped"] else 1)
-    two = fields["_grouped"] and norms == 2
-    block = (Block.PARALLEL_TWO_NORMS if two else Block.PARALLEL) if fields["_parallel"] else Block.SERIAL
-    return {"num_kv_heads": heads, "block": block}
-
-
-def _flag(key: str, absent: bool, field: str) -> Pick:
-    return Pick(key, absent, ((True, {field: True}), (False, {field: False})))
-
-
-_FALCON = Family(
-    title="Falcon",
-    architecture="FalconForCausalLM",
-    model_type="falcon",
-    sizes=without(sizes({"max_len": 2048}, num_kv_heads="num_kv_heads"), "head_dim") | {"ffn_dim": Size("ffn_hidden_size", follows=True)},
-    norm_eps=("layer_norm_epsilon", 1e-5),
-    tied=True,
-    naming=_falcon_naming,
-    only={"alibi": (False,)},
-    equal=(("n_embed", "hidden_size"),),
-    block={"gated": False, "norm": Norm.LAYER},
-    picks=(
-        activation("activation", "gelu"),
-        _flag("new_decoder_architecture", False, "_grouped"),
-        _flag("multi_query", True, "_one_key"),
-        Pick(
-            "parallel_attn",
-            True,
-            ((True, {"_parallel": True, "block": Block.PARALLEL}), (False, {"_parallel": False, "block": Block.SERIAL})),
-        ),
-        Pick(
-            "num_ln_in_parallel_attn",
-            None,
-            ((None, {"_norms": 0}), (1, {"_norms": 1}), (2, {"_norms": 2, "block": Block.PARALLEL_TWO_NORMS})),
-        ),
-    ),
-    biases=(Bias("bias", False, ALL_BIASES),),
-    derived=_falcon,
-)
-_PHI = replace(
-    LLAMA,
-    title="Phi",
-    architecture="PhiForCausalLM",
-    model_type="phi",
-    sizes=without(sizes({"max_len": 2048}), "head_dim"),
-    norm_eps=("layer_norm_eps", 1e-5),
-    naming=llama_naming(
-        {
-            "wo": Stored("E (HQ)", ("self_attn.dense.weight",)),
-            "bo": Stored("E", ("self_attn.dense.bias",)),
-            "w_in": Stored("1F E", ("mlp.fc1.weight",)),
-            "b_in": Stored("1F", ("mlp.fc1.bias",)),
-            "w_out": Stored("E F", ("mlp.fc2.weight",)),
-            "b_out": Stored("E", ("mlp.fc2.bias",)),
-        },
-        model_weights={
-            "final_norm": Stored("E", ("{base}final_layernorm.weight",)),
-            "final_norm_bias": Stored("E", ("{base}final_layernorm.bias",)),
-        },
-    ),
-    only={"qk_layernorm": (False,)},
-    block=_PARALLEL | {"biases": ALL_BIASES, "output_bias": True},
-    picks=(activation("hidden_act", "gelu_new"),),
-    biases=(),
-    rope=Rope(partial=0.5),
-    harmless=keys("embd_pdrop resid_pdrop"),
-)
-
-FAMILIES = (_GPT2, _OPT, _BIGCODE, _GPTJ, _CODEGEN, _GPT_NEO, _BIOGPT, _NEOX, _FALCON, _PHI)
+FAMILIES = (_GPT2, _GPT1, _BIGCODE, _GPTJ, _CODEGEN, _GPT_NEO)

@@ -48,6 +48,18 @@ _MISTRAL = replace(
 _MINISTRAL = replace(
     _MISTRAL, title="Ministral", architecture="MinistralForCausalLM", model_type="ministral", window=Window(4096, typed=True)
 )
+_GROWING = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0}
+_GROWING |= {"beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+_MINISTRAL3 = replace(
+    _MISTRAL,
+    title="Ministral 3",
+    architecture="Ministral3ForCausalLM",
+    model_type="ministral3",
+    sizes=sizes({"num_kv_heads": 8, "head_dim": 128, "max_len": 262144}),
+    norm_eps=("rms_norm_eps", 1e-5),
+    window=Window(absent=None),
+    rope=Rope(missing=_GROWING, growth_key="llama_4_scaling_beta"),
+)
 _LLAMA3 = {"rope_type": "llama3", "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 _CWM = replace(
     LLAMA,
@@ -194,6 +206,6 @@ _ERNIE = replace(
 )
 
 FAMILIES = (
-    *(LLAMA, _MISTRAL, _MINISTRAL, _QWEN2, QWEN3, _CWM, _SMOLLM3, GRANITE, _HYPERCLOVAX),
+    *(LLAMA, _MISTRAL, _MINISTRAL, _MINISTRAL3, _QWEN2, QWEN3, _CWM, _SMOLLM3, GRANITE, _HYPERCLOVAX),
     *(_SEED_OSS, _ARCEE, _JAIS2, HUNYUAN, _HELIUM, _ERNIE),
 )
