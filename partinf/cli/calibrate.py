@@ -203,7 +203,8 @@ def _show(chip: Chip, probes: list[Probe], predicted: list[float], seconds: floa
             f"{_rate(found.choice, 'GB/s')}, {found.op_seconds * 1e6:.3g} µs per operation, {found.step_seconds * 1e6:.3g} µs per step",
             highlight=False,
         )
-    console.print(f"memory {rates.memory / 1e9:.3g} GB/s", highlight=False)
+    least = f", the least operation {rates.pace.small_seconds * 1e6:.3g} µs" if rates.pace else ""
+    console.print(f"memory {rates.memory / 1e9:.3g} GB/s{least}", highlight=False)
     for rate in rates.collectives:
         links = f"the links' {chip.switch_bandwidth / 1e9 or chip.link_bandwidth / 1e9:.3g} GB/s"
         bytes_ = f"bytes at {1 / rate.factor:.2g} × {links}" if rate.factor else "no measurable time for its bytes"

@@ -126,7 +126,11 @@ class Pricing:
         if self._measured is not None:
             if kind is EntryKind.ATTENTION:
                 return entry._replace(seconds=self._measured.core(flops, kv_bytes, prompt))
-            return entry._replace(seconds=self._measured.product(flops, weight_bytes, activation_bytes, shape[0]))
+            seconds = self._measured.product(flops, weight_bytes, activation_bytes, shape[0])
+            if not self.program.unrolled:
+                return entry._replace(seconds=seconds)
+            early = self._measured.early(flops, weight_bytes) if weight_bytes <= self.program.fetched_matrix else 0.0
+            return entry._replace(seconds=seconds, early=early, free=self._measured.rates.op_seconds)
         core = flops * done / self._flop_rate + core_seconds
         if weight_bytes and shape:
             core *= max(1.0, self.calibration.least_rows / shape[0])
@@ -148,7 +152,7 @@ class Pricing:
     @property
     def fetch_seconds(self) -> float:
         """How long HBM is read for what the program can hold ahead of its use."""
-        return self.program.fetched_bytes / self._byte_rate
+        return self.program.fetched_bytes / (self._byte_rate if self._measured is None else self._measured.memory)
 
     def kernel(self, rows: int) -> float:
         """What decode's kernel takes on the core for so many rows, beside its products."""
@@ -218,7 +222,8 @@ class Pricing:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Measured rates for one pair of types: nothing hides behind anything else but the reading of weights behind their product."""
+    """Measured rates for one pair of types: the reading of weights hides behind their product and, where layers are compiled one by one and
+    the compiler reads weights ahead, behind what leaves memory alone."""
 
     curve: Curve
     memory: float
@@ -231,6 +236,10 @@ class _Measured:
             rate = self._by_rows[rows] = self.curve(max(rows, 1))
         work = max(flops / rate, weight_bytes / self.memory)
         return self.rates.op_seconds + work + activation_bytes / self.rates.activations
+
+    def early(self, flops: float, weight_bytes: float) -> float:
+        """What a product waits for its weights alone: what their reading takes beyond its work at the rate of many rows."""
+        return max(weight_bytes / self.memory - flops / self.curve.rates[-1], 0.0)
 
     def core(self, flops: float, kv_bytes: float, prompt: bool) -> float:
         if prompt:

@@ -24,12 +24,13 @@ from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.foundation.limits import MAX_DEVICES
 from partinf.hardware.chips import NOT_IN_FILES, Chip, chips
 from partinf.hardware.platform import PLATFORMS
-from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.rates import CollectiveRate, Curve, PaceRates, Rates, TypeRates
 from partinf.hardware.slices import Slice, parse_slice
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
 _STATED = ("sides", "side_multiple", "core_links", "clock", "host_shape", "compiler_config")
-_SECTIONS = ("chip", "measured", "memory", "products", "types", "collectives", "spread")
+_NEEDED = ("chip", "measured", "memory", "products", "types", "collectives")
+_SECTIONS = (*_NEEDED, "pace", "spread")
 # Bytes/s, FLOP/s, rows: what no device is outside of, and neither times nor the products of a few of them leave the range of a float.
 _LEAST, _MOST = 1e-3, 1e24
 _MAY_BE_ZERO = ("factor", "error")
@@ -57,7 +58,7 @@ def read_hardware(path: Path) -> Chip:
         raise InvalidInput(f"{where}: no such file; partinf calibrate writes one")
     offences: list[str] = []
     file = Table(documents.read_toml(path, where), str(path), offences)
-    offences += [f"{path}: section [{name}] is missing" for name in _SECTIONS[:-1] if name not in file]
+    offences += [f"{path}: section [{name}] is missing" for name in _NEEDED if name not in file]
     raise_offences(
         offences + [f"{path}: unknown section [{shown(n)[1:-1]}]{nearest(n, _SECTIONS)}" for n in file.data if n not in _SECTIONS]
     )
@@ -70,6 +71,8 @@ def read_hardware(path: Path) -> Chip:
     memory = file.table("memory")
     bandwidth = memory.number("bytes_per_second", low=_LEAST, high=_MOST)
     memory.refuse_unknown()
+    pace = file.table("pace", default=None)
+    paces = None if pace is None else PaceRates(**_fields(PaceRates, pace))
     spread = file.table("spread", default=None)
     spreads = [] if spread is None else [(name, spread.number(name)) for name in spread.data]
     offences += _inconsistent(str(path), chip, curves, rows)
@@ -80,6 +83,7 @@ def read_hardware(path: Path) -> Chip:
         types=tuple((name, TypeRates(**row)) for name, row in activations.items()),
         collectives=tuple(CollectiveRate(op=op, **row) for op, row in rows),
         spread=tuple(spreads),
+        pace=paces,
         **measured,
     )
     return Chip(**chip, rates=rates)
@@ -101,6 +105,12 @@ def write_hardware(chip: Chip) -> str:
     for op in dict.fromkeys(rate.op for rate in rates.collectives):
         rows = [{"ways": r.ways, "seconds": r.seconds, "factor": r.factor} for r in rates.collectives if r.op == op]
         lines.append(f"{op} = [{', '.join('{ ' + ', '.join(_keys(row)) + ' }' for row in rows)}]")
+    if rates.pace is not None:
+        lines += [
+            "",
+            "[pace]  # shares of the times that the compiler states, and its least one; 0 where it states none",
+            *_keys(asdict(rates.pace)),
+        ]
     lines += ["", "[spread]  # half the distance of the quartiles of repeated measurements over their median"]
     lines += [f"{json.dumps(name)} = {_value(value)}" for name, value in rates.spread]
     return "\n".join(lines) + "\n"

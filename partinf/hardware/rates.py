@@ -77,6 +77,22 @@ class CollectiveRate:
 
 
 @dataclass(frozen=True)
+class PaceRates:
+    """What a device takes of the times that its compiler states, where a compiled schedule is read (`partinf.proof.pace`). 0 where the
+    compiler states none, and the shipped constant holds.
+
+    Attributes:
+        product_share: of a product whose matrix lies on the chip. moving_share: of an operation that only moves.
+        least_seconds: what the compiler states of an operation that passes over next to nothing. small_seconds: what it takes.
+    """
+
+    product_share: float = 0.0
+    moving_share: float = 0.0
+    least_seconds: float = 0.0
+    small_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Rates:
     """All that was measured.
 
@@ -88,6 +104,7 @@ class Rates:
         device_kind, date, jax: of what, when, and with which version of jax.
         error: median relative error with which these rates give back the times of the steps that they were fitted to.
         spread: what was repeated → half the distance of its quartiles over its median.
+        pace: against the compiler's account; None in a file that was written before that was measured.
     """
 
     products: tuple[tuple[str, Curve], ...]
@@ -100,6 +117,7 @@ class Rates:
     jax: str
     error: float
     spread: tuple[tuple[str, float], ...] = ()
+    pace: PaceRates | None = None
 
     def product(self, weights: str) -> Curve:
         """FLOP/s by rows, for weights of a type.

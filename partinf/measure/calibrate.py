@@ -22,6 +22,7 @@ from partinf.hardware.platform import platform_named
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.hardware.slices import Slice
 from partinf.measure.collectives import collective_call
+from partinf.measure.pace import PaceCalls
 from partinf.measure.probes import Probe, declared, fit, prepare, price
 from partinf.measure.products import memory_call, products_call, weight_matrices
 from partinf.measure.timing import Call, Timing, alternate
@@ -84,6 +85,7 @@ class Measured:
         self._virtual = platform_named(self._devices[0].platform).virtual
         self._slice = local_slice(chip=_table_chip(self._devices))
         self._products = _products(self._types, self._virtual, len(self._devices))
+        self._pace: PaceCalls | None = None  # compiled with the other calls
         self._activations = [dtype for dtype in types if dtype is not DType.INT8]
 
     def calls(self, on_stage: OnStage = lambda _: None) -> dict[str, Call]:
@@ -93,6 +95,8 @@ class Measured:
         calls = _product_calls(mesh, self._products, self._virtual)
         if mesh.size > 1:
             calls |= _collectives(self._slice, mesh, self._virtual)
+        self._pace = PaceCalls(mesh, self._virtual)
+        calls |= self._pace.calls
         on_stage("compiling steps of small models")
         for dtype in self._activations:
             calls |= prepare(self._slice, dtype)
@@ -117,6 +121,7 @@ class Measured:
             jax=jax.__version__,
             error=0.0,
             spread=tuple((name, timing.spread) for name, timing in timings.items()),
+            pace=self._pace.rates(timings, slice_.chip.clock) if self._pace else None,
         )
         timed: list[Probe] = []
         fitted: list[tuple[str, TypeRates]] = []

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from partinf.foundation.compiler_text import estimated_cycles
 from partinf.foundation.rounding import round_up
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -70,8 +71,7 @@ class Instruction:
     @functools.cached_property
     def cycles(self) -> int:
         """Cycles that the compiler expects, 0 where it says nothing."""
-        found = re.search(r'estimated_cycles":"(\d+)"', self.rest)
-        return int(found[1]) if found else 0
+        return estimated_cycles(self.rest)
 
     def called(self, attribute: str) -> str | None:
         """The computation that an attribute (`calls`, `body`, `condition`, `to_apply`) names."""

@@ -1,7 +1,8 @@
 """Constants of a chip beside the TPU compiler's own account of a program: what separates its cycles from what was seen in traces.
 
 The compiler expects too much of small operations, and of products whose weights lie on the chip already; how much was read from profiler
-traces where there are any (`hardware/pace.toml`, with the evidence of each row). A chip without a row takes that of its family.
+traces where there are any (`hardware/pace.toml`, with the evidence of each row). A chip without a row takes that of its family; what
+`partinf calibrate` measured on a chip stands in place of both.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from partinf.foundation import resources
 from partinf.foundation.errors import raise_offences
@@ -78,17 +79,23 @@ def pace_of(slice_: Slice) -> Pace:
     """The constants of one device of a slice."""
     chip, rows = slice_.chip, _rows()
     row = rows.get(chip.name) or rows[chip.family]
-    share = chip.devices_per_chip
+    share, rates = chip.devices_per_chip, chip.rates
+    byte_rate, evidence = stated_byte_rate(chip) * float(row["transfer_share"]), str(row["evidence"])
+    if rates is not None:
+        byte_rate = rates.memory
+        if rates.pace is not None:
+            row = dict(row) | {key: value for key, value in asdict(rates.pace).items() if value}
+            evidence = f"measured with partinf calibrate on {rates.date}"
     return Pace(
         clock=chip.clock,
-        byte_rate=stated_byte_rate(chip) * float(row["transfer_share"]),
+        byte_rate=byte_rate,
         product_share=float(row["product_share"]),
         moving_share=float(row["moving_share"]),
         flops=chip.peak_bf16 / share,
         int8_flops=chip.peak_int8 / share,
         least_seconds=float(row["least_seconds"]),
         small_seconds=float(row["small_seconds"]),
-        evidence=str(row["evidence"]),
+        evidence=evidence,
     )
 
 

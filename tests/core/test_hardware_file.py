@@ -15,7 +15,7 @@ from partinf.cost.pricing import Pricing
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.chips import chips
 from partinf.hardware.hardware_file import check_devices, default_path, read_hardware, write_hardware
-from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
+from partinf.hardware.rates import CollectiveRate, Curve, PaceRates, Rates, TypeRates
 from partinf.hardware.slices import make_slice, parse_slice
 from partinf.workload import DType
 
@@ -30,6 +30,7 @@ RATES = Rates(
     jax="0.0",
     error=0.1,
     spread=(("reading memory", 0.02),),
+    pace=PaceRates(0.7, 0.5, 1.2e-6, 4.5e-7),
 )
 CHIP = replace(chips()["cpu"], rates=RATES, switch_bandwidth=1e9)
 
@@ -56,6 +57,9 @@ def test_what_no_measurement_finds_is_as_the_table_has_it(tmp_path: Path) -> Non
     old = "\n".join(line for line in text.splitlines() if line.partition(" = ")[0] not in stated)
     path.write_text(old)
     assert read_hardware(path) == measured
+    unpaced = replace(measured, rates=replace(RATES, pace=None))
+    path.write_text(write_hardware(unpaced))
+    assert read_hardware(path) == unpaced
     path.write_text(old.replace('name = "v4"', 'name = "mine"'))
     mine = read_hardware(path)
     assert (mine.clock, mine.cloud, mine.price) == (0.0, None, None)
@@ -124,6 +128,24 @@ def test_prices_by_hand() -> None:
     assert [entry.seconds for entry in pricing.dispatch()] == [1e-3]
     # 1 MB among 4: half way between 2 and 8 ways, 1.5 times the 0.75 ms that the links take.
     assert pricing.network.seconds(Op.ALL_GATHER, ("y",), 1e6) == pytest.approx(2e-4 + 1.5 * 0.75e-3)
+
+
+def test_a_measured_chip_that_reads_ahead_reads_weights_beside_what_leaves_memory_alone() -> None:
+    """As by the shipped constants: where layers are compiled one by one, and no matrix that is left to its product."""
+    chip = replace(chips()["v5e"], rates=replace(RATES, memory=8e11, products=(("f32", Curve((1.0, 64.0), (1e12, 1e14))),)))
+    one_by_one, looped = (
+        Pricing(make_slice(chip, (2, 4)), calibration_for(chip)).compiled(way).of_types(DType.F32, DType.F32) for way in (True, False)
+    )
+    work = (ITEM, Part.FFN, 1, 1e9, 1.0, 8e6)
+    read, again = (one.product(*work, shape=(1, 1000, 1000)) for one in (one_by_one, looped))
+    assert read.seconds == again.seconds
+    assert (read.early, again.early) == (pytest.approx(1e-5 - 1e-5, abs=1e-12), 0.0)
+    waits = one_by_one.product(ITEM, Part.FFN, 1, 1e8, 1.0, 8e6, shape=(1, 1000, 1000))
+    assert waits.early == pytest.approx(1e-5 - 1e-6)
+    assert waits.free == RATES.types[0][1].op_seconds
+    large = one_by_one.product(ITEM, Part.FFN, 1, 1e8, 1.0, 2 * one_by_one.program.fetched_matrix, shape=(1, 1000, 1000))
+    assert large.early == 0
+    assert one_by_one.fetch_seconds == one_by_one.program.fetched_bytes / 8e11
 
 
 def test_types_and_collectives_that_were_not_measured_are_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
 from partinf.api import find_slice
 from partinf.buckets import runner_limits
@@ -24,6 +25,7 @@ from partinf.layout.files import make_layout
 from partinf.measure.calibrate import ROWS, calibrate, predicted_seconds
 from partinf.measure.collectives import collective_call
 from partinf.measure.entries import Alone, Entries
+from partinf.measure.pace import PaceCalls
 from partinf.measure.probes import Probe, Size, fit, price, probes
 from partinf.measure.products import product_call
 from partinf.measure.steps import Steps, for_buckets, full_step
@@ -162,6 +164,8 @@ def test_calibrating_these_devices() -> None:
     assert rates.product("f32").sizes == ROWS
     assert {(rate.op, rate.ways) for rate in rates.collectives} == {(op.value, ways) for op in Op for ways in (2, 4, 8)}
     assert all(0 < rate < math.inf for rate in rates.product("f32").rates)
+    assert rates.pace is not None
+    assert rates.pace.product_share == rates.pace.least_seconds == 0  # no compiler for CPUs states cycles
     assert len(timed) == sum(len(buckets) for _, buckets in probes(Size()))
     predicted = predicted_seconds(chip, timed)
     assert len(predicted) == len(timed)
@@ -191,6 +195,20 @@ def test_entries_of_a_ledger_are_timed_at_their_shapes() -> None:
     # Lanes over y and z, heads over x.
     assert any(name.startswith("decode core: 2 sequences, 2 tokens, 4 heads, 2 kv heads, 32 in the cache") for name in alone.calls)
     assert all(alone.of(entry) is None for entry in ledger.entries if entry.kind is EntryKind.MEMORY)
+
+
+def test_the_compilers_times_are_held_against_those_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that states no cycles leaves the shipped shares; the least operation is timed either way."""
+    chains = PaceCalls(Mesh(jax.devices()[:1], ("x",)), virtual=True)
+    alone = chains.rates(alternate(chains.calls, budget=0.0, least=2, most=2), clock=0.0)
+    assert (alone.product_share, alone.moving_share, alone.least_seconds) == (0, 0, 0)
+    assert alone.small_seconds >= 0
+    stated = {name: 1600 * int(name.split()[0]) for name in chains.calls}
+    monkeypatch.setattr(chains, "_cycles", stated)
+    each = {"small operations": 0.4e-6, "transpositions": 0.5e-6, "products on the chip": 3e-6}
+    times = {name: Timing(1e-5 + int(name.split()[0]) * each[name.partition(" ")[2]], 0.0, 1) for name in chains.calls}
+    found = chains.rates(times, clock=1.6e9)  # 1 us of every link
+    assert vars(found) == pytest.approx({"product_share": 1.0, "moving_share": 0.5, "least_seconds": 1e-6, "small_seconds": 0.4e-6})
 
 
 def test_a_timing_alone_is_what_more_takes_beyond_less() -> None:

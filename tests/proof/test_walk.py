@@ -11,6 +11,7 @@ import pytest
 from partinf.cost.collectives import Network
 from partinf.foundation.resources import package_file
 from partinf.hardware.chips import chips
+from partinf.hardware.rates import PaceRates, Rates
 from partinf.hardware.slices import parse_slice
 from partinf.proof.hlo import Instruction, Module
 from partinf.proof.pace import Pace, pace_of
@@ -208,3 +209,14 @@ def test_every_chip_has_a_pace_with_its_evidence(name: str) -> None:
     assert 0 < pace.product_share <= 1
     assert 0 < pace.moving_share <= 1
     assert 0 <= pace.small_seconds <= pace.least_seconds
+
+
+def test_what_was_measured_on_a_chip_stands_in_place_of_the_shipped_pace() -> None:
+    """A share of 0 is one that nobody measured, and the shipped one holds."""
+    shipped = pace_of(parse_slice("v5e:4x4"))
+    assert (shipped.product_share, shipped.moving_share) == (0.7, 0.5)
+    rates = Rates((), 7e11, (), (), 16, "TPU v5 lite", "2026-11-30", "0", 0.1, pace=PaceRates(product_share=0.6, small_seconds=0.3e-6))
+    found = pace_of(parse_slice("v5e:4x4", measured=replace(chips()["v5e"], rates=rates)))
+    assert (found.byte_rate, found.product_share, found.small_seconds) == (7e11, 0.6, 0.3e-6)
+    assert (found.moving_share, found.least_seconds, found.clock) == (shipped.moving_share, shipped.least_seconds, shipped.clock)
+    assert "2026-11-30" in found.evidence
