@@ -4,9 +4,9 @@
     python -m experiments.on_a_pod.reference NAME                   # on that slice; on several hosts, in one process of each, with --hosts
     python -m experiments.on_a_pod.reference NAME --slice cpu:2x2 --model demo --weights f32 --context 64    # to try it without one
 
-The programs are the sets of `experiments/published/published.toml`: model, machine, roles of its axes, batches and contexts. What runs here is
-the library's own program in that layout, with random weights, so what was published is a neighbour and no target; the planner's figure is of
-the program that runs.
+The programs are the sets of `experiments/published/published.toml`: model, machine, roles of its axes, batches and contexts. What runs
+here is the library's own program in that layout, with random weights, so a published time is a neighbour's and no target; what is predicted
+is the program that runs.
 """
 
 from __future__ import annotations
