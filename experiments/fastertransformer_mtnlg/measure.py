@@ -24,7 +24,7 @@ from partinf.workload import Workload
 
 INPUT, OUTPUT = 60, 20
 # One all-reduce per sublayer over all devices, prompts attended to one by one, scores stored, nothing overlapped.
-PROGRAM = Program("FasterTransformer", per_prompt_attention=True, blocked_attention=False, looped=False)
+PROGRAM = Program("FasterTransformer", per_prompt_attention=True, blocked_attention=False, norm_sums=True)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Program:
             * a norm's sums are taken when all but the looped axis have been gathered;
             * int8 weights have float32 scales, so what was scaled travels as float32: into W_out and W_O, and out of them;
             * the table of logits is split as W_in is, V over F's axes and E over E's.
+        norm_sums: norms add squares up over devices, and values where there is a mean, whatever the rows; ours gathers what every device
+            has found of few.
         residual: see `Residual`. either_residual: a phase may have it whole instead (`Phase.whole`).
         unrolled: layers are compiled one by one, so that the weights of a product come from HBM while the core does something else that
             leaves HBM alone: a layer takes the longer of the core's time and HBM's. In a loop over layers every product reads its own.
@@ -65,6 +67,7 @@ class Program:
     blocked_attention: bool
     skips_windows: bool = True
     looped: bool = False
+    norm_sums: bool = False
     residual: Residual = Residual.SPLIT
     either_residual: bool = False
     unrolled: bool = False
@@ -96,7 +99,7 @@ TILED = Program(
     passes_elements=True,
     tile_loop=True,
 )
-LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True)
+LOOPED = Program("looped", per_prompt_attention=True, blocked_attention=True, looped=True, norm_sums=True)
 JAX_LLM_EXAMPLES = Program(
     "jax-llm-examples",
     per_prompt_attention=True,

@@ -68,6 +68,13 @@ class Tiles:
 # Of the kernel for prompts: lanes that a head fills, rows of a block's tile, and rows (heads of a group times tokens) and keys of a block.
 KERNEL_LANES, KERNEL_TILE, KERNEL_ROWS, KERNEL_KEYS = 128, 16, 1024, 512
 
+_GATHERED = 1 << 16  # numbers that devices find for a norm, of all parts: as many cost their links less than the hops of a sum
+
+
+def gathers_parts(numbers: int) -> bool:
+    """Whether devices gather what each has found for a norm, so many numbers in all, rather than add it up on the way."""
+    return numbers <= _GATHERED
+
 
 def kernel_tokens(group: int) -> int:
     """Tokens of a block of the kernel for prompts, whose heads come in groups of so many."""

@@ -146,7 +146,7 @@ class Layout:
     A worked example: 2×2×2 devices, axes x, y, z; dense weights x: replica, y: embed, z: ffn; experts' x: expert, y: expert, z: ffn.
     X 8 experts, 2 of them for every token, E 64, F 32; a step of 16 tokens, dispatched by gathering. Local shapes of one device:
 
-        1. the residual between sublayers, and its norm (sum of squares over yz)    h [16.x = 8, E.yz = 16]
+        1. the residual between sublayers, and its norm (squares of all parts)         h [16.x = 8, E.yz = 16]
         2. x splits tokens and experts: all-gather(x) of rows. y splits no tokens and no E of experts, z neither: all-gather(yz) of E
                                                                                     h [16, E = 64]
         3. h · router [8, 64] in float32, the same on all devices; the 2 best       experts [16, 2], weights [16, 2]

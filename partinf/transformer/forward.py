@@ -4,7 +4,7 @@ A worked example: 2×2×2 devices, axes x, y, z; storage x: embed, y, z: ffn (E_
 prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes and 16 prompt tokens. Local shapes of one device:
 
     1. embedding table [256, E.xyz = 8]; lookup of all 24 tokens                x [24, E.xyz = 8]
-    2. norm (sum of squares over xyz), all-gather(yz)                           h [24, E.x = 32]
+    2. norm (squares of all parts), all-gather(yz)                              h [24, E.x = 32]
     3. h · W_Q [H.yz 2, 8, E.x 32]                                              q [24, H.yz = 2, 8] {x unreduced}
     4. decode lanes: reduce-scatter(x) onto lanes, all-to-all(yz)               q [8/8 = 1, H = 8, 8]
        prompt tokens: reduce-scatter(x) onto heads                              q [16, H.yzx = 1, 8]

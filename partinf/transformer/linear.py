@@ -7,9 +7,10 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from partinf.hardware.platform import Form, Platform
+from partinf.hardware.platform import Form, Platform, gathers_parts
 from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
@@ -101,25 +102,64 @@ def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -
     return weighted(found, x.dtype, weights, name, axes, routes)
 
 
-def normalised(x: jax.Array, by: Norm, eps: float, width: int, axes: Axes, routes: Routes) -> jax.Array:
-    """x [T, .., C.axes] normalised over its last dimension, which is `width` in all, in float32."""
+def normalised(x: jax.Array, by: Norm, eps: float, width: int, axes: Axes, routes: Routes, real: np.ndarray | None = None) -> jax.Array:
+    """x [T, .., C.axes] normalised over its last dimension, which is `width` in all, in float32.
+
+    Of few rows every device gathers what all have found in their parts, which takes half the hops of a sum, and adds that up itself.
+
+    Args:
+        real: [parts, C.axes], which entries of every part are not padding, where some are; those that are hold 0.
+    """
     wide = x.astype(jnp.float32)
     split = tuple(axis for axis in axes if routes.sizes[axis] > 1)
-    if by.centred and x.shape[-1] == width:  # the mean first: far above the deviation, a difference of squares is nothing but rounding
-        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    sums = [jnp.sum(wide * wide, axis=-1)]
+    few = bool(split) and gathers_parts(x.shape[0] * (2 if by.centred else 1) * routes.ways(split))
     if by.centred:
-        sums.append(jnp.sum(wide, axis=-1))
-    total = jnp.stack(sums)  # [1 or 2, T, ..] {axes unreduced}
-    if split:
-        total = lax.psum(total, split)
-    means = total[..., None] / width
-    if by.centred:
-        wide, variance = wide - means[1], means[0] - means[1] ** 2
-    else:
-        variance = means[0]
-    return wide * lax.rsqrt(variance + eps)
+        mean, variance = (_moments_of_parts if few else _moments)(wide, width, split, routes, real)
+        return (wide - mean[..., None]) * lax.rsqrt(variance[..., None] + eps)
+    squares = jnp.sum(wide * wide, axis=-1)
+    squares = jnp.sum(_of_parts(squares, split, routes), axis=0) if few else _summed(squares, split)
+    return wide * lax.rsqrt(squares[..., None] / width + eps)
+
+
+def _moments(wide: jax.Array, width: int, split: Axes, routes: Routes, real: np.ndarray | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance [T, ..] of wide [T, .., C.split], in two passes: where the mean lies far above the deviation, the mean of squares
+    less the square of the mean is nothing but rounding."""
+    mean = _summed(jnp.sum(wide, axis=-1), split) / width
+    away = _kept(wide - mean[..., None], split, real)
+    return mean, _summed(jnp.sum(away * away, axis=-1), split) / width
+
+
+def _moments_of_parts(wide: jax.Array, width: int, split: Axes, routes: Routes, real: np.ndarray | None) -> tuple[jax.Array, jax.Array]:
+    """The same of wide [T, C.split], both passes over each part, which are put together by what their means differ in (Chan, Golub and
+    LeVeque, 1983)."""
+    counts = np.full(routes.ways(split), float(wide.shape[-1]), np.float32) if real is None else real.sum(axis=-1, dtype=np.float32)
+    own = jnp.sum(wide, axis=-1) / (wide.shape[-1] if real is None else jnp.maximum(jnp.asarray(counts), 1.0)[lax.axis_index(split)])
+    away = _kept(wide - own[..., None], split, real)
+    found = _of_parts(jnp.stack([own, jnp.sum(away * away, axis=-1)]), split, routes)  # [parts, 2, T]
+    means, squares, counts = found[:, 0], found[:, 1], counts[:, None]
+    mean = jnp.sum(counts * means, axis=0) / width
+    return mean, jnp.sum(squares + counts * (means - mean[None]) ** 2, axis=0) / width
+
+
+def _kept(x: jax.Array, split: Axes, real: np.ndarray | None) -> jax.Array:
+    """x [T, .., C.split] with 0 for what is padding."""
+    if real is None:
+        return x
+    mine = jnp.asarray(real, jnp.float32)[lax.axis_index(split) if split else 0]
+    return x * mine.reshape(*[1] * (x.ndim - 1), -1)
+
+
+def _summed(found: jax.Array, split: Axes) -> jax.Array:
+    return lax.psum(found, split) if split else found
+
+
+def _of_parts(found: jax.Array, split: Axes, routes: Routes) -> jax.Array:
+    """What each device along `split` found, [.., T], on all of them: [parts, .., T]. Rows are filled up to whole lanes: of fewer a TPU's
+    compiler makes a sum of arrays of zeros, which has twice the hops."""
+    rows = found.shape[-1]
+    short = -rows % routes.plan.slice.chip.platform.lanes
+    filled = jnp.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, short)]) if short else found
+    return lax.all_gather(filled, split)[..., :rows]
 
 
 def weighted(normed: jax.Array, dtype: jnp.dtype, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:

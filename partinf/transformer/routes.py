@@ -272,6 +272,17 @@ class Routes:
                 return np.stack(chosen), len(chosen[0])
         return np.stack(per_device), local_queries
 
+    def real_heads(self, queries: bool, split: Axes) -> np.ndarray | None:
+        """Which query heads, or key-value heads, the devices along `split` hold that are the model's own: [ways of split, heads], major
+        axis first; None where no head is padding."""
+        own, padded, axes = self.plan.model, self.plan.padded_model, self._kept(split)
+        if own.num_heads == padded.num_heads:
+            return None
+        each, real = (padded.queries_per_kv_head, own.queries_per_kv_head) if queries else (1, 1)
+        count, digits = (padded.num_heads, self.head_digits) if queries else (padded.num_kv_heads, self.kv_digits)
+        held = (_held(count, digits, dict(zip(axes, at, strict=True)), self.sizes) for at in np.ndindex(*(self.sizes[a] for a in axes)))
+        return np.stack([(heads // each < own.num_kv_heads) & (heads % each < real) for heads in held])
+
     def _kv_of_queries(self, group: Group, axes: Axes, index: tuple[int, ...]) -> np.ndarray:
         """Local key-value head of each local query head of the device at `index` along `axes`."""
         model, at = self.plan.padded_model, dict(zip(axes, index, strict=True))

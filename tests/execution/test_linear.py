@@ -11,6 +11,7 @@ from partinf.hardware.platform import CPU
 from partinf.layout.files import make_layout
 from partinf.model.config import Norm
 from partinf.partition.quantize import dequantize, quantize
+from partinf.partition.sharding import device_mesh
 from partinf.transformer.linear import dot, normalised
 from partinf.transformer.routes import Routes
 from tests.execution.harness import make_plan
@@ -88,4 +89,26 @@ def test_a_mean_far_above_the_deviation_leaves_a_norm_exact() -> None:
         exact = given.astype(np.float64)
         want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
         got = normalised(jnp.asarray(given), Norm.LAYER, 1e-5, 64, (), routes)
+        np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 10])
+def test_so_does_a_mean_of_parts_on_several_devices(padding: int) -> None:
+    """Of the last device nothing is real where there is padding, and of the one before a part."""
+    rng, plan = np.random.default_rng(5), make_plan("8", make_layout({"x": "ffn"}, {"x": "heads"}))
+    routes, width = Routes(plan, plan.buckets[0]), 64 - padding
+    real = np.arange(64).reshape(8, 8) < width if padding else None
+    norm = jax.jit(
+        jax.shard_map(
+            lambda part: normalised(part, Norm.LAYER, 1e-5, width, ("x",), routes, real),
+            mesh=device_mesh(plan),
+            in_specs=jax.P(None, "x"),
+            out_specs=jax.P(None, "x"),
+        )
+    )
+    for x in (rng.normal(3e3, 1.0, (4, width)), np.where(rng.random((4, width)) < 0.05, 3e4, rng.normal(size=(4, width)))):
+        given = x.astype(np.float32)
+        exact = given.astype(np.float64)
+        want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
+        got = norm(jnp.pad(jnp.asarray(given), ((0, 0), (0, padding))))[:, :width]
         np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-5)

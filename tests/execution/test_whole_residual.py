@@ -49,13 +49,13 @@ def test_a_tensor_parallel_layer_has_two_collectives() -> None:
     layout = make_layout({"x": "ffn"}, {"x": "heads"})
     split, once = (trace_account(accounts.make_plan("8", given), accounts.BUCKETS["decode"]) for given in (layout, whole(layout)))
     rows, layers = 16, 3
-    sums, activations = rows * 4, rows * MODEL.embed_dim * 2
+    norms, activations = rows * 4 * 8, rows * MODEL.embed_dim * 2
 
     def count(account: Account, op: str, num_bytes: int) -> int:
         return sum(count for one, count in account.collectives.items() if (one.op, one.num_bytes) == (op, num_bytes))
 
-    ends = count(once, "all-reduce", sums)  # the last norm's, and the choice's
-    assert count(split, "all-reduce", sums) == 2 * layers + ends
+    assert count(once, "all-gather", norms) == 1  # the last norm's
+    assert count(split, "all-gather", norms) == 2 * layers + 1
     assert [count(split, op, activations) for op in OPS] == [2 * layers, 2 * layers, 0]
     assert [count(once, op, activations) for op in OPS] == [1, 0, 2 * layers]  # embedded tokens are gathered once
 
