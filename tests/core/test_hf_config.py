@@ -10,6 +10,7 @@ from partinf.foundation.errors import InvalidInput
 from partinf.model.config import MATRICES, Activation, ModelConfig, Norm, Position
 from partinf.model.hf_config import config_from_hf
 from partinf.model.hf_write import config_to_hf
+from partinf.model.kinds import NormPlaces
 from partinf.model.load import config_from_toml, load_model_config
 from partinf.model.weights import num_params
 
@@ -124,15 +125,23 @@ def test_every_offence_of_gpt2_at_once() -> None:
 
 
 def test_every_offence_of_opt_at_once() -> None:
-    """OPT-350m norms after the block and projects its embeddings."""
-    bad = {"do_layer_norm_before": False, "word_embed_proj_dim": 512, "enable_bias": 0, "ffn_dim": None}
+    bad = {"do_layer_norm_before": 0, "word_embed_proj_dim": "wide", "enable_bias": 0, "ffn_dim": None}
     assert offences(OPT | bad) == (
         "ffn_dim = null; a whole number is needed",
-        "do_layer_norm_before = false is not supported; supported: true",
-        "word_embed_proj_dim = 512 is not supported; it must equal hidden_size = 5120",
+        'word_embed_proj_dim = "wide"; a whole number is needed',
+        "do_layer_norm_before = 0 is not supported; supported: true, false",
         "enable_bias = 0; true or false is needed",
     )
     assert not config_from_hf(OPT | {"tie_word_embeddings": False}, "opt").tied_embeddings
+
+
+def test_opt_350m_norms_sums_and_projects_its_embeddings() -> None:
+    """One narrow table on disk is two of the model's width; a second narrow one is none that transformers ties."""
+    found = config_from_hf(OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 512}, "opt")
+    assert (found.norms, found.final_norm, found.table_dim, found.tied_embeddings) == (NormPlaces.SUM, False, 512, False)
+    assert config_from_hf(OPT | {"_remove_final_layer_norm": True}, "opt").final_norm is False
+    (said,) = offences(OPT | {"word_embed_proj_dim": 512, "tie_word_embeddings": False})
+    assert said.endswith("word_embed_proj_dim = 512 is not supported with an output matrix of its own")
 
 
 def test_every_offence_of_qwen3_at_once() -> None:
