@@ -64,6 +64,17 @@ def faster(found: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
         yield batch, min(pair, key=lambda row: row["measured"])["set"], min(pair, key=lambda row: row["planner"])["set"]
 
 
+def table(result: dict[str, Any]) -> list[str]:
+    """The errors as lines of Markdown, for `docs/accuracy.md`."""
+    lines = ["| what | rows | median | ninth decile | worst |", "|---|---|---|---|---|"]
+    parts = {"planner": result["errors"], "proof": result["errors_of_proofs"], "left out": result["fits"]["v5e_held_out"]}
+    for part, errors in (parts | {"left out ": result["fits"]["engines_held_out"]}).items():
+        for name, one in errors.items():
+            figures = " | ".join(f"{100 * one[key]:.1f} %" for key in ("median", "ninth_decile", "worst"))
+            lines.append(f"| {part.strip()}: {name} | {one['rows']} | {figures} |")
+    return lines
+
+
 def draw(found: list[dict[str, Any]]) -> None:
     """Predicted over measured against measured, a colour per chip and kind."""
     import matplotlib
@@ -123,6 +134,7 @@ def main() -> None:
         print(f"not priced: {one['name']}: {one['note']}")
     result = {"fits": fits, "errors": summaries, "errors_of_proofs": of_proofs, "faster_layout": choices, "rows": found}
     write(__file__, result)
+    print("", *table(result), sep="\n")
     draw(found)
 
 

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-from experiments.published.accuracy import faster, figures
+from experiments.published.accuracy import faster, figures, table
 from experiments.published.fit import halves, timed
 from experiments.published.rows import Engine, least, predicted, rows, step, unpriced
 from experiments.published.sets import sets
@@ -91,6 +91,12 @@ def test_shipped_constants_and_their_record_are_those_of_the_experiment() -> Non
     recorded = {(row["set"], row["what"], row["row"]): row["planner"] for row in RESULTS["rows"]}
     for row in rows():
         assert predicted(row, engines=ENGINES) == pytest.approx(recorded[row.set, row.what, row.label], rel=1e-3), row
+
+
+def test_the_page_shows_what_the_command_found() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "accuracy.md").read_text()
+    assert "\n".join(table(RESULTS)) in page
+    assert "../experiments/published/accuracy.png" in page
 
 
 def test_every_set_says_where_it_comes_from() -> None:
