@@ -1,6 +1,6 @@
-"""The planner's choice against every other candidate that fits and runs, under two accounts that are not its own.
+"""The planner's choice against every other candidate that fits and runs, under the counted program; `compiled.py` has the compiled one.
 
-python -m experiments.planner_regret.measure                       the counted programs, then the compiled ones; writes results.json
+python -m experiments.planner_regret.measure                       writes results.json
 python -m experiments.planner_regret.measure --only v4:2x2x4       judges some cases anew and replaces their rows
 """
 
@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.planner_regret.cases import SEED, Case, cases
-from experiments.planner_regret.compiled import compiled_rows
 from experiments.planner_regret.judge import Judged, judged, program_of
 from experiments.results import read, write
 from partinf.cost.program import PLAIN, TILED, program_for
@@ -119,26 +118,10 @@ def counted_rows(most: int | None, only: str, kept: list[dict[str, Any]]) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--most", type=int, help="candidates counted per case (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="counted cases whose name has this text; nothing is compiled")
-    parser.add_argument("--compile-only", action="store_true", help="keep the counted rows")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this text")
     args = parser.parse_args()
-    if not args.compile_only:
-        rows = counted_rows(args.most, args.only, _kept()["rows"])
-        _keep({"seed": SEED, "most_judged": args.most, "rows": rows})
-    if not args.only:
-        compiled = []
-        for row in compiled_rows(cases(2 * CASES)):
-            compiled.append(row)
-            _keep({"compiled": compiled})
-
-
-def _kept() -> dict[str, Any]:
-    empty: dict[str, Any] = {"rows": [], "compiled": []}
-    return empty | read(__file__, missing={})
-
-
-def _keep(found: dict[str, Any]) -> None:
-    write(__file__, _kept() | found)
+    kept = read(__file__, missing={"rows": []})
+    write(__file__, kept | {"seed": SEED, "most_judged": args.most, "rows": counted_rows(args.most, args.only, kept["rows"])})
 
 
 if __name__ == "__main__":

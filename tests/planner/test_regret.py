@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.planner_regret.cases import Case, cases
+from experiments.planner_regret import compiled
+from experiments.planner_regret.cases import Case, cases, compiled_cases
 from experiments.planner_regret.judge import collective_seconds
 from experiments.planner_regret.measure import judge
 from partinf.hardware.slices import parse_slice
+from partinf.layout.files import make_layout
+from partinf.model.load import load_model_config
+from partinf.plans import Bucket, Plan
+from partinf.proof.proving import planned_ledger
 from partinf.transformer.account import Collective, count
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "planner_regret" / "results.json"
@@ -62,6 +68,33 @@ def test_choices_that_were_compiled() -> None:
     assert len(rows) >= 5
     assert all(sum(one["compiled_ms"] is not None for one in row["candidates"]) >= 4 for row in rows)
     assert max(row["regret"] for row in rows) < 0.10
+
+
+def test_twelve_cases_are_compiled_on_four_kinds_of_tpu() -> None:
+    found = compiled_cases()
+    assert found == compiled_cases()
+    assert [case.slice.partition(":")[0] for case in found] == [chip for chip in ("v5e", "v6e", "v5p", "tpu7x") for _ in range(3)]
+    assert [case.workload.phase for case in found] == ["decode", "decode", "prefill"] * 4
+
+
+def test_layers_that_are_not_compiled_take_what_each_of_the_last_ones_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a larger vocabulary takes is the planner's own account."""
+    layout = make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"})
+    plan, bucket = Plan(load_model_config("llama-3-8b"), parse_slice("v5e:2x4"), layout), Bucket(32, 16)
+    assert plan.unrolled
+    seen = []
+
+    def walked(plan: Plan, bucket: Bucket, texts: compiled.Texts) -> float:
+        seen.append((plan.model.num_layers, plan.model.vocab_size))
+        return 1e-3 + 2e-4 * plan.model.num_layers
+
+    monkeypatch.setattr(compiled, "walked", walked)
+    small = replace(plan, model=replace(plan.model, vocab_size=compiled.VOCABULARY))
+    ends = planned_ledger(plan, bucket).seconds - planned_ledger(small, bucket).seconds
+    assert compiled.seconds(plan, bucket, compiled.Texts(Path())) == pytest.approx(1e-3 + 32 * 2e-4 + ends)
+    assert seen == [(depth, compiled.VOCABULARY) for depth in compiled.DEPTHS]
+    monkeypatch.setattr(compiled, "walked", lambda *_: None)
+    assert compiled.seconds(plan, bucket, compiled.Texts(Path())) is None
 
 
 def test_cases_are_seeded() -> None:
