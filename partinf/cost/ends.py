@@ -1,7 +1,7 @@
 """Entries before the first layer and after the last: embedding, rows that are sampled, logits, and the choice of tokens.
 
 The table is stored [V, E over all weight axes]. Lookup is local, then the tokens go where the linear layers split them. Logits are made
-for sampled rows only and reduce-scattered, axis by axis, into V.
+for sampled rows only and reduce-scattered, axis by axis, into V; where they have a table of their own, that is split over V.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def _sampled_rows(split: StepSplit) -> list[Entry]:
             num_bytes = shape.prefill_slots * embed * split.act_bytes
             dtype = split.act_dtype.value
             entries.append(split.pricing.collective(LAST_TOKENS, Part.LOGITS, 1, Op.ALL_REDUCE, split.t, num_bytes, dtype))
-        elements, sliced = shape.prefill_slots * model.embed_dim, Split(cols=split.w_stored)
-        entries += _moved(split, Part.LOGITS, LAST_TO_LOGITS, elements, sliced, Split(cols=split.logit_cols), 1.0)
+        elements = shape.prefill_slots * model.embed_dim
+        here = Split(cols=split.w_stored if split.logit_cols else split.between)  # what the table splits is sliced, for nothing
+        entries += _moved(split, Part.LOGITS, LAST_TO_LOGITS, elements, here, Split(cols=split.logit_cols), 1.0)
     return entries
 
 

@@ -255,7 +255,7 @@ def dense_set(split: StepSplit) -> LinearSet:
         queries = 2 * _gathered(query, key) + _gathered(out)
         queries += max((2 * _gathered(w_in) + _gathered(w_out) for _, w_in, w_out in widths), default=0)
     fed, rows = tokens * embed * act, shape.decode_rows // split.ways(split.replica) + shape.prefill_slots
-    largest = rows * model.padded_vocab_size * _F32
+    largest = rows * model.padded_vocab_size // split.ways(tuple(a for a in split.w_stored if a not in split.logit_cols)) * _F32
     for of, w_in, w_out in widths:
         hidden = tokens * of.width // split.ways(split.f) * act
         before, after = (queries if split.ahead else _gathered(weight) for weight in (w_in, w_out))

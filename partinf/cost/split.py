@@ -231,7 +231,9 @@ class StepSplit:
     @property
     def logit_cols(self) -> Axes:
         """The axes over which E is split in the product that makes logits."""
-        return self.e_stored if self.looped or self.pricing.program.residual is Residual.WHOLE else self.w_stored
+        if self.looped or self.pricing.program.residual is Residual.WHOLE:
+            return self.e_stored
+        return self.w_stored if self.model.tied_embeddings else ()
 
     def ways(self, axes: Axes) -> int:
         return ways(axes, self.sizes)

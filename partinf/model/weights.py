@@ -17,7 +17,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partinf.model.config import ModelConfig, Position
 from partinf.model.kinds import Attention, Block, Experts, FeedForward, LayerKind, Norm, QkNorm
@@ -94,11 +94,12 @@ def group_name(number: int) -> str:
 
 @functools.lru_cache(maxsize=64)
 def declare_ends(model: ModelConfig) -> Mapping[str, Declared]:
-    """What stands before the first layer and after the last. The tables are never quantised: logits are what int8 would hurt most."""
+    """What stands before the first layer and after the last. The tables are never quantised: logits are what int8 would hurt most. One that
+    only makes logits is split over V, so that these come out as they are wanted; one that is looked up too over E."""
     table = Declared((model.padded_vocab_size, model.embed_dim), ".D")
     ends = {"embed": table, **(_norm("final_norm", model.norm, model.embed_dim) if model.final_norm else {})}
     if not model.tied_embeddings:
-        ends["unembed"] = table
+        ends["unembed"] = replace(table, letters="W.")
     if model.output_bias:
         ends["unembed_bias"] = Declared((model.padded_vocab_size,), ".", fill=0.0)
     if model.position is Position.LEARNED:

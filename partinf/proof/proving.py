@@ -23,6 +23,7 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import PLAIN, TILED
 from partinf.cost.step import step_ledger
 from partinf.foundation.errors import InvalidInput
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.proof.compare import differences, extra_copies, planned_collectives, stored_padding
@@ -38,6 +39,9 @@ _ERROR = 0.25
 _COMPILED = replace(PLAIN, skips_windows=True)
 # Kernels of ours, and the entry of the ledger that is their work.
 _KERNELS = {"paged_decode": DECODE.core, "experts_in": WX_IN.product, "experts_out": WX_OUT.product}
+_TILE_COLUMN, _F32 = 32, 4  # bytes of a tile's column, and of a scale
+_WRITES = "paged_write"  # a kernel whose work has no entry
+_LATENCY = 1e-6  # of a transfer from or to HBM, assumed
 _LISTED = 16  # instructions in a report
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -120,7 +124,20 @@ def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
     ledger = planned_ledger(plan, bucket)
     kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
     kernels["prompt_attention"] = _from_ledger(planned_ledger(plan, replace(bucket, prefill_pages=0)), PREFILL.core)
+    kernels[_WRITES] = lambda *_: _write_seconds(plan, bucket)
     return Reader(Module(program), plan.slice, network_of(plan), _taken(plan, bucket), kernels, pace_of(plan.slice)).read()
+
+
+def _write_seconds(plan: Plan, bucket: Bucket) -> float:
+    """What one layer's kernel takes to write a token for every lane, of which no chip's time is known: a transfer's latency twice, since
+    tiles come before they go back, and their bytes at half of the rate of a transfer."""
+    pace, split = pace_of(plan.slice), split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=_COMPILED))
+    lanes, heads = ceil_div(bucket.decode_rows, split.ways(split.decode.batch)), split.model.num_kv_heads // split.ways(split.decode.kv)
+    row = plan.slice.chip.platform.lanes
+    num_bytes = heads * _TILE_COLUMN * round_up(split.model.head_dim, row) + (
+        _F32 * round_up(heads * plan.cache.page_size, row) if plan.kv is DType.INT8 else 0
+    )
+    return 2 * _LATENCY + 2 * 2 * lanes * num_bytes / (pace.byte_rate / 2)  # keys and values, each way
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
@@ -176,13 +193,14 @@ def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
     if not plan.slice.chip.clock:
         compute = max(compute, sum(e.exposed_seconds for e in ledger.entries if e.op is None))
         notes.append(f"the clock of {plan.slice.chip.name} is not known: compute is that of the plan's roofline")
-    notes += [f"kernel {name}: {_said_of(kernel)}" for name, kernel in sorted(schedule.kernels.items())]
+    notes += [f"kernel {name}: {_said_of(name, kernel)}" for name, kernel in sorted(schedule.kernels.items())]
     of_kernels = sum(kernel.seconds for kernel in schedule.kernels.values())
     return Estimate(compute, exposed, hidden, floor, _ERROR, "; ".join(notes), of_kernels)
 
 
-def _said_of(kernel: KernelTime) -> str:
+def _said_of(name: str, kernel: KernelTime) -> str:
     how = "priced from the ledger" if kernel.known else "no time is known, priced at one read of all that it is handed"
+    how = "priced at half of the rate of a transfer" if name == _WRITES else how
     return f"{how}, {1e3 * kernel.seconds:.3g} ms in all"
 
 

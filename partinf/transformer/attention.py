@@ -118,7 +118,7 @@ def _decode(
     row = jnp.arange(position.shape[0])
     current = jnp.maximum(position, 0) // size
     mine = owned[row, current] & (position >= 0)
-    kv = cache.write(kv, layer, pages[row, current], position % size, mine, KeysValues(new[:, 0], new[:, 1]))
+    kv = kernels.write(kv, layer, pages[row, current], position % size, mine, KeysValues(new[:, 0], new[:, 1]), _tiles(routes))
     read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
     local = lambda x: local_entries(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
     seen = num_seen(position + 1, local(jnp.arange(pages.shape[1])), size)  # of the pages of each lane on this device

@@ -166,6 +166,18 @@ def stored(kv: Any, layer: Any, pages: jax.Array, head: jax.Array | int = 0) -> 
     return Stored(type(held)(flat(held.keys), flat(held.values)), rows)
 
 
+def restored(kv: Any, layer: Any, pages: KeysValues) -> Any:
+    """The cache with the arrays of `Stored.pages`, changed."""
+    held, _, _ = _held(kv, layer)
+    updated = jax.tree.map(lambda old, new: new.reshape(old.shape), held, type(held)(pages.keys, pages.values))
+    return (*kv[:layer], updated, *kv[layer + 1 :]) if isinstance(kv, tuple) else updated
+
+
+def paged_by_heads(kv: Any, layer: Any) -> bool:
+    """Whether a compiler that partitions the program itself sees this cache."""
+    return isinstance(_held(kv, layer)[0], PagesOfHeads)
+
+
 def _read(kv: Any, layer: Any, pages: jax.Array, order: Callable[[jax.Array], jax.Array]) -> KeysValues:
     held, number, lead = _held(kv, layer)
 

@@ -19,6 +19,7 @@ prefill over heads. E 64, F 192, H 8, K 2, Q 8, V 256; a step of 8 decode lanes 
     10. reduce-scatter(y), reduce-scatter(z)                                    x [24, E.xyz = 8]
     11. rows to sample from: 8 lanes, last tokens of the prompts; logits        [rows, V = 256] {xyz unreduced}
         reduce-scatter(x), (y), (z)                                             [rows, V.xyz = 32]
+        with a table of their own [V.xyz = 32, 64]: all-gather(xyz) of rows     [rows, 64], and logits of these [rows, V.xyz = 32]
 """
 
 from __future__ import annotations
@@ -214,12 +215,12 @@ def sampled_logits(params: Params, x: jax.Array, batch: Batch, routes: Routes) -
 
 
 def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
-    """The rows from which tokens are sampled, with E over all weight axes: [D.r + S, E.ef]."""
+    """The rows from which tokens are sampled, with E as the table of logits has it: [D.r + S, E.c]."""
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
     parts = []
     if routes.bucket.decode_rows:
         frame = routes.frame(routes.decode.order, routes.weight_stored)
-        target = Split(routes.replica, routes.weight_stored)
+        target = Split(routes.replica, routes.logit_cols)
         parts.append(move(x[:lanes], frame, Split(routes.tokens, routes.between), target))
     if routes.bucket.prefill_slots:
         order = routes.prefill.order
@@ -228,7 +229,7 @@ def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
         last = _picked(picked, x[lanes:])  # [S, E.w] {t unreduced}
         frame = routes.frame((), routes.weight_stored)
         last = move(last, frame, Split(cols=routes.between, unreduced=routes.tokens), Split(cols=routes.between))
-        parts.append(move(last, frame, Split(cols=routes.between), Split(cols=routes.weight_stored)))
+        parts.append(move(last, frame, Split(cols=routes.between), Split(cols=routes.logit_cols)))
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
@@ -243,12 +244,13 @@ def _picked(picked: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
-    """Logits [R, V.ef] of rows [R, E.ef], float32; padding of V is -inf."""
-    axes, model = routes.weight_stored, routes.plan.model
-    rows = norm(rows, params, "final_norm", axes, routes) if model.final_norm else rows
-    table = params.get("unembed", params["embed"])  # [V, E.ef]
-    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}
-    found = move(found, routes.frame((), axes), Split(unreduced=axes), Split(cols=axes))  # [R, V.ef]
+    """Logits [R, V.ef] of rows [R, E.c], float32; padding of V is -inf. c: all weight axes, or none (`Routes.logit_cols`)."""
+    axes, cols, model = routes.weight_stored, routes.logit_cols, routes.plan.model
+    rows = norm(rows, params, "final_norm", cols, routes) if model.final_norm else rows
+    table = params.get("unembed", params["embed"])  # [V, E.ef], or [V.ef, E]
+    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}, or [R, V.ef]
+    source = Split(cols=tuple(axis for axis in axes if axis not in cols), unreduced=cols)
+    found = move(found, routes.frame((), axes), source, Split(cols=axes))  # [R, V.ef]
     if model.output_bias:
         found = found + take_split(params["unembed_bias"], 0, axes, axes, routes.sizes).astype(jnp.float32)[None]
     found = capped(found * model.logit_scale if model.logit_scale != 1.0 else found, model.logit_cap)
@@ -284,7 +286,7 @@ def _scored(params: Params, x: jax.Array, targets: jax.Array, routes: Routes, sc
     """
     order = routes.prefill.order
     rows = routes.frame(order, routes.weight_stored)
-    x = move(x, rows, Split(routes.tokens, routes.between), Split(routes.replica, routes.weight_stored))  # [T.r, E.ef]
+    x = move(x, rows, Split(routes.tokens, routes.between), Split(routes.replica, routes.logit_cols))  # [T.r, E.c]
     targets = take_split(targets, 0, order, routes.replica, routes.sizes)  # [T.r]
     axes = tuple(axis for axis in routes.weight_stored if routes.sizes[axis] > 1)
     ids = vocabulary_ids(routes)

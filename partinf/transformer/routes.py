@@ -124,6 +124,11 @@ class Routes:
         return self.plan.layout.weight_axes
 
     @cached_property
+    def logit_cols(self) -> Axes:
+        """Axes that split E in the product that makes logits: those of the table where tokens are looked up in it, none of another."""
+        return self.weight_stored if self.plan.model.tied_embeddings else ()
+
+    @cached_property
     def tokens(self) -> Axes:
         """t: axes that split the tokens in the linear layers."""
         return self.plan.layout.token_axes(self.phase)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import replace
 
 import jax
@@ -15,7 +17,7 @@ from partinf.layout.files import make_layout
 from partinf.partition.quantize import Quantized, quantize
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
-from partinf.transformer.kernels import paged_decode
+from partinf.transformer.kernels import paged_decode, paged_write
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.tiles import Tiles
 from tests.execution.harness import MODEL, TOLERANCE, largest_error, make_plan
@@ -66,6 +68,29 @@ def test_the_kernel_equals_the_plain_twin(
     for got, want in zip(run(INTERPRETED), run(None), strict=True):
         np.testing.assert_allclose(got[:-1], want[:-1], atol=TOLERANCE[dtype] / 10)
         assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize(("dtype", "heads", "apart"), [("f32", 3, True), ("bf16", 1, False), ("int8", 2, True), ("int8", 3, False)])
+def test_a_token_per_lane_is_written_as_without_a_kernel(monkeypatch: pytest.MonkeyPatch, dtype: str, heads: int, apart: bool) -> None:
+    """Into pages of several tiles, in turns of two lanes; two lanes write nothing, one of which has no page. apart: layers, not a stack."""
+    monkeypatch.setattr(paged_write, "_BUFFERS", 2 * 2 * heads * 128 * 32)
+    rng, size, layer = np.random.default_rng(2), 32, 1
+    kind = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}[dtype]
+    kv = KeysValues(*(jnp.asarray(rng.standard_normal((LAYERS, POOL, heads, size, SIZE)), kind) for _ in range(2)))
+    if dtype == "int8":
+        kv = KeysValues(*(in_rows(quantize(half, (-1,))) for half in (kv.keys, kv.values)))
+    held = tuple(jax.tree.map(operator.itemgetter(number), kv) for number in range(LAYERS)) if apart else kv
+    pages, offsets = jnp.asarray([4, 0, 8, -1, 3, 7]), jnp.asarray([0, 31, 8, 5, 17, 15])
+    owned = jnp.asarray([True, True, False, False, True, True])
+    new = KeysValues(*(jnp.asarray(rng.standard_normal((6, heads, SIZE)), kind).at[1, 0, 0].set(jnp.nan) for _ in range(2)))
+    got, want = (
+        jax.jit(functools.partial(kernels.write, tiles=tiles), static_argnums=1)(held, layer, pages, offsets, owned, new)
+        for tiles in (INTERPRETED, None)
+    )
+    assert "paged_write" in str(jax.make_jaxpr(lambda held: kernels.write(held, layer, pages, offsets, owned, new, INTERPRETED))(held))
+    for one, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+    assert any((np.asarray(one) != np.asarray(before)).any() for one, before in zip(*map(jax.tree.leaves, (got, held)), strict=True))
 
 
 def in_rows(half: Quantized) -> Quantized:

@@ -54,9 +54,9 @@ def test_a_tensor_parallel_layer_has_two_collectives() -> None:
     def count(account: Account, op: str, num_bytes: int) -> int:
         return sum(count for one, count in account.collectives.items() if (one.op, one.num_bytes) == (op, num_bytes))
 
-    assert count(once, "all-gather", norms) == 1  # the last norm's
-    assert count(split, "all-gather", norms) == 2 * layers + 1
-    assert [count(split, op, activations) for op in OPS] == [2 * layers, 2 * layers, 0]
+    assert count(once, "all-gather", norms) == 0  # of whole rows, as the last norm's are
+    assert count(split, "all-gather", norms) == 2 * layers
+    assert [count(split, op, activations) for op in OPS] == [2 * layers + 1, 2 * layers, 0]  # rows to the table of logits
     assert [count(once, op, activations) for op in OPS] == [1, 0, 2 * layers]  # embedded tokens are gathered once
 
 

@@ -102,7 +102,7 @@ def _tensors(split: StepSplit) -> dict[Item, _Tensor]:
         items.ROWS_TO_EXPERTS: of((*tokens, "E"), "E", used, Split(routed.rows)),
         items.FROM_EXPERTS: of((*tokens, "E"), "E", Split(routed.rows, routed.embed, routed.reduced), used),
         items.ROWS_TO_LOGITS: of((*rows, "E"), "E", used, Split(split.replica, split.logit_cols)),
-        items.LAST_TO_LOGITS: of((*rows, "E"), "E", Split((), stored), Split((), split.logit_cols)),
+        items.LAST_TO_LOGITS: of((*rows, "E"), "E", Split((), stored if split.logit_cols else split.between), Split((), split.logit_cols)),
         items.LOGITS: of((*rows, "V"), "V", logits),
         items.LOGITS_INTO_V: of((*rows, "V"), "V", logits, Split(split.replica, table_of_v + split.logit_cols)),
         items.NEXT_STAGE: of((*tokens, "E"), "E", Split(split.replica, stored)),

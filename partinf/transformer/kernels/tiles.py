@@ -20,6 +20,7 @@ from jax import lax
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
+from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.linear import capped, dot
@@ -159,6 +160,19 @@ def _in_place(
                 q, stored.pages, stored.rows, position, scores.of(q.shape[-1]), scores.cap, first, tiles.interpret
             )
     return None
+
+
+def write(kv: Any, layer: Any, pages: jax.Array, offsets: jax.Array, owned: jax.Array, new: KeysValues, tiles: Tiles | None) -> Any:
+    """`cache.write` of one token for each lane, whose pages no other lane writes: where there is a kernel for that the cache stays where it
+    lies."""
+    if tiles is not None and tiles.paged and not cache.paged_by_heads(kv, layer):
+        from partinf.transformer.kernels import paged_decode, paged_write
+
+        lying = cache.stored(kv, layer, pages)
+        if paged_decode.fits(lying.pages):
+            rows = jnp.where(owned, lying.rows, -1)
+            return cache.restored(kv, layer, paged_write.paged_write(lying.pages, rows, offsets, new, tiles.interpret))
+    return cache.write(kv, layer, pages, offsets, owned, new)
 
 
 def prefill(
