@@ -39,6 +39,7 @@ from partinf.workload import DType, Workload
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from partinf.checkpoint.tokenizer import Tokenizer
     from partinf.execution.score import Scores
     from partinf.hosts import Group
 
@@ -143,7 +144,6 @@ def load(
     """
     need(RUN, "running a model")
     from partinf.checkpoint.hf import load_hf
-    from partinf.checkpoint.tokenizer import find_tokenizer
     from partinf.execution.runner import JaxRunner
     from partinf.partition.sharding import device_mesh
     from partinf.transformer.executables import open_cache
@@ -160,7 +160,7 @@ def load(
         if plan.slice.chip.platform.products is not None:
             choices.adopt(choices.from_json(group.share(choices.to_json(choices.of_this_machine()) if group.leads else "")))
     directory = weights_directory(model)
-    tokenizer = find_tokenizer(directory) if directory is not None else None
+    tokenizer, eos_ids = _texts(model, plan.model)
     mesh = device_mesh(plan)
     if unrolled is None:
         unrolled = plan.unrolled
@@ -176,7 +176,7 @@ def load(
                 runner.warm_up(on_compiled)
             runner.params = reading.result()
     replicas = None if group is None else group.replicas
-    engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, seed=seed, replicas=replicas)
+    engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, eos_ids=eos_ids, seed=seed, replicas=replicas)
     return Model(plan, mesh, runner.params, runner, engine, tokenizer)
 
 
@@ -199,14 +199,21 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
 
 def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> None:
     """Raise `InvalidInput` with every reason why an engine of this plan would refuse any of the prompts; touches no device."""
-    from partinf.checkpoint.tokenizer import find_tokenizer
-
-    directory = weights_directory(model)
-    check = RequestCheck(runner_limits(plan), find_tokenizer(directory) if directory is not None else None, seed=0)
+    tokenizer, eos_ids = _texts(model, plan.model)
+    check = RequestCheck(runner_limits(plan), tokenizer, seed=0, eos_ids=eos_ids)
     offences: list[str] = []
     for number, prompt in enumerate(prompts, start=1):
         collect(offences, partial(check, prompt, params, str(number), number, 0.0))
     raise_offences(offences)
+
+
+def _texts(model: str | Path, config: ModelConfig) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The tokenizer of a model, and where it has none the token ids that end a text."""
+    from partinf.checkpoint.tokenizer import ends_by_id, find_tokenizer
+
+    directory = weights_directory(model)
+    tokenizer = None if directory is None else find_tokenizer(directory)
+    return tokenizer, frozenset() if directory is None or tokenizer is not None else ends_by_id(directory, config.vocab_size)
 
 
 def _default_plan(model: str | Path) -> Plan:

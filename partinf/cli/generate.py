@@ -7,17 +7,23 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.flags import ANY, Flags
-from partinf.cli.model_place import ModelPlace, read_lines, tell_failures
+from partinf.cli.model_place import ModelPlace, as_prompts, read_lines, said, tell_failures
 from partinf.cli.model_place import add_arguments as add_arguments_of_place
 
 if TYPE_CHECKING:
     from partinf.api import Model
+    from partinf.engine.admission import Prompt
     from partinf.engine.request import RequestOutput, SamplingParams
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    prompts.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a prompt, or token ids for a model without a tokenizer; may be given several times",
+    )
     prompts.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line; - reads standard input")
     add_arguments_of_place(parser)
     parser.add_argument("--max-tokens", default="64", metavar="N", help="tokens to generate per prompt (default: 64)")
@@ -34,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
 
     flags = Flags(args)
     place = ModelPlace(flags)
-    prompts = flags.collect(lambda: read_lines(args.prompt, args.prompts, "--prompts")) or []
+    lines = flags.collect(lambda: read_lines(args.prompt, args.prompts, "--prompts")) or []
     params = _sampling(flags)
     flags.word("format", ("text", "json"))
     flags.check()
+    prompts = as_prompts(args.model, lines)
     plan = place.plan(min(max(len(prompts), 1), 32), random=flags.need(params).temperature != 0)
     params = flags.need(params)
     api.check_prompts(args.model, plan, prompts, params)
@@ -47,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_report(args, model, prompts, outputs), indent=2))
     else:
         for prompt, output in zip(prompts, outputs, strict=True):
-            print(f"{prompt}{output.text}")
+            print(f"{said(prompt, output.tokens)}{output.text}")
     return tell_failures("prompt", {index: output.error for index, output in enumerate(outputs) if output.error is not None})
 
 
@@ -64,14 +71,14 @@ def _sampling(flags: Flags) -> SamplingParams | None:
     return flags.collect(lambda: SamplingParams(max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop))
 
 
-def _answer(model: Model, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
+def _answer(model: Model, prompts: list[Prompt], params: SamplingParams) -> list[RequestOutput]:
     from partinf.cli.progress import progress_bar
 
     with progress_bar("generating", len(prompts)) as advance:
         return model.generate(prompts, params, on_token=lambda event: advance(1) if event.finish_reason else None)
 
 
-def _report(args: argparse.Namespace, model: Model, prompts: list[str], outputs: list[RequestOutput]) -> dict[str, Any]:
+def _report(args: argparse.Namespace, model: Model, prompts: list[Prompt], outputs: list[RequestOutput]) -> dict[str, Any]:
     from partinf.layout import readable_name
 
     plan = model.plan

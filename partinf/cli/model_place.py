@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 from partinf.cli.arguments import add_pool, add_saved_plan, add_where, named_layout, named_slice, read_pool, read_saved_plan
 from partinf.cli.flags import Flags
 from partinf.foundation import documents
-from partinf.foundation.errors import DoesNotFit, InvalidInput
+from partinf.foundation.errors import DoesNotFit, InvalidInput, raise_offences
 from partinf.foundation.limits import MAX_LEN
 from partinf.workload import SERVED_PROMPT_TOKENS, DType, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from partinf.api import Model
     from partinf.buckets import Capacity
+    from partinf.engine.admission import Prompt
     from partinf.hardware.slices import Slice
     from partinf.hosts import Group
     from partinf.layout import Layout
@@ -60,6 +61,35 @@ def read_lines(given: list[str] | None, file: str | None, flag: str) -> list[str
     if not lines:
         raise InvalidInput(f"{where}: nothing in it; one text per line is expected")
     return lines
+
+
+def as_prompts(model: str | None, lines: list[str]) -> list[Prompt]:
+    """Texts as they are; where the model has no tokenizer, the token ids that each of them lists.
+
+    Raises:
+        InvalidInput: every line that is none, of a model without a tokenizer.
+    """
+    from partinf.checkpoint.described import weights_directory
+    from partinf.checkpoint.tokenizer import has_tokenizer
+
+    directory = None if model is None else weights_directory(model)
+    if directory is None or has_tokenizer(directory):
+        return list(lines)
+    found, offences = [], []
+    needed = "so token ids are needed, such as 1, 17, 5"
+    for number, line in enumerate(lines, start=1):
+        words = line.replace(",", " ").split()
+        if words and all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
+            found.append([int(word) for word in words])
+        else:
+            offences.append(f"text {number} is {documents.shown(line)}; no tokenizer is in its directory, {needed}")
+    raise_offences(offences)
+    return [*found]
+
+
+def said(prompt: Prompt, more: Sequence[int] = ()) -> str:
+    """A text, or token ids with more behind them."""
+    return prompt if isinstance(prompt, str) else ", ".join(map(str, (*prompt, *more)))
 
 
 class ModelPlace:
@@ -170,7 +200,8 @@ class ModelPlace:
             model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
         check_programs(model)
         if model.tokenizer is None and api.weights_directory(self.args.model) is not None:
-            print("no tokenizer: prompts are token ids, and a text ends at its maximum length or at a stop token", file=sys.stderr)
+            ends = ", ".join(map(str, sorted(model.engine.eos_ids))) or "a stop token"
+            print(f"no tokenizer: prompts are token ids, and a text ends at {ends} or at its maximum length", file=sys.stderr)
         elif model.tokenizer is not None and model.tokenizer.eos_note:
             print(model.tokenizer.eos_note, file=sys.stderr)
         return model

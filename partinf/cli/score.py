@@ -7,18 +7,21 @@ import json
 from typing import TYPE_CHECKING
 
 from partinf.cli.flags import FORMATS, Flags
-from partinf.cli.model_place import ModelPlace, read_lines, tell_failures
+from partinf.cli.model_place import ModelPlace, as_prompts, read_lines, said, tell_failures
 from partinf.cli.model_place import add_arguments as add_arguments_of_place
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from partinf.engine.admission import Prompt
     from partinf.execution.score import Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument("--text", action="append", metavar="TEXT", help="a text; may be given several times")
+    texts.add_argument(
+        "--text", action="append", metavar="TEXT", help="a text, or token ids for a model without a tokenizer; may be given several times"
+    )
     texts.add_argument("--texts", metavar="FILE", help="a file with one text per line; - reads standard input")
     add_arguments_of_place(parser)
     parser.add_argument("--format", default="table", metavar="FORMAT", help="table or json")
@@ -27,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     flags = Flags(args)
     place = ModelPlace(flags)
-    texts = flags.collect(lambda: read_lines(args.text, args.texts, "--texts")) or []
+    lines = flags.collect(lambda: read_lines(args.text, args.texts, "--texts")) or []
     flags.word("format", FORMATS)
+    flags.check()
+    texts = as_prompts(args.model, lines)
     plan = place.plan(min(max(len(texts), 1), 32), random=False, part_of_memory=0.5)  # a scorer has pages of its own
     scores = place.load(plan, compile_steps=False).score(texts)
     if args.format == "json":
@@ -47,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     return tell_failures("text", scores.errors)
 
 
-def _show(console: Console, texts: list[str], scores: Scores) -> None:
+def _show(console: Console, texts: list[Prompt], scores: Scores) -> None:
     from partinf.foundation.terminal import plain_table
 
     table = plain_table(">tokens", ">log-probability", ">per token", "text")
     for index, (text, one) in enumerate(zip(texts, scores.logprobs, strict=True)):
         sums = ("failed", "failed") if index in scores.errors else (f"{sum(one):.3f}", f"{sum(one) / len(one):.3f}")
-        table.add_row(f"{len(one)}", *sums, text, style=None)
+        table.add_row(f"{len(one)}", *sums, said(text), style=None)
     console.print(table, markup=False)
     console.print(
         f"{scores.num_tokens} tokens in {scores.seconds:.3g} s, {scores.padded_tokens - scores.num_tokens} of padding; "

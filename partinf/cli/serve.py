@@ -219,4 +219,4 @@ def _engine(args: argparse.Namespace, served: ServedEngine, model: Model, group:
     estimates = measured_estimates(model.runner, model.plan.buckets, agree=(lambda times: times) if group is None else group.share)
     runner = model.runner if group is None else group.runner(model.runner)
     replicas = None if group is None else group.replicas
-    return served.engine(runner, estimates, tokenizer=model.tokenizer, seed=args.seed, replicas=replicas)
+    return served.engine(runner, estimates, tokenizer=model.tokenizer, eos_ids=model.engine.eos_ids, seed=args.seed, replicas=replicas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from partinf.engine.detokenize import Tokenizer
@@ -20,9 +20,14 @@ Prompt = str | Sequence[int]
 class RequestCheck:
     """Makes a `Request` of what a user asks for, or says why not."""
 
-    def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None, seed: int) -> None:
+    def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None, seed: int, eos_ids: Collection[int] = ()) -> None:
+        """
+        Args:
+            eos_ids: tokens that end a text where there is no tokenizer that says so.
+        """
         self._limits = limits
         self._tokenizer = tokenizer
+        self._eos_ids = eos_ids if tokenizer is None else tokenizer.eos_ids
         self._seed = seed
         if not is_whole(seed, -MAX_SEED, MAX_SEED):
             raise InvalidInput(f"the engine's seed = {shown(seed)}; valid: a whole number from {-MAX_SEED} to {MAX_SEED}")
@@ -100,7 +105,7 @@ class RequestCheck:
         """Token ids that end a text."""
         if not isinstance(params, SamplingParams):
             return ()
-        eos = () if self._tokenizer is None or params.ignore_eos else self._tokenizer.eos_ids
+        eos = () if params.ignore_eos else self._eos_ids
         return tuple(sorted({*params.stop_token_ids, *eos}))
 
     def _params_offences(self, params: SamplingParams, ends: tuple[int, ...]) -> list[str]:

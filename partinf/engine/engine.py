@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 
@@ -40,7 +40,7 @@ class Engine:
     as they are. An exception from the runner ends every request in flight as FAILED and is raised in the thread that ran the iteration.
 
     Attributes:
-        metrics: counters since the start or the last `metrics.clear()`. tokenizer: as given.
+        metrics: counters since the start or the last `metrics.clear()`. tokenizer, eos_ids: as given.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Engine:
         runner: Runner,
         *,
         tokenizer: Tokenizer | None = None,
+        eos_ids: Collection[int] = (),
         policy: Policy | None = None,
         clock: Callable[[], float] = time.perf_counter,
         seed: int = 0,
@@ -62,7 +63,8 @@ class Engine:
     ) -> None:
         """
         Args:
-            tokenizer: turns text into tokens and back; without one, prompts are token ids and texts are empty.
+            tokenizer: turns text into tokens and back; without one, prompts are token ids and texts are empty. eos_ids: tokens that end a
+                text then.
             policy: who runs in an iteration; `FirstComeFirstServed` unless given, cutting prompts where there are pipeline stages: a tick
                 is as long as its longest step, so steps should be alike.
             clock: seconds; only differences count. A virtual clock makes a simulation.
@@ -81,7 +83,7 @@ class Engine:
                 with 0 it is done between two iterations for them too.
         """
         self.metrics = Metrics(runner.limits.num_slots)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self._runner = runner
         self._clock = clock
         self._lag = runner.limits.num_stages - 1 + lag
@@ -90,7 +92,7 @@ class Engine:
         staged = runner.limits.num_stages > 1 and runner.limits.chunks
         policy = policy or FirstComeFirstServed(chunk_prefills=staged)
         self._scheduler = Scheduler(runner.limits, policy, self.metrics, prefix_caching)
-        self._intake = Intake(runner.limits, tokenizer, seed, clock)
+        self._intake = Intake(runner.limits, tokenizer, seed, clock, eos_ids)
         self._bound = WaitingBound(max_waiting, max_waiting_tokens)
         self._workers = MaskWorkers(num_mask_threads)
         self._samples = Samples(self._scheduler, self._intake, self._bound, self.metrics, clock, self._workers)

@@ -22,8 +22,10 @@ _UNKNOWN_WAIT = 1.0  # seconds, before anything has started
 class Intake:
     """Makes requests of what users ask for, and of these what the engine keeps."""
 
-    def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None, seed: int, clock: Callable[[], float]) -> None:
-        self._check = RequestCheck(limits, tokenizer, seed)
+    def __init__(
+        self, limits: RunnerLimits, tokenizer: Tokenizer | None, seed: int, clock: Callable[[], float], eos_ids: Collection[int] = ()
+    ) -> None:
+        self._check = RequestCheck(limits, tokenizer, seed, eos_ids)
         self._limits = limits
         self._tokenizer = tokenizer
         self._clock = clock

@@ -170,7 +170,7 @@ class Server(uvicorn.Server):
             None if template is None else Conversations(template, self._options.template_bounds, self._options.tool_format)
         )
         self._structures = Structures(limits, tokenizer)
-        check = RequestCheck(limits, tokenizer, seed=0)
+        check = RequestCheck(limits, tokenizer, seed=0, eos_ids=loaded.engine.eos_ids)
         served = Served(tuple(self._options.names), limits, check, tokenizer, self._conversations, self._structures)
         self.front.running = Running.of(served, thread)
         say(f"ready{f': {loaded.note}' if loaded.note else ''}")

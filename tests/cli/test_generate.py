@@ -46,6 +46,26 @@ def test_json_says_how_it_ran(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert report["programs"] == 3
 
 
+def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A text ends at the tokens that its files name; text is refused, whatever else is wrong with the line."""
+    demo = resources.find("models", "demo")
+    bare = Path(shutil.copytree(demo, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*")))
+    prompt = ", ".join(map(str, load_tokenizer(demo).encode("sort: d b a c =")))
+    where = ("--slice", "cpu:2x2x2", "--max-len", "64")
+    code, out, _ = run(capsys, "--model", str(bare), *where, "--max-tokens", "16", "--prompt", prompt)
+    assert code == 0
+    ids = [int(word) for word in out.split(",")]
+    assert load_tokenizer(demo).decode(ids) == "sort: d b a c = a b c d"
+    assert ids[-1] == 2
+    code, _, errors = run(capsys, "--model", str(bare), *where, "--prompt", "1, 5", "--prompt", "sort:", "--prompt", "-3")
+    assert (code, len(errors)) == (2, 2)
+    assert errors[0].endswith("text 2 is 'sort:'; no tokenizer is in its directory, so token ids are needed, such as 1, 17, 5")
+    assert run(capsys, "--model", str(bare), *where, "--prompt", "1, 500")[0] == 2
+    assert main(["score", "--model", str(bare), *where, "--text", prompt, "--format", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["scores"][0]["logprobs"]) == len(prompt.split(",")) - 1
+
+
 STAGED = """
 [axes]
 x = "stage"

@@ -108,6 +108,24 @@ def test_a_model_without_a_tokenizer() -> None:
         assert (status, content["choices"][0]["text"]) == (200, "")
         tokens = found.engine.generate([[5, 6]], SamplingParams(max_tokens=12))[0].tokens
         assert content["choices"][0]["logprobs"]["tokens"] == [str(token) for token in tokens]
+        _, content, _ = found.post("/v1/completions", BODY | {"prompt": [5, 6], "temperature": 0, "stop": "a"})
+        assert "stop strings need a tokenizer" in content["error"]["message"]
+
+
+def test_a_text_of_a_model_without_a_tokenizer_ends_where_its_files_say() -> None:
+    """In one answer and as a stream, and at tokens that the request names; `ignore_eos` goes on."""
+    tokens = fake_engine(tokenizer=None).generate([[5, 6]], SamplingParams(max_tokens=12))[0].tokens
+    ends, asked = len(set(tokens[:4])), BODY | {"ignore_eos": False, "prompt": [5, 6], "temperature": 0, "max_tokens": 12, "logprobs": 0}
+    assert ends == 4
+    with serving(fake_engine(tokenizer=None, eos_ids=(tokens[3],))) as found:
+        choice = found.post("/v1/completions", asked)[1]["choices"][0]
+        assert (choice["finish_reason"], choice["logprobs"]["tokens"]) == ("stop", [str(token) for token in tokens[:4]])
+        assert found.post("/v1/completions", asked | {"ignore_eos": True})[1]["choices"][0]["finish_reason"] == "length"
+        choice = found.post("/v1/completions", asked | {"stop_token_ids": [tokens[1]]})[1]["choices"][0]
+        assert (choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("stop", 2)
+        parts = [event["choices"][0] for event in events(found.post("/v1/completions", asked | {"stream": True})[1]) if event["choices"]]
+        assert [token for part in parts if part["logprobs"] for token in part["logprobs"]["tokens"]] == [str(one) for one in tokens[:4]]
+        assert parts[-1]["finish_reason"] == "stop"
 
 
 def test_the_engines_thread_hands_over_once_per_iteration() -> None:

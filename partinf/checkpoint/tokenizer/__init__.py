@@ -9,8 +9,9 @@ jax is not imported.
 * `text` is what other packages use: encoding, decoding, and decoding of a stream.
 """
 
-from partinf.checkpoint.tokenizer.load import find_tokenizer, load_tokenizer
+from partinf.checkpoint.tokenizer.ends import ends_by_id
+from partinf.checkpoint.tokenizer.load import find_tokenizer, has_tokenizer, load_tokenizer
 from partinf.checkpoint.tokenizer.text import Tokenizer, TokenStream, TooLong
 from partinf.checkpoint.tokenizer.vocabulary import Vocabulary
 
-__all__ = ["TokenStream", "Tokenizer", "TooLong", "Vocabulary", "find_tokenizer", "load_tokenizer"]
+__all__ = ["TokenStream", "Tokenizer", "TooLong", "Vocabulary", "ends_by_id", "find_tokenizer", "has_tokenizer", "load_tokenizer"]

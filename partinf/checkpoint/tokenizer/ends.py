@@ -32,18 +32,7 @@ def ends_of_text(directory: Path, settings: Settings, vocabulary: Vocabulary) ->
         InvalidInput: ids of another type, or outside the vocabulary: a model never samples them, so that its texts would never end.
     """
     offences: list[str] = []
-    files = {name: read_optional(directory / name) for name in _FILES}
-    size = _vocabulary_size(files["config.json"]) or vocabulary.vocab_size
-    sources: dict[str, list[int]] = {}
-    for name, content in files.items():
-        value = content.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool):
-                offences.append(f"{directory / name}: eos_token_id holds {shown(token)}; expected an id or a list of ids")
-            elif not 0 <= token < size:
-                offences.append(f"{directory / name}: eos_token_id holds {shown(token)}, which is no token; the ids are 0 to {size - 1}")
-        sources[name] = ids
+    sources, size = _named_by_files(directory, vocabulary.vocab_size, offences)
     named = settings.names.get("eos_token")
     own = vocabulary.eos_id
     if own is not None and own >= size:
@@ -55,6 +44,35 @@ def ends_of_text(directory: Path, settings: Settings, vocabulary: Vocabulary) ->
     if named is not None and vocabulary.find(named) is None:
         notes.append(f"the tokenizer's EOS {shown(named)} is no token of its vocabulary, and is left out")
     return Ends(ends, "; ".join(filter(None, notes)) or None)
+
+
+def ends_by_id(directory: Path, vocab_size: int) -> frozenset[int]:
+    """The ids that end a text of a model without a tokenizer: the union of what the two files name.
+
+    Raises:
+        InvalidInput: as `ends_of_text`.
+    """
+    offences: list[str] = []
+    sources, _ = _named_by_files(directory, vocab_size, offences)
+    raise_offences(offences)
+    return frozenset(token for found in sources.values() for token in found)
+
+
+def _named_by_files(directory: Path, vocab_size: int, offences: list[str]) -> tuple[dict[str, list[int]], int]:
+    """The ids that each file names, and how many ids the model has: `vocab_size` where config.json does not say."""
+    files = {name: read_optional(directory / name) for name in _FILES}
+    size = _vocabulary_size(files["config.json"]) or vocab_size
+    sources: dict[str, list[int]] = {}
+    for name, content in files.items():
+        value = content.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                offences.append(f"{directory / name}: eos_token_id holds {shown(token)}; expected an id or a list of ids")
+            elif not 0 <= token < size:
+                offences.append(f"{directory / name}: eos_token_id holds {shown(token)}, which is no token; the ids are 0 to {size - 1}")
+        sources[name] = ids
+    return sources, size
 
 
 def _vocabulary_size(config: dict[str, Any]) -> int | None:

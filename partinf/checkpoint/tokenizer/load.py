@@ -21,8 +21,12 @@ def find_tokenizer(directory: str | Path) -> Tokenizer | None:
     Raises:
         InvalidInput: as `load_tokenizer` does of files that are there.
     """
-    there = any(is_present(Path(directory) / name) for name in (JSON_FILE, SENTENCEPIECE_FILE))
-    return load_tokenizer(directory) if there else None
+    return load_tokenizer(directory) if has_tokenizer(directory) else None
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory has a file that a tokenizer is read from."""
+    return any(is_present(Path(directory) / name) for name in (JSON_FILE, SENTENCEPIECE_FILE))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
