@@ -43,8 +43,8 @@ class Side:
         root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | ({"PYTHONPATH": root} if name == "partinf" else {})
         self.name = name
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        self._process = subprocess.Popen(  # of a group of its own, in this session, whose priority it keeps
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, process_group=0
         )
         assert self._read() == "ready"
         self._signal(signal.SIGSTOP)
@@ -75,7 +75,7 @@ class Side:
                 said = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
             except OSError:  # it has ended
                 continue
-            if said and int(said[3]) == self._process.pid:  # its session
+            if said and int(said[2]) == self._process.pid:  # its group
                 found += int(said[11]) + int(said[12])
         return found
 

@@ -93,6 +93,7 @@ def _enter(
     """
     norms, own = tuple(dict.fromkeys(wanted.values())), kind.block is Block.PARALLEL_TWO_NORMS
     mixed, cols, dtype = None, routes.between, normed.dtype
+    out = dtype if routes.phase.loop is None else jnp.float32  # parts that go around a ring are added in float32
     if mixed_by and kind.experts is not None:
         rows = gathered_rows(_scaled_by(mixed_by, normed, weights, kind, routes), routes)
         mixed = experts(weights, rows, kind.experts, routes)
@@ -101,8 +102,7 @@ def _enter(
 
     def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
         read = {name: weighted(part, dtype, _part_of_norm(weights, name, cut, routes), name, (), routes) if own else part for name in norms}
-        products = (dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), jnp.float32, made_for(routes)) for name, by in wanted.items())
-        return tuple(products)
+        return tuple(dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), out, made_for(routes)) for name, by in wanted.items())
 
     if not wanted:
         return [], mixed
@@ -147,10 +147,11 @@ def _leave(
     """
     partial = Split(routes.tokens, routes.embed, routes.ffn)
     together = mixed is not None and bool(inner) and routes.phase.loop is None and joins(mixed, partial, routes)
+    out = x.dtype if routes.phase.loop is None else jnp.float32  # parts that go around a ring are added in float32
 
     def multiply(cut: Cut, rows: slice) -> jax.Array:
         cuts = {name: _cut(weights[name], cut, 0) for name in inner}
-        parts = [dot("tf,ef->te", hidden[rows], cuts[name], jnp.float32, made_for(routes)) for name, hidden in inner.items()]
+        parts = [dot("tf,ef->te", hidden[rows], cuts[name], out, made_for(routes)) for name, hidden in inner.items()]
         if together:
             parts.append(mixed.array)
         return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]

@@ -51,7 +51,8 @@ def dot(
     wanted = spec[spec.index(">") + 1 :]
     made = _row_by_row(spec) if x.shape[0] > products.FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
-    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), platform).reshape(out_shape)
+    summed = dtype if scale is None and _chooses(platform) else jnp.dtype(jnp.float32)
+    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), summed, platform).reshape(out_shape)
     out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
 
@@ -66,13 +67,13 @@ def _row_by_row(spec: str) -> str:
     return "".join(letter for letter in dict.fromkeys(first + second) if letter in result)
 
 
-def _product(spec: str, x: jax.Array, weights: jax.Array, platform: Platform | None) -> jax.Array:
-    """An einsum in float32, in the form that the machine chose where there is a choice."""
+def _product(spec: str, x: jax.Array, weights: jax.Array, dtype: jnp.dtype, platform: Platform | None) -> jax.Array:
+    """An einsum that adds in float32, in the form that the machine chose where there is a choice."""
     first, second, result = spec.replace("->", ",").split(",")
     if (first[1:], result) != (second[1:], first[0] + second[0]) or x.ndim != 2:  # not rows by rows, which forms are made for
-        return jnp.einsum(spec, x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, x, weights.astype(x.dtype), preferred_element_type=jnp.float32).astype(dtype)
     form = choices.current().form(x, weights) if _chooses(platform) else Form.XLA
-    return products.made(form, x, weights)
+    return products.made(form, x, weights, dtype=dtype)
 
 
 @functools.cache

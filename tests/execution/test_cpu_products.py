@@ -59,6 +59,8 @@ def test_every_form_is_the_product(kind: str, form: Form, inputs: int, outputs: 
         # As float32 adds: an error of the sum of magnitudes, whatever the order.
         bound = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weights, np.float64)).T
         assert (np.abs(got - want) <= 2**-20 * bound).all()
+        narrow = products.made(form, x, weights, dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(narrow), np.asarray(jnp.asarray(got, jnp.float32).astype(jnp.bfloat16)))
 
 
 @needs_kernels
@@ -71,7 +73,9 @@ def test_rows_that_hold_nothing_come_out_as_zeros_and_reach_no_other(kind: str, 
     got = np.asarray(products.made(form, spoilt, weights, jnp.asarray(live)))
     assert (got[~live] == 0).all()
     np.testing.assert_array_equal(got[live], np.asarray(products.made(form, x[live], weights)))
-    assert (np.asarray(products.made(form, x, weights, jnp.zeros(37, bool))) == 0).all()
+    assert (np.asarray(products.made(form, x, weights, jnp.zeros(37, bool), jnp.bfloat16)) == 0).all()
+    with pytest.raises(ValueError, match=r"\(36,\).*\(37, 64\)"):
+        products.made(form, x, weights, jnp.ones(36, bool))
 
 
 @needs_kernels
@@ -85,7 +89,8 @@ def test_what_is_no_number_stays_in_its_row_and_column(kind: str, form: Form) ->
     if kind != "int8":
         weights = weights.at[9, 33].set(jnp.nan)
         spoilt[:, 9] = True
-    np.testing.assert_array_equal(~np.isfinite(np.asarray(products.made(form, x, weights))), spoilt)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        np.testing.assert_array_equal(~np.isfinite(np.asarray(products.made(form, x, weights, dtype=dtype), np.float32)), spoilt)
 
 
 def test_a_form_takes_certain_sizes_and_types() -> None:

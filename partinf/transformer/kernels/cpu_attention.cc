@@ -112,6 +112,12 @@ void AddValuesOf(float* out, int64_t size, const float* weights, int64_t stride,
   for (; c < size; c += kWidth) AddValues<kHeads, 1>(out + c, size, weights, stride, fades, values + c, count);
 }
 
+// Fetches a run of numbers that comes next.
+template <typename T>
+inline void FetchAll(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) Fetch(from + i, 0);
+}
+
 // One lane and one key-value head: q and out [G, Q], mass [G], rows [n] of the head's pages; sees keys from `least` to `position`.
 template <typename T>
 void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int64_t held, int64_t head, int64_t least, int64_t position,
@@ -124,8 +130,14 @@ void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int6
   for (int64_t page = least / length; page < held && page * length <= position; ++page) {
     const int64_t row = rows[page] + head, seen = std::min(length, position + 1 - page * length), hidden = least - page * length;
     const T* keys = pages.keys + row * length * size;
+    const T* values = pages.values + row * length * size;
+    const bool more = page + 1 < held && (page + 1) * length <= position;
+    const T* next = pages.keys + (more ? rows[page + 1] + head : row) * length * size;
     for (int64_t first = 0; first < seen; first += kWidth) {
       const int64_t count = std::min<int64_t>(seen - first, kWidth);
+      const bool last = first + kWidth >= seen;
+      FetchAll(values + first * size, count * size);  // memory answers while these keys are worked on
+      if (!last || more) FetchAll(last ? next : keys + (first + kWidth) * size, kWidth * size);
       const float* sixteen;
       if constexpr (std::is_same_v<T, float>) {
         sixteen = keys + first * size;
@@ -162,7 +174,6 @@ void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int6
         for (int64_t i = 0; i < seen; ++i) line[i] *= pages.value_scales[row * length + i];
       }
     }
-    const T* values = pages.values + row * length * size;
     int64_t g = 0;
     const auto add = [&](auto heads) {
       AddValuesOf<heads>(out + g * size, size, weights + g * padded, padded, fades + g, values, seen);

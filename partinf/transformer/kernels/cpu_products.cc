@@ -1,4 +1,5 @@
-// Products x [T, E] · weights [F, E] → [T, F] in float32, weights read once where they lie, as float32, bfloat16 or int8.
+// Products x [T, E] · weights [F, E] → [T, F], weights read once where they lie, as float32, bfloat16 or int8. Sums are in float32, and what
+// comes out too, or rounded to bfloat16, which saves whoever wants that a pass over it.
 //
 // XLA's takes longer for a few rows, and several times as long where weights are narrower: it widens all of them in a pass of its own.
 // There are five forms, and which is fastest depends on the processor, the type and the number of rows: whoever compiles a program chooses,
@@ -28,9 +29,21 @@ struct Task {
   std::vector<int32_t> live;  // the rows of x that hold something, in order
   int64_t inputs, outputs, words;
   int32_t form;
-  float* out;
+  void* out;    // [T, outputs]
+  bool narrow;  // bfloat16
 
   int64_t panels() const { return (static_cast<int64_t>(live.size()) + kWidth - 1) / kWidth; }
+
+  // `count` numbers of the row `place` of those that hold something, from output `first` on; up to the next multiple of sixteen are read.
+  void Give(const float* from, int64_t place, int64_t first, int64_t count) const {
+    const int64_t at = live[place] * outputs + first;
+    if (!narrow) {
+      std::memcpy(static_cast<float*>(out) + at, from, count * sizeof(float));
+      return;
+    }
+    auto* to = static_cast<uint16_t*>(out) + at;
+    for (int64_t n = 0; n < count; n += kWidth) StoreNarrow(to + n, Load(from + n), std::min<int64_t>(kWidth, count - n));
+  }
 };
 
 // Numbers that all threads read while the caller waits for them; they stay for its next product.
@@ -70,19 +83,18 @@ __attribute__((noinline)) void PreparePanel(const X* x, const Task& task, int64_
   }
 }
 
-// sums [outputs, kSpan] of the rows from `first` on, turned over, to out.
+// sums [outputs, kSpan] of the rows from `first` on, turned over, to out: row by row, as long as they are, since memory takes that best.
 __attribute__((noinline)) void Hand(const float* sums, const Task& task, int64_t first, int64_t output, int64_t count) {
+  alignas(64) float lines[kWidth * kUnit];
   const int64_t rows = std::min<int64_t>(kSpan, task.live.size() - first);
   for (int64_t t = 0; t < rows; t += kWidth) {
     for (int64_t n = 0; n < count; n += kWidth) {
       Vec block[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) block[i] = Load(sums + (n + i) * kSpan + t);
       Turn(block);
-      const size_t bytes = sizeof(float) * std::min<int64_t>(kWidth, count - n);
-      for (int64_t i = 0; i < std::min<int64_t>(kWidth, rows - t); ++i) {
-        std::memcpy(task.out + task.live[first + t + i] * task.outputs + output + n, &block[i], bytes);
-      }
+      for (int64_t i = 0; i < kWidth; ++i) Store(lines + i * kUnit + n, block[i]);
     }
+    for (int64_t i = 0; i < std::min<int64_t>(kWidth, rows - t); ++i) task.Give(lines + i * kUnit, first + t + i, output, count);
   }
 }
 
@@ -93,9 +105,11 @@ void RowsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
   for (int64_t n = from; n < to; n += 4) {
     int64_t t = 0;
     const auto some = [&](auto taken) {
+      float four[taken][kWidth];
       float* out[taken];
-      for (int i = 0; i < taken; ++i) out[i] = task.out + task.live[t + i] * task.outputs + n;
+      for (int i = 0; i < taken; ++i) out[i] = four[i];
       Rows<Unit, taken>(task.x + t * task.words, weights + n * task.words, task.words, out);
+      for (int i = 0; i < taken; ++i) task.Give(four[i], t + i, n, 4);
       t += taken;
     };
     while (count - t >= kTogether) some(std::integral_constant<int, kTogether>{});
@@ -209,18 +223,23 @@ void Run(ffi::ThreadPool& pool, Task& task, const X* x, const T* weights) {
   }
 }
 
-// x [T, E] float32 or bfloat16, weights [F, E], live [T] or empty: not 0 where a row of x holds something → [T, F], 0 in other rows.
+// x [T, E] float32 or bfloat16, weights [F, E], live [T] or empty: not 0 where a row of x holds something → [T, F], 0 in other rows, in
+// float32 or bfloat16.
 ffi::Error Product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, Ints live, int32_t form,
-                   ffi::ResultBuffer<ffi::F32> out) {
+                   ffi::Result<ffi::AnyBuffer> out) {
   const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1], outputs = weights.dimensions()[0];
   const bool narrow = x.element_type() == ffi::BF16, pairs = OfPairs(form);
   if (inputs % (pairs ? 32 : 16) != 0 || outputs % 4 != 0 || (pairs && !narrow) || (form == kTiles && !TilesPermitted())) {
     return ffi::Error::InvalidArgument("a product that this form does not make");
   }
-  Task task = {nullptr, {}, inputs, outputs, pairs ? inputs / 2 : inputs, form, out->typed_data()};
+  if (live.element_count() != 0 && static_cast<int64_t>(live.element_count()) != tokens) {
+    return ffi::Error::InvalidArgument("rows that hold something are said of all rows or of none");
+  }
+  Task task = {nullptr, {}, inputs, outputs, pairs ? inputs / 2 : inputs, form, out->untyped_data(), out->element_type() == ffi::BF16};
+  const int64_t line = out->size_bytes() / std::max<int64_t>(tokens, 1);
   for (int64_t t = 0; t < tokens; ++t) {
     if (live.element_count() == 0 || live.typed_data()[t] != 0) task.live.push_back(static_cast<int32_t>(t));
-    else std::fill_n(task.out + t * outputs, outputs, 0.f);
+    else std::memset(static_cast<char*>(task.out) + t * line, 0, line);
   }
   if (task.live.empty()) return ffi::Error::Success();
   return ByType(weights.element_type(), [&](auto element) {
@@ -240,7 +259,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(partinf_product, partinf::Product,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<partinf::Ints>()
                                   .Attr<int32_t>("form")
-                                  .Ret<partinf::Floats>());
+                                  .Ret<ffi::AnyBuffer>());
 
 // Whether this machine multiplies in tiles; it is asked for once, before the first product does.
 extern "C" int partinf_has_tiles() { return partinf::TilesPermitted(); }

@@ -78,8 +78,6 @@ inline void Turn(Vec (&rows)[kWidth]) {
   }
 }
 
-inline void Fetch(const void* from, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2); }
-
 // ---- rows: vectors lie along what is contracted, and are summed at the end
 
 constexpr int64_t kAhead = 8192;  // bytes between what is multiplied and what is fetched meanwhile

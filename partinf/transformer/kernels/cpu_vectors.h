@@ -37,11 +37,15 @@ inline Vec Load(const float* from) {
 }
 
 inline Vec Load(const uint16_t* from) {  // the bits of bfloat16 are the upper half of those of float32
+#ifdef __AVX512F__  // for which GCC, left to itself, takes two halves
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16);
+#else
   typedef uint16_t Bits __attribute__((vector_size(32)));
   typedef uint32_t Wide __attribute__((vector_size(64)));
   Bits bits;
   std::memcpy(&bits, from, sizeof bits);
   return reinterpret_cast<Vec>(__builtin_convertvector(bits, Wide) << 16);
+#endif
 }
 
 inline Vec Load(const int8_t* from) {
@@ -58,6 +62,21 @@ inline Vec Load(const int8_t* from) {
 }
 
 inline void Store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+// The first `count` of sixteen numbers, rounded to the nearest bfloat16, of two that are as near to the even one.
+inline void StoreNarrow(uint16_t* to, Vec v, size_t count = kWidth) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  const auto bits = _mm512_cvtneps_pbh((__m512)v);
+#else
+  typedef uint16_t Bits __attribute__((vector_size(32)));
+  const IntVec wide = reinterpret_cast<IntVec>(v), odd = (wide >> 16) & 1;
+  const IntVec rounded = v == v ? wide + odd + 0x7fff : wide | 0x400000;  // a NaN stays one, whatever bits it has
+  const Bits bits = __builtin_convertvector(rounded >> 16, Bits);
+#endif
+  std::memcpy(to, &bits, count * sizeof *to);
+}
+
+inline void Fetch(const void* from, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2); }
 
 inline Vec Splat(float x) { return x - Vec{}; }
 
@@ -87,6 +106,14 @@ inline float* Scratch(size_t count) {
   return Aligned(held, count);
 }
 
+constexpr int64_t kPauses = 1000;  // while the last units end; a thread that gives its core away may come back late
+
+inline void Pause() {
+#ifdef __x86_64__
+  __builtin_ia32_pause();
+#endif
+}
+
 // Calls work(0) to work(count - 1), on the caller's thread and those of the pool that have time.
 //
 // The caller waits only for units that others have begun: where all threads of the pool are held up, by collectives that wait for this
@@ -105,7 +132,10 @@ void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   };
   for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); ++helper) pool.Schedule(std::function<void()>(take));
   take();
-  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+  for (int64_t waits = 0; shared->done.load(std::memory_order_acquire) < count; ++waits) {
+    if (waits < kPauses) Pause();
+    else std::this_thread::yield();
+  }
 }
 
 // Calls run with an element of the type that an array is stored in; bfloat16 by its bits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,21 +41,27 @@ def fits(form: Form, x: jax.Array, weights: jax.Array) -> bool:
     return form not in _NUMBERS or (cpu_kernels.available() and weights.shape[1] % _INPUTS[form] == 0 and weights.shape[0] % _OUTPUTS == 0)
 
 
-def made(form: Form, x: jax.Array, weights: jax.Array, live: jax.Array | None = None) -> jax.Array:
-    """x [T, E] · weights [F, E] → [T, F] float32, weights as they are stored.
+def made(form: Form, x: jax.Array, weights: jax.Array, live: jax.Array | None = None, dtype: Any = jnp.float32) -> jax.Array:
+    """x [T, E] · weights [F, E] → [T, F], added in float32, weights as they are stored.
 
     Args:
-        live: [T], false for rows that hold nothing: in a kernel of ours they cost nothing and come out as zeros.
+        live: [T], false for rows that hold nothing: in a kernel of ours they cost nothing and come out as zeros. dtype: of what comes out.
+
+    Raises:
+        ValueError: `live` says it of more or fewer rows than there are.
     """
+    if live is not None and live.shape != x.shape[:1]:
+        raise ValueError(f"{live.shape} rows that hold something or nothing, of x {x.shape}")
     if form in _NUMBERS:
-        shape = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), jnp.float32)
+        own = dtype if dtype in (jnp.float32, jnp.bfloat16) else jnp.float32
+        shape = jax.ShapeDtypeStruct((x.shape[0], weights.shape[0]), own)
         rows = jnp.zeros((0,), jnp.int32) if live is None else live.astype(jnp.int32)
-        return jax.ffi.ffi_call(cpu_kernels.target("product"), shape)(x, weights, rows, form=np.int32(_NUMBERS[form]))
+        return jax.ffi.ffi_call(cpu_kernels.target("product"), shape)(x, weights, rows, form=np.int32(_NUMBERS[form])).astype(dtype)
     weights = weights.astype(x.dtype)
     if form is Form.WIDENED and x.dtype == jnp.bfloat16:
         x = x.astype(jnp.float32)
         weights = _widened(weights, x)
-    return _by_xla(x, weights)
+    return _by_xla(x, weights).astype(dtype)
 
 
 def _by_xla(x: jax.Array, weights: jax.Array) -> jax.Array:
