@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from partinf.layout import Layout
 from partinf.layout.files import make_layout
@@ -46,6 +47,7 @@ MIXTURES = {
 }
 DENSE_FIRST: dict[str, Any] = {"kinds": (Kind("dense", experts=False), Kind("mixed")), "prefix": ("dense",), "pattern": ("mixed",)}
 """Of a model whose first layer has a feed-forward, beside `ffn_dim`."""
+_UNKNOWN = 5  # the row that is no numbers
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,29 @@ def _of_axis() -> list[tuple[tuple[str, bool], tuple[str, bool]]]:
 
 
 @functools.cache
-def all_mixed() -> tuple[Mixed, ...]:
-    """Every assignment of both kinds of roles to the axes of small meshes, equal axes once; mixtures, what passes between sublayers and
-    how rows reach their experts take turns. On three axes every ninth of 4495 is taken: what two do to each other is there on two."""
-    found, mixtures = [], itertools.cycle(MIXTURES)
+def all_mixed(three_axes: int = 1) -> tuple[Mixed, ...]:
+    """Every assignment of both kinds of roles to the axes of small meshes, equal axes once, with both dispatches where they differ;
+    mixtures and what passes between sublayers take turns.
+
+    Args:
+        three_axes: of the assignments to three axes every how many-th is taken; what two axes do to each other is there on two.
+    """
+    found: list[Mixed] = []
     for mesh, sizes in MESHES.items():
         every = itertools.product(_of_axis(), repeat=len(sizes))
         different = [one for one in every if len(set(sizes)) > 1 or list(one) == sorted(one)]
-        for combination in different[:: 9 if len(sizes) == 3 else 1]:
+        for combination in different[:: three_axes if len(sizes) == 3 else 1]:
             storage, experts = zip(*combination, strict=True)
-            number = len(found)
-            found.append(Mixed(mesh, storage, experts, next(mixtures), number % 3 == 0, ("gather", "exchange")[number % 2]))
+            for dispatch in ("gather", "exchange") if _exchanges(combination) else ("gather",):
+                number = len(found)
+                mixture = list(MIXTURES)[number % len(MIXTURES)]
+                found.append(Mixed(mesh, storage, experts, mixture, number % 3 == 0, dispatch))
     return tuple(found)
+
+
+def _exchanges(combination: tuple[tuple[tuple[str, bool], tuple[str, bool]], ...]) -> bool:
+    """Whether an axis splits tokens and, when they are used, experts."""
+    return any((role == "replica" or gathered) and of == ("expert", False) for (role, gathered), of in combination)
 
 
 def sampled_mixed(count: int, seed: int) -> list[Mixed]:
@@ -134,19 +147,14 @@ def model_of(mixture: str, **other: Any) -> ModelConfig:
 
 def largest_errors(mixed: Mixed, dtype: DType = DType.F32) -> dict[str, float]:
     """One sublayer of 64 tokens, partitioned and by the reference: the largest difference of any output, by how tokens are routed."""
-    model = model_of(mixed.mixture)
+    model, (x, unknown) = model_of(mixed.mixture), _rows()
     plan = make_plan(mixed.mesh, mixed.layout(), model, dtype=dtype)
-    weights, x = _weights(model), np.random.default_rng(5).standard_normal((64, model.embed_dim)).astype(np.float32)
-    run, found = sublayer(plan), {}
-    for name, each in _routings(weights).items():
-        wanted = np.asarray(_reference(model, each, x))
-        found[name] = float(np.abs(run(each, x) - wanted).max())
-    unknown = x.copy()
-    unknown[5] = np.nan
-    got = run(weights, unknown)
-    assert np.isnan(got[5]).all()
-    assert np.array_equal(np.delete(got, 5, axis=0), np.delete(run(weights, x), 5, axis=0))
-    return found
+    routings = _routings(model)
+    outputs = sublayer(plan)(_weights(model), [*routings.values(), routings["spread"]], np.stack([x] * len(routings) + [unknown]))
+    found = dict(zip(routings, outputs, strict=False))
+    assert np.isnan(outputs[-1][_UNKNOWN]).all()
+    assert np.array_equal(np.delete(outputs[-1], _UNKNOWN, axis=0), np.delete(found["spread"], _UNKNOWN, axis=0))
+    return {name: float(np.abs(out - wanted).max()) for (name, out), wanted in zip(found.items(), _wanted(model), strict=True)}
 
 
 @functools.cache
@@ -158,15 +166,31 @@ def _weights(model: ModelConfig) -> dict[str, np.ndarray]:
     return {name: (rng.standard_normal(d.shape) * 64**-0.5 + (name == "ffn_norm")).astype(np.float32) for name, d in declared.items()}
 
 
-def _routings(weights: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Weights whose routers spread tokens, send most of them to few experts, and send all to the first ones: equal scores."""
-    router = weights["router"]
-    zeros = {name: np.zeros_like(weights[name]) for name in ("router", "router_bias", "router_correction") if name in weights}
+def _rows() -> tuple[np.ndarray, np.ndarray]:
+    """64 rows, and the same of which one is no numbers."""
+    x = np.random.default_rng(5).standard_normal((64, MODEL.embed_dim)).astype(np.float32)
+    unknown = x.copy()
+    unknown[_UNKNOWN] = np.nan
+    return x, unknown
+
+
+@functools.cache
+def _routings(model: ModelConfig) -> dict[str, dict[str, np.ndarray]]:
+    """What routes: it spreads tokens, sends most of them to few experts, and sends all to the first ones: equal scores."""
+    weights = _weights(model)
+    usual = {name: weights[name] for name in ("router", "router_bias", "router_correction") if name in weights}
+    router = usual["router"]
     return {
-        "spread": {**weights, "router": 4 * router},
-        "skewed": {**weights, "router": router * 8.0 ** -np.arange(len(router))[:, None]},
-        "one": weights | zeros,
+        "spread": usual | {"router": 4 * router},
+        "skewed": usual | {"router": (router * 8.0 ** -np.arange(len(router))[:, None]).astype(np.float32)},
+        "one": {name: np.zeros_like(leaf) for name, leaf in usual.items()},
     }
+
+
+@functools.cache
+def _wanted(model: ModelConfig) -> list[np.ndarray]:
+    """What the reference makes of the rows under each routing."""
+    return [np.asarray(_reference(model, _weights(model) | routing, _rows()[0])) for routing in _routings(model).values()]
 
 
 def _reference(model: ModelConfig, weights: dict[str, np.ndarray], x: np.ndarray) -> jax.Array:
@@ -176,38 +200,37 @@ def _reference(model: ModelConfig, weights: dict[str, np.ndarray], x: np.ndarray
 
 
 def sublayer(plan: Plan) -> Any:
-    """(weights of one layer, x [T, E]) → what the sublayer makes of them, in float32, on the plan's mesh."""
+    """(weights of one layer, what routes in each case, x [case, T, E]) → what the sublayer makes of them, in float32, on the plan's mesh;
+    one program runs all cases."""
     mesh, routes, dtype = device_mesh(plan), Routes(plan, plan.buckets[0]), activation_dtype(plan)
     (group,), (kind,) = declare_layers(plan.model), plan.model.layer_kinds
     frame = routes.frame(routes.experts.rows, routes.weight_stored)
     split = Split(routes.tokens, routes.between)
 
-    def local(weights: dict[str, Any], x: jax.Array) -> jax.Array:
+    def local(weights: dict[str, Any], routing: dict[str, Any], x: jax.Array) -> jax.Array:
         weights = {**weights, **gather_weights(weights, ENTERING + LEAVING, routes), **gather_experts(weights, routes)}
-        out = feed_forward(weights, move(x.astype(dtype), frame, Split(), split), kind, routes)
-        return move(out.astype(jnp.float32), frame, split, Split())
 
-    placed = {}
+        def case(of: tuple[dict[str, Any], jax.Array]) -> jax.Array:
+            out = feed_forward({**weights, **of[0]}, move(of[1].astype(dtype), frame, Split(), split), kind, routes)
+            return move(out.astype(jnp.float32), frame, split, Split())
 
-    def place(weights: dict[str, np.ndarray]) -> dict[str, Any]:
-        for name, leaf in weights.items():
-            declared = group.weights[name]
-            letters = sharding(plan, mesh, declared.letters)
-            if declared.quantized(plan.weights):
-                found = quantize(leaf, declared.contracted)
-                scale = jax.device_put(found.scale, sharding(plan, mesh, declared.scale_letters()))
-                placed[name] = dataclasses.replace(found, values=jax.device_put(found.values, letters), scale=scale)
-            else:
-                placed[name] = jax.device_put(leaf.astype(np.float32 if declared.wide else dtype), letters)
-        return placed
+        return lax.map(case, (routing, x))
 
-    @functools.cache
-    def compiled(tree: Any) -> Any:
+    def place(name: str, leaf: np.ndarray) -> Any:
+        declared = group.weights[name]
+        letters = sharding(plan, mesh, declared.letters)
+        if not declared.quantized(plan.weights):
+            return jax.device_put(leaf.astype(np.float32 if declared.wide else dtype), letters)
+        found = quantize(leaf, declared.contracted)
+        scale = jax.device_put(found.scale, sharding(plan, mesh, declared.scale_letters()))
+        return dataclasses.replace(found, values=jax.device_put(found.values, letters), scale=scale)
+
+    def run(weights: dict[str, np.ndarray], routings: list[dict[str, np.ndarray]], x: np.ndarray) -> np.ndarray:
+        placed = {name: place(name, leaf) for name, leaf in weights.items() if name not in routings[0]}
+        routing = {name: np.stack([each[name] for each in routings]) for name in routings[0]}
+        routing = {name: leaf.astype(np.float32 if group.weights[name].wide else dtype) for name, leaf in routing.items()}
         specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
-        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, WHOLE), out_specs=WHOLE, check_vma=False))
-
-    def run(weights: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-        arguments = place(weights)
-        return np.asarray(compiled(jax.tree.structure(arguments))(arguments, x))
+        program = jax.shard_map(local, mesh=mesh, in_specs=(specs, WHOLE, WHOLE), out_specs=WHOLE, check_vma=False)
+        return np.asarray(jax.jit(program)(placed, routing, x))
 
     return run

@@ -29,7 +29,7 @@ def test_sampled_assignments(mixed: Mixed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", all_mixed(), ids=str)
+@pytest.mark.parametrize("mixed", all_mixed(three_axes=9), ids=str)
 def test_every_assignment(mixed: Mixed) -> None:
     check_mixed(mixed, MIXED)
 
