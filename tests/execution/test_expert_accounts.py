@@ -15,6 +15,7 @@ from tests.execution.mixtures import DENSE_FIRST, MIXTURES, Mixed, all_mixed, mo
 from tests.execution.test_two_accounts import check, ledger_of, make_plan, traced
 
 DECODE, MIXED = Bucket(16, 8), Bucket(16, 16, 64, 16, 8)
+SHARES = 40  # tests of all assignments
 EXCHANGED = Mixed("2x2x2", (("replica", False), ("embed", True), ("ffn", False)), (("expert", False),) * 3, "plain", False, "exchange")
 
 
@@ -29,9 +30,13 @@ def test_sampled_assignments(mixed: Mixed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", all_mixed(three_axes=9), ids=str)
-def test_every_assignment(mixed: Mixed) -> None:
-    check_mixed(mixed, MIXED)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_assignment(share: int) -> None:
+    for mixed in all_mixed(three_axes=9)[share::SHARES]:
+        try:
+            check_mixed(mixed, MIXED)
+        except AssertionError as unequal:
+            raise AssertionError(str(mixed)) from unequal
 
 
 @pytest.mark.parametrize("mixed", sampled_mixed(2, seed=8), ids=str)

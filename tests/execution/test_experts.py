@@ -16,10 +16,16 @@ from partinf.workload import DType
 from tests.execution.harness import TOLERANCE, largest_error, make_plan
 from tests.execution.mixtures import DENSE_FIRST, Mixed, all_mixed, largest_errors, model_of, sampled_mixed
 
+SHARES = 100  # tests of all assignments
+
+
+def too_large(mixed: Mixed, dtype: DType = DType.F32) -> dict[str, float]:
+    """The errors that the type does not allow, by how tokens are routed."""
+    return {name: error for name, error in largest_errors(mixed, dtype).items() if not error < TOLERANCE[dtype.value]}
+
 
 def check(mixed: Mixed, dtype: DType = DType.F32) -> None:
-    errors = largest_errors(mixed, dtype)
-    assert max(errors.values()) < TOLERANCE[dtype.value], errors
+    assert too_large(mixed, dtype) == {}
 
 
 @pytest.mark.parametrize("mixed", sampled_mixed(4, seed=8), ids=str)
@@ -28,9 +34,9 @@ def test_sampled_assignments_equal_the_reference(mixed: Mixed) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixed", all_mixed(), ids=str)
-def test_every_assignment_equals_the_reference(mixed: Mixed) -> None:
-    check(mixed)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_assignment_equals_the_reference(share: int) -> None:
+    assert {str(mixed): errors for mixed in all_mixed()[share::SHARES] if (errors := too_large(mixed))} == {}
 
 
 DEALT = {"x": "replica", "y": "embed", "z": "ffn"}
