@@ -69,11 +69,11 @@ def grouped_dot(
     if how is Grouped.TPU_KERNEL:
         from partinf.transformer.kernels import grouped_rows  # it takes a quarter of a second, which a CPU never needs
 
-        if grouped_rows.fits(x, held):
+        if grouped_rows.fits(x, _apart(held, lead)):
             first = weights.index * held.shape[1] if isinstance(weights, OneOf) else 0
-            out = grouped_rows.grouped_rows(x, _flat(held, lead), rows.sizes, first, dtype, name)
+            out = grouped_rows.grouped_rows(x, _apart(held, lead), rows.sizes, first, dtype, name)
             return out.reshape(x.shape[0], *inner)
-    flat = _flat(_sliced(weights), 0)
+    flat = _flat(_sliced(weights))
     values = flat.values if isinstance(flat, Quantized) else flat
     if how is Grouped.CPU_KERNEL and cpu_kernels.fits_groups(x, values):
         out = cpu_kernels.grouped(x, values, rows.sizes)
@@ -90,15 +90,28 @@ def _sliced(weights: jax.Array | Quantized | OneOf) -> jax.Array | Quantized:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, weights.index, keepdims=False), weights.layers)
 
 
-def _flat(weights: jax.Array | Quantized, lead: int) -> jax.Array | Quantized:
-    """Matrices [(layers,) X, .., in] one after the other, [.., out, in], and their scales."""
+def _flat(weights: jax.Array | Quantized) -> jax.Array | Quantized:
+    """Matrices [X, .., in], those of an expert as one: [X, out, in], and their scales."""
 
     def merged(x: jax.Array, last: int) -> jax.Array:
-        return x.reshape(math.prod(x.shape[: lead + 1]), -1, *x.shape[x.ndim - last :])
+        return x.reshape(x.shape[0], -1, *x.shape[x.ndim - last :])
 
     if not isinstance(weights, Quantized):
         return merged(weights, 1)
     return Quantized(merged(weights.values, 1), merged(weights.scale, 0), weights.contracted)
+
+
+def _apart(weights: jax.Array | Quantized, lead: int) -> jax.Array | Quantized:
+    """Matrices [(layers,) X, (I,) N, in] one expert after the other, [.., I, N, in], and their scales [.., I, N]."""
+
+    def apart(x: jax.Array, outputs: int) -> jax.Array:
+        each = math.prod(x.shape[lead + 1 : outputs])
+        return x.reshape(math.prod(x.shape[: lead + 1]), each, *x.shape[outputs:])
+
+    if not isinstance(weights, Quantized):
+        return apart(weights, weights.ndim - 2)
+    scale = weights.scale
+    return Quantized(apart(weights.values, weights.values.ndim - 2), apart(scale, scale.ndim - 1), weights.contracted)
 
 
 def added_up(out: jax.Array, weights: jax.Array, rows: Sorted) -> jax.Array:

@@ -18,11 +18,12 @@ from partinf.transformer.grouped import grouped_dot, sorted_by_expert
 from partinf.transformer.kernels import grouped_rows
 from partinf.transformer.params import OneOf
 
-LAYERS, GROUPS, OUTPUTS, INPUTS = 3, 6, 256, 128
+LAYERS, GROUPS = 3, 6
+SHAPES = {"whole lanes": (128, 128), "others": (184, 136), "turned": (128, 72)}  # outputs of either of two matrices, inputs
 
 
-def stacked(quantized: bool) -> Any:
-    weights = np.random.default_rng(0).standard_normal((LAYERS, GROUPS, 2, OUTPUTS // 2, INPUTS))
+def stacked(shape: str, quantized: bool) -> Any:
+    weights = np.random.default_rng(0).standard_normal((LAYERS, GROUPS, 2, *SHAPES[shape]))
     found = jnp.asarray(weights, jnp.bfloat16)
     return quantize(found, (-1,)) if quantized else found
 
@@ -42,11 +43,14 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_every_row_meets_the_matrix_of_its_group(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the layer in the middle of a stack, by the kernels and by the product that XLA has."""
+@pytest.mark.parametrize(("shape", "quantized"), [("whole lanes", False), ("whole lanes", True), ("others", False), ("turned", False)])
+def test_every_row_meets_the_matrix_of_its_group(shape: str, quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the layer in the middle of a stack, by the kernels and by the product that XLA has; in blocks of 128 outputs, of which the last
+    may be shorter."""
+    monkeypatch.setattr(grouped_rows, "_BLOCK", 2 * 136 * 128)
     monkeypatch.setattr(grouped_rows, "grouped_rows", functools.partial(grouped_rows.grouped_rows, interpret=True))
-    weights, x = stacked(quantized), jnp.asarray(np.random.default_rng(1).standard_normal((300, INPUTS)), jnp.bfloat16)
+    weights = stacked(shape, quantized)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((300, SHAPES[shape][1])), jnp.bfloat16)
 
     @functools.partial(jax.jit, static_argnums=2)
     def product(sizes: jax.Array, layer: jax.Array, platform: str) -> jax.Array:
@@ -61,11 +65,22 @@ def test_every_row_meets_the_matrix_of_its_group(quantized: bool, monkeypatch: p
             np.testing.assert_allclose(got, wanted, rtol=2e-2, atol=2e-2)
 
 
-def test_what_fills_no_lanes_is_left_to_the_compiler() -> None:
+def test_what_is_smaller_than_a_tile_is_left_to_the_compiler() -> None:
     x = jnp.zeros((16, 128), jnp.bfloat16)
-    assert grouped_rows.fits(x, jnp.zeros((2, 256, 128), jnp.bfloat16))
-    assert not grouped_rows.fits(x, jnp.zeros((2, 192, 128), jnp.bfloat16))
-    assert not grouped_rows.fits(x.astype(jnp.float32), jnp.zeros((2, 256, 128), jnp.float32))
+    assert grouped_rows.fits(x, jnp.zeros((2, 1, 192, 128), jnp.bfloat16))
+    assert grouped_rows.fits(x, jnp.zeros((2, 1, 96, 128), jnp.bfloat16))
+    assert not grouped_rows.fits(x, jnp.zeros((2, 1, 96, 96), jnp.bfloat16))
+    assert not grouped_rows.fits(x, jnp.zeros((2, 2, 192, 132), jnp.bfloat16))
+    assert not grouped_rows.fits(x.astype(jnp.float32), jnp.zeros((2, 1, 256, 128), jnp.float32))
+
+
+def test_blocks_are_as_large_as_the_chip_holds() -> None:
+    """Outputs at once of published sizes, by how their matrices are split."""
+    assert grouped_rows._width(2, 768, 2048) == 384  # Qwen 3 30B-A3B
+    assert grouped_rows._width(2, 192, 2048) == 192
+    assert grouped_rows._width(1, 2880, 360) == 2880  # gpt-oss, by d_ff over eight
+    assert grouped_rows._width(1, 2880, 2880) == 640  # the last of five shorter
+    assert grouped_rows._width(2, 14336, 4096) == 256  # Mixtral
 
 
 def test_copies_are_sorted_and_found_again() -> None:

@@ -6,7 +6,13 @@ its group, whichever layer it lies in, and groups without rows are not touched. 
 
 A *visit* is a tile of rows and a group that has any of them: tiles are visited once by every such group, which writes its own rows.
 
-Letters: R rows, G groups, K inputs, N outputs.
+The compiler lays an array out so that it fills whole tiles of memory. Matrices whose K does not, though N does, lie turned there, [K, N],
+and are read so: the other way round the compiler would turn all of them first.
+
+Matrices may come several for each group, as those of a gated feed-forward do, and every row meets all of its group's. They stay apart:
+where N fills no whole tiles of memory, one after the other they would lie elsewhere, which copies all of them.
+
+Letters: R rows, G groups, I matrices of a group, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.partition.quantize import Quantized
 
-_LANES = 128
+_LANES, _SUBLANES = 128, 8
 _ROWS = 128  # of a tile; as many pass a matrix unit while its weights are exchanged
 _FEWEST_ROWS = 16  # of a tile of bfloat16
 _BLOCK = 1 << 21  # elements of a matrix that are on the chip at once, of which there are two
@@ -30,72 +36,94 @@ _TILE = 1 << 20  # the same of the rows
 
 
 def fits(x: jax.Array, weights: jax.Array | Quantized) -> bool:
-    """Whether the kernel takes rows [R, K] and matrices [.., N, K]: those of whole lanes."""
-    *_, outputs, inputs = weights.shape
-    return x.dtype == jnp.bfloat16 and inputs % _LANES == 0 and outputs % _LANES == 0 and inputs * _LANES <= _BLOCK
+    """Whether the kernel takes rows [R, K] and matrices [.., I, N, K]."""
+    *_, each, outputs, inputs = weights.shape
+    whole = all(size % _SUBLANES == 0 for size in (outputs, inputs)) and max(outputs, inputs) >= _LANES
+    return x.dtype == jnp.bfloat16 and whole and each * inputs * min(outputs, _LANES) <= _BLOCK
 
 
 def grouped_rows(
     x: jax.Array, weights: jax.Array | Quantized, sizes: jax.Array, first: jax.Array | int, dtype: Any, name: str, interpret: bool = False
 ) -> jax.Array:
-    """The product of every row with the matrix of its group.
+    """The product of every row with the matrices of its group.
 
     Args:
-        x: [R, K], those of the first group first. weights: [G, N, K], with scales [G, N] where they are int8.
-        sizes: [groups], rows of each; rows beyond their sum are given anything. first: the matrix of the first group.
+        x: [R, K], those of the first group first. weights: [G, I, N, K], with scales [G, I, N] where they are int8.
+        sizes: [groups], rows of each; rows beyond their sum are given anything. first: those of the first group among G.
         dtype: of the result. name: of the kernel, by which a proof knows whose work it does.
         interpret: run without a TPU.
 
     Returns:
-        [R, N].
+        [R, I, N].
     """
     values = weights.values if isinstance(weights, Quantized) else weights
     rows, inputs = x.shape
-    outputs = values.shape[1]
-    tile = _tile(rows, inputs)
+    each, outputs = values.shape[1:3]
+    tile, width = _tile(rows, inputs), _width(each, outputs, inputs)
+    turned = inputs % _LANES > 0 and outputs % _LANES == 0
     padded = round_up(rows, tile)
-    width = max(size for size in range(_LANES, outputs + 1, _LANES) if outputs % size == 0 and size * inputs <= _BLOCK)
     group, place, ends, visits = _visits(sizes, tile, padded // tile)
     scalars = (group, place, ends, jnp.asarray(first, jnp.int32).reshape(1))
-    arrays = [jnp.pad(x, ((0, padded - rows), (0, 0))) if padded > rows else x, values]
+    arrays = [jnp.pad(x, ((0, padded - rows), (0, 0))) if padded > rows else x, jnp.swapaxes(values, 2, 3) if turned else values]
     of_tile = lambda n, v, group, place, ends, first: (place[v], 0)  # noqa: E731
-    of_group = lambda n, v, group, place, ends, first: (first[0] + group[v], n, 0)  # noqa: E731
-    in_specs = [pl.BlockSpec((tile, inputs), of_tile), pl.BlockSpec((None, width, inputs), of_group)]
+    of_group = lambda n, v, group, place, ends, first: (first[0] + group[v], 0, *((0, n) if turned else (n, 0)))  # noqa: E731
+    block = (None, each, *((inputs, width) if turned else (width, inputs)))
+    in_specs = [pl.BlockSpec((tile, inputs), of_tile), pl.BlockSpec(block, of_group)]
     if isinstance(weights, Quantized):
-        arrays.append(weights.scale[:, None])
-        in_specs.append(pl.BlockSpec((None, 1, width), lambda n, v, group, place, ends, first: (first[0] + group[v], 0, n)))
+        arrays.append(weights.scale[:, :, None])
+        of_scale = lambda n, v, group, place, ends, first: (first[0] + group[v], 0, 0, n)  # noqa: E731
+        in_specs.append(pl.BlockSpec((None, each, 1, width), of_scale))
     out = pl.pallas_call(
-        lambda *refs: _kernel(*refs, tile=tile),
-        out_shape=jax.ShapeDtypeStruct((padded, outputs), dtype),
+        lambda *refs: _kernel(*refs, tile=tile, contracted=0 if turned else 1),
+        out_shape=jax.ShapeDtypeStruct((each, padded, outputs), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(outputs // width, visits),
+            grid=(ceil_div(outputs, width), visits),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((tile, width), lambda n, v, group, place, ends, first: (place[v], n)),
+            out_specs=pl.BlockSpec((each, tile, width), lambda n, v, group, place, ends, first: (0, place[v], n)),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * inputs * outputs,
-            bytes_accessed=min(rows, sizes.shape[0]) * outputs * inputs * values.dtype.itemsize + rows * (inputs + outputs) * 2,
+            flops=2 * rows * each * inputs * outputs,
+            bytes_accessed=min(rows, sizes.shape[0]) * each * outputs * inputs * values.dtype.itemsize
+            + rows * (inputs + each * outputs) * 2,
             transcendentals=0,
         ),
         interpret=interpret,
         name=name,
     )(*scalars, *arrays)
-    return out[:rows]
+    return jnp.swapaxes(out[:, :rows], 0, 1)
 
 
-def _kernel(group: Any, place: Any, ends: Any, first: Any, x: Any, weights: Any, *others: Any, tile: int) -> None:
-    """One visit: x [tile, K] times [width, K], scaled where there are scales, into those rows of [tile, width] that are the group's."""
+def _kernel(group: Any, place: Any, ends: Any, first: Any, x: Any, weights: Any, *others: Any, tile: int, contracted: int) -> None:
+    """One visit: x [tile, K] times each [width, K] or [K, width], scaled where there are scales, into those rows of [I, tile, width] that
+    are the group's.
+
+    Args:
+        contracted: the dimension of a matrix that is K.
+    """
     *scale, out = others
     visit = pl.program_id(1)
-    found = lax.dot_general(x[...], weights[...].astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if scale:
-        found = found * scale[0][...]
-    row = place[visit] * tile + lax.broadcasted_iota(jnp.int32, found.shape, 0)
+    each, _, width = out.shape
+    row = place[visit] * tile + lax.broadcasted_iota(jnp.int32, (tile, width), 0)
     begin = jnp.where(group[visit] > 0, ends[jnp.maximum(group[visit] - 1, 0)], 0)
     mine = (row >= begin) & (row < ends[group[visit]])
-    out[...] = jnp.where(mine, found, out[...].astype(jnp.float32)).astype(out.dtype)
+    for number in range(each):
+        matrix = weights[number].astype(x.dtype)
+        found = lax.dot_general(x[...], matrix, (((1,), (contracted,)), ((), ())), preferred_element_type=jnp.float32)
+        if scale:
+            found = found * scale[0][number]
+        out[number] = jnp.where(mine, found, out[number].astype(jnp.float32)).astype(out.dtype)
+
+
+def _width(each: int, outputs: int, inputs: int) -> int:
+    """Outputs of a block: all of them, or else whole lanes, by which they can be divided if that leaves blocks at least half as large."""
+    most = _BLOCK // (each * inputs)
+    if outputs <= most:
+        return outputs
+    widths = range(_LANES, most + 1, _LANES)
+    even = max((width for width in widths if outputs % width == 0), default=0)
+    return even if 2 * even >= widths[-1] else round_up(ceil_div(outputs, ceil_div(outputs, widths[-1])), _LANES)
 
 
 def _tile(rows: int, inputs: int) -> int:

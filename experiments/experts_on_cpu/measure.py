@@ -1,0 +1,107 @@
+"""Decode steps of a small mixture of experts on one CPU, beside transformers with each of its ways to multiply experts.
+
+    python -m experiments.experts_on_cpu.measure --torch-python PYTHON        # some minutes; writes results.json and README's table
+
+Both sides hold the same weights in processes of their own and are asked in turns (`sides`), while the other waits for its next line; a
+figure is the median of the rounds, a ratio the median of the rounds' ratios to the fastest of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from experiments.experts_on_cpu.sides import SHAPE, WAYS
+from experiments.results import beside, machine, write
+
+ROWS, ROUNDS = (1, 8, 32), 7
+SIZES = {"float32": 4, "bfloat16": 2}
+_SIDES = str(Path(__file__).with_name("sides.py"))
+
+
+class Side:
+    """A process that answers lines."""
+
+    def __init__(self, python: str, *words: str) -> None:
+        self._process = subprocess.Popen([python, _SIDES, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._to, self._from = self._process.stdin, self._process.stdout
+        assert self._from.readline() == "ready\n"
+
+    def ask(self, way: str, rows: int) -> float:
+        self._to.write(f"{way} {rows}\n")
+        self._to.flush()
+        return float(self._from.readline())
+
+    def end(self) -> None:
+        self._to.close()
+        self._process.wait()
+
+
+def floor_bytes(hits: float, size: int) -> tuple[float, float]:
+    """Bytes of the experts that were hit, in all layers, and of the other matrices that a step reads."""
+    embed, layers = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
+    heads = 2 * SHAPE["num_attention_heads"] + 2 * SHAPE["num_key_value_heads"]
+    others = layers * embed * (heads * SHAPE["head_dim"] + SHAPE["num_experts"]) + embed * SHAPE["vocab_size"]
+    return hits * 3 * embed * SHAPE["moe_intermediate_size"] * size, others * size
+
+
+def row(ours: Side, theirs: Side, dtype: str, rows: int, bandwidth: float) -> dict[str, Any]:
+    rounds = []
+    for number in range(ROUNDS):
+        order = [("ours", *WAYS), (*WAYS[::-1], "ours")][number % 2]
+        rounds.append({way: (ours if way == "ours" else theirs).ask(way, rows) for way in order})
+    hits = theirs.ask("hits", rows)
+    experts, others = floor_bytes(hits, SIZES[dtype])
+    found: dict[str, Any] = {"type": dtype, "rows": rows}
+    found |= {way: statistics.median(one[way] for one in rounds) for way in ("ours", *WAYS)}
+    found["ratio"] = statistics.median(one["ours"] / min(one[way] for way in WAYS) for one in rounds)
+    found |= {"hit_per_layer": hits / SHAPE["num_hidden_layers"], "floor_experts": experts / bandwidth, "floor_others": others / bandwidth}
+    return found | {"over_floor": found["ours"] / (found["floor_experts"] + found["floor_others"])}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| type | rows | partinf ms | "
+        + " | ".join(WAYS)
+        + " | of the fastest | experts hit per layer | floor ms: experts + others | of the floor |"
+    ]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for one in rows:
+        times = " | ".join(f"{1e3 * one[way]:.3g}" for way in ("ours", *WAYS))
+        floor = f"{1e3 * one['floor_experts']:.3g} + {1e3 * one['floor_others']:.3g}"
+        last = f"{one['hit_per_layer']:.1f} | {floor} | {one['over_floor']:.2f}"
+        lines.append(f"| {one['type']} | {one['rows']} | {times} | {one['ratio']:.2f} | {last} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch-python", required=True, metavar="PYTHON", help="an interpreter that has torch and transformers")
+    parser.add_argument("--said", default="", help="what is to be said of the machine: whether anything ran beside")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([args.torch_python, _SIDES, "make", folder], check=True)
+        for dtype in SIZES:
+            ours, theirs = Side(sys.executable, "partinf", dtype, folder), Side(args.torch_python, "transformers", dtype, folder)
+            bandwidth = theirs.ask("bandwidth", 0)
+            rows += [row(ours, theirs, dtype, count, bandwidth) | {"bandwidth": bandwidth} for count in ROWS]
+            ours.end()
+            theirs.end()
+    write(__file__, {"date": str(date.today()), "machine": machine(), "said": args.said, "shape": SHAPE, "rows": rows})
+    print(table(rows))
+    page = beside(__file__, "README.md")
+    before, _, after = page.read_text().partition("<!-- table -->")
+    page.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{after.partition('<!-- end -->')[2]}")
+
+
+if __name__ == "__main__":
+    main()
