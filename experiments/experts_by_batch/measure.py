@@ -1,17 +1,20 @@
 """Which axes split what of a mixture of experts, by the batch: experts, tensors, or copies of the dense weights beside them.
 
-    python -m experiments.experts_by_batch.measure        # a minute, writes results.json and prints the tables
+    python -m experiments.experts_by_batch.measure        # a minute, writes results.json
+    python -m experiments.experts_by_batch.table          # writes README.md from it
 
 For each model on its slice: the best layout of a decode step by the batch, the same with every axis of experts' matrices splitting experts,
 and their d_ff; a batch-parallel attention with both dispatches; and what skewed routers cost the best layout. Beside it the published steps
-of Qwen 3 30B-A3B. Nothing is run.
+of Qwen 3 30B-A3B and a traced layer of DeepSeek R1 (`r1`). Nothing is run.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
+from experiments.experts_by_batch import r1
 from experiments.results import write
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import Slice, parse_slice
@@ -35,6 +38,7 @@ SKEWS = (1.01, 1.2)
 # tokens. An engine's host and the prefills between are in it.
 EXPERTS_PER_DEVICE = 128 // 4
 PUBLISHED = {32: 13.98, 96: 25.90}
+PROMPTS, TO_FIRST_TOKEN = (8, 4096), 999  # ms with eight prompts in flight
 
 
 def everywhere(slice_: Slice, dense: str, attention: str, experts: str, dispatch: str = "gather") -> Layout:
@@ -90,24 +94,37 @@ def floor(candidate: Candidate, bandwidth: float) -> float:
 
 
 def published() -> list[dict[str, Any]]:
-    """Qwen 3 30B-A3B on v6e-4, in the program of serving engines: what was measured, TP4 EP4, and the planner's choice."""
+    """Qwen 3 30B-A3B on v6e-4, in the program of serving engines: what was measured, TP4 EP4, and the planner's choice, by skew."""
     model, slice_ = load_model_config("qwen-3-30b-a3b"), parse_slice("v6e:2x2")
     found = []
     for batch, measured in PUBLISHED.items():
         question = Question(model, Workload(batch=batch, context_len=4096 + 512, phase="decode"))
         same = everywhere(slice_, "ffn", "heads", "expert")
         best = answer(question, slice_).best
+        skews = {str(skew): replace(question, skew=skew) for skew in (0.0, *SKEWS)}
+        floors = {skew: floor(given(asked, slice_, [(same, 0)])[0], slice_.chip.hbm_bandwidth) for skew, asked in skews.items()}
         found.append(
             {
                 "batch": batch,
                 "measured": measured,
-                "tp4_ep4": {str(skew): ms(step(replace(question, skew=skew), slice_, same)) for skew in (0.0, *SKEWS)},
-                "floor": floor(given(question, slice_, [(same, 0)])[0], slice_.chip.hbm_bandwidth),
-                "planner": ms(best),
+                "tp4_ep4": {skew: ms(step(asked, slice_, same)) for skew, asked in skews.items()},
+                "floor": floors,
+                "planner": {skew: ms(step(asked, slice_, best.layout)) for skew, asked in skews.items()},
                 "layout": best.name,
             }
         )
     return found
+
+
+def prompts() -> dict[str, Any]:
+    """The same model, prompts alone, all in one step; the floor is their FLOPs at the stated peak."""
+    model, slice_ = load_model_config("qwen-3-30b-a3b"), parse_slice("v6e:2x2")
+    batch, length = PROMPTS
+    question = Question(model, Workload(batch=batch, input_len=length, output_len=1, phase="prefill"))
+    best = answer(question, slice_).best
+    same = given(question, slice_, [(everywhere(slice_, "ffn", "heads", "expert"), 0)])[0]
+    least = 1e3 * same.asked.ledger.flops / slice_.chip.peak_bf16
+    return {"measured": TO_FIRST_TOKEN, "tp4_ep4": ms(same), "planner": ms(best), "floor": float(f"{least:.3g}"), "layout": best.name}
 
 
 def main() -> None:
@@ -118,13 +135,7 @@ def main() -> None:
             tables[f"{name} on {where}"] = [row(model, slice_, batch) for batch in BATCHES]
         except InvalidInput as error:
             raise SystemExit(f"{name} on {where}: {error}") from None
-    write(__file__, {"steps": tables, "published": published()})
-    for title, rows in tables.items():
-        print(f"\n{title}")
-        for line in rows:
-            print(" | ".join(str(value) for key, value in line.items() if key != "best"), "|", line["best"])
-    for line in published():
-        print(line)
+    write(__file__, {"date": str(date.today()), "steps": tables, "published": published(), "prefill": prompts(), "r1": r1.rows()})
 
 
 if __name__ == "__main__":
