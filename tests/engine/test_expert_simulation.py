@@ -49,13 +49,13 @@ def test_sequences_are_served_preempted_and_swapped() -> None:
     ended = {}
     for skew in (0.0, 1.2):
         for eviction in (Eviction.RECOMPUTE, Eviction.REACTIVE):
-            sizing = Sizing(max_rows=16, max_residents=32, max_len=1024, kv_pages=64, host_bytes=8e9, rich=False)
+            sizing = Sizing(max_rows=16, max_residents=32, max_len=512, kv_pages=32, host_bytes=8e9, extended=False)
             runner, price = cost_runner(PLAN, pricing(skew), sizing)
             policy = make_policy("mlfq", PolicyOptions(16, eviction=eviction), price.estimates(runner.limits))
             engine = Engine(runner, policy=policy, clock=runner.clock, check_invariants=True)
-            assert play(engine, [Arrival(0.0, 100 + n, 100) for n in range(40)], runner.clock) == 0
+            assert play(engine, [Arrival(0.0, 50 + n, 40) for n in range(32)], runner.clock) == 0
             summary = engine.metrics.summary()
-            assert summary.num_finished == 40
+            assert summary.num_finished == 32
             assert summary.preemptions > 0 if eviction is Eviction.RECOMPUTE else summary.swapped_out_pages > 0
             ended[skew, eviction] = runner.clock.now
     assert ended[1.2, Eviction.RECOMPUTE] < 0.9 * ended[0.0, Eviction.RECOMPUTE]
