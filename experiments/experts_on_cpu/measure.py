@@ -85,11 +85,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-python", required=True, metavar="PYTHON", help="an interpreter that has torch and transformers")
+    parser.add_argument("--model", metavar="FOLDER", help="what `sides.py make FOLDER` wrote; else it is written first")
     parser.add_argument("--said", default="", help="what is to be said of the machine: whether anything ran beside")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([args.torch_python, _SIDES, "make", folder], check=True)
+    with tempfile.TemporaryDirectory() as made:
+        folder = args.model or made
+        if not args.model:
+            subprocess.run([args.torch_python, _SIDES, "make", folder], check=True)
         for dtype in SIZES:
             ours, theirs = Side(sys.executable, "partinf", dtype, folder), Side(args.torch_python, "transformers", dtype, folder)
             bandwidth = theirs.ask("bandwidth", 0)
