@@ -1,8 +1,9 @@
 """The process that renders a chat template: a program of others, so that it can be ended whatever it does.
 
 `python -m partinf.serve.template_process` is started and talked to as `foundation.bounded_process` has it, in frames of JSON. The first
-frame says what to render, every other is a conversation and is answered by one frame. The kernel holds the process to a time per
-conversation and to a size in memory; one that exceeds the time is ended in the middle of whatever it computes.
+frame says what to render, every other is a conversation and is answered by one frame. The kernel holds the process to a time of a core
+per conversation, however busy the machine is, and to a size in memory; one that exceeds the time is ended in the middle of whatever it
+computes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ENDED_FOR_MEMORY = 3  # the exit code
 
 
 class Template(msgspec.Struct):
-    """What to render, and its bounds: seconds and characters per conversation, bytes beyond what the process takes when it is idle.
+    """What to render, and its bounds: seconds of a core and characters per conversation, bytes beyond what the process takes when it is idle.
 
     Half of a surrogate pair, which a template may hold, does not pass through msgspec; so its text and tokens are a JSON text within.
     """
@@ -57,9 +58,9 @@ def main() -> None:
         template = ChatTemplate(*json.loads(given.text_and_tokens))  # compiled within the bounds, with the first conversation
         bound_memory(given.memory)
         while body := next_frame(frames):
-            signal.setitimer(signal.ITIMER_REAL, given.seconds)  # SIGALRM is left to the kernel, which ends the process
+            signal.setitimer(signal.ITIMER_PROF, given.seconds)  # of a core; SIGPROF is left to the kernel, which ends the process
             answer = frame(_render(template, body, given.most))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             server.sendall(answer)
 
 

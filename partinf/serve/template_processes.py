@@ -22,6 +22,7 @@ from partinf.foundation.errors import Overloaded
 from partinf.serve.chat_template import MOST_CHARACTERS, ChatTemplate, TemplateRefusal
 from partinf.serve.template_process import ENDED_FOR_MEMORY, Conversation, Rendered, Template, frame
 
+_PATIENCE = 10  # times as long as its seconds may a conversation take where others want the core
 _STARTING_SECONDS = 20.0  # for a process to import what it needs, on a machine that is busy
 
 
@@ -30,7 +31,7 @@ class TemplateBounds:
     """What rendering may take.
 
     Attributes:
-        seconds: of one conversation. memory: bytes of one process, beyond what it takes when it is idle. characters: of a prompt.
+        seconds: of a core, for one conversation. memory: bytes of one process, beyond what it takes when it is idle. characters: of a prompt.
         processes: that render at the same time. waiting_seconds: for one of them to be free.
     """
 
@@ -110,8 +111,8 @@ class _Process:
         Raises:
             TemplateRefusal: the process ended instead.
         """
-        # The process ends itself in time; this is for one that does not run at all.
-        most = 2 * self._seconds + (_STARTING_SECONDS if self._unsaid else 0.0)
+        # The kernel ends the process in time; this is for one that does not run at all.
+        most = _PATIENCE * self._seconds + (_STARTING_SECONDS if self._unsaid else 0.0)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(most):
@@ -133,7 +134,7 @@ class _Process:
 
     def _why(self, code: int) -> str:
         """What ended the process, for the client."""
-        if code in (-signal.SIGALRM, -signal.SIGKILL):
+        if code in (-signal.SIGPROF, -signal.SIGKILL):
             return f"the model's chat template takes more than {self._seconds:g} s for these messages"
         if code == ENDED_FOR_MEMORY:
             return "the model's chat template takes too much memory for these messages"

@@ -183,11 +183,11 @@ class _Process:
                 (length,) = LENGTH.unpack(self._read(LENGTH.size))
                 return msgspec.msgpack.decode(self._read(length), type=Found)
             except TimeoutError:
-                raise Ended(self._why(self._end())) from None
+                raise Ended(self._why(self._end(), asked)) from None
             except (OSError, EOFError):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be said how it ended
-                raise Ended(self._why(self._end())) from None
+                raise Ended(self._why(self._end(), asked)) from None
 
     def close(self) -> None:
         """End it, from any thread."""
@@ -209,10 +209,13 @@ class _Process:
         self._socket.close()
         return code
 
-    def _why(self, code: int) -> str:
+    def _why(self, code: int, asked: Asked) -> str:
         """What ended the process, for the client."""
         if code in (-signal.SIGPROF, -signal.SIGKILL):
-            return "the structure takes too long to find out what may follow"
+            bounds = self._bounds
+            if asked.structure is None:
+                return f"the structure takes more than {bounds.mask_seconds:g} s of a core to find out what may follow"
+            return f"the structure takes more than {bounds.compile_seconds:g} s of a core to compile"
         if code == -signal.SIGABRT:
             return "the structure takes too much memory"
         return "what may follow cannot be found out for this structure (its process ended)"

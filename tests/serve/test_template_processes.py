@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -168,3 +169,23 @@ def test_no_jax_in_the_process(root: Path) -> None:
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_busy_machine_does_not_make_a_template_slow() -> None:
+    """What counts is time of a core: a process that does not get one for longer than its bound answers when it does."""
+
+    async def check() -> str:
+        processes = TemplateProcesses(ChatTemplate(GOOD), BOUNDS)
+        try:
+            conversation = processes.read(MESSAGES, True, {})
+            await processes.render(conversation)
+            child = processes._idle[0]._child
+            child.send_signal(signal.SIGSTOP)
+            rendering = asyncio.ensure_future(processes.render(conversation))
+            await asyncio.sleep(3 * BOUNDS.seconds)
+            child.send_signal(signal.SIGCONT)
+            return await rendering
+        finally:
+            processes.close()
+
+    assert run(check()) == "good"
