@@ -22,7 +22,7 @@ ENDED_FOR_MEMORY = 3  # the exit code
 
 
 class Template(msgspec.Struct):
-    """What to render, and its bounds: seconds of a core and characters per conversation, bytes beyond what the process takes when it is idle.
+    """What to render, and its bounds: seconds of a core and characters per conversation, bytes beyond what it takes when idle.
 
     Half of a surrogate pair, which a template may hold, does not pass through msgspec; so its text and tokens are a JSON text within.
     """

@@ -31,7 +31,7 @@ class TemplateBounds:
     """What rendering may take.
 
     Attributes:
-        seconds: of a core, for one conversation. memory: bytes of one process, beyond what it takes when it is idle. characters: of a prompt.
+        seconds: of a core, for one conversation. memory: bytes of one process, beyond what it takes when idle. characters: of a prompt.
         processes: that render at the same time. waiting_seconds: for one of them to be free.
     """
 
