@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from partinf.cost import items
@@ -94,10 +94,33 @@ def _expert_axes(layout: Layout, phase: Phase, sizes: Mapping[str, int], tokens:
 
 def expert_entries(split: StepSplit) -> list[Entry]:
     """The experts of all layers that have such; none where the model has none."""
+    return [entry for _, make in expert_pieces(split) for entry in make()]
+
+
+def expert_pieces(split: StepSplit) -> list[tuple[object, Callable[[], list[Entry]]]]:
+    """The entries in three pieces, each with all that it depends on beside model, slice and types: rows on their way to the experts, what
+    experts do with them, and outputs on their way back. Of the roles that dense weights have only the ways know."""
     of = split.model.experts
     if of is None or not split.model.expert_layers:
         return []
-    return _Mixture(split, of).entries()
+    axes, shape, loop = expert_axes(split), split.shape, split.phase.loop
+
+    @functools.cache
+    def mixture() -> _Mixture:
+        return _Mixture(split, of)
+
+    beside = (split.t, split.between, split.e, split.f, split.num_stages, loop, shape)
+    order = (axes.stored[2], split.w_stored) if axes.embed else ()
+    return [
+        (("to", axes.rows, beside), lambda: mixture().arriving()),
+        (own_key(split), lambda: mixture().own()),
+        (("from", axes.rows, axes.embed, axes.reduced, order, beside), lambda: mixture().leaving()),
+    ]
+
+
+def own_key(split: StepSplit) -> object:
+    """All that what experts do with their rows depends on, beside model, slice and types; their working set too."""
+    return expert_axes(split), split.shape, split.num_stages
 
 
 def expert_bytes(split: StepSplit) -> int:
@@ -126,19 +149,22 @@ class _Mixture:
         self.embed, self.ffn = split.model.embed_dim // ways(self.axes.embed), of.each.width // ways(self.axes.ffn)
         self.gathered = self.axes.kept != self.axes.stored
 
-    def entries(self) -> list[Entry]:
-        split, axes, count = self.split, self.axes, self.count
-        useful, elements = split.shape.useful, split.shape.num_tokens * split.model.embed_dim
-        rows = Split(axes.rows)
-        entries = self._gathers()
-        if not self._shares_gather:
-            entries += movement(split, _PART, items.ROWS_TO_EXPERTS, elements, Split(split.t, split.between), rows, useful, count=count)
-        entries.append(self._router())
-        entries += split.pricing.small(items.ROUTING, _PART, count, _ROUTING)
+    def arriving(self) -> list[Entry]:
+        """Rows on their way to the experts."""
+        split = self.split
+        if self._shares_gather:
+            return []
+        elements, source = split.shape.num_tokens * split.model.embed_dim, Split(split.t, split.between)
+        target, useful = Split(self.axes.rows), split.shape.useful
+        return movement(split, _PART, items.ROWS_TO_EXPERTS, elements, source, target, useful, count=self.count)
+
+    def own(self) -> list[Entry]:
+        """What is the same whatever axes do to dense weights."""
+        split, axes, count, load = self.split, self.axes, self.count, self.load
+        entries = [*self._gathers(), self._router(), *split.pricing.small(items.ROUTING, _PART, count, _ROUTING)]
         if axes.sent:
             entries += self._exchange()
         entries.append(split.pricing.traffic(items.ROWS_SORTED, _PART, count, 2 * self.places * self.embed * split.act_bytes))
-        load = self.load
         entries.append(self._product(items.WX_IN, load, self.embed, self.inner * self.ffn))
         entries += self._between_products()
         entries.append(self._product(items.WX_OUT, load, self.ffn, self.embed))
@@ -146,7 +172,11 @@ class _Mixture:
         entries.append(split.pricing.traffic(items.OUTPUTS_ADDED, _PART, count, added))
         if axes.sent:
             entries.append(self._sent(items.OUTPUTS_SENT, self.together))
-        return entries + self._reduced(elements) + self._shared_gate()
+        return entries
+
+    def leaving(self) -> list[Entry]:
+        """Outputs on their way back to their tokens."""
+        return self._reduced(self.split.shape.num_tokens * self.split.model.embed_dim) + self._shared_gate()
 
     @functools.cached_property
     def load(self) -> Routed:

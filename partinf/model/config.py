@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 from partinf.foundation.documents import finite, shown
 from partinf.foundation.errors import raise_offences
@@ -162,7 +162,21 @@ class ModelConfig:
 
     def of_stage(self, stages: int) -> ModelConfig:
         """What each of so many pipeline stages has of its layers; they divide, and `stage_offences` has none."""
-        return self if stages == 1 else replace(self, num_layers=self.num_layers // stages)
+        return self._with(num_layers=self.num_layers // stages)
+
+    def _with(self, **sizes: int) -> ModelConfig:
+        """The same with other sizes, made and checked once: a search asks for few of them some thousand times."""
+        if all(getattr(self, name) == size for name, size in sizes.items()):
+            return self
+        key = tuple(sizes.items())
+        if key not in self._known:
+            self._known[key] = replace(self, **cast(dict[str, Any], sizes))
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[tuple[str, int], ...], ModelConfig]:
+        """The same model with other sizes, by these."""
+        return {}
 
     def stage_offences(self, stages: int) -> list[str]:
         """Why layers that divide into so many stages do not: one program runs on all, so each has the same kinds in the same order."""
@@ -251,9 +265,7 @@ class ModelConfig:
 
     def with_padded_heads(self, num_heads: int) -> ModelConfig:
         """The same architecture with query heads padded to `num_heads`; 0 for no padding."""
-        if num_heads in (0, self.num_heads):
-            return self
-        return replace(self, num_heads=num_heads, num_kv_heads=self.kv_heads_with(num_heads))
+        return self if num_heads == 0 else self._with(num_heads=num_heads, num_kv_heads=self.kv_heads_with(num_heads))
 
     def _offences(self) -> list[str]:
         offences = [f"model {self.name}: {line}" for line in self._out_of_range()]

@@ -80,26 +80,32 @@ class AxisTable:
     storage: tuple[tuple[Role, ...], ...]
     gathered: tuple[bool, ...]
     attentions: tuple[Attention, ...]
-    _phases: dict[tuple[Gather, int], Phase] = field(default_factory=dict, compare=False, repr=False)
+    _phases: dict[tuple[Gather, int, bool], Phase] = field(default_factory=dict, compare=False, repr=False)
     _free: dict[tuple[int, ...], list[Attention]] = field(default_factory=dict, compare=False, repr=False)
 
-    def phase(self, option: PhaseOption) -> Phase:
-        key = (option.gather, option.attention.number)
+    def phase(self, option: PhaseOption, whole: bool = False) -> Phase:
+        """An option as a phase, with what passes between sublayers whole or split."""
+        key = (option.gather, option.attention.number, whole)
         found = self._phases.get(key)
         if found is None:
             gather, attention = option.gather, tuple(zip(self.names, option.attention.roles, strict=True))
             dense, experts = (self.named(marked) for marked in (gather.dense, gather.experts))
             dispatch = Dispatch.EXCHANGE if gather.exchanged else Dispatch.GATHER
-            found = self._phases[key] = Phase(dense, attention, gather_experts=experts, dispatch=dispatch)
+            found = self._phases[key] = Phase(dense, attention, whole=whole, gather_experts=experts, dispatch=dispatch)
         return found
 
     def named(self, marked: tuple[bool, ...]) -> tuple[str, ...]:
         """The names of the axes that are marked."""
         return tuple(name for name, used in zip(self.names, marked, strict=False) if used)
 
-    def layout(self, stored: Stored, prefill: PhaseOption, decode: PhaseOption) -> Layout:
+    def layout(self, stored: Stored, prefill: PhaseOption, decode: PhaseOption, whole: tuple[bool, bool] = (False, False)) -> Layout:
+        """The layout of two options.
+
+        Args:
+            whole: whether what passes between sublayers is whole in prefill, and in decode.
+        """
         roles, experts = tuple(zip(self.names, stored.roles, strict=True)), tuple(zip(self.names, stored.experts, strict=False))
-        return Layout(roles, self.phase(prefill), self.phase(decode), check=False, experts=experts)
+        return Layout(roles, self.phase(prefill, whole[0]), self.phase(decode, whole[1]), check=False, experts=experts)
 
     def attentions_of(self, storage: Storage) -> list[Attention]:
         """Every choice of attention roles for a storage, equal axes not yet merged; stages split nothing within a layer."""
@@ -151,21 +157,24 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
 
 
 def gathers(table: AxisTable, stored: Stored) -> list[Gather]:
-    """Every set of axes that a storage can gather; experts' matrices over axes that split tokens and them, where nothing is sent then.
-    Rows can be exchanged along the others that split tokens and experts."""
-    names = range(len(table.names))
+    """Every set of axes over which a storage can gather weights, with every choice of `expert_gathers` beside it."""
     splits = [role in (Role.EMBED, Role.FFN) and may for role, may in zip(stored.roles, table.gathered, strict=True)]
     dense = itertools.product(*((False, True) if one else (False,) for one in splits))
+    return [gather for one in dense for gather in expert_gathers(table, stored, one)]
+
+
+def expert_gathers(table: AxisTable, stored: Stored, dense: tuple[bool, ...]) -> list[Gather]:
+    """The choices beside one set of axes over which dense weights are gathered: experts' matrices over axes that split tokens and them,
+    where nothing is sent then. Rows can be exchanged along the others that split tokens and experts."""
     if not stored.experts:
-        return [Gather(one) for one in dense]
-    found = []
-    for one in dense:
-        tokens = [role is Role.REPLICA or used for role, used in zip(stored.roles, one, strict=True)]
-        may = [tokens[i] and table.gathered[i] and stored.experts[i] in SPLITTING for i in names]
-        for experts in itertools.product(*((False, True) if each else (False,) for each in may)):
-            found.append(Gather(one, experts))
-            if any(tokens[i] and stored.experts[i] is ExpertRole.EXPERT and not experts[i] for i in names):
-                found.append(Gather(one, experts, exchanged=True))
+        return [Gather(dense)]
+    found, names = [], range(len(table.names))
+    tokens = [role is Role.REPLICA or used for role, used in zip(stored.roles, dense, strict=True)]
+    may = [tokens[i] and table.gathered[i] and stored.experts[i] in SPLITTING for i in names]
+    for experts in itertools.product(*((False, True) if each else (False,) for each in may)):
+        found.append(Gather(dense, experts))
+        if any(tokens[i] and stored.experts[i] is ExpertRole.EXPERT and not experts[i] for i in names):
+            found.append(Gather(dense, experts, exchanged=True))
     return found
 
 

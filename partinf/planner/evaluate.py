@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 from partinf.buckets import num_programs
 from partinf.cost.attention import decode_cores, prefill_cores
-from partinf.cost.experts import expert_bytes
-from partinf.cost.ledger import Entry, Ledger, Op, total_seconds
+from partinf.cost.experts import expert_bytes, expert_pieces, own_key
+from partinf.cost.ledger import Entry, Ledger, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, dense_set, kv_bytes, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
 from partinf.cost.overlap import compute_left, fetches
 from partinf.cost.pricing import Pricing
-from partinf.cost.routing import routed
 from partinf.cost.split import Shares, StepShape, StepSplit, gathers_behind
-from partinf.cost.step import attention_part, cache_part, dense_part, expert_part
+from partinf.cost.step import attention_part, cache_part, dense_part
 from partinf.foundation.rounding import ceil_div, round_up
-from partinf.layout import AttentionRole, ExpertRole, Layout, Phase, Role, head_axes, kv_head_axes
+from partinf.layout import AttentionRole, Layout, Phase, Role, head_axes, kv_head_axes
 from partinf.model.config import ModelConfig
-from partinf.model.weights import multiplied_params
 from partinf.planner.candidates import Attention
 from partinf.plans import row_axes
 from partinf.workload import SERVED_PROMPT_TOKENS, Workload
@@ -85,6 +84,14 @@ class _Linear(NamedTuple):
     working_set: LinearSet
 
 
+class ExpertFigures(NamedTuple):
+    """What experts take in a step: seconds, those that do not leave HBM alone, and the bytes of their working set."""
+
+    seconds: float
+    apart: float
+    size: int
+
+
 class Least(NamedTuple):
     """What a phase's linear layers take whatever its attention roles are, their split, and what an attention core takes at least."""
 
@@ -102,7 +109,8 @@ class Least(NamedTuple):
         return self.part.beside(core, core, free=core)
 
 
-NOTHING = Least(_Part((), 0.0, 0.0, 0.0), None)
+_NO_PART = _Part((), 0.0, 0.0, 0.0)
+NOTHING = Least(_NO_PART, None)
 
 
 class _Key(NamedTuple):
@@ -142,85 +150,34 @@ class Evaluator:
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, _Linear] = {}
         self._dense_parts: dict[_Key, _Linear] = {}
-        self._expert_parts: dict[object, tuple[_Part, int]] = {}
+        self._expert_parts: dict[object, _Part] = {}
+        self._expert_bytes: dict[object, int] = {}
         self._whole: dict[_Key, bool] = {}
         self._attention: dict[object, _Part] = {}
         self._splits: dict[object, StepSplit] = {}
         self._prompt_len = workload.input_len or workload.context_len or 1
         prompts = 0 if workload.phase == "decode" else workload.prompts_per_step
         self._prompts = min(prompts * self._prompt_len, workload.chunk or SERVED_PROMPT_TOKENS), prompts  # that an engine computes at once
-        self._entries = multiplied_params(model)
-        of, layers = model.experts, model.expert_layers
-        each = 0 if of is None else layers * model.embed_dim * of.each.width * (3 if of.each.gated else 2)
-        self._dense_entries = self._entries - each * (0 if of is None else of.per_token)
-        self._expert_entries = each
         self._coupling: dict[object, Ledger] = {}
         self._cores: dict[object, float] = {}
         self._core_seconds: dict[object, float] = {}
         self._shapes: dict[tuple[str, int, int, int], StepShape] = {}
         self._weight_bytes: dict[object, int] = {}
         self._stages: dict[object, int] = {}
+        self._cache_bytes: dict[object, int] = {}
 
-    def floor(self, label: str, stored: int, experts: tuple[ExpertRole, ...] = ()) -> float:
-        """Seconds that a phase's step takes at least: the products of its tokens, spread over all devices, and its weights read once, of
-        experts those that are hit. The most that is gathered before it is used is read before.
+    def one_by_one(self, stages: int) -> bool:
+        """Whether the priced program has the layers of each of so many stages compiled one by one."""
+        return (self._unstaged if stages == 1 else self._staged).program.unrolled
 
-        Args:
-            stored: into how many parts the weights of a layer are split. experts: the roles of all axes for experts; where they are not
-                given, the best.
-        """
-        devices = self.pricing.slice.num_devices
-        flops = 2.0 * self.tokens(label) * self._entries / devices
-        read = self._dense_entries / stored
-        if self._expert_entries:
-            read += self._hit(label, experts or None) * self._expert_entries
-        return self._unstaged.least_seconds(flops, read * self.workload.weights.num_bytes)
+    def least_seconds(self, flops: float, num_bytes: float) -> float:
+        """What products of so many FLOPs, with weights of so many bytes, take at least."""
+        return self._unstaged.least_seconds(flops, num_bytes)
 
-    @property
+    @cached_property
     def usable(self) -> int:
         """Bytes that a program may use on one device."""
         return usable_bytes(self.pricing.slice)
-
-    def dense_floor(self, label: str, stored: int) -> float:
-        """The same without experts; nothing in a program that reads weights while it does something else."""
-        if self._unstaged.program.unrolled:
-            return 0.0
-        flops = 2.0 * self.tokens(label) * self._dense_entries / self.pricing.slice.num_devices
-        return self._unstaged.least_seconds(flops, self._dense_entries / stored * self.workload.weights.num_bytes)
-
-    def _hit(self, label: str, roles: tuple[ExpertRole, ...] | None) -> float:
-        """Of one layer's experts that some token of a step hits, how many a device reads at least."""
-        of, devices = self.model.experts, self.pricing.slice.num_devices
-        assert of is not None
-        if roles is None:
-            return routed(of.count, of.per_token, self.tokens(label), 1, 1, self.pricing.skew).hit / devices
-        sizes = self.sizes.values()
-        ways = {role: math.prod(size for size, has in zip(sizes, roles, strict=True) if has is role) for role in ExpertRole}
-        tokens = ceil_div(self.tokens(label), ways[ExpertRole.REPLICA] * ways[ExpertRole.STAGE])
-        hit = routed(of.count, of.per_token, tokens, ways[ExpertRole.EXPERT], 1, self.pricing.skew).hit
-        return hit / (ways[ExpertRole.FFN] * ways[ExpertRole.EMBED])
-
-    def gather_floor(self, stored: int, axes: tuple[str, ...]) -> float:
-        """Seconds that it takes at least to gather all layers' weights over these axes, those of one stage after those of another."""
-        num_bytes = self._dense_entries / stored * ways(axes, self.sizes) * self.workload.weights.num_bytes
-        return self.pricing.network.seconds(Op.ALL_GATHER, axes, num_bytes) if axes else 0.0
-
-    def with_exchange(self, floor: float, label: str, axes: tuple[str, ...], ways_of: Mapping[Role, int]) -> float:
-        """A floor with what all sublayers exchange at least: each sums its outputs over the axes that split F, by an all-reduce or parts of
-        one. In a program whose layers are compiled one by one, HBM may be read meanwhile.
-
-        Args:
-            axes: that split F and are not gathered. ways_of: into how many parts each role splits, those that are gathered as copies.
-        """
-        if not axes or self.pricing.program.looped or self.pricing.calibration.rates is not None:
-            return floor
-        rows = self.tokens(label) / (ways_of[Role.STAGE] * ways_of[Role.REPLICA])
-        num_bytes = rows * self.model.embed_dim / ways_of[Role.EMBED] * self.workload.weights.activations.num_bytes
-        model, of = self.model, self.model.experts
-        alone = 0 if model.block.parallel or (of is not None and of.shared) else model.expert_layers  # experts and nothing beside them
-        sublayers = model.num_layers * (1 if model.block.parallel else 2) - alone
-        moving = sublayers * self.pricing.network.seconds(Op.ALL_REDUCE, axes, num_bytes)
-        return max(floor, moving) if self._unstaged.program.unrolled else floor + moving
 
     def tokens(self, label: str) -> int:
         """Real tokens of a phase's step."""
@@ -312,20 +269,26 @@ class Evaluator:
     def _experts(self, split: StepSplit) -> tuple[_Part, int]:
         """What experts take, and their working set: the same whatever dense weights do along axes that split neither tokens nor what
         passes between sublayers."""
-        roles = _expert_roles(split.model, split.layout, split.phase)
-        key = (roles, split.t, split.between, split.e, split.f, split.w_stored, split.shape, split.stages)
-        found = self._expert_parts.get(key)
-        if found is None:
-            found = self._expert_parts[key] = _Part.of(expert_part(split), split.num_stages), expert_bytes(split)
-        return found
+        found, size = _NO_PART, self._expert_bytes.get(own_key(split))
+        for key, make in expert_pieces(split):
+            part = self._expert_parts.get(key)
+            if part is None:
+                part = self._expert_parts[key] = _Part.of(tuple(make()), split.num_stages)
+            found = found.with_(part)
+        if size is None:
+            size = self._expert_bytes[own_key(split)] = expert_bytes(split)
+        return found, size
 
-    def expert_figures(self, layout: Layout, label: str) -> tuple[float, int, float]:
-        """Seconds of a phase's step that experts take at least, whatever passes between sublayers; their working set; and the least that is
-        left of the seconds without those that leave HBM alone."""
+    def expert_figures(self, layout: Layout, label: str) -> tuple[ExpertFigures, ExpertFigures]:
+        """What experts take in a phase's step where what passes between sublayers is split, and where it is whole; twice the first where it
+        may not be."""
         split = self.split(layout, label, 0)
-        splits = (split, split.kept_whole()) if self._may_be_whole(split) else (split,)
-        figures = [(part.beside(0.0, 0.0), size, part.seconds - part.free) for part, size in map(self._experts, splits)]
-        return (*min(figures)[:2], min(apart for *_, apart in figures))
+        part, size = self._experts(split)
+        mine = ExpertFigures(part.beside(0.0, 0.0), part.seconds - part.free, size)
+        if not self._may_be_whole(split):
+            return mine, mine
+        part, size = self._experts(split.kept_whole())
+        return mine, ExpertFigures(part.beside(0.0, 0.0), part.seconds - part.free, size)
 
     def _may_be_whole(self, split: StepSplit) -> bool:
         """Many rows leave what passes between sublayers split: each device would pass all of E through its memory, which no entry is there
@@ -436,12 +399,18 @@ class Evaluator:
 
     def memory(self, layout: Layout, priced: list[Priced], padded_heads: int) -> MemoryBudget:
         """The budget of a device that runs these phases; without phases, of weights and cache alone."""
-        model = self.model.with_padded_heads(padded_heads)
-        context = max(self.workload.max_context, 1)
-        rows = self.workload.resident or self.workload.batch
-        cache = kv_bytes(model, layout, self.pricing.slice, rows, context, self.workload.kv, self._prompts)
-        weights = self._weights(layout, padded_heads)
-        return MemoryBudget(weights, cache, max((p.activations for p in priced), default=0), usable_bytes(self.pricing.slice))
+        activations = max((p.activations for p in priced), default=0)
+        return MemoryBudget(self._weights(layout, padded_heads), self._cache(layout, padded_heads), activations, self.usable)
+
+    def _cache(self, layout: Layout, padded_heads: int) -> int:
+        key = (layout.storage, layout.decode.attention, layout.prefill.attention, padded_heads)
+        found = self._cache_bytes.get(key)
+        if found is None:
+            model, context = self.model.with_padded_heads(padded_heads), max(self.workload.max_context, 1)
+            rows = self.workload.resident or self.workload.batch
+            found = kv_bytes(model, layout, self.pricing.slice, rows, context, self.workload.kv, self._prompts)
+            self._cache_bytes[key] = found
+        return found
 
 
 def heads_for(model: ModelConfig, layout: Layout, sizes: Mapping[str, int]) -> int | None:

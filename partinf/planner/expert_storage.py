@@ -2,46 +2,31 @@
 
 What experts take is added to a step whatever attention does, and depends on the dense roles only through the axes that split tokens
 and what passes between sublayers. Of the roles for experts beside one storage therefore only those remain that no others beat: these would
-be no slower over all steps of all phases, whatever axes each phase gathers dense weights over, with experts' matrices gathered as is best
-and not at all; no larger, in the matrices and in a layer's working set; and would spread rows over no further axes, which pad a small
-batch. Whatever else is chosen, what was left out would have been slower or larger with the same choices.
+be no slower over all steps of all phases, whatever axes each phase gathers dense weights over and however it splits what passes between
+sublayers, with experts' matrices gathered as is best and not at all; no larger, in the matrices and in a layer's working set; and would
+spread rows over no further axes, which pad a small batch. Whatever else is chosen, what was left out would have been slower or larger with
+the same choices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from enum import IntEnum
 from typing import NamedTuple
 
-from partinf.layout import ExpertRole, Role
+from partinf.layout import ExpertRole
 from partinf.model.config import ModelConfig
-from partinf.planner.candidates import SPLITTING, ExpertRoles, Gather, PhaseOption, Storage, Stored, expert_roles, gathers
+from partinf.planner.candidates import SPLITTING, ExpertRoles, Storage, Stored, expert_roles, gathers
 from partinf.planner.options import Space
 
 NO_FASTER = "roles for experts that are no faster than others beside the same dense weights"
 _NEGLIGIBLE = 0.01  # of the memory that a program may use: working sets below it are as good as none
 
-
-class _Does(IntEnum):
-    """What an axis does in a phase: splits tokens, d_ff or d_model of what passes between sublayers, or layers."""
-
-    TOKENS = 0
-    FFN = 1
-    EMBED = 2
-    STAGES = 3
-
-
-_DOES = {(role, True): _Does.TOKENS for role in Role} | {
-    (Role.REPLICA, False): _Does.TOKENS,
-    (Role.FFN, False): _Does.FFN,
-    (Role.EMBED, False): _Does.EMBED,
-    (Role.STAGE, False): _Does.STAGES,
-}
+_ByPhase = tuple[tuple[float, ...], ...]
 
 
 class Worth(NamedTuple):
-    """Roles for experts that are worth looking at, and what they take at least in a step of each phase."""
+    """Roles for experts that are worth looking at, and what a step of each phase takes at least."""
 
     experts: ExpertRoles
     seconds: tuple[float, ...]
@@ -51,14 +36,16 @@ class _Figures(NamedTuple):
     """What counts, less being better.
 
     Attributes:
-        best, stays: for every phase, and every set of gathered axes in it, seconds of all its steps, with experts' matrices gathered as is
-            best, and not gathered. sizes: the working sets of these. apart: the least seconds without those behind which others may read.
+        best, stays: for every phase, set of gathered axes and split of what passes between sublayers, seconds of all its steps, with
+            experts' matrices gathered as is best, and not gathered. sizes: the working sets of these.
+        apart, least_apart: seconds without those behind which others may read: those of the best, and the least of any.
         rows: the axes that copy experts. share: of all experts' matrices, what one device has.
     """
 
-    best: tuple[tuple[float, ...], ...]
-    stays: tuple[tuple[float, ...], ...]
-    apart: tuple[tuple[float, ...], ...]
+    best: _ByPhase
+    stays: _ByPhase
+    apart: _ByPhase
+    least_apart: _ByPhase
     sizes: tuple[float, ...]
     rows: frozenset[str]
     share: float
@@ -69,12 +56,12 @@ class _Figures(NamedTuple):
             return False
         if any(mine > others for mine, others in zip(self.sizes, other.sizes, strict=True)):
             return False
-        pairs = (self.best, other.best), (self.stays, other.stays), (self.apart, other.apart)
+        pairs = (self.best, other.best), (self.stays, other.stays), (self.apart, other.least_apart)
         return all(_most_slower(mine, others) <= 0.0 for mine, others in pairs)
 
 
-def _most_slower(mine: tuple[tuple[float, ...], ...], others: tuple[tuple[float, ...], ...]) -> float:
-    """By how much one is slower than another at most, over the sets of gathered axes of each phase."""
+def _most_slower(mine: _ByPhase, others: _ByPhase) -> float:
+    """By how much one is slower than another at most, over what each phase may choose."""
     phases = zip(mine, others, strict=True)
     return sum(max(one - other for one, other in zip(*phase, strict=True)) for phase in phases)
 
@@ -89,19 +76,17 @@ class ExpertStorage:
         """
         self._space, self._labels, self._times = space, labels, times
         self._splits: dict[ExpertRoles, str] = {}
-        self._known: dict[object, tuple[float, int, float]] = {}
-        self._known_gathers: dict[Stored, list[Gather]] = {}
 
     def beside(self, storage: Storage) -> list[Worth]:
         """Those worth looking at beside a storage, the fastest in all phases together first; all where nothing is passed over."""
         space = self._space
-        floors = tuple(space.floor(storage, label) for label in self._labels)
         if space.model.experts is None:
-            return [Worth((), floors)]
+            return [Worth((), tuple(space.soonest(storage, label) for label in self._labels))]
         every = [roles for roles in expert_roles(space.table, storage) if self._holds(roles)]
         if space.cut is None:
-            return [Worth(roles, floors) for roles in every]
-        figured = [one for roles in every for one in self._figured(storage, roles)]
+            return [Worth(roles, (0.0,) * len(self._labels)) for roles in every]
+        dense = list(dict.fromkeys(gather.dense for gather in gathers(space.table, Stored(storage))))
+        figured = [one for roles in every for one in self._figured(storage, roles, dense)]
         kept: list[tuple[_Figures, Worth]] = []
         for figures, worth in sorted(figured, key=lambda one: self._together(one[1].seconds)):
             if not any(other.beats(figures) for other, _ in kept):
@@ -112,66 +97,30 @@ class ExpertStorage:
     def _together(self, seconds: Iterable[float]) -> float:
         return sum(n * one for n, one in zip(self._times, seconds, strict=True))
 
-    def _figured(self, storage: Storage, roles: ExpertRoles) -> list[tuple[_Figures, Worth]]:
+    def _figured(self, storage: Storage, roles: ExpertRoles, dense: Sequence[tuple[bool, ...]]) -> list[tuple[_Figures, Worth]]:
         """One, with what a step of each phase takes at least; none where that is too long already."""
         space, stored = self._space, Stored(storage, roles)
-        least = [space.expert_floor(storage, roles, label) for label in self._labels]
-        best, stays, apart, sizes = [], [], [], []
+        floors = space.floors
+        beside = [[floors.beside(storage, one, label) for one in dense] for label in self._labels]
+        least = [min(others) + floors.experts(roles, label) for others, label in zip(beside, self._labels, strict=True)]
+        best, stays, apart, least_apart, sizes = [], [], [], [], []
         negligible = _NEGLIGIBLE * space.evaluator.usable
         for place, label in enumerate(self._labels):
             if not space.limit(storage).allows(self._together(least)):
                 return []
-            by_gather, n = self._by_gather(stored, label).values(), self._times[place]
-            chosen = [(min(found), min(one for one in found if not one[-1])) for found in by_gather]
-            best.append(tuple(n * one[0] for one, _ in chosen))
-            stays.append(tuple(n * one[0] for _, one in chosen))
-            apart.append(tuple(n * min(one[2] for one in found) for found in by_gather))
-            sizes += [max(one[1], negligible) for pair in chosen for one in pair]
-            soonest = min(one[0] for one, _ in chosen)
-            least[place] = max(least[place], space.dense_floor(storage, label) + soonest)
+            found, n = [space.experts.choices(stored, one, label) for one in dense], self._times[place]
+            best.append(tuple(n * one.seconds for choice in found for one in choice.best))
+            stays.append(tuple(n * one.seconds for choice in found for one in choice.stays))
+            apart.append(tuple(n * one.apart for choice in found for one in choice.best))
+            least_apart.append(tuple(n * one for choice in found for one in choice.apart))
+            sizes += [max(one.size, negligible) for choice in found for one in (*choice.best, *choice.stays)]
+            least[place] = max(least[place], min(one.seconds + others for one, others in zip(found, beside[place], strict=True)))
+        if not space.limit(storage).allows(self._together(least)):
+            return []
         rows = frozenset(axis for axis, role in zip(space.table.names, roles, strict=True) if role is ExpertRole.REPLICA)
         split = math.prod(size for size, role in zip(space.table.sizes, roles, strict=True) if role in SPLITTING)
-        return [(_Figures(tuple(best), tuple(stays), tuple(apart), tuple(sizes), rows, 1.0 / split), Worth(roles, tuple(least)))]
-
-    def _by_gather(self, stored: Stored, label: str) -> dict[tuple[bool, ...], list[tuple[float, int, float, bool]]]:
-        """Figures of each choice (`Evaluator.expert_figures`), and whether it gathers experts' matrices, by gathered dense axes."""
-        found: dict[tuple[bool, ...], list[tuple[float, int, float, bool]]] = {}
-        for gather in self._gathers(stored):
-            found.setdefault(gather.dense, []).append((*self._price(stored, gather, label), any(gather.experts)))
-        return found
-
-    def _gathers(self, stored: Stored) -> list[Gather]:
-        known = self._known_gathers.get(stored)
-        if known is None:
-            known = self._known_gathers[stored] = gathers(self._space.table, stored)
-        return known
-
-    def _price(self, stored: Stored, gather: Gather, label: str) -> tuple[float, int, float]:
-        """Seconds that experts take in a step of a phase, and their working set. Both depend on what axes do to tokens, to what passes
-        between sublayers, and to experts' matrices, whichever of equal axes does it."""
-        table, (roles, experts) = self._space.table, stored
-        of_axes = tuple(
-            zip(table.class_ids, map(_DOES.__getitem__, zip(roles, gather.dense, strict=True)), experts, gather.experts, strict=True)
-        )
-        key = (tuple(sorted(of_axes)), gather.exchanged, label, self._beside(stored, gather))
-        known = self._known.get(key)
-        if known is None:
-            *_, alone = table.attentions
-            option = PhaseOption(gather, alone)
-            known = self._known[key] = self._space.evaluator.expert_figures(table.layout(stored, option, option), label)
-        return known
-
-    def _beside(self, stored: Stored, gather: Gather) -> object:
-        """What else counts: all roles where dense matrices stand beside the experts; and whether E of experts is split in the order in
-        which the dense weights split it, as far as both do."""
-        model = self._space.model
-        if (model.experts is not None and model.experts.shared) or model.block.parallel:
-            return stored, gather
-        if not any(has is ExpertRole.EMBED and not gone for has, gone in zip(stored.experts, gather.experts, strict=True)):
-            return ()
-        dense = [index for role in (Role.EMBED, Role.FFN) for index, has in enumerate(stored.roles) if has is role]
-        split = [index for index, has in enumerate(stored.experts) if has is ExpertRole.EMBED]
-        return [index for index in split if index in dense] == dense[: sum(index in dense for index in split)]
+        figures = _Figures(tuple(best), tuple(stays), tuple(apart), tuple(least_apart), tuple(sizes), rows, 1.0 / split)
+        return [(figures, Worth(roles, tuple(least)))]
 
     def _holds(self, roles: ExpertRoles) -> bool:
         """Whether experts' matrices split as these roles split them; counts the reason if not."""

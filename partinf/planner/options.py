@@ -19,7 +19,6 @@ from partinf.hardware.slices import Link, Slice
 from partinf.layout import Role
 from partinf.planner.candidates import (
     Attention,
-    ExpertRoles,
     Gather,
     HeadSplits,
     PhaseOption,
@@ -30,6 +29,8 @@ from partinf.planner.candidates import (
     option_signature,
 )
 from partinf.planner.evaluate import NOTHING, Least, Priced
+from partinf.planner.expert_prices import ExpertPrices
+from partinf.planner.floors import Floors
 from partinf.planner.question import Question
 
 
@@ -64,7 +65,7 @@ class Space:
 
     Attributes:
         cut: how many times as slow as the best an option may be; None for no limit. looked: candidates that were looked at: sets of
-            gathered axes that were bounded, and options that were priced.
+            gathered axes that were bounded, and options that were priced. floors, experts: what is known before that.
     """
 
     def __init__(self, question: Question, slice_: Slice, limit: BestSoFar | None = None, known: float = math.inf) -> None:
@@ -79,6 +80,7 @@ class Space:
         self.table = axis_table(slice_)
         self.heads = HeadSplits(self.table, self.model.num_kv_heads)
         self.evaluator = question.evaluator(slice_)
+        self.floors, self.experts = Floors(self.table, self.heads, self.evaluator), ExpertPrices(self.table, self.evaluator)
         self.refused: Counter[str] = Counter()
         self.looked = 0
 
@@ -95,36 +97,18 @@ class Space:
             self.refused[f"{self.model.num_heads} query heads do not split into {parts} parts"] += 1
         return padded
 
-    def floor(self, storage: Storage, label: str) -> float:
+    def soonest(self, storage: Storage, label: str) -> float:
+        """What a step of a phase takes at least, whatever is gathered and however experts are split."""
+        return 0.0 if self.cut is None else self.floors.soonest(storage, label)
+
+    def least(self, storage: Stored, gather: Gather, label: str) -> float:
         """What a step of a phase takes at least; nothing is worked out where there is no limit."""
-        return 0.0 if self.cut is None else self.evaluator.floor(label, self._stored(storage))
-
-    def expert_floor(self, storage: Storage, experts: ExpertRoles, label: str) -> float:
-        """The same under these roles for experts."""
-        return self.evaluator.floor(label, self._stored(storage), experts)
-
-    def dense_floor(self, storage: Storage, label: str) -> float:
-        """What everything but experts takes at least."""
-        return self.evaluator.dense_floor(label, self._stored(storage))
-
-    def gather_floor(self, storage: Storage, gather: Gather, label: str, floor: float) -> float:
-        """The same where the weights of these axes are gathered first, from what it takes without; with the least that is exchanged."""
         if self.cut is None:
-            return floor
-        if any(gather.dense):
-            axes = self.table.named(gather.dense)
-            moving = self.evaluator.gather_floor(self._stored(storage), axes)
-            floor = max(floor, moving) if self.evaluator.gathers_hide else floor + moving
-        split, ways = list[str](), dict.fromkeys(Role, 1)
-        for name, size, role, used in zip(self.table.names, self.table.sizes, storage, gather.dense, strict=True):
-            ways[Role.REPLICA if used else role] *= size
-            if role is Role.FFN and not used and size > 1:
-                split.append(name)
-        return self.evaluator.with_exchange(floor, label, tuple(split), ways)
-
-    def _stored(self, storage: Storage) -> int:
-        """Into how many parts a layer's weights are split."""
-        return math.prod(size for role, size in zip(storage, self.table.sizes, strict=True) if role in (Role.EMBED, Role.FFN))
+            return 0.0
+        if not storage.experts:
+            return self.floors.step(storage.roles, gather.dense, label)
+        experts = min(one.seconds for one in self.experts(storage, gather, label))
+        return experts + self.floors.beside(storage.roles, gather.dense, label)
 
     def core(self, least: Least, storage: Storage, label: str, attention: Attention) -> float:
         """Seconds that the core takes at least under these attention roles."""
@@ -136,19 +120,13 @@ class Space:
 class Bounds:
     """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is asked for."""
 
-    def __init__(self, space: Space, storage: Stored, label: str, least: float = 0.0) -> None:
-        """
-        Args:
-            least: what a step is known to take at least.
-        """
+    def __init__(self, space: Space, storage: Stored, label: str) -> None:
         self._space, self._storage, self._label = space, storage, label
         *_, self._alone = space.table.attentions  # splits nothing
         self._padded = space.padded(space.heads.of(storage.roles, self._alone.heads)[0])
         every = [] if self._padded is None else gathers(space.table, storage)
-        floor = max(space.floor(storage.roles, label), least)
-        self._floors = {gather: space.gather_floor(storage.roles, gather, label, floor) for gather in every}
+        self._floors = {gather: space.least(storage, gather, label) for gather in every}
         self._known: dict[Gather, Least] = {}
-        self._core: float | None = None
 
     def floors(self) -> Iterator[tuple[float, Gather]]:
         """What is known of every choice of gathered axes without more work."""
@@ -177,10 +155,7 @@ class Bounds:
         space.looked += 1
         assert self._padded is not None
         least = space.evaluator.least(space.table.layout(self._storage, option, option), self._label, self._padded)
-        if self._core is None:
-            roles = self._storage.roles
-            self._core = min(space.core(least, roles, self._label, one) for one in space.table.attentions_of(roles))
-        return least._replace(core=self._core)
+        return least._replace(core=space.floors.attending(self._storage.roles, self._label))
 
 
 class Options:

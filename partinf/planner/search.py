@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.memory import MemoryBudget
@@ -25,8 +25,6 @@ from partinf.hardware.slices import Link, Slice
 from partinf.layout import PHASES, Layout, Role
 from partinf.model.weights import active_params
 from partinf.planner.candidates import Gather, Storage, Stored, num_options, storages
-from partinf.planner.estimate import Estimate
-from partinf.planner.evaluate import Priced
 from partinf.planner.expert_storage import NO_FASTER, ExpertStorage
 from partinf.planner.options import BestSoFar, Bounds, Choice, Options, Space
 from partinf.planner.pairs import Pair, Pairing
@@ -101,7 +99,7 @@ class Search:
         self.sizes = slice_.axis_sizes
         self.space = Space(question, slice_, limit, known)
         self.table, self.evaluator, self.refused = self.space.table, self.space.evaluator, self.space.refused
-        self._best_over: dict[Storage, float] = {}
+        self._active, self._best_over = active_params(self.model), dict[Storage, float]()
         if limit is None:
             together = 1 if self.workload.phase else 2
             many = sum(num_options(self.table, storage, self.model.experts is not None) ** together for storage in self.storages)
@@ -117,17 +115,13 @@ class Search:
         chosen = self.storages if over is None else over
         return self._single(chosen) if self.workload.phase else self._whole(chosen)
 
-    def estimate(self, storage: Storage) -> float:
-        """What the question asks for over a storage, in seconds, as `partinf.planner.estimate` has it."""
+    def floor(self, storage: Storage) -> float:
+        """What the question takes at least over a storage, in seconds, as `partinf.planner.floors` has it."""
         workload = self.workload
         if workload.phase:
-            return self._estimate.step(storage, workload.phase)
-        prefill, decode = (self._estimate.step(storage, label) for label in PHASES)
+            return self.space.floors.soonest(storage, workload.phase)
+        prefill, decode = (self.space.floors.soonest(storage, label) for label in PHASES)
         return workload.counted_prefills * prefill + workload.output_len * decode
-
-    @cached_property
-    def _estimate(self) -> Estimate:
-        return Estimate(self.table, self.evaluator)
 
     def reasons(self) -> tuple[Refused, ...]:
         """What was refused or passed over, the most frequent first."""
@@ -176,7 +170,7 @@ class Search:
         """
         experts, heap = ExpertStorage(self.space, labels, times), list[tuple[float, tuple[int, int], Storage | _Found]]()
         for index, storage in enumerate(storage for storage in over if self._holds(storage)):
-            floors = (n * self.space.floor(storage, label) for n, label in zip(times, labels, strict=True))
+            floors = (n * self.space.soonest(storage, label) for n, label in zip(times, labels, strict=True))
             heap.append((sum(floors), (index, 0), storage))
         heapq.heapify(heap)
         while heap:
@@ -189,7 +183,7 @@ class Search:
                     found = _Found(Stored(storage, worth.experts), worth.seconds, [])
                     if number == 1 and worth.experts and found.least(times) < self.space.limit(storage).score:
                         # Looked at now, so that what is far slower is passed over before it is priced.
-                        yield found.stored, [Bounds(self.space, found.stored, *one) for one in zip(labels, found.floors, strict=True)]
+                        yield found.stored, [Bounds(self.space, found.stored, label) for label in labels]
                     else:
                         heapq.heappush(heap, (found.least(times), (place[0], number), found))
             elif node.stored.experts and self.space.cut and least >= self._best_over.get(storage, math.inf):
@@ -198,7 +192,7 @@ class Search:
                 yield node.stored, node.known
             else:
                 left = len(labels) - len(node.known) - 1  # phases without a bound, after this one has it
-                found = node._replace(known=[Bounds(self.space, node.stored, labels[left], node.floors[left]), *node.known])
+                found = node._replace(known=[Bounds(self.space, node.stored, labels[left]), *node.known])
                 heapq.heappush(heap, (found.least(times), place, found))
 
     def _seen(self, candidate: Candidate) -> Candidate:
@@ -229,7 +223,8 @@ class Search:
     def _alone(self, storage: Stored, label: str, choice: Choice) -> Candidate:
         nothing = Gather((False,) * len(storage.roles))
         kept = choice.option._replace(gather=nothing) if label == "prefill" else choice.option
-        layout = _whole_where(self.table.layout(storage, choice.option, kept), {label: choice.priced})
+        whole = choice.priced.whole
+        layout = self.table.layout(storage, choice.option, kept, (whole and label == "prefill", whole and label == "decode"))
         step = _Step(choice.priced.seconds, choice.priced.entries)
         if label == "prefill":
             step = step.beside(self.evaluator.coupling(layout, choice.padded_heads))
@@ -237,9 +232,9 @@ class Search:
         return self._candidate(layout, choice.padded_heads, {label: step}, memory)
 
     def _joined(self, storage: Stored, pair: Pair) -> Candidate:
-        priced = {"prefill": pair.prefill_priced, "decode": pair.decode_priced}
-        layout = _whole_where(self.table.layout(storage, pair.prefill.option, pair.decode.option), priced)
-        prefill, decode = (_Step(one.seconds, one.entries) for one in priced.values())
+        priced = pair.prefill_priced, pair.decode_priced
+        layout = self.table.layout(storage, pair.prefill.option, pair.decode.option, (priced[0].whole, priced[1].whole))
+        prefill, decode = (_Step(one.seconds, one.entries) for one in priced)
         steps = {"prefill": prefill.beside(pair.coupling), "decode": decode}
         return self._candidate(layout, pair.padded_heads, steps, pair.memory)
 
@@ -259,11 +254,5 @@ class Search:
         each = 1 if label == "decode" else (workload.input_len or workload.context_len or 1)
         tokens = (workload.batch if label == "decode" else workload.prompts_per_step) * each
         seconds = step.seconds
-        mfu = 2.0 * active_params(self.model) * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
+        mfu = 2.0 * self._active * tokens / (self.slice.num_chips * chip.peak_bf16 * seconds)
         return PhaseResult(label, layout, self.sizes, step.parts, seconds, mfu, tokens, each)
-
-
-def _whole_where(layout: Layout, priced: Mapping[str, Priced]) -> Layout:
-    """The layout whose phases keep whole what passes between sublayers where they were priced so."""
-    phases: dict[str, Any] = {label: replace(layout.phase(label), whole=True) for label, one in priced.items() if one.whole}
-    return replace(layout, **phases, check=False) if phases else layout
