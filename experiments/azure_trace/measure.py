@@ -29,7 +29,7 @@ from partinf.plans import Plan
 from partinf.simulation.arrivals import Arrival, read_trace
 from partinf.simulation.play import play
 from partinf.simulation.report import LatencyBounds, Machine, RunReport
-from partinf.simulation.serving_plan import Traffic, serving_plan
+from partinf.simulation.serving_plan import Terms, Traffic, serving_plan
 from partinf.simulation.sizing import Sizing, cost_runner
 
 BOUNDS = LatencyBounds(ttft=1.0, time_per_token=0.05)
@@ -48,7 +48,7 @@ CHUNK = 1024  # prompt tokens per iteration where prompts are cut
 @cache
 def plan_for(model_name: str, slice_name: str, traffic: Traffic, stages: int | None) -> Plan:
     """One search for all schedulers."""
-    return serving_plan(load_model_config(model_name), parse_slice(slice_name), traffic, num_stages=stages)
+    return serving_plan(load_model_config(model_name), parse_slice(slice_name), traffic, Terms(num_stages=stages))
 
 
 def simulate(job: tuple[str, str, int, int, int | None, str, list[Arrival]]) -> dict[str, Any]:

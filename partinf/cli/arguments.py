@@ -32,10 +32,27 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pricing(parser: argparse.ArgumentParser) -> None:
-    """`--calibration` and `--program`: how steps are priced."""
+    """`--calibration`, `--program` and `--routing-skew`: how steps are priced."""
     parser.add_argument("--calibration", default="fitted", metavar="MODE", help="fitted: measured constants; none: the pure roofline")
     text = "tiled: what runs (default); plain; or a published one: looped (the paper's), jax-llm-examples, tensor-parallel"
     parser.add_argument("--program", metavar="KIND", help=text)
+    text = "exponent of the power law by which routers prefer some experts: 0 for uniform routing (default); 1.01 was seen in DeepSeek R1"
+    parser.add_argument("--routing-skew", default="0", metavar="ALPHA", help=f"{text}, 1.2 in Qwen3-235B-A22B (docs/planning.md)")
+
+
+def read_skew(flags: Flags) -> float:
+    """`--routing-skew`."""
+    from partinf.cost.routing import MOST_SKEW
+
+    return flags.number("routing_skew", high=MOST_SKEW)
+
+
+def check_skew(flags: Flags, skew: float, model: ModelConfig | None) -> None:
+    """What is wrong with asking a skew of this model joins the offences of the flags; nothing where there is no model."""
+    from partinf.cost.routing import skew_offences
+
+    if model is not None:
+        flags.offences += [f"--{line}" for line in skew_offences(skew, model.name, model.experts is not None)]
 
 
 def add_pod(parser: argparse.ArgumentParser | argparse._ArgumentGroup, output: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from partinf.cli.arguments import add_hardware, add_pricing, is_auto, read_slice, say_lengths, say_slice
+from partinf.cli.arguments import add_hardware, add_pricing, check_skew, is_auto, read_skew, read_slice, say_lengths, say_slice
 from partinf.cli.flags import ANY, Flags
 
 if TYPE_CHECKING:
@@ -81,14 +81,16 @@ def read(flags: Flags) -> Asked:
     workload = _workload(flags)
     bandwidth_model = flags.member("bandwidth_model", BandwidthModel)
     calibration = flags.word("calibration", ("fitted", "none"))
-    program = flags.optional_word("program", PROGRAMS)
+    program, skew = flags.optional_word("program", PROGRAMS), read_skew(flags)
+    check_skew(flags, skew, model)
     flags.check()
     model, slice_, workload = flags.need(model), flags.need(slice_), flags.need(workload)
     say_lengths(model, max(workload.max_context, workload.decode_context))
     auto = is_auto(args.slice)
     if not auto and args.slice != "local":
         say_slice(slice_)
-    return Asked(Question(model, workload, calibration, bandwidth_model, None if program is None else PROGRAMS[program]), slice_, auto)
+    chosen = None if program is None else PROGRAMS[program]
+    return Asked(Question(model, workload, calibration, bandwidth_model, chosen, skew), slice_, auto)
 
 
 def named(asked: Asked, name: str) -> tuple[Layout, int]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,11 @@ from partinf.cli.arguments import (
     add_pool,
     add_pricing,
     add_saved_plan,
+    check_skew,
     named_layout,
     read_pool,
     read_saved_plan,
+    read_skew,
     read_slice,
     say_lengths,
     say_slice,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from partinf.simulation.choice import Choice
     from partinf.simulation.cost_runner import CostRunner
     from partinf.simulation.report import RunReport
+    from partinf.simulation.serving_plan import Terms
 
 _DEFAULT_BATCH = 64
 _DEFAULT_SCHEDULER = "fcfs"
@@ -139,12 +142,15 @@ def _as_served(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simu
     args.slice = args.slice or "local"
     served, place = ServedEngine.read(flags), ModelPlace(flags, runs=False)
     program, calibration = _priced(flags)
+    skew = read_skew(flags)
     if flags.offences or load is None:
         return None
     plan = served.plan(place)
+    check_skew(flags, skew, plan.model)
+    flags.check()
     for line in place.notes:
         print(line, file=sys.stderr)
-    pricing = _pricing(plan.slice, calibration, program)
+    pricing = _pricing(plan.slice, calibration, program, skew)
     price = StepPrice(plan, pricing, buckets=plan.buckets)
     runner = CostRunner(runner_limits(plan), price, overhead_seconds=overhead)
     engine = partial(served.engine, runner, price.estimates(runner.limits))
@@ -155,6 +161,7 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
     """An engine of the size that the flags say, whose steps are priced at their own shapes; None where something is wrong."""
     from partinf.engine.policies.registry import resident_batches
     from partinf.simulation.choice import Service, choose
+    from partinf.simulation.serving_plan import Terms
     from partinf.simulation.sizing import Sizing
 
     args = flags.args
@@ -167,7 +174,8 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
     kv_pages, memory_share = read_pool(flags)
     host = flags.number("host_memory", high=MAX_HOST_BYTES / 1e9)
     program, calibration = _priced(flags)
-    plans = _bind(flags, load, calibration, numbers["stages"])
+    skew = read_skew(flags)
+    plans = _bind(flags, load, Terms(calibration=calibration, num_stages=numbers["stages"] or None, skew=skew))
     if flags.offences or load is None or plans is None:
         return None
     rows, model = load.options.max_batch_size, plans[0].model
@@ -184,7 +192,7 @@ def _sized(flags: Flags, load: OfferedLoad | None, overhead: float) -> _Simulate
         memory_share=memory_share,
         overhead_seconds=overhead,
     )
-    pricing = _pricing(plans[0].slice, calibration, program)
+    pricing = _pricing(plans[0].slice, calibration, program, skew)
     service = Service(pricing, sizing, load.scheduler, load.options, load.bounds, args.prefix_caching)
     choice = choose(service, plans, load.arrivals) if len(plans) > 1 else None
     runner, price, engine = service.make(plans[0] if choice is None else choice.best.plan)
@@ -198,15 +206,16 @@ def _priced(flags: Flags) -> tuple[str | None, str]:
     return flags.optional_word("program", PROGRAMS), flags.word("calibration", ("fitted", "none"))
 
 
-def _pricing(slice_: Slice, calibration: str, program: str | None) -> Pricing:
+def _pricing(slice_: Slice, calibration: str, program: str | None, skew: float) -> Pricing:
     from partinf.cost.calibration import calibration_for
     from partinf.cost.pricing import Pricing
     from partinf.cost.program import PROGRAMS
 
-    return Pricing(slice_, calibration_for(slice_.chip, calibration), program=None if program is None else PROGRAMS[program])
+    chosen = None if program is None else PROGRAMS[program]
+    return Pricing(slice_, calibration_for(slice_.chip, calibration), program=chosen, skew=skew)
 
 
-def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int) -> list[Plan] | None:
+def _bind(flags: Flags, load: OfferedLoad | None, terms: Terms) -> list[Plan] | None:
     """The plan, or several to choose among where the load or its bounds were said; None where something is wrong, which the flags'
     offences say."""
     from partinf.checkpoint.described import read_model
@@ -216,6 +225,7 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
     args = flags.args
     saved = read_saved_plan(flags)
     if args.plan is not None:
+        check_skew(flags, terms.skew, None if saved is None else saved.model)
         return None if saved is None else [saved]
     if args.slice is None:
         flags.offences.append("--slice is missing: CHIP:SHAPE such as v4:4x4x4")
@@ -226,17 +236,18 @@ def _bind(flags: Flags, load: OfferedLoad | None, calibration: str, stages: int)
     slice_ = None if args.slice.startswith("auto") else flags.collect(lambda: read_slice(args.slice, args.mesh, args.hardware))
     layout = flags.collect(lambda: named_layout(args.layout))
     weights, kv = (flags.optional_member(name, DType) or DType.BF16 for name in ("weights", "kv"))
+    check_skew(flags, terms.skew, model)
     if flags.offences or model is None or slice_ is None or load is None:
         return None
     if layout is not None:
         return flags.collect(lambda: [Plan(model, slice_, layout_for(slice_, layout), weights, kv)])
     from partinf.simulation.choice import MOST_LAYOUTS
-    from partinf.simulation.serving_plan import Terms, Traffic, contenders, serving_plan
+    from partinf.simulation.serving_plan import Traffic, contenders, serving_plan
 
-    traffic, terms = Traffic.of(load.arrivals, load.options.max_batch_size), Terms(weights, kv, calibration, stages or None)
+    traffic, terms = Traffic.of(load.arrivals, load.options.max_batch_size), replace(terms, weights=weights, kv=kv)
     if any(map(flags.given, ("arrivals", "ttft", "tpot"))):
         return flags.collect(lambda: contenders(model, slice_, traffic, terms, MOST_LAYOUTS))
-    return flags.collect(lambda: [serving_plan(model, slice_, traffic, weights, kv, calibration, stages or None)])
+    return flags.collect(lambda: [serving_plan(model, slice_, traffic, terms)])
 
 
 @dataclass(frozen=True)
@@ -260,6 +271,7 @@ class _About:
     seed: int
     random_weights: bool
     program: str
+    routing_skew: float
     calibration_error: float
     calibration_measured: bool
     calibration_source: str
@@ -304,6 +316,7 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
         seed=int(args.seed),
         random_weights=args.random_weights,
         program=pricing.program.name,
+        routing_skew=pricing.skew,
         calibration_error=pricing.calibration.error,
         calibration_measured=pricing.calibration.measured,
         calibration_source=pricing.calibration.source,

@@ -24,9 +24,21 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+MOST_SKEW = 3.0  # beyond it a few experts would have nearly all rows
 _SPREAD = 1000.0  # the most popular expert against the least
 _LARGE = 12.0  # deviations from which counts are as good as normal
 _TAIL = 9.0  # deviations that are looked at
+
+
+def skew_offences(skew: float, model: str, experts: bool) -> list[str]:
+    """What is wrong with a skew that somebody asks for.
+
+    Args:
+        experts: whether the model of this name has any.
+    """
+    if not 0.0 <= skew <= MOST_SKEW:
+        return [f"routing-skew {skew:g}: a number is needed, from 0 (uniform routing) to {MOST_SKEW:g}"]
+    return [f"routing-skew {skew:g}: model {model} has no experts, so nothing is routed; leave it out"] if skew and not experts else []
 
 
 class Routed(NamedTuple):

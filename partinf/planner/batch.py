@@ -7,12 +7,14 @@ padding, because lanes form equal blocks over the axes that split them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from partinf.cost.memory import MemoryBudget
 from partinf.cost.movement import ways
 from partinf.cost.roofline import critical_batch
+from partinf.cost.routing import routed
 from partinf.foundation.rounding import round_up
 from partinf.layout import AttentionRole, Role
 from partinf.planner.evaluate import Evaluator
@@ -20,6 +22,56 @@ from partinf.planner.results import Candidate
 from partinf.plans import row_axes
 
 _MOST_BATCH = 1 << 14
+_NEARLY_ALL = 0.95  # of the experts
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """What decode batches do to experts, as routers are expected to choose (`partinf.cost.routing`).
+
+    Attributes:
+        count: X, of one layer. batch: the batch that was asked for; hit: experts that it hits in one layer. rows: for each of these.
+        all_hit: the batch from which nearly all are hit, so that more sequences read hardly more.
+        busy: the batch from which each expert that is hit gets as many rows as hide the reading of its matrices behind their products;
+            critical: as many.
+    """
+
+    count: int
+    batch: int
+    hit: float
+    rows: float
+    all_hit: int
+    busy: int
+    critical: float
+
+    def __str__(self) -> str:
+        return (
+            f"Experts: {self.batch:,} sequences are expected to hit {self.hit:.3g} of {self.count} per layer, {self.rows:.3g} rows each; "
+            f"from {self.all_hit:,} they hit {_NEARLY_ALL:.0%}, so that more read hardly more, and from {self.busy:,} experts are busy: "
+            f"each gets the {self.critical:.0f} rows whose products take as long as reading its matrices."
+        )
+
+
+def expert_load(evaluator: Evaluator, critical: float) -> ExpertLoad | None:
+    """What the batch of a workload does to experts; None for a model without them.
+
+    Args:
+        critical: tokens from which reading a matrix is hidden behind its product.
+    """
+    of, batch, skew = evaluator.model.experts, evaluator.workload.batch, evaluator.pricing.skew
+    if of is None:
+        return None
+    count, per_token = of.count, of.per_token
+
+    def hit(tokens: int) -> float:
+        return routed(count, per_token, tokens, 1, 1, skew).hit
+
+    def rows(tokens: int) -> float:
+        return tokens * per_token / hit(tokens)
+
+    all_hit = _largest(lambda tokens: hit(tokens) < _NEARLY_ALL * count) + 1
+    busy = _largest(lambda tokens: rows(tokens) < critical, most=math.ceil(critical) * count) + 1
+    return ExpertLoad(count, batch, hit(batch), rows(batch), all_hit, busy, critical)
 
 
 @dataclass(frozen=True)
@@ -27,13 +79,14 @@ class BatchAdvice:
     """How large a decode batch is worth having, and what limits it.
 
     Attributes:
-        critical: tokens per step at which reading the weights is hidden behind their products.
+        critical: tokens per step at which reading the weights is hidden behind their products, of experts those that are hit.
         by_memory: largest batch whose weights, cache and activations fit. memory: the budget of that batch.
         by_latency: largest batch whose step keeps the latency bound; None without a bound.
         by_arrivals: sequences in flight at the rate that was given; None without one, or where the slice cannot carry the rate.
         most_requests: requests per second that the slice can carry at the largest batch that fits; None without a rate.
         multiple: lanes come in multiples of this; others are padded.
         limit: `memory`, `latency`, `arrivals` or `compute`: what stops the batch from growing (with profit) beyond `batch`.
+        experts: what batches do to experts; None for a model without them.
     """
 
     critical: float
@@ -45,6 +98,7 @@ class BatchAdvice:
     multiple: int
     batch: int
     limit: str
+    experts: ExpertLoad | None = None
 
     @property
     def lanes(self) -> int:
@@ -75,6 +129,8 @@ def batch_advice(evaluator: Evaluator, best: Candidate) -> BatchAdvice | None:
         return None
     workload, steps = evaluator.workload, _Steps(evaluator, best)
     critical = critical_batch(evaluator.pricing.slice.chip, workload.weights)
+    experts = expert_load(evaluator, critical)
+    critical = critical if experts is None else float(experts.busy)
     by_memory = _largest(lambda batch: steps.memory(batch).fits)
     bound = workload.max_latency if workload.phase == "decode" else None
     by_latency = None if bound is None else _largest(lambda batch: steps.seconds(batch) <= bound)
@@ -84,7 +140,7 @@ def batch_advice(evaluator: Evaluator, best: Candidate) -> BatchAdvice | None:
     known = {name: size for name, size in limits.items() if size is not None}
     limit = min(known, key=lambda name: known[name])
     memory = steps.memory(max(by_memory, 1))
-    return BatchAdvice(critical, by_memory, memory, by_latency, by_arrivals, most, steps.multiple, known[limit], limit)
+    return BatchAdvice(critical, by_memory, memory, by_latency, by_arrivals, most, steps.multiple, known[limit], limit, experts)
 
 
 class _Steps:
@@ -136,10 +192,10 @@ class _Steps:
         return _largest(lambda batch: batch < most and not holds(batch)) + 1
 
 
-def _largest(holds: Callable[[int], bool]) -> int:
-    """The largest batch for which a property holds that larger ones lose; 0 if none has it."""
+def _largest(holds: Callable[[int], bool], most: int = _MOST_BATCH) -> int:
+    """The largest batch, up to twice `most`, for which a property holds that larger ones lose; 0 if none has it."""
     low, high = 0, 1
-    while high <= _MOST_BATCH and holds(high):
+    while high <= most and holds(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -8,6 +8,8 @@ from partinf.cost.calibration import calibration_for
 from partinf.cost.collectives import BandwidthModel
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import Program
+from partinf.cost.routing import skew_offences
+from partinf.foundation.errors import raise_offences
 from partinf.hardware.slices import Slice
 from partinf.model.config import ModelConfig
 from partinf.planner.evaluate import Evaluator
@@ -22,6 +24,9 @@ class Question:
         calibration: `fitted` or `none` (the pure roofline).
         program: what is credited, see `partinf.cost.program`; None for that of the chip.
         skew: of routers of experts, see `partinf.cost.routing`; 0 for uniform routing.
+
+    Raises:
+        InvalidInput: a skew that is out of range, or of a model without experts.
     """
 
     model: ModelConfig
@@ -30,6 +35,9 @@ class Question:
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS
     program: Program | None = None
     skew: float = 0.0
+
+    def __post_init__(self) -> None:
+        raise_offences(skew_offences(self.skew, self.model.name, self.model.experts is not None))
 
     def pricing(self, slice_: Slice) -> Pricing:
         """The prices of this slice under the question's terms.

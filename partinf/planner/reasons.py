@@ -31,19 +31,22 @@ def why(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) ->
     return text + _between_stages(slice_, candidates, candidate)
 
 
-def why_experts(candidate: Candidate, others: Mapping[str, Candidate]) -> str:
+def why_experts(candidate: Candidate, others: Mapping[str, Candidate | str]) -> str:
     """How experts are split, what a device is expected to get of them, and how much slower other ways to split them are; empty for a model
     without experts.
 
     Args:
-        others: the same layout with experts split otherwise, by what they are called.
+        others: the same layout with experts split otherwise, or why that is impossible, by what they are called.
     """
     routed = next((entry.routed for entry in candidate.asked.ledger.entries if entry.routed is not None), None)
     if routed is None:
         return ""
     text = f" Expected per layer and device: {routed.hit:.3g} experts read for {routed.rows:.3g} rows"
     text += f", on the most loaded device {routed.most_hit:.3g} for {routed.most_rows:.3g}"
-    compared = ", ".join(f"{name} {_compared(candidate, other)}" for name, other in others.items())
+    compared = ", ".join(
+        f"{name} is impossible ({other})" if isinstance(other, str) else f"{name} {_compared(candidate, other)}"
+        for name, other in others.items()
+    )
     return f"{text}; {compared}." if compared else f"{text}."
 
 

@@ -26,6 +26,7 @@ from partinf.planner.advice import Change, changes, head_splits
 from partinf.planner.batch import BatchAdvice, batch_advice
 from partinf.planner.candidates import SPLITTING
 from partinf.planner.evaluate import Evaluator
+from partinf.planner.expert_storage import expert_offence
 from partinf.planner.question import Question
 from partinf.planner.reasons import why, why_experts
 from partinf.planner.results import Candidate, Refused
@@ -79,6 +80,11 @@ class PlanReport:
         return "one by one" if (self.evaluator.unrolled if either else self.program.unrolled) else "in a loop"
 
     @property
+    def routing(self) -> str:
+        """How routers were taken to choose among experts, where it was not uniformly: what follows a list of terms."""
+        return f", routers skewed by {self.question.skew:g}" if self.question.skew else ""
+
+    @property
     def pricing(self) -> Pricing:
         """What its steps were priced with."""
         return self.evaluator.pricing
@@ -127,10 +133,10 @@ class PlanReport:
             candidate.padded_heads,
         )
 
-    def _other_experts(self, candidate: Candidate) -> dict[str, Candidate]:
+    def _other_experts(self, candidate: Candidate) -> dict[str, Candidate | str]:
         """The candidate with every axis that splits experts' matrices splitting the experts, and with every such axis splitting their d_ff,
-        where that is another layout that the model can have; nothing is gathered or exchanged in these."""
-        layout, found = candidate.layout, {}
+        where that is another layout, or why the model cannot have it; nothing is gathered or exchanged in these."""
+        layout, found = candidate.layout, dict[str, Candidate | str]()
         for name, role in (
             ("splitting the experts over all their axes", ExpertRole.EXPERT),
             ("splitting d_ff over all their axes", ExpertRole.FFN),
@@ -138,7 +144,11 @@ class PlanReport:
             roles = tuple((axis, role if has in SPLITTING else has) for axis, has in layout.experts)
             phases: dict[str, Any] = {label: replace(layout.phase(label), gather_experts=(), dispatch=Dispatch.GATHER) for label in PHASES}
             other = replace(layout, **phases, experts=roles, check=False)
-            if roles != layout.experts and not layout_offences(self.model, self.slice, other, candidate.padded_heads):
+            if roles == layout.experts:
+                continue
+            if reason := expert_offence(self.model, tuple(role for _, role in roles), tuple(self.slice.axis_sizes.values())):
+                found[name] = reason
+            elif not layout_offences(self.model, self.slice, other, candidate.padded_heads):
                 (found[name],) = given(self.question, self.slice, [(other, candidate.padded_heads)])
         return found
 
@@ -225,17 +235,19 @@ def search(
     calibration: str = "fitted",
     bandwidth_model: BandwidthModel = BandwidthModel.AXIS,
     program: Program | None = None,
+    skew: float = 0.0,
 ) -> PlanReport:
     """Price every role assignment of `slice_` for this workload.
 
     Args:
         calibration: `fitted` or `none` (the pure roofline).
         program: what is credited, see `partinf.cost.program`; that of the chip if not given.
+        skew: of routers of experts, see `partinf.cost.routing`; 0 for uniform routing.
 
     Raises:
         InvalidInput: when no assignment can hold the model at all, with the reasons, or when the mesh has too many axes to try all.
     """
-    return answer(Question(model, workload, calibration, bandwidth_model, program), slice_)
+    return answer(Question(model, workload, calibration, bandwidth_model, program, skew), slice_)
 
 
 def answer(question: Question, slice_: Slice, known: float = math.inf) -> PlanReport:

@@ -68,32 +68,26 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Terms:
-    """How models are stored and priced, and how many pipeline stages a layout must have; None leaves those to the search."""
+    """How models are stored and priced, and how many pipeline stages a layout must have; None leaves those to the search.
+
+    Attributes:
+        skew: of routers of experts, see `partinf.cost.routing`; 0 for uniform routing.
+    """
 
     weights: DType = DType.BF16
     kv: DType = DType.BF16
     calibration: str = "fitted"
     num_stages: int | None = None
+    skew: float = 0.0
 
 
-def serving_plan(
-    model: ModelConfig,
-    slice_: Slice,
-    traffic: Traffic,
-    weights: DType = DType.BF16,
-    kv: DType = DType.BF16,
-    calibration: str = "fitted",
-    num_stages: int | None = None,
-) -> Plan:
+def serving_plan(model: ModelConfig, slice_: Slice, traffic: Traffic, terms: Terms | None = None) -> Plan:
     """The layout with the shortest mean iteration in the steady state: one decode step, and the prefills of those who replace the ended.
-
-    Args:
-        num_stages: pipeline stages that it must have; None leaves that to the search.
 
     Raises:
         InvalidInput: nothing fits.
     """
-    plans, pricing = _plans(model, slice_, traffic, traffic.max_batch_size, Terms(weights, kv, calibration, num_stages))
+    plans, pricing = _plans(model, slice_, traffic, traffic.max_batch_size, terms or Terms())
     return min(plans, key=lambda plan: iteration_seconds(plan, pricing, traffic))
 
 
@@ -135,7 +129,7 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
     workload = Workload(batch, traffic.input_len, traffic.output_len, weights=terms.weights, kv=terms.kv)
     alone = replace(workload, prefill_batch=1)  # where pages are preempted, prompts come one by one too
     for asked in (workload, *with_fewer_resident(alone)):
-        found = search(model, slice_, asked, calibration=terms.calibration)
+        found = search(model, slice_, asked, calibration=terms.calibration, skew=terms.skew)
         if terms.num_stages is not None:
             staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == terms.num_stages)
             if not staged:

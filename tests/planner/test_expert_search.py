@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from partinf.cli import main
 from partinf.cost.items import WX_IN, WX_OUT
+from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
 from partinf.layout import ExpertRole, Layout, experts_name
 from partinf.layout.files import make_layout
 from partinf.model.config import Activation, ModelConfig
 from partinf.model.kinds import Experts, FeedForward
+from partinf.planner.candidates import Stored, expert_roles
+from partinf.planner.expert_storage import expert_offence
+from partinf.planner.options import BestSoFar, Bounds
 from partinf.planner.question import Question
 from partinf.planner.report import search
 from partinf.planner.results import Candidate
@@ -63,6 +70,89 @@ def test_a_candidate_has_the_figures_of_its_layout_and_can_be_one() -> None:
         assert again.memory == candidate.memory
 
 
+@pytest.mark.parametrize("workload", ["a small batch", "both phases"])
+def test_no_step_takes_less_than_its_floor(workload: str) -> None:
+    """What ends a search lies below what is priced, whatever is gathered, wherever rows go."""
+    for model in (MODEL, BESIDE):
+        search = Search(Question(model, Workload(**WORKLOADS[workload])), parse_slice("v5e:2x4"), BestSoFar(1.1))
+        looked = itertools.islice(((one, roles) for one in search.storages for roles in expert_roles(search.table, one)), 1, None, 7)
+        for storage in (Stored(*one) for one in looked if not expert_offence(model, one[1], search.table.sizes)):
+            bounds = Bounds(search.space, storage, "decode")
+            for floor, gather in bounds.floors():
+                assert 0.3 * bounds.of(gather).seconds < floor <= bounds.of(gather).seconds * (1 + 1e-9), (storage, gather)
+
+
+def test_a_split_of_the_experts_and_one_of_their_d_ff_are_each_held_against_the_other() -> None:
+    def note(model: ModelConfig, slice_: str, **workload: Any) -> str:
+        return search(model, parse_slice(slice_), Workload(**workload)).plan.note
+
+    few, many = "splitting the experts over all their axes", "splitting d_ff over all their axes"
+    small, big = ({"batch": 1, "context_len": 512, "phase": "decode"}, {"batch": 64, "input_len": 512, "phase": "prefill"})
+    assert re.search(rf"; {few} is [\d.]+% slower", note(MODEL, "v6e:1x4", **small))
+    assert re.search(rf"; {many} is [\d.]+% slower", note(MODEL, "v6e:1x4", **big))
+    odd = replace(MODEL, experts=Experts(6, 2, EACH))
+    assert f"; {few} is impossible (experts X = 6 does not split into 4 parts)" in note(odd, "v6e:1x4", **small)
+
+
+def test_advice_says_from_which_batch_experts_are_busy() -> None:
+    report = search(MODEL, parse_slice("v6e:1x4"), Workload(batch=4, context_len=512, phase="decode"))
+    advice = report.batch_advice
+    assert advice is not None
+    of = advice.experts
+    assert of is not None
+    chance = 1 - (1 - 4 / 32) ** 4
+    assert of.hit == pytest.approx(32 * chance)
+    assert of.rows == pytest.approx(4 * 4 / (32 * chance))
+    assert 1 - (1 - 4 / 32) ** of.all_hit >= 0.95 > 1 - (1 - 4 / 32) ** (of.all_hit - 1)
+    assert of.busy == pytest.approx(of.critical * 32 / 4, abs=1)
+    assert advice.critical == of.busy
+    assert report_json(report)["batch_advice"]["experts"]["busy"] == of.busy
+    assert "are busy" in str(of)
+    dense = search(replace(MODEL, experts=None, ffn_dim=2048), parse_slice("v6e:1x4"), report.workload).batch_advice
+    assert dense is not None
+    assert dense.experts is None
+
+
+def test_a_skew_is_part_of_the_question_and_of_its_answer() -> None:
+    workload = Workload(batch=4, context_len=512, phase="decode")
+    uniform, skewed = (search(MODEL, parse_slice("v6e:1x2"), workload, skew=skew) for skew in (0.0, 1.2))
+    assert skewed.best.score < uniform.best.score  # few tokens of popular experts read fewer of them
+    assert report_json(skewed)["routing_skew"] == 1.2
+    assert uniform.question != skewed.question
+    assert "skew=1.2" in repr(skewed.question)
+    assert (skewed.routing, uniform.routing) == (", routers skewed by 1.2", "")
+    dense = replace(MODEL, experts=None, ffn_dim=2048)
+    for model, skew, words in (
+        (dense, 1.2, "has no experts"),
+        (MODEL, -1.0, "from 0"),
+        (MODEL, float("nan"), "from 0"),
+        (MODEL, 9.0, "to 3"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            search(model, parse_slice("v6e:1x2"), workload, skew=skew)
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "simulate"])
+def test_a_skew_is_refused_for_a_model_without_experts_and_out_of_range(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    asked = [command, "--slice", "v6e:2x2", "--model"]
+    assert main([*asked, "llama-3-8b", "--routing-skew", "1.2"]) == 2
+    assert "--routing-skew 1.2: model llama-3-8b has no experts" in capsys.readouterr().err
+    assert main([*asked, "qwen-3-30b-a3b", "--routing-skew", "4"]) == 2
+    assert capsys.readouterr().err.count("--routing-skew 4: a number is needed, from 0 to 3") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "experts"), [("v6e:1x1", (8, 2)), ("v6e:2x2", (1, 1)), ("v6e:2x2", (4, 4)), ("v5e:2x4", (4, 2)), ("h100:7", (8, 2))]
+)
+def test_odd_numbers_of_experts_and_chips_have_a_plan(where: str, experts: tuple[int, int]) -> None:
+    """One chip, one expert, every expert for every token, more chips than experts, chips that do not divide them."""
+    model = replace(MODEL, experts=Experts(*experts, EACH))
+    report = search(model, parse_slice(where), Workload(batch=8, context_len=128, phase="decode"))
+    assert report.best.fits
+    assert report.plan.layout.offences() == []
+    assert "Expected per layer and device" in report.plan.note
+
+
 def _everywhere(dense: str, experts: str, attention: str) -> Layout:
     return make_layout(*(dict.fromkeys("xy", role) for role in (dense, attention)), experts=dict.fromkeys("xy", experts))
 
@@ -96,7 +186,7 @@ def test_a_report_names_the_roles_for_experts_and_says_what_others_cost() -> Non
     routed = [entry["routed"] for entry in data["phases"]["decode"]["ledger"] if "routed" in entry]
     assert routed[0]["hit"] <= routed[0]["most_hit"] <= 32
     note = report.plan.note
-    assert "In each layer a device is expected to read" in note
+    assert "Expected per layer and device" in note
     assert "splitting d_ff over all their axes" in note
     split = report.evaluator.split(best.layout, "decode", best.padded_heads)
     lines = [line.what for section in explain(split, best.asked.ledger) for line in section.lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from partinf.cost.ledger import Entry, Ledger
@@ -56,6 +57,7 @@ def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None 
         },
         "bandwidth_model": report.bandwidth_model.value,
         "program": report.program.name,
+        "routing_skew": report.question.skew,
         "layers": report.layers,
         "calibration": {
             "name": report.calibration.name,
@@ -89,6 +91,7 @@ def _batch_advice(report: PlanReport) -> dict[str, Any] | None:
         "most_requests_per_second": advice.most_requests,
         "lanes": advice.lanes,
         "multiple": advice.multiple,
+        "experts": None if advice.experts is None else asdict(advice.experts),
     }
 
 

@@ -55,7 +55,7 @@ def _asked(report: PlanReport) -> str:
     return (
         f"{aim}, batch {workload.batch}, context {workload.decode_context}, weights {workload.weights}, KV {workload.kv}, "
         f"for {workload.objective}; mesh {report.slice.mesh}; constants '{calibration.name}' (±{calibration.error:.0%}), bandwidth model "
-        f"'{report.bandwidth_model}', program '{report.program.name}', layers {report.layers}."
+        f"'{report.bandwidth_model}', program '{report.program.name}', layers {report.layers}{report.routing}."
     )
 
 
@@ -75,6 +75,7 @@ def _verdict(report: PlanReport) -> list[str]:
     said = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(report.plan.note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
     if advice := report.batch_advice:
         said.append(f"<p>Largest batch worth decoding: {escape(str(advice))}.</p>")
+        said += [f"<p>{escape(str(advice.experts))}</p>"] if advice.experts else []
     return said
 
 

@@ -79,7 +79,7 @@ def _heading(report: PlanReport) -> str:
     return (
         f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{prompts}{context}, "
         f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}\nbandwidth model '{report.bandwidth_model}', program "
-        f"'{report.program.name}', layers {report.layers}; {len(report.candidates)} role assignments"
+        f"'{report.program.name}', layers {report.layers}{report.routing}; {len(report.candidates)} role assignments"
     )
 
 
@@ -143,6 +143,8 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     _show_served(console, report, best)
     if advice := report.batch_advice:
         console.print(f"Largest batch worth decoding: {advice}.", highlight=False)
+        if advice.experts:
+            console.print(str(advice.experts), highlight=False)
     if best.padded_heads:
         console.print(f"{report.head_splits}.", highlight=False)
     for result in best.phases:
