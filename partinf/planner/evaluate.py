@@ -85,11 +85,21 @@ class _Linear(NamedTuple):
 
 
 class ExpertFigures(NamedTuple):
-    """What experts take in a step: seconds, those that do not leave HBM alone, and the bytes of their working set."""
+    """What experts add to a step at least.
+
+    Attributes:
+        seconds: where all that waits for HBM passes while others leave it alone. apart: where all that leaves HBM alone passes while others
+            wait for it. size: bytes of their working set.
+    """
 
     seconds: float
     apart: float
     size: int
+
+    @classmethod
+    def of(cls, part: _Part, size: int) -> ExpertFigures:
+        shown = part.ahead - min(part.ahead, max(0.0, part.left))
+        return cls(part.seconds + shown - part.early, part.seconds - part.free, size)
 
 
 class Least(NamedTuple):
@@ -283,12 +293,10 @@ class Evaluator:
         """What experts take in a phase's step where what passes between sublayers is split, and where it is whole; twice the first where it
         may not be."""
         split = self.split(layout, label, 0)
-        part, size = self._experts(split)
-        mine = ExpertFigures(part.beside(0.0, 0.0), part.seconds - part.free, size)
+        mine = ExpertFigures.of(*self._experts(split))
         if not self._may_be_whole(split):
             return mine, mine
-        part, size = self._experts(split.kept_whole())
-        return mine, ExpertFigures(part.beside(0.0, 0.0), part.seconds - part.free, size)
+        return mine, ExpertFigures.of(*self._experts(split.kept_whole()))
 
     def _may_be_whole(self, split: StepSplit) -> bool:
         """Many rows leave what passes between sublayers split: each device would pass all of E through its memory, which no entry is there

@@ -38,7 +38,7 @@ class _Figures(NamedTuple):
     Attributes:
         best, stays: for every phase, set of gathered axes and split of what passes between sublayers, seconds of all its steps, with
             experts' matrices gathered as is best, and not gathered. sizes: the working sets of these.
-        apart, least_apart: seconds without those behind which others may read: those of the best, and the least of any.
+        apart, least_apart: seconds without those that leave HBM alone: of the best, and the least of any.
         rows: the axes that copy experts. share: of all experts' matrices, what one device has.
     """
 

@@ -46,6 +46,8 @@ class Floors:
         of = model.experts
         self._experts = 0 if of is None else model.expert_layers * model.embed_dim * of.each.width * (3 if of.each.gated else 2)
         self._dense = multiplied_params(model) - self._experts * (0 if of is None else of.per_token)
+        keys = 2 * model.num_layers * model.embed_dim * model.num_kv_heads * model.head_dim  # may be copied where others are split
+        self._gathers = self._dense - keys
         alone = 0 if model.block.parallel or (of is not None and of.shared) else model.expert_layers  # experts and nothing beside them
         self._sublayers = model.num_layers * (1 if model.block.parallel else 2) - alone
         self._inner = [(size, count) for of, count in model.feed_forwards for size in ((2 if of.gated else 1) * of.width, of.width)]
@@ -142,12 +144,12 @@ class Floors:
         return hit / (ways[ExpertRole.FFN] * ways[ExpertRole.EMBED])
 
     def _gathered(self, storage: Storage, dense: Dense) -> float:
-        """Seconds that all layers' weights take over the gathered axes, those of one stage after those of another."""
+        """Seconds that all layers' weights but those of keys and values take over the gathered axes, one stage after another."""
         if not any(dense):
             return 0.0
         axes = self._table.named(dense)
         wider = math.prod(size for size, used in zip(self._table.sizes, dense, strict=True) if used)
-        size = self._dense / self._ways(storage, Role.EMBED, Role.FFN) * wider * self._evaluator.workload.weights.num_bytes
+        size = self._gathers / self._ways(storage, Role.EMBED, Role.FFN) * wider * self._evaluator.workload.weights.num_bytes
         return self._network.seconds(Op.ALL_GATHER, axes, size)
 
     def _moved(self, left: Storage, label: str) -> float:
