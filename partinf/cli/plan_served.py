@@ -27,8 +27,6 @@ def add_bounds(parser: argparse.ArgumentParser) -> None:
 
 def read_bounds(flags: Flags) -> LatencyBounds | None:
     """The bounds on single requests; None where there are none. What is wrong joins the flags' offences."""
-    from partinf.simulation.report import LatencyBounds
-
     args = flags.args
     found = [flags.optional_number(name, high=1e3 * MAX_SECONDS, above=True) for name in ("ttft", "tpot")]
     given = [flags.flag(name) for name in ("ttft", "tpot") if getattr(args, name) is not None]
@@ -39,8 +37,11 @@ def read_bounds(flags: Flags) -> LatencyBounds | None:
     if is_auto(args.slice) and args.max_latency_ms is None and not given:
         bound = "the cheapest slice is the one that meets a bound"
         flags.offences.append(f"--slice {args.slice} needs --max-latency-ms, or --ttft and --tpot at --arrivals: {bound}")
-    ttft, tpot = (None if value is None else value / 1e3 for value in found)
-    return LatencyBounds(ttft, tpot) if given else None
+    if not given:
+        return None
+    from partinf.simulation.report import LatencyBounds
+
+    return LatencyBounds(*(None if value is None else value / 1e3 for value in found))
 
 
 def chosen(asked: Asked, bounds: LatencyBounds | None, trials: Callable[[], list[Trial]]) -> tuple[list[Trial], list[Planned]]:

@@ -167,15 +167,13 @@ class Ledger:
     @property
     def collectives(self) -> tuple[Collective, ...]:
         """The collectives by op, axes and dtype, the dearest first."""
-        found: dict[tuple[Op, tuple[str, ...], str], list[Entry]] = {}
+        found: dict[tuple[Op, tuple[str, ...], str], tuple[int, int, float]] = {}
         for entry in self.entries:
             if entry.op is not None:
-                found.setdefault((entry.op, entry.axes, entry.dtype), []).append(entry)
-        lines = (
-            Collective(*key, sum(e.bytes * e.count for e in group), sum(e.count for e in group), sum(e.exposed_seconds for e in group))
-            for key, group in found.items()
-        )
-        return tuple(sorted(lines, key=lambda line: -line.seconds))
+                key, count = (entry.op, entry.axes, entry.dtype), entry.count
+                num_bytes, times, seconds = found.get(key, (0, 0, 0.0))
+                found[key] = num_bytes + entry.bytes * count, times + count, seconds + (entry.seconds - entry.overlapped) * count
+        return tuple(sorted((Collective(*key, *sums) for key, sums in found.items()), key=lambda line: -line.seconds))
 
     def dearest(self) -> tuple[Entry, ...]:
         """The entries by exposed time, largest first."""

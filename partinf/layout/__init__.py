@@ -177,19 +177,22 @@ class Layout:
 
     def expert_axes(self, role: ExpertRole) -> tuple[str, ...]:
         """The axes with this role for experts' matrices, in mesh order."""
-        return tuple(axis for axis, has in self.expert_roles.items() if has is role)
+        return _expert_axes_with(self._expert_items, role)
 
     def expert_splits(self, phase: Phase, role: ExpertRole) -> tuple[str, ...]:
         """The axes of this role that still split experts' matrices after gathering in this phase, in mesh order."""
-        return tuple(axis for axis in self.expert_axes(role) if axis not in phase.gather_experts)
+        stored = self.expert_axes(role)
+        return tuple(axis for axis in stored if axis not in phase.gather_experts) if phase.gather_experts else stored
 
     def expert_token_axes(self, phase: Phase) -> tuple[str, ...]:
         """The axes that split the rows that experts multiply, before any exchange: all that split neither experts' matrices nor layers."""
-        kept = (ExpertRole.EXPERT, ExpertRole.FFN, ExpertRole.EMBED)
-        splitting = {axis for role in kept for axis in self.expert_splits(phase, role)} | set(self.expert_axes(ExpertRole.STAGE))
-        return tuple(axis for axis in self.axes if axis not in splitting)
+        return _expert_token_axes(self.axes, self._expert_items, phase.gather_experts)
 
-    @property
+    @cached_property
+    def _expert_items(self) -> tuple[tuple[str, ExpertRole], ...]:
+        return tuple(self.expert_roles.items())
+
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """The mesh axes' names, in mesh order."""
         return tuple(axis for axis, _ in self.storage)
@@ -278,6 +281,17 @@ class Layout:
 @lru_cache(maxsize=1 << 12)
 def _axes_with(storage: tuple[tuple[str, Role], ...], role: Role) -> tuple[str, ...]:
     return tuple(axis for axis, has in storage if has is role)
+
+
+@lru_cache(maxsize=1 << 12)
+def _expert_axes_with(roles: tuple[tuple[str, ExpertRole], ...], role: ExpertRole) -> tuple[str, ...]:
+    return tuple(axis for axis, has in roles if has is role)
+
+
+@lru_cache(maxsize=1 << 12)
+def _expert_token_axes(axes: tuple[str, ...], roles: tuple[tuple[str, ExpertRole], ...], gathered: tuple[str, ...]) -> tuple[str, ...]:
+    splitting = {axis for axis, role in roles if role is ExpertRole.STAGE or (role is not ExpertRole.REPLICA and axis not in gathered)}
+    return tuple(axis for axis in axes if axis not in splitting)
 
 
 def head_axes(layout: Layout) -> tuple[str, ...]:

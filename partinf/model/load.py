@@ -14,8 +14,6 @@ from partinf.foundation import documents, resources
 from partinf.foundation.documents import Table, shown
 from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.model.config import MATRICES, MOST_LAYERS, Activation, Block, ModelConfig, Norm, Position
-from partinf.model.families import family_offences
-from partinf.model.hf_config import config_from_hf
 from partinf.model.kinds import Experts, FeedForward, Kind, NormPlaces, QkNorm, Router, Score, unknown_kinds
 from partinf.model.rotation import PLAIN, Rotation, rotation_from, rotation_to
 
@@ -41,6 +39,8 @@ def load_model_config(name: str | Path) -> ModelConfig:
         data = documents.read_json(file, most=_CONFIG_BYTES)
         if not isinstance(data, dict):
             raise InvalidInput(f"{file}: expected a JSON object, found {type(data).__name__}")
+        from partinf.model.hf_config import config_from_hf  # that and families are imported where they are needed
+
         return config_from_hf(data, path.resolve().name)
     return config_from_toml(documents.read_text(path, f"model {path}", documents.TOML_BYTES), path.stem)
 
@@ -61,6 +61,8 @@ def config_from_toml(text: str, name: str) -> ModelConfig:
     raise_offences(offences)
     config = ModelConfig(name=name, **values)
     if config.family:
+        from partinf.model.families import family_offences
+
         raise_offences(family_offences(config))
     return config
 

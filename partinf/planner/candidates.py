@@ -81,6 +81,9 @@ class AxisTable:
     gathered: tuple[bool, ...]
     attentions: tuple[Attention, ...]
     _phases: dict[tuple[Gather, int, bool], Phase] = field(default_factory=dict, compare=False, repr=False)
+    _named: dict[Stored, tuple[tuple[tuple[str, Role], ...], tuple[tuple[str, ExpertRole], ...]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
     _free: dict[tuple[int, ...], list[Attention]] = field(default_factory=dict, compare=False, repr=False)
 
     def phase(self, option: PhaseOption, whole: bool = False) -> Phase:
@@ -104,7 +107,11 @@ class AxisTable:
         Args:
             whole: whether what passes between sublayers is whole in prefill, and in decode.
         """
-        roles, experts = tuple(zip(self.names, stored.roles, strict=True)), tuple(zip(self.names, stored.experts, strict=False))
+        known = self._named.get(stored)
+        if known is None:
+            named = tuple(zip(self.names, stored.roles, strict=True)), tuple(zip(self.names, stored.experts, strict=False))
+            known = self._named[stored] = named
+        roles, experts = known
         return Layout(roles, self.phase(prefill, whole[0]), self.phase(decode, whole[1]), check=False, experts=experts)
 
     def attentions_of(self, storage: Storage) -> list[Attention]:
