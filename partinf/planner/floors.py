@@ -65,6 +65,12 @@ class Floors:
             self._known[key] = min(self._floor(storage, one.dense, label, products, self._small) for one in every)
         return self._known[key]
 
+    def estimate(self, storage: Storage, label: str) -> float:
+        """A quick estimate of the same, as if nothing ran beside anything but gathers beside products. It tells roles apart whose floors
+        are level because weights are read meanwhile; no answer depends on it but through a budget."""
+        products, every = self._products(storage, label, self._hit(label)), gathers(self._table, Stored(storage))
+        return min(sum(self._parts(storage, one.dense, label, products.read)) for one in every)
+
     def step(self, storage: Storage, dense: Dense, label: str) -> float:
         """A step of a model without experts when weights are gathered over these axes."""
         attending = self._small + self.attending(storage, label)
@@ -106,14 +112,16 @@ class Floors:
 
     def _floor(self, storage: Storage, dense: Dense, label: str, products: _Products, others: float) -> float:
         """With what is gathered and moved, and with others that wait for all of it."""
+        if self._unrolled(storage):
+            return max(sum(self._parts(storage, dense, label, products.core + others)), products.read)
+        return sum(self._parts(storage, dense, label, products.read + others))
+
+    def _parts(self, storage: Storage, dense: Dense, label: str, work: float) -> tuple[float, float]:
+        """Work together with the gathers, and what is moved."""
         left = tuple(Role.REPLICA if used else role for role, used in zip(storage, dense, strict=True))
         moved = self._moved(left, label) if self._moves else 0.0
         gathered = self._gathered(storage, dense)
-        if self._evaluator.gathers_hide:
-            core, read = (max(seconds + others, gathered) for seconds in products)
-        else:
-            core, read = (seconds + others + gathered for seconds in products)
-        return max(core + moved, products.read) if self._unrolled(storage) else read + moved
+        return max(work, gathered) if self._evaluator.gathers_hide else work + gathered, moved
 
     def _products(self, storage: Storage, label: str, hit: float | None) -> _Products:
         """Of all layers.

@@ -26,7 +26,7 @@ from partinf.planner.search import MOST_AXES, TIE, Search
 # Candidates that are evaluated: by default, including those of the slice's own mesh; with `--mesh auto`, in addition to those.
 BUDGET, GREAT_BUDGET = 900, 4_000
 _LEAST_BUDGET = 250  # that finer meshes have by default
-_LEVEL = 1.1  # floors of which neither is so many times the other say nothing about which is faster
+_LEVEL = 1.1  # estimates of which neither is so many times the other say nothing about which is faster
 _Priority = tuple[int, int, float]
 _ROLES = (Role.EMBED, Role.FFN, Role.REPLICA, Role.STAGE)
 
@@ -141,8 +141,8 @@ class _Refining:
             heapq.heappush(self._waiting, (self._priority(mesh, storage), next(self._count), mesh, storage))
 
     def _priority(self, mesh: Slice, storage: Storage) -> _Priority:
-        """Lowest first: what may be fastest, and of what is level the mesh of fewer axes, whose parts have more to gain."""
-        seconds = self._search(mesh).floor(storage)
+        """Lowest first: what is estimated to be faster, and of what is level the mesh of fewer axes, whose parts have more to gain."""
+        seconds = self._search(mesh).estimate(storage)
         return math.floor(math.log(seconds, _LEVEL)) if seconds else 0, len(mesh.axes), seconds
 
 

@@ -115,12 +115,12 @@ class Search:
         chosen = self.storages if over is None else over
         return self._single(chosen) if self.workload.phase else self._whole(chosen)
 
-    def floor(self, storage: Storage) -> float:
-        """What the question takes at least over a storage, in seconds, as `partinf.planner.floors` has it."""
+    def estimate(self, storage: Storage) -> float:
+        """About what the question takes over a storage, in seconds, as `partinf.planner.floors` has it."""
         workload = self.workload
         if workload.phase:
-            return self.space.floors.soonest(storage, workload.phase)
-        prefill, decode = (self.space.floors.soonest(storage, label) for label in PHASES)
+            return self.space.floors.estimate(storage, workload.phase)
+        prefill, decode = (self.space.floors.estimate(storage, label) for label in PHASES)
         return workload.counted_prefills * prefill + workload.output_len * decode
 
     def reasons(self) -> tuple[Refused, ...]:
