@@ -88,7 +88,7 @@ def plan(
         capacity: what an engine should hold; from the workload if not given.
         hardware: a file of `partinf calibrate`, see `find_slice`.
 
-    The cache has as many pages as memory holds beside weights, programs and the activations of those steps; where that is less than the
+    The cache has as many pages as fit in memory after weights, programs and the activations of those steps; where that is less than the
     workload's sequences need at full length, some of them wait, or are preempted and swapped by a scheduler that does so.
 
     Raises:

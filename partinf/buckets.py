@@ -1,7 +1,7 @@
 """How large the steps of a plan are: the KV pages and the few padded shapes that are compiled before anything is served, what a step may
 hold in all of them, and which of them a step runs in. Both the runner and the simulator ask here.
 
-The pages are those that memory holds beside weights, programs and the activations of these steps (`held`), whatever the sequences that run
+The pages are those that fit in memory after weights, programs and the activations of these steps (`held`), whatever the sequences that run
 together would take at full length: more of them are taken than fit so, and a scheduler preempts or swaps some when pages run out.
 
 A bucket costs a compilation and its padding costs time at every step, so there are few: decode alone, decode with prompts that begin
@@ -178,7 +178,7 @@ def _capacity_offences(plan: Plan, capacity: Capacity) -> list[str]:
 
 
 def _with_pages(plan: Plan, capacity: Capacity, max_len: int) -> Plan:
-    """The plan with the buckets for sequences of this length, and as many pages as memory holds beside them; perhaps none."""
+    """The plan with the buckets for sequences of this length, and as many pages as still fit in memory; perhaps none."""
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
     slots = max(rows * plan.num_stages, capacity.max_residents)
     cache = CacheConfig(capacity.page_size, plan.num_parts, slots)
@@ -214,10 +214,10 @@ def _pages_that_fit(plan: Plan, capacity: Capacity) -> tuple[int, ...]:
 def _no_room(plan: Plan, longest: int) -> str:
     """Why memory does not hold one sequence of this length."""
     room, tokens = held(plan).room, _longest_held(plan)
-    beside = f"weights {room.weights / 1e9:.1f} + programs and slots {(room.code + room.state) / 1e9:.1f}"
+    others = f"weights {room.weights / 1e9:.1f} + programs and slots {(room.code + room.state) / 1e9:.1f}"
     return (
-        f"model {plan.model.name} does not fit {plan.slice.name}: beside {beside} + activations {room.activations / 1e9:.1f} GB of "
-        f"{room.usable / 1e9:.1f} GB per device there is room for {tokens} tokens of KV per shard, and one request of {longest} tokens "
+        f"model {plan.model.name} does not fit {plan.slice.name}: {others} + activations {room.activations / 1e9:.1f} GB, of "
+        f"{room.usable / 1e9:.1f} GB per device, leave room for {tokens} tokens of KV per shard, and one request of {longest} tokens "
         f"needs more; a larger slice, int8, a shorter context or a larger share of memory would help"
     )
 
@@ -332,7 +332,7 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
 def num_programs(workload: Workload) -> int:
     """Steps that an engine for this workload compiles, by which it decides whether layers are compiled one by one; of one phase, one.
 
-    Not counted is the smaller bucket of prompts, which some layouts have besides (`_smaller`).
+    Not counted is the smaller bucket of prompts, which some layouts have in addition (`_smaller`).
     """
     if workload.phase is not None:
         return 1

@@ -10,7 +10,7 @@ from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_RATE, MAX_SECONDS,
 from partinf.foundation.rounding import ceil_div
 
 SERVED_PROMPT_TOKENS = 256
-"""Prompt tokens per step of an engine that serves, unless another number is asked for."""
+"""Prompt tokens per step of a serving engine, unless another number is given."""
 
 
 class Objective(StrEnum):

@@ -108,13 +108,13 @@ def choices() -> dict[str, dict[str, object]]:
         workload = Workload(column.batch, length, context_len=context, phase=column.phase, weights=column.weights)
         report = search(load_model_config(column.model), parse_slice(column.slice), workload, program=LOOPED)
         ffn = "wg-xyz" if column.gather else "ws-2d"
-        ranked = [(c.asked.ffn, c.asked.attention) for c in report.candidates]
+        ranked = [(c.main.ffn, c.main.attention) for c in report.candidates]
         place = ranked.index((ffn, column.attention))
         mine = report.candidates[place]
         kinds = list(dict.fromkeys(ranked))
         found[column.name] = {
             "run": f"{ffn}, {column.attention}",
-            "first": f"{report.best.asked.ffn}, {report.best.asked.attention}",
+            "first": f"{report.best.main.ffn}, {report.best.main.attention}",
             "first_layout": report.best.name,
             "place_among_kinds": kinds.index((ffn, column.attention)) + 1,
             "gap": mine.score / report.best.score - 1,

@@ -123,8 +123,8 @@ def eight_devices() -> dict[str, Any]:
     during, _ = measured.chip(timings)
     rows = []
     for rank, plan, buckets in plans:
-        row: dict[str, Any] = {"rank": rank + 1, "layout": report.candidates[rank].name, "ffn": report.candidates[rank].asked.ffn}
-        row |= {"attention": report.candidates[rank].asked.attention, "prefill_from_tokens": plan.prefill_from_tokens}
+        row: dict[str, Any] = {"rank": rank + 1, "layout": report.candidates[rank].name, "ffn": report.candidates[rank].main.ffn}
+        row |= {"attention": report.candidates[rank].main.attention, "prefill_from_tokens": plan.prefill_from_tokens}
         for phase, bucket in zip(("prefill", "decode"), buckets, strict=True):
             row[phase] = {"step": str(bucket)} | _measured(timings[f"{rank} {phase}"])
             for name, chip in (("predicted", during), ("predicted_before", before)):

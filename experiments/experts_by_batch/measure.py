@@ -59,14 +59,14 @@ def step(question: Question, slice_: Slice, layout: Layout) -> Candidate | None:
 
 
 def ms(candidate: Candidate | None) -> float | None:
-    return None if candidate is None else float(f"{candidate.asked.step_seconds * 1e3:.4g}")
+    return None if candidate is None else float(f"{candidate.main.step_seconds * 1e3:.4g}")
 
 
 def row(model: ModelConfig, slice_: Slice, batch: int) -> dict[str, Any]:
     """What the best layout of a decode step is, and what others take."""
     question = Question(model, Workload(batch=batch, context_len=CONTEXT, phase="decode"))
     best = answer(question, slice_).best
-    routed = next(entry.routed for entry in best.asked.ledger.entries if entry.routed is not None)
+    routed = next(entry.routed for entry in best.main.ledger.entries if entry.routed is not None)
     skewed = (step(replace(question, skew=skew), slice_, best.layout) for skew in SKEWS)
     return {
         "batch": batch,
@@ -86,8 +86,8 @@ def row(model: ModelConfig, slice_: Slice, batch: int) -> dict[str, Any]:
 
 def floor(candidate: Candidate, bandwidth: float) -> float:
     """Milliseconds of reading at the stated bandwidth: keys and values, and all weights, of experts those that are hit in the mean."""
-    read = candidate.asked.ledger.kv_bytes
-    for entry in candidate.asked.ledger.entries:
+    read = candidate.main.ledger.kv_bytes
+    for entry in candidate.main.ledger.entries:
         held = entry.weight_bytes * entry.count
         read += held if entry.routed is None else held * entry.routed.hit / EXPERTS_PER_DEVICE
     return float(f"{1e3 * read / bandwidth:.4g}")

@@ -25,8 +25,8 @@ def figures(candidate: Candidate) -> dict[str, Any]:
     """What is kept of a candidate."""
     return {
         "storage": candidate.name.split(",")[0],
-        "roles": roles_of(candidate.asked),
-        "step_ms": round(candidate.asked.step_seconds * 1e3, 2),
+        "roles": roles_of(candidate.main),
+        "step_ms": round(candidate.main.step_seconds * 1e3, 2),
         "kv_gb_per_device": round(candidate.memory.kv / 1e9, 2),
         "fits": candidate.fits,
     }

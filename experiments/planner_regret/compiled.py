@@ -44,15 +44,15 @@ NEAREST, RANDOM = 4, 4
 
 def classes(candidate: Candidate) -> set[str]:
     """The named classes that a candidate belongs to."""
-    asked, copies = candidate.asked, candidate.layout.storage_axes(Role.REPLICA)
-    sizes = asked.sizes
+    main, copies = candidate.main, candidate.layout.storage_axes(Role.REPLICA)
+    sizes = main.sizes
     copied = any(sizes[axis] > 1 for axis in copies)
-    found = {"sequence"} if any(sizes[axis] > 1 for axis in asked.phase.attention_axes(AttentionRole.SEQUENCE)) else set()
-    if asked.ffn.startswith("wg"):
+    found = {"sequence"} if any(sizes[axis] > 1 for axis in main.phase.attention_axes(AttentionRole.SEQUENCE)) else set()
+    if main.ffn.startswith("wg"):
         return found | {"weight-gathered"}
     if copied:
         return found | {"copies"}
-    return found | {{"ws-1d": "1D", "ws-2d": "2D"}.get(asked.ffn, "other")}
+    return found | {{"ws-1d": "1D", "ws-2d": "2D"}.get(main.ffn, "other")}
 
 
 def rivals(able: Sequence[Candidate], draw: random.Random) -> list[tuple[Candidate, str]]:
@@ -133,12 +133,12 @@ def judged(report: PlanReport, candidate: Candidate, place: str, texts: Texts) -
     plan, (bucket,) = serving_steps(report.plan_of(candidate), report.workload)
     plan = replace(plan, buckets=(bucket,))
     took = seconds(plan, bucket, texts)
-    residual = "whole" if candidate.asked.phase.whole else "split"
+    residual = "whole" if candidate.main.phase.whole else "split"
     line = {
-        "layout": f"{candidate.name.split(',')[0]}, {roles_of(candidate.asked)}, residual {residual}",
+        "layout": f"{candidate.name.split(',')[0]}, {roles_of(candidate.main)}, residual {residual}",
         "place": place,
         "layers": "one by one" if plan.unrolled else "in a loop",
-        "planner_ms": 1e3 * candidate.asked.step_seconds,
+        "planner_ms": 1e3 * candidate.main.step_seconds,
         "compiled_ms": None if took is None else 1e3 * took,
     }
     print(f"  {line['layout']:60} {place:20} {line['planner_ms']:9.4g} {line['compiled_ms'] or 0:9.4g}", flush=True)

@@ -48,7 +48,7 @@ def judged(report: PlanReport, candidate: Candidate) -> Judged:
 
 def program_of(report: PlanReport, candidate: Candidate) -> tuple[Plan, Bucket]:
     """The plan and bucket that run the report's step: rows, tokens and slots rounded up to what the roles divide."""
-    workload, phase = report.workload, candidate.asked.phase
+    workload, phase = report.workload, candidate.main.phase
     layout = Layout(candidate.layout.storage, phase, phase)
     plan = Plan(report.model, report.slice, layout, workload.weights, workload.kv, padded_heads=candidate.padded_heads)
     plan, (bucket,) = serving_steps(plan, workload)

@@ -77,15 +77,15 @@ def judge(case: Case, most: int | None, draw: random.Random) -> dict[str, Any] |
 
 def _key(candidate: Candidate) -> tuple[object, ...]:
     """What tells two steps apart, whichever search found them."""
-    return candidate.layout.storage, candidate.asked.phase, candidate.padded_heads
+    return candidate.layout.storage, candidate.main.phase, candidate.padded_heads
 
 
 def _attention(candidate: Candidate) -> dict[str, str]:
-    return {axis: role.value for axis, role in candidate.asked.phase.attention}
+    return {axis: role.value for axis, role in candidate.main.phase.attention}
 
 
 def _line(candidate: Candidate, found: Judged) -> dict[str, Any]:
-    asked = candidate.asked
+    asked = candidate.main
     return {
         "layout": candidate.name.rsplit(", ", 2)[0] + f", {asked.ffn}",
         "gather": "".join(asked.phase.gather),

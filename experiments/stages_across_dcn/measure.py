@@ -34,7 +34,7 @@ ROLES = {Role.STAGE: "stages", Role.FFN: "tensors", Role.REPLICA: "copies"}
 
 def between(candidate: Candidate) -> float:
     """Seconds that collectives over the network between slices take."""
-    return sum(e.exposed_seconds for e in candidate.asked.ledger.entries if e.op is not None and DCN_AXIS in e.axes)
+    return sum(e.exposed_seconds for e in candidate.main.ledger.entries if e.op is not None and DCN_AXIS in e.axes)
 
 
 def under(report: PlanReport, role: Role) -> dict[str, Any] | None:
@@ -43,13 +43,13 @@ def under(report: PlanReport, role: Role) -> dict[str, Any] | None:
     if not mine:
         return None
     best = mine[0]
-    entries = best.asked.ledger.entries
+    entries = best.main.ledger.entries
     weights = sum(e.exposed_seconds for e in entries if e.kind is EntryKind.MATMUL)
     permutes = sum(e.exposed_seconds for e in entries if e.op is Op.PERMUTE)
     return {
         "layout": best.name,
         "fits": best.fits,
-        "ms": 1e3 * best.asked.step_seconds,
+        "ms": 1e3 * best.main.step_seconds,
         "products_ms": 1e3 * weights,
         "between_slices_ms": 1e3 * between(best),
         "to_the_next_stage_ms": 1e3 * permutes,

@@ -45,7 +45,7 @@ def main() -> None:
         report = search(model, slice_, workload)
         best: dict[str, dict[str, object]] = {}
         for candidate in report.candidates:
-            phase = candidate.asked
+            phase = candidate.main
             if candidate.fits and phase.ffn != "other" and phase.ffn not in best:
                 milliseconds = 1e3 * phase.step_seconds
                 best[phase.ffn] = {

@@ -1,7 +1,7 @@
 """Slices of a parameter tree's leaves, read from the tensors behind them, and whole leaves written into them.
 
 Only the bytes under a slice are read, and where a leaf stacks many tensors, or orders their dimensions otherwise, one tensor's part is in
-memory at a time besides the slice.
+memory at a time in addition to the slice.
 """
 
 from __future__ import annotations

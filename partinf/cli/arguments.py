@@ -73,7 +73,7 @@ def add_saved_plan(parser: argparse.ArgumentParser) -> None:
 
 def read_saved_plan(flags: Flags) -> Plan | None:
     """The plan of `--plan`, whose model takes the place of a `--model` that was not given; None where there is none, or where something is
-    wrong with it or with what stands beside it, which the flags' offences say."""
+    wrong with it or with related flags, whose offences say so."""
     args = flags.args
     if args.plan is None:
         if args.model is None:
@@ -118,7 +118,7 @@ def add_hardware(parser: argparse.ArgumentParser) -> None:
 
 
 def named_slice(text: str, mesh: str | None, hardware: str | None = None) -> Slice | None:
-    """The slice that was asked for; None for `local`, which only jax can tell.
+    """The slice of the flags; None for `local`, which only jax knows.
 
     Raises:
         InvalidInput: no slice, or a hardware file of another chip or number of devices.
@@ -170,7 +170,7 @@ def named_layout(text: str) -> Layout | None:
 
 def say_lengths(model: ModelConfig, longest: int) -> None:
     """Say on standard error that requests are longer than the model's context, where they are: a plan or a simulation of them is made all
-    the same, since sizes alone are asked for."""
+    the same, since only sizes matter."""
     for line in model.context_offences(f"requests of {longest} tokens", longest):
         print(f"partinf: note: {line}", file=sys.stderr)
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where it runs and how it is stored, as asked for; None for what is not."""
+    """Where it runs and how it is stored, as given; None for what is not."""
 
     slice: Slice | None
     layout: Layout | None
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     about, report = _bench(args, load, model, lag)
     show(about, report, args.format, _heading(about))
     if about.failed:
-        print(f"partinf: error: {about.failed} requests failed; the model's logits were no numbers (NaN or infinite)", file=sys.stderr)
+        print(f"partinf: error: {about.failed} requests failed; the model's logits were NaN or infinite", file=sys.stderr)
     return 1 if about.failed else 0
 
 

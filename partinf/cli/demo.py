@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _forced(axes: tuple[str, ...]) -> dict[str, Layout]:
-    """The layouts that are run besides the chosen one: roles for the axes at hand."""
+    """The layouts that are run in addition to the chosen one: roles for the axes at hand."""
     from partinf.layout.files import make_layout
 
     everything = dict.fromkeys(axes, "ffn")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from partinf.cli.arguments import add_layout, is_auto
 from partinf.cli.flags import Flags
-from partinf.cli.planning import Asked, add_model_arguments, named, read
+from partinf.cli.planning import PlanInput, add_model_arguments, named, read
 
 if TYPE_CHECKING:
     from partinf.hardware.slices import Slice
@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     flags = Flags(args)
     if is_auto(args.slice):
         flags.refuse("slice", "explain takes one slice; `partinf plan` finds it")
-    asked = read(flags)
-    slice_, layout, padded_heads = named_or_chosen(asked, args.layout, args.mesh)
+    wanted = read(flags)
+    slice_, layout, padded_heads = named_or_chosen(wanted, args.layout, args.mesh)
     from partinf.cost.step import step_ledger
     from partinf.foundation.terminal import wide_console
     from partinf.layout import PHASES, readable_name
@@ -34,11 +34,11 @@ def run(args: argparse.Namespace) -> int:
 
     console = wide_console()
     name = readable_name(layout, slice_.axis_sizes)
-    console.print(f"{asked.model.name} on {slice_.name} ({slice_.mesh}): {name}", highlight=False)
+    console.print(f"{wanted.model.name} on {slice_.name} ({slice_.mesh}): {name}", highlight=False)
     if padded_heads:
-        console.print(_padding(asked.model, padded_heads), highlight=False)
-    evaluator = asked.question.evaluator(slice_)
-    for label in (asked.workload.phase,) if asked.workload.phase else PHASES:
+        console.print(_padding(wanted.model, padded_heads), highlight=False)
+    evaluator = wanted.question.evaluator(slice_)
+    for label in (wanted.workload.phase,) if wanted.workload.phase else PHASES:
         split = evaluator.split(layout, label, padded_heads)
         print_step(console, label, split, step_ledger(split))
     return 0
@@ -56,7 +56,7 @@ def _padding(model: ModelConfig, heads: int) -> str:
     )
 
 
-def named_or_chosen(asked: Asked, name: str, mesh: str | None) -> tuple[Slice, Layout, int]:
+def named_or_chosen(wanted: PlanInput, name: str, mesh: str | None) -> tuple[Slice, Layout, int]:
     """The slice, under a finer mesh where one was chosen, the layout and its padded heads.
 
     Args:
@@ -66,9 +66,9 @@ def named_or_chosen(asked: Asked, name: str, mesh: str | None) -> tuple[Slice, L
         InvalidInput: an unknown layout, one of more kinds of axes than the slice has axes, or one that cannot hold the model.
     """
     if name != "auto":
-        return asked.slice, *named(asked, name)
+        return wanted.slice, *named(wanted, name)
     from partinf.planner.meshes import fastest
     from partinf.planner.report import answer
 
-    report = (fastest if mesh is None else answer)(asked.question, asked.slice)
+    report = (fastest if mesh is None else answer)(wanted.question, wanted.slice)
     return report.slice, report.best.layout, report.best.padded_heads

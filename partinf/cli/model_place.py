@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from partinf.plans import Plan
 
 
-_TYPICAL_LEN = 2048  # of the requests for which a layout is chosen, where no longest context is asked for
+_TYPICAL_LEN = 2048  # of the requests for which a layout is chosen, unless a longest context is given
 
 
 def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") -> None:

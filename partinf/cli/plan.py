@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from partinf.cli.arguments import is_auto
 from partinf.cli.flags import FORMATS, Flags
 from partinf.cli.plan_served import add_bounds, as_json, chosen, lines, read_bounds
-from partinf.cli.planning import Asked, add_model_arguments, named, read
+from partinf.cli.planning import PlanInput, add_model_arguments, named, read
 
 if TYPE_CHECKING:
     from partinf.planner.report import PlanReport
@@ -66,12 +66,12 @@ def run(args: argparse.Namespace) -> int:
     bounds, mesh = read_bounds(flags), args.mesh
     if mesh == "auto":
         args.mesh = None
-    asked = read(flags)
-    compared = _given(asked, args.layout) if args.layout else ()
-    trials, served = chosen(asked, bounds, lambda: _trials(asked, mesh, compared))
+    wanted = read(flags)
+    compared = _given(wanted, args.layout) if args.layout else ()
+    trials, served = chosen(wanted, bounds, lambda: _trials(wanted, mesh, compared))
     report, proofs = _proven(trials[0].report, count)
     if args.save:
-        _save(report, asked, Path(args.save), args.model)
+        _save(report, wanted, Path(args.save), args.model)
     if args.plot:
         from partinf.planner.show.plot import draw
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(asked: Asked, names: list[str]) -> tuple[Candidate, ...]:
+def _given(wanted: PlanInput, names: list[str]) -> tuple[Candidate, ...]:
     """The layouts that were named, priced, in their order.
 
     Raises:
@@ -119,13 +119,13 @@ def _given(asked: Asked, names: list[str]) -> tuple[Candidate, ...]:
     from partinf.planner.search import given
 
     offences: list[str] = []
-    found = [collect(offences, partial(named, asked, name)) for name in names]
+    found = [collect(offences, partial(named, wanted, name)) for name in names]
     raise_offences(offences)
-    return given(asked.question, asked.slice, [one for one in found if one is not None])
+    return given(wanted.question, wanted.slice, [one for one in found if one is not None])
 
 
 def _proven(report: PlanReport, count: int | None) -> tuple[PlanReport, Proofs]:
-    """The report in the compiler's order, if that was asked for."""
+    """The report, in the compiler's order with `--prove`."""
     if count is None:
         return report, {}
     from partinf.cli.progress import progress_bar
@@ -154,8 +154,8 @@ def _commands(report: PlanReport, saved: str | None, model: str) -> dict[str, An
     return {"commands": commands(saved or "plan.toml", report.plan, report.workload, model)}
 
 
-def _trials(asked: Asked, mesh: str | None, compared: tuple[Candidate, ...]) -> list[Trial]:
-    """The slice that was asked for; with `auto` all slices or meshes that were tried, the cheapest or fastest first.
+def _trials(wanted: PlanInput, mesh: str | None, compared: tuple[Candidate, ...]) -> list[Trial]:
+    """The slice of the question; with `auto` all slices or meshes that were tried, the cheapest or fastest first.
 
     Args:
         mesh: as it was named. compared: candidates that take the place of a search.
@@ -165,8 +165,8 @@ def _trials(asked: Asked, mesh: str | None, compared: tuple[Candidate, ...]) -> 
     from partinf.planner.search import order
     from partinf.planner.trials import Trial, cheapest
 
-    question, slice_ = asked.question, asked.slice
-    if asked.auto:
+    question, slice_ = wanted.question, wanted.slice
+    if wanted.auto:
         return cheapest(question, slice_.chip)
     if compared:
         return [Trial(PlanReport(question, slice_, order(compared)))]
@@ -203,7 +203,7 @@ def _read(flags: Flags) -> tuple[int, int | None, float | None]:
     return top, count, price
 
 
-def _save(report: PlanReport, asked: Asked, path: Path, model: str) -> None:
+def _save(report: PlanReport, wanted: PlanInput, path: Path, model: str) -> None:
     """Write the best candidate; what does not fit is not saved.
 
     Raises:
@@ -214,4 +214,4 @@ def _save(report: PlanReport, asked: Asked, path: Path, model: str) -> None:
 
     if not report.best.fits:
         raise InvalidInput(report.misfit)
-    path.write_text(plan_to_toml(report.plan, asked.workload, model=model))
+    path.write_text(plan_to_toml(report.plan, wanted.workload, model=model))

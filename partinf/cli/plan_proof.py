@@ -1,4 +1,4 @@
-"""`plan --prove`: what was proven beside what was predicted, as a table."""
+"""`plan --prove`: compiled and predicted figures, as a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show(before: PlanReport, after: PlanReport, proofs: Proofs) -> None:
-    """Print what was proven beside what was predicted."""
+    """Print the compiled and the predicted figures."""
     from partinf.foundation.terminal import plain_table, wide_console
     from partinf.planner.show.table import stored
     from partinf.proof.candidates import key, proven_seconds

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from partinf.cli.arguments import is_auto
 from partinf.cli.flags import Flags
-from partinf.cli.planning import Asked
+from partinf.cli.planning import PlanInput
 from partinf.foundation.limits import MAX_SECONDS
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def read_bounds(flags: Flags) -> LatencyBounds | None:
     return LatencyBounds(*(None if value is None else value / 1e3 for value in found))
 
 
-def chosen(asked: Asked, bounds: LatencyBounds | None, trials: Callable[[], list[Trial]]) -> tuple[list[Trial], list[Planned]]:
+def chosen(wanted: PlanInput, bounds: LatencyBounds | None, trials: Callable[[], list[Trial]]) -> tuple[list[Trial], list[Planned]]:
     """The trials, and where there are bounds what was simulated for them, the chosen one foremost.
 
     Args:
@@ -59,11 +59,11 @@ def chosen(asked: Asked, bounds: LatencyBounds | None, trials: Callable[[], list
     from partinf.simulation.arrivals import parse_arrivals, parse_lengths
     from partinf.simulation.planned import Load, planned, smallest_in_time
 
-    workload = asked.workload
+    workload = wanted.workload
     lengths = parse_lengths(f"fixed:{workload.input_len}:{workload.output_len}")
     load = Load(parse_arrivals(f"poisson:{workload.arrival_rate}", lengths, _REQUESTS), bounds)
-    if asked.auto:
-        served = smallest_in_time(asked.question, asked.slice.chip, load)
+    if wanted.auto:
+        served = smallest_in_time(wanted.question, wanted.slice.chip, load)
     else:
         served = [planned(trials()[0].report, load)]
     return [Trial(one.report) for one in served], served

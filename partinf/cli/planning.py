@@ -1,4 +1,4 @@
-"""What `plan` and `explain` are asked for: flags read into a model, a slice and a workload, all offences at once."""
+"""The input of `plan` and `explain`: flags read into a model, a slice and a workload, all offences at once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A search as asked for on the command line.
+class PlanInput:
+    """The input of a search, from the command line.
 
     Attributes:
         slice: the slice; with `auto`, one chip of the kind of which the slice is to be found.
@@ -64,7 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     add_pricing(parser)
 
 
-def read(flags: Flags) -> Asked:
+def read(flags: Flags) -> PlanInput:
     """Model, slice and workload, and everything else that is wrong with the flags.
 
     Raises:
@@ -90,10 +90,10 @@ def read(flags: Flags) -> Asked:
     if not auto and args.slice != "local":
         say_slice(slice_)
     chosen = None if program is None else PROGRAMS[program]
-    return Asked(Question(model, workload, calibration, bandwidth_model, chosen, skew), slice_, auto)
+    return PlanInput(Question(model, workload, calibration, bandwidth_model, chosen, skew), slice_, auto)
 
 
-def named(asked: Asked, name: str) -> tuple[Layout, int]:
+def named(wanted: PlanInput, name: str) -> tuple[Layout, int]:
     """A layout by name or file, its roles for the axes of the slice, and its padded heads.
 
     Raises:
@@ -106,11 +106,11 @@ def named(asked: Asked, name: str) -> tuple[Layout, int]:
 
     given = load_layout(name)
     try:
-        layout = layout_for(asked.slice, given)
+        layout = layout_for(wanted.slice, given)
         padded = 0
-        if offences := layout_offences(asked.model, asked.slice, layout):
-            padded = heads_for(asked.model, layout, asked.slice.axis_sizes) or 0
-            offences = layout_offences(asked.model, asked.slice, layout, padded)
+        if offences := layout_offences(wanted.model, wanted.slice, layout):
+            padded = heads_for(wanted.model, layout, wanted.slice.axis_sizes) or 0
+            offences = layout_offences(wanted.model, wanted.slice, layout, padded)
         raise_offences(offences)
     except InvalidInput as error:
         raise InvalidInput([f"--layout {name}: {offence}" for offence in error.offences]) from None

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     pool = read_pool(flags)
     if not args.as_served and any(pool):
         flags.offences.append("--kv-pages and --memory-share belong to a serving engine; add --as-served")
-    plan, workload = _saved(flags) if args.plan else _asked(flags)
+    plan, workload = _saved(flags) if args.plan else _searched(flags)
     reason = unavailable(plan.slice.chip.platform)
     raise_offences([reason] if reason else [])
     from partinf.buckets import largest_step, serving_steps
@@ -105,16 +105,16 @@ def _saved(flags: Flags) -> tuple[Plan, Workload]:
     return flags.need(found)
 
 
-def _asked(flags: Flags) -> tuple[Plan, Workload]:
+def _searched(flags: Flags) -> tuple[Plan, Workload]:
     """The plan of a named layout, or the one that the planner chooses."""
     from partinf.cli.explain import named_or_chosen
     from partinf.cli.planning import read
     from partinf.plans import Plan
 
-    asked = read(flags)
-    slice_, layout, padded = named_or_chosen(asked, flags.args.layout, flags.args.mesh)
-    chosen = asked.workload
-    return Plan(asked.model, slice_, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
+    wanted = read(flags)
+    slice_, layout, padded = named_or_chosen(wanted, flags.args.layout, flags.args.mesh)
+    chosen = wanted.workload
+    return Plan(wanted.model, slice_, layout, chosen.weights, chosen.kv, padded_heads=padded), chosen
 
 
 def show(proof: Proof) -> None:

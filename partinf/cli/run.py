@@ -1,4 +1,4 @@
-"""Run a described experiment where it is told to, and show predicted beside measured."""
+"""Run a described experiment in the chosen place, and show predicted and measured times."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class ServedEngine:
         """An engine over who executes its steps.
 
         Args:
-            own: what `Engine` takes beside that: tokenizer, clock, replicas, …
+            own: further arguments of `Engine`: tokenizer, clock, replicas, …
         """
         from partinf.engine.engine import Engine
         from partinf.engine.policies.registry import PolicyOptions, make_policy

@@ -114,7 +114,7 @@ class _Simulated:
     """What is simulated.
 
     Attributes:
-        engine: makes it, of what `Engine` takes beside its runner and its policy.
+        engine: makes it from the further arguments of `Engine`.
         max_batch: sequences per iteration. choice: what its layout was compared with; None where it was not.
     """
 

@@ -237,7 +237,7 @@ def _seen(own: float, context: int, window: int) -> float:
 
 
 def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int, window: int, fresh: bool) -> tuple[float, float]:
-    """Pairs of a query and a key for which a loop over tiles makes scores, and its time on the core beside the products.
+    """Pairs of a query and a key for which a loop over tiles makes scores, and its time on the core in addition to the products.
 
     Queries and keys of all prompts of a device lie in one row; of earlier context a tile of queries visits that of its own slots. Every
     pair of tiles is visited, and of a window no more is made than what a tile of queries reaches over.

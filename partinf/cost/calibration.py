@@ -31,13 +31,13 @@ class Calibration:
         collective_factor: measured over modelled time of a collective's bytes.
         hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added
             up. 0 takes the chip's hop latency as a lower bound instead of adding it.
-        collective_seconds: time of one collective beside its hops and bytes.
+        collective_seconds: time of one collective in addition to its hops and bytes.
         switch_rings: collectives within a node go around its devices, so that each further one is a hop; else one hop reaches all.
         looped_hop_seconds: `hop_seconds` of a program that goes around its rings in loops of its own, where every hop is an operation that
             is issued and waited for; 0 for the same.
         least_rows: rows below which a product takes no less time on the core: its weights have to pass into the matrix unit anyway.
         kernel_seconds, row_seconds: what the kernel of decode takes on the core to begin, and for each row, whatever the context.
-        score_seconds: what a score of a prompt takes on the core beside its products, where they are made tile by tile: mask, exponential,
+        score_seconds: what a score of a prompt takes on the core besides its products, where they are made tile by tile: mask, exponential,
             sums. tile_seconds: a pair of a tile of queries and one of keys, whether it is skipped or not. query_tile_seconds: a tile of
             queries.
         prompt_share: share of peak FLOP/s that the kernel for prompts reaches in the products that it makes, with all else that it does.

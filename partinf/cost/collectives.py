@@ -79,7 +79,7 @@ class Network:
             hop_seconds: calibrated time per step of a ring, or through a switch, added to that of the bytes; 0 takes the chip's as a lower
                 bound instead. Hops between hosts keep their own.
             rates: measured ones, instead of all the others.
-            fixed_seconds: calibrated time of a collective beside its hops and bytes.
+            fixed_seconds: calibrated time of a collective in addition to its hops and bytes.
             switch_rings: devices behind a switch wait for each other one by one, not for all at once.
         """
         self.chip: Chip = slice_.chip

@@ -1,5 +1,5 @@
 """Bytes that one device must hold: weights, KV cache, and the largest set of activations that lives at once; and how many pages of the
-cache fit beside the rest.
+cache fit with the rest.
 
 Weights and cache are exact, leaf by leaf. Activations are the largest of the sublayers' working sets: what a product reads and writes,
 gathered weights beside it, and the residual stream; a compiler may need less, and the compiled program is what counts in the end.
@@ -48,11 +48,11 @@ class MemoryBudget(NamedTuple):
 
 
 class Room(NamedTuple):
-    """What one device of an engine holds beside the pages of its cache, in bytes.
+    """What one device of an engine holds in addition to the pages of its cache, in bytes.
 
     Attributes:
         usable: what a program may use. weights: of this device. code: of all compiled programs.
-        state: what slots keep beside pages: counts, biases and masks of the vocabulary.
+        state: what slots keep outside pages: counts, biases and masks of the vocabulary.
         activations: of the largest step that is compiled.
     """
 
@@ -158,7 +158,7 @@ class Held(NamedTuple):
 
 
 def slot_bytes(vocab_size: int, extended: bool, constrained: bool) -> int:
-    """What one slot keeps on a device beside pages.
+    """What one slot keeps on a device outside pages.
 
     Args:
         vocab_size: entries of the vocabulary on the device. extended: counts (int32), marks (uint8) and biases (float32) of each.
@@ -229,7 +229,7 @@ class LinearSet(NamedTuple):
     Attributes:
         residual: the stream that lives all the time, and in a pipeline what waits for the next tick.
         largest: of the FFN's products and the logits.
-        attention: what the attention core finds beside itself: its input and a gathered W_Q.
+        attention: what is live during the attention core: its input and a gathered W_Q.
     """
 
     residual: int

@@ -1,8 +1,8 @@
-"""What of a step is hidden: collectives unrolled into the products beside them, and gathers of weights behind the layer before.
+"""What of a step is hidden: collectives unrolled into the adjacent products, and gathers of weights during the layer before.
 
 A looped collective matmul cuts a product into as many partial ones as its axis has devices and moves one part while the next is
-multiplied (Wang et al., 2023; Pope et al., 2023, section 3.5). It goes around one axis, so beside every product one collective over one
-axis can run: the dearest. The first (or last) partial product has nothing beside it, and the steps of the ring are not hidden.
+multiplied (Wang et al., 2023; Pope et al., 2023, section 3.5). It goes around one axis, so a product can overlap one collective over one
+axis: the most expensive. The first (or last) partial product overlaps nothing, and the steps of the ring are not hidden.
 
 Where layers are compiled one by one, core and HBM are two queues: what a product waits for HBM passes while others (collectives, the core's
 own work) leave HBM alone. All together take what the longer queue takes: with c and m of every entry,

@@ -119,7 +119,7 @@ class Pricing:
         """A dot product of `flops`, of which the share `useful` is not padding.
 
         Args:
-            shape: as in `Entry`. prompt: the core is that of prompts. core_seconds: what a kernel or a loop takes on the core beside its
+            shape: as in `Entry`. prompt: the core is that of prompts. core_seconds: what a kernel or a loop takes on the core besides its
                 products. done: times that the products are made, below 1 where some of them are skipped.
         """
         entry = Entry(item, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, shape=shape)
@@ -155,7 +155,7 @@ class Pricing:
         return self.program.fetched_bytes / (self._byte_rate if self._measured is None else self._measured.memory)
 
     def kernel(self, rows: int) -> float:
-        """What decode's kernel takes on the core for so many rows, beside its products."""
+        """What decode's kernel takes on the core for so many rows, in addition to its products."""
         return self.calibration.kernel_seconds + rows * self.calibration.row_seconds if self.program.decode_kernel else 0.0
 
     def prompt_kernel(self, flops: float) -> float:
@@ -163,7 +163,7 @@ class Pricing:
         return flops / (self._peak * self.calibration.prompt_share)
 
     def tile_loop(self, scores: float, pairs: float, tiles: float) -> float:
-        """What a loop over so many tiles of prompts, pairs of tiles and scores takes on the core, beside its products."""
+        """What a loop over so many tiles of prompts, pairs of tiles and scores takes on the core, in addition to its products."""
         one = self.calibration
         return scores * one.score_seconds + pairs * one.tile_seconds + tiles * one.query_tile_seconds
 
@@ -179,7 +179,7 @@ class Pricing:
         return [Entry(item, part, EntryKind.MEMORY, count, seconds=seconds, free=free)] if seconds else []
 
     def dispatch(self) -> list[Entry]:
-        """What a step takes beside all its work, where that was measured."""
+        """What a step takes in addition to all its work, where that was measured."""
         if self._measured is None:
             return []
         return [Entry(DISPATCH, Part.EMBEDDING, EntryKind.MEMORY, seconds=self._measured.rates.step_seconds)]

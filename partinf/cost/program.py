@@ -1,4 +1,4 @@
-"""Kinds of programs, as data: what a priced step does beyond the plainest one, and what of it runs beside what.
+"""Kinds of programs, as data: what a priced step does beyond the plainest one, and what overlaps what.
 
 The plain program runs every collective by itself, scatters axis by axis, and lets all prompt tokens of a shard attend to each other under a
 mask: that is what a traced jaxpr is compared with. The tiled program is what the JAX column runs: the same with attention tile by tile, in
@@ -35,7 +35,7 @@ class Program:
         skips_windows: attention leaves out what lies before the windows that layers have, instead of masking it.
         looped: the paper's program (Pope et al., 2023, section 3.5, and its released code):
             * a collective goes around one ring, so over one axis, at a time;
-            * beside the product with W_in (fused with W_Q in a parallel block), and beside that with W_out (W_O), one of them is unrolled
+            * with the product of W_in (fused with W_Q in a parallel block), and with that of W_out (W_O), one of them is unrolled
               into partial products and runs behind them (`partinf.cost.overlap`);
             * queries are reduce-scattered over E's axes in the loop of F, whatever attention does with them next;
             * gathers of weights run behind the compute of the layer before;
@@ -48,7 +48,7 @@ class Program:
         unrolled: layers are compiled one by one, so that the weights of a product come from HBM while the core does something else that
             leaves HBM alone: a layer takes the longer of the core's time and HBM's. In a loop over layers every product reads its own.
         either_layers: layers are compiled one by one where the platform prefers that for the plan (`Plan.unrolled`), in a loop otherwise.
-        gathers_beside: gathers of a parallel block's weights run beside products where the platform's compiler does that.
+        gathers_overlap: gathers of a parallel block's weights are overlapped with products where the platform's compiler does that.
         fetched_bytes: of a layer's weights in an unrolled program, those that are read before their product begins, at most: they lie in
             VMEM until then.
         fetched_matrix: the largest matrix that is; a larger one is read by its product.
@@ -72,7 +72,7 @@ class Program:
     either_residual: bool = False
     unrolled: bool = False
     either_layers: bool = False
-    gathers_beside: bool = False
+    gathers_overlap: bool = False
     fetched_bytes: float = 0.0
     fetched_matrix: float = math.inf
     decode_kernel: bool = False
@@ -89,7 +89,7 @@ TILED = Program(
     blocked_attention=True,
     either_residual=True,
     either_layers=True,
-    gathers_beside=True,
+    gathers_overlap=True,
     # Of what nine compiled programs read ahead: the largest matrix has 42 MB (PaLM 540B on 64 v4), the smallest that is left to its product
     # 50 MB (Qwen 3 8B on 4 v6e). With 16 MiB in a layer their decode steps are met within 18 % (experiments/tpu_steps, planner_and_proof).
     fetched_bytes=2.0**24,

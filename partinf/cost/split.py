@@ -77,10 +77,10 @@ class Shares:
 
 def gathers_behind(pricing: Pricing, model: ModelConfig, ahead: bool) -> bool:
     """Whether gathers of weights run behind products: those that are issued ahead, and all of a parallel block's in the program that TPUs
-    run, whose compiler gathers for later products beside earlier ones (`experiments/palm_540b_on_64_v4`)."""
+    run, whose compiler gathers for later products during earlier ones (`experiments/palm_540b_on_64_v4`)."""
     program = pricing.program
-    beside = program.gathers_beside and pricing.slice.chip.platform.gathers_beside_products
-    return program.looped or ahead or (beside and model.block.parallel)
+    overlaps = program.gathers_overlap and pricing.slice.chip.platform.gathers_overlap_products
+    return program.looped or ahead or (overlaps and model.block.parallel)
 
 
 class StepSplit:

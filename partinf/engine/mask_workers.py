@@ -1,4 +1,4 @@
-"""Who finds out what may follow a token under a grammar: the engine's own thread, or others beside it.
+"""The threads that compute which tokens may come next under a grammar: the engine's own, or further ones.
 
 A mask mostly takes some microseconds, less than it costs to hand it to a thread, and for a hostile grammar seconds, in which nobody else
 would get a token. So the engine's thread asks for a quick one first, and gives an answer to the threads for the rest of its life once that

@@ -1,4 +1,4 @@
-"""What may be asked of a request: `SamplingParams`, checked when it is made.
+"""The parameters of a request: `SamplingParams`, checked when it is made.
 
 A step takes numbers in 32 bits, so this is where they are held to that: whole numbers have bounds or are only compared on the host, others
 are finite as float32. Numbers of other libraries become Python's own.

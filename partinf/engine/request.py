@@ -1,4 +1,4 @@
-"""A request on its way: what was asked (`Request`), where it stands (`Sequence`), what comes out (`RequestOutput`)."""
+"""A request on its way: its input (`Request`), its state (`Sequence`), its output (`RequestOutput`)."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class Sequence:
         return first is not self and not done
 
     def append(self, sampled: SampledToken, now: float) -> None:
-        """Take a token that was sampled, with what was asked for beside it."""
+        """Take a token that was sampled, with the log-probabilities that were requested."""
         self.tokens.append(sampled.token)
         if self.request.params.logprobs:
             self.logprobs.append(sampled.logprob)
@@ -233,7 +233,7 @@ class Sequence:
         self.last_token = now
 
     def event(self, sampled: SampledToken | None, text: str, reason: FinishReason | None, error: BaseException | None) -> TokenEvent:
-        """What a stream is told of the last token, or of an end without one."""
+        """The event for the last token, or for an end without one."""
         index = self.num_generated - (sampled is not None)
         return TokenEvent(
             request_id=self.request.id,

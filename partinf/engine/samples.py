@@ -1,4 +1,4 @@
-"""The samples of all requests in flight: registered, given their tokens, ended, and what is to be told of each of them."""
+"""The samples of all requests in flight: registered, given their tokens, ended, with the events of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from partinf.engine.metrics import Metrics
 from partinf.engine.request import FinishReason, Request, Sequence, Status, TokenEvent
 from partinf.engine.scheduler import Scheduler
 from partinf.engine.step import SampledToken, StepOutput
-from partinf.foundation.errors import NoNumber
+from partinf.foundation.errors import NotFinite
 
 _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -120,7 +120,7 @@ class Samples:
             known = next((place for place, score in enumerate(scores) if not math.isfinite(score.logprob)), len(scores))
             sequence.prompt_scores[chunk.start + 1 : chunk.start + 1 + known] = scores[:known]
             if known < len(scores) and sequence.request.number in self._live:
-                self._fail(self._live[sequence.request.number], NoNumber(chunk.start + 1 + known))
+                self._fail(self._live[sequence.request.number], NotFinite(chunk.start + 1 + known))
 
     def end(self, lives: Iterable[Live], reason: FinishReason, error: BaseException | None = None) -> None:
         """End those that have not ended, nor end because of each other."""
@@ -202,7 +202,7 @@ class Samples:
             return
         live = self._live[sequence.request.number]
         if sampled.token < 0:
-            self._fail(live, NoNumber(len(sequence.tokens)))
+            self._fail(live, NotFinite(len(sequence.tokens)))
             return
         self._metrics.generated_tokens += 1
         self._before[sequence.last_token] += 1
@@ -223,7 +223,7 @@ class Samples:
         if text or live.on_token is not None:
             self._tell(live, sampled, text)
 
-    def _fail(self, live: Live, error: NoNumber) -> None:
+    def _fail(self, live: Live, error: NotFinite) -> None:
         """End a sample whose keys and values may not be finite; no later request may reuse them."""
         self._end(live, FinishReason.FAILED, error=error)
         self._scheduler.pool.forget(live.sequence)

@@ -1,4 +1,4 @@
-"""What the engine asks of a runner for one iteration, and what it gets back. Plain frozen data: every runner takes the same.
+"""The input and output of a runner for one iteration. Plain frozen data, the same for every runner.
 
 A step mixes decode rows (one token of a sequence that is past its prompt) and prefill chunks (consecutive prompt tokens). A row names
 its sequence by `slot`, the number of its lane among the resident sequences, and `shard`, the shard of the decode batch axes that owns

@@ -20,7 +20,7 @@ from partinf.buckets import runner_limits
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageTable, PrefillChunk, RowSampling, Step
 from partinf.execution.place import place_step
-from partinf.foundation.errors import InvalidInput, NoNumber, raise_offences
+from partinf.foundation.errors import InvalidInput, NotFinite, raise_offences
 from partinf.foundation.paging import first_page, most_pages
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.model.weights import active_params
@@ -37,7 +37,7 @@ class Scores:
 
     Attributes:
         logprobs: per text, the log-probability of every token after the first, given those before it.
-        errors: texts by their index in the call whose scores end early, because the next one is no number.
+        errors: texts by their index in the call whose scores end early, because the next one is not finite.
         num_tokens: tokens that were fed, without padding. padded_tokens: with it. seconds: wall time of the steps.
         mfu: 2 · parameters · tokens / (chips · peak · seconds). chip_ms_per_token: chips · seconds / tokens, in milliseconds.
     """
@@ -48,7 +48,7 @@ class Scores:
     seconds: float
     mfu: float
     chip_ms_per_token: float
-    errors: dict[int, NoNumber] = field(default_factory=dict)
+    errors: dict[int, NotFinite] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Scorer:
             )
         bucket = max(plan.buckets, key=lambda b: (b.prefill_tokens, b.prefill_pages))
         self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)
-        # Pages of its own, beside the engine's: no more than its texts can fill.
+        # Its own pages, in addition to the engine's: no more than its texts can fill.
         slots, chunk = self.bucket.prefill_slots, self.bucket.prefill_tokens // plan.prefill_slot_multiple()
         full = round_up(ceil_div(plan.max_len, plan.cache.page_size), plan.num_parts)
         reach = [most_pages(group.window - 1 + chunk, plan.cache.page_size) if group.window else full for group in plan.cache_groups]
@@ -209,5 +209,5 @@ class Scorer:
             seconds,
             flops / (chips * chip.peak_bf16 * seconds),
             1e3 * chips * seconds / num_tokens,
-            {index: NoNumber(count + 1) for index, (one, count) in enumerate(zip(logprobs, known, strict=True)) if count < len(one)},
+            {index: NotFinite(count + 1) for index, (one, count) in enumerate(zip(logprobs, known, strict=True)) if count < len(one)},
         )

@@ -26,7 +26,7 @@ class InvalidInput(ValueError):
 
 
 class DoesNotFit(InvalidInput):
-    """Memory does not hold what was asked for."""
+    """What was requested does not fit in memory."""
 
 
 class Overloaded(RuntimeError):
@@ -42,11 +42,11 @@ class Overloaded(RuntimeError):
 
 
 class Costly(Exception):
-    """What an answer under a grammar may go on with takes longer to find out than others should wait."""
+    """The mask of an answer under a grammar takes longer to compute than other requests should wait."""
 
 
-class NoNumber(ArithmeticError):
-    """What the model computed for a request, or for a text to be scored, is no number: NaN or infinite. Others are as they would be."""
+class NotFinite(ArithmeticError):
+    """The model's logits for a request, or for a text to be scored, are NaN or infinite. Other requests are not affected."""
 
     def __init__(self, num_tokens: int) -> None:
         """
@@ -54,8 +54,8 @@ class NoNumber(ArithmeticError):
             num_tokens: how many came before the token whose logits they are.
         """
         super().__init__(
-            f"the model's logits after {num_tokens} tokens are no numbers (NaN or infinite); "
-            "its weights hold some, or its activations leave the range of their type"
+            f"the model's logits after {num_tokens} tokens are NaN or infinite; "
+            "its weights contain such values, or its activations overflow their type"
         )
 
 

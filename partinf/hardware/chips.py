@@ -101,7 +101,7 @@ class Chip:
         hop_seconds: latency of one hop of a collective.
         clock: of the cycles that the TPU compiler counts; 0 where it is not known.
         host_shape: chips of one host along each axis, as the TPU compiler takes it.
-        compiler_config: name of the configuration that the TPU compiler wants for it beside its own name, if any.
+        compiler_config: name of the configuration that the TPU compiler wants for it in addition to its own name, if any.
         device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
         provisional: the figures are orders of magnitude, neither published nor measured.
         source: where the figures come from.

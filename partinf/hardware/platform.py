@@ -162,23 +162,23 @@ class Platform:
         unrolled_layers: layers of all programs of a plan together up to which they are compiled one by one, where a loop over them runs
             slower; each costs a compilation of its own. One program of each shipped model is within a TPU's bound, where a layer takes some
             tenfold of what a loop's share of it takes to compile, and not the six programs that serve Llama 3 8B.
-        fetches_ahead: where layers are compiled one by one, the compiler reads the weights of later products beside earlier work.
+        fetches_ahead: where layers are compiled one by one, the compiler prefetches the weights of later products during earlier work.
         products: forms of products where a machine may choose and did not measure; None where there is nothing to choose.
         wide_activation: nonlinearities are computed in float32, where that is one pass with what stands around it and bfloat16 is four.
         stacked_rotations: cosines and sines are stacked before the barrier that keeps them out of the loop over heads.
         multiplied_look_up: a table whose columns fill no whole lanes is read by a product, since a look-up would lay all of it out anew.
         default_program: name of the program for which layouts are chosen (`partinf.cost.program.PROGRAMS`): the one that runs.
-        gathers_beside_products: the compiler runs a gather of weights beside products that do not wait for it.
+        gathers_overlap_products: the compiler overlaps a gather of weights with products that do not wait for it.
         grouped: what multiplies rows with the matrices of their experts, where it takes them.
         ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs the step is untested with it.
         compiler_options: what the compiler is asked for beyond its defaults.
         described: the compiler describes slices without any device (libtpu), so that a proof needs none.
-        proof_environment: environment variables of the process that compiles a proof, beside those of every proof.
+        proof_environment: environment variables of the process that compiles a proof, in addition to those of every proof.
         host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
         keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.
         memory_share: of the memory that weights, programs and activations leave, the part that becomes pages of the cache unless another
             is asked for. Virtual devices share the machine with all else that runs on it, so it is a quarter there.
-        code_bytes: what one compiled step takes beside its data: a round figure above what compilers named. layer_code_bytes: what every
+        code_bytes: what one compiled step takes besides its data: a round figure above what compilers named. layer_code_bytes: what every
             layer adds that is compiled one by one, for its decode rows, for up to 512 prompt tokens, and for each doubling of these.
     """
 
@@ -199,7 +199,7 @@ class Platform:
     stacked_rotations: bool
     multiplied_look_up: bool
     default_program: str
-    gathers_beside_products: bool
+    gathers_overlap_products: bool
     grouped: Grouped
     ragged_exchange: bool
     compiler_options: Mapping[str, str]
@@ -252,7 +252,7 @@ CPU = Platform(
     stacked_rotations=True,
     multiplied_look_up=False,
     default_program="tiled",
-    gathers_beside_products=False,
+    gathers_overlap_products=False,
     grouped=Grouped.CPU_KERNEL,
     ragged_exchange=False,
     compiler_options={},
@@ -281,7 +281,7 @@ GPU = Platform(
     stacked_rotations=False,
     multiplied_look_up=False,
     default_program="tiled",
-    gathers_beside_products=False,
+    gathers_overlap_products=False,
     grouped=Grouped.COMPILER,
     ragged_exchange=False,
     compiler_options={},
@@ -310,7 +310,7 @@ TPU = Platform(
     stacked_rotations=False,
     multiplied_look_up=True,
     default_program="tiled",
-    gathers_beside_products=True,
+    gathers_overlap_products=True,
     grouped=Grouped.TPU_KERNEL,
     ragged_exchange=True,
     # A TPU does one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.

@@ -48,7 +48,7 @@ class TypeRates:
         prompt_flops: FLOP/s of the core of prompts.
         activations: bytes/s at which what products read and write passes between them: norms, rotations, nonlinearities, residuals.
         choice: bytes/s at which logits are read where a token is chosen.
-        op_seconds: time of one product or core, however small, with what belongs to it. step_seconds: time of a step beside all else:
+        op_seconds: time of one product or core, however small, with what belongs to it. step_seconds: time of a step besides all else:
             dispatch, its arguments and its results.
     """
 

@@ -87,7 +87,7 @@ class Ring(StrEnum):
 
 @dataclass(frozen=True)
 class Loop:
-    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the products beside them.
+    """An axis whose gathers of d_model before a sublayer, and reduce-scatters after it, are looped with the adjacent products.
 
     Attributes:
         gathers: False leaves the gathers alone: their parts add up in float32, which costs more memory traffic the more tokens there are,
@@ -107,7 +107,7 @@ class Phase:
         gather: axes whose weight shards are gathered before use; the tokens are split over them instead.
         attention: (axis, role) for every mesh axis, in mesh order.
         loop: where collectives run behind matmuls; None leaves every collective to itself.
-        ahead: whether weights are gathered before the products that precede theirs, so that the links work beside the multipliers: those
+        ahead: whether weights are gathered before the products that precede theirs, so that the gathers overlap products: those
             that a layer needs last at its beginning, those that the next layer needs first while this one ends. It takes the place of one
             more layer's gathered weights.
         whole: whether what passes between sublayers is split over the axes that split d_model in the weights alone, so that a sublayer ends

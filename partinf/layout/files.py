@@ -199,7 +199,7 @@ def _make(axes: Mapping[str, str], decode: _PhaseTable, prefill: _PhaseTable, ex
 
 
 def _head(file: Table) -> dict[str, Any]:
-    """What a layout file holds beside its roles, and what `plan --save` adds: all that is there, checked."""
+    """What a layout file holds besides its roles, including what `plan --save` adds, checked."""
     read: dict[str, Callable[[str], Any]] = {
         **dict.fromkeys(("description", "source", "model", "slice", "mesh"), file.text),
         **dict.fromkeys(("weights", "kv"), lambda key: file.choice(key, DType)),

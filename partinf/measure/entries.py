@@ -2,7 +2,7 @@
 
 Products and collectives run by themselves, one after another of their kind. A core of attention has a form of its own on every platform,
 so it is timed as what it adds to a step: a model of nothing but such cores, with more layers and with fewer. What is neither (the passes
-over memory beside products, and dispatch) has no call of its own, and is what the step takes beyond the sum.
+over memory between products, and dispatch) has no call of its own, and is what the step takes beyond the sum.
 """
 
 from __future__ import annotations

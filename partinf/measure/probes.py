@@ -65,7 +65,7 @@ def probes(size: Size) -> list[tuple[ModelConfig, tuple[Bucket, ...]]]:
     return [
         (size.model("one-layer", 1, 128, 256, 2, 1, 256), few),  # what a step takes
         (size.model("layers", 8, 128, 256, 2, 1, 256), few),  # and what an operation takes
-        (  # attention over few and many positions beside weights that no cache holds, by few and many rows; prompts
+        (  # attention over few and many positions together with weights that no cache holds, by few and many rows; prompts
             size.model("wide", 1, 1024, 6144, 16, 4, 256),
             (decode(1, 64), decode(8, 256), decode(8, 1024), decode(32, 256), prefill(64), prefill(256), prefill(512)),
         ),

@@ -197,7 +197,7 @@ class Wrapper:
     Attributes:
         architecture, model_type: as in `Family`. text: the key of the part for text. inner: its `model_type` where it does not say.
         unread: what is not read, in words.
-        harmless: keys beside the part for text that change nothing for text.
+        harmless: keys outside the part for text that change nothing for text.
     """
 
     architecture: str

@@ -29,7 +29,7 @@ class Mixture:
         each: fields of `FeedForward` that the family fixes; the activation is the model's where it is not among them.
         clamp: key of what the inputs of an expert's activation are cut off at.
         router: what the family fixes. renormalised, scale, groups, chosen_groups: keys of what it does not.
-        shared: key of the width of what all tokens go through besides; `shared_experts`: it counts experts of `width` instead.
+        shared: key of the width of the feed-forward that all tokens go through; `shared_experts`: it counts experts of `width` instead.
         shared_gate: as in `Experts`.
         first: key of the number of leading layers without experts. last: of the number of the last layer with experts, -1 for the last of
             all. every: of n, every n-th layer having experts. listed: of a list of layers without. typed: of a list of the types of all

@@ -208,7 +208,7 @@ class Experts:
 
     Attributes:
         count: X. each: one expert.
-        shared: width of the feed-forward that all tokens go through besides, activated as `each` is and without biases; 0 for none.
+        shared: width of an additional feed-forward that all tokens go through, activated as `each` is and without biases; 0 for none.
         shared_gate: its output is multiplied by the sigmoid of a product of the token with a vector.
     """
 

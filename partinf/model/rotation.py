@@ -308,7 +308,7 @@ def yarn_amplitude(factor: float, weight: float = 1.0) -> float:
 
 
 def rotation_from(table: Table) -> Rotation:
-    """A rotation as a TOML table has it: `theta`, `dims`, the name of the `scaling`, and that scaling's own numbers beside them."""
+    """A rotation as a TOML table has it: `theta`, `dims`, the name of the `scaling`, and that scaling's own numbers."""
     theta, dims = table.number("theta", default=Rotation.theta), table.whole("dims", default=0)
     name = table.choice("scaling", Scaled, default=None)
     scaling = None

@@ -158,7 +158,7 @@ def _with_memory_here(chip: Chip, devices: Sequence[jax.Device]) -> Chip:
         return replace(chip, hbm=total, usable_hbm=usable)
     here = next(device for device in devices if device.process_index == jax.process_index())
     limit = (here.memory_stats() or {}).get("bytes_limit")
-    # Rounded, so that hosts whose devices differ by what runs beside them make the same plan.
+    # Rounded, so that hosts with other processes on their devices make the same plan.
     return chip if limit is None else replace(chip, usable_hbm=int(limit) // _MEMORY_STEP * _MEMORY_STEP * chip.devices_per_chip)
 
 

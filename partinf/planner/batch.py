@@ -123,7 +123,7 @@ class BatchAdvice:
 def batch_advice(evaluator: Evaluator, best: Candidate) -> BatchAdvice | None:
     """The largest batch worth decoding together under a candidate's roles; None where nothing decodes or nothing fits.
 
-    The critical batch is that of the chip; the latency bound is that of a decode step when one phase was asked for.
+    The critical batch is that of the chip; the latency bound is that of a decode step when the question has one phase.
     """
     if not best.fits or best.phase("decode") is None:
         return None

@@ -37,8 +37,8 @@ def plan(
         InvalidInput: nothing fits; by how much, and what would help.
     """
     refusal: DoesNotFit | None = None
-    for asked in [workload] if sized is None else [workload, *with_fewer_resident(workload)]:
-        question = Question(model, asked)
+    for load in [workload] if sized is None else [workload, *with_fewer_resident(workload)]:
+        question = Question(model, load)
         reports = _reports(question, slice_, finer)
         plans = (report.plan_of(candidate) for report in reports for candidate in report.candidates if candidate.fits)
         able = (found for found in plans if found.runnable is None)
@@ -51,7 +51,7 @@ def plan(
 
 
 def _reports(question: Question, slice_: Slice, finer: bool) -> Iterator[PlanReport]:
-    """What is chosen from: a finer mesh first, if it is faster and was asked for."""
+    """What is chosen from: a finer mesh first, if it is faster and allowed."""
     chosen = fastest(question, slice_) if finer else answer(question, slice_)
     yield chosen
     if chosen.slice != slice_:

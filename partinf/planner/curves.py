@@ -53,7 +53,7 @@ def front(report: PlanReport) -> list[Point]:
                 break
             best = found.best
             if best.fits:
-                points.append(Point(slice_.name, batch, best.asked.ffn, best.asked.step_seconds, best.chip_ms_per_token))
+                points.append(Point(slice_.name, batch, best.main.ffn, best.main.step_seconds, best.chip_ms_per_token))
     return mark_front(points)
 
 

@@ -72,7 +72,7 @@ class ExpertStorage:
     def __init__(self, space: Space, labels: Sequence[str], times: Sequence[int]) -> None:
         """
         Args:
-            times: as many steps of each phase are asked for.
+            times: number of steps of each phase.
         """
         self._space, self._labels, self._times = space, labels, times
         self._splits: dict[ExpertRoles, str] = {}

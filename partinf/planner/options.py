@@ -1,4 +1,4 @@
-"""The options of one phase over one storage, cheapest first and priced no earlier than they are asked for.
+"""The options of one phase over one storage, cheapest first and priced lazily.
 
 What the linear layers take depends on the gathered axes alone, and an attention core takes at least what its work takes when it is spread
 evenly: both bound an option from below before it is priced. A heap holds sets of gathered axes, options and priced options, each at what
@@ -118,7 +118,7 @@ class Space:
 
 
 class Bounds:
-    """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is asked for."""
+    """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is needed."""
 
     def __init__(self, space: Space, storage: Stored, label: str) -> None:
         self._space, self._storage, self._label = space, storage, label
@@ -196,7 +196,7 @@ class Options:
 
     @property
     def num_left(self) -> int:
-        """Options that were not asked for, equal axes counted apart."""
+        """Options that were never priced, equal axes counted apart."""
         return sum(1 if isinstance(node, PhaseOption | Choice) else len(self._attentions) for _, _, node in self._heap)
 
     def _push(self, least: float, node: _Node) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of a slice: how to split a model for a workload, and how steps are to be priced."""
+"""The question to the planner: how to split a model for a workload, and how steps are priced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from partinf.workload import Workload
 
 @dataclass(frozen=True)
 class Question:
-    """One question, to be asked of any slice.
+    """One question, for any slice.
 
     Attributes:
         calibration: `fitted` or `none` (the pure roofline).

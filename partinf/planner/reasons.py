@@ -17,15 +17,15 @@ def why(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) ->
     Args:
         candidates: in order, so that the first of a kind is its best.
     """
-    asked = candidate.asked
-    parts = _shares(asked.ledger)
+    main = candidate.main
+    parts = _shares(main.ledger)
     spent = ", ".join(f"{name} {share:.0%}" for name, share in parts[:3])
-    text = f"A {asked.name} step takes {readable_seconds(asked.step_seconds)}: {spent}."
+    text = f"A {main.name} step takes {readable_seconds(main.step_seconds)}: {spent}."
     for kind, words in (("ffn", "The best {} layout"), ("attention", "The best layout with {}")):
-        mine = getattr(asked, kind)
-        rival = next((c for c in candidates if getattr(c.asked, kind) != mine), None)
+        mine = getattr(main, kind)
+        rival = next((c for c in candidates if getattr(c.main, kind) != mine), None)
         if rival is not None:
-            other = getattr(rival.asked, kind)
+            other = getattr(rival.main, kind)
             named = _UNNAMED if other == "other" else words.format(_ATTENTION.get(other, other))
             text += f" {named} {_compared(candidate, rival)}."
     return text + _between_stages(slice_, candidates, candidate)
@@ -38,7 +38,7 @@ def why_experts(candidate: Candidate, others: Mapping[str, Candidate | str]) -> 
     Args:
         others: the same layout with experts split otherwise, or why that is impossible, by what they are called.
     """
-    routed = next((entry.routed for entry in candidate.asked.ledger.entries if entry.routed is not None), None)
+    routed = next((entry.routed for entry in candidate.main.ledger.entries if entry.routed is not None), None)
     if routed is None:
         return ""
     text = f" Expected per layer and device: {routed.hit:.3g} experts read for {routed.rows:.3g} rows"
@@ -57,7 +57,7 @@ def _compared(candidate: Candidate, rival: Candidate) -> str:
     slower = rival.score / candidate.score - 1
     tie = ", a tie" if rival.tie_with_best and candidate.tie_with_best else ""
     words = f"is {abs(slower):.1%} {'slower' if slower >= 0 else 'faster'}{tie}"
-    return f"{words} ({_difference(candidate.asked.ledger, rival.asked.ledger)})"
+    return f"{words} ({_difference(candidate.main.ledger, rival.main.ledger)})"
 
 
 def _between_stages(slice_: Slice, candidates: Sequence[Candidate], candidate: Candidate) -> str:

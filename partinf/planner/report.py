@@ -1,7 +1,7 @@
 """The answer of one slice: its candidates in order, and all that is said of them. A candidate's plan and why it won, and advice: what would
 make it fit, how its heads split, how large a batch is worth having.
 
-A report prices whatever it is asked with the question's own terms, so that no figure of it stands on other ones.
+A report prices everything on the question's own terms, so that all of its figures are comparable.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class PlanReport:
         that come later beside those that come first.
         """
         layout, held = candidate.layout, candidate.memory
-        if not self.slice.chip.platform.gathers_beside_products or self.model.block.parallel:
+        if not self.slice.chip.platform.gathers_overlap_products or self.model.block.parallel:
             return layout
         for label in PHASES:
             phase = layout.phase(label)
@@ -251,7 +251,7 @@ def search(
 
 
 def answer(question: Question, slice_: Slice, known: float = math.inf) -> PlanReport:
-    """The same for a question that several slices or meshes are asked.
+    """The same for one question and several slices or meshes.
 
     Args:
         known: a score that some candidate is known to have, so that what is much slower is passed over from the start.

@@ -56,17 +56,17 @@ class Candidate:
     """One role assignment with its figures.
 
     Attributes:
-        score: what candidates are ordered by, in seconds: the step that was asked for, or the whole workload.
+        score: what candidates are ordered by, in seconds: the step of the question's phase, or the whole workload.
         meets_bound: the latency bound holds, or there is none.
         padded_heads: query heads with padding; 0 for none.
-        asked: the phase whose figures stand for the candidate.
+        main: the phase by whose figures the candidate is ranked: that of the question, or decode.
     """
 
     layout: Layout
     phases: tuple[PhaseResult, ...]
     memory: MemoryBudget
     score: float
-    asked: PhaseResult
+    main: PhaseResult
     num_chips: int
     padded_heads: int = 0
     meets_bound: bool = True
@@ -75,7 +75,7 @@ class Candidate:
     @cached_property
     def name(self) -> str:
         """One line for tables."""
-        return readable_name(self.layout, self.asked.sizes)
+        return readable_name(self.layout, self.main.sizes)
 
     @property
     def fits(self) -> bool:
@@ -84,15 +84,15 @@ class Candidate:
     @property
     def seconds_per_token(self) -> float:
         """Time per token of one sequence."""
-        return self.asked.step_seconds / self.asked.tokens_per_sequence
+        return self.main.step_seconds / self.main.tokens_per_sequence
 
     @property
     def tokens_per_second(self) -> float:
-        return self.asked.tokens / self.asked.step_seconds
+        return self.main.tokens / self.main.step_seconds
 
     @property
     def chip_ms_per_token(self) -> float:
-        return 1e3 * self.num_chips * self.asked.step_seconds / self.asked.tokens
+        return 1e3 * self.num_chips * self.main.step_seconds / self.main.tokens
 
     def phase(self, name: str) -> PhaseResult | None:
         """The result of a phase, if the search priced it."""

@@ -128,7 +128,7 @@ class Search:
         return tuple(Refused(reason, count) for reason, count in self.refused.most_common())
 
     def _single(self, over: Iterable[Storage]) -> list[Candidate]:
-        """Candidates of the one phase that was asked for; the other phase is like it, but decode does not gather with prefill."""
+        """Candidates of the one phase of the question; the other phase is like it, but decode does not gather with prefill."""
         label = self.workload.phase or "decode"
         found = []
         for storage, (bounds,) in self._ordered(over, (label,), (1,)):
@@ -154,7 +154,7 @@ class Search:
         return found
 
     def of(self, layout: Layout, padded: int) -> Candidate:
-        """One layout, in the phase that was asked for or in both."""
+        """One layout, in the phase of the question or in both."""
         labels = (self.workload.phase,) if self.workload.phase else PHASES
         priced = {label: self.evaluator.price(layout, label, padded) for label in labels}
         steps = {label: _Step(one.seconds, one.entries) for label, one in priced.items()}
@@ -240,14 +240,14 @@ class Search:
 
     def _candidate(self, layout: Layout, padded: int, steps: dict[str, _Step], memory: MemoryBudget) -> Candidate:
         results = {label: self._result(layout, label, steps[label]) for label in PHASES if label in steps}
-        asked = results[self.workload.phase or "decode"]
-        score = latency = asked.step_seconds
+        main = results[self.workload.phase or "decode"]
+        score = latency = main.step_seconds
         if not self.workload.phase:
             prefill, decode = results["prefill"].step_seconds, self.workload.output_len * results["decode"].step_seconds
             score, latency = self.workload.counted_prefills * prefill + decode, prefill + decode
         bound = self.workload.max_latency
         meets_bound = bound is None or latency <= bound
-        return Candidate(layout, tuple(results.values()), memory, score, asked, self.slice.num_chips, padded, meets_bound)
+        return Candidate(layout, tuple(results.values()), memory, score, main, self.slice.num_chips, padded, meets_bound)
 
     def _result(self, layout: Layout, label: str, step: _Step) -> PhaseResult:
         workload, chip = self.workload, self.slice.chip

@@ -1,7 +1,7 @@
 """Searches over slices: `--slice auto:CHIP`, the cheapest slice that keeps a latency bound.
 
 One shape per number of chips comes first, the most cubic: a longer one of as many chips has fewer links across its middle. Of the
-cheapest number all shapes are tried. Cost is chip-seconds of the step or the workload that was asked for.
+cheapest number all shapes are tried. Cost is chip-seconds of the question's step or workload.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Trial:
         best, workload = self.report.best, self.report.workload
         prefill, decode = best.phase("prefill"), best.phase("decode")
         if workload.phase or prefill is None or decode is None:
-            return best.asked.step_seconds
+            return best.main.step_seconds
         return count * prefill.step_seconds + workload.output_len * decode.step_seconds
 
 
@@ -92,5 +92,5 @@ def _trial(question: Question, slice_: Slice) -> Trial | None:
 def price_per_million_tokens(trial: Trial, per_chip_hour: float) -> float:
     """Money for a million tokens under the best candidate: generated ones of a whole workload, those of the step of one phase."""
     workload, best = trial.report.workload, trial.report.best
-    tokens = best.asked.tokens if workload.phase or not workload.output_len else workload.batch * workload.output_len
+    tokens = best.main.tokens if workload.phase or not workload.output_len else workload.batch * workload.output_len
     return trial.chip_seconds / _SECONDS_PER_HOUR * per_chip_hour / tokens * 1e6

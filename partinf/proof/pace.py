@@ -1,4 +1,4 @@
-"""Constants of a chip beside the TPU compiler's own account of a program: what separates its cycles from what was seen in traces.
+"""Constants of a chip that correct the TPU compiler's own account of a program: how its cycles differ from what traces show.
 
 The compiler expects too much of small operations, and of products whose weights lie on the chip already; how much was read from profiler
 traces where there are any (`hardware/pace.toml`, with the evidence of each row). A chip without a row takes that of its family; what
@@ -29,7 +29,7 @@ class Pace:
         clock: of the compiler's cycles; 0 where it is not known, and cycles take no time then.
         byte_rate: bytes/s between HBM and the device while a transfer is under way. A whole step reaches less (`Calibration.hbm_share`),
             since HBM waits for the core now and then, which the walk sees.
-        product_share: share of the compiler's cycles that a product takes, beside the bytes that it moves.
+        product_share: share of the compiler's cycles that a product takes, apart from the bytes that it moves.
         moving_share: the same for an operation that only moves or converts what it is given.
         flops, int8_flops: FLOP/s of its matrix unit, below whose time that share takes no product.
         least_seconds: the least that the compiler says of an operation that passes over arrays. small_seconds: what the least takes.

@@ -1,6 +1,6 @@
 """Runs the compiler in a process of its own, within bounds of time and memory, and leaves nothing behind.
 
-What can go wrong is told apart: libtpu missing or of the wrong version (one line before anything starts), a program that the compiler
+Failures are distinguished: libtpu missing or of the wrong version (one line before anything starts), a program that the compiler
 refuses, a compiler that crashes, runs out of its memory or takes too long.
 """
 
@@ -56,7 +56,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said.
+    """The compiler's result.
 
     Attributes:
         program: the compiled text; empty when it refused. refusal: its message then. memory: bytes by kind.

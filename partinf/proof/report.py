@@ -33,7 +33,7 @@ class Collective:
     Attributes:
         op: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute. axes: mesh axes, in mesh order.
         bytes: payload of one: the output of an all-gather, the input of the others. count: how many run in a step.
-        seconds: of one, by the analytic model of the network. overlapped_fraction: the part of it that runs beside compute.
+        seconds: of one, by the analytic model of the network. overlapped_fraction: the part of it that is overlapped with compute.
         source_op: the line of ours that it comes from. asked: what our program asked for there, if not this op.
         merged: how many of ours the compiler made one op of.
     """
@@ -119,7 +119,7 @@ class StepProof:
 
     Attributes:
         refusal: the compiler's message when it does not fit. advice: the smallest change that would make it fit.
-        work: the dearest instructions beside collectives, and all others as one. estimate: None when it does not fit.
+        work: the most expensive instructions, without collectives, and all others as one. estimate: None when it does not fit.
         planned_seconds: what the plan's own account says for the same bucket.
     """
 

@@ -37,7 +37,7 @@ class Schedule:
     """A compiled program, read. `seconds` is the time of all `work` and of the exposed parts of all `collectives`.
 
     Attributes:
-        work: what takes the time beside collectives, waiting for transfers included; the dearest first.
+        work: what takes the time apart from collectives, waiting for transfers included; the most expensive first.
         kernels: those for which the compiler gives no cycles, by name.
     """
 
@@ -82,7 +82,7 @@ class Reader:
             taken: how often of all times the branches of a conditional run, by the lines that it comes from.
             kernels: seconds of one run of a kernel without cycles, by the name that its instructions begin with; given the instruction and
                 how many of that name run.
-            pace: constants beside the compiler's account; those of the chip by default.
+            pace: constants that correct the compiler's account; those of the chip by default.
         """
         self._module = module
         self._taken = lambda conditional: taken(module.source(conditional))

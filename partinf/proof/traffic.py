@@ -1,7 +1,7 @@
 """HBM traffic of a scheduled instruction: what it reads and writes, where slices of stacked arrays count as what they touch.
 
 A fusion that slices one layer out of stacked weights reads that layer alone, one that updates a page of the cache in place writes that
-page alone. A transfer that runs beside other work (`copy-start`, `slice-start`) is charged where it starts, for the part that it moves.
+page alone. An asynchronous transfer (`copy-start`, `slice-start`) is charged where it starts, for the part that it moves.
 Arrays in on-chip memory count nothing.
 """
 
@@ -62,7 +62,7 @@ def collective_of(module: Module, block: Computation, instruction: Instruction) 
 def stage_of(module: Module, instruction: Instruction) -> tuple[str, str] | None:
     """What a fusion does for a collective that is spread over several of them: `start`, `step` or `done`, and the collective's channel.
 
-    A TPU's compiler cuts such a collective into a fusion that starts it, fusions of other work that carry it forward beside that work, and
+    A TPU's compiler cuts such a collective into a fusion that starts it, fusions of other work that carry it forward meanwhile, and
     one that ends it. All of them name it, and none but the first is another collective.
     """
     called = module.computations.get(instruction.called("calls") or "") if instruction.opcode == "fusion" else None

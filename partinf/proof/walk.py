@@ -1,8 +1,8 @@
 """How long a compiled program takes: a walk over its schedule with one core, one queue of transfers from and to HBM, and the links.
 
     core    instructions one after the other, in the order of the schedule
-    queue   transfers that were started (`copy-start`, `slice-start`) one after the other, beside the core; what ends one waits for it
-    links   a collective occupies those of its axes; started ones run beside the core, the others hold it up
+    queue   transfers that were started (`copy-start`, `slice-start`) one after the other, asynchronously; what ends one waits for it
+    links   a collective occupies those of its axes; asynchronous ones overlap the core, the others stall it
 
 An instruction whose operands or results lie in HBM moves its own bytes while it runs, and these share the bandwidth with every transfer
 that is under way: among n of them, its bytes take n + 1 times as long as alone, or as long as the whole queue and they where that is

@@ -115,7 +115,7 @@ class EngineThread:
         They are named by their number, because samples without a seed derive theirs from the engine's and the name.
 
         Args:
-            stream: give out events besides the outputs at the end.
+            stream: give out events in addition to the outputs at the end.
 
         Raises:
             InvalidInput: what is wrong with any of the prompts.

@@ -11,7 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from partinf.engine.request import RequestOutput
-from partinf.foundation.errors import NoNumber
+from partinf.foundation.errors import NotFinite
 from partinf.serve.answers import Answer
 from partinf.serve.connections import body_writer
 from partinf.serve.engine_thread import Inbox, Item, ended_well, log_failure
@@ -113,7 +113,7 @@ def broken_off(outputs: Sequence[RequestOutput]) -> ApiError:
     """Why there is no answer: something failed, or the server is on its way down."""
     for output in outputs:
         if output.error is not None:
-            return failure(str(output.error) if isinstance(output.error, NoNumber) else None)
+            return failure(str(output.error) if isinstance(output.error, NotFinite) else None)
     return unavailable("the server is shutting down", retry_after=1)
 
 

@@ -208,7 +208,7 @@ def _length(text: str) -> int:
 def _count(text: str) -> int:
     match = _COUNT.fullmatch(text)
     if match is None or not int(match[1]) <= MAX_LEN:
-        raise ValueError(f"{shown(text)} is no number of tokens, a whole number from 0 to {MAX_LEN:,}")
+        raise ValueError(f"{shown(text)} is not a number of tokens; expected a whole number from 0 to {MAX_LEN:,}")
     return int(match[1])
 
 

@@ -44,7 +44,7 @@ class Service:
     prefix_caching: bool = False
 
     def make(self, plan: Plan) -> tuple[CostRunner, StepPrice, Callable[..., Engine]]:
-        """What runs this plan, its prices, and what makes an engine of what `Engine` takes beside its runner and its policy.
+        """What runs this plan, its prices, and what makes an engine from the further arguments of `Engine`.
 
         Raises:
             InvalidInput: as `cost_runner`.
@@ -85,7 +85,7 @@ class Choice:
     """Layouts that were compared, the best first.
 
     Attributes:
-        num_requests: of the load's beginning, which each of them served. num_unable: layouts beside them whose pool holds too little.
+        num_requests: of the load's beginning, which each of them served. num_unable: further layouts whose pool holds too little.
     """
 
     served: tuple[Served, ...]

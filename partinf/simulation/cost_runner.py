@@ -2,7 +2,7 @@
 
 Tokens are dummies, so requests end at their `max_tokens`. A step that is submitted enters the first pipeline stage and all before it move
 on by one, in one tick, which takes as long as a step that holds each of them: what a stage does not need of it is a bubble. Copies of
-pages to and from host memory run beside the compute, one after the other in each direction; a step waits only for those whose pages it
+copies of pages to and from host memory overlap compute, one after the other in each direction; a step waits only for those whose pages it
 touches.
 """
 

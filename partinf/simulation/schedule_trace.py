@@ -58,7 +58,7 @@ class ScheduleTrace:
         path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
 
     def _lane(self, start: float, end: float) -> int:
-        """The first lane that is free by then: steps in different stages of a pipeline lie beside each other."""
+        """The first lane that is free by then: steps in different stages of a pipeline overlap."""
         free = next((lane for lane, ended in enumerate(self._lanes) if ended <= start + 1e-9), len(self._lanes))
         self._lanes[free : free + 1] = [end]
         return free

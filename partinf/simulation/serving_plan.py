@@ -128,8 +128,8 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
     """The planner's best for a batch of this size, prompts not split over axes, and how they are priced."""
     workload = Workload(batch, traffic.input_len, traffic.output_len, weights=terms.weights, kv=terms.kv)
     alone = replace(workload, prefill_batch=1)  # where pages are preempted, prompts come one by one too
-    for asked in (workload, *with_fewer_resident(alone)):
-        found = search(model, slice_, asked, calibration=terms.calibration, skew=terms.skew)
+    for load in (workload, *with_fewer_resident(alone)):
+        found = search(model, slice_, load, calibration=terms.calibration, skew=terms.skew)
         if terms.num_stages is not None:
             staged = tuple(c for c in found.candidates if ways(c.layout.storage_axes(Role.STAGE), slice_.axis_sizes) == terms.num_stages)
             if not staged:

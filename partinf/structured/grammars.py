@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from partinf.foundation import extras
 from partinf.foundation.errors import InvalidInput
-from partinf.structured.asked import Kind, Structure
+from partinf.structured.structure import Kind, Structure
 
 # Compiled structures: clients send the same one with each request, and a hostile one takes some 50 MB.
 _REMEMBERED = 16

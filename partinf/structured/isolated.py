@@ -23,9 +23,9 @@ import msgspec
 from partinf.foundation import bounded_process
 from partinf.foundation.bounded_process import LENGTH
 from partinf.foundation.errors import Costly, InvalidInput
-from partinf.structured.asked import Structure
 from partinf.structured.grammars import QUICK, Answer, Compiled, Grammars, Kept, Tokenizer, TooComplex
 from partinf.structured.messages import Asked, Bounds, Found
+from partinf.structured.structure import Structure
 
 _ENDING_SECONDS = 10.0
 _STARTING_SECONDS = 20.0  # for a process to import what it needs and to read a vocabulary, on a machine that is busy

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from partinf.structured.asked import Structure
+from partinf.structured.structure import Structure
 
 
 @dataclass(frozen=True)

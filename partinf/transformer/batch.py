@@ -98,7 +98,7 @@ class ExtendedBatch:
     """Extended sampling: only in the batches of extended buckets.
 
     Attributes:
-        adjusted: [D + S] ADJUSTED where penalties and biases of the row's slot apply, ENDS_LATER where besides the tokens that end its text
+        adjusted: [D + S] ADJUSTED where penalties and biases of the row's slot apply, ENDS_LATER where also the tokens that end its text
             must not be chosen yet. presence, frequency, repetition: [D + S] its penalties.
         alternatives: [D + S] how many of the most likely tokens are wanted.
         counted: [D] 1 where the token that is fed was sampled, and is not in its slot's counts yet.

@@ -1,6 +1,6 @@
 """One layer inside `shard_map`: norm, gather E, products, a core, products, reduce-scatter E; twice, or once for a parallel block.
 
-The products that read the gathered activations, and those whose sums are scattered, are made here together with the collective beside
+The products that read the gathered activations, and those whose sums are scattered, are made here together with the adjacent collective
 them, so that both may run as one loop (`partinf.partition.collective_matmul`).
 """
 

@@ -17,8 +17,8 @@ from partinf.transformer.params import Params
 def routed(weights: Params, hidden: jax.Array, of: Experts) -> tuple[jax.Array, jax.Array]:
     """The experts [T, k] of rows [T, E], best first, and their weights [T, k] in float32.
 
-    Of equal scores the expert with the lowest number is chosen. Rows that are no numbers get experts that there are, all different, and
-    weights that are no numbers.
+    Of equal scores the expert with the lowest number is chosen. Rows that are not finite get valid experts, all different, and
+    weights that are not finite.
     """
     router = of.router
     logits = jnp.einsum("te,xe->tx", hidden, weights["router"], precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -58,7 +58,7 @@ class Out:
 
     Attributes:
         tokens, logprobs: [D + S], decode lanes first; log-probabilities are those of the model, before temperature and penalties. Token
-            -1 stands for a row whose logits are no numbers.
+            -1 stands for a row whose logits are not finite.
         logits: [D + S, V.ef] float32, or None unless it was asked for.
         top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in extended buckets; meaningless in a step
             whose rows want none. prompt_logprobs: [T] of the targets, in extended buckets with prompt tokens; prompt_top_tokens,

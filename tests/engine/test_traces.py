@@ -43,14 +43,14 @@ def test_traces_of_several_writers_are_read_alike(tmp_path: Path, content: str) 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("2023-11-16 18:15:46,-1,44", "line 2: 2023-11-16 18:15:46,-1,44 cannot be read: '-1' is no number of tokens"),
+        ("2023-11-16 18:15:46,-1,44", "line 2: 2023-11-16 18:15:46,-1,44 cannot be read: '-1' is not a number of tokens"),
         ("2023-11-16 18:15:46,1,44,9", "4 fields, where the first line names 3"),
         ("2023-11-16 18:15:46,1", "2 fields, where the first line names 3"),
-        ("2023-11-16 18:15:46,1.5,44", "'1.5' is no number of tokens"),
-        ("2023-11-16 18:15:46,²,44", "'²' is no number of tokens"),
-        ("2023-11-16 18:15:46,١,44", "is no number of tokens"),
+        ("2023-11-16 18:15:46,1.5,44", "'1.5' is not a number of tokens"),
+        ("2023-11-16 18:15:46,²,44", "'²' is not a number of tokens"),
+        ("2023-11-16 18:15:46,١,44", "is not a number of tokens"),
         (f"2023-11-16 18:15:46,{MAX_LEN + 1},44", "a whole number from 0 to 16,777,216"),
-        ("2023-11-16 18:15:46," + "9" * 10_000 + ",44", "is no number of tokens"),
+        ("2023-11-16 18:15:46," + "9" * 10_000 + ",44", "is not a number of tokens"),
         (
             "2023-11-16 18:15:46,1,44\n2023-11-16 18:15:46Z,1,44",
             "line 3: 2023-11-16 18:15:46Z,1,44 cannot be read: some stamps have a",

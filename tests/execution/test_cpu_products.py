@@ -80,7 +80,7 @@ def test_rows_that_hold_nothing_come_out_as_zeros_and_reach_no_other(kind: str, 
 
 @needs_kernels
 @pytest.mark.parametrize(("kind", "form"), EVERY)
-def test_what_is_no_number_stays_in_its_row_and_column(kind: str, form: Form) -> None:
+def test_what_is_not_finite_stays_in_its_row_and_column(kind: str, form: Form) -> None:
     skip_without(kind, form)
     x, weights = arrays(kind, 19, 64, 12)
     x = x.at[4, 5].set(jnp.nan).at[7, 0].set(jnp.inf)

@@ -34,7 +34,7 @@ def test_rows_of_the_table(slice_name: str, columns: int, multiplied: bool) -> N
 
 
 @pytest.mark.parametrize(("slice_name", "columns"), [("v4:2x2x1", 72), ("cpu:4", 72)])
-def test_a_row_that_is_no_number_is_found_by_its_token_alone(slice_name: str, columns: int) -> None:
+def test_a_row_that_is_not_finite_is_found_by_its_token_alone(slice_name: str, columns: int) -> None:
     table = np.array(jax.random.normal(jax.random.key(0), (512, columns)), jnp.bfloat16)
     clean, tokens = table.copy(), jnp.asarray([0, 3, 499, 3, 511, 1, 1, 2])
     table[3, 5], table[2, 0], table[400] = np.nan, -np.inf, np.nan

@@ -190,7 +190,7 @@ def test_a_report_names_the_roles_for_experts_and_says_what_others_cost() -> Non
     assert "Expected per layer and device" in note
     assert "splitting d_ff over all their axes" in note
     split = report.evaluator.split(best.layout, "decode", best.padded_heads)
-    lines = [line.what for section in explain(split, best.asked.ledger) for line in section.lines]
+    lines = [line.what for section in explain(split, best.main.ledger) for line in section.lines]
     assert "× router" in lines
 
 
@@ -206,4 +206,4 @@ def test_skewed_routers_slow_a_split_of_the_experts_and_leave_that_of_d_ff() -> 
 
 def _products(candidate: Candidate) -> float:
     """Seconds of products with experts' matrices."""
-    return sum(entry.exposed_seconds for entry in candidate.asked.ledger.entries if entry.item in (WX_IN.product, WX_OUT.product))
+    return sum(entry.exposed_seconds for entry in candidate.main.ledger.entries if entry.item in (WX_IN.product, WX_OUT.product))

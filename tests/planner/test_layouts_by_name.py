@@ -118,7 +118,7 @@ def test_a_named_layout_is_priced_as_the_search_prices_it() -> None:
         for mine, other in zip(again, some, strict=True):
             assert mine.score == pytest.approx(other.score, rel=1e-9)
             assert (mine.memory, mine.meets_bound) == (other.memory, other.meets_bound)
-            assert mine.asked.ledger.seconds == pytest.approx(mine.asked.step_seconds)
+            assert mine.main.ledger.seconds == pytest.approx(mine.main.step_seconds)
 
 
 def test_two_layouts_of_my_own_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,16 +64,16 @@ def ranked(column: Column) -> PlanReport:
 def test_the_papers_layout_is_outright_first(column: Column) -> None:
     best = ranked(column).best
     assert best.fits
-    assert (best.asked.ffn, best.asked.attention) == (FFN[column.gather], column.attention)
+    assert (best.main.ffn, best.main.attention) == (FFN[column.gather], column.attention)
 
 
 def test_on_eight_chips_the_papers_layout_is_a_tie() -> None:
     """X = ½·sqrt(n) is 1.4 there: 1D and 2D expose equal volumes."""
     column = COLUMNS[IDS.index(TIE)]
     report = ranked(column)
-    mine = next(c for c in report.candidates if (c.asked.ffn, c.asked.attention) == ("ws-2d", "batch"))
+    mine = next(c for c in report.candidates if (c.main.ffn, c.main.attention) == ("ws-2d", "batch"))
     assert mine.tie_with_best
-    assert report.best.asked.ffn == "ws-1d"
+    assert report.best.main.ffn == "ws-1d"
 
 
 def test_a_prefill_of_one_prompt_shares_the_storage_that_decode_wants() -> None:

@@ -119,7 +119,7 @@ def test_order_and_ties() -> None:
     fitting = [c for c in report.candidates if c.fits]
     assert [c.score for c in fitting] == sorted(c.score for c in fitting)
     assert all(c.tie_with_best == (c.score <= 1.05 * report.best.score) for c in fitting)
-    wanted = next(c for c in report.candidates if c.asked.ffn == "ws-2d" and c.asked.attention == "batch")
+    wanted = next(c for c in report.candidates if c.main.ffn == "ws-2d" and c.main.attention == "batch")
     assert wanted.tie_with_best
     assert len(report.candidates) == 1540
 
@@ -210,8 +210,8 @@ def test_fetching_ahead_is_searched_as_it_is_priced() -> None:
     assert [c.score for c in lists[1]][: len(near)] == near
     assert len(lists[1]) < len(lists[0])
     for candidate in lists[0][:20]:
-        ledger = candidate.asked.ledger
-        assert ledger.seconds == pytest.approx(candidate.asked.step_seconds)
+        ledger = candidate.main.ledger
+        assert ledger.seconds == pytest.approx(candidate.main.step_seconds)
         assert any(entry.overlapped for entry in ledger.entries)
 
 
@@ -236,6 +236,6 @@ def test_where_nothing_hides_gathers_they_are_not_credited() -> None:
     slice_ = parse_slice("h200:4x2")
     report = search(load_model_config("qwen-3-8b"), slice_, workload)
     assert report.program is TILED
-    assert not report.best.asked.phase.gather
-    assert search(load_model_config("qwen-3-8b"), slice_, workload, program=LOOPED).best.asked.phase.gather
+    assert not report.best.main.phase.gather
+    assert search(load_model_config("qwen-3-8b"), slice_, workload, program=LOOPED).best.main.phase.gather
     assert search(load_model_config("qwen-3-8b"), parse_slice("v5e:4x2"), workload).program is TILED

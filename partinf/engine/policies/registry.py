@@ -22,7 +22,7 @@ from partinf.foundation.errors import InvalidInput, nearest
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What policies can be told.
+    """The options of policies.
 
     Attributes:
         max_batch_size: sequences per iteration. alpha: seconds after which mlfq promotes. eviction, reserve: see `Pages`.

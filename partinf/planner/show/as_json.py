@@ -123,8 +123,8 @@ def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[st
 
 
 def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
-    """One candidate; top-level times are those of the phase that was asked for."""
-    memory, asked = candidate.memory, candidate.asked
+    """One candidate; top-level times are those of its main phase."""
+    memory, main = candidate.memory, candidate.main
     return {
         "layout": candidate.name,
         "roles": {axis: role.value for axis, role in candidate.layout.storage},
@@ -140,14 +140,14 @@ def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
             "total": memory.total,
             "usable": memory.usable,
         },
-        "step_seconds": asked.step_seconds,
+        "step_seconds": main.step_seconds,
         "total_seconds": candidate.score,
         "seconds_per_token": candidate.seconds_per_token,
         "tokens_per_second": candidate.tokens_per_second,
-        "mfu": asked.mfu,
+        "mfu": main.mfu,
         "chip_ms_per_token": candidate.chip_ms_per_token,
-        "ffn": asked.ffn,
-        "attention": asked.attention,
+        "ffn": main.ffn,
+        "attention": main.attention,
         "phases": {result.name: _phase_json(result, entries) for result in candidate.phases},
     }
 

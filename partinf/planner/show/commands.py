@@ -61,13 +61,13 @@ def served_plan(plan: Plan, workload: Workload) -> Plan:
     """The plan as `serve_command` has it, with its pages and its steps.
 
     Raises:
-        DoesNotFit: memory does not hold one sequence beside the rest.
+        DoesNotFit: not one sequence fits in memory with the rest.
     """
     return with_capacity(plan, served_capacity(workload.batch, sum(_lengths(plan.model, workload))))
 
 
 def served_memory(report: PlanReport, candidate: Candidate) -> Held | None:
-    """What a device holds of the server of `serve_command`; None where no sequence fits beside the weights."""
+    """What a device holds of the server of `serve_command`; None where no sequence fits next to the weights."""
     try:
         return held(served_plan(report.plan_of(candidate), report.workload))
     except DoesNotFit:

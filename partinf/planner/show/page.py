@@ -19,7 +19,7 @@ from partinf.planner.show.work import COLOURS, by_work, moved_bytes, roles_of
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .4rem 0; } p.asked { color: #666; }
+p { margin: .4rem 0; } p.question { color: #666; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; }
 th { font-weight: 600; color: #666; border-bottom: 1px solid #bbb; }
@@ -40,7 +40,7 @@ def page(report: PlanReport, top: int) -> str:
     """The page for a report, with its `top` candidates."""
     best = report.best
     title = f"{report.model.name} on {report.slice.name}"
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="asked">{escape(_asked(report))}</p>', *_verdict(report)]
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="question">{escape(_question(report))}</p>', *_verdict(report)]
     parts += ["<h2>Memory of a device</h2>", _memory(best), f"<h2>The best of {len(report.candidates)} role assignments</h2>"]
     parts += [_candidates(report, top), _key(COLOURS)]
     for result in best.phases:
@@ -49,7 +49,7 @@ def page(report: PlanReport, top: int) -> str:
     return f'<!doctype html>\n<html lang="en">{head}<style>{_STYLE}</style>\n' + "\n".join(parts) + "\n</html>\n"
 
 
-def _asked(report: PlanReport) -> str:
+def _question(report: PlanReport) -> str:
     workload, calibration = report.workload, report.calibration
     aim = f"one {workload.phase} step" if workload.phase else f"{workload.input_len} tokens in, {workload.output_len} out"
     return (

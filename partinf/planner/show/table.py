@@ -86,11 +86,11 @@ def _heading(report: PlanReport) -> str:
 def _candidates(report: PlanReport, top: int, width: int) -> Table:
     """One row for each candidate. Where the terminal is narrow, columns that matter less are left out, so that no row breaks."""
     narrow, prefills = width < _WIDE, report.workload.phase is None
-    unit, scale = time_unit(report.best.asked.step_seconds)
+    unit, scale = time_unit(report.best.main.step_seconds)
     heads = report.model.num_heads
 
     def cells(index: int, candidate: Candidate) -> Iterator[tuple[str, str]]:
-        asked, prefill = candidate.asked, candidate.phase("prefill")
+        main, prefill = candidate.main, candidate.phase("prefill")
         yield "", str(index)
         yield "weights", stored(candidate)
         for result in candidate.phases:
@@ -102,9 +102,9 @@ def _candidates(report: PlanReport, top: int, width: int) -> Table:
             yield "fits", "yes" if candidate.fits else "no"
         if prefills and prefill is not None:
             yield ">prefill s", figures(prefill.step_seconds)
-        yield f">{unit}/step", figures(asked.step_seconds / scale)
+        yield f">{unit}/step", figures(main.step_seconds / scale)
         if not narrow:
-            yield ">MFU", f"{asked.mfu:.1%}"
+            yield ">MFU", f"{main.mfu:.1%}"
             yield ">chip·ms/token", figures(candidate.chip_ms_per_token)
         late = "does not fit" if narrow and not candidate.fits else "" if candidate.meets_bound else "late"
         yield ">", "tie" if candidate.tie_with_best and index > 1 else late

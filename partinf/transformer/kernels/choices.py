@@ -1,7 +1,7 @@
 """Which form a product takes on this machine: by what was measured here once, else by the platform's table.
 
 Flags of a CPU do not say which form is fastest: they are right on one machine and wrong on the next. So all forms take turns for a few
-seconds when the kernels are first used (`turns`). What was found is kept beside the kernels under the same name, so that it holds for the
+seconds when the kernels are first used (`turns`). The result is stored next to the kernels under the same name, so that it holds for the
 same machine and the same kernels, and it is part of the key of every compiled program. It is measured again only when asked
 (`partinf calibrate --products again`). Where nothing is kept between starts, and where times do not settle, the platform's table stands.
 """

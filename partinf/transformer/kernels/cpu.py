@@ -2,7 +2,7 @@
 those of experts among them (`cpu_experts.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
-for the very CPU that is there, in about five seconds; it is kept beside the compiled programs (`partinf.foundation.caches`).
+for the CPU of the machine, in about five seconds; it is cached next to the compiled programs (`partinf.foundation.caches`).
 Without a compiler XLA's forms are used, which give the same and take longer; a warning says so once.
 """
 

@@ -1,4 +1,4 @@
-"""Commands on weights that hold what is no number: whoever meets it fails by name, all others are answered, and JSON stays JSON."""
+"""Commands on weights that contain NaN: requests that meet it fail by name, all others are answered, and JSON stays JSON."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def strict(text: str) -> dict:
     return found
 
 
-def test_a_token_whose_embedding_is_no_number(spoilt: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_whose_embedding_is_not_finite(spoilt: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     text = "copy: q a ="
     token = load_tokenizer(resources.find("models", "demo")).encode(text)[-3]
     model = ["--model", spoilt("model.embed_tokens.weight", (token, 0), np.nan, np.float32)]
@@ -55,7 +55,7 @@ def test_a_token_whose_embedding_is_no_number(spoilt: Callable[..., str], capsys
     assert "error" not in good
     for output in (bad, again):
         assert (output["tokens"], output["text"], output["finish_reason"]) == ([], "", "failed")
-        assert "no numbers" in output["error"]
+        assert "NaN or infinite" in output["error"]
     assert "prompt 1: the model's logits after" in err
     assert "prompt 3: " in err
     assert "prompt 2" not in err
@@ -63,13 +63,13 @@ def test_a_token_whose_embedding_is_no_number(spoilt: Callable[..., str], capsys
     out, err = capsys.readouterr()
     bad, good = strict(out)["scores"]
     assert bad["total"] is None
-    assert "no numbers" in bad["error"]
+    assert "NaN or infinite" in bad["error"]
     assert good["total"] == sum(good["logprobs"]) < 0
     assert "text 1: " in err
 
 
 @pytest.mark.slow
-def test_a_norm_that_is_no_number(spoilt: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_norm_that_is_not_finite(spoilt: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", spoilt("model.norm.weight", 0, np.inf, np.float16)]
     assert main(["score", *model, *WHERE, "--text", SORT]) == 1
     (score,) = strict(capsys.readouterr().out)["scores"]

@@ -1,4 +1,4 @@
-"""What an answer shall be, as text that can be compared: the same structure is compiled once."""
+"""What an answer must match, as text that can be compared: equal structures are compiled once."""
 
 from __future__ import annotations
 

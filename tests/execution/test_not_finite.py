@@ -1,4 +1,4 @@
-"""What is no number in one request reaches no other: in attention of every form, in look-ups, in pages that are used again, on the model.
+"""NaN in one request reaches no other: in attention of every form, in look-ups, in pages that are used again, on the model.
 
 A model with one row of embeddings that holds NaN serves mixed requests. Those that hold the row's token fail; all others must be answered
 as they are alone, while the others are there and after.
@@ -25,7 +25,7 @@ from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.execution.runner import JaxRunner
 from partinf.execution.score import Scorer
 from partinf.foundation import resources
-from partinf.foundation.errors import NoNumber
+from partinf.foundation.errors import NotFinite
 from partinf.hardware.slices import parse_slice
 from partinf.layout import Layout
 from partinf.layout.files import make_layout
@@ -118,7 +118,7 @@ def test_only_lanes_that_see_it_are_hit(form: str, int8: bool) -> None:
 @pytest.mark.parametrize("earlier", [None, "f32", "int8"])
 @pytest.mark.parametrize("form", [pytest.param(form, marks=needs_kernels if form == "native" else ()) for form in TILES if form != "paged"])
 def test_only_prompts_that_see_it_are_hit(form: str, earlier: str | None) -> None:
-    """Prompts of one step stand side by side; slot 1 holds what is no number now, slot 2 stored it before, others share their tiles."""
+    """Prompts of one step stand side by side; slot 1 holds NaN now, slot 2 stored it before, others share their tiles."""
     rng = np.random.default_rng(2)
     lengths, starts = (5, 6, 7, 20), np.array([20, 0, 17, 33] if earlier else [0] * 4)
     owner = np.array([slot for slot, length in enumerate(lengths) for _ in range(length)] + [-1, -1])
@@ -163,7 +163,7 @@ def test_rows_are_picked_one_by_one() -> None:
     assert np.isnan(found[1]).any()
 
 
-def test_a_channel_that_is_no_number_stays_none() -> None:
+def test_a_channel_that_is_not_finite_stays_none() -> None:
     array = np.random.default_rng(4).standard_normal((5, 8)).astype(np.float32)
     array[1, 3], array[2, 3], array[3] = np.nan, np.inf, 0
     for found in (quantize(array, (-1,)), quantize(jnp.asarray(array), (-1,))):
@@ -255,7 +255,7 @@ def check_answer(output: RequestOutput, alone: RequestOutput, kv: DType) -> None
     """
     fed = (*output.prompt, *output.tokens[:-1])
     failed = output.finish_reason is FinishReason.FAILED
-    assert failed == isinstance(output.error, NoNumber)
+    assert failed == isinstance(output.error, NotFinite)
     assert failed == (POISON in fed) or (failed and output.tokens[-1:] == (POISON,))
     assert finite(output)
     same = next((place for place, (a, b) in enumerate(zip(output.tokens, alone.tokens, strict=False)) if a != b), None)

@@ -1,4 +1,4 @@
-"""A token that could not be chosen, because logits are no numbers, ends its own request as failed; its pages are found by nobody."""
+"""A token that cannot be chosen, because logits are NaN, ends its own request as failed; no other request reuses its pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from partinf.engine import Engine, FakeRunner, FinishReason, SamplingParams
 from partinf.engine.step import PageTable, PrefillChunk, PromptScore, RowSampling, SampledToken
-from partinf.foundation.errors import NoNumber
+from partinf.foundation.errors import NotFinite
 from tests.engine.support import ROOMY, make_engine, run_all
 
 POISON = 13
@@ -40,7 +40,7 @@ def test_only_its_own_request_fails(lag: int) -> None:
     engine = poisoned(lag=lag)
     bad, good, late = engine.generate([[1, POISON, 2], [1, 2], [POISON - 2]], FOUR)
     assert (bad.finish_reason, bad.tokens) == (FinishReason.FAILED, ())
-    assert isinstance(bad.error, NoNumber)
+    assert isinstance(bad.error, NotFinite)
     assert "after 3 tokens" in str(bad.error)
     assert (good.finish_reason, good.tokens, good.error) == (FinishReason.LENGTH, (3, 4, 5, 6), None)
     assert (late.finish_reason, late.tokens) == (FinishReason.FAILED, (POISON - 1, POISON))  # with what it had
@@ -51,7 +51,7 @@ def test_only_its_own_request_fails(lag: int) -> None:
 def test_every_sample_of_it_fails_and_a_stream_says_why() -> None:
     engine = poisoned()
     assert [output.finish_reason for output in engine.generate([[POISON] * 9], replace(FOUR, n=3))] == [FinishReason.FAILED] * 3
-    with pytest.raises(RuntimeError, match="no numbers"):
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
         list(engine.stream([1, POISON], FOUR))
 
 
