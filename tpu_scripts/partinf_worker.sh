@@ -24,7 +24,7 @@ setup() {
   touch "$source/.partinf-ready"
 }
 
-# start RUN COMMIT ATTEMPT WORDS…: run WORDS in the synced commit, detached. The folder of the run is made once; whoever makes it starts.
+# start RUN COMMIT ATTEMPT WORDS…: run WORDS in the synced commit, detached. The folder of the run is made once; the process that makes it starts the command.
 start() {
   local run="$base/runs/$1" source="$base/source/$2"
   export PARTINF_RUN_ID="$1" PARTINF_ATTEMPT="$3" PARTINF_RESULTS="$base/runs/$1/results"

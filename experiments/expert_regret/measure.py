@@ -81,7 +81,7 @@ def compiled(report: PlanReport, candidate: Candidate) -> dict[str, Any]:
     return {
         "layout": candidate.name,
         "experts": experts_name(candidate.layout, report.slice.axis_sizes),
-        "planner_ms": 1e3 * candidate.asked.step_seconds,
+        "planner_ms": 1e3 * candidate.main.step_seconds,
         "compiled_ms": None if step.estimate is None else 1e3 * step.estimate.seconds,
         "copies_ms": 1e3 * sum(one.seconds for one in step.differences if one.kind == "extra copy"),
     }

@@ -123,7 +123,7 @@ def prompts() -> dict[str, Any]:
     question = Question(model, Workload(batch=batch, input_len=length, output_len=1, phase="prefill"))
     best = answer(question, slice_).best
     same = given(question, slice_, [(everywhere(slice_, "ffn", "heads", "expert"), 0)])[0]
-    least = 1e3 * same.asked.ledger.flops / slice_.chip.peak_bf16
+    least = 1e3 * same.main.ledger.flops / slice_.chip.peak_bf16
     return {"measured": TO_FIRST_TOKEN, "tp4_ep4": ms(same), "planner": ms(best), "floor": float(f"{least:.3g}"), "layout": best.name}
 
 

@@ -207,7 +207,7 @@ def curves(scheduler: str, lengths: str, limit: float, sizes: tuple[int, ...], m
 
 
 def low_load() -> dict[str, dict[str, float]]:
-    """Median latencies at a load at which nobody waits."""
+    """Median latencies at a load at which no request waits."""
     return {lengths: {name: simulate(name, 8, LOW, lengths)["latency"] for name in SCHEDULERS} for lengths in (MIXED, SAME)}
 
 

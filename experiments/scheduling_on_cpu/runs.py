@@ -156,7 +156,7 @@ def real(model: api.Model, policy: Policy, arrivals: list[Arrival], clock: Clock
     engine = CheckedEngine(model.runner, policy=policy, clock=clock, on_step=times.on_step if times else None)
     engine.expected = prompts.answers
     refused = play(engine, arrivals, clock, prompt=prompts)
-    assert (refused, prompts.answers) == (0, {}), "everybody is answered"
+    assert (refused, prompts.answers) == (0, {}), "every request is answered"
     return figures(engine, clock() - arrivals[0].time)
 
 

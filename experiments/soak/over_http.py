@@ -121,7 +121,7 @@ class Server:
 
 
 class Clients:
-    """Everybody who asks, and what became of it.
+    """All clients, and the outcomes of their requests.
 
     Attributes:
         outcomes: requests by what became of them. samples: of requests that were answered. perhaps: at most so many more, of clients that
@@ -284,7 +284,7 @@ def wrong(server: Server, clients: Clients, metrics: dict[str, float]) -> list[s
     if not clients.samples <= ended <= clients.samples + clients.perhaps:
         found.append(f"{ended:.0f} samples ended; clients know of {clients.samples}, and of at most {clients.perhaps} more")
     if not metrics["num_preemptions_total"]:
-        found.append("nobody was preempted")
+        found.append("no request was preempted")
     found += [
         f"nothing was {name}" for name in ("answered", "refused", "left", "wrong, refused", "other endpoints") if not clients.outcomes[name]
     ]

@@ -161,7 +161,7 @@ def soak(seconds: float, legs: Sequence[Leg] = LEGS, seed: int = 0) -> dict[str,
     if not COMPILATIONS.count:
         problems.append("no compilation was heard of, not even those of the start")
     if not any(leg["preemptions"] for leg in found) or not any(leg["swapped_in_pages"] for leg in found):
-        problems.append("nobody was preempted, or nobody swapped")
+        problems.append("no request was preempted, or none swapped")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "seconds": seconds,

@@ -79,12 +79,12 @@ def as_stored(directory: str | Path, config: ModelConfig) -> ModelConfig:
         naming = naming_of(config, reader.inventory.names)
         if reader.inventory.offences or "unembed" not in naming.model_weights or not tied_offences(reader, config, naming):
             return config
-    own = "embeddings are said to be tied, but the weights have an output matrix of their own, which is used"
+    own = "the configuration ties the embeddings, but the weights have a separate output matrix, which is used"
     return replace(config, tied_embeddings=False, source="; ".join(filter(None, (config.source, own))))
 
 
 def tied_offences(reader: TensorReader, config: ModelConfig, naming: Naming) -> list[str]:
-    """The offence of an output matrix that is stored beside the embedding, is said to be the same, and is another."""
+    """The offence of an output matrix that is stored although the embedding is declared tied, and differs from it."""
     embed = naming.named(naming.model_weights["embed"].tensors[0])
     heads = [name for name in reader.inventory.tensors if name.endswith(_head(naming))] if config.tied_embeddings else []
     if "unembed" in naming.model_weights:

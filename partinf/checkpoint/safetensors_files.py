@@ -265,7 +265,7 @@ def _shards(directory: Path, index: Path) -> set[str]:
 
 
 def _there(path: Path) -> bool:
-    """Whether there is a file, or a link to one that is gone: whoever reads it says so."""
+    """Whether there is a file, or a link to one that is gone, which is reported on reading."""
     return path.is_file() or path.is_symlink()
 
 

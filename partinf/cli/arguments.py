@@ -56,7 +56,7 @@ def check_skew(flags: Flags, skew: float, model: ModelConfig | None) -> None:
 
 
 def add_pod(parser: argparse.ArgumentParser | argparse._ArgumentGroup, output: str) -> None:
-    """What a run on a slice that is created for it needs to be told; `output` is the flag of the directory that its files go to."""
+    """The flags of a run on a slice that is created for it; `output` is the flag of the directory that its files go to."""
     parser.add_argument("--description", type=Path, metavar="FILE", help="project, zone, time to live and more; see tpu_scripts/README.md")
     parser.add_argument("--run-id", metavar="ID", help="name of the run (default: the current time)")
     parser.add_argument(output, type=Path, default=Path("pod-runs"), metavar="DIR", help="where its files go (default: pod-runs)")

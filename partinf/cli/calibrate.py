@@ -179,7 +179,7 @@ def _finite(value: float) -> float | None:
 
 
 def _rate(value: float, unit: str) -> str:
-    """A rate in billions of a unit; one that is infinite took no time that could be told from that of others."""
+    """A rate in billions of a unit; an infinite one was too fast to measure."""
     return f"{value / 1e9:.3g} {unit}" if math.isfinite(value) else "too fast to measure"
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def said_of_load(args: argparse.Namespace) -> tuple[str, str]:
-    """What was said of arrivals and lengths, to be repeated in the output; of a trace its file's name."""
+    """Arrivals and lengths as given, to be repeated in the output; of a trace its file's name."""
     if args.arrivals.startswith("trace:"):
         return f"trace:{Path(args.arrivals.removeprefix('trace:')).name}", "of the trace"
     return args.arrivals, args.lengths
@@ -65,5 +65,5 @@ def _lines(report: RunReport) -> list[tuple[str, str]]:
 
 
 def _text(form: str, *values: float | None) -> str:
-    """The figures in this form; a dash where one of them cannot be said."""
+    """The figures in this form; a dash where one of them is unknown."""
     return "–" if None in values else form.format(*values)

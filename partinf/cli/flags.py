@@ -1,4 +1,4 @@
-"""Flags read into values, so that everything that is wrong on a command line is said at once.
+"""Flags read into values, so that everything that is wrong on a command line is reported at once.
 
 argparse stops at the first value that it cannot convert, so commands declare every flag as text and read it here, with its range. What is
 wrong joins one list, to which a command adds what it finds itself; `check` raises it before anything is made or touched. A flag that takes

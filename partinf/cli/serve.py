@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _follow(place: ModelPlace, plan: Plan, group: Group, make: _Make) -> int:
-    """A process that has devices and no clients. Who is told to stop is process 0, which lets this one end when it has drained."""
+    """A process that has devices and no clients. The signal to stop goes to process 0, which lets this one end when it has drained."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import say
 

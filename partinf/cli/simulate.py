@@ -216,7 +216,7 @@ def _pricing(slice_: Slice, calibration: str, program: str | None, skew: float) 
 
 
 def _bind(flags: Flags, load: OfferedLoad | None, terms: Terms) -> list[Plan] | None:
-    """The plan, or several to choose among where the load or its bounds were said; None where something is wrong, which the flags'
+    """The plan, or several to choose among where the load or its bounds are given; None where something is wrong, which the flags'
     offences say."""
     from partinf.checkpoint.described import read_model
     from partinf.plans import Plan, layout_for

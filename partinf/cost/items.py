@@ -1,6 +1,6 @@
 """What an entry of the ledger is: its identity as a value, of which the name is only the display.
 
-Whoever asks what an entry does (prices, pictures, probes of single entries, the reader of a layout) compares these values and never a
+Code that needs to know what an entry does (prices, pictures, probes of single entries, `explain`) compares these values and never a
 name, so that an entry can be renamed without a figure changing.
 """
 

@@ -96,8 +96,8 @@ class BatchBuilder:
         """Rows of a step: as many as a policy allows, and no more than a fair share when all that could run are spread over the pipeline
         stages, so that none stands empty while another is crowded."""
         roster, limits = self._roster, self.limits
-        everybody = min(len(roster.running) + len(roster.waiting) + len(roster.swapped), limits.num_slots)
-        return min(max_batch_size or limits.num_slots, max(1, ceil_div(everybody, limits.num_stages)))
+        runnable = min(len(roster.running) + len(roster.waiting) + len(roster.swapped), limits.num_slots)
+        return min(max_batch_size or limits.num_slots, max(1, ceil_div(runnable, limits.num_stages)))
 
     @property
     def num_rows(self) -> int:

@@ -18,7 +18,7 @@ class Constraint(Protocol):
         complete and nothing may.
 
         Args:
-            quick: whoever asks keeps everybody waiting, so it may be refused.
+            quick: the call blocks all requests, so it may be refused.
 
         Raises:
             Costly: only where it is to be quick; the token has not been taken then.

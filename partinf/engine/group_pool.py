@@ -69,7 +69,7 @@ class GroupPool:
         return sum(max(0, count - free) for count, free in zip(self._wanted(held.end, end), self.free_in(shard), strict=True))
 
     def has_room(self, sequence: Sequence | None, end: int, shard: int, cached: list[int]) -> bool:
-        """Whether a shard takes one more sequence with its pages up to `end`, the first of which are cached: those of them that nobody
+        """Whether a shard takes one more sequence with its pages up to `end`, the first of which are cached: those of them that no sequence
         holds count as free until they are taken."""
         if self.window:
             return sequence is None or self.reserved[shard] + self._reserve(sequence) <= self._most_reserved

@@ -25,7 +25,7 @@ def execute(experiment: Experiment, say: Callable[[str], None] = lambda _: None)
     """The result of a run on devices; see `partinf.experiment.result`. Every process gets it, with times of its own.
 
     Args:
-        say: told what is done next.
+        say: called with what is done next.
     """
     plan = experiment.plan()
     say(f"{plan.model.name} on {plan.slice.name} ({plan.slice.mesh}): compiling {len(plan.buckets)} steps")

@@ -391,7 +391,7 @@ def _too_deep(where: str) -> str:
 
 
 def looks_like(data: bytes) -> str:
-    """What a file is by its first bytes, as the end of a message; empty where that cannot be told."""
+    """What a file is by its first bytes, as the end of a message; empty if unknown."""
     head = data.lstrip()
     for start, kind in _KINDS:
         if head.startswith(start):

@@ -144,7 +144,7 @@ class _File(HfFile):
         self.quantised(family.quantised)
 
     def quantised(self, read: Sequence[str] = ()) -> None:
-        """An offence where weights are said to be stored in fewer bits, in a way that is not read."""
+        """An offence where weights are stored in fewer bits, in a format that is not read."""
         for key in _WEIGHTS:
             if self.data.get(key) is not None:
                 method = self.data[key].get("quant_method") if isinstance(self.data[key], dict) else None

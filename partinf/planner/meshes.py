@@ -2,8 +2,8 @@
 
 The slice's own axes are searched whole. From there on one axis at a time is split in two, of which one part keeps its role: what seems
 fastest is refined first, until nothing is left or a budget is spent. It is counted in candidates and not in seconds, so that every machine
-finds the same, and what is left out is said. Without a budget all assignments of all meshes are reached; where nothing can come near the
-best that is known they are passed over, as in the search of one mesh.
+finds the same, and what is left out is reported. Without a budget all assignments of all meshes are reached; where nothing can come near
+the best that is known they are passed over, as in the search of one mesh.
 """
 
 from __future__ import annotations

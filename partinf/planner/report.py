@@ -1,5 +1,5 @@
-"""The answer of one slice: its candidates in order, and all that is said of them. A candidate's plan and why it won, and advice: what would
-make it fit, how its heads split, how large a batch is worth having.
+"""The answer of one slice: its candidates in order, and all figures and sentences about them. A candidate's plan and why it won, and
+advice: what would make it fit, how its heads split, how large a batch is worth having.
 
 A report prices everything on the question's own terms, so that all of its figures are comparable.
 """

@@ -82,7 +82,7 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def kernel_bytes(computation: Computation, kernel: Instruction) -> int:
-    """Bytes of HBM that a kernel is handed and makes: more than it moves where it picks, and all that can be said of one unknown."""
+    """Bytes of HBM that a kernel is handed and makes: more than it moves where it picks, and all that is known of an unknown one."""
     operands = [computation.by_name[name] for name in kernel.operands if name in computation.by_name]
     return sum(shape.hbm_bytes for one in (*operands, kernel) for shape in one.shapes)
 

@@ -68,7 +68,7 @@ class ChatTemplate:
         raise_offences(f"{where}: line {line}: no {kind} named {name!r}" for line, kind, name in unknown)
 
     def _unknown(self) -> Iterator[tuple[int, str, str]]:
-        """Filters and tests that nobody knows, with their lines."""
+        """Unknown filters and tests, with their lines."""
         for node in self._parsed.find_all(jinja2.nodes.Filter):
             if node.name not in self._environment.filters:
                 yield node.lineno, "filter", node.name

@@ -87,7 +87,7 @@ class Conversations:
         return lambda: ReplyReader(self.thinks, inside, CallReader(form, names, parallel))
 
     def _tool_offences(self, body: ChatBody) -> Iterator[Offence]:
-        """What is asked of tools, and cannot be done."""
+        """What is requested of tools and not supported."""
         choice = body.tool_choice
         if not body.tools:
             if choice not in (None, "none", "auto"):

@@ -20,7 +20,7 @@ from partinf.serve.errors import Offence, Quoting, invalid
 T = TypeVar("T", bound="Body")
 Idle = dict[str, tuple[object, ...]]
 
-# What a body may hold: each takes many times the memory of its characters, and time of the interpreter, which is everybody's.
+# What a body may hold: each takes many times the memory of its characters, and time of the interpreter, which all requests share.
 _CONTAINERS = 1 << 16  # lists and objects
 _STRINGS = 1 << 18
 _VALUES = 1 << 20  # beside the ids of prompts that can be answered

@@ -80,13 +80,13 @@ class Inbox:
         return [sorted(outputs, key=lambda output: output.sample) for outputs in found]
 
     def close(self) -> None:
-        """Nobody listens any more: cancel what still runs."""
+        """The client is gone: cancel what still runs."""
         self._listener = None
         self._close(self)
 
 
 class EngineThread:
-    """Drives an engine from one thread, between the event loop that made this object and nobody else.
+    """Drives an engine from one thread, for the event loop that made this object alone.
 
     Attributes:
         on_output: called in the event loop with every request that ended.
@@ -106,7 +106,7 @@ class EngineThread:
 
     @property
     def num_requests(self) -> int:
-        """Requests of the engine that somebody waits for."""
+        """Requests of the engine whose answers are awaited."""
         return len(self._inboxes)
 
     def submit(self, prompts: Sequence[Sequence[int] | str], params: SamplingParams, stream: bool) -> Inbox:
@@ -141,13 +141,13 @@ class EngineThread:
         return inbox
 
     def cancel_all(self) -> None:
-        """End every request that is in flight; those who wait for them are told."""
+        """End every request that is in flight, and notify the waiting clients."""
         for name in list(self._inboxes):
             self.engine.cancel(name)
         self._work.set()
 
     async def idle(self) -> None:
-        """Wait until nobody waits for anything."""
+        """Wait until no request is in flight."""
         await self._idle.wait()
 
     def stop(self) -> None:

@@ -83,7 +83,7 @@ def unknown_model(name: str, known: Iterable[str]) -> ApiError:
 
 
 def failure(why: str | None = None) -> ApiError:
-    """Something of ours broke; what, is in the log, unless it can be said."""
+    """An internal error; the log has the details, unless they may be shown."""
     return ApiError(500, [Offence(why or "the server failed while it ran this request")], code="internal_error")
 
 

@@ -1,6 +1,6 @@
 """What Prometheus may ask: vLLM's meanings under our prefix, and the same again under vLLM's own names and labels.
 
-Counts that the engine keeps are read when somebody asks; times are recorded once per request, when it has ended.
+Counts that the engine keeps are read on request; times are recorded once per request, when it has ended.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _WithTheirNames(Collector):
 
 
 def _with_their_labels(samples: list[Sample]) -> list[Sample]:
-    """The samples by vLLM's names and labels; those that it does not tell apart are added up."""
+    """The samples by vLLM's names and labels; those that it does not distinguish are added up."""
     found: dict[tuple[str, tuple[tuple[str, str], ...]], Sample] = {}
     for sample in samples:
         labels = sample.labels | _ENGINE

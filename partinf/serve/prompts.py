@@ -125,7 +125,7 @@ def as_text(prompt: str | list[int], served: Served, special: bool = False) -> s
 
 
 def length_offence(prompt: list[int], name: str, max_tokens: int, max_name: str, limits: RunnerLimits) -> Offence | None:
-    """A prompt that is too long, or leaves no room for what is asked."""
+    """A prompt that is too long, or leaves no room for the requested tokens."""
     context, longest = limits.max_context, limits.max_prompt_len
     if len(prompt) > longest:
         return Offence(f"{name} has {len(prompt)} tokens; the context holds {context}, and the longest prompt is {longest}", name)

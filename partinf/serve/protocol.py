@@ -28,7 +28,7 @@ Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
 class StreamOptions(Fields, frozen=True):
-    """What a stream tells besides its tokens.
+    """The contents of a stream in addition to its tokens.
 
     `include_usage`: a last event without choices says how many tokens there were. `continuous_usage_stats` (vLLM's): every event says how
     many there have been.
@@ -245,7 +245,7 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
 
     `add_generation_prompt` (true unless the final message is continued) and `chat_template_kwargs` are vLLM's, given to the template;
     `continue_final_message` lets the answer go on where the last message ends, and `add_special_tokens` lets the tokenizer add those that
-    the template does not write. `tools` are shown to the model, whose calls are told apart from its text, the first alone where
+    the template does not write. `tools` are shown to the model, whose calls are separated from its text, only the first where
     `parallel_tool_calls` is false; so is what it writes between `<think>` and `</think>`, as `reasoning_content`.
     """
 
@@ -473,7 +473,7 @@ class ModelList(Struct, frozen=True):
 
 
 class Tokens(Struct, frozen=True):
-    """The answer of /tokenize; `token_strs` where they were asked for."""
+    """The answer of /tokenize; `token_strs` if requested."""
 
     count: int
     max_model_len: int

@@ -1,4 +1,4 @@
-"""A model's text as the message that it is: reasoning, text and calls of tools, told apart while it comes."""
+"""A model's text as the message that it is: reasoning, text and tool calls, separated as it arrives."""
 
 from __future__ import annotations
 

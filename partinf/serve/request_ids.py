@@ -1,4 +1,4 @@
-"""Every request has an id: the client's own `x-request-id`, or one that is made. It comes back with every answer, and stands in the log
+"""Every request has an id: the client's own `x-request-id`, or one that is made. It comes back with every answer, and is in the log
 with the reason wherever a request is refused.
 
 An answer says to its client what is wrong in the client's own words; the log says it without them, so that it holds nothing of a prompt.

@@ -58,7 +58,7 @@ class Options:
 
     Attributes:
         names: by which the model may be asked for; answers bear the first. api_keys: any of them opens /v1; none leaves it open.
-        max_connections: open at once. drain_seconds: for requests in flight when the server is told to stop.
+        max_connections: open at once. drain_seconds: for requests in flight when the server gets a signal to stop.
         head_seconds: for a client to say what it wants.
         access_log: a line per request, with its path and nothing of its body.
         tool_format: in which the model writes calls of tools, where its template does not tell.
@@ -91,7 +91,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(listener: socket.socket, load: Callable[[], Loaded], options: Options) -> bool:
-    """Serve until told to stop; whether the engine's thread has come to its end. Signals are handled if this is the main thread.
+    """Serve until a signal to stop; returns whether the engine's thread has come to its end. Signals are handled if this is the main
+    thread.
 
     Raises:
         Exception: what `load` raised.
@@ -152,7 +153,7 @@ class Server(uvicorn.Server):
             thread = asyncio.run_coroutine_threadsafe(self._open(loaded), self._loop).result()
             thread.run()
         except BaseException as error:
-            if self.front.draining:  # nobody waits for the model any more
+            if self.front.draining:  # no client waits for the model any more
                 return
             self.failure = error
             if self.front.running is not None:

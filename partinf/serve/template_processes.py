@@ -1,7 +1,8 @@
 """Renders chat templates in processes of their own, for one server.
 
 A template is a program of others, and the messages that it reads are a client's. In the server it would hold the interpreter for as long
-as it likes, in a thread as well: an endless loop, a power of thousands of digits or a text of a gigabyte silences everybody, and no thread
+as it likes, in a thread as well: an endless loop, a power of thousands of digits or a text of a gigabyte blocks every request, and no
+    thread
 can be ended. A process can. There are at most a few, each started when it is needed first, and again after one had to be ended; they import
 jinja and nothing of jax, and they end when the server does, however that ends.
 """
@@ -88,7 +89,7 @@ class TemplateProcesses:
         return rendered.text
 
     def close(self) -> None:
-        """End all processes, in the middle of what they do; who waits for them is told that they ended."""
+        """End all processes, in the middle of what they do; waiting requests learn that they ended."""
         for process in self._busy:
             process.interrupt()
         while self._idle:

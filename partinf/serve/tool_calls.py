@@ -1,6 +1,6 @@
 """Calls of tools in a model's text, while it comes: which formats there are, and where calls begin and end in it.
 
-A model writes calls as its template taught it to; a client is told of them apart from the text, the arguments piece by piece. What looks
+A model writes calls as its template taught it to; a client gets them separately from the text, the arguments piece by piece. What looks
 like a call and turns out to be none stays text. A whole answer is read like a stream of one piece.
 """
 
@@ -29,7 +29,7 @@ class ToolFormat:
         marker: stands before calls. end: stands after one; empty where nothing does. between: what besides blanks may stand around calls.
         bare: with what a text begins that is calls without the marker; empty where there are none.
         python: calls are Python's, `[f(a=1), g()]`; otherwise JSON. named: the name may stand before an object of arguments.
-        special: the marker is a special token, which texts leave out unless they are asked for.
+        special: the marker is a special token, which texts leave out by default.
         id_len: characters of a call's id, where templates expect so many.
         marks: what a template of this format holds. foreign: and what one of another format does.
     """
@@ -348,7 +348,7 @@ class _Words(ast.NodeTransformer):
 
 
 class _PythonCall:
-    """A call as Python writes it, `f(a=1, b="x")`, told of when it is complete."""
+    """A call as Python writes it, `f(a=1, b="x")`, sent when it is complete."""
 
     def __init__(self) -> None:
         self.text, self.complete, self.told = "", False, False

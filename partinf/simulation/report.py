@@ -56,7 +56,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that was counted. Times in seconds; what cannot be said (no request, no time) is None.
+    """Everything that was counted. Times in seconds; what is undefined (no request, no time) is None.
 
     Attributes:
         summary: the engine's counters. refused: requests that it did not take. num_good: those that met the bounds.

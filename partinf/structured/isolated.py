@@ -1,4 +1,4 @@
-"""Structures of strangers: whatever one takes, it takes it where it harms nobody.
+"""Structures of untrusted clients, compiled where their cost harms no other request.
 
 A structure is compiled by a process of its own first, which the kernel holds to a time and to a size in memory (`process`). One that was
 quick there is compiled here too, within limits that leave a token some milliseconds (`grammars.QUICK`), and its masks are found out in

@@ -199,7 +199,7 @@ def test_missing_shards_are_named_and_not_their_tensors(sharded: Path) -> None:
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_one_file_beside_shards_is_refused(sharded: Path, indexed: bool) -> None:
-    """A file of zeros would win over the shards, or be left out; nobody can say which is meant."""
+    """A file of zeros would win over the shards, or be left out; it is unclear which is meant."""
     zeros = {name: np.zeros_like(tensor) for name, tensor in all_tensors(sharded).items()}
     save_file(zeros, sharded / "model.safetensors")
     if not indexed:
@@ -261,7 +261,7 @@ def test_a_tied_matrix_that_is_another_is_used(single: Path) -> None:
     assert load_model_config(single).tied_embeddings
     config = read_model(single)
     assert dataclasses.replace(config, source=expected.source) == expected
-    assert config.source.endswith("the weights have an output matrix of their own, which is used")
+    assert config.source.endswith("the weights have a separate output matrix, which is used")
     abstract = abstract_tree(config, make_mesh(1, 1))
     own = load_hf(single, config, abstract)
     assert not np.array_equal(own["embed"], own["unembed"])

@@ -63,14 +63,14 @@ def measured(hardware: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def asked_on_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    """Standard input is a terminal where somebody types this."""
+    """Standard input is a terminal with this input."""
     stdin = io.StringIO(answer)
     monkeypatch.setattr(stdin, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", stdin)
 
 
 @pytest.mark.parametrize(("answer", "written"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
-def test_later_plans_change_only_if_somebody_agrees(
+def test_later_plans_change_only_if_the_user_agrees(
     measured: Path, answer: str, written: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked_on_a_terminal(monkeypatch, answer)

@@ -43,7 +43,7 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidInput) as error:
         found.check()
     assert error.value.offences == (
-        "--count is given 2 times: --count x · --count y; it takes one value, give it once",
+        "--count is given 2 times: --count x · --count y; give it once",
         "--count y: a whole number is needed, at least 1",
         "--rate 0: a positive number is needed",
         "--kind bf61: valid: bf16, int8, f32; did you mean 'bf16'?",

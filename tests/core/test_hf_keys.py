@@ -90,7 +90,7 @@ def test_published_files_describe_the_shipped_models(published: str, shipped: st
         ("sliding_window", 16),  # which Llama's own code does not read
     ],
 )
-def test_a_key_that_nobody_reads_is_refused(key: str, value: Any) -> None:
+def test_a_key_that_is_not_read_is_refused(key: str, value: Any) -> None:
     (line,) = offences(LLAMA | {key: value})
     assert line == f"{key} = {json.dumps(value)} is not known to partinf and may change the result; delete the key if it does not"
     assert config_from_hf(LLAMA | {key: None}, "mine") == config_from_hf(LLAMA, "mine")  # null asks for nothing

@@ -21,7 +21,7 @@ from tests.core.test_hardware_file import CHIP
 
 PLAN = "palm-62b-low-latency"
 SAVED = """\
-description = "a plan that somebody saved"
+description = "a saved plan"
 model = "palm-62b"
 slice = "v4:2x2x4"
 mesh = "x:2,y:2,z:4"

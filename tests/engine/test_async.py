@@ -1,4 +1,4 @@
-"""Async streams share one engine and one thread with each other and with everybody else."""
+"""Async streams share one engine and one thread with each other and with other callers."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_complete_answer_that_waits_for_its_batch_is_returned_at_its_deadline(
     assert set(run_all(engine)) == {"long"}
 
 
-def test_a_deadline_of_a_request_that_has_ended_concerns_nobody() -> None:
+def test_a_deadline_of_a_request_that_has_ended_has_no_effect() -> None:
     clock = Ticks()
     engine = engine_with(clock)
     engine.add_request([1], SamplingParams(max_tokens=1, timeout=1.0), "x")

@@ -188,7 +188,7 @@ def test_a_mask_that_never_comes_ends_its_request_alone(monkeypatch: pytest.Monk
     assert fine.finish_reason is FinishReason.LENGTH
 
 
-def test_requests_are_taken_while_everybody_waits_for_masks() -> None:
+def test_requests_are_taken_while_all_rows_wait_for_masks() -> None:
     gate = threading.Event()
     engine = make_engine(num_mask_threads=1)
     engine.add_request([1], held(replace(GRAMMARS[0], gate=gate)))

@@ -188,7 +188,7 @@ def test_request_level_takes_the_same_tokens_in_more_iterations() -> None:
     assert [engine.metrics.iterations for engine in engines] == [16, 8]
 
 
-def test_a_policy_that_runs_nobody_is_an_error() -> None:
+def test_a_policy_that_runs_no_sequence_is_an_error() -> None:
     class Idle:
         def schedule(self, batch: object) -> None:
             pass

@@ -177,8 +177,8 @@ def test_a_long_request_is_not_starved_by_short_ones() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), alpha=st.sampled_from([2.0, 5.0]), skip_join=st.booleans(), size=st.integers(1, 3))
-def test_nobody_waits_much_longer_than_alpha(seed: int, alpha: float, skip_join: bool, size: int) -> None:
-    """Requests of any lengths keep coming. Whoever has waited for α is promoted, and from then on waits for those who stand in the first
+def test_no_request_waits_much_longer_than_alpha(seed: int, alpha: float, skip_join: bool, size: int) -> None:
+    """Requests of any lengths keep coming. A request that has waited for α is promoted, and from then on waits for those in the first
     queue before it: each uses its quantum there, which no iteration can exceed by more than its own length."""
     rng, waited = random.Random(seed), 0.0
     last: dict[int, float] = {}  # when each ran last, or came
@@ -226,7 +226,7 @@ def test_who_makes_room_goes_on_where_it_was(eviction: Eviction) -> None:
 
 @pytest.mark.parametrize("eviction", [Eviction.RECOMPUTE, Eviction.REACTIVE, Eviction.PROACTIVE])
 def test_a_better_one_gets_the_slot_of_a_worse_one(eviction: Eviction) -> None:
-    """There are pages for everybody and two slots."""
+    """There are pages for all sequences and two slots."""
     engine = make_engine(limits=replace(ROOMY, num_slots=2, num_host_pages=20), policy=by_priority(2, Pages(eviction)))
     for name in ("a", "b"):
         engine.add_request([1], SamplingParams(max_tokens=20), name)
@@ -289,7 +289,7 @@ class Restless:
             batch.start(sequence, chunked=self._rng.random() < 0.5, reserve=self._rng.random() < 0.3, crowd=self._rng.random() < 0.5)
 
     def _force(self, batch: BatchBuilder) -> None:
-        """Run somebody: everything else has to make room."""
+        """Run one sequence: all others have to make room."""
         for sequence in batch.running:
             if not batch.taken(sequence):
                 if not sequence.in_flight and batch.run(sequence):

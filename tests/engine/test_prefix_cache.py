@@ -51,7 +51,7 @@ def test_generated_tokens_are_found_by_the_next_turn() -> None:
     assert engine.metrics.cached_tokens == 12
 
 
-def test_pages_that_nobody_holds_are_free() -> None:
+def test_pages_that_no_sequence_holds_are_free() -> None:
     engine = engine_with(num_pages=4)
     assert engine._scheduler.pool.num_free_pages == 4
     for start in range(0, 24, 8):  # each takes three of the four pages

@@ -1,4 +1,4 @@
-"""Bad requests are refused with every offence, and disturb nobody."""
+"""Bad requests are refused with every offence, and disturb no other."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_requests_join_and_leave_between_iterations() -> None:
     assert trace(limits, FirstComeFirstServed(), [(5, 3), (6, 1), (7, 2)]) == ["| 0:5 1:6", "0 | 2:7", "0 2 |"]
 
 
-def test_prompts_run_whole_and_nobody_overtakes() -> None:
+def test_prompts_run_whole_and_in_order_of_arrival() -> None:
     # 20 + 14 > 32, so request 1 waits; request 2 would fit beside request 0 and still waits.
     assert trace(ROOMY, FirstComeFirstServed(), [(20, 2), (14, 1), (3, 1)]) == ["| 0:20", "0 | 1:14 2:3"]
 
@@ -121,7 +121,7 @@ def test_a_token_that_only_the_device_knows_is_left_open() -> None:
     assert batches[3] is None  # the third token, which ends it, is scheduled already
 
 
-def test_nobody_overtakes_a_chunked_prompt_that_has_to_pause() -> None:
+def test_no_request_overtakes_a_chunked_prompt_that_has_to_pause() -> None:
     # 4 tokens on each prefill shard. Sequences 2 and 3 are cut in the first iteration; in the second, 2 (which may use either) takes the
     # prefill shard that 3 needs. Request 4 would fit on the other one.
     limits = replace(ROOMY, num_shards=2, num_prefill_shards=2, prefill_shards=((0,), (0, 1)), max_prefill_tokens=8, page_size=2)

@@ -1,6 +1,6 @@
 """The CPU's kernels against the plain twin: every way pages are stored, ragged lanes, random pages.
 
-The kernels get a cache with NaN wherever nobody may look; the twin, which multiplies that by zero, gets one without.
+The kernels get a cache with NaN wherever no query may look; the twin, which multiplies that by zero, gets one without.
 """
 
 from __future__ import annotations
@@ -186,3 +186,8 @@ def test_without_a_compiler_xla_does_it(compiler: str, tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.split("\n")[-2] == "[False, False]"
     assert found.stderr.count("CPU steps run by XLA alone") == (compiler != "off")
+
+
+def test_a_compiler_that_takes_too_long_is_the_reason() -> None:
+    late = subprocess.TimeoutExpired(("c++", "-c"), 300, stderr=b"warning: large function\n")
+    assert cpu_kernels._reason(late) == "the compiler took longer than 300 s"

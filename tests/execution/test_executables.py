@@ -211,7 +211,7 @@ def test_where_programs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InvalidInput, match="name another directory, or 'off'"):
         open_cache(tmp_path / "file" / "below")
     monkeypatch.setenv("PARTINF_CACHE_DIR", str(tmp_path / "file"))
-    assert open_cache() is None  # nobody asked for it here and now: a warning
+    assert open_cache() is None  # not requested explicitly: a warning
 
 
 def test_a_full_disk_keeps_nothing_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

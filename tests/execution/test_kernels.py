@@ -112,7 +112,7 @@ def test_parts_of_the_keys_come_together_by_their_mass(tiles: Tiles | None) -> N
     np.testing.assert_allclose(jax.nn.logsumexp(jnp.stack([one.mass for one in found]), axis=0), whole_table.mass, atol=2e-6)
 
 
-def test_a_tile_that_nobody_sees_is_left_out() -> None:
+def test_a_fully_masked_tile_is_skipped() -> None:
     """What lies in pages beyond every lane's position is never read: not even a NaN there reaches the output."""
     pages = pool(np.random.default_rng(3))
     poisoned = jax.tree.map(lambda x: x.at[1].set(jnp.nan), pages)

@@ -52,7 +52,7 @@ def check(count: int, full: int, rows: int) -> None:
         assert [output.tokens for output in engine.generate(prompts, params)] == expected, name
         summary = engine.metrics.summary()
         taken = summary.swapped_out_pages if eviction is Eviction.REACTIVE else summary.preemptions
-        assert taken > 0, f"{name} took nobody's pages"
+        assert taken > 0, f"{name} preempted no sequence"
 
 
 def test_answers_are_those_of_requests_alone() -> None:

@@ -36,7 +36,7 @@ SIZE, PAGE = 128, 16
 def test_the_kernel_equals_the_plain_twin(
     monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, how: kernels.Scores, earlier: bool
 ) -> None:
-    """Three prompts and padding in several blocks of queries and keys, none of them full; NaN in keys that nobody sees."""
+    """Three prompts and padding in several blocks of queries and keys, none of them full; NaN in keys that no query sees."""
     monkeypatch.setattr(prompt, "kernel_tokens", lambda each: 16)
     monkeypatch.setattr(prompt, "KERNEL_KEYS", 128)
     kind, rng = {"f32": jnp.float32, "bf16": jnp.bfloat16}[dtype], np.random.default_rng(8)
@@ -64,7 +64,7 @@ def test_the_kernel_equals_the_plain_twin(
         np.testing.assert_allclose(got, want, atol=TOLERANCE[dtype] / 5)
 
 
-def test_pairs_of_blocks_that_nobody_sees_are_left_out() -> None:
+def test_fully_masked_pairs_of_blocks_are_skipped() -> None:
     owner, position = np.repeat([0, 1], 64), np.tile(np.arange(64), 2)
     seen = prompt._seen(*(jnp.asarray(x) for x in (owner, position, owner, position)), 32, 32)
     np.testing.assert_array_equal(seen.reshape(4, 4), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])

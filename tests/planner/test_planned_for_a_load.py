@@ -87,7 +87,7 @@ def test_no_slice_serves_the_load_in_time(capsys: pytest.CaptureFixture[str], mo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--slice", "v5e-8", "--ttft", "100"], "--ttft: requests meet a bound under a load; give --arrivals"),
+        (["--slice", "v5e-8", "--ttft", "100"], "--ttft: latency bounds need a load; give --arrivals"),
         (["--slice", "v5e-8", "--arrivals", "1", "--tpot", "0"], "--tpot 0: a positive number is needed"),
         (["--slice", "v5e-8", "--arrivals", "1", "--tpot", "9", "--mesh", "auto"], "layouts are simulated on one mesh for --tpot"),
         (["--slice", "auto:v5e", "--arrivals", "1"], "needs --max-latency-ms, or --ttft and --tpot at --arrivals"),

@@ -1,4 +1,4 @@
-"""What a chat template gets of a conversation over HTTP, and that a template without end harms nobody else."""
+"""What a chat template gets of a conversation over HTTP, and that a template without end harms no other request."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_part_within_a_part(fake: Serving) -> None:
     assert 'a list of parts {"type": "text", "text": "…"}' in answer["error"]["message"]
 
 
-def test_a_template_without_end_silences_nobody() -> None:
+def test_a_template_without_end_blocks_no_other_client() -> None:
     with chatting(ENDLESS, template_bounds=TemplateBounds(seconds=0.8)) as found, concurrent.futures.ThreadPoolExecutor() as pool:
         hostile = [pool.submit(chat, found, {"role": "user", "content": "x"}) for _ in range(3)]
         while not all(one.done() for one in hostile):

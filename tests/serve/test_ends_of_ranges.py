@@ -1,4 +1,4 @@
-"""Numbers at and beyond the ends of their ranges: answered or refused by name, never a failure, and nobody beside them is harmed."""
+"""Numbers at and beyond the ends of their ranges: answered or refused by name, never a failure, and no other request is harmed."""
 
 from __future__ import annotations
 

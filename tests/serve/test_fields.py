@@ -1,4 +1,4 @@
-"""vLLM's and OpenAI's fields that change what is generated, of which prompt, and what is told of it."""
+"""vLLM's and OpenAI's fields that change what is generated, from which prompt, and what is reported."""
 
 from __future__ import annotations
 

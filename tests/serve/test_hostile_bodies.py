@@ -1,4 +1,4 @@
-"""Bodies at the ends of ranges, and prompts that are far too large: nothing breaks, and nobody else notices."""
+"""Bodies at the ends of ranges, and prompts that are far too large: nothing breaks, and other clients do not notice."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_top_k_beyond_the_vocabulary_is_all_of_it_or_refused(demo: Serving, va
         assert {one.result()[1]["choices"][0]["text"] for one in guards} == {WANTED}
 
 
-def test_prompts_that_are_far_too_large_silence_nobody(root: Path) -> None:
+def test_prompts_that_are_far_too_large_block_no_other_client(root: Path) -> None:
     """A tokenizer.json takes a second for a million characters; these are refused before."""
     tokenizer = load_tokenizer(root / "tests/fixtures/tokenizer_byte_level")
     limits = replace(LIMITS, vocab_size=tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""Tools over HTTP: what the template is given, what clients are told of calls and of reasoning, whole and streamed."""
+"""Tools over HTTP: what the template is given, and the calls and reasoning that clients get, whole and streamed."""
 
 from __future__ import annotations
 

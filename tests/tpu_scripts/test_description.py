@@ -162,7 +162,7 @@ def test_the_cost_is_an_upper_bound_that_names_its_source(cloud, tmp_path: Path,
     said = capsys.readouterr().err
     assert "chip_hour.v5e needs a number for 'on_demand'" in said
     assert "chip_hour.v5e needs a number for 'spot'" in said
-    assert cloud.pod("launch", cloud.describe(type="tpu7x-8")) == 2  # nothing is created whose price nobody knows
+    assert cloud.pod("launch", cloud.describe(type="tpu7x-8")) == 2  # nothing is created without a known price
     assert "there is no list price for 'tpu7x'; give one with --prices FILE" in capsys.readouterr().err
     assert cloud.calls == []
 

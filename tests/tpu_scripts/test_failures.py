@@ -33,7 +33,7 @@ MISSING = Done(1, "", "ERROR: (gcloud) NOT_FOUND: no such queued resource")
 
 @dataclass
 class Clock:
-    """Time that passes only while somebody waits."""
+    """Time that passes only during waits."""
 
     time: float = 1000.0
 
@@ -219,7 +219,7 @@ def test_attempts_after_a_refusal_come_at_growing_distance() -> None:
     assert cloud.clock.now() == 1000 + 1 + 2 + 4
 
 
-def test_the_machine_of_the_attempt_before_is_not_taken_for_somebody_elses() -> None:
+def test_the_machine_of_the_attempt_before_is_recognised() -> None:
     cloud = Cloud(Clock(), Done(1, "", "There is no more capacity in the zone"), None)
     pod = pod_of(cloud)
     with pytest.raises(Preempted):

@@ -87,7 +87,7 @@ def test_a_model_of_a_bucket_is_copied_to_the_workers_and_read_in_place_by_pods(
 
 
 def test_no_machine_is_paid_for_without_something_to_run(cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither for a simulation, nor for a model whose weights nobody can find."""
+    """Neither for a simulation, nor for a model whose weights cannot be found."""
     plans = {}
     for model in ("llama-3-8b", "palm-8b"):
         plans[model] = tmp_path / f"{model}.toml"

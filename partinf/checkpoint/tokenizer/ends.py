@@ -16,7 +16,7 @@ _FILES = ("generation_config.json", "config.json")
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids that end a text; `note` says which and why, for whoever starts a model, where that is not plain from any one file."""
+    """Ids that end a text; `note` says which and why, for the user who starts a model, where that is not plain from any one file."""
 
     ids: frozenset[int]
     note: str | None

@@ -58,7 +58,7 @@ class Tokenizer:
         vocab_size: Number of ids; the model's vocabulary may be padded beyond it.
         bos_id: Id that begins a sequence, or None.
         eos_ids: Ids that end one.
-        eos_note: A line for whoever starts the model, where it is not plain which ids those are; else None.
+        eos_note: A line for the user who starts the model, where it is not plain which ids those are; else None.
     """
 
     def __init__(self, vocabulary: Vocabulary, ends: Ends) -> None:

@@ -197,7 +197,7 @@ class AheadSwapper:
         self._credit, self._last = min(self._credit + carried, carried), now
 
 
-def everybody(batch: BatchBuilder) -> Iterable[Request]:
+def all_requests(batch: BatchBuilder) -> Iterable[Request]:
     """All that are not done and may be in the next step, wherever their pages are."""
     yield from batch.running
     yield from batch.swapped
@@ -221,7 +221,7 @@ class Ranked:
         self._swap_ahead = AheadSwapper(self.pages)
 
     def schedule(self, batch: BatchBuilder) -> None:
-        ranked = sorted(everybody(batch), key=self.key)
+        ranked = sorted(all_requests(batch), key=self.key)
         if self.pages.eviction is Eviction.PROACTIVE:
             self._swap_ahead.make_slot(batch, ranked)
         fill(batch, ranked, self.max_batch_size, self.pages)

@@ -213,8 +213,10 @@ def digest() -> str:
 
 
 def _reason(error: Exception) -> str:
-    said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-    return next((line for line in said if "error" in line), said[0] if said else repr(error))
+    if isinstance(error, subprocess.TimeoutExpired):  # what the compiler wrote so far is bytes here, whatever `text` is
+        return f"the compiler took longer than {error.timeout:g} s"
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
 
 
 def _plain(pages: KeysValues) -> tuple[Any, ...]:

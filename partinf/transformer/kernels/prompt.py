@@ -2,7 +2,7 @@
 
 XLA's form, tile by tile, writes the scores of a tile to HBM and reads them again, several times over. Here a block of queries stays on the
 chip while blocks of keys pass; pairs of blocks that no query sees (keys that come later, or of other prompts) are neither fetched nor
-multiplied. Which pairs those are is told from the ends of both blocks, and the mask within a pair is exact.
+multiplied. Which pairs those are follows from the ends of both blocks, and the mask within a pair is exact.
 
 Letters: T tokens, H query heads in groups of G per key-value head K, M keys, Q d_head.
 """

@@ -1,6 +1,6 @@
 """The core of attention: softmax over keys that lie in pages, written twice in XLA's terms.
 
-`Tiles` says how: tile by tile with a running softmax, so that neither scores nor gathered context exist as a whole and tiles that nobody
+`Tiles` says how: tile by tile with a running softmax, so that neither scores nor gathered context exist as a whole and tiles that no query
 may see are skipped; or, without tiles, the plain twin, which gathers everything and masks. Both give the same up to rounding. Trip
 counts are static in both. Where a platform has a kernel that reads pages where they lie (`paged_decode` for TPUs, `cpu_kernels` for
 CPUs), that does what it fits. Which tiles a platform has stands in its row (`partinf.hardware.platform`).
