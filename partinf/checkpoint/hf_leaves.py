@@ -132,7 +132,7 @@ def _pieces(rows: slice, source: LeafSource, number: int) -> Iterator[slice]:
     while row < rows.stop:
         piece, within = divmod(row, source.piece)
         count = min(rows.stop - row, source.piece - within)
-        start = source.starts[number] + piece * source.stride + within
+        start = source.offsets[number] + piece * source.stride + within
         yield slice(start, start + count)
         row += count
 

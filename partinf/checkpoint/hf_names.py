@@ -106,7 +106,7 @@ class LeafSource:
         lead: Leading dimensions of the leaf over which tensors are stacked: layers, what tensors are numbered by, how many are named.
         padded_lead: The same in the leaf, where heads that tensors are numbered by are padded.
         names: The tensors' names, row-major over `lead`.
-        starts: The row of each tensor, once it is [out, in], at which the leaf's begin.
+        offsets: The row of each tensor, once it is [out, in], at which the leaf's begin.
         piece, stride: The leaf has so many rows one after the other, and so many rows of the tensor lie between their beginnings.
         groups: Sizes of the leaf's other dimensions, grouped by dimension of the tensor, without padding.
         padded: Sizes of the same dimensions in the leaf.
@@ -121,7 +121,7 @@ class LeafSource:
     lead: tuple[int, ...]
     padded_lead: tuple[int, ...]
     names: tuple[str, ...]
-    starts: tuple[int, ...]
+    offsets: tuple[int, ...]
     piece: int
     stride: int
     groups: tuple[tuple[int, ...], ...]
@@ -230,7 +230,7 @@ class _Leaves:
             lead=lead,
             padded_lead=padded_lead,
             names=names,
-            starts=tuple(weight.skip + sum(parts[:part]) for part in chosen) * repeated,
+            offsets=tuple(weight.skip + sum(parts[:part]) for part in chosen) * repeated,
             piece=parts[chosen[0]],
             stride=sum(parts),
             groups=groups,

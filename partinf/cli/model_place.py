@@ -223,16 +223,17 @@ def check_programs(model: Model) -> None:
         DoesNotFit: they need more.
     """
     from partinf.buckets import held
+    from partinf.foundation.units import readable_bytes
 
     needed = model.runner.needed_bytes
     if not needed:
         return
     found = held(model.plan)
     usable = found.room.usable
-    text = f"compiled programs need {needed / 1e9:.2f} of {usable / 1e9:.2f} GB per device"
+    text = f"compiled programs need {readable_bytes(needed)} of {readable_bytes(usable)} per device"
     if needed > usable:
         raise DoesNotFit(f"{text}; a smaller --memory-share, or fewer --kv-pages, leaves room for them")
-    print(f"{text}: {(usable - needed) / 1e9:.2f} GB free, {found.slack / 1e9:.2f} GB planned", file=sys.stderr)
+    print(f"{text}: {readable_bytes(usable - needed)} free, {readable_bytes(found.slack)} planned", file=sys.stderr)
 
 
 def tell_failures(what: str, errors: Mapping[int, BaseException]) -> int:

@@ -19,6 +19,7 @@ from partinf.cost.split import StepSplit
 from partinf.cost.stages import carried_bytes
 from partinf.foundation.paging import chunk_pages, window_pages
 from partinf.foundation.rounding import ceil_div, round_up
+from partinf.foundation.units import readable_bytes
 from partinf.hardware.slices import Slice
 from partinf.layout import AttentionRole, Layout, Role, kv_head_axes, letter_axes
 from partinf.model.config import ModelConfig
@@ -150,10 +151,10 @@ class Held(NamedTuple):
     def __str__(self) -> str:
         room = self.room
         parts = {"weights": room.weights, "programs and slots": room.code + room.state, "activations": room.activations}
-        others = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+        others = ", ".join(f"{name} {readable_bytes(size)}" for name, size in parts.items())
         return (
-            f"{self.tokens:,} tokens of KV; in GB per device: KV {self.cache / 1e9:.2f}, {others}, free {self.slack / 1e9:.2f}, "
-            f"of {room.usable / 1e9:.2f}{self._division}"
+            f"{self.tokens:,} tokens of KV; per device: KV {readable_bytes(self.cache)}, {others}, "
+            f"free {readable_bytes(self.slack)} of {readable_bytes(room.usable)}{self._division}"
         )
 
 

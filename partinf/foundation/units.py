@@ -8,6 +8,11 @@ def figures(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def column_figures(value: float) -> str:
+    """The same for a column, trailing zeros kept: `33.70` above `33.38`."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
 def time_unit(seconds: float) -> tuple[str, float]:
     """The unit in which a column of times like this one is read, and how many seconds it is: ms up to ten seconds, then s."""
     return ("s", 1.0) if seconds >= 10 else ("ms", 1e-3)
@@ -23,6 +28,8 @@ def readable_seconds(seconds: float) -> str:
 
 def readable_bytes(size: float) -> str:
     """`18.3 MB`."""
+    if size < 0:
+        return f"-{readable_bytes(-size)}"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:,.0f} {unit}"

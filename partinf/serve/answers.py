@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 
 from partinf.engine.request import FinishReason, RequestOutput, TokenEvent
 from partinf.engine.step import PromptScore
-from partinf.serve.asked import Asked
+from partinf.serve.parsed_request import ParsedRequest
 from partinf.serve.protocol import (
     CachedTokens,
     CalledFunction,
@@ -53,79 +53,79 @@ class Answer(Protocol):
 class _Answer:
     """What both have in common: one request, and how many tokens its stream has brought."""
 
-    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
-        self._asked, self._id, self._model, self._texts = asked, request_id, model, texts
+    def __init__(self, parsed: ParsedRequest, request_id: str, model: str, texts: TokenTexts) -> None:
+        self._request, self._id, self._model, self._texts = parsed, request_id, model, texts
         self._created = int(time.time())
         self._generated = 0
 
     def _usage_so_far(self) -> Usage | UnsetType | None:
         """Of an event that is not the last; how many tokens were cached is known in the end."""
-        if not self._asked.usage_so_far:
-            return None if self._asked.include_usage else UNSET
-        prompt = sum(map(len, self._asked.prompts))
+        if not self._request.usage_so_far:
+            return None if self._request.include_usage else UNSET
+        prompt = sum(map(len, self._request.prompts))
         return Usage(prompt, self._generated, prompt + self._generated)
 
 
 class CompletionAnswer(_Answer):
     """Of POST /v1/completions."""
 
-    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
-        super().__init__(asked, request_id, model, texts)
+    def __init__(self, parsed: ParsedRequest, request_id: str, model: str, texts: TokenTexts) -> None:
+        super().__init__(parsed, request_id, model, texts)
         self._offsets: dict[int, Offsets] = {}
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
-        best = [self._asked.best(samples) for samples in outputs]
+        best = [self._request.best(samples) for samples in outputs]
         choices = [self._choice(prompt, place, output) for prompt, samples in enumerate(best) for place, output in enumerate(samples)]
-        return msgspec.json.encode(self._body(choices, usage(self._asked, outputs)))
+        return msgspec.json.encode(self._body(choices, usage(self._request, outputs)))
 
     def opening(self) -> Iterator[Completion]:
-        for prompt, text in enumerate(() if self._asked.scored else self._asked.echoed):
-            for sample in range(self._asked.params.n):
-                reason = "length" if self._asked.only_echo else None
+        for prompt, text in enumerate(() if self._request.scored else self._request.echoed):
+            for sample in range(self._request.params.n):
+                reason = "length" if self._request.only_echo else None
                 yield self._event(CompletionChoice(self._index(prompt, sample), text, finish_reason=reason))
 
     def event(self, prompt: int, event: TokenEvent) -> Completion | None:
-        if self._asked.only_echo:
-            return self._event(self._echo(prompt, event)) if self._asked.scored and not event.index else None
+        if self._request.only_echo:
+            return self._event(self._echo(prompt, event)) if self._request.scored and not event.index else None
         self._generated += event.token is not None
         index, logprobs = self._index(prompt, event.sample), None
-        if self._asked.logprobs:
-            start = len(self._asked.echoed[prompt]) if self._asked.echoed else 0
+        if self._request.logprobs:
+            start = len(self._request.echoed[prompt]) if self._request.echoed else 0
             offsets = self._offsets.setdefault(index, self._offsets_from(start))
             logprobs = completion_logprobs(self._texts, offsets, *_sampled(event))
         elif not event.text and event.finish_reason is None:
             return None
         choice = CompletionChoice(index, event.text, logprobs, finish_reason(event.finish_reason))
-        return self._event(self._echo(prompt, event, choice) if self._asked.scored and not event.index else choice)
+        return self._event(self._echo(prompt, event, choice) if self._request.scored and not event.index else choice)
 
     def _echo(self, prompt: int, event: TokenEvent, then: CompletionChoice | None = None) -> CompletionChoice:
         """The prompt with its log-probabilities, which are there with the first token, and what comes with that token."""
         logprobs = self._scored(prompt, event.prompt_scores)
-        text = self._asked.echoed[prompt]
+        text = self._request.echoed[prompt]
         if then is None or then.logprobs is None:
             return CompletionChoice(self._index(prompt, event.sample), text, logprobs, "length")
         _extend(logprobs, then.logprobs)
         return CompletionChoice(then.index, text + then.text, logprobs, then.finish_reason)
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> Completion:
-        return self._body([], usage(self._asked, outputs))
+        return self._body([], usage(self._request, outputs))
 
     def _choice(self, prompt: int, place: int, output: RequestOutput) -> CompletionChoice:
-        asked = self._asked
-        text = (asked.echoed[prompt] if asked.echoed else "") + ("" if asked.only_echo else output.text)
-        reason = "length" if asked.only_echo else finish_reason(output.finish_reason)
-        logprobs = self._logprobs(prompt, output) if asked.logprobs else None
+        parsed = self._request
+        text = (parsed.echoed[prompt] if parsed.echoed else "") + ("" if parsed.only_echo else output.text)
+        reason = "length" if parsed.only_echo else finish_reason(output.finish_reason)
+        logprobs = self._logprobs(prompt, output) if parsed.logprobs else None
         choice = CompletionChoice(self._index(prompt, place), text, logprobs, reason)
-        if asked.prompt_logprobs is not None:
-            choice.prompt_logprobs = prompt_logprobs(self._texts, output.prompt, output.prompt_scores or (), asked.prompt_logprobs)
+        if parsed.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(self._texts, output.prompt, output.prompt_scores or (), parsed.prompt_logprobs)
         return choice
 
     def _logprobs(self, prompt: int, output: RequestOutput) -> CompletionLogprobs:
-        asked = self._asked
+        parsed = self._request
         found, start = CompletionLogprobs([], [], [], []), 0
-        if asked.echoed:
-            found, start = self._scored(prompt, output.prompt_scores), len(asked.echoed[prompt])
-        if not asked.only_echo:
+        if parsed.echoed:
+            found, start = self._scored(prompt, output.prompt_scores), len(parsed.echoed[prompt])
+        if not parsed.only_echo:
             tokens, values = output.tokens, list(output.logprobs or ())
             new = completion_logprobs(self._texts, self._offsets_from(start), tokens, values, output.top_logprobs or [()] * len(tokens))
             _extend(found, new)
@@ -133,18 +133,18 @@ class CompletionAnswer(_Answer):
 
     def _scored(self, prompt: int, scores: Sequence[PromptScore | None] | None) -> CompletionLogprobs:
         """Of the prompt's tokens. The likeliest in each place is known, which is what those who score texts look at."""
-        given, wanted = self._asked.prompts[prompt], bool(self._asked.params.top_logprobs)
+        given, wanted = self._request.prompts[prompt], bool(self._request.params.top_logprobs)
         scores = scores or [None] * len(given)
         values = [score and score.logprob for score in scores]
         tops = [None if score is None else ((score.top_token, score.top_logprob),) * wanted for score in scores]
-        offsets = Offsets(self._texts.tokenizer, continuation=False, special=not self._asked.params.skip_special_tokens)
+        offsets = Offsets(self._texts.tokenizer, continuation=False, special=not self._request.params.skip_special_tokens)
         return completion_logprobs(self._texts, offsets, given, values, tops)
 
     def _offsets_from(self, start: int) -> Offsets:
-        return Offsets(self._texts.tokenizer, start, special=not self._asked.params.skip_special_tokens)
+        return Offsets(self._texts.tokenizer, start, special=not self._request.params.skip_special_tokens)
 
     def _index(self, prompt: int, sample: int) -> int:
-        return prompt * self._asked.num_choices + sample
+        return prompt * self._request.num_choices + sample
 
     def _event(self, choice: CompletionChoice) -> Completion:
         return self._body([choice], self._usage_so_far())
@@ -156,8 +156,8 @@ class CompletionAnswer(_Answer):
 class ChatAnswer(_Answer):
     """Of POST /v1/chat/completions."""
 
-    def __init__(self, asked: Asked, request_id: str, model: str, texts: TokenTexts) -> None:
-        super().__init__(asked, request_id, model, texts)
+    def __init__(self, parsed: ParsedRequest, request_id: str, model: str, texts: TokenTexts) -> None:
+        super().__init__(parsed, request_id, model, texts)
         self._readers: dict[int, ReplyReader] = {}
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]]) -> bytes:
@@ -170,25 +170,25 @@ class ChatAnswer(_Answer):
             )
             for output in outputs[0]
         ]
-        body, asked = self._body("chat.completion", choices, usage(self._asked, outputs)), self._asked
-        if asked.prompt_logprobs is not None:
+        body, parsed = self._body("chat.completion", choices, usage(self._request, outputs)), self._request
+        if parsed.prompt_logprobs is not None:
             first = outputs[0][0]
-            body.prompt_logprobs = prompt_logprobs(self._texts, first.prompt, first.prompt_scores or (), asked.prompt_logprobs)
+            body.prompt_logprobs = prompt_logprobs(self._texts, first.prompt, first.prompt_scores or (), parsed.prompt_logprobs)
         return msgspec.json.encode(body)
 
     def opening(self) -> Iterator[ChatCompletion]:
-        for sample in range(self._asked.params.n):
+        for sample in range(self._request.params.n):
             yield self._event(ChatChoice(sample, delta=ChatText("assistant", "")))
 
     def event(self, prompt: int, event: TokenEvent) -> ChatCompletion | None:
         self._generated += event.token is not None
         logprobs = None
-        if self._asked.logprobs:
+        if self._request.logprobs:
             logprobs = self._logprobs(*_sampled(event))
         elif not event.text and event.finish_reason is None:
             return None
         delta = ChatText(content=event.text) if event.text else ChatText()
-        if self._asked.reader is not None:
+        if self._request.reader is not None:
             delta = self._delta(event.sample, event.text, event.finish_reason is not None)
             if delta == _NOTHING and logprobs is None and event.finish_reason is None:
                 return None
@@ -202,9 +202,9 @@ class ChatAnswer(_Answer):
         return "tool_calls" if calls and reason is FinishReason.STOP else finish_reason(reason)
 
     def _message(self, output: RequestOutput) -> ChatText:
-        if self._asked.reader is None:
+        if self._request.reader is None:
             return ChatText("assistant", output.text, None)
-        reader = self._readers[output.sample] = self._asked.reader()
+        reader = self._readers[output.sample] = self._request.reader()
         part = reader.push(output.text)
         reader.finish(part)
         message = ChatText("assistant", part.content or (None if part.calls else ""), None)
@@ -213,7 +213,7 @@ class ChatAnswer(_Answer):
         calls: dict[int, ToolCall] = {}
         for piece in part.calls:
             call = calls.setdefault(
-                piece.index, ToolCall(CalledFunction(piece.name or UNSET, ""), id=new_call_id(self._asked.call_id_len), type="function")
+                piece.index, ToolCall(CalledFunction(piece.name or UNSET, ""), id=new_call_id(self._request.call_id_len), type="function")
             )
             call.function.arguments = f"{call.function.arguments}{piece.arguments}"
         if calls:
@@ -222,10 +222,10 @@ class ChatAnswer(_Answer):
 
     def _delta(self, sample: int, text: str, last: bool) -> ChatText:
         """What more text of an answer adds to its message."""
-        assert self._asked.reader is not None
+        assert self._request.reader is not None
         reader = self._readers.get(sample)
         if reader is None:
-            reader = self._readers[sample] = self._asked.reader()
+            reader = self._readers[sample] = self._request.reader()
         part = reader.push(text)
         if last:
             reader.finish(part)
@@ -241,15 +241,15 @@ class ChatAnswer(_Answer):
     def _call_delta(self, piece: CallPart) -> ToolCall:
         if piece.name is None:
             return ToolCall(CalledFunction(arguments=piece.arguments), piece.index)
-        return ToolCall(CalledFunction(piece.name, piece.arguments), piece.index, new_call_id(self._asked.call_id_len), "function")
+        return ToolCall(CalledFunction(piece.name, piece.arguments), piece.index, new_call_id(self._request.call_id_len), "function")
 
     def closing(self, outputs: Sequence[Sequence[RequestOutput]]) -> ChatCompletion:
-        return self._body("chat.completion.chunk", [], usage(self._asked, outputs))
+        return self._body("chat.completion.chunk", [], usage(self._request, outputs))
 
     def _logprobs(
         self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Sequence[tuple[int, float]]]
     ) -> ChatLogprobs | None:
-        return ChatLogprobs(self._texts.chat(tokens, logprobs, tops)) if self._asked.logprobs else None
+        return ChatLogprobs(self._texts.chat(tokens, logprobs, tops)) if self._request.logprobs else None
 
     def _event(self, choice: ChatChoice) -> ChatCompletion:
         return self._body("chat.completion.chunk", [choice], self._usage_so_far())
@@ -263,11 +263,11 @@ class ChatAnswer(_Answer):
         return ChatCompletion(self._id, kind, self._created, self._model, choices, usage)
 
 
-def usage(asked: Asked, outputs: Sequence[Sequence[RequestOutput]]) -> Usage:
+def usage(parsed: ParsedRequest, outputs: Sequence[Sequence[RequestOutput]]) -> Usage:
     """Tokens of the prompts, each counted once, and of all samples; cached ones are those that the first sample found."""
-    prompt = sum(map(len, asked.prompts))
+    prompt = sum(map(len, parsed.prompts))
     cached = sum(output.num_cached for samples in outputs for output in samples if output.sample == 0)
-    generated = 0 if asked.only_echo else sum(len(output.tokens) for samples in outputs for output in samples)
+    generated = 0 if parsed.only_echo else sum(len(output.tokens) for samples in outputs for output in samples)
     return Usage(prompt, generated, prompt + generated, CachedTokens(cached))
 
 

@@ -26,7 +26,6 @@ from partinf.engine.constraint import Grammar
 from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, Overloaded
 from partinf.serve.answers import Answer, ChatAnswer, CompletionAnswer
-from partinf.serve.asked import Asked, AskFunction, ask_chat, ask_completion, conversation
 from partinf.serve.bodies import BodyReader, Bounds
 from partinf.serve.conversations import Conversation
 from partinf.serve.decoding import Body, decode
@@ -34,6 +33,7 @@ from partinf.serve.engine_thread import EngineThread, Inbox, ended_well, log_fai
 from partinf.serve.errors import ApiError, Offence, failure, invalid, unavailable, unknown_model
 from partinf.serve.event_stream import ClientGone, EventStream, broken_off, unless_gone
 from partinf.serve.metrics import ServerMetrics
+from partinf.serve.parsed_request import AskFunction, ParsedRequest, conversation, parse_chat, parse_completion
 from partinf.serve.prompts import Served
 from partinf.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, ModelCard, ModelList, SamplingBody, TokenizeBody, Version
 from partinf.serve.request_ids import HEADER, RequestIds, log_refusal
@@ -46,7 +46,7 @@ _HUGE, _HUGE_SECONDS = 1 << 20, 10.0  # bytes of a body that waits for others of
 T = TypeVar("T")
 
 Handler = Callable[[Request], Awaitable[ASGIApp]]
-MakeAnswer = Callable[[Asked, str, str, TokenTexts], Answer]
+MakeAnswer = Callable[[ParsedRequest, str, str, TokenTexts], Answer]
 
 
 @dataclass
@@ -83,8 +83,8 @@ class Front:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._bodies = BodyReader(bounds or Bounds())
         self._huge = asyncio.Semaphore(2)
-        completion = self._generates("cmpl", CompletionBody, ask_completion, CompletionAnswer)
-        chat = self._generates("chatcmpl", ChatBody, ask_chat, ChatAnswer)
+        completion = self._generates("cmpl", CompletionBody, parse_completion, CompletionAnswer)
+        chat = self._generates("chatcmpl", ChatBody, parse_chat, ChatAnswer)
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._guarded(completion), methods=["POST"]),
@@ -126,16 +126,16 @@ class Front:
             what = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
             raise ApiError(401, [Offence(what)], code="invalid_api_key", www_authenticate="Bearer")
 
-    def _generates(self, prefix: str, kind: type[Body], ask: AskFunction[Asked], answers: MakeAnswer) -> Handler:
+    def _generates(self, prefix: str, kind: type[Body], ask: AskFunction[ParsedRequest], answers: MakeAnswer) -> Handler:
         """A handler that reads a body, asks the engine, and answers whole or by events."""
 
         async def handler(request: Request) -> ASGIApp:
             running = self._ready()
-            asked = await self._read(kind, ask, request, running.served)
-            inbox = _submit(running.engine, asked)
-            answer = answers(asked, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
-            if asked.stream:
-                return EventStream(answer, inbox, len(asked.prompts), asked.include_usage)
+            parsed = await self._read(kind, ask, request, running.served)
+            inbox = _submit(running.engine, parsed)
+            answer = answers(parsed, f"{prefix}-{uuid.uuid4().hex}", running.served.names[0], running.texts)
+            if parsed.stream:
+                return EventStream(answer, inbox, len(parsed.prompts), parsed.include_usage)
             try:
                 outputs = await unless_gone(request.receive, inbox.outputs())
             finally:
@@ -159,21 +159,21 @@ class Front:
         """What a request asks for."""
         raw = await self._bodies.read(request)
         try:
-            return await self._asked(kind, ask, raw, served)
+            return await self._parsed(kind, ask, raw, served)
         finally:
             self._ready()  # reading takes time, and ends early when the server does
 
-    async def _asked(self, kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
+    async def _parsed(self, kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
         """What a body asks for; few that are huge are read at a time, because of the time and memory that each takes of all."""
         if len(raw) <= _HUGE:
-            return await _asked(kind, ask, raw, served)
+            return await _parse(kind, ask, raw, served)
         try:
             async with asyncio.timeout(_HUGE_SECONDS):
                 await self._huge.acquire()
         except TimeoutError:
             raise _overloaded(Overloaded("too many large requests wait to be read", retry_after=_HUGE_SECONDS)) from None
         try:
-            return await _asked(kind, ask, raw, served)
+            return await _parse(kind, ask, raw, served)
         finally:
             self._huge.release()
 
@@ -234,7 +234,7 @@ class _Endpoint:
         await response(scope, receive, send)
 
 
-async def _asked(kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
+async def _parse(kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
     """What a body asks for."""
     body, offences, written = await _beside(len(raw), _read, kind, raw, served)
     text = None
@@ -282,9 +282,9 @@ async def _beside(size: int, work: Callable[..., T], *given: Any) -> T:
     return work(*given) if size <= _LARGE else await asyncio.to_thread(work, *given)
 
 
-def _submit(engine: EngineThread, asked: Asked) -> Inbox:
+def _submit(engine: EngineThread, parsed: ParsedRequest) -> Inbox:
     try:
-        return engine.submit(asked.prompts, asked.params, asked.stream)
+        return engine.submit(parsed.prompts, parsed.params, parsed.stream)
     except InvalidInput as error:
         raise invalid(map(Offence, error.offences)) from None
     except Overloaded as error:

@@ -1,7 +1,7 @@
 """A request's JSON into its type, with every offence found and named by the parameter that it is about.
 
 msgspec checks a field against its type and bounds, and stops at the first that is wrong; so the fields are converted one by one. A name
-that is not known is an error, because leaving it out would answer something else than was asked, unless it asks for nothing: null does not,
+that is not known is an error, because ignoring it would answer another request, unless it requests nothing: null does not,
 and neither does the value that a parameter has by itself.
 """
 
@@ -121,9 +121,9 @@ def _fields(kind: type[Body]) -> list[tuple[str, Any, bool]]:
 def _unknown(kind: type[Fields], given: dict[str, Any], where: str) -> list[Offence]:
     """What asks for something that is not known or not supported; `where` is empty for the body itself."""
     known, refused = _names(kind), kind.refused()
-    asked = [name for name, value in given.items() if value is not None and name not in known]
-    strange = [name for name in asked if name not in refused]
-    wanted = [name for name in asked if name in refused and given[name] not in refused[name]]
+    given_names = [name for name, value in given.items() if value is not None and name not in known]
+    strange = [name for name in given_names if name not in refused]
+    wanted = [name for name in given_names if name in refused and given[name] not in refused[name]]
     offences = [Offence(f"{_within(where, name)} is not supported", where or name) for name in wanted]
     one, many = ("no field of it", "no fields of it") if where else ("no parameter of this endpoint", "no parameters of this endpoint")
     for name in strange[:_NAMED]:  # looking for the nearest name takes time

@@ -19,7 +19,7 @@ MOST_CUT = 1 << 16  # tokens of a text beyond those that fit, where it is to be 
 
 @dataclass(frozen=True)
 class Served:
-    """What can be asked of.
+    """The served model, as requests see it.
 
     Attributes:
         names: of the model, the first is the one that answers bear. check: what the engine takes. conversations: how the model's template
@@ -53,11 +53,11 @@ def given_prompts(body: CompletionBody, served: Served, offences: list[Offence])
     return [item for item in prompt if not isinstance(item, int)]
 
 
-def kept_tokens(asked: int | None, max_tokens: int, limits: RunnerLimits) -> int | None:
+def kept_tokens(wanted: int | None, max_tokens: int, limits: RunnerLimits) -> int | None:
     """How many of a prompt's last tokens are kept, by `truncate_prompt_tokens`; None for all."""
-    if asked == -1:
+    if wanted == -1:
         return max(1, min(limits.max_context - max_tokens, limits.max_prompt_len))
-    return asked or None
+    return wanted or None
 
 
 def encoded(

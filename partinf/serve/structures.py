@@ -44,10 +44,10 @@ class Structures:
         Raises:
             Overloaded: too many are being compiled already.
         """
-        asked = _asked(body, offences)
-        if asked is None:
+        wanted = _wanted(body, offences)
+        if wanted is None:
             return None
-        where, structure = asked
+        where, structure = wanted
         if self._missing is not None:
             offences.append(Offence(f"{where}: {self._missing}", where))
             return None
@@ -78,7 +78,7 @@ class Structures:
         return self._grammars(structure)
 
 
-def _asked(body: SamplingBody, offences: list[Offence]) -> tuple[str, Structure] | None:
+def _wanted(body: SamplingBody, offences: list[Offence]) -> tuple[str, Structure] | None:
     """The one structure that a body asks for, with the parameter that does."""
     ways = list(_ways(body, offences))
     if len(ways) > 1:
@@ -91,18 +91,18 @@ def _asked(body: SamplingBody, offences: list[Offence]) -> tuple[str, Structure]
 def _ways(body: SamplingBody, offences: list[Offence]) -> Iterator[tuple[str, Structure]]:
     """Everything that a body asks for, with the parameter that does; what is wrong joins the offences."""
     form, outputs = body.response_format, body.structured_outputs
-    asked: list[tuple[str, object]] = []
+    wanted: list[tuple[str, object]] = []
     if form is not None and form.type == "json_object":
-        asked.append(("response_format", True))
+        wanted.append(("response_format", True))
     if form is not None and form.type == "json_schema":
         if form.json_schema is None:
             offences.append(Offence("response_format.json_schema is missing; it is required", "response_format.json_schema"))
         else:
-            asked.append(("response_format.json_schema", form.json_schema.schema))
+            wanted.append(("response_format.json_schema", form.json_schema.schema))
     if outputs is not None:
         given = [(name, getattr(outputs, name)) for name in _WAYS]
-        asked += [(f"structured_outputs.{name}", value) for name, value in given if value not in (None, False)]
-        if not asked:
+        wanted += [(f"structured_outputs.{name}", value) for name, value in given if value not in (None, False)]
+        if not wanted:
             offences.append(Offence(f"structured_outputs asks for nothing; give one of {', '.join(_WAYS)}", "structured_outputs"))
     if isinstance(body, ChatBody) and forced(body):
         try:
@@ -110,7 +110,7 @@ def _ways(body: SamplingBody, offences: list[Offence]) -> Iterator[tuple[str, St
         except InvalidInput as error:
             offences += [Offence(f"tool_choice: {offence}", "tool_choice") for offence in error.offences]
     spaces = outputs is None or not outputs.disable_any_whitespace
-    for where, value in asked:
+    for where, value in wanted:
         try:
             yield where, _structure(where.rpartition(".")[2], value, spaces)
         except InvalidInput as error:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from partinf.engine.constraint import Grammar
-from partinf.serve.asked import check_model
 from partinf.serve.errors import Offence, invalid, raise_invalid
+from partinf.serve.parsed_request import check_model
 from partinf.serve.prompts import Served, all_tokens
 from partinf.serve.protocol import DetokenizeBody, Text, TokenizeBody, Tokens
 

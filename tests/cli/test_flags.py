@@ -55,7 +55,7 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["plan", "--slice", "v5e:2x2", "--slice", "v5e:2x4"], "--slice is given 2 times: --slice v5e:2x2 · --slice v5e:2x4; it takes one"),
+        (["plan", "--slice", "v5e:2x2", "--slice", "v5e:2x4"], "--slice is given 2 times: --slice v5e:2x2 · --slice v5e:2x4; give it once"),
         (["plan", "--slice", "v5e:2x2", "--batch", "8", "--batch", "8"], "--batch is given 2 times: --batch 8 · --batch 8"),
         (
             ["simulate", "--slice", "v5e:2x2", "--seed", "1", "--seed=2", "--seed=3"],

@@ -11,7 +11,7 @@ from rich.table import Table
 from partinf.cost.ledger import Ledger
 from partinf.cost.split import StepSplit
 from partinf.foundation.terminal import plain_table, wide_console
-from partinf.foundation.units import figures, readable_bytes, readable_seconds, time_unit
+from partinf.foundation.units import column_figures, figures, readable_bytes, readable_seconds, time_unit
 from partinf.layout import PHASES
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
@@ -58,7 +58,11 @@ def show_trials(trials: Sequence[Trial], per_chip_hour: float | None) -> None:
         for trial in trials:
             where, late = trial.report.slice, "" if trial.accepted else "late"
             table.add_row(
-                where.mesh if meshes else where.name, str(where.num_chips), figures(1e3 * trial.seconds), figures(trial.chip_seconds), late
+                where.mesh if meshes else where.name,
+                str(where.num_chips),
+                column_figures(1e3 * trial.seconds),
+                column_figures(trial.chip_seconds),
+                late,
             )
         console.print(table)
         console.print()
@@ -101,11 +105,11 @@ def _candidates(report: PlanReport, top: int, width: int) -> Table:
         if not narrow:
             yield "fits", "yes" if candidate.fits else "no"
         if prefills and prefill is not None:
-            yield ">prefill s", figures(prefill.step_seconds)
-        yield f">{unit}/step", figures(main.step_seconds / scale)
+            yield ">prefill s", column_figures(prefill.step_seconds)
+        yield f">{unit}/step", column_figures(main.step_seconds / scale)
         if not narrow:
             yield ">MFU", f"{main.mfu:.1%}"
-            yield ">chip·ms/token", figures(candidate.chip_ms_per_token)
+            yield ">chip·ms/token", column_figures(candidate.chip_ms_per_token)
         late = "does not fit" if narrow and not candidate.fits else "" if candidate.meets_bound else "late"
         yield ">", "tie" if candidate.tie_with_best and index > 1 else late
 
@@ -165,9 +169,9 @@ def _show_switch(console: Console, report: PlanReport) -> None:
         return
     names = {result.name: result.ffn for result in report.best.phases}
     headings = (">tokens", *(f">{label}: {ffn}" for label, ffn in names.items()), "runs")
-    table = plain_table(*headings, title="Time of a step of prompts under either phase's FFN roles, ms")
+    table = plain_table(*headings, title="Prompt steps by FFN roles, ms")
     for row in rows:
-        times = (figures(1e3 * seconds) for seconds in (row.prefill_seconds, row.decode_seconds))
+        times = (column_figures(1e3 * seconds) for seconds in (row.prefill_seconds, row.decode_seconds))
         table.add_row(f"{row.tokens:,}", *times, names[row.runs])
     console.print(table)
 

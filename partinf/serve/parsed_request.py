@@ -1,4 +1,4 @@
-"""From a request's body to what the engine is asked: prompts as tokens and one `SamplingParams`; every offence at once."""
+"""From a request's body to the engine's input: prompts as tokens and one `SamplingParams`; every offence at once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NAME = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request that has been read and checked, as far as that needs no engine.
 
     Attributes:
         prompts: token ids. echoed: per prompt the text to repeat, empty without `echo`.
         num_choices: of each prompt; where more are sampled, the likeliest. logprobs: whether answers tell those of tokens.
         reader: makes what reads an answer, where that is more than text. call_id_len: characters of the ids of calls.
-        prompt_logprobs: how many of the likeliest tokens are told in the place of each of the prompt's besides it; None for no list.
+        prompt_logprobs: how many of the most likely tokens are listed for each position of the prompt; None for no list.
         include_usage: a stream ends with the usage. usage_so_far: and each of its events has what there has been.
         only_echo: nothing is to be generated; the engine generates a token all the same, which is dropped.
     """
@@ -65,9 +65,9 @@ def _mean_logprob(output: RequestOutput) -> float:
     return sum(output.logprobs or ()) / max(1, len(output.tokens))
 
 
-def ask_completion(
+def parse_completion(
     body: CompletionBody, served: Served, offences: list[Offence], text: str | None = None, constraint: Grammar | None = None
-) -> Asked:
+) -> ParsedRequest:
     """Of POST /v1/completions.
 
     Args:
@@ -112,11 +112,11 @@ def ask_completion(
     spelled = prompts if scored or kept is not None else given
     echoed = [as_text(prompt, served, special=not body.skip_special_tokens) for prompt in spelled] if body.echo else []
     only_echo = body.max_tokens == 0
-    return Asked(prompts, params, body.stream, *_usage(body), echoed, only_echo, body.n, scored, body.prompt_logprobs)
+    return ParsedRequest(prompts, params, body.stream, *_usage(body), echoed, only_echo, body.n, scored, body.prompt_logprobs)
 
 
 def conversation(body: ChatBody, served: Served, offences: list[Offence]) -> Conversation | None:
-    """What the model's template is to write, for `ask_chat`; None where that is wrong, for the reasons that joined the offences.
+    """What the model's template is to write, for `parse_chat`; None where that is wrong, for the reasons that joined the offences.
 
     Raises:
         ApiError: 404 for another model; 400 for one without a tokenizer or a template.
@@ -128,8 +128,10 @@ def conversation(body: ChatBody, served: Served, offences: list[Offence]) -> Con
     return served.conversations.read(body, offences)
 
 
-def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str | None, constraint: Grammar | None = None) -> Asked:
-    """Of POST /v1/chat/completions; as `ask_completion`.
+def parse_chat(
+    body: ChatBody, served: Served, offences: list[Offence], text: str | None, constraint: Grammar | None = None
+) -> ParsedRequest:
+    """Of POST /v1/chat/completions; as `parse_completion`.
 
     Args:
         text: the conversation as the model's template writes it; None where it cannot, for the reasons in `offences`.
@@ -164,7 +166,7 @@ def ask_chat(body: ChatBody, served: Served, offences: list[Offence], text: str 
         reader = served.conversations.reader(body, text)
     least, name = (limit, name) if limit is not None or not body.min_tokens else (body.min_tokens, "min_tokens")
     params = _checked(prompts, params, least or 1, {"prompt": "messages", "max_tokens": name}, served, offences, lengths)
-    return Asked(
+    return ParsedRequest(
         prompts, params, body.stream, *_usage(body), [], False, body.n, body.logprobs, body.prompt_logprobs, reader, _call_id_len(served)
     )
 
@@ -177,7 +179,7 @@ def _calls_are_special(body: ChatBody, served: Served) -> bool:
 
 def _call_id_len(served: Served) -> int:
     form = None if served.conversations is None else served.conversations.tool_format
-    return Asked.call_id_len if form is None else form.id_len
+    return ParsedRequest.call_id_len if form is None else form.id_len
 
 
 def check_model(name: str, served: Served) -> None:
@@ -203,10 +205,10 @@ def _offences(body: SamplingBody, max_tokens: int | None) -> list[Offence]:
 
 
 def _usage(body: SamplingBody) -> tuple[bool, bool]:
-    """Whether a stream tells the usage in the end, and whether in every event as well."""
-    asked = body.stream_options
-    at_end = asked is not None and bool(asked.include_usage)
-    return at_end, at_end and bool(asked.continuous_usage_stats)  # type: ignore[union-attr]  # there if at_end
+    """Whether a stream ends with the usage, and whether every event has it."""
+    options = body.stream_options
+    at_end = options is not None and bool(options.include_usage)
+    return at_end, at_end and bool(options.continuous_usage_stats)  # type: ignore[union-attr]  # there if at_end
 
 
 def _params(body: SamplingBody, offences: list[Offence], names: dict[str, str], **more: Any) -> SamplingParams | None:
@@ -244,14 +246,14 @@ def _checked(
     offences: list[Offence],
     lengths: list[Offence],
 ) -> SamplingParams:
-    """What the engine would say, and whether there is room for what is asked.
+    """The engine's own checks, and whether there is room for the requested tokens.
 
     Args:
         params: None where they are wrong; the prompts are checked all the same.
         names: how the body calls `prompt` and `max_tokens`. lengths: of prompts that are too long to be encoded.
 
     Raises:
-        ApiError: all offences. Those of length have a code of their own with OpenAI, so they are told apart when nothing else is wrong.
+        ApiError: all offences. Those of length have a code of their own with OpenAI, which is used if nothing else is wrong.
     """
     for place, prompt in enumerate(prompts):
         where = names["prompt"] + (f"[{place}]" if len(prompts) > 1 else "")
