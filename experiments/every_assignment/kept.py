@@ -19,7 +19,14 @@ def read(path: Path) -> dict[str, tuple[bool, float]]:
     return {one["test"]: (one["passed"], one["seconds"]) for one in map(json.loads, lines)}
 
 
+def total_file(path: Path) -> Path:
+    """Where it stands how many tests there are."""
+    return path.with_suffix(".total")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ and items:
+        total_file(Path(os.environ["PARTINF_KEPT"])).write_text(str(len(items)))
     done = {test for test, (passed, _) in read(Path(os.environ["PARTINF_KEPT"])).items() if passed}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]

@@ -1,6 +1,6 @@
 """Every role assignment: the partitioned step against the reference, and the planner's account of it against the traced program's.
 
-    python -m experiments.every_assignment.measure [NAME…] [--processes N]          # writes results.json
+    python -m experiments.every_assignment.measure [NAME…] [--processes N] [--count]        # writes results.json
 
 These are the slow tests `test_every_assignment…` of tests/execution, part of `make test-all`; here they run alone and their results are
 counted by mesh and by how attention runs. A run that was ended is resumed: what passed is kept in `.cache/every_assignment`. Fails where a
@@ -31,15 +31,18 @@ TESTS = {
 }
 
 
-def run(name: str, processes: int) -> dict[str, tuple[bool, float]]:
-    """The tests of one name: whether each passed, and its seconds."""
+def file_of(name: str) -> Path:
+    return ROOT / ".cache" / "every_assignment" / f"{name}.jsonl"
+
+
+def run(name: str, processes: int) -> None:
+    """The tests of one name that have not passed yet."""
     path, test, _ = TESTS[name]
-    file = ROOT / ".cache" / "every_assignment" / f"{name}.jsonl"
+    file = file_of(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", f"{path}::{test}", "-q", "-m", "slow", "-p", "experiments.every_assignment.kept"]
     command += ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
     subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "PARTINF_KEPT": str(file), "JAX_ENABLE_COMPILATION_CACHE": "0"})
-    return kept.read(file)
 
 
 def kind(test: str, attends: bool) -> str:
@@ -49,7 +52,7 @@ def kind(test: str, attends: bool) -> str:
     return " ".join(words[: count + 1]) + (f", {'kernels' if 'd16' in words else 'tiles'}" if attends else "")
 
 
-def counted(results: dict[str, tuple[bool, float]], attends: bool) -> dict[str, object]:
+def counted(results: dict[str, tuple[bool, float]], attends: bool, total: int) -> dict[str, object]:
     counts: dict[str, dict[str, int]] = defaultdict(lambda: {"passed": 0, "failed": 0})
     for test, (passed, _) in results.items():
         counts[kind(test, attends)]["passed" if passed else "failed"] += 1
@@ -59,6 +62,7 @@ def counted(results: dict[str, tuple[bool, float]], attends: bool) -> dict[str, 
         "machine": f"{machine()}, jax {jax.__version__}",
         "seconds of tests": seconds,
         **dict(sorted(counts.items())),
+        "not run yet": total - len(results),
         "which failed": [test for test, (passed, _) in results.items() if not passed],
     }
 
@@ -67,13 +71,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*TESTS, []], help="all by default")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--count", action="store_true", help="run nothing, and write down what was run before")
     asked = parser.parse_args()
     found, failed = read(__file__, missing={}), []
     for name in asked.names or TESTS:
-        results = run(name, asked.processes)
+        if not asked.count:
+            run(name, asked.processes)
+        results = kept.read(file_of(name))
         if not results:
-            raise SystemExit(f"{TESTS[name][0]} has no such tests")
-        found[name] = counted(results, TESTS[name][2])
+            raise SystemExit(f"{TESTS[name][0]} has no such tests, or none was run")
+        found[name] = counted(results, TESTS[name][2], int(kept.total_file(file_of(name)).read_text()))
         failed += found[name]["which failed"]
         write(__file__, found)
         print(name, found[name], sep="\n")
