@@ -163,7 +163,7 @@ _GPT1 = replace(
         buffers=(".attn.bias", "position_ids"),
     ),
     sizes={field: size for field, size in _GPT2.sizes.items() if field != "ffn_dim"},
-    only={},
+    only={"n_special": (0,)},
     block=LEARNED | {"norms": NormPlaces.SUM, "final_norm": False},
     picks=(activation("afn", "gelu", gelu=Activation.GELU_TANH),),
 )
