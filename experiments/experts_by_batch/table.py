@@ -10,12 +10,24 @@ _SPLITS = "does not split"
 
 
 def main() -> None:
-    found = read(__file__)
+    found = read(__file__) | {"proven": read(__file__, "proven.json")}
     beside(__file__, "README.md").write_text(page(found))
 
 
 def page(found: dict[str, Any]) -> str:
-    return "\n\n".join([_head(found["date"]), _steps(found["steps"]), _said(found["steps"]), _published(found), _r1(found["r1"])]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                _head(found["date"]),
+                _steps(found["steps"]),
+                _said(found["steps"]),
+                _published(found),
+                _proven(found["proven"]),
+                _r1(found["r1"]),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _head(date: str) -> str:
@@ -103,6 +115,23 @@ most experts, and at {skewed:.2f} with the skew that AIConfigurator saw in Qwen 
 Eight prompts of 4096 tokens: {prompts["measured"]} ms to the first token with eight in flight, in chunks of 2048; predicted for all at
 once {prompts["tp4_ep4"]:g} ms with TP4 EP4, {prompts["planner"]:g} with the planner's layout; all FLOPs at the stated peak take
 {prompts["floor"]:g}."""
+
+
+def _proven(rows: dict[str, dict[str, Any]]) -> str:
+    lines = ["| step | planned layout | planned ms | proven ms | copies in that | GB per device, compiled |", "|---" * 6 + "|"]
+    for name, one in rows.items():
+        figures = " | ".join(str(one[key]) for key in ("layout", "planned_ms", "proven_ms", "copies_ms", "compiled_gb"))
+        lines.append(f"| {name} | {figures} |")
+    table = "\n".join(lines)
+    return f"""## Compiled whole
+
+`python -m experiments.experts_by_batch.proven TEXTS NAME …` compiles a step for its slice and reads it (`partinf.proof`). The products of
+experts are priced by the ledger there too, so a proof tells what else the program does, and what HBM has to carry beside them:
+
+{table}
+
+gpt-oss is not in the table: of its matrices of 2880 by 360, which fill no whole tiles, the compiler lays the 128 experts innermost, and
+the program copies all of them for the kernel in every step, which no plan knows of yet."""
 
 
 def _r1(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,93 @@
+"""Steps of mixtures of experts compiled whole for their slices, without a TPU, and read beside their plans.
+
+    python -m experiments.experts_by_batch.proven TEXTS [NAME …]     # a minute of one core each; writes proven.json
+
+TEXTS: a folder that keeps what the compiler said; what is there already is not compiled again. Without names what is there is read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.results import write
+from partinf.buckets import serving_steps
+from partinf.hardware.slices import parse_slice
+from partinf.model.load import load_model_config
+from partinf.planner.question import Question
+from partinf.planner.report import answer
+from partinf.plans import Bucket, Plan
+from partinf.proof.process import Compiled, Limits, compile_bucket
+from partinf.proof.proving import planned_ledger, schedule_of
+from partinf.workload import Workload
+
+
+class Case(NamedTuple):
+    """A step; `mesh` is None for the slice's own."""
+
+    model: str
+    slice: str
+    mesh: str | None
+    workload: Workload
+
+
+CASES = {
+    "qwen-3-30b-a3b on v6e:2x2, 32 × 4608": Case("qwen-3-30b-a3b", "v6e:2x2", None, Workload(batch=32, context_len=4608, phase="decode")),
+    "qwen-3-30b-a3b on v6e:2x2, 96 × 4608": Case("qwen-3-30b-a3b", "v6e:2x2", None, Workload(batch=96, context_len=4608, phase="decode")),
+    "gpt-oss-120b on v6e:2x4, 64 × 4096": Case("gpt-oss-120b", "v6e:2x4", None, Workload(batch=64, context_len=4096, phase="decode")),
+    "qwen-3-235b-a22b on v6e:4x4, 32 × 4096": Case(
+        "qwen-3-235b-a22b", "v6e:4x4", None, Workload(batch=32, context_len=4096, phase="decode")
+    ),
+    "qwen-3-235b-a22b on v5e:8x8, 64 × 4096": Case(
+        "qwen-3-235b-a22b", "v5e:8x8", "x0:2,x1:4,y0:4,y1:2", Workload(batch=64, context_len=4096, phase="decode")
+    ),
+}
+
+
+def planned(case: Case) -> tuple[Plan, Bucket, str]:
+    """The planner's choice, its step, and its name."""
+    model, workload = load_model_config(case.model), case.workload
+    report = answer(Question(model, workload), parse_slice(case.slice, case.mesh))
+    best = report.best
+    plan = Plan(model, report.slice, best.layout, workload.weights, workload.kv, padded_heads=best.padded_heads)
+    plan, (bucket,) = serving_steps(plan, workload)
+    return plan, bucket, best.name
+
+
+def file_of(name: str, texts: Path) -> Path:
+    return texts / f"{name.replace(' ', '_').replace(':', '_')}.json.gz"
+
+
+def row(name: str, texts: Path) -> dict[str, Any]:
+    plan, bucket, layout = planned(CASES[name])
+    said = Compiled(**json.loads(gzip.decompress(file_of(name, texts).read_bytes())))
+    schedule, kinds = schedule_of(plan, bucket, said.program), said.memory
+    needed = kinds["argument"] + kinds["temp"] + kinds["generated_code"] + max(0, kinds["output"] - kinds["alias"])
+    moved = sum(work.seconds * work.count for work in schedule.work if work.moves)
+    return {
+        "layout": layout.split(", prefill")[0],
+        "planned_ms": round(1e3 * planned_ledger(plan, bucket).seconds, 2),
+        "proven_ms": round(1e3 * schedule.seconds, 2),
+        "copies_ms": round(1e3 * moved, 2),
+        "compiled_gb": round(needed / 1e9, 2),
+    }
+
+
+def main(texts: Path, names: list[str]) -> None:
+    texts.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not file_of(name, texts).is_file():
+            plan, bucket, _ = planned(CASES[name])
+            said = compile_bucket(plan, bucket, Limits(seconds=3600))
+            file_of(name, texts).write_bytes(gzip.compress(json.dumps(asdict(said)).encode()))
+    found = {name: row(name, texts) for name in CASES if file_of(name, texts).is_file()}
+    write(__file__, found, "proven.json")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
