@@ -24,13 +24,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from experiments.llama_125m_on_cpu.peers import SIDES
+from experiments.llama_125m_on_cpu.peers import ENGINES, SIDES, lengths
 from experiments.results import machine, write
 from partinf.model.load import load_model_config
 from partinf.transformer.kernels import choices
 from partinf.transformer.machine import host
 
-CASES = ("decode:1:256", "decode:8:256", "decode:32:256", "decode:64:256", "decode:8:2048", "prefill:1:512")
+CASES = ("decode:1:256", "decode:8:256", "decode:32:256", "decode:64:256", "decode:8:2048", "prefill:1:512", "load:32:48")
 QUIET = 0.05  # of all cores, that others may take
 _TICKS = os.sysconf("SC_CLK_TCK") * (os.cpu_count() or 1)
 
@@ -59,6 +59,9 @@ class Side:
         others = (_busy() - busy - (self._taken() - own)) / _TICKS / (time.perf_counter() - started)
         self._signal(signal.SIGSTOP)
         return found, max(0.0, others)
+
+    def takes(self, case: str) -> bool:
+        return not case.startswith("load") or self.name in ENGINES
 
     def close(self) -> None:
         self._signal(signal.SIGKILL)  # it has nothing to keep
@@ -103,11 +106,12 @@ def compare(dtype: str, pythons: dict[str, str], shape: str, cases: list[str], r
                 sides.append(Side(pythons[name], name, dtype, shape))
         for case in cases:  # what is prepared once is not measured
             for side in sides:
-                side.seconds(case)
+                if side.takes(case):
+                    side.seconds(case)
         for number in range(rounds):
             order = sides[number % len(sides) :] + sides[: number % len(sides)]
             for case in cases:
-                found = {side.name: side.seconds(case) for side in order}
+                found = {side.name: side.seconds(case) for side in order if side.takes(case)}
                 taken[case].append({name: seconds for name, (seconds, _) in found.items()})
                 others += [part for _, part in found.values()]
     finally:
@@ -120,6 +124,9 @@ def compare(dtype: str, pythons: dict[str, str], shape: str, cases: list[str], r
         best = min(peers, key=lambda name: peers[name], default="partinf")
         ratio = statistics.median(turn["partinf"] / turn[best] for turn in turns)
         said["cases"][case] = {"ms": medians, "best": best, "ratio": ratio, "rounds": turns}
+        if case.startswith("load"):
+            tokens = sum(answer for _, answer in lengths(int(case.split(":")[2])))
+            said["cases"][case]["tokens_per_second"] = {name: 1e3 * tokens / took for name, took in medians.items()}
         print(
             f"{dtype:9} {case:15}", "  ".join(f"{name} {took:8.2f}" for name, took in medians.items()), f" {ratio:.2f} × {best}", flush=True
         )

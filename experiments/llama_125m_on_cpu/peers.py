@@ -4,7 +4,10 @@ This file runs under the interpreter of each side and imports nothing of the lib
 fastest plain way: the compiled paged step here; `transformers` with its dynamic cache; vLLM's engine step, with its scheduler, in one
 process; and `llama_decode`. All have random weights of one architecture and use all cores.
 
-    PYTHON peers.py SIDE TYPE SHAPE        # answers `decode ROWS CONTEXT` or `prefill 1 TOKENS` with the median seconds of a few calls
+    PYTHON peers.py SIDE TYPE SHAPE        # answers `decode ROWS CONTEXT` or `prefill 1 TOKENS` with the median seconds of a few calls,
+                                           # `load ROWS REQUESTS` with the seconds of one: the engine's own, where a side has an engine
+
+A load is that of Orca's lengths: prompts of 32 to 512 tokens and answers of 1 to 128, all there from the beginning, ROWS of them at once.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -25,7 +29,15 @@ CALLS, PAGE = 3, 64
 Call = Callable[[], None]
 Make = Callable[[str, int, int], Call]
 SIDES = {"float32": ("partinf", "transformers", "vllm", "llama.cpp"), "bfloat16": ("partinf", "transformers", "vllm", "llama.cpp")}
+ENGINES = ("partinf", "vllm")  # that serve a load
+PROMPTS, ANSWERS = (32, 512), (1, 128)
 SIDES["int8"] = ("partinf", "llama.cpp")  # q8_0 there; the others have no weights of int8 with plain activations
+
+
+def lengths(requests: int) -> list[tuple[int, int]]:
+    """Tokens of the prompts and answers of a load, the same for all sides."""
+    draw = random.Random(0)
+    return [(draw.randint(*PROMPTS), draw.randint(*ANSWERS)) for _ in range(requests)]
 
 
 def partinf(dtype: str, shape: dict[str, Any]) -> Make:
@@ -37,6 +49,8 @@ def partinf(dtype: str, shape: dict[str, Any]) -> Make:
     import numpy as np
 
     from partinf import api
+    from partinf.engine.engine import Engine
+    from partinf.engine.request import SamplingParams
     from partinf.partition.sharding import device_mesh
     from partinf.plans import Bucket, CacheConfig
     from partinf.transformer.batch import empty_batch, pack
@@ -49,7 +63,25 @@ def partinf(dtype: str, shape: dict[str, Any]) -> Make:
     mesh = device_mesh(plan)
     params = random_params(plan, mesh, unrolled=True)
 
+    def load(rows: int, requests: int) -> Call:
+        workload = Workload(rows, PROMPTS[1], ANSWERS[1], weights=kind, kv=kind.activations)
+        runner = api.load(shape["name"], api.plan(shape["name"], "local", workload), random_weights=True).runner
+        draw, vocab = random.Random(1), runner.limits.vocab_size
+        prompts = [[draw.randrange(vocab) for _ in range(prompt)] for prompt, _ in lengths(requests)]
+        wanted = [SamplingParams(max_tokens=answer, ignore_eos=True) for _, answer in lengths(requests)]
+
+        def serve() -> None:
+            engine = Engine(runner)
+            engine.generate(prompts, wanted)
+            done = engine.metrics.summary()
+            tokens = done.prefill_tokens + done.decode_tokens
+            print(f"{dtype}: {done.iterations} steps, {(tokens + done.padding_tokens) / tokens:.2f} rows per token", file=sys.stderr)
+
+        return serve
+
     def make(phase: str, rows: int, tokens: int) -> Call:
+        if phase == "load":
+            return load(rows, tokens)
         pages = tokens // PAGE
         sized = replace(plan, cache=CacheConfig(PAGE, rows * pages, rows), max_len=tokens)
         bucket = Bucket(rows, pages) if phase == "decode" else Bucket(prefill_tokens=tokens, prefill_slots=1)
@@ -108,8 +140,6 @@ def vllm(dtype: str, shape: dict[str, Any]) -> Make:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",
     }
-    import random
-
     from vllm import LLM, SamplingParams
 
     folder = Path(tempfile.mkdtemp())
@@ -119,16 +149,29 @@ def vllm(dtype: str, shape: dict[str, Any]) -> Make:
     llm = LLM(str(folder), dtype=dtype, load_format="dummy", skip_tokenizer_init=True, seed=0, **limits)
     engine, running, number = llm.llm_engine, [], iter(range(1 << 30))
 
+    def ask(tokens: int, new: int) -> None:
+        running.append(str(next(number)))
+        prompt = {"prompt_token_ids": [random.randrange(10, shape["vocab_size"]) for _ in range(tokens)]}
+        params = SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+        engine.add_request(running[-1], prompt, params)
+
     def begin(rows: int, tokens: int, new: int) -> None:
         engine.abort_request(list(running))
         running.clear()
         while engine.has_unfinished_requests():
             engine.step()
         for _ in range(rows):
-            running.append(str(next(number)))
-            prompt = {"prompt_token_ids": [random.randrange(10, shape["vocab_size"]) for _ in range(tokens)]}
-            params = SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
-            engine.add_request(running[-1], prompt, params)
+            ask(tokens, new)
+
+    def serve(rows: int, requests: int) -> None:
+        """As many at once as rows: the next one is asked for when one has ended."""
+        waiting, open_ = lengths(requests), 0
+        while waiting or open_:
+            for _ in range(min(rows - open_, len(waiting))):
+                ask(*waiting.pop(0))
+                open_ += 1
+            open_ -= sum(output.finished for output in engine.step())
+        running.clear()
 
     case: list[tuple[int, int]] = []
 
@@ -148,7 +191,12 @@ def vllm(dtype: str, shape: dict[str, Any]) -> Make:
             begin(1, tokens, 1)
             raise _Timed(engine.step)
 
-        return decode if phase == "decode" else prefill
+        def load() -> None:
+            case.clear()
+            begin(0, 0, 0)
+            raise _Timed(lambda: serve(rows, tokens))
+
+        return {"decode": decode, "prefill": prefill, "load": load}[phase]
 
     return make
 
@@ -302,8 +350,9 @@ def main() -> None:
         for line in sys.stdin:
             phase, rows, tokens = line.split()
             call = make(phase, int(rows), int(tokens))
-            seconds_of(call)
-            found = [seconds_of(call) for _ in range(CALLS)]
+            if phase != "load":
+                seconds_of(call)
+            found = [seconds_of(call) for _ in range(1 if phase == "load" else CALLS)]
             print(statistics.median(found), file=answers, flush=True)
 
 

@@ -60,7 +60,13 @@ def load_from(reader: TensorReader, config: ModelConfig, abstract_params: Params
     disagreements = compare_shapes(wanted, expected, "the parameter tree", f"the model {config.name}")
     reader.check(tensor_shapes(config, naming), tolerated(config, naming), more=disagreements, aside=naming.aside, packed=packed(naming))
     raise_offences(tied_offences(reader, config, naming))
-    arrays = [_load_leaf(reader, sources[path], leaf) for path, leaf in leaves.items()]
+    loaded = {}
+    for path in sorted(
+        leaves, key=lambda path: -math.prod(leaves[path].shape)
+    ):  # what is read and placed at once is least where most is there
+        loaded[path] = _load_leaf(reader, sources[path], leaves[path])
+        reader.release()
+    arrays = [loaded[path] for path in leaves]
     structure = jax.tree.structure(abstract_params, is_leaf=lambda x: isinstance(x, Quantized))
     return jax.tree.unflatten(structure, arrays)
 

@@ -19,6 +19,8 @@ from partinf.checkpoint.hf_names import LeafSource
 from partinf.checkpoint.safetensors_files import TensorReader
 from partinf.foundation.rounding import round_up
 
+_LINE = 64  # bytes
+
 
 def _runs(group: tuple[int, ...], wanted: tuple[range, ...]) -> list[tuple[int, int]]:
     """Contiguous [start, stop) pieces of a tensor's dimension that hold the wanted indices of the leaf's dimensions merged in it.
@@ -49,7 +51,7 @@ def read_leaf(reader: TensorReader, source: LeafSource, index: tuple[slice, ...]
     if source.times is not None:
         return _read_product(reader, source, ranges, dtype)
     lead, inner = ranges[: len(source.lead)], ranges[len(source.lead) :]
-    found = np.zeros((math.prod(len(part) for part in lead), *(len(part) for part in inner)), dtype)
+    found = _aligned_zeros((math.prod(len(part) for part in lead), *(len(part) for part in inner)), dtype)
     for position, place in enumerate(itertools.product(*lead)):
         if any(one >= count for one, count in zip(place, source.lead, strict=True)):
             continue  # padding
@@ -72,6 +74,14 @@ def _read_product(reader: TensorReader, source: LeafSource, wanted: tuple[range,
     table = reader.read(name, (slice(wanted[0].start, min(wanted[0].stop, rows)), slice(None))).astype(np.float32)
     found[: len(table)] = table @ (matrix.T if last else matrix)
     return found
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that begin where a line of the cache does: a device that is the host takes such an array as it is, without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    held = np.zeros(size + _LINE, np.uint8)
+    start = -held.ctypes.data % _LINE
+    return held[start : start + size].view(dtype).reshape(shape)
 
 
 def _read_ordered(reader: TensorReader, source: LeafSource, number: int, wanted: tuple[range, ...], into: np.ndarray) -> None:

@@ -9,6 +9,7 @@ broken file and a tensor of the wrong shape are reported together.
 from __future__ import annotations
 
 import math
+import mmap
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -332,7 +333,7 @@ class TensorReader:
     def __init__(self, directory: str | Path) -> None:
         self.inventory = find_tensors(directory)
         self.bytes_read = 0
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def check(
         self,
@@ -349,12 +350,19 @@ class TensorReader:
         """A view of `tensor[index]` in the stored type, valid while the reader is open. `check` must have passed."""
         tensor = self.inventory.tensors[name]
         if tensor.path not in self._maps:
-            self._maps[tensor.path] = np.memmap(tensor.path, np.uint8, mode="r")
+            with tensor.path.open("rb") as file:
+                self._maps[tensor.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         dtype = (READABLE_DTYPES | _BYTES)[tensor.dtype]
-        stop = tensor.start + math.prod(tensor.shape) * dtype.itemsize
-        view = self._maps[tensor.path][tensor.start : stop].view(dtype).reshape(tensor.shape)[index]
+        whole = np.frombuffer(self._maps[tensor.path], dtype, math.prod(tensor.shape), tensor.start)
+        view = whole.reshape(tensor.shape)[index]
         self.bytes_read += view.nbytes
         return view
+
+    def release(self) -> None:
+        """Give back the memory of what was read, which the files' pages would count as until the reader is closed."""
+        for mapped in self._maps.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)  # of a file that is only read: its pages are read again where they are wanted again
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers. `check` must have passed."""

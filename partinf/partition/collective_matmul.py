@@ -35,35 +35,41 @@ def gather_multiply(
     source: Split,
     target: Split,
     loop: Loop | None,
-    multiply: Callable[[jax.Array, Cut], tuple[jax.Array, ...]],
+    multiply: Callable[[jax.Array, Cut, slice], tuple[jax.Array, ...]],
 ) -> tuple[jax.Array, ...]:
     """Products that contract the columns of x, which are gathered from `source` to `target`.
 
     Args:
-        x: [rows, columns]. multiply: (a part of x, how to cut the weights' contracted dimension) → float32 products, rows first, which are
-            summed over the parts.
+        x: [rows, columns]. multiply: (a part of x, how to cut the weights' contracted dimension, which rows of the gathered x those of
+            the part are) → products, rows first, which are summed over the parts.
     """
     axis = _looped(loop, frame, source.cols, target.cols)
     if loop is None or axis is None or not loop.gathers:
-        return multiply(move(x, frame, source, target), _whole)
+        whole = move(x, frame, source, target)
+        return multiply(whole, _whole, slice(0, whole.shape[0]))
     x = move(x, frame, source, Split(source.rows, (*target.cols, axis)))
     me, size = lax.axis_index(axis), frame.sizes[axis]
 
-    def part(chunk: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
-        return multiply(chunk, _part(frame, target.cols, axis, index % size))
+    def around(rows: slice, *ways: tuple[int, int]) -> Any:
+        """The products of these rows with all parts: the device's own, and so many in each direction."""
 
-    def around(chunk: jax.Array, direction: int, steps: int, total: Any) -> Any:
-        for step in range(1, steps + 1):
-            chunk = _shift(chunk, axis, size, -direction)  # the part of the neighbour ahead
-            total = jax.tree.map(jnp.add, total, part(chunk, me + direction * step))
+        def part(chunk: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
+            return multiply(chunk, _part(frame, target.cols, axis, index % size), rows)
+
+        total = part(x[rows], me)
+        for direction, steps in ways:
+            chunk = x[rows]
+            for step in range(1, steps + 1):
+                chunk = _shift(chunk, axis, size, -direction)  # the part of the neighbour ahead
+                total = jax.tree.map(jnp.add, total, part(chunk, me + direction * step))
         return total
 
-    if loop.ring is Ring.HALVES and x.shape[0] > 1:
-        cut = x.shape[0] // 2
-        halves = [around(half, way, size - 1, part(half, me)) for half, way in ((x[:cut], 1), (x[cut:], -1))]
+    count = x.shape[0]
+    if loop.ring is Ring.HALVES and count > 1:
+        halves = around(slice(0, count // 2), (1, size - 1)), around(slice(count // 2, count), (-1, size - 1))
         return tuple(jnp.concatenate(both) for both in zip(*halves, strict=True))
     ahead = size // 2 if loop.ring is Ring.BOTH else size - 1
-    return around(x, -1, size - 1 - ahead, around(x, 1, ahead, part(x, me)))
+    return around(slice(0, count), (1, ahead), (-1, size - 1 - ahead))
 
 
 def multiply_scatter(

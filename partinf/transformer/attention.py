@@ -7,6 +7,7 @@ kv-head axes. Over s every device has the queries of its requests and attends to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -86,13 +87,15 @@ def attention(
         [T.t, HQ.f], and the updated cache.
     """
     lanes = routes.bucket.decode_rows // routes.ways(routes.tokens)
-    outputs = []
+    # Both groups write before either reads: of pages that are read between two writes XLA makes a copy, in every layer.
+    cores = []
     if routes.bucket.decode_rows:
-        out, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, of, pages, rotations.decode)
-        outputs.append(out)
+        core, kv = _decode(weights, q[:lanes], new[:lanes], kv, layer, batch.decode, routes, of, pages, rotations.decode)
+        cores.append(core)
     if routes.bucket.prefill_tokens:
-        out, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, of, pages, rotations.prefill)
-        outputs.append(out)
+        core, kv = _prefill(weights, q[lanes:], new[lanes:], kv, layer, batch.prefill, routes, of, pages, rotations.prefill)
+        cores.append(core)
+    outputs = [core(kv) for core in cores]
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
     return out.reshape(out.shape[0], -1), kv
 
@@ -108,7 +111,8 @@ def _decode(
     of: Attention,
     cached: int,
     by: Angles | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Callable[[Any], jax.Array], Any]:
+    """The cache with the keys and values of decode lanes, and what then reads it and gives their output."""
     group, size, table = routes.decode, routes.plan.cache.page_size, batch.tables[cached]
     position, pages = _rows(batch.position, group, routes), _rows(table.pages, group, routes)  # [B.b], [B.b, pages]
     if table.begin is not None:
@@ -119,13 +123,17 @@ def _decode(
     current = jnp.maximum(position, 0) // size
     mine = owned[row, current] & (position >= 0)
     kv = kernels.write(kv, layer, pages[row, current], position % size, mine, KeysValues(new[:, 0], new[:, 1]), _tiles(routes))
-    read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
     local = lambda x: local_entries(x, x.ndim - 1, group.sequence, group.sequence, routes.sizes)  # noqa: E731
     seen = num_seen(position + 1, local(jnp.arange(pages.shape[1])), size)  # of the pages of each lane on this device
-    lying = _lying(kv, layer, local(pages), group, routes)
     first = num_seen(jnp.maximum(position + 1 - of.window, 0), local(jnp.arange(pages.shape[1])), size) if of.window else None
-    found = kernels.decode(q, read, local(pages), seen - 1, _tiles(routes), lying, _scores(of), first)  # [B.b, H.h, Q]
-    return _from_group(found, weights, group, routes), kv
+
+    def core(kv: Any) -> jax.Array:
+        read = lambda ids: _choose(cache.read(kv, layer, ids), group, routes)  # noqa: E731
+        lying = _lying(kv, layer, local(pages), group, routes)
+        found = kernels.decode(q, read, local(pages), seen - 1, _tiles(routes), lying, _scores(of), first)  # [B.b, H.h, Q]
+        return _from_group(found, weights, group, routes)
+
+    return core, kv
 
 
 def _prefill(
@@ -139,7 +147,8 @@ def _prefill(
     of: Attention,
     cached: int,
     by: Angles | None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Callable[[Any], jax.Array], Any]:
+    """The same of prompt tokens."""
     group, plan = routes.prefill, routes.plan
     owner, position = _rows(batch.owner, group, routes), _rows(batch.position, group, routes)  # [T.b]
     q, new = _to_group(weights, q, new, of, by, group, routes)  # [T.b, H.h, Q], [T.b, 2, K.k, Q]
@@ -153,14 +162,17 @@ def _prefill(
     local, owned = cache.local_pages(page, plan, plan.cache_groups[cached])
     kv = cache.write(kv, layer, local, offset, owned, KeysValues(for_cache[:, 0], for_cache[:, 1]))
 
-    context = (
-        _earlier(kv, layer, batch, cached, owner, position, of.window, routes, q.dtype) if batch.tables[cached].pages.shape[1] else None
-    )
     new, *where = (local_entries(x, 0, group.sequence, group.sequence, routes.sizes) for x in (new, owner, position))  # [T.bs, 2, K.k, Q]
     own = KeysValues(jnp.swapaxes(new[:, 0], 0, 1), jnp.swapaxes(new[:, 1], 0, 1))  # [K.k, T.bs, Q]
     fresh = kernels.Fresh(_choose(own, group, routes), *where)
-    found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes), _scores(of))  # [T.b, H.h, Q]
-    return _from_group(found, weights, group, routes), kv
+
+    def core(kv: Any) -> jax.Array:
+        chunks = batch.tables[cached].pages.shape[1] > 0
+        context = _earlier(kv, layer, batch, cached, owner, position, of.window, routes, q.dtype) if chunks else None
+        found = kernels.prefill(q, owner, position, fresh, context, _tiles(routes), _scores(of))  # [T.b, H.h, Q]
+        return _from_group(found, weights, group, routes)
+
+    return core, kv
 
 
 def _earlier(

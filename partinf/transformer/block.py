@@ -100,9 +100,10 @@ def _enter(
         if not own and shares_gather(routes):
             normed, cols = rows, routes.embed
 
-    def multiply(part: jax.Array, cut: Cut) -> tuple[jax.Array, ...]:
+    def multiply(part: jax.Array, cut: Cut, rows: slice) -> tuple[jax.Array, ...]:
         read = {name: weighted(part, dtype, _part_of_norm(weights, name, cut, routes), name, (), routes) if own else part for name in norms}
-        return tuple(dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), out, made_for(routes)) for name, by in wanted.items())
+        made = made_for(routes), _live(routes, rows)
+        return tuple(dot(_ENTER[name], read[by], _cut(weights[name], cut, -1), out, *made) for name, by in wanted.items())
 
     if not wanted:
         return [], mixed
@@ -151,7 +152,8 @@ def _leave(
 
     def multiply(cut: Cut, rows: slice) -> jax.Array:
         cuts = {name: _cut(weights[name], cut, 0) for name in inner}
-        parts = [dot("tf,ef->te", hidden[rows], cuts[name], out, made_for(routes)) for name, hidden in inner.items()]
+        made = made_for(routes), _live(routes, rows)
+        parts = [dot("tf,ef->te", hidden[rows], cuts[name], out, *made) for name, hidden in inner.items()]
         if together:
             parts.append(mixed.array)
         return sum(part.astype(x.dtype) for part in parts) if len(parts) > 1 else parts[0]
@@ -169,6 +171,11 @@ def _leave(
         added = norm(added, weights, after, routes.between, routes)
     x = x + (added if kind.residual_scale == 1.0 else added * kind.residual_scale)
     return norm(x, weights, after, routes.between, routes) if kind.norms is NormPlaces.SUM else x
+
+
+def _live(routes: Routes, rows: slice) -> jax.Array | None:
+    """Which of these rows of the step are no padding, where that is known."""
+    return None if routes.live is None else routes.live[rows]
 
 
 def _part_of_norm(weights: Params, name: str, cut: Cut, routes: Routes) -> Params:

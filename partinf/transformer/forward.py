@@ -42,7 +42,7 @@ from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch
 from partinf.transformer.block import block
 from partinf.transformer.experts import left_stacked
-from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, made_for, norm
+from partinf.transformer.linear import ENTERING, LEAVING, capped, dot, gather_weights, live_rows, live_tokens, made_for, norm
 from partinf.transformer.params import OneOf, Params, Stacks
 from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import likeliest, log_normalizer, logit_of
@@ -62,7 +62,7 @@ def hidden(
         carried: what the stage before this one sent; the last layer is then that of this stage.
     """
     x = stages.enter(embedded(params, batch, decode_tokens, routes), carried, routes)
-    return _layers(params["layers"], _spread(x, routes), kv, batch, routes)
+    return _layers(params["layers"], _spread(x, routes), kv, batch, replace(routes, live=live_tokens(batch, routes)))
 
 
 def embedded(params: Params, batch: Batch, decode_tokens: jax.Array, routes: Routes) -> jax.Array:
@@ -211,7 +211,7 @@ def sampled_logits(params: Params, x: jax.Array, batch: Batch, routes: Routes) -
     Returns:
         float32 [D.r + S, V.ef]: decode lanes split over the replica axes r, then all prefill slots; padding of V is -inf.
     """
-    return logits(params, _sampled_rows(x, batch, routes), routes)
+    return logits(params, _sampled_rows(x, batch, routes), routes, live_rows(batch, routes))
 
 
 def _sampled_rows(x: jax.Array, batch: Batch, routes: Routes) -> jax.Array:
@@ -243,12 +243,13 @@ def _picked(picked: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(picked & ~numbers[None, :], axis=1)[:, None], jnp.nan, found)
 
 
-def logits(params: Params, rows: jax.Array, routes: Routes) -> jax.Array:
-    """Logits [R, V.ef] of rows [R, E.c], float32; padding of V is -inf. c: all weight axes, or none (`Routes.logit_cols`)."""
+def logits(params: Params, rows: jax.Array, routes: Routes, live: jax.Array | None = None) -> jax.Array:
+    """Logits [R, V.ef] of rows [R, E.c], float32; padding of V is -inf. c: all weight axes, or none (`Routes.logit_cols`). Rows that
+    are not live may have any."""
     axes, cols, model = routes.weight_stored, routes.logit_cols, routes.plan.model
     rows = norm(rows, params, "final_norm", cols, routes) if model.final_norm else rows
     table = params.get("unembed", params["embed"])  # [V, E.ef], or [V.ef, E]
-    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes))  # [R, V] {ef unreduced}, or [R, V.ef]
+    found = dot("re,ve->rv", rows, table, jnp.float32, made_for(routes), live)  # [R, V] {ef unreduced}, or [R, V.ef]
     source = Split(cols=tuple(axis for axis in axes if axis not in cols), unreduced=cols)
     found = move(found, routes.frame((), axes), source, Split(cols=axes))  # [R, V.ef]
     if model.output_bias:

@@ -14,6 +14,7 @@ from partinf.hardware.platform import Form, Platform, gathers_parts
 from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
+from partinf.transformer.batch import Batch
 from partinf.transformer.kernels import choices, products
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
@@ -24,12 +25,27 @@ def made_for(routes: Routes) -> Platform | None:
     return None if routes.plain else routes.plan.slice.chip.platform
 
 
+def live_tokens(batch: Batch, routes: Routes) -> jax.Array | None:
+    """[T] whether a lane or token of the step is no padding; None where products read all rows anyway, or a device has a part of them."""
+    if not _chooses(made_for(routes)) or routes.ways(routes.tokens) > 1:
+        return None
+    return jnp.concatenate([jnp.asarray(batch.decode.position) >= 0, jnp.asarray(batch.prefill.owner) >= 0])
+
+
+def live_rows(batch: Batch, routes: Routes) -> jax.Array | None:
+    """[D + S] the same of the rows from which tokens are sampled."""
+    if not _chooses(made_for(routes)) or routes.ways(routes.replica) > 1:
+        return None
+    return jnp.concatenate([jnp.asarray(batch.decode.position) >= 0, jnp.asarray(batch.prefill.last) >= 0])
+
+
 def dot(
     spec: str,
     x: jax.Array,
     weights: jax.Array | Quantized,
     dtype: jnp.dtype | None = None,
     platform: Platform | None = None,
+    live: jax.Array | None = None,
 ) -> jax.Array:
     """An einsum that accumulates in float32 and returns the type of `x` (or `dtype`); int8 weights are scaled per output channel.
 
@@ -40,6 +56,7 @@ def dot(
     Args:
         platform: that the program is made for, if for any: where products have several forms, weights are met as they are stored in the
             one that takes least on this machine (`choices`). All are as exact.
+        live: [T], false for rows of x that are padding, where that is known; they may come out as zeros.
     """
     dtype = x.dtype if dtype is None else dtype
     scale = None
@@ -52,7 +69,7 @@ def dot(
     made = _row_by_row(spec) if x.shape[0] > products.FEW_ROWS[1] else wanted
     merged, x_shape, weights_shape, out_shape = _merged(spec.replace(wanted, made), x.shape, weights.shape)
     summed = dtype if scale is None and _chooses(platform) else jnp.dtype(jnp.float32)
-    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), summed, platform).reshape(out_shape)
+    out = _product(merged, x.reshape(x_shape), weights.reshape(weights_shape), summed, platform, live).reshape(out_shape)
     out = out.transpose([made.index(letter) for letter in wanted])
     return (out if scale is None else out * scale).astype(dtype)
 
@@ -67,13 +84,13 @@ def _row_by_row(spec: str) -> str:
     return "".join(letter for letter in dict.fromkeys(first + second) if letter in result)
 
 
-def _product(spec: str, x: jax.Array, weights: jax.Array, dtype: jnp.dtype, platform: Platform | None) -> jax.Array:
+def _product(spec: str, x: jax.Array, weights: jax.Array, dtype: jnp.dtype, platform: Platform | None, live: jax.Array | None) -> jax.Array:
     """An einsum that adds in float32, in the form that the machine chose where there is a choice."""
     first, second, result = spec.replace("->", ",").split(",")
     if (first[1:], result) != (second[1:], first[0] + second[0]) or x.ndim != 2:  # not rows by rows, which forms are made for
         return jnp.einsum(spec, x, weights.astype(x.dtype), preferred_element_type=jnp.float32).astype(dtype)
     form = choices.current().form(x, weights) if _chooses(platform) else Form.XLA
-    return products.made(form, x, weights, dtype=dtype)
+    return products.made(form, x, weights, live, dtype)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -72,11 +73,13 @@ class Routes:
 
     Attributes:
         plain: attention is the plain twin, which gathers all context and masks.
+        live: [T] which tokens of the step are no padding, where products ask (`linear.live_tokens`).
     """
 
     plan: Plan
     bucket: Bucket
     plain: bool = False
+    live: Any = None
 
     @cached_property
     def phase(self) -> Phase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,12 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partinf import api
 from partinf.hardware.platform import CPU, Form
+from partinf.plans import Bucket
+from partinf.transformer.batch import empty_batch
 from partinf.transformer.kernels import choices, products, turns
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.kernels.choices import Choices
 from partinf.transformer.kernels.turns import Times
-from partinf.transformer.linear import dot
+from partinf.transformer.linear import dot, live_rows, live_tokens
+from partinf.transformer.routes import Routes
+from partinf.workload import Workload
 
 needs_kernels = pytest.mark.skipif("not cpu_kernels.available()", reason="no C++ compiler")
 TYPES = {"f32": (jnp.float32, jnp.float32), "bf16": (jnp.bfloat16, jnp.bfloat16), "int8": (jnp.int8, jnp.bfloat16)}
@@ -124,9 +130,28 @@ def test_the_form_that_takes_least_is_chosen_between_the_rows_that_were_measured
     assert few.seconds(2) == pytest.approx(2**0.5)
     assert many.seconds(256) == 32.0
     assert few.seconds(32) == 32.0
-    assert choices.chosen([few, many]) == ((6, Form.ROWS), (1536, Form.XLA))  # 4.0 is met between 6 and 8 rows
+    assert choices.chosen([few, many]) == ((6, Form.ROWS), (1536, Form.XLA))  # 4.0 and 1.1 · 4.0 are met between 6 and 8 rows
     late = Times("f32", Form.PANELS, ((16, 0.1),))
     assert choices.chosen([late, many]) == ((12, Form.XLA), (1536, Form.PANELS))
+
+
+def test_a_kernel_that_is_nearly_as_fast_is_chosen_since_it_leaves_out_padding() -> None:
+    times = [Times("f32", Form.XLA, ((1, 1.0), (4, 1.0))), Times("f32", Form.PANELS, ((1, 1.05), (4, 1.2)))]
+    assert choices.chosen(times) == ((1, Form.PANELS), (1536, Form.XLA))
+
+
+def test_a_step_says_which_rows_are_no_padding_where_a_device_has_all_of_them() -> None:
+    one, copies = (api.plan("demo", f"cpu:{count}", Workload(4, 8, 8)) for count in (1, 2))
+    bucket = Bucket(4, 1, prefill_tokens=4, prefill_slots=2)
+    batch = empty_batch(bucket, one)
+    batch.decode.position[:2], batch.prefill.owner[:3], batch.prefill.last[0] = 5, 0, 2
+    routes = Routes(one, bucket)
+    assert np.asarray(live_tokens(batch, routes)).tolist() == [True, True, False, False, True, True, True, False]
+    assert np.asarray(live_rows(batch, routes)).tolist() == [True, True, False, False, True, False]
+    assert live_tokens(batch, replace(routes, plain=True)) is None
+    assert Routes(copies, bucket).ways(Routes(copies, bucket).tokens) == 2
+    assert live_tokens(batch, Routes(copies, bucket)) is None
+    assert live_rows(batch, Routes(copies, bucket)) is None
 
 
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -40,9 +40,12 @@ def test_both_forms_of_a_collective_matmul(mesh: str, axis: str, ring: Ring) -> 
     x, hidden = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((ROWS, COLUMNS), (8, ROWS, 3)))
     first, second = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((OUT, COLUMNS), (8, COLUMNS, 3)))
 
+    marks = jnp.arange(1.0, ROWS + 1)  # of rows: a product is told which ones it has, whatever goes around
+
     def run(loop: Loop | None) -> tuple[jax.Array, jax.Array]:
         def local(x: jax.Array, hidden: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-            (gathered,) = gather_multiply(x, frame, every, none, loop, lambda part, cut: (part @ cut(first, 1, None).T,))
+            entering = lambda part, cut, rows: (part @ cut(first, 1, None).T * marks[rows, None],)  # noqa: E731
+            (gathered,) = gather_multiply(x, frame, every, none, loop, entering)
             product = lambda cut, rows: hidden[0, rows] @ cut(second[0], 0, None).T  # noqa: E731
             scattered = multiply_scatter(product, frame, ROWS, Split(unreduced=("x", "y")), every, loop, jnp.float32)
             return gathered, scattered
@@ -53,7 +56,8 @@ def test_both_forms_of_a_collective_matmul(mesh: str, axis: str, ring: Ring) -> 
         )
         return jax.jit(mapped)(x, hidden, second)
 
-    for plain, looped, want in zip(run(None), run(Loop(axis, ring)), (x @ first.T, jnp.einsum("drf,dcf->rc", hidden, second)), strict=True):
+    wanted = x @ first.T * marks[:, None], jnp.einsum("drf,dcf->rc", hidden, second)
+    for plain, looped, want in zip(run(None), run(Loop(axis, ring)), wanted, strict=True):
         np.testing.assert_allclose(plain, want, atol=3e-5)
         np.testing.assert_allclose(looped, want, atol=3e-5)
 

@@ -41,6 +41,11 @@ def fits(form: Form, x: jax.Array, weights: jax.Array) -> bool:
     return form not in _NUMBERS or (cpu_kernels.available() and weights.shape[1] % _INPUTS[form] == 0 and weights.shape[0] % _OUTPUTS == 0)
 
 
+def leaves_out(form: Form) -> bool:
+    """Whether rows that hold nothing cost nothing."""
+    return form in _NUMBERS
+
+
 def made(form: Form, x: jax.Array, weights: jax.Array, live: jax.Array | None = None, dtype: Any = jnp.float32) -> jax.Array:
     """x [T, E] · weights [F, E] → [T, F], added in float32, weights as they are stored.
 
