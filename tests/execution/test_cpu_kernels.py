@@ -191,9 +191,3 @@ def test_without_a_compiler_xla_does_it(compiler: str, tmp_path: Path) -> None:
 def test_a_compiler_that_takes_too_long_is_the_reason() -> None:
     late = subprocess.TimeoutExpired(("c++", "-c"), 300, stderr=b"warning: large function\n")
     assert cpu_kernels._reason(late) == "the compiler took longer than 300 s"
-
-
-def test_a_compiler_that_took_too_long_is_a_reason() -> None:
-    late = subprocess.TimeoutExpired(["c++"], 300, stderr=b"a warning")
-    assert cpu_kernels._reason(late) == "a warning"
-    assert "timed out" in cpu_kernels._reason(subprocess.TimeoutExpired(["c++"], 300))
