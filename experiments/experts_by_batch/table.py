@@ -8,6 +8,11 @@ from experiments.results import beside, read
 
 _SPLITS = "does not split"
 
+_USERS = """## For users
+
+For a mixture of experts let the planner choose anew for your batch: split d_ff of the experts while few requests run, and split the experts
+themselves from some 64 to 256 sequences on. A layout that was chosen for one request can cost several times as much under load."""
+
 
 def main() -> None:
     found = read(__file__) | {"proven": read(__file__, "proven.json")}
@@ -24,6 +29,7 @@ def page(found: dict[str, Any]) -> str:
                 _published(found),
                 _proven(found["proven"]),
                 _r1(found["r1"]),
+                _USERS,
             ]
         )
         + "\n"
