@@ -47,7 +47,7 @@ class Remainders:
 class _Walk:
     grammar: Remainders
 
-    def accept(self, token: int) -> bytes:
+    def accept(self, token: int, quick: bool = False) -> bytes:
         return self.grammar.after(token)
 
 
@@ -60,7 +60,7 @@ class Always:
     def start(self) -> Always:
         return self
 
-    def accept(self, token: int) -> bytes:
+    def accept(self, token: int, quick: bool = False) -> bytes:
         return self.first_mask
 
 

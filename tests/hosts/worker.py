@@ -53,7 +53,7 @@ class _Turns:
     def __init__(self, masks: list[bytes]) -> None:
         self._masks = masks
 
-    def accept(self, token: int) -> bytes | None:
+    def accept(self, token: int, quick: bool = False) -> bytes | None:
         return self._masks.pop(0) if self._masks else None
 
 
