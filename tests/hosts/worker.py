@@ -117,6 +117,7 @@ def answer(engine: Any, count: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     while engine.has_work or not done.is_set():
         for output in engine.step():
+            assert output.error is None, output.error
             found[f"{output.id}/{output.sample}"] = [output.finish_reason.value, list(output.tokens)]
         if not engine.has_work:
             time.sleep(0.001)
