@@ -1,4 +1,4 @@
-"""What experiments share: results beside their scripts, the machine, medians, and the colours of pictures."""
+"""What experiments share: results next to their scripts, the machine, medians, and the colours of pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read(script: str, name: str = "results.json", missing: Any = None) -> Any:
 
 
 def write(script: str, found: Any, name: str = "results.json") -> None:
-    """Write figures beside the script."""
+    """Write figures next to the script."""
     beside(script, name).write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -377,7 +377,7 @@ def _contexts(pages: int) -> list[int]:
 
 
 def _smaller(plan: Plan, full: Bucket) -> tuple[Bucket, ...]:
-    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model, beside the plan's.
+    """The bucket with half the prompt tokens, or else a quarter, if one is worth its compilation by the cost model, besides the plan's.
     Pipeline stages pass on the same rows in every bucket, so theirs have one size."""
     if plan.num_stages > 1:
         return ()

@@ -438,7 +438,7 @@ def _expert_checks(model: ModelConfig, layout: Layout, hidden: tuple[str, ...]) 
     """What the roles for experts' matrices split: its name, size, the axes, and the parameters of one more.
 
     Args:
-        hidden: axes that split what lies between the dense matrices, of which the feed-forward beside the experts is one.
+        hidden: axes that split what lies between the dense matrices, of which the feed-forward next to the experts is one.
     """
     of = model.experts
     if of is None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a command on a TPU slice and leave nothing behind: `pod.py launch FILE` creates, runs, fetches and deletes.
 
-`pod.py ACTION FILE` takes one description file; README.md beside this file explains it. The single steps are actions of their own, for a
+`pod.py ACTION FILE` takes one description file; README.md next to this file explains it. The single steps are actions of their own, for a
 machine that one wants to keep for a while: it stays until `delete`, or until `reap` finds that its time to live is over.
 """
 
@@ -46,7 +46,7 @@ ACTIONS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for, beside the description."""
+    """What the command line requested, besides the description."""
 
     action: str
     run_id: str | None = None

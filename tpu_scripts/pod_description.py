@@ -37,7 +37,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class Gke:
-    """What a JobSet needs beside the description: a container image that holds partinf, and the cluster it goes to.
+    """What a JobSet needs besides the description: a container image that holds partinf, and the cluster it goes to.
 
     Attributes:
         service_account: of Kubernetes, which may read the bucket that a model lies in.

@@ -1,6 +1,6 @@
 """Draw results.json: predicted against measured steps on one device, and ten layouts over eight.
 
-python -m experiments.calibrated_cpu.draw        writes calibrated.png beside this file
+python -m experiments.calibrated_cpu.draw        writes calibrated.png next to this file
 """
 
 from __future__ import annotations

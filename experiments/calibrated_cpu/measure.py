@@ -1,7 +1,7 @@
 """Does the planner predict this machine once it is calibrated? Writes results.json.
 
     python -m experiments.calibrated_cpu.measure             # about ten minutes on two cores
-    python -m experiments.calibrated_cpu.measure --part bf16 # one of its three parts alone, beside what results.json has of the others
+    python -m experiments.calibrated_cpu.measure --part bf16 # one of its three parts alone, next to what results.json has of the others
 
 Three processes, one after the other. With one CPU device, one process in float32 and one in bfloat16: steps of two models that calibration
 does not use (decode at batch 1 to 64, prefill of one and several prompts). With eight virtual devices: calibrate, let the planner rank all

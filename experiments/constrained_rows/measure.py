@@ -1,4 +1,4 @@
-"""What constrained rows cost those beside them: 32 free rows and 4 constrained ones against 36 free ones.
+"""What constrained rows cost the rows next to them: 32 free rows and 4 constrained ones against 36 free ones.
 
     python -m experiments.constrained_rows.measure          # writes results.json
 

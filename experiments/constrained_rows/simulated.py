@@ -1,4 +1,4 @@
-"""A device that works beside the host and takes six milliseconds for a step, whatever is in it."""
+"""A device that works alongside the host and takes six milliseconds for a step, whatever is in it."""
 
 from __future__ import annotations
 

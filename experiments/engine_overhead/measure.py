@@ -1,10 +1,10 @@
-"""What the engine costs beside the steps that it runs: wall time of the engine over a bare replay of the same steps. Writes results.json.
+"""What the engine costs besides the steps that it runs: wall time of the engine over a bare replay of the same steps. Writes results.json.
 
     python -m experiments.engine_overhead.measure        # some minutes
 
 Llama of 125 M parameters with random weights on one CPU device, 32 lanes, a backlog of requests. A run of the engine is recorded step by
 step. Its steps are then replayed bare, their arrays made beforehand: nothing but transfer, dispatch and the fetch of the tokens, one step
-behind as in the engine. And they are replayed through the runner, which lays every step out anew. The three alternate. Beside the wall
+behind as in the engine. And they are replayed through the runner, which lays every step out anew. The three alternate. Besides the wall
 time stand the CPU time of the process, all threads together, and that of the thread which drives the engine; others on the machine disturb
 both less.
 """

@@ -1,10 +1,10 @@
-"""Which axes split what of a mixture of experts, by the batch: experts, tensors, or copies of the dense weights beside them.
+"""Which axes split what of a mixture of experts, by the batch: experts, tensors, or copies of the dense weights next to them.
 
     python -m experiments.experts_by_batch.measure        # a minute, writes results.json
     python -m experiments.experts_by_batch.table          # writes README.md from it
 
 For each model on its slice: the best layout of a decode step by the batch, the same with every axis of experts' matrices splitting experts,
-and their d_ff; a batch-parallel attention with both dispatches; and what skewed routers cost the best layout. Beside it the published steps
+and their d_ff; a batch-parallel attention with both dispatches; and what skewed routers cost the best layout. Then the published steps
 of Qwen 3 30B-A3B and a traced layer of DeepSeek R1 (`r1`). Nothing is run.
 """
 

@@ -1,4 +1,4 @@
-"""Steps of mixtures of experts compiled whole for their slices, without a TPU, and read beside their plans.
+"""Steps of mixtures of experts compiled whole for their slices, without a TPU, and compared with their plans.
 
     python -m experiments.experts_by_batch.proven TEXTS [NAME …]     # a minute of one core each; writes proven.json
 

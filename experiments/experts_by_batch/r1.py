@@ -1,4 +1,4 @@
-"""The experts of one layer of DeepSeek R1 on 64 chips of v5e, priced beside a profiler trace of that layer.
+"""The experts of one layer of DeepSeek R1 on 64 chips of v5e, priced, and compared with a profiler trace of that layer.
 
 Of the layer only the experts, the shared ones and the collectives are described: latent attention is no attention of this library. The
 traced program (int8, batch 8, context 2048, activations whole on every device, experts over four, their d_ff over sixteen) fetches

@@ -1,4 +1,4 @@
-"""Decode steps of a small mixture of experts on one CPU, beside transformers with each of its ways to multiply experts.
+"""Decode steps of a small mixture of experts on one CPU, compared with transformers with each of its ways to multiply experts.
 
     python -m experiments.experts_on_cpu.measure --torch-python PYTHON        # some minutes; writes results.json and README's table
 

@@ -6,7 +6,7 @@ PYTHON is an interpreter that has torch and transformers, which this library nee
 `cases.py`, of sizes and weights that follow from the seed. Each is loaded here by its config.json and its tensors alone, and served in
 float32: prompts that cross the windows and the lengths of the training, in chunks of a few pages, the last two with a beginning in common.
 transformers then scores the same sequences. A case is right where no log-probability, of the plain definition or of a generated token,
-differs by more than 1e-4, and every generated token is the most likely one. Writes results.json beside itself, and docs/families.md with
+differs by more than 1e-4, and every generated token is the most likely one. Writes results.json next to itself, and docs/families.md with
 the table. Where cases are named, the rows of the others stay as they were.
 """
 

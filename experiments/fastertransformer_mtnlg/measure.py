@@ -3,7 +3,7 @@
 Tensor parallelism over nodes of eight: all axes split F and heads, the one between nodes too. A search never stores weights over the
 network between slices, so the layout is written by hand.
 
-python -m experiments.fastertransformer_mtnlg.measure     writes results.json beside this file
+python -m experiments.fastertransformer_mtnlg.measure     writes results.json next to this file
 """
 
 from __future__ import annotations

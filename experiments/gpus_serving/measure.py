@@ -77,7 +77,7 @@ def layers(row: Row) -> float:
 
 
 def kernels(chip: str, kind: str, share: float = 1.0) -> Calibration:
-    """The engines' kernels on a chip, as single operations show them; with a share of HBM, and nothing beside them."""
+    """The engines' kernels on a chip, as single operations show them; with a share of HBM, and nothing else."""
     found = OPERATIONS[chip]
     efficiency = found["fp8_efficiency" if kind == "fp8" else "matmul_efficiency"]
     around = {name: found["engines"][name] for name in ("collective_seconds", "collective_factor", "hop_seconds")}

@@ -92,7 +92,7 @@ def efficiency(chip: str, kind: str = "bf16", programs: Iterable[str] = ENGINES)
 
 
 def reading(chip: str, operation: str, kind: str = "bf16", programs: Iterable[str] = ENGINES) -> tuple[float, float]:
-    """Seconds that an operation of few rows takes beside its bytes, and the share of the stated bandwidth at which it reads these: the
+    """Seconds that an operation of few rows takes besides its bytes, and the share of the stated bandwidth at which it reads these: the
     least squares of relative errors for each engine, of which the median."""
     found = []
     for program in programs:
@@ -104,7 +104,7 @@ def reading(chip: str, operation: str, kind: str = "bf16", programs: Iterable[st
 
 
 def collectives(chip: str, *programs: str) -> tuple[float, float, float]:
-    """Seconds of a collective beside all else, seconds of each further device on the way around, and measured over modelled time of the
+    """Fixed seconds of a collective, seconds of each further device on the way around, and measured over modelled time of the
     bytes: the least squares of relative errors."""
     link = chips()[chip].switch_bandwidth
     found = [t for op in ("all-gather", "reduce-scatter", "all-reduce") for t in _of(chip, op, *programs)]

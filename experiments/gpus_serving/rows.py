@@ -5,7 +5,7 @@ and per output token of serving engines at a number of concurrent requests of on
 is that of the row there. A row says nothing of how requests arrive or of what a cache of prefixes answers, so two rules decide what is
 compared:
 
-* a row whose requests do not fit into memory beside each other is left out: how many ran at once is not said;
+* a row whose requests do not fit into memory together is left out: how many ran at once is not reported;
 * a campaign (chip, model, engine with version, type) of which any row is faster than the maker's figures allow for the work that it
   states is left out whole: part of its prompts must have been answered without being computed.
 """
@@ -52,7 +52,7 @@ class Row:
     """One measured configuration.
 
     Attributes:
-        version: of the engine, as far as it is said. type: in which products with weights are made, and weights stored.
+        version: of the engine, as far as it is stated. type: in which products with weights are made, and weights stored.
         ways: GPUs, over which every layer is split. requests: that are there at any time. tpot: seconds per output token of each.
     """
 
@@ -114,7 +114,7 @@ class Row:
 
     @cached_property
     def floor(self) -> float:
-        """Seconds per output token by the maker's figures alone: products at the peak of their type, nothing beside them."""
+        """Seconds per output token by the maker's figures alone: products at the peak of their type, nothing else."""
         chip = chips()[self.chip]
         peak = chip.peak_int8 / chip.peak_bf16 if self.type == "fp8" else 1.0
         return self.work(Calibration(ROOFLINE.name, peak, 1.0, 1.0, 0.0, False, 1.0, ROOFLINE.source))

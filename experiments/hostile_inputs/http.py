@@ -1,4 +1,4 @@
-"""Random bodies at the ends of ranges against `partinf serve`, beside guards that must not notice. Writes http.json.
+"""Random bodies at the ends of ranges against `partinf serve`, alongside guards that must not notice. Writes http.json.
 
     python -m experiments.hostile_inputs.http --count 2500
 

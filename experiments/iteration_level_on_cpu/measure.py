@@ -5,7 +5,7 @@
 Llama of 125 M parameters with random weights on one CPU device, 32 sequences per iteration, a backlog of requests with Orca's lengths
 divided by four. The same requests run under request-level and under iteration-level scheduling in turns. The ideal ratio has no engine in
 it: how often each policy runs which of the compiled steps, times what its steps of that kind take, measured in the same round by handing
-recorded ones to the runner one after the other. Beside it stand the ratio of a machine whose steps cost what their tokens cost,
+recorded ones to the runner one after the other. Next to it stand the ratio of a machine whose steps cost what their tokens cost,
 and what the simulator says with the rates of `partinf calibrate`. With `--clock cpu` seconds are those of CPU that the process uses, all
 its threads together, for a machine that others use too.
 """

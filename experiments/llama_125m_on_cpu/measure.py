@@ -1,4 +1,4 @@
-"""A Llama on one CPU beside transformers, vLLM and llama.cpp: time of decode steps and of a prompt. Writes results.json.
+"""A Llama on one CPU, compared with transformers, vLLM and llama.cpp: time of decode steps and of a prompt. Writes results.json.
 
     python -m experiments.llama_125m_on_cpu.measure --torch-python PYTHON --vllm-python PYTHON --llama-python PYTHON
 

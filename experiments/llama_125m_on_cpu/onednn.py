@@ -1,4 +1,4 @@
-"""Products by oneDNN beside every form of ours, on one core and in core time, which other work does little to. Writes onednn.json.
+"""Products by oneDNN against every form of ours, on one core and in core time, which other work does little to. Writes onednn.json.
 
     python -m experiments.llama_125m_on_cpu.onednn --include FOLDER --library FOLDER
 

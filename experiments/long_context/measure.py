@@ -1,6 +1,6 @@
 """Where dealing the context pays: Llama 3 70B in int8 on 16 TPU v5e, one decode step, with and without sequence axes, by the planner.
 
-python -m experiments.long_context.measure     writes results.json beside this file
+python -m experiments.long_context.measure     writes results.json next to this file
 """
 
 from __future__ import annotations

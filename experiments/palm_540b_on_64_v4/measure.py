@@ -1,4 +1,4 @@
-"""Proves the programs of the paper's tables 2 and 3 with the TPU compiler, and the layouts that the paper rejects beside them.
+"""Proves the programs of the paper's tables 2 and 3 with the TPU compiler, and with them the layouts that the paper rejects.
 
     python -m experiments.palm_540b_on_64_v4.measure [NAME …]      # writes results.json; without names: what is missing there
 

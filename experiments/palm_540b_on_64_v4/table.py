@@ -1,4 +1,4 @@
-"""The tables of the README: from results.json, and beside results_before.json, the same programs before the compiler's lessons.
+"""The tables of the README: from results.json, and next to them, from results_before.json, the same programs before the compiler's lessons.
 
 python -m experiments.palm_540b_on_64_v4.table
 """
@@ -41,7 +41,7 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def hidden(name: str, found: dict[str, Any]) -> list[str]:
-    """What runs beside other work in one program, the dearest first."""
+    """Collectives and transfers that run alongside other work in one program, the dearest first."""
     every = [(c["seconds"] * c["count"], c) for c in found.get("collectives", ())]
     beside = sorted(((c["overlapped_fraction"] * whole, whole, c) for whole, c in every), key=lambda one: -one[0])
     least = _LEAST * sum(seconds for seconds, _, _ in beside)

@@ -1,6 +1,6 @@
 """Draw results.json: chip-milliseconds per token against latency, the fronts as lines.
 
-python -m experiments.pareto_palm.draw        writes pareto.png beside this file
+python -m experiments.pareto_palm.draw        writes pareto.png next to this file
 """
 
 from __future__ import annotations

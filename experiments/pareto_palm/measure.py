@@ -1,6 +1,6 @@
 """Latency against cost for PaLM 8B, 62B and 540B on TPU v4: the best layout of every batch and slice, and the front of each model.
 
-python -m experiments.pareto_palm.measure     writes results.json beside this file
+python -m experiments.pareto_palm.measure     writes results.json next to this file
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What of v5e's constants, and of the engines', is fitted to published steps, and how well each half of them predicts the other.
 
 Fitted on v5e: the rate of products, and what the kernel of decode takes for a row (its trace gives it at 16 rows). Everything else was read
-from traces or from single operations and is fixed. Fitted of an engine: what a layer and a row of a layer take beside its program.
+from traces or from single operations and is fixed. Fitted of an engine: what a layer and a row of a layer take in addition to its program.
 Held out are whole layouts, batches, cache sizes, and models, never random cells.
 """
 

@@ -30,7 +30,7 @@ from partinf.workload import DType
 
 @dataclass(frozen=True)
 class Engine:
-    """What a serving engine takes beside its program. A time per step has no place beside these two: fitted with them it is nothing for one
+    """What a serving engine takes besides its program. A time per step has no place among these: fitted with them it is nothing for one
     engine and improves no row of the other, and rows of one model cannot tell it from a time per layer.
 
     Attributes:

@@ -2,7 +2,7 @@
 
     python -m experiments.timed_programs.compile CHECKOUT COPIES BATCH CONTEXT OUT
 
-Two to four minutes and 3 GB of memory; no TPU. Writes the compiled text, compressed. Beside this library's own `proof` extra it needs what
+Two to four minutes and 3 GB of memory; no TPU. Writes the compiled text, compressed. Besides this library's own `proof` extra it needs what
 that repository imports: `etils` and `flatbuffers`.
 """
 

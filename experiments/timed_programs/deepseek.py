@@ -3,7 +3,7 @@
     python -m experiments.timed_programs.deepseek CHECKOUT TEXTS     # a minute on one core, no TPU; writes deepseek.json
 
 Its README has the profiler trace of a decode step of 8 sequences with room for 2048 positions, in which one layer with experts takes 401
-us. The step is compiled with one such layer and with three, and half of the difference stands beside the trace. The kernel of its experts
+us. The step is compiled with one such layer and with three, and half of the difference goes with the trace. The kernel of its experts
 reads the matrices of those that some row chose; the compiler says nothing of it. So there are two estimates: of a kernel that reads what is
 chosen if all experts are as likely, and of one that reads all.
 """

@@ -1,4 +1,4 @@
-"""What steps of four models take on TPUs by the proof's estimate, today's program beside the one before; no TPU.
+"""What steps of four models take on TPUs by the proof's estimate, today's program against the one before; no TPU.
 
     python -m experiments.tpu_steps.measure                  # compiles every case and writes the column `after` of results.json
     python -m experiments.tpu_steps.measure --only NAME      # one case

@@ -1,4 +1,4 @@
-"""Draw the training curve of results.json: `python experiments/train_demo/plot.py` writes training.png beside it."""
+"""Draw the training curve of results.json: `python experiments/train_demo/plot.py` writes training.png next to it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python experiments/train_demo/train.py --out models/demo
 
-writes the model directory with its evaluation.json, and results.json beside this script: the loss and the exact match while training,
+writes the model directory with its evaluation.json, and results.json next to this script: the loss and the exact match while training,
 from which plot.py draws. Seeds are fixed: the same versions on the same kind of processor give the same model.
 """
 

@@ -35,7 +35,7 @@ class Recipe:
         row_len: Tokens per row.
         peak_rate: Highest learning rate, reached after `warmup` steps and decayed to zero by a cosine.
         kind_weights: How often each kind of task is drawn, relative to the others.
-        previous_weight: Of the loss of preceding tokens (see `Trainee`) beside the loss of the answers.
+        previous_weight: Of the loss of preceding tokens (see `Trainee`) relative to the loss of the answers.
         seed: Of the initial weights and the training data.
     """
 

@@ -1,6 +1,6 @@
 """Draw results.json: bytes moved per chip and layer against tokens.
 
-python -m experiments.volume_against_tokens.draw        writes volume.png beside this file
+python -m experiments.volume_against_tokens.draw        writes volume.png next to this file
 """
 
 from __future__ import annotations

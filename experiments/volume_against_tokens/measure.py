@@ -3,7 +3,7 @@
 The volumes are summed from the planner's ledger, collective by collective: payload · (K-1)/K. Once for the two-matrix MLP of the paper's
 formulas and once for the whole SwiGLU block of the model, attention roles as each layout is named with.
 
-python -m experiments.volume_against_tokens.measure     writes results.json beside this file
+python -m experiments.volume_against_tokens.measure     writes results.json next to this file
 """
 
 from __future__ import annotations

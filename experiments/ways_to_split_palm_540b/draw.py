@@ -1,6 +1,6 @@
 """Draw results.json as stacked bars.
 
-python -m experiments.ways_to_split_palm_540b.draw        writes layouts.png beside this file
+python -m experiments.ways_to_split_palm_540b.draw        writes layouts.png next to this file
 """
 
 from __future__ import annotations

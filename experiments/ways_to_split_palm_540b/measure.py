@@ -1,6 +1,6 @@
 """The best layout of every FFN kind for PaLM 540B on 64 TPU v4 chips, in decode and in prefill, with its time by kind of work.
 
-python -m experiments.ways_to_split_palm_540b.measure     writes results.json beside this file
+python -m experiments.ways_to_split_palm_540b.measure     writes results.json next to this file
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What windows change in the choice of a layout at 128 thousand tokens: Gemma 3 as it is, and with full attention in every layer.
 
-python -m experiments.windows_at_128k.measure     writes results.json beside this file
+python -m experiments.windows_at_128k.measure     writes results.json next to this file
 """
 
 from __future__ import annotations

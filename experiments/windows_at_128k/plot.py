@@ -1,4 +1,4 @@
-"""Draw results.json: `python -m experiments.windows_at_128k.plot` writes windows.png beside it."""
+"""Draw results.json: `python -m experiments.windows_at_128k.plot` writes windows.png next to it."""
 
 from __future__ import annotations
 

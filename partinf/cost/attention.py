@@ -75,7 +75,7 @@ def linear_entries(split: StepSplit) -> list[Entry]:
 
 
 def _heads_in_loops(split: StepSplit) -> list[Entry]:
-    """A looped program's exchange of heads over E's axes: beside W_Q and W_O, in F's messages where the block is parallel."""
+    """A looped program's exchange of heads over E's axes: next to W_Q and W_O, in F's messages where the block is parallel."""
     elements = split.shape.num_tokens * split.model.num_heads * split.model.head_dim
     useful, partial, whole = split.shape.useful * split.shares.heads, Split(split.t, split.f, split.e), Split(split.t, split.f)
     scattered = Split(split.t, split.f + split.e)

@@ -1,7 +1,7 @@
 """Measured constants of chips: what separates a roofline from a program that was timed.
 
 Few constants per chip, in `calibration.toml` with the source of each. A chip without measurements borrows them and says so: its
-figures carry a wider error. What the sources leave open is an interval, beside the value that is used. `ROOFLINE` takes the maker's
+figures carry a wider error. What the sources leave open is an interval, in addition to the value that is used. `ROOFLINE` takes the maker's
 figures, and for every op the larger of its compute and memory time.
 A chip that `partinf calibrate` measured brings rates of its own, and these alone make its prices.
 """

@@ -98,7 +98,7 @@ def expert_entries(split: StepSplit) -> list[Entry]:
 
 
 def expert_pieces(split: StepSplit) -> list[tuple[object, Callable[[], list[Entry]]]]:
-    """The entries in three pieces, each with all that it depends on beside model, slice and types: rows on their way to the experts, what
+    """The entries in three pieces, each with all that it depends on besides model, slice and types: rows on their way to the experts, what
     experts do with them, and outputs on their way back. Of the roles that dense weights have only the ways know."""
     of = split.model.experts
     if of is None or not split.model.expert_layers:
@@ -119,7 +119,7 @@ def expert_pieces(split: StepSplit) -> list[tuple[object, Callable[[], list[Entr
 
 
 def own_key(split: StepSplit) -> object:
-    """All that what experts do with their rows depends on, beside model, slice and types; their working set too."""
+    """All that what experts do with their rows depends on, besides model, slice and types; their working set too."""
     return expert_axes(split), split.shape, split.num_stages
 
 
@@ -252,7 +252,7 @@ class _Mixture:
     def _exchange(self) -> list[Entry]:
         """The choices of all rows to all devices along which rows are exchanged, and the rows."""
         split, axes = self.split, self.axes.sent
-        size = self.together * 2 * self.of.per_token * _F32  # experts, and the bits of weights beside them
+        size = self.together * 2 * self.of.per_token * _F32  # experts, and the bits of weights next to them
         chosen = split.pricing.collective(items.CHOSEN_EXPERTS, _PART, self.count, Op.ALL_GATHER, axes, size, "int32", split.shape.useful)
         places = self.tokens * min(self.of.per_token, split.ways(axes)) if self._ragged else self.together
         return [chosen, self._sent(items.ROWS_SENT, places)]
@@ -312,7 +312,7 @@ class _Mixture:
         return after + movement(split, _PART, items.EXPERTS_BEFORE_OUT, elements, scattered, whole, useful, count=self.count)
 
     def _reduced(self, elements: int) -> list[Entry]:
-        """[T.τ, E.e] {Xf unreduced} → [T.t, E.between]; nothing where it joins the sums of the matrices beside it."""
+        """[T.τ, E.e] {Xf unreduced} → [T.t, E.between]; nothing where it joins the sums of the matrices next to it."""
         split, axes = self.split, self.axes
         source, target = Split(axes.rows, axes.embed, axes.reduced), Split(split.t, split.between)
         if self._beside and self._alike(source, Split(split.t, split.e, split.f)) and self._in_order:
@@ -332,12 +332,12 @@ class _Mixture:
 
     @property
     def _beside(self) -> bool:
-        """Whether dense matrices stand beside the experts, with whose collectives theirs can go: no loop goes around those."""
+        """Whether dense matrices stand next to the experts, with whose collectives theirs can go: no loop goes around those."""
         return (self.split.parallel or self.of.shared > 0) and self.split.phase.loop is None
 
     @property
     def _shares_gather(self) -> bool:
-        """Whether the experts read what is gathered for the dense matrices beside them."""
+        """Whether the experts read what is gathered for the dense matrices next to them."""
         split = self.split
         own = split.model.block is Block.PARALLEL_TWO_NORMS
         return self._beside and not own and self._alike(Split(self.axes.rows), Split(split.t, split.e))

@@ -2,7 +2,7 @@
 
 [T.t, E.e] · W_in → [T.t, F.f] {e unreduced}; reduce-scatter over e; activation; all-gather over e; · W_out → [T.t, E.e] {f unreduced}.
 
-A model may have several widths: of layers without experts, and of what stands beside experts (`partinf.cost.experts`). Each has its
+A model may have several widths: of layers without experts, and of of the dense part next to experts (`partinf.cost.experts`). Each has its
 entries, as often as there are such layers.
 """
 

@@ -2,7 +2,7 @@
 cache fit with the rest.
 
 Weights and cache are exact, leaf by leaf. Activations are the largest of the sublayers' working sets: what a product reads and writes,
-gathered weights beside it, and the residual stream; a compiler may need less, and the compiled program is what counts in the end.
+gathered weights next to it, and the residual stream; a compiler may need less, and the compiled program is what counts in the end.
 """
 
 from __future__ import annotations

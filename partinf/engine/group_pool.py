@@ -1,7 +1,7 @@
 """The pages of one group of the cache: which are free, who may have them, and which of them hold what the prefix cache remembers.
 
 The group that keeps all positions gives a sequence more pages as it grows, until there are none. A group of windows keeps for every
-sequence on a shard as many as its window can ever take between two steps, and beside them what the prompts of one step take more while
+sequence on a shard as many as its window can ever take between two steps, and in addition what the prompts of one step take more while
 they are computed: so it never has too few for a sequence that runs, and a policy has nothing to decide about it.
 """
 

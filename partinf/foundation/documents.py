@@ -153,7 +153,7 @@ def toml_of(text: str, where: str) -> dict[str, Any]:
         found = tomllib.loads(text)
     except RecursionError:
         raise InvalidInput(_too_deep(where)) from None
-    except ValueError as error:  # beside its own, that of numbers with thousands of digits
+    except ValueError as error:  # besides tomllib's own errors, that of numbers with thousands of digits
         raise InvalidInput(f"{where}: not a TOML file: {_first_line(error)}{looks_like(text[:64].encode(errors='replace'))}") from None
     _check_nesting(found, where)
     return found
@@ -244,7 +244,7 @@ class Table:
         return self._of(key, default, max(low, 1) if high else low, f"a whole number {_range(low, high)}", take)
 
     def number(self, key: str, default: Any = _REQUIRED, low: float = 0.0, high: float = math.inf, infinite: bool = False) -> Any:
-        """A finite number of a range; infinity beside those if `infinite`."""
+        """A finite number of a range; or infinity if `infinite`."""
 
         def take(value: Any) -> Any:
             if infinite and value == math.inf:

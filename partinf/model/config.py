@@ -224,7 +224,7 @@ class ModelConfig:
 
     @cached_property
     def feed_forwards(self) -> tuple[tuple[FeedForward, int], ...]:
-        """What all tokens go through, the feed-forward beside experts included, and how many layers have each, in the order in which they
+        """What all tokens go through, the feed-forward next to experts included, and how many layers have each, in the order in which they
         first occur."""
         kinds = (self.layer_kinds[kind].feed_forward for kind in self.kind_of_layers)
         return tuple(Counter(one for one in kinds if one is not None).items())

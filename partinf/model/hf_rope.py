@@ -2,7 +2,7 @@
 or one for each type of layer.
 
 They are read as transformers 5 reads them: `rope_scaling`, where it is given, is used instead of `rope_parameters`; what stands within
-either counts before what stands beside it, and that before what the family does without.
+either counts before what stands next to it, and that before what the family does without.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Rope:
     """How a family's configuration describes rotations.
 
     Attributes:
-        theta: where the file does not say. theta_key: the key beside the others that says.
+        theta: where the file does not say. theta_key: the key next to the others that says.
         partial: the part of a head that is rotated where the file does not say; 0 where heads are always rotated whole.
-        partial_key: the key beside the others that says.
+        partial_key: the key next to the others that says.
         dims_key: instead of a part, the key of the number of rotated dimensions, and what a missing key means; null means all.
         dims_beside: the key of the number of rotated dimensions, which counts instead of a part where it is given.
         by_type: type of layer → the key of its theta and what a missing key means, where types rotate differently.
-        original: whether `original_max_position_embeddings` may stand beside, where it counts before what stands within.
+        original: whether `original_max_position_embeddings` may stand next to it, where it counts before the one within.
         renamed: names of ways of scaling that mean others in this family. missing: the rotation of a file that describes none.
         growth_key: within, how much queries grow with each original length, which the file must then have.
         alpha: whether dynamic scaling with an `alpha` is a theta that is stretched by it once, whatever is served.
@@ -189,7 +189,7 @@ class RopeReader:
         return file.data.get(key) is not None
 
     def _length(self, inner: HfFile) -> int:
-        """The longest context of the training: beside the rotation, within it, or the longest of all."""
+        """The longest context of the training: next to the rotation, within it, or the longest of all."""
         key = "original_max_position_embeddings"
         place = self._file if self._rope.original and self._has(self._file, key) else inner
         if not self._has(place, key):

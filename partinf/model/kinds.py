@@ -241,7 +241,7 @@ class LayerKind:
     Attributes:
         name: as the pattern has it; empty where all layers are alike.
         norm: of all norms of the layer, with its epsilon. norms: where they stand.
-        feed_forward: what every token goes through; None where there are experts and nothing beside them.
+        feed_forward: what every token goes through; None where there are experts and nothing else.
         experts: what is added to that; None where there are none.
         residual_scale: what a sublayer's output is multiplied by before it is added to the residual.
     """

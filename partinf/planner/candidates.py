@@ -164,14 +164,14 @@ def storages(table: AxisTable, num_kv_heads: int) -> list[Storage]:
 
 
 def gathers(table: AxisTable, stored: Stored) -> list[Gather]:
-    """Every set of axes over which a storage can gather weights, with every choice of `expert_gathers` beside it."""
+    """Every set of axes over which a storage can gather weights, with every choice of `expert_gathers` in addition."""
     splits = [role in (Role.EMBED, Role.FFN) and may for role, may in zip(stored.roles, table.gathered, strict=True)]
     dense = itertools.product(*((False, True) if one else (False,) for one in splits))
     return [gather for one in dense for gather in expert_gathers(table, stored, one)]
 
 
 def expert_gathers(table: AxisTable, stored: Stored, dense: tuple[bool, ...]) -> list[Gather]:
-    """The choices beside one set of axes over which dense weights are gathered: experts' matrices over axes that split tokens and them,
+    """The choices with one set of axes over which dense weights are gathered: experts' matrices over axes that split tokens and them,
     where nothing is sent then. Rows can be exchanged along the others that split tokens and experts."""
     if not stored.experts:
         return [Gather(dense)]
@@ -196,7 +196,7 @@ def num_options(table: AxisTable, storage: Storage, experts: bool) -> int:
 
 
 def expert_roles(table: AxisTable, storage: Storage) -> list[ExpertRoles]:
-    """Every choice of roles for experts' matrices beside a storage. Of those that differ only by swapping equal axes that copy the dense
+    """Every choice of roles for experts' matrices for a storage. Of those that differ only by swapping equal axes that copy the dense
     weights there is one; others may be gathered each, and have their place among the axes of heads. Stages are both, and between slices
     there is nothing but copies or experts."""
     may: list[tuple[ExpertRole, ...]] = []

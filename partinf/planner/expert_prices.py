@@ -34,7 +34,7 @@ _DOES = {(role, True): _Does.TOKENS for role in Role} | {
 
 
 class Choices(NamedTuple):
-    """The choices that a phase has beside one set of gathered dense axes.
+    """The choices that a phase has with one set of gathered dense axes.
 
     Attributes:
         best, stays: the fastest, and the fastest that gathers no experts' matrices, both by what passes between sublayers.

@@ -1,7 +1,7 @@
-"""Which roles for experts' matrices are worth looking at beside some roles for dense weights.
+"""Which roles for experts' matrices are worth considering with some roles for dense weights.
 
 What experts take is added to a step whatever attention does, and depends on the dense roles only through the axes that split tokens
-and what passes between sublayers. Of the roles for experts beside one storage therefore only those remain that no others beat: these would
+and what passes between sublayers. Of the roles for experts with one storage therefore only those remain that no others beat: these would
 be no slower over all steps of all phases, whatever axes each phase gathers dense weights over and however it splits what passes between
 sublayers, with experts' matrices gathered as is best and not at all; no larger, in the matrices and in a layer's working set; and would
 spread rows over no further axes, which pad a small batch. Whatever else is chosen, what was left out would have been slower or larger with
@@ -78,7 +78,7 @@ class ExpertStorage:
         self._splits: dict[ExpertRoles, str] = {}
 
     def beside(self, storage: Storage) -> list[Worth]:
-        """Those worth looking at beside a storage, the fastest in all phases together first; all where nothing is passed over."""
+        """The roles worth considering with a storage, the fastest in all phases together first; all where nothing is passed over."""
         space = self._space
         if space.model.experts is None:
             return [Worth((), tuple(space.soonest(storage, label) for label in self._labels))]

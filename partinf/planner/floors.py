@@ -48,7 +48,7 @@ class Floors:
         self._dense = multiplied_params(model) - self._experts * (0 if of is None else of.per_token)
         keys = 2 * model.num_layers * model.embed_dim * model.num_kv_heads * model.head_dim  # may be copied where others are split
         self._gathers = self._dense - keys
-        alone = 0 if model.block.parallel or (of is not None and of.shared) else model.expert_layers  # experts and nothing beside them
+        alone = 0 if model.block.parallel or (of is not None and of.shared) else model.expert_layers  # experts and nothing else
         self._sublayers = model.num_layers * (1 if model.block.parallel else 2) - alone
         self._inner = [(size, count) for of, count in model.feed_forwards for size in ((2 if of.gated else 1) * of.width, of.width)]
         self._inner += [(model.num_heads * model.head_dim, 2 * model.num_layers)]
@@ -66,7 +66,7 @@ class Floors:
         return self._known[key]
 
     def estimate(self, storage: Storage, label: str) -> float:
-        """A quick estimate of the same, as if nothing ran beside anything but gathers beside products. It tells roles apart whose floors
+        """A quick estimate of the same, as if nothing overlapped but gathers with products. It tells roles apart whose floors
         are level because weights are read meanwhile; no answer depends on it but through a budget."""
         products, every = self._products(storage, label, self._hit(label)), gathers(self._table, Stored(storage))
         return min(sum(self._parts(storage, one.dense, label, products.read)) for one in every)

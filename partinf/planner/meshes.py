@@ -45,7 +45,7 @@ def every_mesh(question: Question, slice_: Slice, budget: int | None = GREAT_BUD
     """The answer of the best mesh of a slice, and of those that come near it, the fastest first.
 
     Args:
-        budget: candidates that are looked at beside those of the slice's own mesh; None for no limit.
+        budget: candidates that are looked at in addition to those of the slice's own mesh; None for no limit.
 
     Raises:
         InvalidInput: no mesh that was tried holds the model.

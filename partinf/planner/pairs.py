@@ -1,4 +1,4 @@
-"""Prefill and decode over one storage, as each is priced beside the other.
+"""Prefill and decode over one storage, as each is priced together with the other.
 
 The two share the axes that split heads, so that one may have to be priced anew because of the other, and prefill pays for the layout of
 decode's cache.
@@ -19,7 +19,7 @@ from partinf.planner.options import Choice, Space
 
 
 class Pair(NamedTuple):
-    """Prefill and decode over one storage, as priced beside each other; `coupling` is what prefill pays for decode's cache."""
+    """Prefill and decode over one storage, as priced together; `coupling` is what prefill pays for decode's cache."""
 
     prefill: Choice
     decode: Choice
@@ -33,7 +33,7 @@ class Pair(NamedTuple):
 
 
 class Pairing:
-    """Finds the prefill option that is best beside a decode option."""
+    """Finds the prefill option that is best with a decode option."""
 
     def __init__(self, space: Space) -> None:
         self._table, self._heads, self._evaluator = space.table, space.heads, space.evaluator
@@ -43,7 +43,7 @@ class Pairing:
         self._helds: dict[object, MemoryBudget] = {}
 
     def best_beside(self, storage: Stored, decode: Choice, prefills: Iterable[Choice]) -> Pair | None:
-        """The prefill option that is best beside a decode option; None when none goes with it.
+        """The prefill option that is best with a decode option; None when none goes with it.
 
         Args:
             prefills: in order of their own time, which is a bound from below for the pair, as decode's own memory is for the pair's.

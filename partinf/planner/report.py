@@ -154,10 +154,10 @@ class PlanReport:
 
     def engine_layout(self, candidate: Candidate) -> Layout:
         """The candidate's layout as an engine runs it: with weights gathered ahead in the phases that gather any, where gathers can run
-        beside products and the memory that it takes is there.
+        during products and the memory that it takes is there.
 
         A parallel block has no use for it: all its products wait for the same activations, and a TPU's compiler runs the gathers of those
-        that come later beside those that come first.
+        that come later during those that come first.
         """
         layout, held = candidate.layout, candidate.memory
         if not self.slice.chip.platform.gathers_overlap_products or self.model.block.parallel:

@@ -1,7 +1,7 @@
 """The search: price every role assignment, order by objective, and join prefill and decode over one storage.
 
 For one phase all its options are priced. For a whole workload every storage and decode option is joined with the prefill option that is
-best beside it: prefill options are tried from the cheapest up until none that is left can win, which is exact because what the two
+best with it: prefill options are tried from the cheapest up until none that is left can win, which is exact because what the two
 phases pay for each other is never negative.
 
 Where there are more assignments than one would list (four axes have some hundred thousand), those that take some quarter more than the
@@ -139,7 +139,7 @@ class Search:
         return found
 
     def _whole(self, over: Iterable[Storage]) -> list[Candidate]:
-        """For every storage and decode option, the best prefill option beside it."""
+        """For every storage and decode option, the best prefill option with it."""
         found: list[Candidate] = []
         times = (self.workload.counted_prefills, self.workload.output_len)
         pairing = Pairing(self.space)
@@ -165,7 +165,7 @@ class Search:
     def _ordered(self, over: Iterable[Storage], labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Stored, list[Bounds]]]:
         """Storages that hold the model, those that may be fastest first, with what each phase takes at least.
 
-        Roles for experts are looked for beside a storage when it comes up. A phase is bounded when roles for all weights come up, the last
+        Roles for experts are looked for with a storage when it comes up. A phase is bounded when roles for all weights come up, the last
         one first: where that takes too long already the others need no bound.
         """
         experts, heap = ExpertStorage(self.space, labels, times), list[tuple[float, tuple[int, int], Storage | _Found]]()

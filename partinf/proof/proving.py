@@ -1,7 +1,7 @@
 """`prove` compiles the steps of a plan for its slice and reads what came out.
 
 The time of a step is an estimate: a walk over the compiled schedule (`partinf.proof.walk`) with the compiler's cycles, the transfers of HBM
-beside them and every collective by the analytic model of the network with the constants of the chip (`partinf.cost.calibration`), corrected
+during them and every collective by the analytic model of the network with the constants of the chip (`partinf.cost.calibration`), corrected
 by what was read from traces of the chip (`partinf.proof.pace`) and fitted to nothing; never below one read of weights and cache.
 """
 
@@ -142,7 +142,7 @@ def _write_seconds(plan: Plan, bucket: Bucket) -> float:
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
     """How often a branch is taken: attention skips tiles of prompts that no query sees, if prompts of one length fill the bucket. Layers
-    are counted together: of a window no more is seen than what it reaches over beside a tile."""
+    are counted together: of a window no more is seen than what it reaches beyond a tile."""
     from partinf.transformer.kernels import tiles as kernels  # jax is loaded with these, and a proof that is refused earlier needs none
     from partinf.transformer.routes import Routes
 

@@ -69,7 +69,7 @@ class _Clock:
         return self.queue[-1]
 
     def share(self, seconds: float) -> float:
-        """Bytes that do not join the queue: how long they take beside what is in it, and which waits for them."""
+        """Bytes that do not join the queue: how long they take in parallel with it, and which waits for them."""
         self.queue = [one for one in self.queue if one.end > self.core]
         lead = self.queue[-1].end - self.core if self.queue else 0.0
         others = min(lead, len(self.queue) * seconds)  # what the others get done meanwhile

@@ -23,7 +23,7 @@ Idle = dict[str, tuple[object, ...]]
 # What a body may hold: each takes many times the memory of its characters, and time of the interpreter, which all requests share.
 _CONTAINERS = 1 << 16  # lists and objects
 _STRINGS = 1 << 18
-_VALUES = 1 << 20  # beside the ids of prompts that can be answered
+_VALUES = 1 << 20  # besides the ids of prompts that can be answered
 _NAMED = 20  # unknown parameters that are answered by name
 _SHOWN = 60  # characters of a wrong value that an error repeats
 _PATH = re.compile(r" - at `(?:key` in `)?\$(.*)`$")

@@ -108,7 +108,7 @@ def parse_completion(
         offences.append(Offence(f"{len(prompts)} prompts × {name} = {samples} are too many; at most {served.max_choices} choices", name))
     called = {"prompt": "prompt", "max_tokens": "max_tokens"}
     params = _checked(prompts, params, max(1, body.max_tokens), called, served, offences, lengths)
-    # Beside log-probabilities the text is that of the tokens, which a tokenizer that normalizes may spell otherwise: offsets point into it.
+    # With log-probabilities the text is that of the tokens, which a tokenizer that normalizes may spell otherwise: offsets point into it.
     spelled = prompts if scored or kept is not None else given
     echoed = [as_text(prompt, served, special=not body.skip_special_tokens) for prompt in spelled] if body.echo else []
     only_echo = body.max_tokens == 0

@@ -22,7 +22,7 @@ _WAYS = ("json", "regex", "choice", "grammar", "json_object")
 
 
 class Structures:
-    """Compiles what requests ask for, beside the event loop, few at a time. To be closed."""
+    """Compiles what requests ask for, off the event loop, few at a time. To be closed."""
 
     def __init__(self, limits: RunnerLimits, tokenizer: Tokenizer | None) -> None:
         self._tokenizer, self._vocab_size = tokenizer, limits.vocab_size

@@ -225,7 +225,7 @@ def _context(
 
 
 def _brought(both: jax.Array, routes: Routes) -> jax.Array:
-    """Pages [slots, 2, pages, K, size, Q] from where the cache has them, zeros beside, to where prompt tokens attend to them.
+    """Pages [slots, 2, pages, K, size, Q] from where the cache has them, zeros elsewhere, to where prompt tokens attend to them.
 
     What is away over a sequence axis comes last, because it makes the payload grow: exchanged for slots or heads where the axis splits
     those, gathered elsewhere.

@@ -42,7 +42,7 @@ def block(
 
     Args:
         weights: those before the cores gathered already (`gather_weights`); those after them are gathered here, where nothing that they
-            wait for keeps them from running beside the first products.
+            wait for keeps them from overlapping the first products.
         kv: the group of the cache in which the layer lies. layer: which of its layers that is.
         number: of the layer's kind. rotations: its own.
     """
@@ -122,7 +122,7 @@ def _scaled_by(name: str, normed: jax.Array, weights: Params, kind: LayerKind, r
 def _inner(weights: Params, normed: jax.Array, entered: list[jax.Array], kind: LayerKind, routes: Routes) -> Params:
     """What the feed-forward has between its two products, [T.t, F.f] by the weight that it meets next; nothing where there is none.
 
-    Beside experts a gate may weight its output: the sigmoid of a product of the token, whose E lies split here.
+    Next to experts a gate may weight its output: the sigmoid of a product of the token, whose E lies split here.
     """
     if kind.feed_forward is None:
         return {}

@@ -21,7 +21,7 @@ Where the phase exchanges rows, along the axes D = t ∩ X, these are no axes of
 
 Rows move as one array, decode lanes before prompt tokens, in any order: they come back where they were. Step 6 is one `move` where E.e and
 E.w are digits of one order (`ExpertAxes.in_order`); elsewhere E is made whole there and sliced, for experts' E is stored in runs of e's
-own order. What is added up joins the partial sums of a product with W_out or W_O beside it where both are split alike.
+own order. What is added up joins the partial sums of a product with W_out or W_O next to it where both are split alike.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def gathered_rows(normed: jax.Array, routes: Routes) -> jax.Array:
 
 
 def shares_gather(routes: Routes) -> bool:
-    """Whether what experts read is what the dense matrices beside them read: [T.t, E]."""
+    """Whether what experts read is what the dense matrices next to them read: [T.t, E]."""
     frame = routes.frame(routes.experts.rows, routes.weight_stored)
     return routes.phase.loop is None and frame.same(Split(routes.experts.tokens), Split(routes.tokens, routes.embed))
 

@@ -120,7 +120,7 @@ def _heads_norm(x: jax.Array, layer: Params, name: str, kind: LayerKind) -> jax.
 
 
 def feed_forward(layer: Params, kind: LayerKind, x: jax.Array) -> jax.Array:
-    """A feed-forward, or experts with or without one beside them, which a gate may weight."""
+    """A feed-forward, or experts with or without one next to them, which a gate may weight."""
     out = jnp.zeros_like(x)
     if kind.feed_forward is not None:
         out = _ffn(layer, kind.feed_forward, x)

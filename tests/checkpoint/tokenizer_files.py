@@ -1,4 +1,4 @@
-"""The fixture tokenizers, and copies of them with other files beside them."""
+"""The fixture tokenizers, and copies of them with other files next to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ each_kind = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENI
 
 
 def copy(kind: str, to: Path, **files: object) -> Tokenizer:
-    """A tokenizer with other json files beside it; None removes a file."""
+    """A tokenizer with other json files next to it; None removes a file."""
     shutil.copytree(KINDS[kind], to, dirs_exist_ok=True)
     for name, content in files.items():
         if content is None:

@@ -144,7 +144,7 @@ def test_plan_and_simulate_use_a_hardware_file_and_say_so(hardware: Path, capsys
     plan = json.loads(capsys.readouterr().out)
     assert plan["calibration"]["measured"]
     assert "partinf calibrate on 2026-01-02: 8 × cpu" in plan["calibration"]["source"]
-    assert plan["best"]["step_seconds"] > 1e-3  # what a step takes beside all else
+    assert plan["best"]["step_seconds"] > 1e-3  # what a step takes in addition to all else
     assert main(["plan", *WORKLOAD, *where, "--phase", "decode", "--batch", "8", "--context", "64"]) == 0
     assert "measured with partinf calibrate on 2026-01-02" in capsys.readouterr().out.replace("\n", " ")
     assert main(["simulate", *WORKLOAD, *where, "--requests", "4", "--lengths", "fixed:8:4", "--format", "json"]) == 0

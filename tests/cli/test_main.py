@@ -35,7 +35,7 @@ class FakeCommand(ModuleType):
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[argparse.Namespace], int]], None]:
-    """Installs a command `fake` beside one, `other`, that cannot be imported."""
+    """Installs a command `fake` next to one, `other`, that cannot be imported."""
 
     def install(body: Callable[[argparse.Namespace], int]) -> None:
         monkeypatch.setitem(sys.modules, "partinf.cli.fake", FakeCommand(body))

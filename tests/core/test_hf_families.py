@@ -70,7 +70,7 @@ def test_a_model_of_text_within_one_that_reads_images() -> None:
 
 
 def test_an_alpha_stretches_theta_whatever_is_served() -> None:
-    """As Hunyuan's files have it, whose other numbers beside it are not read; without it dynamic scaling is what it is."""
+    """As Hunyuan's files have it, whose other numbers next to it are not read; without it dynamic scaling is what it is."""
     data = SIZES | {"model_type": "hunyuan_v1_dense", "head_dim": 8, "num_key_value_heads": 4, "max_position_embeddings": 64}
     more = {"factor": 1.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
     found = config_from_hf(data | {"rope_scaling": {"type": "dynamic", "alpha": 1000.0, **more}}, "mine")

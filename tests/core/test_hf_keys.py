@@ -148,7 +148,7 @@ def test_rotations_without_effect_and_in_both_spellings() -> None:
 
 
 def test_of_two_rotations_the_scaling_of_version_4_is_meant() -> None:
-    """As transformers 5 reads such a file; theta then comes from beside, or from the family, not from what is not used."""
+    """As transformers 5 reads such a file; theta then comes from the key next to it, or from the family, not from what is not used."""
     both = {"rope_scaling": YARN, "rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}
     assert config_from_hf(LLAMA | both, "mine") == config_from_hf(LLAMA | {"rope_scaling": YARN}, "mine")
 

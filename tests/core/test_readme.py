@@ -32,7 +32,7 @@ def test_the_library_example_runs(root: Path, capsys: pytest.CaptureFixture[str]
     note, greedy, streamed = capsys.readouterr().out.splitlines()
     assert "decode step" in note
     assert greedy == "[' a b c d', ' k k k']"
-    assert greedy in code  # the comment beside it
+    assert greedy in code  # the comment next to it
     assert streamed.split() == ["h", "e", "y"]
 
 

@@ -73,7 +73,7 @@ def test_a_batch_is_returned_when_its_last_member_is_cancelled() -> None:
 
 
 def test_fastertransformer_prefills_to_the_shortest_prompt_and_goes_on_token_by_token() -> None:
-    # Prompts of 3 and 5 tokens: 3 of each at once; then request 1 feeds the rest of its prompt beside the decode of request 0.
+    # Prompts of 3 and 5 tokens: 3 of each at once; then request 1 feeds the rest of its prompt alongside the decode of request 0.
     lines = trace(ROOMY, RequestLevel(2, shortest_prefill=True), [(3, 2), (5, 2), (1, 1)])
     assert lines == ["| 0:3 1:3", "0 1 |", "1 |", "1 |", "| 2:1"]
     engine = Engine(FakeRunner(ROOMY), policy=RequestLevel(2, shortest_prefill=True), check_invariants=True)

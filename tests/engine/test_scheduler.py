@@ -59,7 +59,7 @@ def test_requests_join_and_leave_between_iterations() -> None:
 
 
 def test_prompts_run_whole_and_in_order_of_arrival() -> None:
-    # 20 + 14 > 32, so request 1 waits; request 2 would fit beside request 0 and still waits.
+    # 20 + 14 > 32, so request 1 waits; request 2 would fit alongside request 0 and still waits.
     assert trace(ROOMY, FirstComeFirstServed(), [(20, 2), (14, 1), (3, 1)]) == ["| 0:20", "0 | 1:14 2:3"]
 
 

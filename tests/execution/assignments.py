@@ -185,7 +185,7 @@ def all_assignments() -> list[Assignment]:
     the kernels of CPUs.
 
     On one axis prefill's roles are enumerated too. There is no order among axes of one size: exchanging them exchanges the devices. On
-    three axes, which have 860 assignments that split the context in decode, every fourth of these is taken: what the role does beside one
+    three axes, which have 860 assignments that split the context in decode, every fourth of these is taken: what the role does next to one
     other axis of any role is there on two axes, in either order and size.
     """
     rng = random.Random(0)

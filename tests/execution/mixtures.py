@@ -46,7 +46,7 @@ MIXTURES = {
     "by the greatest": Experts(8, 2, EACH, ROUTERS["by the greatest"]),
 }
 DENSE_FIRST: dict[str, Any] = {"kinds": (Kind("dense", experts=False), Kind("mixed")), "prefix": ("dense",), "pattern": ("mixed",)}
-"""Of a model whose first layer has a feed-forward, beside `ffn_dim`."""
+"""Of a model whose first layer has a feed-forward, next to `ffn_dim`."""
 _UNKNOWN = 5  # the row that is no numbers
 
 

@@ -95,7 +95,7 @@ def test_every_assignment(assignment: Assignment) -> None:
 
 @pytest.mark.parametrize("assignment", sampled_assignments(8, seed=4), ids=str)
 def test_int8_weights(assignment: Assignment) -> None:
-    """Weights are gathered as int8, their scales beside them; activations are bf16."""
+    """Weights are gathered as int8, their scales next to them; activations are bf16."""
     plan = dataclasses.replace(plan_of(assignment), weights=DType.INT8)
     check(plan, BUCKETS["mixed"])
     check(plan, BUCKETS["decode"])

@@ -123,7 +123,7 @@ def test_rows_that_are_exchanged_have_places_for_all_and_take_the_time_of_the_wa
 
 
 def test_layers_are_counted_by_kind() -> None:
-    """A dense layer first, a feed-forward beside the experts of the others; what is useful is what tokens meet, over all devices."""
+    """A dense layer first, a feed-forward next to the experts of the others; what is useful is what tokens meet, over all devices."""
     model = dataclasses.replace(MODEL, experts=Experts(8, 2, EACH, shared=64), **DENSE_FIRST)
     entries = linear_part(split_with(layout_with("xxf", "fff"), model, dataclasses.replace(SHAPE, decode_rows=64)))
     of = {entry.item: entry.count for entry in entries if entry.kind is EntryKind.MATMUL}

@@ -45,7 +45,7 @@ def test_factors_of_an_axis_and_axes_that_the_layout_does_not_know() -> None:
 
 
 def test_what_is_said_of_a_whole_phase_is_kept() -> None:
-    """Whatever a phase says beside roles of axes: here that of a layout for three axes, on two and on four."""
+    """Whatever a phase says besides roles of axes: here that of a layout for three axes, on two and on four."""
     for phase in ("prefill", "decode"):
         given = load_layout("palm-540b-low-latency").phase(phase)
         for slice_ in ("v5e:4x4", "tpu7x:2x2x1"):

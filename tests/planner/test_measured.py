@@ -77,7 +77,7 @@ def test_on_eight_chips_the_papers_layout_is_a_tie() -> None:
 
 
 def test_a_prefill_of_one_prompt_shares_the_storage_that_decode_wants() -> None:
-    """Alone it would copy the weights, which no decode step could afford; beside decode the paper's layouts are first or a tie."""
+    """Alone it would copy the weights, which no decode step could afford; together with decode the paper's layouts are first or a tie."""
     found = serving()
     assert found["540B"]["first"] == "E_x F_yz, prefill ws-2d/mixed, decode ws-2d/batch"
     for model in ("540B", "62B"):

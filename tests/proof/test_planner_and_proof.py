@@ -1,4 +1,4 @@
-"""What the planner says of our own steps, beside what their compiled programs say: prompts tile by tile, decode, on four kinds of TPU."""
+"""What the planner says of our own steps, against what their compiled programs say: prompts tile by tile, decode, on four kinds of TPU."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_small_plan_is_proven(slice_name: str, kv: DType) -> None:
     assert "kernel paged_decode: priced from the ledger" in step.estimate.note
     assert "kernel paged_write: priced at half of the rate of a transfer" in step.estimate.note
     assert not any("write." in work.source_op and "cache.py" in work.source_op for work in step.work)  # the cache stays where it lies
-    assert any(c.overlapped_fraction for c in step.collectives if c.op == "all-to-all")  # beside other work, as is asked for
+    assert any(c.overlapped_fraction for c in step.collectives if c.op == "all-to-all")  # alongside other work, as is requested
     # What is planned runs: every byte is accounted for by a collective of the plan or by a listed difference.
     kinds = {difference.kind for difference in step.differences}
     assert not kinds - {"extra copy", "merged collectives", "eliminated"}  # every reduce-scatter is kept

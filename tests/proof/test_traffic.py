@@ -36,7 +36,7 @@ def part(space: str = "S(1)") -> str:
 @pytest.mark.parametrize(
     ("line", "num_bytes"),
     [
-        # A part of an array, fetched beside other work: read once, and written only if it comes to lie in HBM.
+        # A part of an array, fetched during other work: read once, and written only if it comes to lie in HBM.
         (f"(({WHOLE_TEXT}), {part()}, s32[]{{:S(2)}}) slice-start(%w), slice={{[0:2048], [0:512]}}", PART),
         (f"(({WHOLE_TEXT}), {part('')}, s32[]{{:S(2)}}) slice-start(%w), slice={{[0:2048], [0:512]}}", 2 * PART),
         (f"(({ON_CHIP_TEXT}), {part('')}, s32[]{{:S(2)}}) slice-start(%here), slice={{[0:2048], [0:512]}}", PART),

@@ -100,7 +100,7 @@ def test_own_bytes_share_with_what_is_under_way_and_put_it_back() -> None:
     alone = entry("%r = s8[10,1000]{1,0:S(1)} slice(%w), slice={[0:10], [0:1000]}")
     assert read(alone).seconds == pytest.approx(10 * US)
     shared = [fetch("f", 100), "%r = s8[10,1000]{1,0:S(1)} slice(%w), slice={[0:10], [0:1000]}"]
-    assert read(entry(*shared)).seconds == pytest.approx(20 * US)  # half the rate beside one transfer
+    assert read(entry(*shared)).seconds == pytest.approx(20 * US)  # half the rate during one transfer
     assert read(entry(*shared, done("f"))).seconds == pytest.approx(110 * US)  # and no byte is had for nothing
     last = [fetch("f", 4), shared[1]]
     assert read(entry(*last)).seconds == pytest.approx(14 * US)  # the queue is empty before that

@@ -34,7 +34,7 @@ def raw_body(rng: random.Random) -> tuple[bytes, set[str]]:
 
 
 def check_bodies(serving: Serving, count: int, seed: int) -> dict[int, int]:
-    """Post them, every fourth time beside a guard, from eight clients at once; returns how often each status came."""
+    """Post them, every fourth time alongside a guard, from eight clients at once; returns how often each status came."""
     rng, statuses = random.Random(seed), dict[int, int]()
     status, content, _ = serving.post("/v1/completions", GUARD)
     assert status == 200

@@ -17,7 +17,7 @@ from tests.serve.support import LIMITS, Serving, Slow, fake_engine, serving
 
 
 def test_random_bodies_at_the_ends_of_ranges(demo: Serving) -> None:
-    """Beside a neighbour, who gets what it gets alone."""
+    """Next to a neighbour, which gets what it gets alone."""
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
         hostile = [pool.submit(demo.post, *one) for one in bodies(seed=1, count=150)]
         guards = [pool.submit(demo.post, "/v1/completions", GUARD) for _ in range(20)]

@@ -133,7 +133,7 @@ def test_what_cannot_be_done_here_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_hostile_schemas_do_not_keep_others_waiting(doubting: Serving) -> None:
-    """Schemas that take long to compile, more than may be compiled at once, beside a plain request."""
+    """Schemas that take long to compile, more than may be compiled at once, alongside a plain request."""
     large = [{"enum": [f"{number}-{index}" for index in range(4000)]} for number in range(6)]
     bodies = [PROMPT | {"structured_outputs": {"json": schema}, "max_tokens": 5} for schema in large]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""What constrained rows cost those beside them, on a device that works beside the host."""
+"""What constrained rows cost the rows next to them, on a device that works alongside the host."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _LONG = 1024  # characters; `encode` holds the interpreter meanwhile, and the ba
 
 
 class JsonVocabulary:
-    """A tokenizer.json. Tokens that only the files beside it add are added here as well."""
+    """A tokenizer.json. Tokens that only the files next to it add are added here as well."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         from tokenizers import Tokenizer as Backend
@@ -44,7 +44,7 @@ class JsonVocabulary:
         self.adds_eos = eos is not None and (ended == eos if settings.add_eos is None else settings.add_eos)
 
     def _add(self, path: Path, settings: Settings) -> None:
-        """Adds what the files beside this one name, and marks as special what they name so."""
+        """Adds what the files next to this one name, and marks as special what they name so."""
         from tokenizers import AddedToken
 
         offences = []

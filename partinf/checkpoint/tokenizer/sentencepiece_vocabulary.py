@@ -1,4 +1,4 @@
-"""A sentencepiece tokenizer.model, with the special tokens that the files beside it add.
+"""A sentencepiece tokenizer.model, with the special tokens that the files next to it add.
 
 sentencepiece knows no special tokens in a text, so a text is cut at their names first, and each stretch between them is encoded alone.
 """

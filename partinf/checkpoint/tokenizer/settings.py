@@ -1,4 +1,4 @@
-"""The files beside a vocabulary that say what its special tokens are: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
+"""The files next to a vocabulary that say what its special tokens are: tokenizer_config.json, special_tokens_map.json, added_tokens.json.
 
 Where they disagree, the order is that of transformers: a tokenizer_config.json with `added_tokens_decoder` comes first, and the two older
 files only fill in what it leaves out; without that key the older files come first.
@@ -27,7 +27,7 @@ class AddedToken:
 
     Attributes:
         special: it is no text. lstrip, rstrip: it swallows the blanks before or after it. single_word: it is found only where no letter or
-            digit stands beside it. normalized: it is found in the text as the normalizer leaves it.
+            digit stands next to it. normalized: it is found in the text as the normalizer leaves it.
     """
 
     id: int

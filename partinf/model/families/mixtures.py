@@ -29,7 +29,7 @@ _BLOCK_SPARSE = {
 
 
 def _shared(within: str) -> dict[str, Stored]:
-    """The feed-forward beside the experts, by what stands before its matrices."""
+    """The feed-forward next to the experts, by what stands before its matrices."""
     return {
         name: replace(LLAMA_LAYER[name], tensors=tuple(tensor.replace(_MLP, f"{within}.", 1) for tensor in LLAMA_LAYER[name].tensors))
         for name in ("w_in", "w_out")

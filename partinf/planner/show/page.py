@@ -1,7 +1,7 @@
 """One self-contained HTML page for a report: the chosen layout and why, its figures and memory, the best candidates as bars, its steps
 line by line.
 
-No script, no font and no picture is loaded; the page can be mailed or kept beside the layout file. Wide tables scroll by themselves.
+No script, no font and no picture is loaded; the page can be mailed or kept next to the layout file. Wide tables scroll by themselves.
 """
 
 from __future__ import annotations
