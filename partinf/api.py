@@ -133,10 +133,10 @@ def load(
         compile_steps: compile the steps now rather than when they are first needed.
         seed: of random weights and of requests that name none.
         cache: directory of compiled steps, which the next start loads; `off` for none. By default that of $PARTINF_CACHE_DIR, or the
-            user's own (~/.cache/partinf); where that cannot be used, a warning says so and nothing is kept.
+            user's own (~/.cache/partinf); where that cannot be used, a warning says so and nothing is stored.
         group: the processes that have the plan's devices together, from `partinf.hosts.join`; each reads only its own devices' part of
             the weights. The first then uses the model as usual, the others `group.follow(model.engine)`.
-        num_host_pages: KV pages that may be kept in host memory, for policies that swap.
+        num_host_pages: KV pages that may be stored in host memory, for policies that swap.
 
     Raises:
         InvalidInput: no weights, weights that are not the model's, fewer devices than the plan needs, or an installation without jax.

@@ -118,7 +118,7 @@ def with_capacity(plan: Plan, capacity: Capacity, *, beyond: bool = False) -> Pl
     """The plan with cache and buckets for this capacity.
 
     Args:
-        beyond: take contexts beyond the model's, where sizes alone are asked for.
+        beyond: take contexts beyond the model's, where only sizes are requested.
 
     Raises:
         InvalidInput: sizes out of range, or a context beyond the model's.
@@ -188,7 +188,7 @@ def _with_pages(plan: Plan, capacity: Capacity, max_len: int) -> Plan:
 
 
 def _pages_that_fit(plan: Plan, capacity: Capacity) -> tuple[int, ...]:
-    """Pages per part of one shard, of every group of the cache: those of the share that was asked for; otherwise of the platform's, and
+    """Pages per part of one shard, of every group of the cache: those of the share that was requested; otherwise of the platform's, and
     more if one sequence needs more. On virtual devices, which share the machine's memory with all that runs on it, no more than the
     sequences that may hold pages can fill."""
     platform, found, groups = plan.slice.chip.platform, held(plan), plan.cache_groups
@@ -398,7 +398,7 @@ def runner_limits(plan: Plan, num_host_pages: int = 0, *others: int) -> RunnerLi
     """What steps of this plan may hold, over all its buckets.
 
     Args:
-        num_host_pages: pages of the first group of the cache that may be kept in host memory. others: of each further one; as many if they
+        num_host_pages: pages of the first group of the cache that may lie in host memory. others: of each further one; as many if they
             are not given.
     """
     biggest = max(plan.buckets, key=lambda bucket: (bucket.prefill_tokens, bucket.decode_rows))

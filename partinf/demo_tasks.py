@@ -7,7 +7,7 @@ is standard library only.
     copy: d b a c = d b a c                 3 to 10 letters, repeats allowed
     sort: d b a c = a b c d                 the same, in alphabetical order
     reverse: d b a c = c a b d              the same, backwards
-    recall: d 4 k 12 a 7 ? k = 12           2 to 8 pairs of a letter and a number from 1 to 20, then the letter that is asked for
+    recall: d 4 k 12 a 7 ? k = 12           2 to 8 pairs of a letter and a number from 1 to 20, then the letter that is requested
     repeat: 5 k = k k k k k                 1 to 20 times, so the length of the answer is chosen by the prompt
 
 The prompt ends with "=", the answer starts with a space (prompt + answer is the line above) and the model ends it by EOS. Solved tasks may

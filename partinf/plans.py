@@ -201,12 +201,12 @@ class Plan:
 
     @property
     def extended(self) -> bool:
-        """Whether penalty counts and logit biases of every slot are kept on the devices, because some bucket needs them."""
+        """Whether penalty counts and logit biases of every slot are stored on the devices, because some bucket needs them."""
         return any(bucket.extended for bucket in self.buckets)
 
     @property
     def constrained(self) -> bool:
-        """Whether masks of tokens of every slot are kept on the devices, because some bucket reads them."""
+        """Whether masks of tokens of every slot are stored on the devices, because some bucket reads them."""
         return any(bucket.constrained for bucket in self.buckets)
 
     def ways(self, axes: tuple[str, ...]) -> int:

@@ -1,4 +1,4 @@
-"""Deleting what a run has asked for: until it is gone, or until a bound, when what may be left is said with the command that deletes it.
+"""Deleting what a run has requested: until it is gone, or until a bound, when what may be left is printed with the command that deletes it.
 
 Deleting what is not there yet deletes nothing. So where a request was not answered clearly, "there is no such thing" is no answer either
 until `LOOK_SECONDS` have gone by.
@@ -28,7 +28,7 @@ class Deletion:
         kind: what it is, for people.
         command: deletes it, and fails where it is not there.
         rest: waits, and nothing cuts it short.
-        state: what it is doing, asked when it cannot be deleted; empty where that cannot be told.
+        state: what it is doing, queried when it cannot be deleted; empty where it is not known.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Deletion:
         """Delete; True when it is gone.
 
         Args:
-            awaited: it was asked for and never seen, so it may still come into being.
+            awaited: it was requested and never seen, so it may still come into being.
         """
         until, failed, looked = self.now() + LOOK_SECONDS, 0, False
         while failed < DELETE_ATTEMPTS:

@@ -214,7 +214,7 @@ def _scalar_offences(table: dict[str, Any]) -> list[str]:
 
 
 def _is_argument_list(table: dict[str, Any], key: str, offences: list[str]) -> bool:
-    if table.get(key, []) in ([], None, ""):  # missing, which is said elsewhere
+    if table.get(key, []) in ([], None, ""):  # missing, which is reported elsewhere
         return False
     good = isinstance(table[key], list) and all(isinstance(word, str) for word in table[key])
     if not good:

@@ -1,7 +1,7 @@
 """What a failed command means: one table from what gcloud says to what a run does about it.
 
 Two questions decide: may the same request succeed later, and what may a refused or unanswered request for a machine have left behind. The
-texts are those of Google's API errors and of gcloud; the first row that fits counts. What fits none is not repeated, and what it asked for
+texts are those of Google's API errors and of gcloud; the first row that fits counts. What fits none is not repeated, and what it requested
 is looked for.
 """
 
@@ -93,6 +93,6 @@ def reason(done: Done) -> str:
     if not lines:
         return f"exit code {done.code}"
     whole = " ".join(lines[first:])
-    if "return code [" in whole and first:  # what gcloud says of ssh is less than what ssh said just before
+    if "return code [" in whole and first:  # what gcloud says of ssh is less than what ssh printed just before
         whole = f"{lines[first - 1]} ({whole})"
     return whole if len(whole) <= 500 else whole[:497] + "..."

@@ -16,7 +16,7 @@ from pod_description import PLAN, Description
 from pod_failures import EXISTS, Left, classify, classify_text, reason, unreachable
 
 COPY_ATTEMPTS = 3
-UNANSWERED = 10  # polls in a row without an answer, after which a machine that is said to run counts as unreachable
+UNANSWERED = 10  # polls in a row without an answer, after which a machine that is reported to run counts as unreachable
 GONE = {
     "SUSPENDING": "its capacity is being taken away",
     "SUSPENDED": "its capacity was taken away",
@@ -48,7 +48,7 @@ class Pod:
         sleep: waits, and lets an interrupt through.
         poll_seconds: between two looks at the machine.
         rest: waits, and nothing cuts it short.
-        asked: whether this run has asked for a machine that may exist.
+        asked: whether this run has requested a machine that may exist.
         awaited: whether that machine was neither seen nor refused, so that it may still come into being.
         made: whether it ever may have existed, in any attempt.
     """
@@ -70,7 +70,7 @@ class Pod:
     made: bool = field(default=False, init=False)
 
     def create(self) -> None:
-        self.sleep(0)  # an interrupt that has been waiting comes through here, before anything is asked for
+        self.sleep(0)  # an interrupt that has been waiting comes through here, before anything is requested
         own = self.made  # then a machine of this name is the one before
         self.asked = self.awaited = self.made = True
         done = self._run(self.gcloud.create(self.expires))
@@ -156,7 +156,7 @@ class Pod:
                 self._unpack(local, self.output / f"worker-{worker}")
 
     def delete(self) -> bool:
-        """Delete the machine; True when it is gone, and will not come if this run has asked for it."""
+        """Delete the machine; True when it is gone, and will not come if this run has requested it."""
         state = lambda: self._state_of(self._run(self.gcloud.describe()))  # noqa: E731
         command = self.gcloud.delete()
         deletion = Deletion("MACHINE", self.gcloud.machine, command, self.runner, self.poll_seconds, self.now, self.rest, state)

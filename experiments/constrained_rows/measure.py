@@ -90,7 +90,7 @@ def load_demo() -> api.Model:
 
 
 def throughput(served: Served, way: Way) -> tuple[float, list[float]]:
-    """Tokens per second while nobody joins or ends, and the seconds between the tokens of a free row."""
+    """Tokens per second while no request joins or ends, and the seconds between the tokens of a free row."""
     compile_ = served.isolated if way.served else served.plain
     held = [compile_(structure) for structure in way.structures]
     engine = Engine(served.runner, tokenizer=served.tokenizer, lag=1, num_mask_threads=way.threads)

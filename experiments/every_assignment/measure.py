@@ -3,7 +3,7 @@
     python -m experiments.every_assignment.measure [NAME…] [--processes N] [--count]        # writes results.json
 
 These are the slow tests `test_every_assignment…` of tests/execution, part of `make test-all`; here they run alone and their results are
-counted by mesh and by how attention runs. A run that was ended is resumed: what passed is kept in `.cache/every_assignment`. Fails where a
+counted by mesh and by how attention runs. A run that was ended is resumed: what passed lies in `.cache/every_assignment`. Fails where a
 test fails.
 """
 

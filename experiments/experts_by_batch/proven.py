@@ -2,7 +2,7 @@
 
     python -m experiments.experts_by_batch.proven TEXTS [NAME …]     # a minute of one core each; writes proven.json
 
-TEXTS: a folder that keeps what the compiler said; what is there already is not compiled again. Without names what is there is read.
+TEXTS: a folder that keeps what the compiler printed; programs in it are not compiled again. Without names the folder is read.
 """
 
 from __future__ import annotations

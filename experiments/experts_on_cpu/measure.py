@@ -2,7 +2,7 @@
 
     python -m experiments.experts_on_cpu.measure --torch-python PYTHON        # some minutes; writes results.json and README's table
 
-Both sides hold the same weights in processes of their own and are asked in turns (`sides`), while the other waits for its next line; a
+Both sides hold the same weights in processes of their own and run in turns (`sides`), while the other waits for its next line; a
 figure is the median of the rounds, a ratio the median of the rounds' ratios to the fastest of the others.
 """
 

@@ -37,7 +37,7 @@ from partinf.simulation.sizing import Sizing, cost_runner
 
 REQUESTS, BATCH, TARGET = 400, 16, 0.3
 HOST_BYTES = 128e9  # per GPU, for swapped pages
-PUBLISHED = "mlfq, as published"  # promotes those who wait for 3 s, every 1000 iterations
+PUBLISHED = "mlfq, as published"  # promotes requests that wait for 3 s, every 1000 iterations
 
 
 @dataclass(frozen=True)

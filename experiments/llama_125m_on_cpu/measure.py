@@ -4,7 +4,7 @@
 
 Each side (`peers`) lives in a process of its own with all cores, and one runs at a time: the others are stopped (SIGSTOP) meanwhile,
 whatever their threads would do. One round measures every case once on every side, in an order that turns; figures are medians over the
-rounds, ratios medians of the rounds' ratios to the fastest of the others. What else the machine did meanwhile is measured too, and said.
+rounds, ratios medians of the rounds' ratios to the fastest of the others. What else the machine did is measured too, and reported.
 Sides whose interpreter is not given are left out. PYTHON of vLLM may be that of transformers; that of llama.cpp needs `llama-cpp-python`,
 built on this machine, and `gguf`.
 """
@@ -36,7 +36,7 @@ _TICKS = os.sysconf("SC_CLK_TCK") * (os.cpu_count() or 1)
 
 
 class Side:
-    """A process that measures, stopped whenever it is not asked."""
+    """A process that measures, stopped whenever it is not its turn."""
 
     def __init__(self, python: str, name: str, dtype: str, shape: str) -> None:
         command = [python, str(Path(__file__).with_name("peers.py")), name, dtype, shape]

@@ -164,7 +164,7 @@ def vllm(dtype: str, shape: dict[str, Any]) -> Make:
             ask(tokens, new)
 
     def serve(rows: int, requests: int) -> None:
-        """As many at once as rows: the next one is asked for when one has ended."""
+        """As many at once as rows: the next one is requested when one has ended."""
         waiting, open_ = lengths(requests), 0
         while waiting or open_:
             for _ in range(min(rows - open_, len(waiting))):

@@ -81,7 +81,7 @@ class Timed:
 
 
 def serve(engine: Engine, rows: int, seed: int = 0) -> list[float]:
-    """Iterations at a steady batch of `rows`: whoever ends is followed by another. Returns their lengths in seconds."""
+    """Iterations at a steady batch of `rows`: a request that ends is followed by another. Returns their lengths in seconds."""
     rng, lengths = random.Random(seed), []
     ask = lambda: engine.add_request(  # noqa: E731
         [rng.randrange(100) for _ in range(PROMPT)], SamplingParams(max_tokens=rng.randint(OUTPUT // 2, OUTPUT), ignore_eos=True)

@@ -135,7 +135,7 @@ def results() -> dict[str, Any]:
 
 
 def main(names: list[str]) -> None:
-    """Run what was asked for, or what has no result yet, and keep the results after every case."""
+    """Run what was requested, or what has no result yet, and keep the results after every case."""
     known = results()
     for case in CASES:
         if case.name in names or (not names and case.name not in known):

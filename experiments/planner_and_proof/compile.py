@@ -1,6 +1,6 @@
 """Compiles the twelve steps for their slices, without a TPU: `python -m experiments.planner_and_proof.compile TEXTS [NAME …]`.
 
-Half a minute to a few minutes each. TEXTS: a folder that keeps what the compiler said; what is there already is not compiled again.
+Half a minute to a few minutes each. TEXTS: a folder that keeps what the compiler printed; programs in it are not compiled again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def file_of(step: Step, texts: Path) -> Path:
 
 
 def said(step: Step, texts: Path) -> Compiled:
-    """What the compiler said of a step."""
+    """What the compiler printed for a step."""
     return Compiled(**json.loads(gzip.decompress(file_of(step, texts).read_bytes())))
 
 

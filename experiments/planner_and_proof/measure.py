@@ -2,7 +2,7 @@
 
     python -m experiments.planner_and_proof.measure TEXTS    # compiles what is missing, prints, writes results.json
 
-TEXTS: a folder that keeps what the compiler said. Without a TPU.
+TEXTS: a folder that keeps what the compiler printed. Without a TPU.
 """
 
 from __future__ import annotations

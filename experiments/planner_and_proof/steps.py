@@ -1,4 +1,4 @@
-"""The twelve steps that planner and proof are asked for: decode and prompts of 512, 8k and 32k tokens on four kinds of TPU.
+"""The twelve steps that planner and proof are compared on: decode and prompts of 512, 8k and 32k tokens on four kinds of TPU.
 
 Their layouts stand here, as `partinf plan` chose them on 2026-11-30 for the step alone or for a whole workload of such prompts, so that a
 changed price changes no program.

@@ -4,7 +4,7 @@
     python -m experiments.planner_regret.compiled TEXTS --most 6    # of each case so many programs, the choice and its nearest first
     python -m experiments.planner_regret.compiled TEXTS --compiled  # only of programs that are compiled already
 
-TEXTS: a folder that keeps what the compiler said of each program, so that a run can be resumed; it belongs to one state of the library.
+TEXTS: a folder that keeps what the compiler printed for each program, so that a run can be resumed; it belongs to one state of the library.
 Every candidate is judged as the engine would run it: its roles, the residual that the planner chose with them, layers one by one or in a
 loop as its plan has them. What costs most to compile is left small: of layers that are compiled one by one there are three and five, and
 what the two add stands for each other one; the vocabulary has 2048 tokens, and what more of them takes is the planner's own account.
@@ -71,7 +71,7 @@ def rivals(able: Sequence[Candidate], draw: random.Random) -> list[tuple[Candida
 
 @dataclass(frozen=True)
 class Texts:
-    """What the compiler said of programs. `compiling`: those that are missing are compiled."""
+    """What the compiler printed for programs. `compiling`: those that are missing are compiled."""
 
     folder: Path
     compiling: bool = True

@@ -95,7 +95,7 @@ def through_engine(engine: Engine, bodies: list[dict[str, Any]]) -> tuple[float,
 
 
 class Client:
-    """The client's process: told a way, it sends everything at once and says how long it took and what it got."""
+    """The client's process: given a way, it sends everything at once and reports how long it took and what it got."""
 
     def __init__(self, port: int, count: int, vocab_size: int, longest: int = 64) -> None:
         command = [sys.executable, "-m", "experiments.serving_over_http.measure", "--client", *map(str, (port, count, vocab_size, longest))]

@@ -42,7 +42,7 @@ class Ask:
 
     @property
     def streams(self) -> bool:
-        """Whether it may be asked for as a stream."""
+        """Whether it may be requested as a stream."""
         return "prompt_logprobs" not in self.body
 
 

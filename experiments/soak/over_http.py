@@ -165,7 +165,7 @@ class Clients:
                     await self._other(rng)
                 else:
                     await self._ask(rng.choice(self._asks), rng)
-            except Exception as error:  # a server that fails, or says what no client understands: others go on, and it is told at the end
+            except Exception as error:  # a server that fails, or says what no client understands: others go on, and reported at the end
                 self.problem(f"{type(error).__name__}: {error}")
 
     async def _other(self, rng: random.Random) -> None:

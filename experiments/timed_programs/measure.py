@@ -91,7 +91,7 @@ def row_of(cell: Cell, schedule: Schedule) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors of all cells; of each half once the other's mean ratio is taken out of it; and which layout is said to be faster."""
+    """Errors of all cells; of each half once the other's mean ratio is taken out of it; and which layout is predicted to be faster."""
     halves = {
         "tensor-parallel from 2 copies": (lambda row: row["copies"] == 2, lambda row: row["copies"] == 1),
         "2 copies from tensor-parallel": (lambda row: row["copies"] == 1, lambda row: row["copies"] == 2),

@@ -1,6 +1,6 @@
 """Parameters in an orbax checkpoint, restored into any mesh.
 
-The checkpoint keeps whole arrays by path; the shardings of the tree that is asked for decide what each host reads. This module adds what
+The checkpoint keeps whole arrays by path; the shardings of the tree that is requested decide what each host reads. This module adds what
 orbax leaves out: the comparison of the stored tree with the wanted one before anything is restored, all differences at once.
 """
 

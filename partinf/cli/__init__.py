@@ -1,4 +1,4 @@
-"""The `partinf` command: one file per sub-command, loaded only when that one is asked for."""
+"""The `partinf` command: one file per sub-command, loaded only when it is requested."""
 
 from partinf.cli.dispatch import main
 

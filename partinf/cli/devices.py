@@ -1,4 +1,4 @@
-"""What must be settled before jax is imported: which platform, how many virtual CPU devices, and where compiled programs are kept."""
+"""What must be settled before jax is imported: which platform, how many virtual CPU devices, and where compiled programs are stored."""
 
 from __future__ import annotations
 

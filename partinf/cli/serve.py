@@ -189,7 +189,7 @@ def _chat_template(args: argparse.Namespace) -> ChatTemplate | None:
 
     try:
         directory = None if args.model is None else api.weights_directory(args.model)
-    except InvalidInput:  # said already
+    except InvalidInput:  # reported already
         return None
     return load_chat_template(directory, None if args.chat_template is None else Path(args.chat_template))
 

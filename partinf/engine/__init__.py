@@ -1,6 +1,6 @@
 """Requests, pages, scheduler, policies, metrics: iteration-level batching of many requests over one runner.
 
-The engine knows requests and steps, and nothing of models, slices or devices. Who executes its steps stands above it: the model on devices
+The engine knows requests and steps, and nothing of models, slices or devices. What executes its steps lies above it: the model on devices
 (`partinf.execution`), or the cost model on a virtual clock (`partinf.simulation`).
 
 Names are loaded when they are first used (PEP 562), so that the sizes of steps and the table of policies can be had without the engine.

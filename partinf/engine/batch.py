@@ -34,7 +34,7 @@ class ScheduledBatch:
 
 
 class Policy(Protocol):
-    """Who runs in the next iteration.
+    """Which sequences run in the next iteration.
 
     A policy may have an attribute `returns_whole_batches`: requests that end wait for the last resident one before they are returned.
     """
@@ -85,7 +85,7 @@ class BatchBuilder:
 
     @property
     def swapped(self) -> list[Sequence]:
-        """Those whose pages are in host memory, in the order in which they left."""
+        """The sequences whose pages are in host memory, in the order in which they left."""
         return list(self._roster.swapped.values())
 
     @property

@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. Who executes a step it does not know.
+"""The engine: requests in, tokens out. It does not know what executes a step.
 
 A request travels add_request → scheduler → runner → sampled token → text → callback. Every iteration is one call of `step`.
 """

@@ -1,4 +1,4 @@
-"""The pages of one group of the cache: which are free, who may have them, and which of them hold what the prefix cache remembers.
+"""The pages of one group of the cache: which are free, which sequences may have them, and which hold what the prefix cache remembers.
 
 The group that keeps all positions gives a sequence more pages as it grows, until there are none. A group of windows keeps for every
 sequence on a shard as many as its window can ever take between two steps, and in addition what the prompts of one step take more while
@@ -23,7 +23,7 @@ class GroupPool:
 
     Attributes:
         window: as in `PageGroup`. num_pages: of all shards. refs: holders of every page. prefixes: per shard, where prefix caching is on.
-        reserved: per shard, pages per part that are kept for its sequences, in a group of windows.
+        reserved: per shard, pages per part that are reserved for its sequences, in a group of windows.
         free_host_pages: of host memory. leaving_host_pages: that the step reads which is being put together; free for the next.
     """
 
@@ -129,7 +129,7 @@ class GroupPool:
 
     def check(self, residents: list[Sequence], swapped: Iterable[Sequence]) -> None:
         """Assert conservation: every page is free or held as often as it has references, pages are on their shard and in their part, and a
-        window holds no more than is kept for it."""
+        window holds no more than is reserved for it."""
         held = {sequence.request.number: sequence.held[self._index] for sequence in residents}
         count = Counter(page for one in held.values() for page in one.pages)
         idle = [page for cache in self.prefixes for part in cache.idle for page in part]

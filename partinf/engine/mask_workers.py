@@ -1,6 +1,6 @@
 """The threads that compute which tokens may come next under a grammar: the engine's own, or further ones.
 
-A mask mostly takes some microseconds, less than it costs to hand it to a thread, and for a hostile grammar seconds, in which nobody else
+A mask mostly takes some microseconds, less than it costs to hand it to a thread, and for a hostile grammar seconds, in which no other row
 would get a token. So the engine's thread asks for a quick one first, and gives an answer to the threads for the rest of its life once that
 is refused, or once the masks of an iteration have taken more than their share of it. Rows of such answers wait for their masks, others do
 not; tokens follow from masks alone, so how long one takes changes when a row runs and never what it says. Without threads everything is
@@ -60,7 +60,7 @@ class _Asked:
 
 
 class MaskWorkers:
-    """Asked for masks, by number of a sample, one at a time for each; gives them out in the order in which they were asked for as far as
+    """Asked for masks, by number of a sample, one at a time for each; gives them out in the order in which they were requested as far as
     they have come. Only the engine's thread calls it."""
 
     def __init__(self, num_threads: int) -> None:
@@ -78,7 +78,7 @@ class MaskWorkers:
 
     @property
     def pending(self) -> bool:
-        """Whether anything was asked for that has not been given out."""
+        """Whether anything was requested that has not been given out."""
         return bool(self._asked)
 
     def ask(self, number: int, constraint: Constraint, token: int) -> None:

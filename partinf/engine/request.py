@@ -25,12 +25,12 @@ class TokenEvent:
     """What a stream yields: one per generated token, and one without a token when a request ends without one (cancelled, failed).
 
     Attributes:
-        sample: which of the request's n samples. top_logprobs: the most likely tokens here, if they were asked for.
+        sample: which of the request's n samples. top_logprobs: the most likely tokens here, if they were requested.
         token: None when the request ended without another token.
         index: which of the generated tokens, from 0.
         text: what this token adds to the text; may be empty (part of a character, or of a possible stop string), may hold the text of
             earlier tokens. The texts of all events joined are the text of the output.
-        prompt_scores: of the prompt's tokens, with the first event of a sample, if they were asked for.
+        prompt_scores: of the prompt's tokens, with the first event of a sample, if they were requested.
         finish_reason: set on the last event of a sample. error: what went wrong, when it is FAILED.
     """
 
@@ -132,7 +132,7 @@ class Sequence:
         attained: seconds that its steps took so far.
         family: all samples of the request, this one included, the one that computes the prompt first; empty for a single one.
         shared_len: tokens of the prompt whose pages are shared with the first.
-        top_logprobs: of each generated token, if asked for. prompt_scores: of each prompt token, None where not known.
+        top_logprobs: of each generated token, if requested. prompt_scores: of each prompt token, None where not known.
         scoring: log-probabilities of the prompt are still to be computed. started_slot: its slot counts its tokens.
         started, first_token, last_token, finished: times on the engine's clock, in seconds; None until it happens.
     """
@@ -323,7 +323,7 @@ class RequestOutput:
         tokens: every token that was sampled, the one that ended it included.
         text: the tokens as text, without end-of-sequence and stop tokens and only up to the first stop string; "" without a tokenizer.
         logprobs: of `tokens`, when asked for. top_logprobs: per token the most likely ones, most likely first, when asked for.
-        prompt_logprobs: of `prompt`, None for the first token and where the request ended before; when asked for. prompt_top_logprobs: the
+        prompt_logprobs: of `prompt`, None for the first token and where the request ended before; when requested. prompt_top_logprobs: the
             likeliest token in the place of each, with its own, in the same way.
         sample: which of the request's n samples.
         error: what went wrong, when finish_reason is FAILED or the request's own callback raised.

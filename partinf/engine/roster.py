@@ -1,6 +1,6 @@
-"""Who waits, who is resident, and whose pages are in host memory: the sequences of an engine, and their moves between these places.
+"""The sequences of an engine: which wait, are resident, or have their pages in host memory, and their moves between these places.
 
-A move takes the pages along, and is counted. Who is to move, a policy says, through the `BatchBuilder`.
+A move takes the pages along, and is counted. A policy says which is to move, through the `BatchBuilder`.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class RunnerLimits:
 
     @cached_property
     def chunk_pages(self) -> int:
-        """Pages per part of a window's group that prompts of one step take while it is put together, beyond what is kept for them."""
+        """Pages per part of a window's group that prompts of one step take while it is put together, beyond what is reserved for them."""
         most = max(map(len, self.prefill_shards), default=self.num_prefill_shards)  # prefill shards that compute for one decode shard
         tokens, chunks = self.max_prefill_tokens_per_shard * most, self.max_prefill_slots_per_shard * most
         return chunk_pages(tokens, chunks, self.page_size, self.num_parts)

@@ -38,7 +38,7 @@ class Driver:
                     return
             try:
                 self.advance()
-            except Exception:  # the engine has ended every request that it concerns, and told each of them
+            except Exception:  # the engine has ended every request that it concerns, and reported it to each of them
                 continue
 
 

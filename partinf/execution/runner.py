@@ -81,8 +81,8 @@ class JaxRunner:
             plan: with buckets (`partinf.buckets.with_capacity`).
             params: on the devices of `mesh`, as `abstract_params` describes them; a tuple of layers runs unrolled, stacked ones in a scan.
                 None where they come later, into the attribute, before the first step.
-            num_host_pages: KV pages that may be kept in host memory.
-            executables: where compiled steps are kept for the next start; None compiles at every start.
+            num_host_pages: KV pages that may be stored in host memory.
+            executables: where compiled steps are stored for the next start; None compiles at every start.
             unrolled: how the layers of parameters that come later lie.
         """
         if not plan.buckets:

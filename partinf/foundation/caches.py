@@ -20,7 +20,7 @@ EXECUTABLES, XLA, NATIVE = "executables", "xla", "native"
 
 
 def cache_directory(kind: str) -> Path | None:
-    """Where caches of this kind are kept; None where nothing is to be kept. Makes nothing.
+    """Where caches of this kind are stored; None where nothing is to be stored. Makes nothing.
 
     Compiled steps lie directly in a directory that is named, as in one that `partinf.load` is given.
     """
@@ -52,7 +52,7 @@ def usable(kind: str) -> Path | None:
 
 
 def temporary(kind: str) -> Path:
-    """For what has to lie in a file and is not to be kept: the user's own directory among the temporary ones.
+    """For what has to lie in a file and is not to be retained: the user's own directory among the temporary ones.
 
     Raises:
         InvalidInput: it cannot be made, or belongs to another user.
@@ -80,7 +80,7 @@ def own(directory: Path) -> Path:
     return directory
 
 
-_warned: list[str] = []  # what was said: one directory is the reason for every kind of cache
+_warned: list[str] = []  # what was reported: one directory is the reason for every kind of cache
 
 
 def _warn_once(reason: str) -> None:

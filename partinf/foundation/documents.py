@@ -207,7 +207,7 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 class Table:
-    """One table of a file, asked for its values by type; whatever is wrong joins a list of offences.
+    """One table of a file, whose values are read by type; whatever is wrong joins a list of offences.
 
     A value that is missing or wrong is replaced by its default, or by the simplest value of its type, so that the reader goes on and
     finds the other offences; it must raise them before it uses what it read.
@@ -225,7 +225,7 @@ class Table:
         self.data: Mapping[str, Any] = data
 
     def __contains__(self, key: str) -> bool:
-        """Whether the key is there; it counts as asked for."""
+        """Whether the key is there; it counts as read."""
         self._asked[key] = None
         return key in self.data
 
@@ -327,7 +327,7 @@ class Table:
         return [Table(row, f"{self.where} [{key}]", self.offences) for row in rows]
 
     def refuse_unknown(self, others: Iterable[str] = ()) -> None:
-        """An offence, with the nearest known key, for every key that was not asked for and is none of `others`."""
+        """An offence, with the nearest known key, for every key that was not read and is none of `others`."""
         known = {*self._asked, *others}
         strange = [key for key in self.data if key not in known]
         self.offences += [f"{self.where}: unknown key '{shown(key)[1:-1]}'{nearest(key[:100], known)}" for key in strange]

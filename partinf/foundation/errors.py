@@ -17,7 +17,7 @@ class InvalidInput(ValueError):
     """Input that cannot be used.
 
     Attributes:
-        offences: One sentence each: what was asked, the offending name and number, the constraint, and what would be valid.
+        offences: One sentence each: what was requested, the offending name and number, the constraint, and what would be valid.
     """
 
     def __init__(self, offences: str | Iterable[str]) -> None:

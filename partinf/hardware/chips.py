@@ -30,7 +30,7 @@ class CloudType:
         cores_per_number: what the number of a type counts per chip: TensorCores for v4, v5p and TPU7x (two), chips for v5e and v6e (one).
         chips_per_host: chips of one virtual machine of a slice that has several.
         whole_host: up to so many chips share one virtual machine.
-        free_shape: any other shape of whole cubes, every side a multiple of the chip's `wrap_multiple`, may be asked for by its topology.
+        free_shape: any other shape of whole cubes, every side a multiple of the chip's `wrap_multiple`, may be requested by its topology.
         runtime: software version of the TPU VM.
         gke_accelerator: the label of its nodes in Kubernetes.
         topologies: numbers of types, each with its chips along each torus axis.

@@ -157,7 +157,7 @@ class Platform:
             as slow as with two rows on CPUs in bfloat16, twice as slow on TPUs, and four times as slow there in int8.
         bfloat16_as_bits: the cache stores bfloat16 as its bits: XLA on CPU widens a whole bfloat16 array, and narrows it again, for every
             scatter into it; bits it leaves.
-        lanes: the last dimension of an array is kept in runs of so many numbers.
+        lanes: the last dimension of an array is stored in runs of so many numbers.
         tiles: of attention.
         unrolled_layers: layers of all programs of a plan together up to which they are compiled one by one, where a loop over them runs
             slower; each costs a compilation of its own. One program of each shipped model is within a TPU's bound, where a layer takes some
@@ -171,7 +171,7 @@ class Platform:
         gathers_overlap_products: the compiler overlaps a gather of weights with products that do not wait for it.
         grouped: what multiplies rows with the matrices of their experts, where it takes them.
         ragged_exchange: the compiler takes `jax.lax.ragged_all_to_all`. XLA on CPU does not; on GPUs the step is untested with it.
-        compiler_options: what the compiler is asked for beyond its defaults.
+        compiler_options: what is set for the compiler beyond its defaults.
         described: the compiler describes slices without any device (libtpu), so that a proof needs none.
         proof_environment: environment variables of the process that compiles a proof, in addition to those of every proof.
         host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
@@ -313,7 +313,7 @@ TPU = Platform(
     gathers_overlap_products=True,
     grouped=Grouped.TPU_KERNEL,
     ragged_exchange=True,
-    # A TPU does one thing at a time unless it is told to start a collective, do what does not wait for it, and then end it.
+    # A TPU does one thing at a time unless its program says to start a collective, do what does not wait for it, and then end it.
     compiler_options={"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"},
     described=True,
     proof_environment={},

@@ -120,7 +120,7 @@ class Door:
             count: processes of the job, this one included.
 
         Raises:
-            TimeoutError: some did not come, who are named.
+            TimeoutError: some did not come; they are named.
         """
         deadline = time.monotonic() + seconds
         found: dict[int, tuple[str, dict[Purpose, Link]]] = {}

@@ -52,7 +52,7 @@ def calibrate(
     Args:
         types: of weights; int8 is measured with bf16 activations, so bf16 has to be among them too.
         budget: seconds of timing in all, three rounds at least; compilation is not counted.
-        on_stage: told what is done next.
+        on_stage: called with what is done next.
         latest: by `time.perf_counter`, when timing has to be over, with fewer rounds if need be, but one.
 
     Returns:

@@ -1,4 +1,4 @@
-"""One `config.json` being read: its values by type, with every offence kept until the end."""
+"""One `config.json` being read: its values by type, with every offence collected until the end."""
 
 from __future__ import annotations
 

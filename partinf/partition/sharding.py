@@ -128,7 +128,7 @@ def over_all(mesh: Mesh) -> P:
 def local_slice(mesh: str | None = None, chip: Chip | None = None) -> Slice:
     """The local devices, as a slice: a torus by its chips' coordinates, or one switched axis.
 
-    CPU devices are virtual ones. Eight switched devices make a 2×2×2 mesh unless another is asked for (`4x2`).
+    CPU devices are virtual ones. Eight switched devices make a 2×2×2 mesh unless another is requested (`4x2`).
 
     Args:
         chip: what the devices are; if not given, as the user's hardware file for so many of them says, or else the hardware table.

@@ -30,7 +30,7 @@ class ExpertLoad:
     """What decode batches do to experts, as routers are expected to choose (`partinf.cost.routing`).
 
     Attributes:
-        count: X, of one layer. batch: the batch that was asked for; hit: experts that it hits in one layer. rows: for each of these.
+        count: X, of one layer. batch: the batch that was requested; hit: experts that it hits in one layer. rows: for each of these.
         all_hit: the batch from which nearly all are hit, so that more sequences read hardly more.
         busy: the batch from which each expert that is hit gets as many rows as hide the reading of its matrices behind their products;
             critical: as many.

@@ -87,7 +87,7 @@ def _key(one: Collective) -> Key:
 
 
 def _rewritten(missing: Counter[Key], extra: Counter[Key], compiled: Iterable[Collective], seconds: Seconds) -> list[Difference]:
-    """All-reduces that our program asked for as reduce-scatters; they leave both sides."""
+    """All-reduces that our program requested as reduce-scatters; they leave both sides."""
     found = []
     for one in compiled:
         key = _key(one)

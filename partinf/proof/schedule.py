@@ -157,7 +157,7 @@ class Reader:
         return self._network.seconds(Op(op), axes, num_bytes) if axes else 0.0
 
     def _asked(self, instruction: Instruction) -> str:
-        """What our program asked for: the end of the op's name, or that of its reduction where the compiler rewrote it."""
+        """What our program requested: the end of the op's name, or that of its reduction where the compiler rewrote it."""
         last = instruction.op_name.rpartition("/")[2].split(".")[0]
         reduction = self._module.computations.get(instruction.called("to_apply") or "")
         if last not in _ASKED and reduction and reduction.instructions:

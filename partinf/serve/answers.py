@@ -132,7 +132,7 @@ class CompletionAnswer(_Answer):
         return found
 
     def _scored(self, prompt: int, scores: Sequence[PromptScore | None] | None) -> CompletionLogprobs:
-        """Of the prompt's tokens. The likeliest in each place is known, which is what those who score texts look at."""
+        """Of the prompt's tokens. The likeliest in each place is known, which is what clients that score texts look at."""
         given, wanted = self._request.prompts[prompt], bool(self._request.params.top_logprobs)
         scores = scores or [None] * len(given)
         values = [score and score.logprob for score in scores]

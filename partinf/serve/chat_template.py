@@ -194,7 +194,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks what the model said, for training; rendering keeps what is inside."""
+    """`{% generation %} … {% endgeneration %}` marks what the model wrote, for training; rendering keeps what is inside."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
 

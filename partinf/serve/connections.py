@@ -20,8 +20,8 @@ _OUTLET = "outlet"  # its name in the state of a connection's requests
 class Outlet:
     """Writes pieces of answers to one connection, and ends it when the client takes nothing.
 
-    What a slow client does not take is kept, which the length of an answer bounds. One that takes nothing for `stall_seconds`, or for up to
-    twice as long, while much is kept for it is gone.
+    What a slow client leaves is buffered, bounded by the length of an answer. One that takes nothing for `stall_seconds`, or for up to
+    twice as long, while much is buffered for it is gone.
     """
 
     def __init__(self, transport: asyncio.Transport, stall_seconds: float) -> None:
@@ -41,12 +41,12 @@ class Outlet:
             self.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def wind(self) -> None:
-        """Much is kept: see whether it gets less."""
+        """Much is buffered: see whether it gets less."""
         self._taken = self._written - self._transport.get_write_buffer_size()
         self._clock = asyncio.get_running_loop().call_later(self._stall_seconds, self._ring)
 
     def stop(self) -> None:
-        """Little is kept."""
+        """Little is buffered."""
         if self._clock is not None:
             self._clock.cancel()
             self._clock = None

@@ -57,7 +57,7 @@ class Options:
     """How to serve.
 
     Attributes:
-        names: by which the model may be asked for; answers bear the first. api_keys: any of them opens /v1; none leaves it open.
+        names: by which the model may be requested; answers bear the first. api_keys: any of them opens /v1; none leaves it open.
         max_connections: open at once. drain_seconds: for requests in flight when the server gets a signal to stop.
         head_seconds: for a client to say what it wants.
         access_log: a line per request, with its path and nothing of its body.

@@ -39,7 +39,7 @@ class Structures:
             self._missing = missing()
 
     async def compile(self, body: SamplingBody, offences: list[Offence]) -> Grammar | None:
-        """What the answer is held to; None where nothing is asked for, or it is wrong, for the reasons that joined the offences.
+        """What the answer is held to; None where nothing is requested, or it is wrong, for the reasons that joined the offences.
 
         Raises:
             Overloaded: too many are being compiled already.

@@ -82,7 +82,7 @@ class Terms:
 
 
 def serving_plan(model: ModelConfig, slice_: Slice, traffic: Traffic, terms: Terms | None = None) -> Plan:
-    """The layout with the shortest mean iteration in the steady state: one decode step, and the prefills of those who replace the ended.
+    """The layout with the shortest mean iteration in steady state: one decode step, and the prefills of requests that replace ended ones.
 
     Raises:
         InvalidInput: nothing fits.

@@ -1,4 +1,4 @@
-"""What one step of an engine costs under the cost model: the closed form of `partinf.cost`, fast enough to be asked for every iteration.
+"""What one step of an engine costs under the cost model: the closed form of `partinf.cost`, fast enough to be evaluated in every iteration.
 
 The price of a step falls into three parts that share nothing but the compute behind which gathers of weights can hide: linear layers
 (a function of the tokens), the decode core (rows and keys), and what prompts add (tokens, prompts, earlier keys). Each is kept by its
@@ -81,7 +81,7 @@ class StepPrice:
         self._decode: dict[Hashable, _Sum] = {}
         self._prompt: dict[Hashable, _Sum] = {}
         self._page_size = plan.cache.page_size
-        # Asked for in every iteration.
+        # Evaluated in every iteration.
         self._row_multiple, self._token_multiple = plan.decode_row_multiple(), plan.prefill_token_multiple()
         self._slot_multiple, self._num_shards = plan.prefill_slot_multiple(), plan.num_shards
         self._decode_rows: dict[int, int] = {}

@@ -49,7 +49,7 @@ class Isolated(Grammars):
         self._closed = False
 
     def close(self) -> None:
-        """End all processes, in the middle of what they do; who waits for them is told that they ended."""
+        """End all processes, in the middle of what they do; their waiters are notified that they ended."""
         with self._closing:
             self._closed = True
             processes = list(self._processes)
@@ -133,7 +133,7 @@ class IsolatedAnswer:
         """As the protocol has it.
 
         Raises:
-            Costly: a process has to be asked, which it does if it is called again.
+            Costly: a process has to be queried, which it does if it is called again.
             RuntimeError: what may follow takes too much to find out, or is nothing that the vocabulary can write.
         """
         if self._quick is not None:
@@ -186,7 +186,7 @@ class _Process:
                 raise Ended(self._why(self._end(), asked)) from None
             except (OSError, EOFError):
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be said how it ended
+                    self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be reported how it ended
                 raise Ended(self._why(self._end(), asked)) from None
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Answers:
         self._idle = _resident()
 
     def find(self, asked: Asked) -> Found:
-        """What was asked for."""
+        """What was requested."""
         structure = asked.structure
         # A new answer may be one whose structure has to be compiled again, and its tokens taken.
         _bound_time(self._bounds.mask_seconds if structure is None else self._bounds.compile_seconds)

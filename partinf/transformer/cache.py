@@ -5,7 +5,7 @@ axes split them, and key-value heads are split over the leading head axes as far
 [P.bs, K.k, S, Q] per layer, so that the keys of a head are a matrix [S, Q] in every page; either one pair per layer or all layers of a
 group (`Plan.cache_groups`) stacked on a leading dimension (behind `write` and `read`). Every group has as many pages as it needs. Scales of
 int8 lie apart too, [P.bs, ways of k, heads of one device · S], filled up to whole lanes where the platform has such (`Platform.lanes`):
-those of a page are one run on a device, which is written, read and fetched as it lies. A TPU that was shown S numbers per head kept them in
+those of a page are one run on a device, which is written, read and fetched as it lies. A TPU shown S numbers per head stored them in
 tiles of 128, eight times as many bytes, and laid them out anew in every layer. Page ids are global within a group,
 shard · pages_per_shard + part · pages of a part + local id,
 and page i of a sequence lies in part i modulo their number; -1 is no page.
@@ -145,7 +145,7 @@ class Stored(NamedTuple):
 
     Attributes:
         pages: all that a device holds, as [R, S, Q]: the heads of a page one after the other; scales as rows [.., 1, lanes] of all heads of
-            a page together. rows: where each page asked for begins.
+            a page together. rows: where each requested page begins.
     """
 
     pages: KeysValues

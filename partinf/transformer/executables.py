@@ -116,7 +116,7 @@ class ExecutableCache:
 
 
 def obtain(cache: ExecutableCache | None, key: str, mesh: Mesh, compile_program: Callable[[], Any]) -> tuple[Any, Obtained]:
-    """A program from the cache, or compiled and kept there."""
+    """A program from the cache, or compiled and stored there."""
     started = time.perf_counter()
     program = None if cache is None else cache.load(key, list(mesh.devices.flat))
     if program is not None:

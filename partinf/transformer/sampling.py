@@ -1,6 +1,6 @@
 """Choosing tokens from logits whose vocabulary is split over devices, [R, V.a].
 
-Nothing is gathered but the few most likely entries of each device, where alternatives are asked for. Greedy selection is a maximum over
+Nothing is gathered but the few most likely entries of each device, where alternatives are requested. Greedy selection is a maximum over
 devices. Top-k and top-p find their threshold bit by bit: a float's bits, read as an ordered integer, are built from the highest down by
 asking 32 times how many entries (how much mass) lie at or above a candidate. That is exact; entries equal to the threshold are all kept.
 Min-p is a threshold below the largest. Sampling adds Gumbel noise keyed by (seed, sample, position, vocabulary entry), so a row's choice

@@ -59,7 +59,7 @@ class Out:
     Attributes:
         tokens, logprobs: [D + S], decode lanes first; log-probabilities are those of the model, before temperature and penalties. Token
             -1 stands for a row whose logits are not finite.
-        logits: [D + S, V.ef] float32, or None unless it was asked for.
+        logits: [D + S, V.ef] float32, or None unless it was requested.
         top_tokens, top_logprobs: [D + S, ≤ TOP_LOGPROBS] the most likely tokens of each row, in extended buckets; meaningless in a step
             whose rows want none. prompt_logprobs: [T] of the targets, in extended buckets with prompt tokens; prompt_top_tokens,
             prompt_top_logprobs: [T] the likeliest tokens in their places.
@@ -178,7 +178,7 @@ def compile_step(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, with_lo
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the devices' compiler is asked for beyond its defaults, by everything that runs a step."""
+    """What is set for the devices' compiler beyond its defaults, by everything that runs a step."""
     return dict(platform_of(mesh).compiler_options) or None
 
 

@@ -270,7 +270,7 @@ def test_a_tied_matrix_that_is_another_is_used(single: Path) -> None:
     assert tied.tied_embeddings
     np.testing.assert_array_equal(load_hf(single, tied, abstract_tree(tied, make_mesh(1, 1)))["embed"], own["unembed"])
     (single / "model.safetensors").unlink()
-    assert read_model(single) == load_model_config(single)  # of which the weights are missing, as whoever loads them is told
+    assert read_model(single) == load_model_config(single)  # of which the weights are missing, as the load reports
 
 
 def test_a_tied_matrix_that_is_another_is_not_dropped(single: Path) -> None:

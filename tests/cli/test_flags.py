@@ -1,4 +1,4 @@
-"""Flags: everything that is wrong on a command line is said at once, before anything is made."""
+"""Flags: everything that is wrong on a command line is reported at once, before anything is made."""
 
 from __future__ import annotations
 

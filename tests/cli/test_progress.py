@@ -1,4 +1,4 @@
-"""What is said of progress where standard error is no terminal: nothing of what is quick, a line now and then of what is not."""
+"""What is reported of progress where standard error is no terminal: nothing of what is quick, a line now and then of what is not."""
 
 from __future__ import annotations
 

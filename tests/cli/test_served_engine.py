@@ -1,4 +1,4 @@
-"""Threads for grammars that take long: one, two where there are cores for them, or as many as were asked for."""
+"""Threads for grammars that take long: one, two where there are cores for them, or as many as were requested."""
 
 from __future__ import annotations
 

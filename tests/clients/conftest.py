@@ -1,4 +1,4 @@
-"""Servers for clients of other projects: the demo model as `partinf serve` runs it, and one that calls a tool when it is asked of rain."""
+"""Servers for clients of other projects: the demo model as `partinf serve` runs it, and one that calls a tool for questions of rain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of other projects, each installed in a virtual environment of its own, once, and kept in the checkout's cache.
+"""Clients of other projects, each installed in a virtual environment of its own, once, and stored in the checkout's cache.
 
 Their dependencies exclude each other and ours, so none of them is imported by a test: tests run their programs and commands.
 """
@@ -16,7 +16,7 @@ import pytest
 
 _CACHE = Path(__file__).resolve().parents[2] / ".cache" / "clients"
 _UNREACHABLE = re.compile(r"connection broken by|Temporary failure in name resolution|Network is unreachable|ConnectTimeout|ProxyError")
-# What is asked of pip. Versions are those that docs/clients.md names; what they need is free.
+# What pip has to install. Versions are those that docs/clients.md names; what they need is free.
 REQUIREMENTS = {
     "openai-1": ["openai==1.109.1"],
     "openai-2": ["openai==2.54.0"],

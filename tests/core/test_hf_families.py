@@ -56,7 +56,7 @@ def test_flags_of_falcon_decide_together(change: dict[str, Any], block: Block, k
 
 
 def test_a_model_of_text_within_one_that_reads_images() -> None:
-    """Sizes that the part leaves out are the family's; images are said not to be read."""
+    """Sizes that the part leaves out are the family's; the report says that images are not read."""
     part = {"hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     data = {"model_type": "gemma3", "text_config": part, "vision_config": {"hidden_size": 1152}}
     found = config_from_hf(data, "mine")

@@ -250,7 +250,7 @@ def test_models_of_another_kind(change: dict[str, Any], words: str) -> None:
 
 
 def test_model_type_decides_where_names_disagree() -> None:
-    """As transformers has it, and it is said where the sizes come from."""
+    """As transformers has it, and the report says where the sizes come from."""
     found = config_from_hf(QWEN3 | {"architectures": ["LlamaForCausalLM"]}, "mine")
     assert found.family == "qwen3"
     assert found.source == "config.json; model_type is 'qwen3', which decides; architectures names LlamaForCausalLM"

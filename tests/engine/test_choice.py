@@ -73,7 +73,7 @@ def test_without_bounds_the_mean_time_per_token_decides(plans: list[Plan]) -> No
 def test_what_is_compared_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *LOAD[:-1], "6", "--tpot", "6"]) == 0
     assert "layout chosen from 8 layouts by simulating 6 requests under each" in capsys.readouterr().out
-    for layout in ([], ["--layout", "ws-1d", "--tpot", "6"]):  # nothing was said of the load, or the layout was
+    for layout in ([], ["--layout", "ws-1d", "--tpot", "6"]):  # nothing was stated of the load, or the layout was
         assert main(["simulate", *LOAD[:-1], "6", *layout, "--format", "json"]) == 0
         assert json.loads(capsys.readouterr().out)["choice"] is None
 

@@ -156,7 +156,7 @@ def test_constrained_rows_alone_run_in_every_step() -> None:
 
 
 def test_free_rows_do_not_wait_for_a_mask_that_takes_long() -> None:
-    """Nor do other constrained ones; and whoever waits is cancelled and timed out like anybody."""
+    """Nor do other constrained ones; and a request that waits is cancelled and timed out like any other."""
     gate = threading.Event()
     engine = make_engine(lag=1, num_mask_threads=2)
     engine.add_request([1], held(replace(GRAMMARS[0], gate=gate)), "slow")

@@ -118,7 +118,7 @@ SIZE = st.none() | st.integers(1, 4)
 
 @st.composite
 def of_the_table(draw: st.DrawFn) -> Policy:
-    """Any named policy, whatever it is told."""
+    """Any named policy, whatever its parameters."""
     chosen = draw(st.sampled_from(sorted(POLICIES)))
     alpha, reserve = draw(st.sampled_from([2.0, 30.0])), draw(st.sampled_from([0.0, 0.3]))
     return POLICIES[chosen].make(PolicyOptions(draw(st.integers(1, 4)), alpha, draw(st.sampled_from(list(Eviction))), reserve), ESTIMATES)

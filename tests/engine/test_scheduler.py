@@ -1,4 +1,4 @@
-"""Who runs when: joins and leaves, order of arrival, whole and chunked prompts, shards, and the request-level baseline."""
+"""Which sequences run when: joins and leaves, order of arrival, whole and chunked prompts, shards, and the request-level baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of the cache on devices: layers with a window have few pages, whose contents are those that the window sees, whoever else runs."""
+"""Groups of the cache on devices: layers with a window have few pages, whose contents are what the window sees, whatever else runs."""
 
 from __future__ import annotations
 

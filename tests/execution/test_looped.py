@@ -40,7 +40,7 @@ def test_both_forms_of_a_collective_matmul(mesh: str, axis: str, ring: Ring) -> 
     x, hidden = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((ROWS, COLUMNS), (8, ROWS, 3)))
     first, second = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((OUT, COLUMNS), (8, COLUMNS, 3)))
 
-    marks = jnp.arange(1.0, ROWS + 1)  # of rows: a product is told which ones it has, whatever goes around
+    marks = jnp.arange(1.0, ROWS + 1)  # of rows: a product is given which ones it has, whatever goes around
 
     def run(loop: Loop | None) -> tuple[jax.Array, jax.Array]:
         def local(x: jax.Array, hidden: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The search over meshes: the best of all factorisations without a budget; within one, what is left out is said."""
+"""The search over meshes: the best of all factorisations without a budget; within one, what is left out is reported."""
 
 from __future__ import annotations
 

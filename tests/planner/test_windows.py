@@ -99,7 +99,7 @@ def test_a_search_passes_over_stages_that_would_differ() -> None:
 
 
 def test_a_file_of_two_kinds_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its cores are told apart: those of its windows, and those that read all."""
+    """Its cores are distinguished: those of its windows, and those that read all."""
     file = tmp_path / "mine.toml"
     file.write_text(config_to_toml(dataclasses.replace(MODEL, **PATTERN)))
     assert main(["plan", "--model", str(file), "--slice", "v5e:2x2", "--phase", "decode", "--batch", "64", "--context", "32768"]) == 0

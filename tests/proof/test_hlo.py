@@ -115,7 +115,7 @@ def test_what_an_instruction_reads_is_named_by_where_it_comes_from(module: Modul
 def test_collectives_have_kind_axes_bytes_and_count(schedule: Schedule) -> None:
     found = {(c.op, c.axes, c.dtype, c.bytes, c.count, c.asked) for c in schedule.collectives}
     assert found == {
-        ("all-reduce", ("x",), "bfloat16", 64 * 128 * 2, 3, "reduce-scatter"),  # its reduction tells what was asked for
+        ("all-reduce", ("x",), "bfloat16", 64 * 128 * 2, 3, "reduce-scatter"),  # its reduction shows what was requested
         ("all-gather", ("y", "z"), "bfloat16", 256 * 128 * 2, 3, "all-gather"),
     }
 

@@ -1,4 +1,4 @@
-"""Small proofs by the real compiler, one for each family of slices, and what is said when there is no proof."""
+"""Small proofs by the real compiler, one for each family of slices, and what is reported when there is no proof."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_the_bound_on_memory_holds() -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process runs; one that has ended may wait for whoever inherited it."""
+    """Whether a process runs; one that has ended may wait for the process that inherited it."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")

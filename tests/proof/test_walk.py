@@ -212,7 +212,7 @@ def test_every_chip_has_a_pace_with_its_evidence(name: str) -> None:
 
 
 def test_what_was_measured_on_a_chip_stands_in_place_of_the_shipped_pace() -> None:
-    """A share of 0 is one that nobody measured, and the shipped one holds."""
+    """A share of 0 is one that was not measured, and the shipped one holds."""
     shipped = pace_of(parse_slice("v5e:4x4"))
     assert (shipped.product_share, shipped.moving_share) == (0.7, 0.5)
     rates = Rates((), 7e11, (), (), 16, "TPU v5 lite", "2026-11-30", "0", 0.1, pace=PaceRates(product_share=0.6, small_seconds=0.3e-6))

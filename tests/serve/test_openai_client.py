@@ -1,4 +1,4 @@
-"""The official client, in both of its majors, against the demo model: what it asks for, it gets, and what it is told, it understands."""
+"""The official client, in both of its majors, against the demo model: it gets what it requests and understands what is reported to it."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_echo_scores_the_prompt(client: Client, demo: Serving) -> None:
 
 
 def test_an_echoed_prompt_of_ids_has_its_likeliest_tokens(client: Client, demo: Serving) -> None:
-    """As those who score texts ask for it: whether greedy generation would have said the same."""
+    """As clients that score texts request it: whether greedy generation would have said the same."""
     prompts = [TOKENIZER.encode(SORT + SORTED), [1, 5, 12, 11, 9]]
     answer = client.completions.create(model="demo", prompt=prompts, max_tokens=1, temperature=0, logprobs=1, echo=True)
     for prompt, choice in zip(prompts, answer.choices, strict=True):

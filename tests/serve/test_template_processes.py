@@ -1,4 +1,4 @@
-"""Templates that would never end, or fill the memory, end alone: at once for the server, and soon for who asked."""
+"""Templates that would never end, or fill the memory, end alone: at once for the server, and soon for the client that sent them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters that change nothing are taken, whoever sends them; what would change something and is not supported is refused by name."""
+"""Parameters that change nothing are taken, whatever sends them; what would change something and is not supported is refused by name."""
 
 from __future__ import annotations
 

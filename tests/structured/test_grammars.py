@@ -1,4 +1,4 @@
-"""Answers by schemas, expressions, choices and grammars: all of them keep to what was asked, whatever the model prefers."""
+"""Answers by schemas, expressions, choices and grammars: all of them keep to what was requested, whatever the model prefers."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ They accept the commands and flags of accepted_commands.toml, keep their state i
 is told as real processes, one home folder per worker. $FAKE_CLOUD/script says what goes wrong, by step: `fail` (so many times; "late" of
 create: it happens and is reported as failed), `reasons` (what a failing step says, with its exit code), `slow` (seconds that a step
 takes), `appears` (after so many further looks, what was created and reported as failed is there), `preempt` (so many times the capacity is
-lost in that step), `interrupt` (SIGINT to whoever called), `states` (what describe says before ACTIVE), `why` (of a FAILED), `hosts`.
+lost in that step), `interrupt` (SIGINT to the caller), `states` (what describe says before ACTIVE), `why` (of a FAILED), `hosts`.
 
 The tests start these programs some hundred times, and importing takes longer than all that they do. So what only some commands need is
 imported there, the files are marshalled, and paths are text.

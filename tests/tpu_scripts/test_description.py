@@ -1,4 +1,4 @@
-"""The description: everything that is wrong with it is said at once, before any command; types, topologies, prices and the JobSet."""
+"""The description: everything that is wrong with it is reported at once, before any command; types, topologies, prices and the JobSet."""
 
 from __future__ import annotations
 

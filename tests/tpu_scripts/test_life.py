@@ -114,7 +114,7 @@ def test_a_command_that_hangs_ends_with_the_time_to_live(cloud, capsys: pytest.C
 
 
 def test_a_lost_connection_neither_ends_nor_repeats_the_run(cloud) -> None:
-    """Setting up and starting twice is doing it once; a status that cannot be asked for a while is asked again."""
+    """Setting up and starting twice is doing it once; a status that cannot be queried for a while is queried again."""
     command = ["bash", "-c", 'sleep 0.3; cat prepared; echo once >> "$PARTINF_RESULTS/times"']
     cloud.script(fail={"status": 3})
     description = cloud.describe(command=command)

@@ -57,7 +57,7 @@ class SentencePieceVocabulary:
         with refusing(f"{path.parent}: special tokens that cannot be searched for"):
             self._marks = Marks(found | {token.content: token for token in settings.added})
         self.bos_id, self.eos_id = self._role(settings, "bos_token"), self._role(settings, "eos_token")
-        # transformers adds BOS for sentencepiece models unless it is told not to.
+        # transformers adds BOS for sentencepiece models unless configured not to.
         self.adds_bos = self.bos_id is not None and settings.add_bos is not False
         self.adds_eos = settings.add_eos is True
 

@@ -47,7 +47,7 @@ class MultiLevelFeedbackQueue:
     skip_join: False is the naive queue.
     alpha: seconds without an iteration after which a request is promoted.
     pages: what becomes of the pages of those that have to make room.
-    promotion_period: iterations from one search for those who have waited too long to the next.
+    promotion_period: iterations from one search for sequences that have waited too long to the next.
     """
 
     estimates: Estimates

@@ -135,7 +135,7 @@ def _outside(sequence: Request) -> bool:
 class AheadSwapper:
     """Proactive swapping (FastServe, section 4.3): pages move before they are needed, no faster than the link carries them.
 
-    A reserve of pages is kept free for bursts; the sequence that is expected to run last leaves for it, and for those in host memory that
+    A reserve of pages is held free for bursts; the sequence that is expected to run last leaves for it, and for those in host memory that
     are expected to run first. A step never waits for a copy, because no sequence runs in the iteration that brings its pages. Slots hold
     nothing that has to be moved, so they are made free when they are needed.
     """
@@ -178,7 +178,7 @@ class AheadSwapper:
                 if not short and (victim.shard != first.home or batch.free_pages(first.home) >= needed):
                     continue
             if self._credit <= 0 or not self._pages.swapping_pays(victim) or not batch.swap_out(victim):
-                break  # computing again is for those who need room now
+                break  # computing again is for sequences that need room now
             self._credit -= victim.num_host_pages
         for sequence in coming:
             num_pages = sequence.num_host_pages

@@ -2,8 +2,8 @@
 
 Flags of a CPU do not say which form is fastest: they are right on one machine and wrong on the next. So all forms take turns for a few
 seconds when the kernels are first used (`turns`). The result is stored next to the kernels under the same name, so that it holds for the
-same machine and the same kernels, and it is part of the key of every compiled program. It is measured again only when asked
-(`partinf calibrate --products again`). Where nothing is kept between starts, and where times do not settle, the platform's table stands.
+same machine and the same kernels, and it is part of the key of every compiled program. It is measured again only on request
+(`partinf calibrate --products again`). Where nothing is stored between starts, and where times do not settle, the platform's table stands.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def fallback() -> Choices:
 
 
 def path() -> Path | None:
-    """Where the choices of this machine are kept; None where nothing is."""
+    """Where the choices of this machine are stored; None where nothing is."""
     folder = usable(NATIVE)
     return None if folder is None else folder / f"cpu_products-{cpu_kernels.digest()}.json"
 
@@ -112,7 +112,7 @@ def from_json(text: str) -> Choices:
 
 
 def of_this_machine() -> Choices:
-    """The choices that are kept here, measured now if they never were."""
+    """The choices that are stored here, measured now if they never were."""
     where = path()
     if where is None or not cpu_kernels.available():
         return fallback()

@@ -155,7 +155,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _library() -> Path:
-    """The library of these sources for this machine, made if it is not there: where it is kept, else among the temporary files."""
+    """The library of these sources for this machine, made if it is not there: where it is cached, else among the temporary files."""
     kept = usable(NATIVE)
     if kept is not None:
         try:
