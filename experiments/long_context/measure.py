@@ -22,7 +22,7 @@ BATCHES, CONTEXTS = (1, 2, 4, 8), (8192, 32768, 131072)
 
 
 def figures(candidate: Candidate) -> dict[str, Any]:
-    """What is kept of a candidate."""
+    """The figures stored for a candidate."""
     return {
         "storage": candidate.name.split(",")[0],
         "roles": roles_of(candidate.main),

@@ -115,7 +115,7 @@ def simulate(
 
 def padded_ticks(plan: Plan, pricing: Pricing, own: StepPrice, sizing: Sizing, padding: Padding) -> Callable[..., Price]:
     """Prices ticks at the buckets that the JAX runner would compile for contexts of up to 640 tokens, and what a stage does for a step of
-    its own, which is asked for alone, at the step's own shape."""
+    its own, which is priced alone, at the step's own shape."""
     capacity = Capacity(sizing.max_rows * plan.num_stages, LONGEST, sizing.prefill_tokens)
     buckets = StepPrice(plan, pricing, buckets=with_capacity(plan, capacity).buckets)
 

@@ -59,7 +59,7 @@ class Trainee(nnx.Module):
     """The model with what only its training needs.
 
     Looking something up takes two heads in a row: one that tells every token what stands before it, and one that finds the token which
-    stands behind the key that is asked for. Neither is of any use without the other, so gradient descent on answers alone does not find
+    stands behind the key that is queried. Neither is of any use without the other, so gradient descent on answers alone does not find
     them (README, "What did not work"). `previous` [V, E] reads the preceding token from the first block's output; with its loss the
     first head is learned in some hundred steps, and the second follows.
     """

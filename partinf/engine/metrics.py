@@ -16,7 +16,7 @@ GAP_BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4),
     *(0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
-_REMEMBERED = 100_000  # requests whose times are kept; older ones stay in the counters alone
+_REMEMBERED = 100_000  # requests whose times are stored; older ones stay in the counters alone
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ class RequestOutput:
     Attributes:
         tokens: every token that was sampled, the one that ended it included.
         text: the tokens as text, without end-of-sequence and stop tokens and only up to the first stop string; "" without a tokenizer.
-        logprobs: of `tokens`, when asked for. top_logprobs: per token the most likely ones, most likely first, when asked for.
+        logprobs: of `tokens`, when requested. top_logprobs: per token the most likely ones, most likely first, when requested.
         prompt_logprobs: of `prompt`, None for the first token and where the request ended before; when requested. prompt_top_logprobs: the
             likeliest token in the place of each, with its own, in the same way.
         sample: which of the request's n samples.

@@ -95,7 +95,7 @@ def decode(kind: type[T], body: bytes, num_ids: int = 0) -> tuple[T, list[Offenc
 
 
 def _check_amount(body: bytes, most: int) -> None:
-    """Raise a 400 for a body of very many values. Only where it may be one its strings are told from the rest, which takes time."""
+    """Raise a 400 for a body of very many values. Only where it may be one its strings are separated from the rest, which takes time."""
     bounds = {'"': 2 * _STRINGS, "[": _CONTAINERS, "{": _CONTAINERS, ",": most}
     if all(body.count(sign.encode()) <= bound for sign, bound in bounds.items()):
         return

@@ -34,7 +34,7 @@ from partinf.serve.structures import Structures
 from partinf.serve.template_processes import TemplateBounds
 from partinf.serve.tool_calls import ToolFormat
 
-_IDLE_SECONDS = 30  # that a connection is kept between two requests
+_IDLE_SECONDS = 30  # that a connection is held open between two requests
 _CLOSING_SECONDS = 2.0  # for connections to close once their answers are sent
 
 

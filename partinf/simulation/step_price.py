@@ -1,7 +1,7 @@
 """What one step of an engine costs under the cost model: the closed form of `partinf.cost`, fast enough to be evaluated in every iteration.
 
 The price of a step falls into three parts that share nothing but the compute behind which gathers of weights can hide: linear layers
-(a function of the tokens), the decode core (rows and keys), and what prompts add (tokens, prompts, earlier keys). Each is kept by its
+(a function of the tokens), the decode core (rows and keys), and what prompts add (tokens, prompts, earlier keys). Each is cached by its
 rounded shape, so that an hour of traffic asks the cost model for a few thousand shapes.
 """
 
