@@ -137,7 +137,7 @@ def _follow(place: ModelPlace, plan: Plan, group: Group, make: _Make) -> int:
 def _serve(
     args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None, make: _Make, said: str
 ) -> int:
-    """The process that clients know; `said` learns when it is ready."""
+    """The process that clients know; `said` is part of what is logged when it is ready."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import Loaded, listen, serve
 
