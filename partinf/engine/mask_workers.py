@@ -34,13 +34,13 @@ Answer = tuple[int, bytes | None, Exception | None]
 
 
 @dataclass(eq=False, slots=True)
-class _Asked:
+class _MaskRequest:
     """A question and, once `ended`, its answer."""
 
     number: int
     constraint: Constraint
     token: int
-    asked: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
     ended: bool = False
     mask: bytes | None = None
     error: Exception | None = None
@@ -60,8 +60,8 @@ class _Asked:
 
 
 class MaskWorkers:
-    """Asked for masks, by number of a sample, one at a time for each; gives them out in the order in which they were requested as far as
-    they have come. Only the engine's thread calls it."""
+    """Computes masks on request, by number of a sample, one at a time for each. It gives them out in the order of the requests, as far as
+    they are ready. Only the engine's thread calls it."""
 
     def __init__(self, num_threads: int) -> None:
         """
@@ -72,64 +72,64 @@ class MaskWorkers:
         # Made when they are needed first. An answer stays with one thread, which may keep what belongs to it.
         self._threads: dict[int, ThreadPoolExecutor] = {}
         self._changed = threading.Condition()
-        self._asked: deque[_Asked] = deque()
+        self._requests: deque[_MaskRequest] = deque()
         self._given_away: WeakSet[Constraint] = WeakSet()
         self._spent = 0.0  # seconds of a core in this iteration
 
     @property
     def pending(self) -> bool:
         """Whether anything was requested that has not been given out."""
-        return bool(self._asked)
+        return bool(self._requests)
 
     def ask(self, number: int, constraint: Constraint, token: int) -> None:
         """What may follow this token, which the sample of this number was given."""
-        asked = _Asked(number, constraint, token)
-        self._asked.append(asked)
+        request = _MaskRequest(number, constraint, token)
+        self._requests.append(request)
         if not self._num_threads:
-            asked.work()
-        elif constraint in self._given_away or not self._work_here(asked):
+            request.work()
+        elif constraint in self._given_away or not self._work_here(request):
             place = number % self._num_threads
             if place not in self._threads:
                 self._threads[place] = ThreadPoolExecutor(1, thread_name_prefix=f"partinf-masks-{place}")
-            self._threads[place].submit(self._work, asked)
+            self._threads[place].submit(self._work, request)
 
-    def _work_here(self, asked: _Asked) -> bool:
+    def _work_here(self, request: _MaskRequest) -> bool:
         """Find it out if that is quick; whether it was."""
         started = time.thread_time()  # of a core: an answer does not go because the machine is busy
         with contextlib.suppress(Costly):
-            asked.work(quick=True)
+            request.work(quick=True)
         self._spent += time.thread_time() - started
-        if not asked.ended or self._spent > SHARE:
-            self._given_away.add(asked.constraint)
-        return asked.ended
+        if not request.ended or self._spent > SHARE:
+            self._given_away.add(request.constraint)
+        return request.ended
 
     def take(self) -> list[Answer]:
         """What has come."""
         self._spent = 0.0
-        if not self._asked:
+        if not self._requests:
             return []
         now = time.monotonic()
-        taken, left = list[Answer](), deque[_Asked]()
-        for one in self._asked:
+        taken, left = list[Answer](), deque[_MaskRequest]()
+        for one in self._requests:
             if one.ended:
                 taken.append((one.number, one.mask, one.error))
-            elif now - one.asked > LONGEST:
+            elif now - one.since > LONGEST:
                 taken.append((one.number, None, TooSlow(f"what may follow in the answer was not known after {LONGEST:g} s")))
             else:
                 left.append(one)
-        self._asked = left
+        self._requests = left
         return taken
 
     def wait(self) -> None:
         """Wait until any has come, though not for long."""
         with self._changed:
-            self._changed.wait_for(lambda: any(one.ended for one in self._asked), _IDLE)
+            self._changed.wait_for(lambda: any(one.ended for one in self._requests), _IDLE)
 
     def forget(self) -> None:
         """No result is awaited any more."""
-        self._asked.clear()
+        self._requests.clear()
 
-    def _work(self, asked: _Asked) -> None:
-        asked.work()
+    def _work(self, request: _MaskRequest) -> None:
+        request.work()
         with self._changed:
             self._changed.notify_all()

@@ -91,9 +91,9 @@ def _rewritten(missing: Counter[Key], extra: Counter[Key], compiled: Iterable[Co
     found = []
     for one in compiled:
         key = _key(one)
-        wanted = key._replace(op=one.asked)
+        wanted = key._replace(op=one.requested)
         count = min(missing[wanted], extra[key], one.count)
-        if one.asked != "reduce-scatter" or one.op != "all-reduce" or not count:
+        if one.requested != "reduce-scatter" or one.op != "all-reduce" or not count:
             continue
         missing[wanted] -= count
         extra[key] -= count

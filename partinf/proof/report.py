@@ -34,7 +34,7 @@ class Collective:
         op: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute. axes: mesh axes, in mesh order.
         bytes: payload of one: the output of an all-gather, the input of the others. count: how many run in a step.
         seconds: of one, by the analytic model of the network. overlapped_fraction: the part of it that is overlapped with compute.
-        source_op: the line of ours that it comes from. asked: what our program requested there, if not this op.
+        source_op: the line of ours that it comes from. requested: what our program requested there, if not this op.
         merged: how many of ours the compiler made one op of.
     """
 
@@ -46,7 +46,7 @@ class Collective:
     seconds: float
     overlapped_fraction: float
     source_op: str
-    asked: str
+    requested: str
     merged: int = 1
 
     @property

@@ -140,14 +140,14 @@ class Reader:
 
     def _collectives(self, block: Computation, instruction: Instruction, times: float, exposed: float) -> list[Collective]:
         op, axes, payloads, inner = self._described(block, instruction)
-        source, asked = self._source(block, instruction), self._asked(inner)
+        source, requested = self._source(block, instruction), self._requested(inner)
         total = self._seconds(op, axes, sum(shape.num_bytes for shape in payloads))
         fraction = round(max(0.0, 1 - exposed / (total * times)), 9) if total and times else 0.0
         share = sum(shape.num_bytes for shape in payloads) or 1
         return [
             Collective(
                 op, axes, DTYPE_NAMES.get(shape.dtype, shape.dtype), shape.num_bytes, round(times),
-                total * shape.num_bytes / share, fraction, source, asked, len(payloads),
+                total * shape.num_bytes / share, fraction, source, requested, len(payloads),
             )
             for shape in payloads
             if axes
@@ -156,7 +156,7 @@ class Reader:
     def _seconds(self, op: str, axes: tuple[str, ...], num_bytes: int) -> float:
         return self._network.seconds(Op(op), axes, num_bytes) if axes else 0.0
 
-    def _asked(self, instruction: Instruction) -> str:
+    def _requested(self, instruction: Instruction) -> str:
         """What our program requested: the end of the op's name, or that of its reduction where the compiler rewrote it."""
         last = instruction.op_name.rpartition("/")[2].split(".")[0]
         reduction = self._module.computations.get(instruction.called("to_apply") or "")

@@ -66,8 +66,8 @@ def main() -> None:
 
 def _render(template: ChatTemplate, body: bytes, most: int) -> Rendered:
     try:
-        asked = msgspec.json.decode(body, type=Conversation)
-        return Rendered(template.render(asked.messages, asked.add_generation_prompt, asked.more, most))
+        request = msgspec.json.decode(body, type=Conversation)
+        return Rendered(template.render(request.messages, request.add_generation_prompt, request.more, most))
     except TemplateRefusal as refusal:
         return Rendered(refusal=str(refusal)[:1000])
     except MemoryError:

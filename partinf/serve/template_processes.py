@@ -106,7 +106,7 @@ class _Process:
         self._seconds = template.seconds
         self._unsaid = frame(template)
 
-    async def ask(self, asked: bytes) -> Rendered:
+    async def ask(self, request: bytes) -> Rendered:
         """The answer to one frame.
 
         Raises:
@@ -117,7 +117,7 @@ class _Process:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(most):
-                await loop.sock_sendall(self._socket, self._unsaid + asked)
+                await loop.sock_sendall(self._socket, self._unsaid + request)
                 self._unsaid = b""
                 (length,) = LENGTH.unpack(await self._read(LENGTH.size))
                 return msgspec.json.decode(await self._read(length), type=Rendered)

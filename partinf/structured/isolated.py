@@ -24,7 +24,7 @@ from partinf.foundation import bounded_process
 from partinf.foundation.bounded_process import LENGTH
 from partinf.foundation.errors import Costly, InvalidInput
 from partinf.structured.grammars import QUICK, Answer, Compiled, Grammars, Kept, Tokenizer, TooComplex
-from partinf.structured.messages import Asked, Bounds, Found
+from partinf.structured.messages import Bounds, Found, MaskRequest
 from partinf.structured.structure import Structure
 
 _ENDING_SECONDS = 10.0
@@ -56,7 +56,7 @@ class Isolated(Grammars):
         for process in processes:
             process.close()
 
-    def ask(self, asked: Asked) -> Found:
+    def ask(self, request: MaskRequest) -> Found:
         """What this thread's process says.
 
         Raises:
@@ -70,7 +70,7 @@ class Isolated(Grammars):
                 process = self._own.process = _Process(self._given, self.bounds)
                 self._processes.add(process)
         try:
-            found = process.ask(asked)
+            found = process.ask(request)
         except Ended:
             self._drop(process)
             raise
@@ -84,7 +84,7 @@ class Isolated(Grammars):
 
     def _make(self, structure: Structure) -> Kept:
         try:
-            found = self.ask(Asked(0, 0, (), structure))
+            found = self.ask(MaskRequest(0, 0, (), structure))
         except Ended as error:
             raise InvalidInput(f"{structure.kind}: {error}") from None
         if found.offences or found.mask is None:
@@ -147,9 +147,9 @@ class IsolatedAnswer:
         if quick:
             raise Costly
         self._tokens.append(token)
-        found = self._home.ask(Asked(self._number, len(self._tokens), (token,), None))
+        found = self._home.ask(MaskRequest(self._number, len(self._tokens), (token,), None))
         if found.unknown:
-            found = self._home.ask(Asked(self._number, len(self._tokens), tuple(self._tokens), self._structure))
+            found = self._home.ask(MaskRequest(self._number, len(self._tokens), tuple(self._tokens), self._structure))
         if found.error or found.offences:
             raise RuntimeError(found.error or found.offences[0])
         return found.mask
@@ -169,7 +169,7 @@ class _Process:
         self._unsaid = bounded_process.framed(given)
         self._asking = threading.Lock()
 
-    def ask(self, asked: Asked) -> Found:
+    def ask(self, request: MaskRequest) -> Found:
         """
         Raises:
             Ended: the process ended instead.
@@ -178,16 +178,16 @@ class _Process:
             # The process is ended in time by the kernel; this is for one that does not run at all.
             self._socket.settimeout(self._bounds.patience + (_STARTING_SECONDS if self._unsaid else 0.0))
             try:
-                self._socket.sendall(self._unsaid + bounded_process.framed(pickle.dumps(asked)))
+                self._socket.sendall(self._unsaid + bounded_process.framed(pickle.dumps(request)))
                 self._unsaid = b""
                 (length,) = LENGTH.unpack(self._read(LENGTH.size))
                 return msgspec.msgpack.decode(self._read(length), type=Found)
             except TimeoutError:
-                raise Ended(self._why(self._end(), asked)) from None
+                raise Ended(self._why(self._end(), request)) from None
             except (OSError, EOFError):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be reported how it ended
-                raise Ended(self._why(self._end(), asked)) from None
+                raise Ended(self._why(self._end(), request)) from None
 
     def close(self) -> None:
         """End it, from any thread."""
@@ -209,11 +209,11 @@ class _Process:
         self._socket.close()
         return code
 
-    def _why(self, code: int, asked: Asked) -> str:
+    def _why(self, code: int, request: MaskRequest) -> str:
         """What ended the process, for the client."""
         if code in (-signal.SIGPROF, -signal.SIGKILL):
             bounds = self._bounds
-            if asked.structure is None:
+            if request.structure is None:
                 return f"the structure takes more than {bounds.mask_seconds:g} s of a core to find out what may follow"
             return f"the structure takes more than {bounds.compile_seconds:g} s of a core to compile"
         if code == -signal.SIGABRT:

@@ -28,7 +28,7 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MaskRequest:
     """A structure to compile, or an answer that goes on.
 
     Attributes:

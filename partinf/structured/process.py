@@ -1,8 +1,8 @@
-"""The process that compiles structures, and that finds out masks which are not quick to have.
+"""The process that compiles structures and computes masks that take long.
 
-`python -m partinf.structured.process` is started and talked to as `foundation.bounded_process` has it. The first frame is the tokenizer,
-the size of the vocabulary and the bounds; every other is an `Asked` and is answered by one `Found`. The kernel ends the process where it
-takes more time of a core or more memory than the bounds say. It runs behind everything else.
+`foundation.bounded_process` starts `python -m partinf.structured.process` and talks to it. The first frame is the tokenizer, the size of
+the vocabulary and the bounds; every other frame is a `MaskRequest`, answered by one `Found`. The kernel ends the process where it takes
+more time of a core or more memory than the bounds allow. It runs at low priority.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 from partinf.foundation.bounded_process import bound_memory, connect, framed, next_frame
 from partinf.foundation.errors import InvalidInput
 from partinf.structured.grammars import Answer, Compiled, Grammars
-from partinf.structured.messages import Asked, Bounds, Found
+from partinf.structured.messages import Bounds, Found, MaskRequest
 
 _NICENESS = 10  # a tenth of a core where others want all of them
 _ANSWERS = 256  # that are remembered, and are built again from their tokens where they were not
@@ -36,17 +36,17 @@ class Answers:
         self._known: OrderedDict[int, tuple[int, Answer]] = OrderedDict()
         self._idle = _resident()
 
-    def find(self, asked: Asked) -> Found:
+    def find(self, request: MaskRequest) -> Found:
         """What was requested."""
-        structure = asked.structure
+        structure = request.structure
         # A new answer may be one whose structure has to be compiled again, and its tokens taken.
         _bound_time(self._bounds.mask_seconds if structure is None else self._bounds.compile_seconds)
         started = time.process_time()
         try:
-            if structure is not None and not asked.answer:
+            if structure is not None and not request.answer:
                 found = Found(self._grammars(structure).first_mask)
             else:
-                found = self._next(asked)
+                found = self._next(request)
         except InvalidInput as error:
             found = Found(offences=list(error.offences))
         except (RuntimeError, MemoryError) as error:
@@ -56,22 +56,22 @@ class Answers:
         found.full = _resident() - self._idle > self._bounds.memory // 2
         return found
 
-    def _next(self, asked: Asked) -> Found:
-        if asked.structure is None:
-            count, state = self._known.get(asked.answer, (-1, None))
-            if state is None or count != asked.count - 1:
+    def _next(self, request: MaskRequest) -> Found:
+        if request.structure is None:
+            count, state = self._known.get(request.answer, (-1, None))
+            if state is None or count != request.count - 1:
                 return Found(unknown=True)
         else:
-            compiled = self._grammars(asked.structure)
+            compiled = self._grammars(request.structure)
             assert isinstance(compiled, Compiled)
             state = compiled.start()
-            for token in asked.tokens[:-1]:
+            for token in request.tokens[:-1]:
                 state.skip(token)
-        mask = state.accept(asked.tokens[-1])
-        self._known[asked.answer] = asked.count, state
-        self._known.move_to_end(asked.answer)
+        mask = state.accept(request.tokens[-1])
+        self._known[request.answer] = request.count, state
+        self._known.move_to_end(request.answer)
         if mask is None:
-            del self._known[asked.answer]
+            del self._known[request.answer]
         elif len(self._known) > _ANSWERS:
             self._known.popitem(last=False)
         return Found(mask)

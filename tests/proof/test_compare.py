@@ -11,9 +11,9 @@ from partinf.proof.proving import refused_bytes
 from partinf.proof.report import Collective
 
 
-def compiled(op: str, axes: str, num_bytes: int, count: int, asked: str = "", merged: int = 1) -> Collective:
+def compiled(op: str, axes: str, num_bytes: int, count: int, requested: str = "", merged: int = 1) -> Collective:
     seconds = price(op, tuple(axes), num_bytes)
-    return Collective(op, tuple(axes), "bfloat16", num_bytes, count, seconds, 0.0, "ffn.py:1 ffn", asked or op, merged)
+    return Collective(op, tuple(axes), "bfloat16", num_bytes, count, seconds, 0.0, "ffn.py:1 ffn", requested or op, merged)
 
 
 def price(op: str, axes: tuple[str, ...], num_bytes: int) -> float:

@@ -113,7 +113,7 @@ def test_what_an_instruction_reads_is_named_by_where_it_comes_from(module: Modul
 
 
 def test_collectives_have_kind_axes_bytes_and_count(schedule: Schedule) -> None:
-    found = {(c.op, c.axes, c.dtype, c.bytes, c.count, c.asked) for c in schedule.collectives}
+    found = {(c.op, c.axes, c.dtype, c.bytes, c.count, c.requested) for c in schedule.collectives}
     assert found == {
         ("all-reduce", ("x",), "bfloat16", 64 * 128 * 2, 3, "reduce-scatter"),  # its reduction shows what was requested
         ("all-gather", ("y", "z"), "bfloat16", 256 * 128 * 2, 3, "all-gather"),
@@ -202,7 +202,7 @@ def test_rows_that_are_exchanged_count_the_places_of_those_that_a_device_may_sen
         f"  ROOT %r = bf16[{arriving},128]{{1,0}} {exchange}\n}}"
     )
     (found,) = Reader(Module(text), SLICE, Network(SLICE)).read().collectives
-    assert (found.op, found.axes, found.bytes, found.asked) == ("all-to-all", ("x",), 16 * 128 * 2, "all-to-all")
+    assert (found.op, found.axes, found.bytes, found.requested) == ("all-to-all", ("x",), 16 * 128 * 2, "all-to-all")
 
 
 def test_shapes_know_their_memory() -> None:

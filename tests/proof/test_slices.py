@@ -57,8 +57,8 @@ def test_a_small_plan_is_proven(slice_name: str, kv: DType) -> None:
     # What is planned runs: every byte is accounted for by a collective of the plan or by a listed difference.
     kinds = {difference.kind for difference in step.differences}
     assert not kinds - {"extra copy", "merged collectives", "eliminated"}  # every reduce-scatter is kept
-    asked = {collective.asked for collective in step.collectives}
-    assert asked == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    requested = {collective.requested for collective in step.collectives}
+    assert requested == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
     assert all(c.source_op.startswith("partinf/transformer/") for c in step.collectives)
     layers: Counter[object] = Counter()
     for one in step.collectives:

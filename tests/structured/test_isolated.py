@@ -174,7 +174,7 @@ def test_a_process_that_has_grown_gives_way_to_another(by_process: Isolated, mon
     first = state.accept(2 + ord("a"))
     process = by_process._own.process
     ask = type(process).ask
-    monkeypatch.setattr(type(process), "ask", lambda self, asked: _full(ask(self, asked)))
+    monkeypatch.setattr(type(process), "ask", lambda self, request: _full(ask(self, request)))
     state.accept(2 + ord("b"))
     monkeypatch.undo()
     assert by_process._own.process is None

@@ -96,12 +96,12 @@ def prefill(
         none = _ints(_NONE)
         empty = jnp.zeros((0, 1, q.shape[-1]), jnp.float32)
         context = Stored(KeysValues(empty, empty), none.reshape(0, 1)), none, none
-    stored, slots, starts = context
+    stored, slots, lengths = context
     shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
     call = jax.ffi.ffi_call(target("prefill"), shapes)
     queries = q.astype(jnp.float32), _ints(owner), _ints(position)
     fresh = new.keys.astype(jnp.float32), new.values.astype(jnp.float32), _ints(key_owner), _ints(key_position)
-    earlier = _ints(stored.rows), _ints(slots), _ints(starts), _ints(_NONE if floor is None else floor)
+    earlier = _ints(stored.rows), _ints(slots), _ints(lengths), _ints(_NONE if floor is None else floor)
     numbers = {"scale": np.float32(scale), "cap": np.float32(cap), "window": np.int32(window)}
     out, mass = call(*queries, *fresh, *_plain(stored.pages), *earlier, **numbers)
     return out.astype(q.dtype), mass

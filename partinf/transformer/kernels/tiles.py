@@ -36,7 +36,7 @@ class Context(NamedTuple):
     """What earlier steps stored.
 
     Attributes:
-        read: how to read pages. table: their ids [slots, n] for it. slots: the slots' own ids. starts: how many positions each has there.
+        read: how to read pages. table: their ids [slots, n] for it. slots: the slots' own ids. lengths: how many positions each has there.
         stored: where the same pages lie, if all their heads are read.
         floor: of each query [T], how many of the positions there lie before its window; None without one.
     """
@@ -44,7 +44,7 @@ class Context(NamedTuple):
     read: Read
     table: jax.Array
     slots: jax.Array
-    starts: jax.Array
+    lengths: jax.Array
     stored: Stored | None = None
     floor: jax.Array | None = None
 
@@ -195,7 +195,7 @@ def prefill(
         return _prefill_plain(q, owner, position, fresh, context, scores)
     lying = None if context is None else context.stored
     if tiles.native and (context is None or lying is not None) and cpu_kernels.fits(fresh.new if lying is None else lying.pages):
-        earlier = None if context is None or lying is None else (lying, context.slots, context.starts)
+        earlier = None if context is None or lying is None else (lying, context.slots, context.lengths)
         how = scores.of(q.shape[-1]), scores.cap, scores.window, None if context is None else context.floor
         return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how))
     if context is not None and context.floor is not None and _reach(context.table, context.read, scores.window) < context.table.shape[1]:
@@ -257,7 +257,7 @@ def _latest(context: Context, owner: jax.Array, window: int) -> Context:
     first = jnp.min(jnp.where(mine, context.floor[:, None], jnp.iinfo(jnp.int32).max), axis=0)
     table, shift = _within(context.table, first, context.read, window)
     floor = context.floor - jnp.sum(jnp.where(mine, shift[None, :], 0), axis=1)
-    return context._replace(table=table, starts=context.starts - shift, stored=None, floor=floor)
+    return context._replace(table=table, lengths=context.lengths - shift, stored=None, floor=floor)
 
 
 def _by_kernel(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, scores: Scores, tiles: Tiles) -> Attended | None:
@@ -280,7 +280,7 @@ def _earlier(
     running: _Running, grouped: jax.Array, owner: jax.Array, context: Context, tiles: Tiles, scores: Scores, floor: jax.Array | None
 ) -> _Running:
     """Add to a tile of queries what its slots stored before this step; `floor` is theirs."""
-    read, table, slots, starts = context[:4]
+    read, table, slots, lengths = context[:4]
     columns, size = _columns(table, read, tiles.prompt_keys)
     first = jnp.arange(columns.shape[0]) * size
 
@@ -302,18 +302,18 @@ def _earlier(
         over_pages = lambda: lax.scan(tile, running, (columns, first))[0]  # noqa: E731
         return _maybe(jnp.any(mine) & (start > 0), over_pages, running, tiles), None
 
-    return lax.scan(slot, running, (jnp.swapaxes(columns, 0, 1), slots, starts))[0]
+    return lax.scan(slot, running, (jnp.swapaxes(columns, 0, 1), slots, lengths))[0]
 
 
 def _prefill_plain(q: jax.Array, owner: jax.Array, position: jax.Array, fresh: Fresh, context: Context | None, scores: Scores) -> Attended:
     (keys, values), key_owner, key_position = (fresh.new.keys, fresh.new.values), fresh.owner, fresh.position
     if context is not None:
-        read, table, slots, starts = context[:4]
+        read, table, slots, lengths = context[:4]
         found = dequantized(read(table), q.dtype)  # [slots, K, M, Q]
         count, groups, length, size = found.keys.shape
         flat = lambda x: jnp.swapaxes(x, 0, 1).reshape(groups, count * length, size)  # noqa: E731
         keys, values = (jnp.concatenate([flat(x), y], axis=1) for x, y in ((found.keys, keys), (found.values, values)))
-        inside = jnp.arange(length)[None, :] < starts[:, None]
+        inside = jnp.arange(length)[None, :] < lengths[:, None]
         key_owner = jnp.concatenate([jnp.where(inside, slots[:, None], -2).reshape(-1), key_owner])
         # All that a slot stored comes before any of its tokens here: -1 stands for that.
         key_position = jnp.concatenate([jnp.full(count * length, -1), key_position])
