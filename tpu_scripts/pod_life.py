@@ -7,7 +7,8 @@ import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pod_checkout import HERE
 from pod_commands import SOURCE, WORKER_SCRIPT, Command, Done, Gcloud, Runner, archive
@@ -23,6 +24,8 @@ GONE = {
     "FAILED": "",  # the machine itself says why
     "DELETING": "something else deletes it: reap, the console or another command",
 }
+
+_SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python has it from 3.11.4 on
 
 
 class StepFailed(Exception):
@@ -225,7 +228,9 @@ class Pod:
             with tarfile.open(file) as packed:
                 for member in packed.getmembers():
                     member.name = member.name.partition("/")[2] or "."
-                packed.extractall(folder, filter="data")
+                    if PurePosixPath(member.name).is_absolute() or ".." in PurePosixPath(member.name).parts:
+                        raise StepFailed(f"fetch: {file.name} has a file outside its folder: {member.name}")
+                packed.extractall(folder, **_SAFELY)
         except (OSError, tarfile.TarError) as error:
             raise StepFailed(f"fetch: {file.name} cannot be unpacked: {error}") from None
         file.unlink()

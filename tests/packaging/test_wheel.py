@@ -9,6 +9,7 @@ import sys
 import tarfile
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,8 +63,9 @@ def test_installed_data_is_the_checkouts(how: str, tmp_path: Path, root: Path) -
     elif how == "wheel":
         wheel = _build("build_wheel", root, tmp_path)
     else:
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
         with tarfile.open(_build("build_sdist", root, tmp_path)) as archive:
-            archive.extractall(tmp_path / "source", filter="data")
+            archive.extractall(tmp_path / "source", **safely)
         (source,) = (tmp_path / "source").iterdir()
         wheel = _build("build_wheel", source, tmp_path)
     assert _listing_after_install(wheel, tmp_path) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -352,3 +353,13 @@ def test_these_tests_do_not_wait() -> None:
     started = time.monotonic()
     launch(pod_of(Cloud(Clock(), UNCLEAR[0], 40.0)))
     assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("name", ["r1/../../outside", "r1//outside"])
+def test_an_archive_with_a_file_outside_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    file, folder = tmp_path / "worker-0.tar.gz", tmp_path / "inner" / "worker-0"
+    with tarfile.open(file, "w:gz") as packed:
+        packed.addfile(tarfile.TarInfo(name))
+    with pytest.raises(StepFailed, match="outside its folder"):
+        Pod._unpack(file, folder)
+    assert not (tmp_path / "outside").exists()

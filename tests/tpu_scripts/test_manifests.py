@@ -8,6 +8,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,10 @@ def test_a_plan_alone_gives_a_jobset_that_serves_it(plan: Path, capsys: pytest.C
     assert container["command"] == words.split()
     ready = container["readinessProbe"]["exec"]["command"]
     codes = []
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))  # an image has a `python`, this machine perhaps not
     for index in ("0", "3"):  # nothing listens here
-        codes.append(subprocess.run(ready, env={**os.environ, "JOB_COMPLETION_INDEX": index}, stderr=subprocess.DEVNULL).returncode)
+        env = {**os.environ, "PATH": path, "JOB_COMPLETION_INDEX": index}
+        codes.append(subprocess.run(ready, env=env, stderr=subprocess.DEVNULL).returncode)
     assert codes == [1, 0]
 
 
