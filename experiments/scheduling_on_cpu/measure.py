@@ -2,10 +2,11 @@
 
     python -m experiments.scheduling_on_cpu.measure [--clock cpu]        # two minutes
 
-The same arrivals run on the real engine and in the simulator, for a finite backlog and at 60 % of the throughput that a backlog reaches, under
-two policies. The simulator gets its step times in two ways. Measured: they contain the host's share and are taken per bucket in this
-process, under the same policy and load on other requests right before and after. Calibrated: the hardware file that `partinf calibrate`
-wrote at the start, and nothing else. Five rounds each; errors are medians over the rounds of predicted over real in the same round.
+The same arrivals run on the real engine and in the simulator, for a finite backlog and at 60 % of the throughput that a backlog reaches,
+under two policies. The simulator gets its step times in two ways. Measured: they contain the host's share and are taken per bucket in
+this process, under the same policy and load on other requests right before and after. Calibrated: the hardware file that `partinf
+calibrate` wrote at the start, and nothing else. Five rounds each; errors are medians over the rounds of predicted over real in the same
+round.
 With `--clock cpu` seconds are those of CPU that the process uses, for a machine that others use too.
 """
 
