@@ -41,7 +41,7 @@ MIXED = make_layout(
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(one, marks=pytest.mark.slow) if one == "gelu" else one for one in FAMILIES])
 def test_every_family(family: str) -> None:
     """The blocks of PaLM, GPT-2 and GPT-3, OPT and Qwen 3, with random biases and norms."""
     model = dataclasses.replace(MODEL, name=family, **FAMILIES[family])

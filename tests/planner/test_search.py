@@ -54,7 +54,7 @@ def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None
     ("name", "phase", "kv_heads"),
     [
         pytest.param("v4:4x4x8", "decode", 4, marks=pytest.mark.slow),
-        ("v4:2x2x2", "prefill", 1),
+        pytest.param("v4:2x2x2", "prefill", 1, marks=pytest.mark.slow),
         ("v5e:4x4", "decode", 64),
         ("v5e:4x8", "prefill", 4),
         ("cpu:2x2", "prefill", 64),
