@@ -43,7 +43,7 @@ class Side:
         root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | ({"PYTHONPATH": root} if name == "partinf" else {})
         self.name = name
-        self._process = subprocess.Popen(  # of a group of its own, in this session, whose priority it keeps
+        self._process = subprocess.Popen(  # in a process group of its own, which signals stop as a whole
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, process_group=0
         )
         assert self._read() == "ready"

@@ -1,4 +1,4 @@
-"""Processes that do what strangers ask for, so that it can be ended whatever it is: how one is started, talks, and is bounded.
+"""Processes for work of untrusted clients, which can be ended whatever it does: how one is started, talks and is bounded.
 
 A module that is run this way talks over the socket that is its standard input, in frames: four bytes of length, then what the two agree on.
 It ends when the one that started it closes the socket, however that ends.

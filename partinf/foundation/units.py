@@ -34,3 +34,8 @@ def readable_bytes(size: float) -> str:
         if size >= scale:
             return f"{size / scale:.3g} {unit}" if size < 1000 * scale else f"{size / scale:,.0f} {unit}"
     return f"{size:.0f} B"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 layout`, `1,540 layouts`."""
+    return f"{count:,} {what}" + ("" if count == 1 else "s")

@@ -101,7 +101,7 @@ class ExpertStorage:
         """One, with what a step of each phase takes at least; none where that is too long already."""
         space, stored = self._space, Stored(storage, roles)
         floors = space.floors
-        beside = [[floors.beside(storage, one, label) for one in dense] for label in self._labels]
+        beside = [[floors.without_experts(storage, one, label) for one in dense] for label in self._labels]
         least = [min(others) + floors.experts(roles, label) for others, label in zip(beside, self._labels, strict=True)]
         best, stays, apart, least_apart, sizes = [], [], [], [], []
         negligible = _NEGLIGIBLE * space.evaluator.usable

@@ -99,10 +99,10 @@ class Floors:
             self._known[key] = evaluator.least_seconds(flops, num_bytes)
         return self._known[key]
 
-    def beside(self, storage: Storage, dense: Dense, label: str) -> float:
-        """What is added to the time that experts take: everything else; where layers are compiled one by one, of products what they
-        compute, for their weights may be read meanwhile."""
-        key = ("beside", label, storage, dense)
+    def without_experts(self, storage: Storage, dense: Dense, label: str) -> float:
+        """Everything that is added to the time of the experts. Where layers are compiled one by one, products count with what they
+        compute alone, since their weights may be read meanwhile."""
+        key = ("without experts", label, storage, dense)
         if key not in self._known:
             products = self._products(storage, label, None)
             if self._unrolled(storage):

@@ -108,7 +108,7 @@ class Space:
         if not storage.experts:
             return self.floors.step(storage.roles, gather.dense, label)
         experts = min(one.seconds for one in self.experts(storage, gather, label))
-        return experts + self.floors.beside(storage.roles, gather.dense, label)
+        return experts + self.floors.without_experts(storage.roles, gather.dense, label)
 
     def core(self, least: Least, storage: Storage, label: str, attention: Attention) -> float:
         """Seconds that the core takes at least under these attention roles."""

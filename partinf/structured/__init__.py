@@ -2,7 +2,7 @@
 
 * `structure` describes what an answer must match: `Structure`.
 * `grammars` compiles that for the vocabulary of one model: `Grammars(...)(structure)` is a `SamplingParams.constraint`.
-* `isolated` does the same for the structures of strangers, in processes (`process`, `messages`) that are held to time and memory.
+* `isolated` does the same for structures of untrusted clients, in processes (`process`, `messages`) that are held to time and memory.
 
 llguidance is imported when a `Grammars` is made, and nowhere else in the library.
 """

@@ -1,9 +1,9 @@
 """Structures compiled for the vocabulary of one model, in this process.
 
 llguidance counts what it does, in compiling as in every mask, and stops at a bound. What it counts is not all that takes time: a grammar
-that can be read in many ways takes seconds for a token within the bounds of `FULL`, part of them with the interpreter's lock held. Whoever
-serves strangers therefore compiles by `isolated`. Only tokens are allowed whose bytes the grammar takes; a text that leaves no choice comes
-in the tokens by which the tokenizer writes it.
+that can be read in many ways takes seconds for a token within the bounds of `FULL`, part of them with the interpreter's lock held. A server
+of untrusted clients therefore compiles by `isolated`. Only tokens are allowed whose bytes the grammar takes; a text that leaves no choice
+comes in the tokens by which the tokenizer writes it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Structures of untrusted clients, compiled where their cost harms no other request.
 
-A structure is compiled by a process of its own first, which the kernel holds to a time and to a size in memory (`process`). One that was
-quick there is compiled here too, within limits that leave a token some milliseconds (`grammars.QUICK`), and its masks are found out in
-whichever thread asks. Where an answer meets these limits, it and later ones of its structure go on in a process for the rest of their
-lives: a thread would not do, since part of what a hostile grammar takes it takes with the interpreter's lock held, seconds for a token.
+A process compiles every structure first; the kernel bounds its time and its memory (`process`). A structure that compiles quickly there
+is compiled here too, within limits that leave a token some milliseconds (`grammars.QUICK`), and the calling thread computes its masks. An
+answer that meets these limits, and later answers of its structure, go on in a process for the rest of their lives: a thread would not do,
+since a hostile grammar holds the interpreter's lock for seconds per token.
 
 Every thread that asks has a process of its own, started when it is needed first. A process may be ended at any time: it knows nothing that
 is not known here, and answers are built again from their tokens.
@@ -32,7 +32,7 @@ _STARTING_SECONDS = 20.0  # for a process to import what it needs and to read a 
 
 
 class Isolated(Grammars):
-    """`Grammars` for the structures of strangers. To be closed."""
+    """`Grammars` for structures of untrusted clients. Call `close` at the end."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, bounds: Bounds | None = None) -> None:
         """
@@ -183,7 +183,8 @@ class _Process:
                 (length,) = LENGTH.unpack(self._read(LENGTH.size))
                 return msgspec.msgpack.decode(self._read(length), type=Found)
             except TimeoutError:
-                raise Ended(self._why(self._end(), request)) from None
+                self._end()
+                raise Ended(f"no process had a core for the structure within {self._bounds.patience:g} s; send it again later") from None
             except (OSError, EOFError):
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be reported how it ended

@@ -1,4 +1,4 @@
-"""What the server and a process that finds out masks for it say to each other."""
+"""The messages between the server and a process that computes masks for it."""
 
 from __future__ import annotations
 

@@ -84,6 +84,18 @@ def test_every_page_opens_with_commands_that_work(page: Path, tmp_path: Path, mo
         assert ServedEngine.read(flags).plan(ModelPlace(flags, runs=False)).buckets
 
 
+def test_the_plan_that_is_shown_is_what_the_command_prints(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = next(one for one in blocks((root / "README.md").read_text()) if one.startswith("$ partinf plan"))
+    command, *shown = block.splitlines()
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(shlex.split(command)[2:]) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    shown = shown[: shown.index("…")]
+    assert shown == printed[: len(shown)]
+
+
 def test_the_recipes_are_there() -> None:
     """One host, four hosts of a slice, Kubernetes and GPUs, each linked from the README."""
     text = (ROOT / "README.md").read_text()

@@ -149,7 +149,7 @@ def test_one_layout_is_planned_for_and_saved(tmp_path: Path, capsys: pytest.Capt
     file = tmp_path / "plan.toml"
     assert main([*ASKED, "--layout", "ws-1d", "--save", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "1 role assignments" in out
+    assert "1 role assignment\n" in out
     assert "Side by side" not in out
     assert load_layout(str(file)).storage == on("ws-1d", "v5e-8").storage
 

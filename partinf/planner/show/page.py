@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from partinf.foundation.units import figures, readable_bytes, readable_seconds
+from partinf.foundation.units import counted, figures, readable_bytes, readable_seconds
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.explain import Line, explain
@@ -41,7 +41,7 @@ def page(report: PlanReport, top: int) -> str:
     best = report.best
     title = f"{report.model.name} on {report.slice.name}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="question">{escape(_question(report))}</p>', *_verdict(report)]
-    parts += ["<h2>Memory of a device</h2>", _memory(best), f"<h2>The best of {len(report.candidates)} role assignments</h2>"]
+    parts += ["<h2>Memory of a device</h2>", _memory(best), f"<h2>The best of {counted(len(report.candidates), 'role assignment')}</h2>"]
     parts += [_candidates(report, top), _key(COLOURS)]
     for result in best.phases:
         parts += [f"<h2>One {escape(result.name)} step, line by line: {readable_seconds(result.step_seconds)}</h2>", _lines(report, result)]

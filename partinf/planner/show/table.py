@@ -11,7 +11,7 @@ from rich.table import Table
 from partinf.cost.ledger import Ledger
 from partinf.cost.split import StepSplit
 from partinf.foundation.terminal import plain_table, wide_console
-from partinf.foundation.units import column_figures, figures, readable_bytes, readable_seconds, time_unit
+from partinf.foundation.units import column_figures, counted, figures, readable_bytes, readable_seconds, time_unit
 from partinf.layout import PHASES
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
@@ -83,7 +83,7 @@ def _heading(report: PlanReport) -> str:
     return (
         f"{report.model.name} on {report.slice.name} ({report.slice.mesh}): {aim}, batch {workload.batch}{prompts}{context}, "
         f"weights {workload.weights}, KV {workload.kv}\n{constants}{error}\nbandwidth model '{report.bandwidth_model}', program "
-        f"'{report.program.name}', layers {report.layers}{report.routing}; {len(report.candidates)} role assignments"
+        f"'{report.program.name}', layers {report.layers}{report.routing}; {counted(len(report.candidates), 'role assignment')}"
     )
 
 
