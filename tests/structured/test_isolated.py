@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -158,6 +160,18 @@ def test_what_takes_too_long_to_compile_is_refused_and_the_next_one_is_not() -> 
         assert strangers(Structure.choice(["a"])).first_mask
     finally:
         strangers.close()
+
+
+def test_a_process_that_gets_no_core_is_not_said_to_take_too_much() -> None:
+    clients = Isolated(TOKENIZER, VOCAB, Bounds(quick_seconds=-1.0, patience=0.3))
+    try:
+        state = clients(Structure.regex("[a-z]{40}")).start()
+        (process,) = clients._processes
+        os.kill(process._child.pid, signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match=r"no process had a core for the structure within 0\.3 s"):
+            state.accept(2 + ord("a"))
+    finally:
+        clients.close()
 
 
 def test_what_takes_too_much_memory_is_refused() -> None:
