@@ -46,9 +46,10 @@ class ExpertLoad:
 
     def __str__(self) -> str:
         return (
-            f"Experts: {self.batch:,} sequences are expected to hit {self.hit:.3g} of {self.count} per layer, {self.rows:.3g} rows each; "
-            f"from {self.all_hit:,} they hit {_NEARLY_ALL:.0%}, so that more read hardly more, and from {self.busy:,} experts are busy: "
-            f"each gets the {self.critical:.0f} rows whose products take as long as reading its matrices."
+            f"Experts: {self.batch:,} sequences are expected to hit {self.hit:.3g} of {self.count} per layer, with {self.rows:.3g} rows "
+            f"each. From {self.all_hit:,} sequences on, {_NEARLY_ALL:.0%} are hit, and larger batches read hardly more weights. From "
+            f"{self.busy:,} on, experts are busy: each gets the {self.critical:.0f} rows whose products take as long "
+            "as reading its matrices."
         )
 
 

@@ -268,10 +268,8 @@ def _heads_normalised(x: jax.Array, weights: Params, name: str, of: Attention, d
     """Queries or keys [T.b, heads.split, Q] normalised: each head for itself, or all of a token together, which sums over `split`."""
     model = routes.plan.model
     if of.qk_norm is QkNorm.WIDTH:
-        width, real = (
-            (model.num_heads if name == "q_norm" else model.num_kv_heads) * of.head_dim,
-            routes.real_heads(name == "q_norm", split),
-        )
+        width = (model.num_heads if name == "q_norm" else model.num_kv_heads) * of.head_dim  # padded heads are 0
+        real = routes.real_heads(name == "q_norm", split)
         parts = None if real is None else np.repeat(real, of.head_dim, axis=-1)
         flat = normalised(x.reshape(x.shape[0], -1), model.norm, model.norm_eps, width, split, routes, parts)
         normed = flat.reshape(x.shape)

@@ -80,8 +80,8 @@ def _kernel(rows: Any, offsets: Any, *others: Any, tile: int, num_scales: int) -
     length, begin = targets[0].shape[1], pl.program_id(0) * chunk
 
     def copies(index: Any, back: bool) -> list[Any]:
-        row, start = rows[begin + index], pl.multiple_of(offsets[begin + index] // tile * tile, tile)
-        places = [target.at[pl.ds(row, heads), pl.ds(start, tile)] for target in targets[:2]]
+        row, first = rows[begin + index], pl.multiple_of(offsets[begin + index] // tile * tile, tile)
+        places = [target.at[pl.ds(row, heads), pl.ds(first, tile)] for target in targets[:2]]
         places += [target.at[row // heads] for target in targets[2:]]
         pairs = [(place, buffer.at[index]) for place, buffer in zip(places, buffers, strict=True)]
         return [pltpu.make_async_copy(*(pair[::-1] if back else pair), arrived.at[int(back)]) for pair in pairs]
