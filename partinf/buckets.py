@@ -143,18 +143,18 @@ def _longest_held(plan: Plan) -> int:
     """Positions of the longest sequence that the pages of one shard hold; 0 where a window does not hold its own."""
     first, *windows = plan.cache_groups
     for group in (first, *windows) if first.window else windows:
-        if group.pages_per_shard < plan.num_parts * sum(_window_pages(plan, group.window)):
+        if group.pages_per_shard < plan.num_sequence_shards * sum(_window_pages(plan, group.window)):
             return 0
     return plan.max_len if first.window else first.pages_per_shard * plan.cache.page_size
 
 
 def _window_pages(plan: Plan, window: int, positions: int = 0) -> tuple[int, int]:
-    """Pages per part of a window that one sequence of so many positions, `max_len` if not given, keeps at most between two steps, and those
-    that prompts of one step take more."""
-    size, parts = plan.cache.page_size, plan.num_parts
+    """Pages per sequence shard of a window that one sequence of so many positions, `max_len` if not given, keeps at most between two
+    steps, and those that prompts of one step take in addition."""
+    size, ways = plan.cache.page_size, plan.num_sequence_shards
     shared = plan.ways(tuple(axis for axis in plan.batch_axes if axis in plan.layout.prefill.attention_axes(AttentionRole.BATCH)))
     tokens, slots = (max(getattr(bucket, name) for bucket in plan.buckets) for name in ("prefill_tokens", "prefill_slots"))
-    return window_pages(window, positions or plan.max_len, size, parts), chunk_pages(tokens // shared, slots // shared, size, parts)
+    return window_pages(window, positions or plan.max_len, size, ways), chunk_pages(tokens // shared, slots // shared, size, ways)
 
 
 def with_window_pages(plan: Plan, residents: int, positions: int) -> Plan:
@@ -162,7 +162,7 @@ def with_window_pages(plan: Plan, residents: int, positions: int) -> Plan:
     `plan` has buckets."""
     kept = [window for window, _ in plan.model.kept_windows(plan.max_len)]
     found = [_window_pages(plan, window, positions) for window in kept if window]
-    pages = [plan.num_parts * (residents * own + more) for own, more in found]
+    pages = [plan.num_sequence_shards * (residents * own + more) for own, more in found]
     pages = pages if kept[0] else [plan.cache.pages_per_shard, *pages]
     return replace(plan, cache=replace(plan.cache, pages_per_shard=pages[0], other_pages=tuple(pages[1:])))
 
@@ -172,8 +172,10 @@ def _capacity_offences(plan: Plan, capacity: Capacity) -> list[str]:
     offences += outside("memory_share", capacity.memory_share, 0, 1)
     if offences:
         return offences
-    if capacity.kv_pages % plan.num_parts:
-        offences.append(f"kv_pages = {capacity.kv_pages}; a multiple of {plan.num_parts} is needed: so many parts share a sequence's pages")
+    if capacity.kv_pages % plan.num_sequence_shards:
+        offences.append(
+            f"kv_pages = {capacity.kv_pages}; a multiple of {plan.num_sequence_shards} is needed: so many sequence shards hold its pages"
+        )
     return offences + outside("KV pages of all shards", capacity.kv_pages * plan.num_shards, 0, MAX_PAGES)
 
 
@@ -181,23 +183,23 @@ def _with_pages(plan: Plan, capacity: Capacity, max_len: int) -> Plan:
     """The plan with the buckets for sequences of this length, and as many pages as still fit in memory; perhaps none."""
     rows = rows_per_stage(plan, max(capacity.max_rows, least_rows(plan)))
     slots = max(rows * plan.num_stages, capacity.max_residents)
-    cache = CacheConfig(capacity.page_size, plan.num_parts, slots)
+    cache = CacheConfig(capacity.page_size, plan.num_sequence_shards, slots)
     sized = replace(plan, max_len=max_len, cache=cache, buckets=_buckets(plan, capacity, rows, max_len))
-    first, *others = (pages * plan.num_parts for pages in _pages_that_fit(sized, capacity))
+    first, *others = (pages * plan.num_sequence_shards for pages in _pages_that_fit(sized, capacity))
     return replace(sized, cache=replace(cache, pages_per_shard=first, other_pages=tuple(others)))
 
 
 def _pages_that_fit(plan: Plan, capacity: Capacity) -> tuple[int, ...]:
-    """Pages per part of one shard, of every group of the cache: those of the share that was requested; otherwise of the platform's, and
-    more if one sequence needs more. On virtual devices, which share the machine's memory with all that runs on it, no more than the
+    """Pages per sequence shard of one shard, of every group of the cache: those of the share requested, otherwise of the platform's,
+    and more if one sequence needs more. On virtual devices, which share the machine's memory with all that runs on it, no more than the
     sequences that may hold pages can fill."""
     platform, found, groups = plan.slice.chip.platform, held(plan), plan.cache_groups
     residents = max(rows_per_stage(plan, capacity.max_rows) * plan.num_stages, capacity.max_residents)
     each = ceil_div(residents, plan.num_shards)
     windows = [_window_pages(plan, group.window) for group in groups if group.window]
-    one = 0 if groups[0].window else ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_parts)
+    one = 0 if groups[0].window else ceil_div(ceil_div(plan.max_len, capacity.page_size), plan.num_sequence_shards)
     if capacity.kv_pages:
-        first = capacity.kv_pages // plan.num_parts
+        first = capacity.kv_pages // plan.num_sequence_shards
         of_use = max(1, min([each, *(first // own for own, _ in windows)]))
         more = [of_use * own + chunk for own, chunk in windows]
         return (first, *(more if one else more[1:]))
@@ -205,7 +207,7 @@ def _pages_that_fit(plan: Plan, capacity: Capacity) -> tuple[int, ...]:
     if capacity.max_len and not capacity.memory_share and (pages[0] < one or not pages[-1]):
         larger = found.room.divided(_LARGEST_SHARE, found.page_bytes, windows, each, one)
         pages = (max(pages[0], min(one, larger[0])), *larger[1:]) if one else larger
-    most = MAX_PAGES // (plan.num_shards * plan.num_parts)
+    most = MAX_PAGES // (plan.num_shards * plan.num_sequence_shards)
     needed = [each * own + more for own, more in windows]
     bounds = ([each * one, *needed] if one else needed) if platform.virtual else [most] * len(pages)
     return tuple(min(count, bound, most) for count, bound in zip(pages, bounds, strict=True))
@@ -249,7 +251,7 @@ def held(plan: Plan) -> Held:
     return Held(
         room,
         group_page_bytes(plan),
-        tuple(group.pages_per_shard // plan.num_parts for group in groups),
+        tuple(group.pages_per_shard // plan.num_sequence_shards for group in groups),
         tokens,
         tuple(group.window for group in groups),
         tuple(_peak(plan, group) for group in groups),
@@ -263,13 +265,14 @@ def group_page_bytes(plan: Plan) -> tuple[int, ...]:
 
 
 def _peak(plan: Plan, group: CacheGroup) -> tuple[int, int]:
-    """Pages per part that one sequence takes while the longest chunk of its prompt is computed, and those that it keeps after that."""
-    size, parts = plan.cache.page_size, plan.num_parts
+    """Pages per sequence shard that one sequence takes while the longest chunk of its prompt is computed, and those that it
+    keeps after that."""
+    size, ways = plan.cache.page_size, plan.num_sequence_shards
     if not group.window:
-        return (ceil_div(ceil_div(plan.max_len, size), parts),) * 2
+        return (ceil_div(ceil_div(plan.max_len, size), ways),) * 2
     chunk = max(1, max(bucket.prefill_tokens for bucket in plan.buckets) // plan.prefill_slot_multiple())
-    own = window_pages(group.window, plan.max_len, size, parts)
-    return window_pages(group.window - 1 + chunk, plan.max_len, size, parts), own
+    own = window_pages(group.window, plan.max_len, size, ways)
+    return window_pages(group.window - 1 + chunk, plan.max_len, size, ways), own
 
 
 def code_bytes(plan: Plan, bucket: Bucket) -> int:
@@ -310,10 +313,10 @@ def serving_steps(plan: Plan, workload: Workload) -> tuple[Plan, tuple[Bucket, .
     one step takes; one of them where the workload is one phase."""
     size = plan.cache.page_size
     rows, held = (rows_per_stage(plan, batch) for batch in (max(workload.batch, least_rows(plan)), workload.batch))
-    pages = round_up(ceil_div(max(workload.max_context, workload.decode_context, 1), size), plan.num_parts)
+    pages = round_up(ceil_div(max(workload.max_context, workload.decode_context, 1), size), plan.num_sequence_shards)
     buckets = []
     if workload.phase != "prefill":
-        buckets.append(Bucket(rows, round_up(ceil_div(max(workload.decode_context, 1), size), plan.num_parts)))
+        buckets.append(Bucket(rows, round_up(ceil_div(max(workload.decode_context, 1), size), plan.num_sequence_shards)))
     if workload.phase != "decode":
         prompts = ceil_div(min(workload.prefill_batch or workload.batch, workload.batch), plan.num_stages)
         slots = round_up(prompts, plan.prefill_slot_multiple())
@@ -354,7 +357,7 @@ def _buckets(plan: Plan, capacity: Capacity, rows: int, max_len: int) -> tuple[B
     slots = round_up(min(8, rows), shards)
     sets: list[list[Bucket]] = []
     for context in _contexts(pages):
-        lanes_read, slots_read = round_up(context, plan.num_parts), round_up(context, plan.prefill_page_multiple())
+        lanes_read, slots_read = round_up(context, plan.num_sequence_shards), round_up(context, plan.prefill_page_multiple())
         kinds = {"random": capacity.random or capacity.extended, "extended": capacity.extended, "constrained": capacity.constrained}
         decode = Bucket(rows, lanes_read, **kinds)
         full = replace(decode, decode_rows=round_up(rows, plan.decode_row_multiple()), prefill_tokens=tokens, prefill_slots=slots)
@@ -414,7 +417,7 @@ def runner_limits(plan: Plan, num_host_pages: int = 0, *others: int) -> RunnerLi
         page_size=plan.cache.page_size,
         pages_per_shard=sum(group.pages_per_shard for group in groups if not group.window),
         num_shards=plan.num_shards,
-        num_parts=plan.num_parts,
+        num_sequence_shards=plan.num_sequence_shards,
         num_slots=plan.cache.num_slots,
         max_len=plan.max_len,
         vocab_size=plan.model.vocab_size,

@@ -88,7 +88,7 @@ class CacheConfig:
 
     Attributes:
         page_size: tokens per page.
-        pages_per_shard: pages owned by each shard of decode's batch axes, in equal parts over the sequence axes within it; of the first
+        pages_per_shard: pages owned by each shard of decode's batch axes, split evenly over the sequence axes within it; of the first
             group of the cache.
         num_slots: sequences that may be resident (each has a slot for its last sampled token).
         other_pages: the same of every further group (`Plan.cache_groups`); empty for as many as of the first.
@@ -117,13 +117,13 @@ class CacheGroup:
         """Columns of a lane's page table in a bucket whose lanes read so many pages."""
         if not self.window:
             return pages
-        return min(pages, table_pages(self.window, plan.cache.page_size, plan.num_parts, plan.num_parts))
+        return min(pages, table_pages(self.window, plan.cache.page_size, plan.num_sequence_shards, plan.num_sequence_shards))
 
     def earlier_columns(self, pages: int, plan: Plan) -> int:
         """Columns of a prompt's table of earlier context in a bucket that reads so many pages of it."""
         if not self.window:
             return pages
-        return min(pages, table_pages(self.window - 1, plan.cache.page_size, plan.num_parts, plan.prefill_page_multiple()))
+        return min(pages, table_pages(self.window - 1, plan.cache.page_size, plan.num_sequence_shards, plan.prefill_page_multiple()))
 
 
 @dataclass(frozen=True)
@@ -262,8 +262,8 @@ class Plan:
         return self.ways(self.batch_axes)
 
     @property
-    def num_parts(self) -> int:
-        """Parts of a shard that hold the pages of its sequences round-robin: page i of a sequence is in part i modulo this."""
+    def num_sequence_shards(self) -> int:
+        """Ways in which sequence axes split the pages of a shard, round-robin: page i of a sequence is on sequence shard i modulo this."""
         return self.ways(self.sequence_axes)
 
     def ffn_phase(self, num_tokens: int) -> Phase:
@@ -296,7 +296,7 @@ class Plan:
 
     def prefill_page_multiple(self) -> int:
         """Pages of earlier context of a bucket must be a multiple of this: every axis that splits the context in either phase; pages
-        that decode lanes read, and the pages of a shard, of `num_parts`."""
+        that decode lanes read, and the pages of a shard, of `num_sequence_shards`."""
         return self.ways(tuple({*self.sequence_axes, *self.layout.prefill.attention_axes(AttentionRole.SEQUENCE)}))
 
     def _bucket_offences(self) -> list[str]:

@@ -176,7 +176,7 @@ def _buckets(plan: Any) -> tuple[Any, Any]:
     up = lambda size, multiple: -(-size // multiple) * multiple  # noqa: E731
     slots = up(1, plan.prefill_slot_multiple())
     prefill = Bucket(prefill_tokens=up(slots * INPUT, plan.prefill_token_multiple()), prefill_slots=slots)
-    pages = up(-(-(INPUT + OUTPUT // 2) // plan.cache.page_size), plan.num_parts)
+    pages = up(-(-(INPUT + OUTPUT // 2) // plan.cache.page_size), plan.num_sequence_shards)
     return prefill, Bucket(up(BATCH, plan.decode_row_multiple()), pages)
 
 

@@ -75,8 +75,8 @@ def planned(one: Mapping[str, Any], given: Mapping[str, Any], chosen: Sequence[C
     slice_ = slice_of(given.get("slice") or one["machine"], asked["mesh"], given.get("hardware"))
     layout = make_layout(one["storage"], one["attention"], one["attention"], decode_whole=True, experts=one.get("experts"))
     plan = Plan(load_model_config(str(asked["model"])), slice_, layout, DType(asked["weights"]), DType(asked["kv"]))
-    size, parts = plan.cache.page_size, plan.num_parts
-    buckets = [Bucket(round_up(cell.batch, plan.num_shards), round_up(ceil_div(cell.context, size), parts)) for cell in chosen]
+    size, ways = plan.cache.page_size, plan.num_sequence_shards
+    buckets = [Bucket(round_up(cell.batch, plan.num_shards), round_up(ceil_div(cell.context, size), ways)) for cell in chosen]
     slots = plan.prefill_slot_multiple()
     prompts = Bucket(prefill_tokens=round_up(slots * _PROMPT, plan.prefill_token_multiple()), prefill_slots=slots)
     return for_buckets(plan, (*dict.fromkeys(buckets), prompts)), buckets

@@ -213,14 +213,14 @@ def kv_bytes(
     sizes = slice_.axis_sizes
     batch = layout.decode.attention_axes(AttentionRole.BATCH)
     lanes = ceil_div(rows, ways(batch, sizes))
-    parts = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
+    sequence_shards = ways(layout.decode.attention_axes(AttentionRole.SEQUENCE), sizes)
     shared = ways(tuple(axis for axis in layout.prefill.attention_axes(AttentionRole.BATCH) if axis in batch), sizes)
     tokens, slots = (ceil_div(count, shared) for count in prompts)  # that may belong to one shard
     total = 0
     for window, num_layers in model.kept_windows(context):
         each = page_bytes(model, layout, slice_, kv, page_size, num_layers)
-        own = window_pages(window or context, context, page_size, parts)
-        total += each * (lanes * own + (chunk_pages(tokens, slots, page_size, parts) if window else 0))
+        own = window_pages(window or context, context, page_size, sequence_shards)
+        total += each * (lanes * own + (chunk_pages(tokens, slots, page_size, sequence_shards) if window else 0))
     return total
 
 

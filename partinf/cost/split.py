@@ -186,8 +186,8 @@ class StepSplit:
         """Keys that a lane with so much context is computed with: those of its window, or all in its page table where a program masks."""
         if self.pricing.program.skips_windows:
             return min(context, window)
-        parts = self.ways(self.decode.sequence)
-        return self._of_table(context, window, window, parts)
+        ways = self.ways(self.decode.sequence)
+        return self._of_table(context, window, window, ways)
 
     def earlier_keys(self, window: int, moved: bool = False) -> int:
         """Keys of earlier context that a slot's tokens are computed with, likewise.
@@ -202,12 +202,12 @@ class StepSplit:
         return self._of_table(context, window, window - 1, multiple)
 
     def _of_table(self, context: int, window: int, positions: int, multiple: int) -> int:
-        size, parts = self.shape.page_size, self.ways(self.decode.sequence)
+        size, ways = self.shape.page_size, self.ways(self.decode.sequence)
         if window == NEVER:
             return context
         if not size:
             return min(context, positions)
-        return min(context, table_pages(positions, size, parts, multiple) * size)
+        return min(context, table_pages(positions, size, ways, multiple) * size)
 
     @property
     def looped(self) -> bool:

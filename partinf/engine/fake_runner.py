@@ -221,6 +221,6 @@ class FakeRunner:
         return problems
 
     def _placed(self, table: PageTable, shard: int, group: int) -> bool:
-        """Whether pages are on their shard and in their parts."""
-        parts, place_of = self._limits.num_parts, self._limits.place_of
-        return all(place_of(page, group) == (shard, index % parts) for index, page in enumerate(table.ids, start=table.first))
+        """Whether pages are on their shard and sequence shard."""
+        ways, place_of = self._limits.num_sequence_shards, self._limits.place_of
+        return all(place_of(page, group) == (shard, index % ways) for index, page in enumerate(table.ids, start=table.first))

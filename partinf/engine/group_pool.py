@@ -19,27 +19,27 @@ from partinf.foundation.rounding import ceil_div
 
 
 class GroupPool:
-    """Free pages per part of every shard, references to the others, and free pages of host memory.
+    """Free pages per sequence shard of every shard, references to the others, and free pages of host memory.
 
     Attributes:
         window: as in `PageGroup`. num_pages: of all shards. refs: holders of every page. prefixes: per shard, where prefix caching is on.
-        reserved: per shard, pages per part that are reserved for its sequences, in a group of windows.
+        reserved: per shard, pages per sequence shard that are reserved for its sequences, in a group of windows.
         free_host_pages: of host memory. leaving_host_pages: that the step reads which is being put together; free for the next.
     """
 
     def __init__(self, index: int, limits: RunnerLimits, prefix_caching: bool) -> None:
-        group, parts, shards = limits.groups[index], limits.num_parts, limits.num_shards
+        group, ways, shards = limits.groups[index], limits.num_sequence_shards, limits.num_shards
         self.window, self.num_pages = group.window, group.pages_per_shard * shards
         self.prefixes = [
-            PrefixCache(limits.page_size, lambda page: limits.place_of(page, index)[1], parts)
+            PrefixCache(limits.page_size, lambda page: limits.place_of(page, index)[1], ways)
             for _ in range(shards if prefix_caching else 0)
         ]
         self.reserved = [0] * shards
         self.refs = [0] * self.num_pages
-        self._index, self._limits, self._parts = index, limits, parts
-        self._each = group.pages_per_shard // parts
+        self._index, self._limits, self._ways = index, limits, ways
+        self._each = group.pages_per_shard // ways
         self._most_reserved = self._each - limits.chunk_pages
-        places = [[shard * parts + part for part in range(parts)] for shard in range(shards)]
+        places = [[shard * ways + place for place in range(ways)] for shard in range(shards)]
         self._free = [[list(range((place + 1) * self._each - 1, place * self._each - 1, -1)) for place in of_shard] for of_shard in places]
         self.free_host_pages = list(range(group.num_host_pages - 1, -1, -1))
         self.leaving_host_pages: list[int] = []
@@ -55,12 +55,12 @@ class GroupPool:
         return sum(map(self.available, range(len(self._free)))) if self.window else self.num_free
 
     def available(self, shard: int) -> int:
-        """Pages of a shard that any one sequence can have: as many from every part as the fullest part has, or as are unreserved."""
+        """Pages of a shard that any one sequence can have: as many from each sequence shard as the fullest has, or as are unreserved."""
         each = self._most_reserved - self.reserved[shard] if self.window else min(self.free_in(shard))
-        return each * self._parts
+        return each * self._ways
 
     def free_in(self, shard: int) -> list[int]:
-        """Pages that no sequence holds, per part of a shard."""
+        """Pages that no sequence holds, per sequence shard of a shard."""
         free = list(map(len, self._free[shard]))
         return list(map(add, free, map(len, self.prefixes[shard].idle))) if self.prefixes else free
 
@@ -75,7 +75,7 @@ class GroupPool:
             return sequence is None or self.reserved[shard] + self._reserve(sequence) <= self._most_reserved
         free, wanted = self.free_in(shard), self._wanted(len(cached), end)
         for index, page in enumerate(cached):
-            free[index % self._parts] -= self.refs[page] == 0
+            free[index % self._ways] -= self.refs[page] == 0
         return all(map(le, wanted, free))
 
     def admit(self, sequence: Sequence, end: int, shard: int, num_cached: int, cached: list[int]) -> None:
@@ -128,27 +128,27 @@ class GroupPool:
             self._free[shard][self._limits.place_of(page, self._index)[1]].append(page)
 
     def check(self, residents: list[Sequence], swapped: Iterable[Sequence]) -> None:
-        """Assert conservation: every page is free or held as often as it has references, pages are on their shard and in their part, and a
+        """Assert conservation: every page is free or held as often as it has references, pages are on their shard and sequence shard, and a
         window holds no more than is reserved for it."""
         held = {sequence.request.number: sequence.held[self._index] for sequence in residents}
         count = Counter(page for one in held.values() for page in one.pages)
-        idle = [page for cache in self.prefixes for part in cache.idle for page in part]
-        free = [page for parts in self._free for part in parts for page in part]
+        idle = [page for cache in self.prefixes for pages in cache.idle for page in pages]
+        free = [page for of_shard in self._free for pages in of_shard for page in pages]
         assert sorted([*free, *idle, *count]) == list(range(self.num_pages)), "pages are lost or held twice"
         assert all(self.refs[page] == count[page] for page in range(self.num_pages)), "references and holders differ"
         self._check_shared({page for page, holders in count.items() if holders > 1}, residents)
         gone = [page for sequence in swapped for page in sequence.held[self._index].host_pages]
         host = self.free_host_pages + self.leaving_host_pages + gone
         assert sorted(host) == list(range(self._limits.groups[self._index].num_host_pages)), "pages of host memory are lost or held twice"
-        for shard, parts in enumerate(self._free):
+        for shard, of_shard in enumerate(self._free):
             here = [one for sequence in residents if sequence.shard == shard for one in [held[sequence.request.number]]]
-            placed = [(page, part) for part, pages in enumerate(parts) for page in pages]
-            placed += [(page, (one.first + index) % self._parts) for one in here for index, page in enumerate(one.pages)]
-            right = all(self._limits.place_of(page, self._index) == (shard, part) for page, part in placed)
+            placed = [(page, place) for place, pages in enumerate(of_shard) for page in pages]
+            placed += [(page, (one.first + index) % self._ways) for one in here for index, page in enumerate(one.pages)]
+            right = all(self._limits.place_of(page, self._index) == (shard, place) for page, place in placed)
             assert right, f"shard {shard} has pages of another place"
             assert self.reserved[shard] == sum(one.reserved for one in here) <= max(0, self._most_reserved), f"shard {shard} keeps too many"
             if self.window:
-                assert all(ceil_div(len(one.pages), self._parts) <= one.reserved for one in here), "a window has more than is kept for it"
+                assert all(ceil_div(len(one.pages), self._ways) <= one.reserved for one in here), "a window has more than is kept for it"
 
     def _check_shared(self, pages: set[int], residents: list[Sequence]) -> None:
         """Assert that a page with several holders stands at one place and holds the same tokens after the same tokens for all of them."""
@@ -165,15 +165,15 @@ class GroupPool:
         return self._limits.reserved_pages(self.window, sequence.max_positions)
 
     def _wanted(self, first: int, end: int) -> list[int]:
-        """How many of the pages from `first` to before `end` of a sequence lie in each part."""
-        parts = self._parts
-        return [max(0, ceil_div(end - part, parts)) - max(0, ceil_div(first - part, parts)) if end > first else 0 for part in range(parts)]
+        """How many of the pages from `first` to before `end` of a sequence lie in each sequence shard."""
+        ways = self._ways
+        return [max(0, ceil_div(end - place, ways)) - max(0, ceil_div(first - place, ways)) if end > first else 0 for place in range(ways)]
 
     def _take(self, shard: int, index: int) -> int:
         """A free page for this place in a sequence."""
-        part = index % self._parts
-        free = self._free[shard][part]
-        page = free.pop() if free else self.prefixes[shard].evict(part)
+        place = index % self._ways
+        free = self._free[shard][place]
+        page = free.pop() if free else self.prefixes[shard].evict(place)
         self.refs[page] = 1
         return page
 

@@ -1,7 +1,7 @@
 """The page pool: who owns which page of the KV cache. It counts pages; what they hold is the runner's.
 
-Pages belong to the shards of the decode batch axes, and all pages of a sequence are on one shard, round-robin over its parts: a
-sequence's next page is wanted in a certain part. The cache has groups (`partinf.engine.group_pool`): one that keeps all positions, and one
+Pages belong to the shards of the decode batch axes, and all pages of a sequence are on one shard, round-robin over its sequence shards: a
+sequence's next page is wanted on a certain one. The cache has groups (`partinf.engine.group_pool`): one that keeps all positions, and one
 for every window, whose pages are let go once no later query sees them. A sequence has pages of all groups, or of none. Slots, the lanes
 in which the runner keeps each resident sequence's last token, are one range for all shards. Pages that hold the same tokens after the same
 tokens are shared by the samples of a request, and by all where prefix caching is on: a page has as many references as holders.

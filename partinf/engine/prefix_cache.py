@@ -18,19 +18,19 @@ class PrefixCache:
     """Names of pages, both ways, and the idle ones in the order in which they were let go.
 
     Attributes:
-        idle: pages that no sequence holds, per part of the shard.
+        idle: pages that no sequence holds, per sequence shard.
     """
 
-    def __init__(self, page_size: int, part_of: Callable[[int], int] = lambda page: 0, num_parts: int = 1) -> None:
+    def __init__(self, page_size: int, sequence_shard_of: Callable[[int], int] = lambda page: 0, num_sequence_shards: int = 1) -> None:
         """
         Args:
-            part_of: the part in which a page lies; a page is needed in a certain one.
+            sequence_shard_of: the sequence shard of a page; a page is needed in a certain one.
         """
         self._page_size = page_size
-        self._part_of = part_of
+        self._sequence_shard_of = sequence_shard_of
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self.idle: list[dict[int, None]] = [{} for _ in range(num_parts)]
+        self.idle: list[dict[int, None]] = [{} for _ in range(num_sequence_shards)]
 
     def find(self, sequence: Sequence, most: int) -> list[int]:
         """The cached pages of the sequence's first tokens, in order, at most so many."""
@@ -59,25 +59,25 @@ class PrefixCache:
 
     def hold(self, page: int) -> None:
         """A sequence holds this page."""
-        self.idle[self._part_of(page)].pop(page, None)
+        self.idle[self._sequence_shard_of(page)].pop(page, None)
 
     def idles(self, page: int) -> bool:
         """No sequence holds this page any more; returns whether it stays cached."""
         if page in self._digest_of:
-            self.idle[self._part_of(page)][page] = None
+            self.idle[self._sequence_shard_of(page)][page] = None
         return page in self._digest_of
 
-    def evict(self, part: int) -> int:
-        """Forget the page of a part that has been idle longest, and return it."""
-        page = next(iter(self.idle[part]))
-        del self.idle[part][page]
+    def evict(self, sequence_shard: int) -> int:
+        """Forget the page of a sequence shard that has been idle longest, and return it."""
+        page = next(iter(self.idle[sequence_shard]))
+        del self.idle[sequence_shard][page]
         del self._by_digest[self._digest_of.pop(page)]
         return page
 
     def forget(self, sequence: Sequence) -> list[int]:
         """Let the pages of a sequence's tokens be found no more; returns those of them that were idle."""
         pages = [self._by_digest.pop(digest) for digest in sequence.digests if digest in self._by_digest]
-        idle = [page for page in pages if page in self.idle[self._part_of(page)]]
+        idle = [page for page in pages if page in self.idle[self._sequence_shard_of(page)]]
         for page in pages:
             del self._digest_of[page]
             self.hold(page)
@@ -85,9 +85,9 @@ class PrefixCache:
 
     def clear(self) -> list[int]:
         """Forget everything, and return the pages that were idle."""
-        idle = [page for part in self.idle for page in part]
-        for part in self.idle:
-            part.clear()
+        idle = [page for pages in self.idle for page in pages]
+        for pages in self.idle:
+            pages.clear()
         self._by_digest.clear()
         self._digest_of.clear()
         return idle

@@ -93,7 +93,7 @@ class HeldPages:
 
     Attributes:
         first: which page of the sequence the first of them is; those before have been let go. pages: global ids, in the order of positions.
-        host_pages: places in host memory while it is swapped out. reserved: pages per part that the group keeps for it.
+        host_pages: places in host memory while it is swapped out. reserved: pages per sequence shard that the group keeps for it.
     """
 
     first: int = 0

@@ -37,7 +37,8 @@ class RunnerLimits:
         max_prefill_slots_per_shard: prefill chunks of one *prefill* shard.
         page_size: tokens per KV page. pages_per_shard: pages owned by each of the `num_shards` shards of the decode batch axes, of the
             group that keeps all positions; 0 where there is none. windows: the groups that keep a window each.
-        num_parts: parts of a shard, of as many pages each; page i of a sequence lies in part i modulo this (the decode sequence axes).
+        num_sequence_shards: shards of the decode sequence axes within each of those, of as many pages each; page i of a sequence lies on
+            sequence shard i modulo this.
         num_slots: sequences that may be resident. max_len: longest context in tokens, prompt and output together.
         vocab_size: token ids are 0..vocab_size - 1.
         num_prefill_shards: shards of the prefill batch axes; a chunk is computed on one of them.
@@ -61,7 +62,7 @@ class RunnerLimits:
     num_slots: int
     max_len: int
     vocab_size: int
-    num_parts: int = 1
+    num_sequence_shards: int = 1
     num_prefill_shards: int = 1
     prefill_shards: tuple[tuple[int, ...], ...] = ()
     chunks: bool = True
@@ -80,9 +81,9 @@ class RunnerLimits:
             offences.append(f"max_prefill_tokens = {self.max_prefill_tokens} does not divide over {self.num_prefill_shards} prefill shards")
         if not offences:
             offences += [
-                f"pages_per_shard = {group.pages_per_shard} does not divide over {self.num_parts} parts"
+                f"pages_per_shard = {group.pages_per_shard} does not divide over {self.num_sequence_shards} sequence shards"
                 for group in self.groups
-                if group.pages_per_shard % self.num_parts
+                if group.pages_per_shard % self.num_sequence_shards
             ]
         if self.prefill_shards and len(self.prefill_shards) != self.num_shards:
             offences.append(f"prefill_shards has {len(self.prefill_shards)} entries for {self.num_shards} shards")
@@ -98,7 +99,7 @@ class RunnerLimits:
 
     def _too_few(self, group: PageGroup) -> list[str]:
         """Why the pages of a window's group hold no sequence that runs alone."""
-        needed = (self.reserved_pages(group.window, self.max_len) + self.chunk_pages) * self.num_parts
+        needed = (self.reserved_pages(group.window, self.max_len) + self.chunk_pages) * self.num_sequence_shards
         if group.window > 0 and needed <= group.pages_per_shard:
             return []
         return [f"window of {group.window}: {group.pages_per_shard} pages per shard; one sequence needs up to {needed}"]
@@ -110,15 +111,16 @@ class RunnerLimits:
         return whole + self.windows
 
     def reserved_pages(self, window: int, num_positions: int) -> int:
-        """Pages per part that a window's group keeps for a sequence of so many positions."""
-        return window_pages(window, num_positions, self.page_size, self.num_parts)
+        """Pages per sequence shard that a window's group keeps for a sequence of so many positions."""
+        return window_pages(window, num_positions, self.page_size, self.num_sequence_shards)
 
     @cached_property
     def chunk_pages(self) -> int:
-        """Pages per part of a window's group that prompts of one step take while it is put together, beyond what is reserved for them."""
+        """Pages per sequence shard of a window's group that prompts of one step take while it is put together, beyond what is
+        reserved for them."""
         most = max(map(len, self.prefill_shards), default=self.num_prefill_shards)  # prefill shards that compute for one decode shard
         tokens, chunks = self.max_prefill_tokens_per_shard * most, self.max_prefill_slots_per_shard * most
-        return chunk_pages(tokens, chunks, self.page_size, self.num_parts)
+        return chunk_pages(tokens, chunks, self.page_size, self.num_sequence_shards)
 
     @property
     def max_prefill_tokens_per_shard(self) -> int:
@@ -136,8 +138,8 @@ class RunnerLimits:
         return min(self.max_context - 1, self.max_context if self.chunks else self.max_prefill_tokens_per_shard)
 
     def place_of(self, page: int, group: int = 0) -> tuple[int, int]:
-        """Shard and part in which a page of a group lies."""
-        return divmod(page // (self.groups[group].pages_per_shard // self.num_parts), self.num_parts)
+        """Shard and sequence shard in which a page of a group lies."""
+        return divmod(page // (self.groups[group].pages_per_shard // self.num_sequence_shards), self.num_sequence_shards)
 
     def prefill_shards_of(self, shard: int) -> tuple[int, ...]:
         """The prefill shards that may compute chunks of sequences owned by this decode shard."""

@@ -3,8 +3,8 @@
 A step mixes decode rows (one token of a sequence that is past its prompt) and prefill chunks (consecutive prompt tokens). A row names
 its sequence by `slot`, the number of its lane among the resident sequences, and `shard`, the shard of the decode batch axes that owns
 its KV pages. The cache has groups (`RunnerLimits.groups`), and a row one page table for each. Page ids are global within a group: page p
-of shard s is s * pages_per_shard + p. Where shards have parts, page i of a sequence lies in part i modulo their number. Positions count
-from 0.
+of shard s is s * pages_per_shard + p. Where sequence axes split shards, page i of a sequence lies on sequence shard i modulo
+their number. Positions count from 0.
 """
 
 from __future__ import annotations

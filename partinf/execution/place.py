@@ -95,7 +95,7 @@ def _place_table(tables: Tables, row: int, table: PageTable, query: int, end: in
     """The pages of positions before `end` that a query at position `query` sees."""
     begin, last = 0, limits.pages_for(end)
     if tables.begin is not None:
-        begin = table_start(query, window, limits.page_size, limits.num_parts)
+        begin = table_start(query, window, limits.page_size, limits.num_sequence_shards)
         tables.begin[row] = begin * limits.page_size
     first = max(begin, table.first)  # none before are seen
     tables.pages[row, first - begin : max(first, last) - begin] = table.ids[first - table.first : max(first, last) - table.first]

@@ -94,9 +94,9 @@ class Scorer:
         self.bucket = Bucket(0, 0, bucket.prefill_tokens, bucket.prefill_slots, bucket.prefill_pages)
         # Its own pages, in addition to the engine's: no more than its texts can fill.
         slots, chunk = self.bucket.prefill_slots, self.bucket.prefill_tokens // plan.prefill_slot_multiple()
-        full = round_up(ceil_div(plan.max_len, plan.cache.page_size), plan.num_parts)
+        full = round_up(ceil_div(plan.max_len, plan.cache.page_size), plan.num_sequence_shards)
         reach = [most_pages(group.window - 1 + chunk, plan.cache.page_size) if group.window else full for group in plan.cache_groups]
-        self._most = [min(full, round_up(pages, plan.num_parts)) for pages in reach]  # pages of one text, by group
+        self._most = [min(full, round_up(pages, plan.num_sequence_shards)) for pages in reach]  # pages of one text, by group
         held = [group.pages_per_shard if group.window else min(full * slots, group.pages_per_shard) for group in plan.cache_groups]
         cache = replace(plan.cache, pages_per_shard=held[0], other_pages=tuple(held[1:]))
         self.plan = replace(plan, cache=cache, buckets=(replace(self.bucket, decode_rows=plan.decode_row_multiple()),))
@@ -115,12 +115,12 @@ class Scorer:
         self._check(texts)
         state = empty_state(self.plan, self._mesh, self._unrolled)
         waiting = deque(enumerate(texts))
-        parts = self._limits.num_parts
-        free = [[[list[int]() for _ in range(parts)] for _ in self._limits.groups] for _ in range(self._limits.num_shards)]
+        ways = self._limits.num_sequence_shards
+        free = [[[list[int]() for _ in range(ways)] for _ in self._limits.groups] for _ in range(self._limits.num_shards)]
         for number, group in enumerate(self._limits.groups):
             for page in range(group.pages_per_shard * self._limits.num_shards):
-                shard, part = self._limits.place_of(page, number)
-                free[shard][number][part].append(page)
+                shard, place = self._limits.place_of(page, number)
+                free[shard][number][place].append(page)
         running: list[_Text] = []
         done: dict[int, _Text] = {}
         steps, started = 0, time.perf_counter()
@@ -133,7 +133,7 @@ class Scorer:
                 done[text.index] = text
                 for own, pages in zip(free[text.shard], text.pages, strict=True):
                     for index, page in enumerate(pages):
-                        own[index % parts].append(page)
+                        own[index % ways].append(page)
         seconds = time.perf_counter() - started
         return self._scores([done[index].scores for index in range(len(texts))], steps, seconds)
 
@@ -149,19 +149,20 @@ class Scorer:
         raise_offences(offences)
 
     def _admit(self, waiting: deque[tuple[int, Sequence[int]]], running: list[_Text], free: list[list[list[list[int]]]]) -> None:
-        """Give pages to texts in order, each on the shard with most of them free, in turn from its parts, as long as there is room."""
+        """Give pages to texts in order, as long as there is room: each on the shard with most free pages, round-robin over its sequence
+        shards."""
         while waiting and len(running) < self.bucket.prefill_slots:
             index, tokens = waiting[0]
             counts = [min(most, self._limits.pages_for(len(tokens) - 1)) for most in self._most]
             shard = max(range(len(free)), key=lambda one: sum(map(len, free[one][0])))
-            for parts, count in zip(free[shard], counts, strict=True):
-                if any(len(pages) < ceil_div(count - part, len(parts)) for part, pages in enumerate(parts)):
+            for of_shard, count in zip(free[shard], counts, strict=True):
+                if any(len(pages) < ceil_div(count - place, len(of_shard)) for place, pages in enumerate(of_shard)):
                     if not running:
-                        raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {sum(map(len, parts))}")
+                        raise InvalidInput(f"text {index + 1} needs {count} KV pages; a shard has {sum(map(len, of_shard))}")
                     return
             waiting.popleft()
             pairs = zip(free[shard], counts, strict=True)
-            pages = tuple(tuple(parts[page % len(parts)].pop() for page in range(count)) for parts, count in pairs)
+            pages = tuple(tuple(of_shard[page % len(of_shard)].pop() for page in range(count)) for of_shard, count in pairs)
             running.append(_Text(index, tokens, shard, pages))
 
     def _run(self, state: object, running: list[_Text]) -> object:

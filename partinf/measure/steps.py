@@ -25,11 +25,11 @@ def for_buckets(plan: Plan, buckets: tuple[Bucket, ...]) -> Plan:
         buckets: among them one with decode lanes and one with prompts, as a runner wants it.
     """
     size, shards, prompts = plan.cache.page_size, plan.num_shards, plan.prefill_slot_multiple()
-    pages, rows = plan.num_parts, 1
+    pages, rows = plan.num_sequence_shards, 1
     for bucket in buckets:
         own = ceil_div(bucket.prefill_tokens, max(bucket.prefill_slots, 1) * size) + 1 + bucket.prefill_pages
         slots = ceil_div(bucket.prefill_slots, min(shards, prompts))
-        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * round_up(own, plan.num_parts))
+        pages = max(pages, bucket.decode_rows // shards * bucket.decode_pages, slots * round_up(own, plan.num_sequence_shards))
         rows = max(rows, bucket.decode_rows + bucket.prefill_slots)
     longest = max(max(bucket.decode_pages, bucket.prefill_pages + bucket.prefill_tokens) * size for bucket in buckets)
     sized = replace(plan, buckets=buckets, cache=CacheConfig(size, pages, rows), max_len=max(longest, plan.max_len))
@@ -96,10 +96,10 @@ def full_step(plan: Plan, bucket: Bucket, limits: RunnerLimits) -> Step:
 def _tables(plan: Plan, shard: int, place: int, query: int, end: int) -> tuple[PageTable, ...]:
     """By group of the cache, pages of a shard for its `place`-th sequence, from those that a query sees to `end`; from the start again
     where there are no more."""
-    parts, tables = plan.num_parts, []
+    ways, tables = plan.num_sequence_shards, []
     for group in plan.cache_groups:
-        held, first = group.pages_per_shard // parts, first_page(query, group.window, plan.cache.page_size) if group.window else 0
-        before = place * ceil_div(end - first, parts)
-        ids = ((shard * parts + page % parts) * held + (before + page // parts) % held for page in range(first, end))
+        held, first = group.pages_per_shard // ways, first_page(query, group.window, plan.cache.page_size) if group.window else 0
+        before = place * ceil_div(end - first, ways)
+        ids = ((shard * ways + page % ways) * held + (before + page // ways) % held for page in range(first, end))
         tables.append(PageTable(tuple(ids), first))
     return tuple(tables)

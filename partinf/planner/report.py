@@ -114,9 +114,9 @@ class PlanReport:
         context = max(workload.max_context, 1)
         page = CacheConfig().page_size
         roles = (AttentionRole.BATCH, AttentionRole.SEQUENCE)
-        shards, parts = (ways(candidate.layout.decode.attention_axes(role), self.slice.axis_sizes) for role in roles)
+        shards, sequence_shards = (ways(candidate.layout.decode.attention_axes(role), self.slice.axis_sizes) for role in roles)
         lanes = ceil_div(workload.batch, shards)
-        cache = CacheConfig(page, lanes * parts * ceil_div(context, page * parts), lanes * shards)
+        cache = CacheConfig(page, lanes * sequence_shards * ceil_div(context, page * sequence_shards), lanes * shards)
         predicted = tuple((result.name, result.ledger) for result in candidate.phases)
         layout = self.engine_layout(candidate)
         return Plan(

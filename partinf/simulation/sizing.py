@@ -64,11 +64,11 @@ def cost_runner(plan: Plan, pricing: Pricing, sizing: Sizing) -> tuple[CostRunne
     """
     sized = sized_plan(plan, sizing)
     price, chip = StepPrice(sized, pricing), plan.slice.chip
-    most = MAX_PAGES // (plan.num_shards * plan.num_parts)  # of one part of a shard
+    most = MAX_PAGES // (plan.num_shards * plan.num_sequence_shards)  # of one sequence shard
     longest = [own for _, own in held(sized).peak]  # host memory holds as many of the longest sequences of every group
     of_all = sum(own * size for own, size in zip(longest, price.page_bytes, strict=True))
     room = int(sizing.host_bytes / chip.devices_per_chip)
-    host_pages = tuple(min(room * own // of_all, most) * plan.num_shards * plan.num_parts for own in longest)
+    host_pages = tuple(min(room * own // of_all, most) * plan.num_shards * plan.num_sequence_shards for own in longest)
     limits = runner_limits(_with_one_bucket(sized, sizing), *host_pages)
     sizes = tuple(size / price.page_bytes[0] for size in price.page_bytes)
     overhead, page_seconds = sizing.overhead_seconds, (price.page_seconds,) * 2

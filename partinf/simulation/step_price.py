@@ -88,7 +88,9 @@ class StepPrice:
         self._shapes: deque[tuple[Step, StepShape]] = deque(maxlen=2 * plan.num_stages)  # of the last steps: each is priced on every stage
         self.page_bytes = group_page_bytes(plan)
         chip = plan.slice.chip
-        self.page_seconds = self.page_bytes[0] * chip.devices_per_chip / chip.host_bandwidth / plan.num_parts  # parts copy side by side
+        self.page_seconds = (
+            self.page_bytes[0] * chip.devices_per_chip / chip.host_bandwidth / plan.num_sequence_shards
+        )  # which copy at the same time
 
     def __call__(self, *steps: Step) -> Price:
         """A step, or a tick in which the stages hold these steps: a program whose shape holds each of them runs on all stages."""

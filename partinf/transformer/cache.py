@@ -85,13 +85,13 @@ def cache_bytes_per_device(plan: Plan) -> int:
     model, axes = plan.padded_model, plan.letter_axes["C"]
     heads = model.num_kv_heads // plan.ways(axes)
     of_page = heads * plan.cache.page_size * model.head_dim * plan.kv.num_bytes + (4 * _scale_row(plan)[1] if plan.kv is DType.INT8 else 0)
-    pages = sum(len(group.layers) // plan.num_stages * (group.pages_per_shard // plan.num_parts) for group in plan.cache_groups)
+    pages = sum(len(group.layers) // plan.num_stages * (group.pages_per_shard // plan.num_sequence_shards) for group in plan.cache_groups)
     return pages * 2 * of_page
 
 
 def local_pages(pages: jax.Array, plan: Plan, group: CacheGroup) -> tuple[jax.Array, jax.Array]:
     """Global page ids of a group as ids on this device, and which of them it has."""
-    held, place = group.pages_per_shard // plan.num_parts, lax.axis_index(plan.page_axes) if plan.page_axes else 0
+    held, place = group.pages_per_shard // plan.num_sequence_shards, lax.axis_index(plan.page_axes) if plan.page_axes else 0
     local = pages - place * held
     return local, (pages >= 0) & (local >= 0) & (local < held)
 

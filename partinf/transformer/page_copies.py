@@ -1,7 +1,7 @@
 """KV pages between the devices and host memory: two compiled programs, and what is kept.
 
 Pages leave from the place in the mesh that has them and come back to it: nothing crosses the mesh, and every process keeps what its own
-devices have, once. A place is a shard of the batch axes, or one of its parts where sequence axes split the pages of a sequence. All
+devices have, once. A place is a shard of the batch axes, or one of its sequence shards where such axes split the pages of a sequence. All
 processes run the same two programs; places that have no page of a group read nothing (their ids are out of range), and what the devices
 of other shards hand out is not kept. Copies happen in the order of the devices' work, and with memory that devices can reach
 (`pinned_host`) no step waits for them.
@@ -64,7 +64,7 @@ class HostPages:
         self._held: dict[tuple[int, int], list[list[_Part]]] = {}
         self._shapes = _Shapes(plan, mesh, unrolled, group)
         cached = plan.cache_groups[group]
-        self._parts, self._held_by_each = plan.num_parts, cached.pages_per_shard // plan.num_parts
+        self._ways, self._held_by_each = plan.num_sequence_shards, cached.pages_per_shard // plan.num_sequence_shards
         self._layers_per_stage = len(cached.layers) // plan.num_stages
         device = mesh.local_devices[0]
         kinds = {memory.kind for memory in device.addressable_memories()} - {device.default_memory().kind}
@@ -86,7 +86,7 @@ class HostPages:
         """Keep these pages of a stage, all of one shard; their ids are global."""
         for page in host_pages:
             self._held.pop((stage, page), None)  # of a request that was cancelled while it was there
-        shard, groups = pages[0] // self._held_by_each // self._parts, []
+        shard, groups = pages[0] // self._held_by_each // self._ways, []
         for ids in self._groups(pages, stage):
             taken = jax.tree.leaves(self._take(kv, ids))
             groups.append([_Part(self._of(array, stage, shard), self._pinned) for array in taken])
@@ -122,7 +122,7 @@ class HostPages:
     def _of(self, array: jax.Array, stage: int, shard: int) -> list[Any]:
         """The shards of an array that hold pages of this stage and of this shard of the batch axes."""
         layers = (stage * self._layers_per_stage,) * len(self._shapes.where)
-        places = range(shard * self._parts * PAGES, (shard + 1) * self._parts * PAGES)
+        places = range(shard * self._ways * PAGES, (shard + 1) * self._ways * PAGES)
 
         def ours(index: tuple[slice, ...]) -> bool:
             *before, page = (part.start or 0 for part in index[: len(layers) + 1])
@@ -163,7 +163,7 @@ class _Shapes:
         self.kv = abstract_state(plan, mesh, unrolled).kv[group]
         axis = 0 if isinstance(self.kv, tuple) else 1
         self.where = (slice(None),) * axis
-        places, split = plan.num_shards * plan.num_parts, dimensions(mesh, plan.stage_axes, plan.page_axes, ())
+        places, split = plan.num_shards * plan.num_sequence_shards, dimensions(mesh, plan.stage_axes, plan.page_axes, ())
         self.ids = jax.ShapeDtypeStruct((plan.num_stages, places, PAGES), np.int32, sharding=split)
 
         def some_pages(leaf: Any) -> Any:

@@ -100,16 +100,18 @@ def check_bucket(plan: Plan, bucket: Bucket) -> None:
         ("decode rows", bucket.decode_rows, plan.decode_row_multiple(plan.ffn_phase(bucket.num_tokens))),
         ("prefill tokens", bucket.prefill_tokens, plan.prefill_token_multiple()),
         ("prefill slots", bucket.prefill_slots, plan.prefill_slot_multiple()),
-        ("decode pages", bucket.decode_pages, plan.num_parts),
+        ("decode pages", bucket.decode_pages, plan.num_sequence_shards),
         ("prefill pages", bucket.prefill_pages, plan.prefill_page_multiple()),
     )
     for label, size, multiple in multiples:
         if size % multiple:
             offences.append(f"bucket {bucket}: {size} {label} on this plan; a multiple of {multiple} is needed")
-    uneven = [group.pages_per_shard for group in plan.cache_groups if group.pages_per_shard % plan.num_parts]
+    uneven = [group.pages_per_shard for group in plan.cache_groups if group.pages_per_shard % plan.num_sequence_shards]
     for count in uneven:
         held = f"cache: {count} pages per shard"
-        offences.append(f"{held}, which sequence axes split into {plan.num_parts} parts; a multiple of {plan.num_parts} is needed")
+        offences.append(
+            f"{held}, which sequence axes split {plan.num_sequence_shards} ways; a multiple of {plan.num_sequence_shards} is needed"
+        )
     if bucket.num_tokens == 0:
         offences.append(f"bucket {bucket}: no tokens")
     if bool(bucket.prefill_tokens) != bool(bucket.prefill_slots):

@@ -78,7 +78,15 @@ def test_a_runner_and_its_simulation_have_the_same_limits() -> None:
     run = runner_limits(with_capacity(plan, Capacity(max_rows=8, max_len=128, prefill_tokens=64)))
     simulated = cost_runner(plan, Pricing(plan.slice), Sizing(max_rows=8, max_len=128, prefill_tokens=64))[0].limits
     assert run.prefill_shards == simulated.prefill_shards == ((0, 1), (2, 3))
-    for field in ("max_decode_rows_per_shard", "max_prefill_tokens", "page_size", "num_shards", "num_parts", "num_slots", "max_len"):
+    for field in (
+        "max_decode_rows_per_shard",
+        "max_prefill_tokens",
+        "page_size",
+        "num_shards",
+        "num_sequence_shards",
+        "num_slots",
+        "max_len",
+    ):
         assert getattr(run, field) == getattr(simulated, field), field
     crossed = plan_of({"x": "batch", "y": "batch"}, {"x": "heads", "y": "batch"})
     assert runner_limits(with_capacity(crossed, Capacity())).prefill_shards == ((0,), (1,), (0,), (1,))

@@ -49,7 +49,7 @@ def alone(limits: RunnerLimits, prompt: Sequence[int], params: SamplingParams, r
 def all_alone(limits: RunnerLimits, prompt: Sequence[int], params: SamplingParams, request_id: str) -> list[RequestOutput]:
     """The same for all samples of a request; they run one after the other."""
     length = limits.max_context
-    single = {"num_shards": 1, "num_parts": 1, "num_slots": 1, "num_prefill_shards": 1, "prefill_shards": ()}
+    single = {"num_shards": 1, "num_sequence_shards": 1, "num_slots": 1, "num_prefill_shards": 1, "prefill_shards": ()}
     roomy = tuple(replace(group, pages_per_shard=3 * length + 8) for group in limits.windows)
     pages = {"page_size": 1, "pages_per_shard": length if limits.pages_per_shard else 0, "windows": roomy}
     engine = Engine(FakeRunner(replace(limits, max_prefill_tokens=length, **pages, **single)))

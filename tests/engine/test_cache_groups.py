@@ -46,25 +46,25 @@ def test_pages_of_a_window_are_those_that_one_counts() -> None:
         seen = [place // size for place in range(position + 1) if place > position - window]
         assert first_page(position, window, size) == seen[0]
         assert len(set(seen)) <= most_pages(window, size) <= -(-window // size) + 1
-        parts, tokens, chunks = rng.randint(1, 3), rng.randint(1, 40), rng.randint(1, 4)
-        in_part = max(sum(page % parts == part for page in set(seen)) for part in range(parts))
-        assert in_part <= window_pages(window, position + 1, size, parts) <= -(-(most_pages(window, size) + 1) // parts)
+        ways, tokens, chunks = rng.randint(1, 3), rng.randint(1, 40), rng.randint(1, 4)
+        on_one = max(sum(page % ways == place for page in set(seen)) for place in range(ways))
+        assert on_one <= window_pages(window, position + 1, size, ways) <= -(-(most_pages(window, size) + 1) // ways)
         cuts = sorted(rng.sample(range(1, tokens), min(chunks, tokens) - 1))
         lengths = [end - start for start, end in zip([0, *cuts], [*cuts, tokens], strict=True)]
         more = [most_pages(window - 1 + length, size) - most_pages(window, size) for length in lengths]
         assert sum(more) <= chunk_pages(tokens, chunks, size)
-        assert sum(-(-count // parts) for count in more) <= chunk_pages(tokens, chunks, size, parts)
+        assert sum(-(-count // ways) for count in more) <= chunk_pages(tokens, chunks, size, ways)
 
 
 def test_a_table_holds_what_a_query_sees_and_begins_with_the_first_part() -> None:
     rng = random.Random(1)
     for _ in range(500):
-        position, window, size, parts = rng.randint(0, 80), rng.randint(1, 30), rng.randint(1, 8), rng.randint(1, 4)
-        multiple = parts * rng.randint(1, 2)
-        start = table_start(position, window, size, parts)
-        assert start % parts == 0
-        assert start <= first_page(position, window, size) < start + parts
-        columns, earlier = table_pages(window, size, parts, multiple), table_pages(window - 1, size, parts, multiple)
+        position, window, size, ways = rng.randint(0, 80), rng.randint(1, 30), rng.randint(1, 8), rng.randint(1, 4)
+        multiple = ways * rng.randint(1, 2)
+        start = table_start(position, window, size, ways)
+        assert start % ways == 0
+        assert start <= first_page(position, window, size) < start + ways
+        columns, earlier = table_pages(window, size, ways, multiple), table_pages(window - 1, size, ways, multiple)
         assert columns % multiple == earlier % multiple == 0
         assert position // size < start + columns
         assert window == 1 or position == 0 or (position - 1) // size < start + earlier

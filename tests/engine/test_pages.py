@@ -14,9 +14,9 @@ from tests.engine.test_scheduler import sequence
 LIMITS = replace(ROOMY, num_shards=3, pages_per_shard=5, num_slots=7, max_decode_rows_per_shard=3)
 
 
-@pytest.mark.parametrize("num_parts", [1, 5])
-def test_random_allocations_are_conserved(num_parts: int) -> None:
-    rng, pool, residents = random.Random(0), PagePool(replace(LIMITS, num_parts=num_parts)), []
+@pytest.mark.parametrize("num_sequence_shards", [1, 5])
+def test_random_allocations_are_conserved(num_sequence_shards: int) -> None:
+    rng, pool, residents = random.Random(0), PagePool(replace(LIMITS, num_sequence_shards=num_sequence_shards)), []
     for number in range(2000):
         num_pages = rng.randint(1, 4)
         shard = pool.choose_shard(num_pages, range(3))
@@ -53,12 +53,12 @@ def test_choice_of_shard() -> None:
 
 
 def test_pages_are_distributed_round_robin_over_the_parts_of_a_shard() -> None:
-    pool = PagePool(replace(LIMITS, num_shards=2, pages_per_shard=6, num_parts=3))
+    pool = PagePool(replace(LIMITS, num_shards=2, pages_per_shard=6, num_sequence_shards=3))
     one, two, three = (sequence(number, 1, 1) for number in range(3))
     pool.allocate(one, 4, 1)
     assert [pool._limits.place_of(page) for page in one.held[0].pages] == [(1, 0), (1, 1), (1, 2), (1, 0)]
     assert pool.num_free_pages == 8
-    assert pool.free_pages(1) == 0  # another sequence would begin in the first part, which has no page left
+    assert pool.free_pages(1) == 0  # another sequence would begin on the first sequence shard, which has no page left
     assert pool.choose_shard(1, [1]) is None
     assert pool.missing_pages(one, 6) == 0
     assert pool.missing_pages(one, 8) == 2
@@ -78,9 +78,9 @@ def test_a_shard_takes_no_more_sequences_than_it_can_decode() -> None:
     assert pool.choose_shard(1, [0]) is None
 
 
-@pytest.mark.parametrize("fault", ["lost", "twice", "slot", "shard", "part", "count"])
+@pytest.mark.parametrize("fault", ["lost", "twice", "slot", "shard", "sequence shard", "count"])
 def test_check_notices(fault: str) -> None:
-    pool, one, two = PagePool(replace(LIMITS, num_parts=5)), sequence(0, 1, 1), sequence(1, 1, 1)
+    pool, one, two = PagePool(replace(LIMITS, num_sequence_shards=5)), sequence(0, 1, 1), sequence(1, 1, 1)
     pool.allocate(one, 2, 0)
     pool.allocate(two, 2, 1)
     pool.check([one, two])
@@ -92,7 +92,7 @@ def test_check_notices(fault: str) -> None:
         one.slot = two.slot
     elif fault == "shard":
         one.held, two.held = two.held, one.held
-    elif fault == "part":
+    elif fault == "sequence shard":
         one.held[0].pages.reverse()
     else:
         one.shard = 1

@@ -43,7 +43,11 @@ class Arrival:
 
 @st.composite
 def some_limits(draw: st.DrawFn) -> RunnerLimits:
-    num_shards, num_prefill_shards, num_parts = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    num_shards, num_prefill_shards, num_sequence_shards = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 1, 2, 3])),
+    )
     allowed = st.lists(st.integers(0, num_prefill_shards - 1), min_size=1, unique=True).map(tuple)
     mapped = st.tuples(*[allowed] * num_shards)
     limits = RunnerLimits(
@@ -51,9 +55,9 @@ def some_limits(draw: st.DrawFn) -> RunnerLimits:
         max_prefill_tokens=draw(st.integers(1, 9)) * num_prefill_shards,
         max_prefill_slots_per_shard=draw(st.integers(1, 3)),
         page_size=draw(st.integers(1, 4)),
-        pages_per_shard=num_parts * draw(st.integers(-(-2 // num_parts), 8 // num_parts)),
+        pages_per_shard=num_sequence_shards * draw(st.integers(-(-2 // num_sequence_shards), 8 // num_sequence_shards)),
         num_shards=num_shards,
-        num_parts=num_parts,
+        num_sequence_shards=num_sequence_shards,
         num_slots=draw(st.integers(1, 6)),
         max_len=draw(st.integers(8, 24)),
         vocab_size=VOCAB,
@@ -72,7 +76,7 @@ def some_pages(draw: st.DrawFn, limits: RunnerLimits, window: int) -> PageGroup:
     """Those of a window that one sequence needs at least, or as many again."""
     least = limits.reserved_pages(window, limits.max_len)
     pages = limits.chunk_pages + least * draw(st.integers(1, 3))
-    return PageGroup(window, limits.num_parts * pages, limits.num_host_pages)
+    return PageGroup(window, limits.num_sequence_shards * pages, limits.num_host_pages)
 
 
 RICH = st.fixed_dictionaries(
@@ -240,7 +244,7 @@ def test_everyone_is_answered_once_as_if_alone(
 @given(limits=some_limits(), lag=st.integers(0, 2), order=st.permutations(range(6)), seed=st.integers(0, 5))
 def test_tokens_do_not_depend_on_the_order_of_arrival(limits: RunnerLimits, lag: int, order: list[int], seed: int) -> None:
     roomy = tuple(replace(group, pages_per_shard=64) for group in limits.windows)
-    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10, num_parts=1, chunks=True, windows=roomy)
+    limits = replace(limits, max_len=max(limits.max_len, 10), pages_per_shard=10, num_sequence_shards=1, chunks=True, windows=roomy)
     params = SamplingParams(max_tokens=4, temperature=1.0, seed=seed)
     prompts = [[number, number + 1, 7] for number in range(6)]
     engine = Engine(FakeRunner(limits), lag=lag, check_invariants=True)

@@ -70,7 +70,7 @@ def make_plan(
         prefill_from_tokens=prefill_from_tokens,
         padded_heads=padded_heads,
     )
-    lanes_read, slots_read = (-(-_PAGES // multiple) * multiple for multiple in (plan.num_parts, plan.prefill_page_multiple()))
+    lanes_read, slots_read = (-(-_PAGES // multiple) * multiple for multiple in (plan.num_sequence_shards, plan.prefill_page_multiple()))
     return dataclasses.replace(plan, buckets=(Bucket(_LANES, lanes_read, _TOKENS, _SLOTS, slots_read),))
 
 
@@ -154,7 +154,7 @@ class _Progress:
         tables = []
         for group in limits.groups:
             first = first_page(query, group.window, _PAGE) if group.window else 0
-            most = round_up(most_pages(group.window - 1 + _CHUNK, _PAGE), limits.num_parts) if group.window else _PAGES
+            most = round_up(most_pages(group.window - 1 + _CHUNK, _PAGE), limits.num_sequence_shards) if group.window else _PAGES
             ids = tuple(self.pages[page % min(most, _PAGES)] for page in range(first, -(-end // _PAGE)))
             tables.append(PageTable(ids, first))
         return tuple(tables)
@@ -191,12 +191,12 @@ def largest_error(plan: Plan, seed: int = 0, unrolled: bool = False, compiler: C
 
 
 def _start(plan: Plan, rng: random.Random) -> list[_Progress]:
-    per_shard, held = _LANES // plan.num_shards, plan.cache.pages_per_shard // plan.num_parts
+    per_shard, held = _LANES // plan.num_shards, plan.cache.pages_per_shard // plan.num_sequence_shards
     free = [rng.sample(range(first, first + held), held) for first in range(0, plan.num_shards * plan.cache.pages_per_shard, held)]
     started = []
     for index, tokens in enumerate(sequences(plan.model.vocab_size)):
         shard = index // per_shard
-        pages = [free[shard * plan.num_parts + page % plan.num_parts].pop() for page in range(_PAGES)]
+        pages = [free[shard * plan.num_sequence_shards + page % plan.num_sequence_shards].pop() for page in range(_PAGES)]
         started.append(_Progress(tokens, shard, tuple(pages), len(tokens) - rng.randint(1, 3)))
     return started
 

@@ -69,12 +69,12 @@ def test_what_a_server_holds_agrees_group_by_group(layout: Layout) -> None:
     found, limits = held(plan), runner_limits(plan)
     by_group = [size * pages for size, pages in zip(found.page_bytes, found.pages, strict=True)]
     assert by_group == declared(plan)
-    assert [group.pages_per_shard // plan.num_parts for group in limits.groups] == list(found.pages)
+    assert [group.pages_per_shard // plan.num_sequence_shards for group in limits.groups] == list(found.pages)
     assert found.windows == (0, 1024)
-    per_shard, parts = 16 // plan.num_shards, plan.num_parts
-    own = -(-66 // parts)  # 65 pages that 1,024 positions lie on at most, and one
+    per_shard, ways = 16 // plan.num_shards, plan.num_sequence_shards
+    own = -(-66 // ways)  # 65 pages that 1,024 positions lie on at most, and one
     assert found.pages[1] == per_shard * own + limits.chunk_pages
-    assert found.peak[1] == (-(-(1 + -(-(1023 + 512 - 1) // 16) + 1) // parts), own)
+    assert found.peak[1] == (-(-(1 + -(-(1023 + 512 - 1) // 16) + 1) // ways), own)
     said = str(found)
     assert "KV by group of layers: all positions " in said
     assert f"windows of 1,024 {by_group[1] / 1e9:.2f} GB in {found.pages[1]:,} pages" in said

@@ -67,7 +67,7 @@ def test_plan_proof_simulator_and_server_name_the_same_bytes(model: str, slice_:
     runner, price = cost_runner(plan, Pricing(where), sizing)
     proof = proof_json(prove(served, [largest_step(served)]))["planned_memory"]
     assert planned == held(served).as_json() == held(simulated).as_json() == proof
-    pages = [group.pages_per_shard // plan.num_parts for group in runner.limits.groups]
+    pages = [group.pages_per_shard // plan.num_sequence_shards for group in runner.limits.groups]
     assert planned["cache"] == sum(count * size for count, size in zip(pages, price.page_bytes, strict=True))
     room = planned["usable"] - planned["weights"] - planned["code"] - planned["state"] - planned["activations"]
     assert planned["slack"] == room - planned["cache"] >= int(0.0999 * room)
