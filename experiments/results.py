@@ -13,20 +13,20 @@ from typing import Any
 BLUE, AMBER, RED, PURPLE, GREY = "#3b6ea5", "#e0a030", "#b5483a", "#7a4f9a", "#9a9a9a"
 
 
-def beside(script: str, name: str = "results.json") -> Path:
+def next_to(script: str, name: str = "results.json") -> Path:
     """A file in the folder of a script, which is given as its `__file__`."""
     return Path(script).with_name(name)
 
 
 def read(script: str, name: str = "results.json", missing: Any = None) -> Any:
     """What an experiment wrote, or `missing`, where that is given and there is no file."""
-    path = beside(script, name)
+    path = next_to(script, name)
     return missing if missing is not None and not path.exists() else json.loads(path.read_text())
 
 
 def write(script: str, found: Any, name: str = "results.json") -> None:
     """Write figures next to the script."""
-    beside(script, name).write_text(json.dumps(found, indent=1) + "\n")
+    next_to(script, name).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def machine() -> str:

@@ -170,8 +170,8 @@ def load(
         if compile_steps:
             runner.warm_up(on_compiled)
     else:
-        with ThreadPoolExecutor(1) as beside:  # compilers take cores, and reading the disk and memory
-            reading = beside.submit(load_hf, directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
+        with ThreadPoolExecutor(1) as background:  # compilers take cores, and reading the disk and memory
+            reading = background.submit(load_hf, directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
             if compile_steps:
                 runner.warm_up(on_compiled)
             runner.params = reading.result()

@@ -342,8 +342,8 @@ def layout_for(slice_: Slice, layout: Layout) -> Layout:
     if not set(names) ^ set(layout.axes):
         return layout
     if DCN_AXIS in names and DCN_AXIS not in layout.axes:
-        said = f"it has no role for axis {DCN_AXIS}, the network between the slices of {slice_.name}"
-        raise InvalidInput(f"layout of axes {', '.join(layout.axes)}: {said}; give one slice, or a layout file that names that axis")
+        missing = f"it has no role for axis {DCN_AXIS}, the network between the slices of {slice_.name}"
+        raise InvalidInput(f"layout of axes {', '.join(layout.axes)}: {missing}; give one slice, or a layout file that names that axis")
     kinds: dict[object, list[str]] = {}
     for axis in layout.axes:
         kinds.setdefault(_roles_of(layout, axis), []).append(axis)
@@ -364,7 +364,7 @@ def layout_for(slice_: Slice, layout: Layout) -> Layout:
 def _roles_of(layout: Layout, axis: str) -> tuple[object, ...]:
     """All that a layout says of an axis."""
     phases = (layout.phase(label) for label in PHASES)
-    said = (
+    by_phase = (
         (
             axis in p.gather,
             axis in p.gather_experts,
@@ -373,7 +373,7 @@ def _roles_of(layout: Layout, axis: str) -> tuple[object, ...]:
         )
         for p in phases
     )
-    return (dict(layout.storage)[axis], layout.expert_roles[axis], *said)
+    return (dict(layout.storage)[axis], layout.expert_roles[axis], *by_phase)
 
 
 def _renamed(layout: Layout, takes: Mapping[str, str]) -> Layout:
@@ -426,12 +426,12 @@ def _needless(model: ModelConfig, layout: Layout) -> list[str]:
     """What a layout says of experts that the model does not have."""
     if model.experts is not None:
         return []
-    said = ["[experts]"] if layout.experts else []
+    keys = ["[experts]"] if layout.experts else []
     for label in PHASES:
         phase = layout.phase(label)
-        said += [f"{label}.gather_experts"] if phase.gather_experts else []
-        said += [f"{label}.dispatch"] if phase.dispatch is not Dispatch.GATHER else []
-    return [f"layout: {', '.join(said)}: model {model.name} has no experts; leave this out"] if said else []
+        keys += [f"{label}.gather_experts"] if phase.gather_experts else []
+        keys += [f"{label}.dispatch"] if phase.dispatch is not Dispatch.GATHER else []
+    return [f"layout: {', '.join(keys)}: model {model.name} has no experts; leave this out"] if keys else []
 
 
 def _expert_checks(model: ModelConfig, layout: Layout, hidden: tuple[str, ...]) -> list[tuple[str, int, tuple[str, ...], int]]:
@@ -451,7 +451,7 @@ def _expert_checks(model: ModelConfig, layout: Layout, hidden: tuple[str, ...]) 
         ("experts X", of.count, layout.expert_axes(ExpertRole.EXPERT), matrices * of.each.width * model.embed_dim),
         ("d_ff F of experts", of.each.width, layout.expert_axes(ExpertRole.FFN) + between, matrices * of.count * model.embed_dim),
         ("d_model E of experts", model.embed_dim, embed, matrices * of.count * of.each.width),
-        ("d_ff F beside the experts", of.shared, hidden, matrices * model.embed_dim),
+        ("d_ff F of the shared experts", of.shared, hidden, matrices * model.embed_dim),
     )
     return [(label, size, axes, layers * each) for label, size, axes, each in sizes]
 

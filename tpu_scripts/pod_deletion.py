@@ -63,7 +63,7 @@ class Deletion:
                 return False
             elif not looked:
                 looked = True
-                say(f"{self.name} was asked for, is not there and may still come: looking for it for {LOOK_SECONDS:.0f} s")
+                say(f"{self.name} was requested, is not there and may still come: looking for it for {LOOK_SECONDS:.0f} s")
             self.rest(self.poll_seconds)
         state = self.state()
         say(f"{self.kind} MAY STILL EXIST AND COST MONEY{f' (it is {state})' if state else ''}. Delete it yourself: {self.command}")

@@ -149,8 +149,8 @@ def run_jobset(
         state = "" if seen else f"apply: {reason(done)}"
         deadline, silent = now() + description.time_to_live, 0
         while not state:
-            asked = runner.run(Command((*kube, "get", "jobset", name, "--output=jsonpath={.status.terminalState}"), "Completed"))
-            state, silent = asked.out.strip(), silent + 1 if asked.code else 0
+            answer = runner.run(Command((*kube, "get", "jobset", name, "--output=jsonpath={.status.terminalState}"), "Completed"))
+            state, silent = answer.out.strip(), silent + 1 if answer.code else 0
             if not state and (silent >= _POLLS_WITHOUT_ANSWER or now() >= deadline):
                 state = "no answer from the cluster" if silent else "the time to live is over"
             if not state:

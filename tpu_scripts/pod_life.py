@@ -51,7 +51,7 @@ class Pod:
         sleep: waits, and lets an interrupt through.
         poll_seconds: between two looks at the machine.
         rest: waits, and nothing cuts it short.
-        asked: whether this run has requested a machine that may exist.
+        requested: whether this run has requested a machine that may exist.
         awaited: whether that machine was neither seen nor refused, so that it may still come into being.
         made: whether it ever may have existed, in any attempt.
     """
@@ -68,22 +68,22 @@ class Pod:
     now: Callable[[], float] = time.time
     attempt: int = field(default=1)
     rest: Callable[[float], None] = time.sleep
-    asked: bool = field(default=False, init=False)
+    requested: bool = field(default=False, init=False)
     awaited: bool = field(default=False, init=False)
     made: bool = field(default=False, init=False)
 
     def create(self) -> None:
         self.sleep(0)  # an interrupt that has been waiting comes through here, before anything is requested
         own = self.made  # then a machine of this name is the one before
-        self.asked = self.awaited = self.made = True
+        self.requested = self.awaited = self.made = True
         done = self._run(self.gcloud.create(self.expires))
         if not done.code:
             return
         failure = classify(done)
         if failure is EXISTS and own:
             raise Preempted(f"the machine before is still there: {reason(done)}")
-        self.asked, self.awaited = failure.left is not Left.NOTHING, failure.left is Left.UNCLEAR
-        self.made = own or self.asked
+        self.requested, self.awaited = failure.left is not Left.NOTHING, failure.left is Left.UNCLEAR
+        self.made = own or self.requested
         if failure is EXISTS:
             raise NotOurs(f"create: {self.gcloud.machine} exists already; take another --run-id, or delete it: {self.gcloud.delete()}")
         raise (Preempted if failure.again else StepFailed)(f"create: {reason(done)}")
@@ -164,7 +164,7 @@ class Pod:
         command = self.gcloud.delete()
         deletion = Deletion("MACHINE", self.gcloud.machine, command, self.runner, self.poll_seconds, self.now, self.rest, state)
         gone = deletion.until_gone(self.awaited)
-        self.asked = self.awaited = not gone
+        self.requested = self.awaited = not gone
         return gone
 
     def _run(self, command: Command) -> Done:
@@ -269,7 +269,7 @@ def create(pod: Pod) -> None:
         pod.sleep(0)
         created = True
     finally:
-        if pod.asked and not created:
+        if pod.requested and not created:
             pod.delete()
 
 
@@ -289,7 +289,7 @@ def _attempt(pod: Pod) -> int:
         pod.fetch()
     finally:
         # No interrupt is let through in here (see Signals): one before it has ended the steps above, one during it changes nothing.
-        if pod.asked:
+        if pod.requested:
             deleted = pod.delete()
     return 0 if deleted else 1
 

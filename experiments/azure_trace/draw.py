@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import beside, read
+from experiments.results import next_to, read
 
 
 def _case(run: dict[str, Any]) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def main() -> int:
     axes[0].legend(ncols=5, fontsize=8)
     axes[1].set(ylabel="P95 time to first token, s", yscale="log")
     axes[1].set_xticks([n + 0.3 for n in range(len(cases))], ["\n".join(case).replace(", ", "\n") for case in cases], fontsize=6)
-    figure.savefig(beside(__file__, "azure.png"), dpi=110)
+    figure.savefig(next_to(__file__, "azure.png"), dpi=110)
     print(f"| model | slice | batch | {' | '.join(schedulers)} | chip·ms per token |\n|---|---|---|{'---|' * (len(schedulers) + 1)}")
     for case in cases:
         mine = {run["scheduler"]: run for run in runs if _case(run) == case}

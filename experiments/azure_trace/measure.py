@@ -81,9 +81,7 @@ def main() -> int:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--requests", type=int, help="only the first so many")
     parser.add_argument("--missing", action="store_true", help="run only what results.json lacks")
-    parser.add_argument(
-        "--fcfs", metavar="TEXT", help="slices whose name has this text under fcfs alone, into fcfs.json beside what is there"
-    )
+    parser.add_argument("--fcfs", metavar="TEXT", help="slices whose name has this text under fcfs alone, added to fcfs.json")
     args = parser.parse_args()
     arrivals = read_trace(args.trace, args.requests)
     if args.fcfs is not None:

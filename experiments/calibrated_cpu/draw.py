@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import AMBER, BLUE, PURPLE, RED, beside, read
+from experiments.results import AMBER, BLUE, PURPLE, RED, next_to, read
 
 COLOURS = {
     ("llama-125m", "f32"): BLUE,
@@ -45,7 +45,7 @@ def main() -> None:
         panel.set_ylabel(f"predicted, {unit}", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.2, which="both")
-    figure.savefig(beside(__file__, "calibrated.png"), dpi=110)
+    figure.savefig(next_to(__file__, "calibrated.png"), dpi=110)
 
 
 def _diagonal(panel: plt.Axes, values: list[float], band: float) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from experiments.results import beside, machine
+from experiments.results import machine, next_to
 from tests.execution.assignments import MESHES
 from tests.execution.harness import TOLERANCE, largest_error, make_plan
 from tests.execution.mixtures import Mixed, all_mixed, largest_errors, model_of
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, help="one of the parts alone")
     parser.add_argument(
-        "--into", type=Path, default=beside(__file__, FILE), help=f"the file of results (default: {FILE} beside this script)"
+        "--into", type=Path, default=next_to(__file__, FILE), help=f"the file of results (default: {FILE} next to this script)"
     )
     args = parser.parse_args()
     found: dict[str, Any] = json.loads(args.into.read_text()) if args.into.exists() else {}

@@ -72,11 +72,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*TESTS, []], help="all by default")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--count", action="store_true", help="run nothing, and write down what was run before")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     found, failed = read(__file__, missing={}), []
-    for name in asked.names or TESTS:
-        if not asked.count:
-            run(name, asked.processes)
+    for name in args.names or TESTS:
+        if not args.count:
+            run(name, args.processes)
         results = kept.read(file_of(name))
         if not results:
             raise SystemExit(f"{TESTS[name][0]} has no such tests, or none was run")

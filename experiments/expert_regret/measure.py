@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from experiments.results import beside, read, write
+from experiments.results import next_to, read, write
 from partinf.buckets import serving_steps
 from partinf.hardware.slices import parse_slice
 from partinf.layout import experts_name
@@ -100,18 +100,18 @@ def regret(rows: list[dict[str, Any]]) -> float:
 def table(cases: dict[str, list[dict[str, Any]]]) -> str:
     lines = ["| case | compiled ms (by the planner), in the planner's order | regret |", "|---|---|---|"]
     for name, rows in cases.items():
-        told = [f"{row['layout'].split(', prefill')[0]}: {row['compiled_ms']:.4g} ({row['planner_ms']:.4g})" for row in rows]
-        lines.append(f"| {name} | {'<br>'.join(told)} | {f'{regret(rows):.1%}' if len(rows) > RIVALS else 'not all compiled'} |")
+        cells = [f"{row['layout'].split(', prefill')[0]}: {row['compiled_ms']:.4g} ({row['planner_ms']:.4g})" for row in rows]
+        lines.append(f"| {name} | {'<br>'.join(cells)} | {f'{regret(rows):.1%}' if len(rows) > RIVALS else 'not all compiled'} |")
     return "\n".join(lines)
 
 
 def show(found: dict[str, Any]) -> None:
     """Write the page's figures."""
-    said = found["summary"]
-    line = f"{said['cases']} of {len(CASES)} cases compiled {found['date']}"
-    if said["cases"]:
-        line += f": median regret {said['median']:.1%}, worst {said['worst']:.1%}"
-    page = beside(__file__, "README.md")
+    summary = found["summary"]
+    line = f"{summary['cases']} of {len(CASES)} cases compiled {found['date']}"
+    if summary["cases"]:
+        line += f": median regret {summary['median']:.1%}, worst {summary['worst']:.1%}"
+    page = next_to(__file__, "README.md")
     before, _, after = page.read_text().partition("<!-- table -->")
     page.write_text(f"{before}<!-- table -->\n{line}.\n\n{table(found['rows'])}\n<!-- end -->{after.partition('<!-- end -->')[2]}")
 

@@ -102,14 +102,14 @@ def published() -> list[dict[str, Any]]:
         same = everywhere(slice_, "ffn", "heads", "expert")
         best = answer(question, slice_).best
         skews = {str(skew): replace(question, skew=skew) for skew in (0.0, *SKEWS)}
-        floors = {skew: floor(given(asked, slice_, [(same, 0)])[0], slice_.chip.hbm_bandwidth) for skew, asked in skews.items()}
+        floors = {skew: floor(given(question, slice_, [(same, 0)])[0], slice_.chip.hbm_bandwidth) for skew, question in skews.items()}
         found.append(
             {
                 "batch": batch,
                 "measured": measured,
-                "tp4_ep4": {skew: ms(step(asked, slice_, same)) for skew, asked in skews.items()},
+                "tp4_ep4": {skew: ms(step(question, slice_, same)) for skew, question in skews.items()},
                 "floor": floors,
-                "planner": {skew: ms(step(asked, slice_, best.layout)) for skew, asked in skews.items()},
+                "planner": {skew: ms(step(question, slice_, best.layout)) for skew, question in skews.items()},
                 "layout": best.name,
             }
         )

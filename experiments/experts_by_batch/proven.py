@@ -67,8 +67,8 @@ def row(name: str, texts: Path) -> dict[str, Any]:
     kept = json.loads(gzip.decompress(file_of(name, texts).read_bytes()))
     if kept["layout"] != layout:
         raise SystemExit(f"{name}: {file_of(name, texts)} is a program of {kept['layout']}, and {layout} is planned today: delete it")
-    said = Compiled(**kept["said"])
-    schedule, kinds = schedule_of(plan, bucket, said.program), said.memory
+    compiled = Compiled(**kept["said"])
+    schedule, kinds = schedule_of(plan, bucket, compiled.program), compiled.memory
     needed = kinds["argument"] + kinds["temp"] + kinds["generated_code"] + max(0, kinds["output"] - kinds["alias"])
     moved = sum(work.seconds * work.count for work in schedule.work if work.moves)
     return {
@@ -85,8 +85,8 @@ def main(texts: Path, names: list[str]) -> None:
     for name in names:
         if not file_of(name, texts).is_file():
             plan, bucket, layout = planned(CASES[name])
-            said = compile_bucket(plan, bucket, Limits(seconds=3600))
-            file_of(name, texts).write_bytes(gzip.compress(json.dumps({"layout": layout, "said": asdict(said)}).encode()))
+            compiled = compile_bucket(plan, bucket, Limits(seconds=3600))
+            file_of(name, texts).write_bytes(gzip.compress(json.dumps({"layout": layout, "said": asdict(compiled)}).encode()))
     found = {name: row(name, texts) for name in CASES if file_of(name, texts).is_file()}
     write(__file__, found, "proven.json")
     print(json.dumps(found, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.results import beside, read
+from experiments.results import next_to, read
 
 _SPLITS = "does not split"
 
@@ -16,7 +16,7 @@ themselves from some 64 to 256 sequences on. A layout that was chosen for one re
 
 def main() -> None:
     found = read(__file__) | {"proven": read(__file__, "proven.json")}
-    beside(__file__, "README.md").write_text(page(found))
+    next_to(__file__, "README.md").write_text(page(found))
 
 
 def page(found: dict[str, Any]) -> str:
@@ -25,7 +25,7 @@ def page(found: dict[str, Any]) -> str:
             [
                 _head(found["date"]),
                 _steps(found["steps"]),
-                _said(found["steps"]),
+                _steps_text(found["steps"]),
                 _published(found),
                 _proven(found["proven"]),
                 _r1(found["r1"]),
@@ -44,7 +44,7 @@ def _head(date: str) -> str:
 
 The planner's best layout of a decode step (context 2048, bf16, uniform routing) for four mixtures of experts on four slices, found {date}.
 `X`, `E` and `F` are the experts, and the d_model and d_ff of each; milliseconds. "All experts" and "all d_ff" have every axis splitting one
-thing under tensor-parallel attention; "copies" are copies of the dense weights with whole requests dealt over all axes and experts over all
+thing under tensor-parallel attention; "copies" are copies of the dense weights with whole requests split over all axes and experts over all
 of them, rows gathered or exchanged, whether they fit or not. In brackets a best layout that does not fit."""
 
 
@@ -77,7 +77,7 @@ def _steps(tables: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _said(tables: dict[str, list[dict[str, Any]]]) -> str:
+def _steps_text(tables: dict[str, list[dict[str, Any]]]) -> str:
     large = {row["batch"]: row for row in tables["qwen-3-235b-a22b on v5e:8x8"]}
     mixtral = {row["batch"]: row for row in tables["mixtral-8x7b on v5e:4x4"]}
     one, most, slower = large[1], large[1024], mixtral[256]["skewed"]["1.2"] / mixtral[256]["ms"] - 1
@@ -132,7 +132,7 @@ def _proven(rows: dict[str, dict[str, Any]]) -> str:
     return f"""## Compiled whole
 
 `python -m experiments.experts_by_batch.proven TEXTS NAME …` compiles a step for its slice and reads it (`partinf.proof`). The products of
-experts are priced by the ledger there too, so a proof tells what else the program does, and what HBM has to carry beside them. The program
+experts are priced by the ledger there too, so a proof tells what else the program does, and what else HBM has to carry. The program
 in the table still added its logits up over devices (0.17 ms), which the plan no longer does:
 
 {table}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.experts_on_cpu.sides import SHAPE, WAYS
-from experiments.results import beside, machine, write
+from experiments.results import machine, next_to, write
 
 ROWS, ROUNDS = (1, 8, 32), 7
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch-python", required=True, metavar="PYTHON", help="an interpreter that has torch and transformers")
     parser.add_argument("--model", metavar="FOLDER", help="what `sides.py make FOLDER` wrote; else it is written first")
-    parser.add_argument("--said", default="", help="what is to be said of the machine: whether anything ran beside")
+    parser.add_argument("--note", default="", help="a note on the machine, such as what else ran on it")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as made:
@@ -99,9 +99,9 @@ def main() -> None:
             rows += [row(ours, theirs, dtype, count, bandwidth) | {"bandwidth": bandwidth} for count in ROWS]
             ours.end()
             theirs.end()
-    write(__file__, {"date": str(date.today()), "machine": machine(), "said": args.said, "shape": SHAPE, "rows": rows})
+    write(__file__, {"date": str(date.today()), "machine": machine(), "note": args.note, "shape": SHAPE, "rows": rows})
     print(table(rows))
-    page = beside(__file__, "README.md")
+    page = next_to(__file__, "README.md")
     before, _, after = page.read_text().partition("<!-- table -->")
     page.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{after.partition('<!-- end -->')[2]}")
 

@@ -100,8 +100,8 @@ def transformers(dtype: str, folder: str) -> Callable[[str, int], float]:
         token = torch.tensor(tokens(rows))[:, None]
 
         @torch.inference_mode()
-        def call(**asked: Any) -> Any:
-            found = model(token, past_key_values=past, use_cache=True, **asked)
+        def call(**options: Any) -> Any:
+            found = model(token, past_key_values=past, use_cache=True, **options)
             found.logits[:, -1].argmax(-1)
             past.crop(CONTEXT - 1 - past.get_seq_length())  # a negative number of tokens to take off
             return found

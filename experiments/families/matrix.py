@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.families import cases
-from experiments.results import beside, write
+from experiments.results import next_to, write
 from partinf.buckets import Capacity, with_capacity
 from partinf.checkpoint.described import read_model
 from partinf.checkpoint.hf import load_hf
@@ -80,8 +80,8 @@ def run(directory: Path, seed: int) -> dict[str, Any]:
     plan = dataclasses.replace(plan, buckets=plan.buckets[-1:])  # the largest does what all do, and is compiled once
     params = load_hf(directory, plan.model, abstract_params(plan, device_mesh(plan), unrolled=False))
     engine = Engine(JaxRunner(plan, params), check_invariants=True)
-    asked = SamplingParams(max_tokens=GENERATED, logprobs=True, ignore_eos=True)
-    outputs = [engine.generate([prompt], asked)[0] for prompt in prompts_of(case["vocab_size"], seed)]  # each finds the last one's pages
+    params = SamplingParams(max_tokens=GENERATED, logprobs=True, ignore_eos=True)
+    outputs = [engine.generate([prompt], params)[0] for prompt in prompts_of(case["vocab_size"], seed)]  # each finds the last one's pages
     sequences = [[*output.prompt, *output.tokens] for output in outputs]
     padded = jnp.asarray([tokens + [0] * (cases.LONGEST - len(tokens)) for tokens in sequences])
     defined = np.asarray(jax.nn.log_softmax(reference.forward(params, plan.model, padded, cases.LONGEST), -1))
@@ -107,7 +107,7 @@ def compare(found: Mapping[str, Any], answers: Mapping[str, np.ndarray]) -> tupl
 
 def measure(folder: Path, python: str, seed: int, names: list[str]) -> None:
     """Make the cases, serve and compare them, and leave a `row.json` in the directory of each."""
-    side = str(beside(__file__, "transformers_side.py"))
+    side = str(next_to(__file__, "transformers_side.py"))
     subprocess.run([python, side, "make", str(folder), str(seed), *names], check=True)
     found: dict[str, Any] = {}
     rows: dict[str, Row] = {}
@@ -121,8 +121,8 @@ def measure(folder: Path, python: str, seed: int, names: list[str]) -> None:
         except InvalidInput as error:
             row.why = "; ".join(line.split("config.json: ")[-1].split("config.json ")[-1] for line in error.offences)
             continue
-        asked = {"sequences": found[case["case"]]["sequences"], "served": cases.LONGEST}
-        (directory / "asked.json").write_text(json.dumps(asked))
+        questions = {"sequences": found[case["case"]]["sequences"], "served": cases.LONGEST}
+        (directory / "questions.json").write_text(json.dumps(questions))
         (directory / "answers.npz").unlink(missing_ok=True)
         print(f"{case['case']}: served", flush=True)
     subprocess.run([python, side, "answer", str(folder), *names], check=True)
@@ -147,7 +147,7 @@ def collected(folder: Path) -> list[Row]:
 
 def with_others(rows: list[Row]) -> list[Row]:
     """The rows with those that results.json has of other cases, in the order of `cases.py`."""
-    run, file = {row.case for row in rows}, beside(__file__, "results.json")
+    run, file = {row.case for row in rows}, next_to(__file__, "results.json")
     before = json.loads(file.read_text())["rows"] if file.exists() else []
     order = list(cases.CASES)
     found = [*rows, *(Row(**row) for row in before if row["case"] not in run and row["case"] in order)]
@@ -157,8 +157,8 @@ def with_others(rows: list[Row]) -> list[Row]:
 def table(rows: list[Row]) -> str:
     lines = ["| model type | case | | largest difference, or why it is refused |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row.found == "refused", row.model_type)):
-        said = row.why if row.found == "refused" else f"{row.difference:.0e}"
-        lines.append(f"| `{row.model_type}` | {row.case} | {row.found} | {said} |")
+        remark = row.why if row.found == "refused" else f"{row.difference:.0e}"
+        lines.append(f"| `{row.model_type}` | {row.case} | {row.found} | {remark} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The half of the matrix that needs transformers: makes a directory for every case, and says what transformers makes of it.
 
     python transformers_side.py make FOLDER SEED [CASE …]      directories with random weights, norms and biases included
-    python transformers_side.py answer FOLDER [CASE …]         log-probabilities of the sequences in every `asked.json`
+    python transformers_side.py answer FOLDER [CASE …]         log-probabilities of the sequences in every `questions.json`
 
 A directory's sequences are scored with as many tokens behind them as the longest context that is served, for the rotations that depend
 on it; no token sees those behind it.
@@ -59,9 +59,9 @@ def make(folder: Path, seed: int, names: list[str]) -> None:
             continue
         sizes = cases.drawn(1000 * seed + number)
         try:
-            asked = arguments(sizes)
-            written, renamed = asked.pop(cases.WRITTEN, {}), asked.pop(cases.RENAMED, None)
-            config = transformers.CONFIG_MAPPING[model_type](**asked)
+            settings = arguments(sizes)
+            written, renamed = settings.pop(cases.WRITTEN, {}), settings.pop(cases.RENAMED, None)
+            config = transformers.CONFIG_MAPPING[model_type](**settings)
             made = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else transformers.AutoModelForCausalLM
             torch.manual_seed(seed)
             model = made.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -75,13 +75,13 @@ def make(folder: Path, seed: int, names: list[str]) -> None:
 
 @torch.no_grad()
 def answer(directory: Path) -> None:
-    asked = json.loads((directory / "asked.json").read_text())
+    questions = json.loads((directory / "questions.json").read_text())
     wrapped = "vision_config" in json.loads((directory / "config.json").read_text())
     made = transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
     model = made.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
     found = {}
-    for number, tokens in enumerate(asked["sequences"]):
-        padded = torch.tensor([tokens + [3] * (asked["served"] - len(tokens))])
+    for number, tokens in enumerate(questions["sequences"]):
+        padded = torch.tensor([tokens + [3] * (questions["served"] - len(tokens))])
         scores = torch.log_softmax(model(input_ids=padded, use_cache=False).logits[0, : len(tokens)].float(), -1)
         found[f"logprobs_{number}"] = scores.numpy()
     np.savez(directory / "answers.npz", **found)
@@ -93,7 +93,7 @@ def main() -> None:
     if command == "make":
         make(folder, int(sys.argv[3]), sys.argv[4:])
         return
-    for directory in sorted(path.parent for path in folder.glob("*/asked.json")):
+    for directory in sorted(path.parent for path in folder.glob("*/questions.json")):
         named = json.loads((directory / "case.json").read_text())["case"]
         if not (directory / "answers.npz").exists() and (len(sys.argv) == 3 or named in sys.argv[3:]):
             answer(directory)

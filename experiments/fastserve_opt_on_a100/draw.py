@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import beside, read
+from experiments.results import next_to, read
 
 _TICKS = (1, 1.5, 2, 3, 4, 6, 10)
 _SHOWN = (("per_token", 1e3, 0), ("completion", 1.0, 1))
@@ -75,7 +75,7 @@ def draw(curves: list[dict[str, Any]]) -> None:
     figure.suptitle("400 requests; dashed: swapped when another needs room (reactive), dotted: recomputed", fontsize=10)
     axes[0][0].set_ylabel("mean latency per generated token, s")
     axes[1][0].set_ylabel("mean completion time, s")
-    figure.savefig(beside(__file__, "fastserve.png"), dpi=110)
+    figure.savefig(next_to(__file__, "fastserve.png"), dpi=110)
 
 
 def main() -> int:

@@ -89,8 +89,8 @@ def kernels(chip: str, kind: str, share: float = 1.0) -> Calibration:
 @cache
 def work(row: Row, share: float) -> float:
     """Seconds per output token of a row's products, cores and collectives, and of what fp8 adds to them."""
-    beside = layers(row) * OPERATIONS[row.chip]["fp8_layer_seconds"] if row.type == "fp8" else 0.0
-    return row.work(kernels(row.chip, row.type, share)) + beside
+    overhead = layers(row) * OPERATIONS[row.chip]["fp8_layer_seconds"] if row.type == "fp8" else 0.0
+    return row.work(kernels(row.chip, row.type, share)) + overhead
 
 
 def fit(rows: Sequence[Row]) -> Fitted:

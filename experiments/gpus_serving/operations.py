@@ -98,9 +98,9 @@ def reading(chip: str, operation: str, kind: str = "bf16", programs: Iterable[st
     for program in programs:
         few = [t for t in _of(chip, operation, program, kind=kind) if t.rows < _LARGE]
         terms = np.array([(1e-6, t.read * 1e-12) for t in few]) / np.array([[t.seconds] for t in few])
-        beside, each = nnls(terms, np.ones(len(few)))[0]
-        found.append((float(beside) * 1e-6, 1e12 / float(each) / chips()[chip].hbm_bandwidth))
-    return median(beside for beside, _ in found), median(share for _, share in found)
+        overhead, each = nnls(terms, np.ones(len(few)))[0]
+        found.append((float(overhead) * 1e-6, 1e12 / float(each) / chips()[chip].hbm_bandwidth))
+    return median(overhead for overhead, _ in found), median(share for _, share in found)
 
 
 def collectives(chip: str, *programs: str) -> tuple[float, float, float]:
@@ -153,8 +153,8 @@ def constants(chip: str) -> dict[str, Any]:
         "each engine": {engine: collective(engine) for engine in ENGINES},
     }
     if _of(chip, "product", *ENGINES, kind="fp8"):
-        beside = [reading(chip, "product", "fp8", (e,))[0] - reading(chip, "product", "bf16", (e,))[0] for e in ENGINES]
-        found |= {"fp8_efficiency": efficiency(chip, "fp8"), "fp8_layer_seconds": PRODUCTS * median(beside)}
+        overhead = [reading(chip, "product", "fp8", (e,))[0] - reading(chip, "product", "bf16", (e,))[0] for e in ENGINES]
+        found |= {"fp8_efficiency": efficiency(chip, "fp8"), "fp8_layer_seconds": PRODUCTS * median(overhead)}
     return found
 
 

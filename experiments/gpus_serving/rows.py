@@ -166,7 +166,7 @@ def compared(rows: Iterable[Row]) -> tuple[list[Row], dict[tuple[str, ...], str]
                 f"left out: {faster} of {len(kept)} rows are faster than the work that they state can be done, down to {least:.2f}"
             )
         elif short := sum(not row.fits for row in own):
-            why[campaign] = f"{short} of {len(own)} rows left out: their requests do not fit into memory beside each other"
+            why[campaign] = f"{short} of {len(own)} rows left out: their requests do not fit into memory together"
     return [row for row in fitting if row.campaign not in answered], why
 
 

@@ -55,7 +55,7 @@ class Guards:
 
     def __init__(self, port: int) -> None:
         self.port, self.ended = port, threading.Event()
-        self.asked, self.harmed, self.slowest = 0, list[str](), 0.0
+        self.checks, self.harmed, self.slowest = 0, list[str](), 0.0
         asks = (self._whole, self._streamed, self._health)
         self._threads = [threading.Thread(target=self._run, args=(one,)) for one in asks]
         for thread in self._threads:
@@ -80,7 +80,7 @@ class Guards:
                 answer = one()
             except Exception as error:
                 answer = f"{type(error).__name__}: {error}"
-            self.asked += 1
+            self.checks += 1
             self.slowest = max(self.slowest, time.monotonic() - started)
             if answer != WANTED:
                 self.harmed.append(answer)
@@ -165,14 +165,14 @@ def measure(count: int, seed: int) -> dict[str, Any]:
                 name = str(status)
             except Exception as error:
                 failed, name, content = True, type(error).__name__, str(error).encode()
-            said = f"{given[0]} {given[1][:300]!r}: {name} {content[:200]!r}" if failed else None
-            return name, time.monotonic() - started, said
+            failure = f"{given[0]} {given[1][:300]!r}: {name} {content[:200]!r}" if failed else None
+            return name, time.monotonic() - started, failure
 
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-            for name, seconds, said in pool.map(one, bodies(seed, count)):
+            for name, seconds, failure in pool.map(one, bodies(seed, count)):
                 statuses[name] += 1
                 slowest = max(slowest, seconds)
-                bad += [said] * (said is not None)
+                bad += [failure] * (failure is not None)
         guards.end()
         memory.end()
         alive = child.poll() is None
@@ -183,7 +183,7 @@ def measure(count: int, seed: int) -> dict[str, Any]:
         "failures": len(bad),
         "first_failures": bad[:10],
         "slowest_answer_seconds": round(slowest, 2),
-        "guards_asked": guards.asked,
+        "guards_checked": guards.checks,
         "guards_harmed": len(guards.harmed),
         "first_harmed": guards.harmed[:10],
         "slowest_guard_seconds": round(guards.slowest, 2),

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import BLUE, RED, beside, read
+from experiments.results import BLUE, RED, next_to, read
 
 COLOURS = (BLUE, RED, "#d99a6c")  # steps that decode, with the most prompt tokens, with fewer
 
@@ -42,7 +42,7 @@ def main() -> int:
     figure.suptitle(
         f"{results['model']}, {results['rows']} sequences per iteration, Orca's lengths / {results['lengths']['scale']}", fontsize=10
     )
-    figure.savefig(beside(__file__, "iteration_level.png"), dpi=110)
+    figure.savefig(next_to(__file__, "iteration_level.png"), dpi=110)
     return 0
 
 

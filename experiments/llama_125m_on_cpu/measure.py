@@ -75,11 +75,11 @@ class Side:
         found = 0
         for folder in Path("/proc").iterdir():
             try:
-                said = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
+                fields = (folder / "stat").read_text().rpartition(")")[2].split() if folder.name.isdigit() else []
             except OSError:  # it has ended
                 continue
-            if said and int(said[2]) == self._process.pid:  # its group
-                found += int(said[11]) + int(said[12])
+            if fields and int(fields[2]) == self._process.pid:  # its group
+                found += int(fields[11]) + int(fields[12])
         return found
 
     def _read(self) -> str:
@@ -117,22 +117,25 @@ def compare(dtype: str, pythons: dict[str, str], shape: str, cases: list[str], r
     finally:
         for side in sides:
             side.close()
-    said: dict[str, Any] = {"others": statistics.median(others), "others_most": max(others), "cases": {}}
+    result: dict[str, Any] = {"others": statistics.median(others), "others_most": max(others), "cases": {}}
     for case, turns in taken.items():
         medians = {name: 1e3 * statistics.median(turn[name] for turn in turns) for name in turns[0]}
         peers = {name: took for name, took in medians.items() if name != "partinf"}
         best = min(peers, key=lambda name: peers[name], default="partinf")
         ratio = statistics.median(turn["partinf"] / turn[best] for turn in turns)
-        said["cases"][case] = {"ms": medians, "best": best, "ratio": ratio, "rounds": turns}
+        result["cases"][case] = {"ms": medians, "best": best, "ratio": ratio, "rounds": turns}
         if case.startswith("load"):
             tokens = sum(answer for _, answer in lengths(int(case.split(":")[2])))
-            said["cases"][case]["tokens_per_second"] = {name: 1e3 * tokens / took for name, took in medians.items()}
+            result["cases"][case]["tokens_per_second"] = {name: 1e3 * tokens / took for name, took in medians.items()}
         print(
             f"{dtype:9} {case:15}", "  ".join(f"{name} {took:8.2f}" for name, took in medians.items()), f" {ratio:.2f} × {best}", flush=True
         )
-    if said["others"] > QUIET:
-        print(f"{dtype}: the machine was not quiet: others took {said['others']:.0%} of it (at most {said['others_most']:.0%})", flush=True)
-    return said
+    if result["others"] > QUIET:
+        print(
+            f"{dtype}: the machine was not quiet: others took {result['others']:.0%} of it (at most {result['others_most']:.0%})",
+            flush=True,
+        )
+    return result
 
 
 def main() -> None:

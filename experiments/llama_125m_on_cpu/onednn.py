@@ -30,8 +30,8 @@ def library(include: str, folder: str) -> dict[tuple[str, int], tuple[float, flo
         search = [f"-I{include}", f"-L{folder}", f"-Wl,-rpath,{folder}"]
         subprocess.run(["g++", "-std=c++17", "-O2", source, "-o", program, *search, "-ldnnl"], check=True)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        said = subprocess.run([program, *map(str, ROWS)], env=environment, check=True, capture_output=True, text=True).stdout
-    lines = [line.split() for line in said.splitlines()]
+        printed = subprocess.run([program, *map(str, ROWS)], env=environment, check=True, capture_output=True, text=True).stdout
+    lines = [line.split() for line in printed.splitlines()]
     return {(kind, int(rows)): (float(plain), float(packed)) for kind, rows, plain, packed in lines}
 
 

@@ -14,7 +14,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for case in results["cases"]:
         cells = [case["model"], case["batch"], case["context"]]
-        for figures in (case["best"], case["undealt"]):
+        for figures in (case["best"], case["without_sequence"]):
             fits = "" if figures["fits"] else " (does not fit)"
             cells += [figures["roles"] + fits, figures["step_ms"], figures["kv_gb_per_device"]]
         print("| " + " | ".join(map(str, cells)) + " |")

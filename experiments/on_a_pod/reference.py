@@ -69,12 +69,12 @@ def planned(one: Mapping[str, Any], given: Mapping[str, Any], chosen: Sequence[C
     """
     from partinf.measure.steps import for_buckets
 
-    asked = {key: given.get(key) or one.get(key) for key in ("model", "mesh", "weights", "kv")}
+    wanted = {key: given.get(key) or one.get(key) for key in ("model", "mesh", "weights", "kv")}
     if given.get("slice"):
-        asked["mesh"] = given.get("mesh")
-    slice_ = slice_of(given.get("slice") or one["machine"], asked["mesh"], given.get("hardware"))
+        wanted["mesh"] = given.get("mesh")
+    slice_ = slice_of(given.get("slice") or one["machine"], wanted["mesh"], given.get("hardware"))
     layout = make_layout(one["storage"], one["attention"], one["attention"], decode_whole=True, experts=one.get("experts"))
-    plan = Plan(load_model_config(str(asked["model"])), slice_, layout, DType(asked["weights"]), DType(asked["kv"]))
+    plan = Plan(load_model_config(str(wanted["model"])), slice_, layout, DType(wanted["weights"]), DType(wanted["kv"]))
     size, ways = plan.cache.page_size, plan.num_sequence_shards
     buckets = [Bucket(round_up(cell.batch, plan.num_shards), round_up(ceil_div(cell.context, size), ways)) for cell in chosen]
     slots = plan.prefill_slot_multiple()

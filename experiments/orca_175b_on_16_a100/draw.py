@@ -10,7 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from experiments.orca_175b_on_16_a100.measure import whole_curves
-from experiments.results import beside, read
+from experiments.results import next_to, read
 
 STYLE = {"orca": ("tab:blue", "-"), "fastertransformer": ("tab:red", "--"), "request-level": ("tab:gray", ":")}
 MARKER = {1: "o", 8: "s", 16: "^", 32: "D"}
@@ -50,7 +50,7 @@ def main() -> int:
     axes[0].set_ylabel("median latency per generated token, ms")
     axes[0].legend(fontsize=7)
     figure.suptitle("GPT-3 on pipeline stages of 8 A100-40GB, simulated; the line is 190 ms per token")
-    figure.savefig(beside(__file__, "orca.png"), dpi=110)
+    figure.savefig(next_to(__file__, "orca.png"), dpi=110)
     return 0
 
 

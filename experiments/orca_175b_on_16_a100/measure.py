@@ -213,12 +213,12 @@ def low_load() -> dict[str, dict[str, float]]:
 
 def near_target(program: Program = LOOPED) -> dict[str, dict[str, Any]]:
     """Both models around 190 ms per token: a few loads of the best batch sizes, without the whole curves, and the load at the target."""
-    asked = {
+    cases = {
         "gpt3-175b": {("orca", 32): (9.0, 11.0, 13.0), ("fastertransformer", 1): (0.25, 0.3, 0.35), ("request-level", 16): (1.5, 1.9, 2.3)},
         "gpt3-341b": {("orca", 32): (7.0, 9.0, 11.0), ("fastertransformer", 1): (0.1, 0.15, 0.2), ("request-level", 16): (0.6, 0.9, 1.2)},
     }
     found: dict[str, dict[str, Any]] = {}
-    for model, ways in asked.items():
+    for model, ways in cases.items():
         points = {
             f"{name} {size}": [simulate(name, size, rate, model=model, program=program) for rate in rates]
             for (name, size), rates in ways.items()

@@ -122,10 +122,10 @@ def run(case: Case) -> dict[str, Any]:
     start = time.monotonic()
     try:
         proof: Proof | None = prove(plan, [bucket], Limits(seconds=600, memory_bytes=8 << 30), by_compiler=case.by_compiler)
-        said: dict[str, Any] = proof_json(proof)["steps"][0] | {"compiler": proof.compiler}
+        proven: dict[str, Any] = proof_json(proof)["steps"][0] | {"compiler": proof.compiler}
     except (CompilerFailed, ValueError) as error:
-        said = {"failed": str(error)}
-    return {"measured_seconds": case.measured, "wall_seconds": time.monotonic() - start, **said}
+        proven = {"failed": str(error)}
+    return {"measured_seconds": case.measured, "wall_seconds": time.monotonic() - start, **proven}
 
 
 def results() -> dict[str, Any]:

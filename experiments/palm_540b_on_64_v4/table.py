@@ -29,26 +29,26 @@ def added(found: dict[str, Any], kind: str) -> float:
 def line(name: str, found: dict[str, Any]) -> str:
     """What was found of one program."""
     held, paper = found["memory"], found["measured_seconds"]
-    gib, said = f"{held['needed'] / 2**30:.2f}", milliseconds(paper) if paper else ""
+    gib, published = f"{held['needed'] / 2**30:.2f}", milliseconds(paper) if paper else ""
     if not found["fits"]:
-        return f"| {name} | {gib} | refused ({held['usable'] / 2**30:.2f} usable) | {said} | | | | | | | |"
+        return f"| {name} | {gib} | refused ({held['usable'] / 2**30:.2f} usable) | {published} | | | | | | | |"
     seconds, parts = found["step_seconds_estimate"], found["estimate"]
     off = f"{seconds / paper - 1:+.0%}" if paper else ""
     times = (parts["compute"], parts["collectives"], parts["overlapped"])
     times += (added(found, "extra copy"), added(found, "reduce-scatter turned all-reduce"))
     cells = " | ".join(map(milliseconds, (*times, found["planned_seconds"])))
-    return f"| {name} | {gib} | {milliseconds(seconds)} | {said} | {off} | {cells} |"
+    return f"| {name} | {gib} | {milliseconds(seconds)} | {published} | {off} | {cells} |"
 
 
 def hidden(name: str, found: dict[str, Any]) -> list[str]:
     """Collectives and transfers that run alongside other work in one program, the dearest first."""
     every = [(c["seconds"] * c["count"], c) for c in found.get("collectives", ())]
-    beside = sorted(((c["overlapped_fraction"] * whole, whole, c) for whole, c in every), key=lambda one: -one[0])
-    least = _LEAST * sum(seconds for seconds, _, _ in beside)
+    overlapped = sorted(((c["overlapped_fraction"] * whole, whole, c) for whole, c in every), key=lambda one: -one[0])
+    least = _LEAST * sum(seconds for seconds, _, _ in overlapped)
     cells = "| {} | {} | {} | {} | {} | {:,} | {} | {} |"
     return [
         cells.format(name, *map(milliseconds, (seconds, whole)), c["op"], "".join(c["axes"]), c["bytes"], c["count"], c["source_op"])
-        for seconds, whole, c in beside
+        for seconds, whole, c in overlapped
         if seconds > least
     ]
 

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import AMBER, BLUE, RED, beside, read
+from experiments.results import AMBER, BLUE, RED, next_to, read
 
 COLOURS = {"palm-8b": BLUE, "palm-62b": AMBER, "palm-540b": RED}
 # Pope et al. (2023), tables 2 and 3: model, phase, latency of the step, chips, tokens of the step.
@@ -60,7 +60,7 @@ def main() -> None:
         panel.grid(True, which="both", alpha=0.15)
     panels[0].legend(fontsize=7, frameon=False)
     figure.suptitle("Latency against cost on TPU v4 (predicted): lines are the fronts over batches and slices", fontsize=11)
-    figure.savefig(beside(__file__, "pareto.png"), dpi=100)
+    figure.savefig(next_to(__file__, "pareto.png"), dpi=100)
 
 
 if __name__ == "__main__":

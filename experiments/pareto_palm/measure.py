@@ -53,10 +53,10 @@ def mark_front(points: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
-    asked = (
+    questions = (
         (m, s, p, b, w) for m in MODELS for s in SLICES for p in ("decode", "prefill") for b in BATCHES for w in (DType.INT8, DType.BF16)
     )
-    points = [found for one in asked if (found := point(*one)) is not None]
+    points = [found for one in questions if (found := point(*one)) is not None]
     mark_front(points)
     results = {"context": CONTEXT, "points": points}
     write(__file__, results)

@@ -19,7 +19,7 @@ def file_of(step: Step, texts: Path) -> Path:
     return texts / f"{step.name.replace(' ', '_')}.json.gz"
 
 
-def said(step: Step, texts: Path) -> Compiled:
+def compiled_of(step: Step, texts: Path) -> Compiled:
     """What the compiler printed for a step."""
     return Compiled(**json.loads(gzip.decompress(file_of(step, texts).read_bytes())))
 

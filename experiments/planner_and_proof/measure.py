@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments.planner_and_proof.compile import compiled_of
 from experiments.planner_and_proof.compile import main as compile_missing
-from experiments.planner_and_proof.compile import said
 from experiments.planner_and_proof.steps import STEPS, Step, planned
 from experiments.results import write
 from partinf.cost.items import What
@@ -53,7 +53,7 @@ def proved(schedule: Schedule) -> dict[str, float]:
 
 def row(step: Step, texts: Path) -> dict[str, Any]:
     plan, bucket = planned(step)
-    schedule, ledger = schedule_of(plan, bucket, said(step, texts).program), planned_ledger(plan, bucket)
+    schedule, ledger = schedule_of(plan, bucket, compiled_of(step, texts).program), planned_ledger(plan, bucket)
     found: dict[str, Any] = {"step": step.name, "bucket": str(bucket), "planner": ledger.seconds, "proof": schedule.seconds}
     found |= {"layers": "one by one" if plan.unrolled else "in a loop", "ratio": ledger.seconds / schedule.seconds}
     return found | {"planner_by_kind": by_kind(ledger), "proof_by_kind": proved(schedule)}

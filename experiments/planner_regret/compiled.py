@@ -76,14 +76,14 @@ class Texts:
     folder: Path
     compiling: bool = True
 
-    def said(self, plan: Plan, bucket: Bucket) -> Compiled | None:
+    def compiled(self, plan: Plan, bucket: Bucket) -> Compiled | None:
         """Of one program; None where it is missing and stays so."""
         path = self.folder / f"{_key(plan, bucket)}.json.gz"
         if not path.is_file():
             if not self.compiling:
                 return None
-            told = compile_bucket(plan, bucket, Limits(seconds=1200))
-            path.write_bytes(gzip.compress(json.dumps(asdict(told)).encode()))
+            compiled = compile_bucket(plan, bucket, Limits(seconds=1200))
+            path.write_bytes(gzip.compress(json.dumps(asdict(compiled)).encode()))
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
 
 
@@ -104,17 +104,17 @@ def seconds(plan: Plan, bucket: Bucket, texts: Texts) -> float | None:
 
 def walked(plan: Plan, bucket: Bucket, texts: Texts) -> float | None:
     """Seconds of one compiled program."""
-    said = texts.said(plan, bucket)
-    return None if said is None or said.refusal else schedule_of(plan, bucket, said.program).seconds
+    compiled = texts.compiled(plan, bucket)
+    return None if compiled is None or compiled.refusal else schedule_of(plan, bucket, compiled.program).seconds
 
 
 def _key(plan: Plan, bucket: Bucket) -> str:
     """Of a program: all that it is compiled from but the library."""
     versions = [metadata.version(name) for name in ("jax", "libtpu")]
-    told = repr(
+    described = repr(
         (plan.model, plan.slice.name, plan.slice.mesh, plan.layout, plan.weights, plan.kv, plan.padded_heads, plan.cache, bucket, versions)
     )
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    return hashlib.sha256(described.encode()).hexdigest()[:24]
 
 
 def row(case: Case, texts: Texts, most: int | None) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def judge(case: Case, most: int | None, draw: random.Random) -> dict[str, Any] |
     rival = {_key(candidate): candidate for candidate in (*rivals(found, most, draw), *first["default"], *first["tiled"])}
     times = {key: judged(plain, candidate) for key, candidate in rival.items()}
     chosen, usual, tiled = found[0], first["default"][0], first["tiled"][0]
-    mine, asked, runs = (times[_key(candidate)] for candidate in (chosen, usual, tiled))
+    mine, usual_times, runs = (times[_key(candidate)] for candidate in (chosen, usual, tiled))
     best = min(times, key=lambda key: times[key].fitted)
 
     def regret(one: Judged, of: Callable[[Judged], float]) -> float:
@@ -60,12 +60,12 @@ def judge(case: Case, most: int | None, draw: random.Random) -> dict[str, Any] |
         "case": str(case),
         "candidates": len(found),
         "judged": len(times),
-        "chosen": _line(usual, asked),
+        "chosen": _line(usual, usual_times),
         "chosen_for_tiled": _line(tiled, runs),
         "chosen_for_plain": _line(chosen, mine),
         "best": _line(rival[best], times[best]),
-        "regret": regret(asked, lambda j: j.fitted),
-        "regret_at_stated_rates": regret(asked, lambda j: j.stated),
+        "regret": regret(usual_times, lambda j: j.fitted),
+        "regret_at_stated_rates": regret(usual_times, lambda j: j.stated),
         "regret_for_tiled": regret(runs, lambda j: j.fitted),
         "regret_for_plain": regret(mine, lambda j: j.stated),
         "regret_for_plain_unfused": regret(mine, lambda j: j.unfused),
@@ -85,12 +85,12 @@ def _attention(candidate: Candidate) -> dict[str, str]:
 
 
 def _line(candidate: Candidate, found: Judged) -> dict[str, Any]:
-    asked = candidate.main
+    step = candidate.main
     return {
-        "layout": candidate.name.rsplit(", ", 2)[0] + f", {asked.ffn}",
-        "gather": "".join(asked.phase.gather),
+        "layout": candidate.name.rsplit(", ", 2)[0] + f", {step.ffn}",
+        "gather": "".join(step.phase.gather),
         "attention": _attention(candidate),
-        "planner_ms": 1e3 * asked.step_seconds,
+        "planner_ms": 1e3 * step.step_seconds,
         "judged_ms": 1e3 * found.fitted,
         "stated_ms": 1e3 * found.stated,
     }

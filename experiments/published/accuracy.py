@@ -128,8 +128,8 @@ def main() -> None:
     for name, one in (fits["v5e_held_out"] | fits["engines_held_out"]).items():
         print(f"held out: {name:30} {one['rows']:3} {one['median']:7.1%} {one['ninth_decile']:7.1%} {one['worst']:7.1%}")
     choices = list(faster(found))
-    for batch, measured, said in choices:
-        print(f"{batch}: faster {measured}, predicted {said}")
+    for batch, measured, planned in choices:
+        print(f"{batch}: faster {measured}, predicted {planned}")
     for one in unpriced():
         print(f"not priced: {one['name']}: {one['note']}")
     result = {"fits": fits, "errors": summaries, "errors_of_proofs": of_proofs, "faster_layout": choices, "rows": found}

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import beside, read
+from experiments.results import next_to, read
 
 COLOURS = {
     "request-level": "tab:gray",
@@ -32,7 +32,7 @@ def main() -> int:
     _curves(axes[2], policies["fastserve"], "mean_completion", "conversations / 16: mean completion time, ms")
     _errors(axes[3], simulator)
     figure.suptitle("Policies over load on the real engine (demo model, one CPU device), and the simulator's error", fontsize=11)
-    figure.savefig(beside(__file__, "scheduling.png"), dpi=110)
+    figure.savefig(next_to(__file__, "scheduling.png"), dpi=110)
     print_table(policies["orca"], "p50_per_token")
     for key in ("mean_per_token", "mean_completion", "mean_ttft"):
         print_table(policies["fastserve"], key)

@@ -81,7 +81,7 @@ def _named(name: str) -> str:
         described = f"2D weight-stationary: x splits d_model, y and z split d_ff; {stationary}"
         layout = make_layout(STORED_2D, batch, heads)
     elif name == "long-context":
-        described = "1D weight-stationary; decode attends over heads on x and deals the context of each request over y and z"
+        described = "1D weight-stationary; decode attends over heads on x and splits the context of each request over y and z"
         layout = make_layout(dict.fromkeys("xyz", "ffn"), {"x": "heads", "y": "sequence", "z": "sequence"}, heads)
     else:
         axes, words = GATHERS[name]

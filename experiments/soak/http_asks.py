@@ -120,9 +120,9 @@ def whole(content: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The normal form of an answer that came whole."""
     found = {}
     for choice in content["choices"]:
-        said = choice.get("message") or {"content": choice.get("text")}
-        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in said.get("tool_calls") or ()]
-        found[choice["index"]] = form(said.get("content"), said.get("reasoning_content"), calls, choice["finish_reason"])
+        message = choice.get("message") or {"content": choice.get("text")}
+        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or ()]
+        found[choice["index"]] = form(message.get("content"), message.get("reasoning_content"), calls, choice["finish_reason"])
     return found
 
 
@@ -138,11 +138,11 @@ class Streamed:
 
     def hear(self, chunk: dict[str, Any]) -> None:
         for choice in chunk.get("choices", ()):
-            said = choice.get("delta") or {"content": choice.get("text")}
+            message = choice.get("delta") or {"content": choice.get("text")}
             found = self.choices.setdefault(choice["index"], form("", "", [], None))
-            found["text"] += said.get("content") or ""
-            found["reasoning"] += said.get("reasoning_content") or ""
-            for call in said.get("tool_calls") or ():
+            found["text"] += message.get("content") or ""
+            found["reasoning"] += message.get("reasoning_content") or ""
+            for call in message.get("tool_calls") or ():
                 if call["index"] == len(found["calls"]):
                     found["calls"].append([call["function"]["name"], ""])
                 found["calls"][call["index"]][1] += call["function"].get("arguments") or ""

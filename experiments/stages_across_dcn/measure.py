@@ -61,10 +61,10 @@ def under(report: PlanReport, role: Role) -> dict[str, Any] | None:
 def rows(model: str, slice_: str, weights: DType) -> list[dict[str, Any]]:
     """One row for each batch of decode and each number of prompts of prefill."""
     config, where = load_model_config(model), parse_slice(slice_)
-    asked = [Workload(batch, context_len=CONTEXT, phase="decode", weights=weights) for batch in BATCHES]
-    asked += [Workload(prompts, input_len=CONTEXT, phase="prefill", weights=weights) for prompts in PROMPTS]
+    workloads = [Workload(batch, context_len=CONTEXT, phase="decode", weights=weights) for batch in BATCHES]
+    workloads += [Workload(prompts, input_len=CONTEXT, phase="prefill", weights=weights) for prompts in PROMPTS]
     found = []
-    for workload in asked:
+    for workload in workloads:
         report = search(config, where, workload)
         found.append({"phase": workload.phase, "batch": workload.batch} | {name: under(report, role) for role, name in ROLES.items()})
         print(f"{model} on {slice_}: {workload.phase} {workload.batch}", file=sys.stderr)

@@ -99,11 +99,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "batch up to 32 from 64": (lambda row: row["batch"] > 32, lambda row: row["batch"] <= 32),
     }
     held = {}
-    for name, (known, asked) in halves.items():
+    for name, (known, held_out) in halves.items():
         ratios = [math.log(row["ratio"]) for row in rows if known(row)]
         if ratios:
             factor = math.exp(statistics.fmean(ratios))
-            held[name] = _errors(row["ratio"] / factor for row in rows if asked(row))
+            held[name] = _errors(row["ratio"] / factor for row in rows if held_out(row))
     both = {(row["batch"], row["context"], row["copies"]): row for row in rows}
     pairs = [
         (row, both[batch, context, 2]) for (batch, context, copies), row in both.items() if copies == 1 and (batch, context, 2) in both

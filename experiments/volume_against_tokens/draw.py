@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import AMBER, BLUE, GREY, PURPLE, RED, beside, read
+from experiments.results import AMBER, BLUE, GREY, PURPLE, RED, next_to, read
 
 COLOURS = {"ws-2d": BLUE, "wg-x": AMBER, "wg-xy": RED, "wg-xyz": PURPLE}
 
@@ -32,7 +32,7 @@ def main() -> None:
     panels[0].set_ylabel("MB through one chip, per layer", fontsize=8)
     panels[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"{results['model']} on {results['slice']}: communication volume against tokens", fontsize=11)
-    figure.savefig(beside(__file__, "volume.png"), dpi=100)
+    figure.savefig(next_to(__file__, "volume.png"), dpi=100)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import AMBER, BLUE, GREY, PURPLE, RED, beside, read
+from experiments.results import AMBER, BLUE, GREY, PURPLE, RED, next_to, read
 
 ORDER = ("ws-1d", "ws-2d", "wg-x", "wg-xy", "wg-xyz")
 COLOURS = {
@@ -57,7 +57,7 @@ def main() -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.suptitle(f"{results['model']} on {results['slice']}: the best layout of each kind, and where its time goes", fontsize=11)
-    figure.savefig(beside(__file__, "layouts.png"), dpi=110)
+    figure.savefig(next_to(__file__, "layouts.png"), dpi=110)
 
 
 if __name__ == "__main__":

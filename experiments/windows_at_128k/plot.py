@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.results import AMBER, BLUE, beside, read
+from experiments.results import AMBER, BLUE, next_to, read
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         axes.grid(alpha=0.3)
     rows[0].set(ylabel=f"ms per decode step on {results['slice']}")
     rows[0].legend(title="crosses: does not fit")
-    figure.savefig(beside(__file__, "windows.png"), dpi=90)
+    figure.savefig(next_to(__file__, "windows.png"), dpi=90)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ def condense(complaints: Iterable[tuple[str, str]]) -> list[str]:
         groups.setdefault((_NUMBER.sub("#", name), text), []).append(name)
     lines = []
     for (pattern, text), names in groups.items():
-        said = "" if len(names) == 1 else f" ({len(names)} tensors)"
+        count = "" if len(names) == 1 else f" ({len(names)} tensors)"
         columns = zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True)
         for numbers in map(_ranges, columns):
             pattern = pattern.replace("#", numbers if numbers.isdecimal() else f"[{numbers}]", 1)
-        lines.append(f"{pattern}: {text}{said}")
+        lines.append(f"{pattern}: {text}{count}")
     return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more lines of this kind"]
 
 

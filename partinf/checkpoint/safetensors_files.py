@@ -195,7 +195,7 @@ def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
     # A path out of the directory would let a downloaded index read any file.
     bad = {name: file for name, file in weight_map.items() if not _is_plain_name(file) or len(name) > _LONGEST_NAME}
     named = list(dict.fromkeys(documents.shown(file) for file in bad.values()))
-    offences = [f"{path}: names the file {file}; expected the plain name of a file beside the index" for file in named[:_MOST_LINES]]
+    offences = [f"{path}: names the file {file}; expected the plain name of a file next to the index" for file in named[:_MOST_LINES]]
     return {name: file for name, file in weight_map.items() if name not in bad}, offences
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.arguments import add_pool, add_where, named_layout, named_slice, read_pool
-from partinf.cli.figures import said_of_load, show
+from partinf.cli.figures import load_as_given, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
 from partinf.foundation.errors import raise_offences
@@ -184,7 +184,7 @@ def _bench(args: argparse.Namespace, load: OfferedLoad, model: Model, lag: int) 
     if trace is not None:
         trace.write(Path(args.trace))
     chip = plan.slice.chip
-    arrivals, lengths = said_of_load(args)
+    arrivals, lengths = load_as_given(args)
     about = _About(
         model=plan.model.name,
         slice=plan.slice.name,

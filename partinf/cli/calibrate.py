@@ -103,8 +103,8 @@ def _products(again: bool, as_json: bool) -> int:
     console, where = wide_console(), choices.path()
     table = plain_table("weights", "form", title="Form of a product, up to so many rows")
     for kind, lines in found.table:
-        told = [f"{form} up to {rows}" for rows, form in lines[:-1]] + [f"{lines[-1][1]} beyond" if len(lines) > 1 else str(lines[0][1])]
-        table.add_row(kind, ", ".join(told))
+        forms = [f"{form} up to {rows}" for rows, form in lines[:-1]] + [f"{lines[-1][1]} beyond" if len(lines) > 1 else str(lines[0][1])]
+        table.add_row(kind, ", ".join(forms))
     console.print(table)
     if found.times:
         rows = [count for count, _ in max((each.measured for each in found.times), key=len)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from partinf.simulation.report import RunReport
 
 
-def said_of_load(args: argparse.Namespace) -> tuple[str, str]:
+def load_as_given(args: argparse.Namespace) -> tuple[str, str]:
     """Arrivals and lengths as given, to be repeated in the output; of a trace its file's name."""
     if args.arrivals.startswith("trace:"):
         return f"trace:{Path(args.arrivals.removeprefix('trace:')).name}", "of the trace"

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from partinf.cli.flags import ANY, Flags
-from partinf.cli.model_place import ModelPlace, as_prompts, read_lines, said, tell_failures
+from partinf.cli.model_place import ModelPlace, as_prompts, as_text, read_lines, tell_failures
 from partinf.cli.model_place import add_arguments as add_arguments_of_place
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_report(args, model, prompts, outputs), indent=2))
     else:
         for prompt, output in zip(prompts, outputs, strict=True):
-            print(f"{said(prompt, output.tokens)}{output.text}")
+            print(f"{as_text(prompt, output.tokens)}{output.text}")
     return tell_failures("prompt", {index: output.error for index, output in enumerate(outputs) if output.error is not None})
 
 

@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
     pod: Any = importlib.import_module("pod")
     planned = pod.read_plan(args.plan)
     if args.description is not None:
-        content, where, beside = pod.read_text(args.description, "description"), str(args.description), args.description.resolve().parent
+        content, where, base = pod.read_text(args.description, "description"), str(args.description), args.description.resolve().parent
     else:
         placeholders = _placeholders(planned)
         lines = [f'{key} = "{value}"' for key, value in {"name": _name(planned.plan), **placeholders}.items()]
-        content, where, beside = "\n".join([*lines, "[gke]", 'image = "your-image"', ""]), str(args.plan), folder.parent
+        content, where, base = "\n".join([*lines, "[gke]", 'image = "your-image"', ""]), str(args.plan), folder.parent
         print(f"partinf: placeholders for {', '.join(placeholders)}: a --description gives them", file=sys.stderr)
-    description = pod.read_description(content, where, beside, planned)
+    description = pod.read_description(content, where, base, planned)
     return int(pod.perform(pod.options_of(args, "manifest" if args.manifest else "launch"), description, planned))
 
 

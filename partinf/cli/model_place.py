@@ -87,7 +87,7 @@ def as_prompts(model: str | None, lines: list[str]) -> list[Prompt]:
     return [*found]
 
 
-def said(prompt: Prompt, more: Sequence[int] = ()) -> str:
+def as_text(prompt: Prompt, more: Sequence[int] = ()) -> str:
     """A text, or token ids with more behind them."""
     return prompt if isinstance(prompt, str) else ", ".join(map(str, (*prompt, *more)))
 

@@ -71,7 +71,7 @@ def chosen(wanted: PlanInput, bounds: LatencyBounds | None, trials: Callable[[],
 
 def lines(served: Sequence[Planned]) -> list[str]:
     """What was compared on each slice, the smallest first."""
-    return [f"{one.report.slice.name}: {_said(one)}" for one in (*served[1:], *served[:1])]
+    return [f"{one.report.slice.name}: {_choice_of(one)}" for one in (*served[1:], *served[:1])]
 
 
 def as_json(served: Sequence[Planned]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def as_json(served: Sequence[Planned]) -> dict[str, Any]:
     return {"served": rows} if rows else {}
 
 
-def _said(one: Planned) -> str:
+def _choice_of(one: Planned) -> str:
     if one.choice is None:
         return "even a single prompt on an idle server gets its first token too late under every layout"
     return f"layout {one.choice}"

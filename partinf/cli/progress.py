@@ -34,12 +34,12 @@ class _Lines:
         self._label = label
         self._total = total
         self._done = 0
-        self._began = self._told = time.monotonic()
+        self._began = self._printed = time.monotonic()
 
     def __call__(self, count: int) -> None:
         self._done += count
         now = time.monotonic()
-        late = now - self._told >= SECONDS_BETWEEN_LINES
-        if late or (self._done >= self._total and self._told > self._began):
-            self._told = now
+        late = now - self._printed >= SECONDS_BETWEEN_LINES
+        if late or (self._done >= self._total and self._printed > self._began):
+            self._printed = now
             print(f"{self._label}: {self._done} of {self._total} after {now - self._began:.0f} s", file=sys.stderr, flush=True)

@@ -147,13 +147,13 @@ def _show(found: dict[str, Any]) -> None:
         key = lambda entry: -entry["count"] * (entry["measured_seconds"] or entry["predicted_seconds"])  # noqa: E731
         for entry in sorted(step["entries"], key=key)[:_LISTED]:
             op = f"{entry['op']}({''.join(entry['axes'])})" if entry["op"] else ""
-            table.add_row(entry["name"], op, str(entry["count"]), *_beside(entry, entry["count"]))
+            table.add_row(entry["name"], op, str(entry["count"]), *_times_and_ratio(entry, entry["count"]))
         table.add_row("entries that were timed alone", "", "", "", _ms(step["entries_measured_seconds"]), "")
-        table.add_row("the whole step", "", "", *_beside(step, 1))
+        table.add_row("the whole step", "", "", *_times_and_ratio(step, 1))
         console.print(table)
 
 
-def _beside(row: dict[str, Any], count: int) -> tuple[str, str, str]:
+def _times_and_ratio(row: dict[str, Any], count: int) -> tuple[str, str, str]:
     predicted, measured = count * row["predicted_seconds"], row["measured_seconds"]
     if measured is None:
         return _ms(predicted), "–", "–"

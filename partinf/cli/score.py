@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from partinf.cli.flags import FORMATS, Flags
-from partinf.cli.model_place import ModelPlace, as_prompts, read_lines, said, tell_failures
+from partinf.cli.model_place import ModelPlace, as_prompts, as_text, read_lines, tell_failures
 from partinf.cli.model_place import add_arguments as add_arguments_of_place
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _show(console: Console, texts: list[Prompt], scores: Scores) -> None:
     table = plain_table(">tokens", ">log-probability", ">per token", "text")
     for index, (text, one) in enumerate(zip(texts, scores.logprobs, strict=True)):
         sums = ("failed", "failed") if index in scores.errors else (f"{sum(one):.3f}", f"{sum(one) / len(one):.3f}")
-        table.add_row(f"{len(one)}", *sums, said(text), style=None)
+        table.add_row(f"{len(one)}", *sums, as_text(text), style=None)
     console.print(table, markup=False)
     console.print(
         f"{scores.num_tokens} tokens in {scores.seconds:.3g} s, {scores.padded_tokens - scores.num_tokens} of padding; "

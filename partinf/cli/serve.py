@@ -135,9 +135,9 @@ def _follow(place: ModelPlace, plan: Plan, group: Group, make: _Make) -> int:
 
 
 def _serve(
-    args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None, make: _Make, said: str
+    args: argparse.Namespace, place: ModelPlace, plan: Plan, template: ChatTemplate | None, group: Group | None, make: _Make, settings: str
 ) -> int:
-    """The process that clients know; `said` is part of what is logged when it is ready."""
+    """The process that clients know; `settings` is part of what is logged when it is ready."""
     from partinf.hosts import JobEnded
     from partinf.serve.server import Loaded, listen, serve
 
@@ -148,7 +148,7 @@ def _serve(
         if group is not None:
             note += f", {group.count} processes"
         note += "; no chat template" if template is None else f"; chat template: {template.where}"
-        note += f"; {said}"
+        note += f"; {settings}"
         return Loaded(make(model), model.tokenizer, template, note)
 
     with listen(args.host, args.port) as listener:

@@ -26,7 +26,7 @@ from partinf.cli.arguments import (
     say_lengths,
     say_slice,
 )
-from partinf.cli.figures import said_of_load, show
+from partinf.cli.figures import load_as_given, show
 from partinf.cli.flags import Flags
 from partinf.cli.load import OfferedLoad, add_load_arguments, read_load
 from partinf.cli.model_place import ModelPlace
@@ -297,7 +297,7 @@ def _simulate(args: argparse.Namespace, load: OfferedLoad, simulated: _Simulated
         refused = play(engine, load.arrivals, runner.clock, next_finish=lambda: runner.next_finish, on_finished=advance)
     if trace is not None:
         trace.write(Path(args.trace))
-    arrivals, lengths = said_of_load(args)
+    arrivals, lengths = load_as_given(args)
     about = _About(
         model=plan.model.name,
         slice=plan.slice.name,

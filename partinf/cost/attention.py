@@ -125,9 +125,9 @@ def _decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: i
     if not split.pricing.program.blocked_attention:
         passed += 2 * rows * heads * keys * (4 + act)  # scores in float32, probabilities: each written and read
     core = (rows, rows, heads, kv_heads, keys)
-    beside = split.pricing.kernel(rows) + rows * (split.shape.allocated or keys) * split.pricing.program.position_seconds
+    overhead = split.pricing.kernel(rows) + rows * (split.shape.allocated or keys) * split.pricing.program.position_seconds
     return split.pricing.product(
-        DECODE.core, _PART, count, flops, share, 0.0, kv_bytes, passed, EntryKind.ATTENTION, core, core_seconds=beside
+        DECODE.core, _PART, count, flops, share, 0.0, kv_bytes, passed, EntryKind.ATTENTION, core, core_seconds=overhead
     )
 
 

@@ -109,12 +109,12 @@ def expert_pieces(split: StepSplit) -> list[tuple[object, Callable[[], list[Entr
     def mixture() -> _Mixture:
         return _Mixture(split, of)
 
-    beside = (split.t, split.between, split.e, split.f, split.num_stages, loop, shape)
+    dense = (split.t, split.between, split.e, split.f, split.num_stages, loop, shape)
     order = (axes.stored[2], split.w_stored) if axes.embed else ()
     return [
-        (("to", axes.rows, beside), lambda: mixture().arriving()),
+        (("to", axes.rows, dense), lambda: mixture().arriving()),
         (own_key(split), lambda: mixture().own()),
-        (("from", axes.rows, axes.embed, axes.reduced, order, beside), lambda: mixture().leaving()),
+        (("from", axes.rows, axes.embed, axes.reduced, order, dense), lambda: mixture().leaving()),
     ]
 
 
@@ -315,7 +315,7 @@ class _Mixture:
         """[T.τ, E.e] {Xf unreduced} → [T.t, E.between]; nothing where it joins the sums of the matrices next to it."""
         split, axes = self.split, self.axes
         source, target = Split(axes.rows, axes.embed, axes.reduced), Split(split.t, split.between)
-        if self._beside and self._alike(source, Split(split.t, split.e, split.f)) and self._in_order:
+        if self._next_to_dense and self._alike(source, Split(split.t, split.e, split.f)) and self._in_order:
             return []
         ways = [(source, target)] if self._in_order else [(source, Split(split.t)), (Split(split.t), target)]
         return [
@@ -331,7 +331,7 @@ class _Mixture:
         return [split.pricing.collective(items.SHARED_GATE, _PART, self.count, Op.ALL_REDUCE, split.between, size, "f32", useful)]
 
     @property
-    def _beside(self) -> bool:
+    def _next_to_dense(self) -> bool:
         """Whether dense matrices stand next to the experts, with whose collectives theirs can go: no loop goes around those."""
         return (self.split.parallel or self.of.shared > 0) and self.split.phase.loop is None
 
@@ -340,7 +340,7 @@ class _Mixture:
         """Whether the experts read what is gathered for the dense matrices next to them."""
         split = self.split
         own = split.model.block is Block.PARALLEL_TWO_NORMS
-        return self._beside and not own and self._alike(Split(self.axes.rows), Split(split.t, split.e))
+        return self._next_to_dense and not own and self._alike(Split(self.axes.rows), Split(split.t, split.e))
 
     @property
     def _in_order(self) -> bool:

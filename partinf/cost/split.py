@@ -153,7 +153,7 @@ class StepSplit:
         found.__dict__.update(self.__dict__, shape=shape)
         return found
 
-    def kept_whole(self) -> StepSplit:
+    def with_whole_residual(self) -> StepSplit:
         """The same where what passes between sublayers is whole (`Phase.whole`)."""
         found = object.__new__(StepSplit)
         found.__dict__.update(self.__dict__, whole=True, between=self.e)

@@ -52,8 +52,8 @@ def need(extra: str, who: str) -> None:
 def line(extra: str, who: str, absent: list[str]) -> str:
     """The message where these modules of an extra are not installed."""
     names = absent if len(absent) <= _NAMED else [*absent[: _NAMED - 1], f"{len(absent) - _NAMED + 1} more"]
-    told = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return f"{who} needs {told}, not installed here: pip install 'partinf[{extra}]'"
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"{who} needs {listed}, not installed here: pip install 'partinf[{extra}]'"
 
 
 def extra_of(module: str | None) -> str | None:

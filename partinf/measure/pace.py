@@ -65,17 +65,17 @@ class PaceCalls:
         return PaceRates(
             product_share=self._share(_PRODUCT, timings, clock),
             moving_share=self._share(_MOVING, timings, clock),
-            least_seconds=self._said(_SMALL, clock),
+            least_seconds=self._nominal(_SMALL, clock),
             small_seconds=_each({name: timing.seconds for name, timing in timings.items()}, _SMALL),
         )
 
-    def _said(self, name: str, clock: float) -> float:
+    def _nominal(self, name: str, clock: float) -> float:
         return _each(self._cycles, name) / clock if clock else 0.0
 
     def _share(self, name: str, timings: Mapping[str, Timing], clock: float) -> float:
         """Of the compiler's time of a link, what it takes: no more than all of it, and 0 where the compiler says nothing."""
-        said, took = self._said(name, clock), _each({key: timing.seconds for key, timing in timings.items()}, name)
-        return min(1.0, took / said) if said else 0.0
+        nominal, took = self._nominal(name, clock), _each({key: timing.seconds for key, timing in timings.items()}, name)
+        return min(1.0, took / nominal) if nominal else 0.0
 
 
 def _each(values: Mapping[str, float], name: str) -> float:

@@ -37,7 +37,7 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     file = _File(data, f"{name}: config.json")
     wrapper = file.wrapper()
     file = file if wrapper is None else file.text(wrapper)
-    family, said = file.family()
+    family, remark = file.family()
     sizes = file.sizes(family)
     file.choices(family)
     eps_key, eps = family.norm_eps
@@ -60,12 +60,12 @@ def config_from_hf(data: Mapping[str, Any], name: str) -> ModelConfig:
     fields = {field: value for field, value in fields.items() if not field.startswith("_")}
     if family.rotates:
         fields["max_len"] = rotation_of(fields).longest(fields["max_len"])
-    return ModelConfig(name=name, source=_source(said, wrapper), family=family.model_type, **fields)
+    return ModelConfig(name=name, source=_source(remark, wrapper), family=family.model_type, **fields)
 
 
-def _source(said: str, wrapper: Wrapper | None) -> str:
+def _source(remark: str, wrapper: Wrapper | None) -> str:
     """Where the sizes come from, and what a reader should know of it."""
-    return "; ".join(["config.json", *([said] if said else []), *([f"{wrapper.unread} are not read"] if wrapper else [])])
+    return "; ".join(["config.json", *([remark] if remark else []), *([f"{wrapper.unread} are not read"] if wrapper else [])])
 
 
 class _File(HfFile):

@@ -30,7 +30,7 @@ class Rope:
         partial: the part of a head that is rotated where the file does not say; 0 where heads are always rotated whole.
         partial_key: the key next to the others that says.
         dims_key: instead of a part, the key of the number of rotated dimensions, and what a missing key means; null means all.
-        dims_beside: the key of the number of rotated dimensions, which counts instead of a part where it is given.
+        optional_dims_key: the key of the number of rotated dimensions, which counts instead of a part where it is given.
         by_type: type of layer → the key of its theta and what a missing key means, where types rotate differently.
         original: whether `original_max_position_embeddings` may stand next to it, where it counts before the one within.
         renamed: names of ways of scaling that mean others in this family. missing: the rotation of a file that describes none.
@@ -43,7 +43,7 @@ class Rope:
     partial: float = 0.0
     partial_key: str = "partial_rotary_factor"
     dims_key: tuple[str, int] = ("", 0)
-    dims_beside: str = ""
+    optional_dims_key: str = ""
     by_type: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     original: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -56,10 +56,10 @@ class Rope:
         """What is read of the file."""
         if self.dims_key[0]:
             return frozenset({self.dims_key[0]})
-        beside = {"original_max_position_embeddings"} if self.original else set()
+        original = {"original_max_position_embeddings"} if self.original else set()
         return frozenset(
-            {"rope_parameters", "rope_scaling", "partial_rotary_factor", self.theta_key, self.partial_key, *beside}
-            | {key for key in (self.dims_beside, *(key for key, _ in self.by_type.values())) if key}
+            {"rope_parameters", "rope_scaling", "partial_rotary_factor", self.theta_key, self.partial_key, *original}
+            | {key for key in (self.optional_dims_key, *(key for key, _ in self.by_type.values())) if key}
         )
 
 
@@ -171,8 +171,8 @@ class RopeReader:
         part = place.number(key, 1.0) if self._has(place, key) else self._rope.partial
         if not self._head_dim:
             return 0
-        if self._rope.dims_beside and self._has(self._file, self._rope.dims_beside) and place is self._file:
-            dims = self._file.whole(self._rope.dims_beside) or 0
+        if self._rope.optional_dims_key and self._has(self._file, self._rope.optional_dims_key) and place is self._file:
+            dims = self._file.whole(self._rope.optional_dims_key) or 0
             return 0 if dims == self._head_dim else dims
         if not self._rope.partial:
             if part not in (0.0, 1.0):

@@ -47,10 +47,10 @@ def _misread(config: ModelConfig, data: Mapping[str, Any]) -> str:
         return error.offences[0]
     found = replace(found, source=config.source, family=config.family)
     wrong = [key for key, value in vars(found).items() if key in ModelConfig.__dataclass_fields__ and value != getattr(config, key)]
-    return ", ".join(f"{key} = {_said(getattr(config, key))}" for key in wrong)
+    return ", ".join(f"{key} = {_shown(getattr(config, key))}" for key in wrong)
 
 
-def _said(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A feature in a message; kinds of layers by their names."""
     return as_written([one.name if isinstance(one, Kind) else one for one in value] if isinstance(value, tuple) else value)
 

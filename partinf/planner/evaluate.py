@@ -70,8 +70,8 @@ class _Part(NamedTuple):
         """Both."""
         return _Part(*(mine + others for mine, others in zip(self, other, strict=True)))  # type: ignore[operator]
 
-    def beside(self, seconds: float, left: float, early: float = 0.0, free: float = 0.0) -> float:
-        """Seconds together with other work, which gathers nothing ahead, leaves some compute for those that do, waits for HBM and leaves it
+    def seconds_with(self, seconds: float, left: float, early: float = 0.0, free: float = 0.0) -> float:
+        """Seconds with other work, which gathers nothing ahead, leaves some compute for those that do, waits for HBM and leaves it
         alone for so long."""
         fetched = min(self.early + early, self.free + free)
         return self.seconds + seconds + self.ahead - min(self.ahead, max(0.0, self.left + left)) - fetched
@@ -116,7 +116,7 @@ class Least(NamedTuple):
 
     def with_core(self, core: float) -> float:
         """The same with a core of so many seconds, whose compute may hide gathers too."""
-        return self.part.beside(core, core, free=core)
+        return self.part.seconds_with(core, core, free=core)
 
 
 _NO_PART = _Part((), 0.0, 0.0, 0.0)
@@ -296,7 +296,7 @@ class Evaluator:
         mine = ExpertFigures.of(*self._experts(split))
         if not self._may_be_whole(split):
             return mine, mine
-        return mine, ExpertFigures.of(*self._experts(split.kept_whole()))
+        return mine, ExpertFigures.of(*self._experts(split.with_whole_residual()))
 
     def _may_be_whole(self, split: StepSplit) -> bool:
         """Many rows leave what passes between sublayers split: each device would pass all of E through its memory, which no entry is there
@@ -318,9 +318,9 @@ class Evaluator:
         key = _key(split)
         whole = self._whole.get(key)
         if whole is None:
-            mine, other = (self.linear(one).part.beside(0.0, 0.0) for one in (split, split.kept_whole()))
+            mine, other = (self.linear(one).part.seconds_with(0.0, 0.0) for one in (split, split.with_whole_residual()))
             whole = self._whole[key] = other < mine
-        return split.kept_whole() if whole else split
+        return split.with_whole_residual() if whole else split
 
     def least(self, layout: Layout, label: str, padded_heads: int) -> Least:
         """A bound from below for all attention roles, without their cores; those of `layout` must be none."""
@@ -368,7 +368,7 @@ class Evaluator:
 
     def _priced(self, split: StepSplit, label: str) -> Priced:
         linear, attention = self.linear(split), self._attend(split, label)
-        seconds = linear.part.beside(attention.seconds, attention.left, attention.early, attention.free)
+        seconds = linear.part.seconds_with(attention.seconds, attention.left, attention.early, attention.free)
         activations = self.activations(split, linear.working_set)
         return Priced(split.shape, seconds, activations, (linear.part.entries, attention.entries), split.whole)
 

@@ -19,7 +19,7 @@ from partinf.model.config import ModelConfig
 from partinf.planner.candidates import SPLITTING, ExpertRoles, Storage, Stored, expert_roles, gathers
 from partinf.planner.options import Space
 
-NO_FASTER = "roles for experts that are no faster than others beside the same dense weights"
+NO_FASTER = "roles for experts that are no faster than others with the same dense weights"
 _NEGLIGIBLE = 0.01  # of the memory that a program may use: working sets below it are as good as none
 
 _ByPhase = tuple[tuple[float, ...], ...]
@@ -77,7 +77,7 @@ class ExpertStorage:
         self._space, self._labels, self._times = space, labels, times
         self._splits: dict[ExpertRoles, str] = {}
 
-    def beside(self, storage: Storage) -> list[Worth]:
+    def worth_considering(self, storage: Storage) -> list[Worth]:
         """The roles worth considering with a storage, the fastest in all phases together first; all where nothing is passed over."""
         space = self._space
         if space.model.experts is None:
@@ -101,8 +101,8 @@ class ExpertStorage:
         """One, with what a step of each phase takes at least; none where that is too long already."""
         space, stored = self._space, Stored(storage, roles)
         floors = space.floors
-        beside = [[floors.without_experts(storage, one, label) for one in dense] for label in self._labels]
-        least = [min(others) + floors.experts(roles, label) for others, label in zip(beside, self._labels, strict=True)]
+        without = [[floors.without_experts(storage, one, label) for one in dense] for label in self._labels]
+        least = [min(others) + floors.experts(roles, label) for others, label in zip(without, self._labels, strict=True)]
         best, stays, apart, least_apart, sizes = [], [], [], [], []
         negligible = _NEGLIGIBLE * space.evaluator.usable
         for place, label in enumerate(self._labels):
@@ -114,7 +114,7 @@ class ExpertStorage:
             apart.append(tuple(n * one.apart for choice in found for one in choice.best))
             least_apart.append(tuple(n * one for choice in found for one in choice.apart))
             sizes += [max(one.size, negligible) for choice in found for one in (*choice.best, *choice.stays)]
-            least[place] = max(least[place], min(one.seconds + others for one, others in zip(found, beside[place], strict=True)))
+            least[place] = max(least[place], min(one.seconds + others for one, others in zip(found, without[place], strict=True)))
         if not space.limit(storage).allows(self._together(least)):
             return []
         rows = frozenset(axis for axis, role in zip(space.table.names, roles, strict=True) if role is ExpertRole.REPLICA)

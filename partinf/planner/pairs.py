@@ -42,7 +42,7 @@ class Pairing:
         self._couplings: dict[object, Ledger] = {}
         self._helds: dict[object, MemoryBudget] = {}
 
-    def best_beside(self, storage: Stored, decode: Choice, prefills: Iterable[Choice]) -> Pair | None:
+    def best_with(self, storage: Stored, decode: Choice, prefills: Iterable[Choice]) -> Pair | None:
         """The prefill option that is best with a decode option; None when none goes with it.
 
         Args:

@@ -98,8 +98,8 @@ def _difference(mine: Ledger, other: Ledger) -> str:
     """Where another step spends more time and where less, in milliseconds."""
     mine_by, other_by = _by_kind(mine), _by_kind(other)
     changes = sorted(((other_by[name] - mine_by[name], name) for name in mine_by), key=lambda pair: -abs(pair[0]))
-    told = [pair for pair in changes if abs(pair[0]) >= _LEAST] or changes[:1]
-    return ", ".join(f"{name} {seconds * 1e3:+.3g} ms" for seconds, name in told[:2])
+    largest = [pair for pair in changes if abs(pair[0]) >= _LEAST] or changes[:1]
+    return ", ".join(f"{name} {seconds * 1e3:+.3g} ms" for seconds, name in largest[:2])
 
 
 def _shares(ledger: Ledger) -> list[tuple[str, float]]:

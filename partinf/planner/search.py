@@ -43,7 +43,7 @@ class _Step(NamedTuple):
     seconds: float
     parts: tuple[tuple[Entry, ...], ...]
 
-    def beside(self, coupling: Ledger) -> _Step:
+    def with_coupling(self, coupling: Ledger) -> _Step:
         return _Step(self.seconds + coupling.seconds, (*self.parts, coupling.entries))
 
 
@@ -147,7 +147,7 @@ class Search:
             prefills = Options(self.space, storage, "prefill", prefill, times[1] * decode.soonest, times[0], merged=False)
             decodes = Options(self.space, storage, "decode", decode, times[0] * prefills.soonest, times[1])
             for choice in decodes:
-                best = pairing.best_beside(storage, choice, prefills)
+                best = pairing.best_with(storage, choice, prefills)
                 if best is not None:
                     found.append(self._seen(self._joined(storage, best)))
             self._pass_over(decodes.num_left)
@@ -159,7 +159,7 @@ class Search:
         priced = {label: self.evaluator.price(layout, label, padded) for label in labels}
         steps = {label: _Step(one.seconds, one.entries) for label, one in priced.items()}
         if "prefill" in steps:
-            steps["prefill"] = steps["prefill"].beside(self.evaluator.coupling(layout, padded))
+            steps["prefill"] = steps["prefill"].with_coupling(self.evaluator.coupling(layout, padded))
         return self._candidate(layout, padded, steps, self.evaluator.memory(layout, list(priced.values()), padded))
 
     def _ordered(self, over: Iterable[Storage], labels: Sequence[str], times: Sequence[int]) -> Iterator[tuple[Stored, list[Bounds]]]:
@@ -179,7 +179,7 @@ class Search:
             if not self.space.limit(storage).allows(least):
                 self._pass_over(num_options(self.table, storage, self.model.experts is not None))
             elif not isinstance(node, _Found):
-                for number, worth in enumerate(experts.beside(storage), start=1):
+                for number, worth in enumerate(experts.worth_considering(storage), start=1):
                     found = _Found(Stored(storage, worth.experts), worth.seconds, [])
                     if number == 1 and worth.experts and found.least(times) < self.space.limit(storage).score:
                         # Looked at now, so that what is far slower is passed over before it is priced.
@@ -227,7 +227,7 @@ class Search:
         layout = self.table.layout(storage, choice.option, kept, (whole and label == "prefill", whole and label == "decode"))
         step = _Step(choice.priced.seconds, choice.priced.entries)
         if label == "prefill":
-            step = step.beside(self.evaluator.coupling(layout, choice.padded_heads))
+            step = step.with_coupling(self.evaluator.coupling(layout, choice.padded_heads))
         memory = self.evaluator.memory(layout, [choice.priced], choice.padded_heads)
         return self._candidate(layout, choice.padded_heads, {label: step}, memory)
 
@@ -235,7 +235,7 @@ class Search:
         priced = pair.prefill_priced, pair.decode_priced
         layout = self.table.layout(storage, pair.prefill.option, pair.decode.option, (priced[0].whole, priced[1].whole))
         prefill, decode = (_Step(one.seconds, one.entries) for one in priced)
-        steps = {"prefill": prefill.beside(pair.coupling), "decode": decode}
+        steps = {"prefill": prefill.with_coupling(pair.coupling), "decode": decode}
         return self._candidate(layout, pair.padded_heads, steps, pair.memory)
 
     def _candidate(self, layout: Layout, padded: int, steps: dict[str, _Step], memory: MemoryBudget) -> Candidate:

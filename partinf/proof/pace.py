@@ -48,21 +48,21 @@ class Pace:
 
     def product(self, cycles: int, operations: float, integers: bool) -> float:
         """Seconds of a product, from the compiler's cycles and its multiplications and additions."""
-        said = self._said(cycles)
+        nominal = self._nominal(cycles)
         peak = self.int8_flops if integers else self.flops
-        return min(said, max(self.product_share * said, operations / peak))
+        return min(nominal, max(self.product_share * nominal, operations / peak))
 
     def moving(self, cycles: int) -> float:
         """Seconds of an operation that only moves or converts; its bytes may take longer."""
-        said = self._said(cycles)
-        return min(said, max(self.small_seconds, self.moving_share * said))
+        nominal = self._nominal(cycles)
+        return min(nominal, max(self.small_seconds, self.moving_share * nominal))
 
     def other(self, cycles: int) -> float:
         """Seconds of any other operation: the compiler's, less what it says too much of the least one."""
-        said = self._said(cycles)
-        return min(said, max(self.small_seconds, said - (self.least_seconds - self.small_seconds)))
+        nominal = self._nominal(cycles)
+        return min(nominal, max(self.small_seconds, nominal - (self.least_seconds - self.small_seconds)))
 
-    def _said(self, cycles: int) -> float:
+    def _nominal(self, cycles: int) -> float:
         return cycles / self.clock if self.clock else 0.0
 
 

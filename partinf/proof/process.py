@@ -149,8 +149,8 @@ def _ending(code: int, errors: str) -> str:
     else:
         how = f"ended with exit code {code} and no answer"
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if re.search(r"check failed|error|exception|fatal|alloc", line, re.IGNORECASE)), "")
-    return f"the compiler {how}" + (f": {said[:300]}" if said else "")
+    message = next((line for line in reversed(lines) if re.search(r"check failed|error|exception|fatal|alloc", line, re.IGNORECASE)), "")
+    return f"the compiler {how}" + (f": {message[:300]}" if message else "")
 
 
 def _refused(result: dict[str, Any]) -> Compiled:

@@ -88,8 +88,8 @@ def _read(plan: Plan, bucket: Bucket, compiled: Compiled) -> StepProof:
     if compiled.refusal:
         needed, limit = refused_bytes(compiled.refusal)
         held = Memory(0, 0, 0, 0, 0, needed, limit or usable)
-        said = compiled.refusal.splitlines()[0]
-        return StepProof(str(bucket), False, held, compiled.seconds, refusal=said, advice=_advice(plan, bucket, held))
+        message = compiled.refusal.splitlines()[0]
+        return StepProof(str(bucket), False, held, compiled.seconds, refusal=message, advice=_advice(plan, bucket, held))
     held = _memory(compiled.memory, usable)
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=_COMPILED)))
     network, schedule = network_of(plan), schedule_of(plan, bucket, compiled.program)
@@ -193,12 +193,12 @@ def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:
     if not plan.slice.chip.clock:
         compute = max(compute, sum(e.exposed_seconds for e in ledger.entries if e.op is None))
         notes.append(f"the clock of {plan.slice.chip.name} is not known: compute is that of the plan's roofline")
-    notes += [f"kernel {name}: {_said_of(name, kernel)}" for name, kernel in sorted(schedule.kernels.items())]
+    notes += [f"kernel {name}: {_kernel_note(name, kernel)}" for name, kernel in sorted(schedule.kernels.items())]
     of_kernels = sum(kernel.seconds for kernel in schedule.kernels.values())
     return Estimate(compute, exposed, hidden, floor, _ERROR, "; ".join(notes), of_kernels)
 
 
-def _said_of(name: str, kernel: KernelTime) -> str:
+def _kernel_note(name: str, kernel: KernelTime) -> str:
     how = "priced from the ledger" if kernel.known else "no time is known, priced at one read of all that it is handed"
     how = "priced at half of the rate of a transfer" if name == _WRITES else how
     return f"{how}, {1e3 * kernel.seconds:.3g} ms in all"

@@ -223,8 +223,8 @@ def axes_of(members: Sequence[tuple[int, ...]], sizes: Mapping[str, int]) -> tup
 
 def _of_ours(frames: Sequence[object]) -> str:
     ours = [str(frame) for frame in frames if str(frame).startswith("partinf/")]
-    told = [frame for frame in ours if not frame.startswith(CARRIERS)]
-    return (told or ours or [""])[0]
+    named = [frame for frame in ours if not frame.startswith(CARRIERS)]
+    return (named or ours or [""])[0]
 
 
 def _summed(collectives: list[Collective]) -> tuple[Collective, ...]:

@@ -20,7 +20,7 @@ def describe(slice_: Slice) -> tuple[str, dict[str, Any]]:
     chip, options = slice_.chip, dict[str, Any]()
     if chip.compiler_config:
         options["chip_config_name"] = chip.compiler_config
-    # The compiler takes a 3D slice for a mesh unless it is told otherwise; that of a 2D one it knows.
+    # The compiler takes a 3D slice for a mesh unless it is given the wrap-around links; it knows those of a 2D slice.
     if chip.torus_dims == 3 and all(axis.wraps for axis in slice_.axes if axis.link is Link.TORUS):
         options["wrap"] = (True, True, True)
     if math.prod(slice_.shape) < math.prod(chip.host_shape):

@@ -236,7 +236,7 @@ class _Endpoint:
 
 async def _parse(kind: type[Body], ask: AskFunction[T], raw: bytes, served: Served) -> T:
     """What a body asks for."""
-    body, offences, written = await _beside(len(raw), _read, kind, raw, served)
+    body, offences, written = await _in_a_thread_if_large(len(raw), _read, kind, raw, served)
     text = None
     if written is not None and served.conversations is not None:
         try:
@@ -244,7 +244,7 @@ async def _parse(kind: type[Body], ask: AskFunction[T], raw: bytes, served: Serv
         except Overloaded as error:
             raise _overloaded(error) from None
     constraint = await _constraint(body, served, offences)
-    return await _beside(len(raw) + len(text or ""), ask, body, served, offences, text, constraint)
+    return await _in_a_thread_if_large(len(raw) + len(text or ""), ask, body, served, offences, text, constraint)
 
 
 async def _constraint(body: Body, served: Served, offences: list[Offence]) -> Grammar | None:
@@ -273,11 +273,11 @@ def _version() -> str:
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
     """Answers to browsers that run pages of these origins; nothing without any."""
-    told = (HEADER, "retry-after")
-    return [Middleware(CORSMiddleware, origins, ("GET", "POST"), ("*",), expose_headers=told)] if origins else []
+    exposed = (HEADER, "retry-after")
+    return [Middleware(CORSMiddleware, origins, ("GET", "POST"), ("*",), expose_headers=exposed)] if origins else []
 
 
-async def _beside(size: int, work: Callable[..., T], *given: Any) -> T:
+async def _in_a_thread_if_large(size: int, work: Callable[..., T], *given: Any) -> T:
     """What `work` returns; in a thread where there is much to work on, so that others need not wait."""
     return work(*given) if size <= _LARGE else await asyncio.to_thread(work, *given)
 

@@ -104,7 +104,7 @@ class _Process:
         self._child, self._socket = bounded_process.start("partinf.serve.template_process")
         self._socket.setblocking(False)
         self._seconds = template.seconds
-        self._unsaid = frame(template)
+        self._unsent = frame(template)
 
     async def ask(self, request: bytes) -> Rendered:
         """The answer to one frame.
@@ -113,12 +113,12 @@ class _Process:
             TemplateRefusal: the process ended instead.
         """
         # The kernel ends the process in time; this is for one that does not run at all.
-        most = _PATIENCE * self._seconds + (_STARTING_SECONDS if self._unsaid else 0.0)
+        most = _PATIENCE * self._seconds + (_STARTING_SECONDS if self._unsent else 0.0)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(most):
-                await loop.sock_sendall(self._socket, self._unsaid + request)
-                self._unsaid = b""
+                await loop.sock_sendall(self._socket, self._unsent + request)
+                self._unsent = b""
                 (length,) = LENGTH.unpack(await self._read(LENGTH.size))
                 return msgspec.json.decode(await self._read(length), type=Rendered)
         except (OSError, EOFError):  # TimeoutError is among them

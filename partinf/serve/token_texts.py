@@ -93,10 +93,10 @@ def prompt_logprobs(texts: TokenTexts, prompt: Sequence[int], scores: Sequence[P
         if score is None:
             found.append(None)
             continue
-        told = {token: PromptLogprob(_finite(score.logprob), 1 if score.top_token == token else None, texts.text(token))}
+        entries = {token: PromptLogprob(_finite(score.logprob), 1 if score.top_token == token else None, texts.text(token))}
         if count:
-            told[score.top_token] = PromptLogprob(_finite(score.top_logprob), 1, texts.text(score.top_token))
-        found.append({str(name): entry for name, entry in told.items()})
+            entries[score.top_token] = PromptLogprob(_finite(score.top_logprob), 1, texts.text(score.top_token))
+        found.append({str(name): entry for name, entry in entries.items()})
     return found
 
 

@@ -206,7 +206,7 @@ class CallReader:
         self._tell(call, part)
         if not (call.complete or last):
             return False
-        if call.told:
+        if call.announced:
             self.count += 1
             self._raw, self._after = "", True
             self._mode = self._region
@@ -220,10 +220,10 @@ class CallReader:
         if call.name is None or not (self._marked or (call.name in self._tools and call.has_arguments)):
             return
         more = call.take()
-        if more or not call.told:
+        if more or not call.announced:
             if self._parallel or not self.count:
-                part.calls.append(CallPart(self.count, None if call.told else call.name, more))
-            call.told = True
+                part.calls.append(CallPart(self.count, None if call.announced else call.name, more))
+            call.announced = True
 
     def _to_text(self, part: Part) -> bool:
         """No call begins here: what was read since the last one is text."""
@@ -239,7 +239,7 @@ class _JsonCall:
     """A call in JSON: an object with a name and arguments, or, where the name is known, the object of the arguments itself."""
 
     def __init__(self, name: str | None) -> None:
-        self.text, self.name, self.complete, self.told = "", name, False, False
+        self.text, self.name, self.complete, self.announced = "", name, False, False
         self._whole = name is not None
         self._at = self._depth = self._sent = 0
         self._quoted = self._escaped = False
@@ -351,7 +351,7 @@ class _PythonCall:
     """A call as Python writes it, `f(a=1, b="x")`, sent when it is complete."""
 
     def __init__(self) -> None:
-        self.text, self.complete, self.told = "", False, False
+        self.text, self.complete, self.announced = "", False, False
         self.name: str | None = None
         self._arguments = ""
         self._at = self._depth = 0

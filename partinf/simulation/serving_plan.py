@@ -140,7 +140,7 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
         if fitting:
             break
     pricing = found.question.pricing(slice_)
-    bound = (replace(plan, predicted=()) for c in fitting for plan in _undealt(found.plan_of(c)))
+    bound = (replace(plan, predicted=()) for c in fitting for plan in _without_batch_split(found.plan_of(c)))
     plans = [_gathering_where_it_pays(plan, pricing, traffic) for plan in bound]
     if not plans:
         raise InvalidInput(found.misfit)
@@ -173,7 +173,7 @@ def _gathering_where_it_pays(plan: Plan, pricing: Pricing, traffic: Traffic) -> 
     return plan if seconds[0] < seconds[1] else never
 
 
-def _undealt(plan: Plan) -> Iterator[Plan]:
+def _without_batch_split(plan: Plan) -> Iterator[Plan]:
     """The plan with prompts that no axis splits by request: by heads over those axes, or by nothing where heads do not divide."""
     layout = plan.layout
     batch = layout.prefill.attention_axes(AttentionRole.BATCH)

@@ -166,7 +166,7 @@ class _Process:
         """Starts it, which does not wait until it has come up."""
         self._child, self._socket = bounded_process.start("partinf.structured.process")
         self._bounds = bounds
-        self._unsaid = bounded_process.framed(given)
+        self._unsent = bounded_process.framed(given)
         self._asking = threading.Lock()
 
     def ask(self, request: MaskRequest) -> Found:
@@ -176,10 +176,10 @@ class _Process:
         """
         with self._asking:
             # The process is ended in time by the kernel; this is for one that does not run at all.
-            self._socket.settimeout(self._bounds.patience + (_STARTING_SECONDS if self._unsaid else 0.0))
+            self._socket.settimeout(self._bounds.patience + (_STARTING_SECONDS if self._unsent else 0.0))
             try:
-                self._socket.sendall(self._unsaid + bounded_process.framed(pickle.dumps(request)))
-                self._unsaid = b""
+                self._socket.sendall(self._unsent + bounded_process.framed(pickle.dumps(request)))
+                self._unsent = b""
                 (length,) = LENGTH.unpack(self._read(LENGTH.size))
                 return msgspec.msgpack.decode(self._read(length), type=Found)
             except TimeoutError:

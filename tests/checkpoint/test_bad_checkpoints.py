@@ -198,7 +198,7 @@ def test_missing_shards_are_named_and_not_their_tensors(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_one_file_beside_shards_is_refused(sharded: Path, indexed: bool) -> None:
+def test_one_file_next_to_shards_is_refused(sharded: Path, indexed: bool) -> None:
     """A file of zeros would win over the shards, or be left out; it is unclear which is meant."""
     zeros = {name: np.zeros_like(tensor) for name, tensor in all_tensors(sharded).items()}
     save_file(zeros, sharded / "model.safetensors")

@@ -135,12 +135,12 @@ def test_a_process_holds_its_share_and_one_shard_more(monkeypatch: pytest.Monkey
 
     read_leaf, read_quantized, device_put = hf.read_leaf, hf._read_quantized, jax.device_put
 
-    def read(*asked: Any) -> np.ndarray:
+    def read(*args: Any) -> np.ndarray:
         alive.append(held)
-        return track(read_leaf(*asked))
+        return track(read_leaf(*args))
 
-    def read_and_quantize(*asked: Any) -> Quantized:
-        found = read_quantized(*asked)
+    def read_and_quantize(*args: Any) -> Quantized:
+        found = read_quantized(*args)
         return Quantized(track(found.values), found.scale, found.contracted)
 
     monkeypatch.setattr(hf, "read_leaf", read)

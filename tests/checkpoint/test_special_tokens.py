@@ -83,7 +83,7 @@ def test_added_tokens_are_one_id_each(tmp_path: Path, kind: str, complete: bool)
     assert tokenizer.vocab_size == 402
 
 
-def test_blanks_and_words_beside_added_tokens(tmp_path: Path) -> None:
+def test_blanks_and_words_next_to_added_tokens(tmp_path: Path) -> None:
     tokens = {
         "400": FLAGS | {"content": "<m>", "lstrip": True, "rstrip": True},
         "401": FLAGS | {"content": "tok", "special": False, "single_word": True},
@@ -123,7 +123,7 @@ def test_bos_and_eos_as_the_files_say(tmp_path: Path, kind: str) -> None:
     assert (newer.eos_ids, newer.bos_id) == ({2}, 2)
 
 
-def test_ids_that_end_a_text_are_said_where_files_differ(tmp_path: Path) -> None:
+def test_ids_that_end_a_text_are_reported_where_files_differ(tmp_path: Path) -> None:
     files = {"generation_config": {"eos_token_id": 3}, "tokenizer_config": settings()}
     differ = copy("sentencepiece", tmp_path / "a", **files)
     assert differ.eos_ids == {2, 3}

@@ -111,7 +111,7 @@ def test_no_figure_is_infinite(measured: Path, capsys: pytest.CaptureFixture[str
     assert read_hardware(measured).rates.type("f32").decode_kv == math.inf  # what was measured is kept as it is
 
 
-def test_a_busy_machine_and_unsteady_times_are_said(
+def test_a_busy_machine_and_unsteady_times_are_reported(
     measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["calibrate", "--yes"]) == 0
@@ -168,9 +168,9 @@ def test_the_forms_of_products_are_shown_with_what_was_measured(
     found = choices.Choices((("f32", ((3, Form.ROWS), (512, Form.XLA))), ("bf16", ((4, Form.XLA),))), times, ("bf16",))
     monkeypatch.setattr(choices, "_current", [found])
     assert main(["calibrate", "--products", "show"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for part in ("f32 rows up to 3, xla beyond", "f32 xla 2e+03 3e+03", "f32 rows 1e+03", "Times of bf16 did not settle"):
-        assert part in said
+        assert part in printed
     monkeypatch.setattr(
         choices, "take_turns", lambda: ([replace(each, kind=kind) for each in times for kind in ("f32", "bf16", "int8")], [])
     )

@@ -53,7 +53,7 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["plan", "--slice", "v5e:2x2", "--slice", "v5e:2x4"], "--slice is given 2 times: --slice v5e:2x2 · --slice v5e:2x4; give it once"),
         (["plan", "--slice", "v5e:2x2", "--batch", "8", "--batch", "8"], "--batch is given 2 times: --batch 8 · --batch 8"),
@@ -69,11 +69,11 @@ def test_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "--requests", "1", "--requests", "2"], "--requests is given 2 times"),
     ],
 )
-def test_a_flag_of_one_value_that_is_given_again_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_of_one_value_that_is_given_again_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In every command; a flag that is a list (a prompt, a text) may be given as often as one likes."""
     assert main([*words, "--model", "demo"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert any(said in line for line in lines), lines
+    assert any(message in line for line in lines), lines
     assert not any("--prompt is" in line or "--text is" in line for line in lines)
 
 

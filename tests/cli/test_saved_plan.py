@@ -105,13 +105,13 @@ def test_the_model_may_lie_elsewhere_than_when_the_plan_was_made(saved: Path, tm
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "simulate"])
-def test_what_the_plan_says_is_not_said_again(saved: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_repeat_the_plan_are_refused(saved: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--prompt", "x"] if command == "generate" else []
     words = ["--plan", str(saved), "--slice", "cpu:2", "--mesh", "2", "--layout", "ws-1d", "--weights", "int8", "--kv", "int8"]
     assert main([command, *words, *more]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for flag in ("--slice cpu:2", "--mesh 2", "--layout ws-1d", "--weights int8", "--kv int8"):
-        assert f"{flag}: --plan {saved} says that already" in said
+        assert f"{flag}: --plan {saved} says that already" in printed
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "simulate"])
@@ -126,10 +126,10 @@ def test_flags_of_the_other_kind_are_refused(capsys: pytest.CaptureFixture[str])
     place = ["--model", "demo", "--slice", "cpu:2"]
     wrong = ["--max-batch", "4", "--prefix-caching", "--page-size", "8", "--eviction", "recompute"]
     assert main(["simulate", "--as-served", *place, *wrong, "--max-num-seqs", "0", "--max-num-batched-tokens", "1"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert "partinf: error: --max-batch: serve has no such flag, it has --max-num-seqs; leave out either it or --as-served" in said
-    assert "partinf: error: --max-num-seqs 0: a whole number is needed, from 1 to 1,048,576" in said
-    assert len(said) == 6
+    printed = capsys.readouterr().err.splitlines()
+    assert "partinf: error: --max-batch: serve has no such flag, it has --max-num-seqs; leave out either it or --as-served" in printed
+    assert "partinf: error: --max-num-seqs 0: a whole number is needed, from 1 to 1,048,576" in printed
+    assert len(printed) == 6
     assert main(["simulate", *place, "--max-num-seqs", "4", "--no-enable-prefix-caching"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "partinf: error: --max-num-seqs: a flag of serve; it needs --as-served",
@@ -182,9 +182,9 @@ def test_a_plan_ends_with_commands_that_work(
 def test_a_plan_that_cannot_be_served_or_fits_nowhere_offers_no_service(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--phase", "decode", "--batch", "8", "--context", "64"]
     assert main(["plan", "--model", "palm-8b", "--slice", "v5e-16", *words]) == 0
-    said = capsys.readouterr().out
-    assert "  partinf serve" not in said
-    assert "(it cannot be served: weights of palm-8b come in no form that is read):\n  partinf simulate --as-served" in said
+    printed = capsys.readouterr().out
+    assert "  partinf serve" not in printed
+    assert "(it cannot be served: weights of palm-8b come in no form that is read):\n  partinf simulate --as-served" in printed
     assert main(["plan", "--model", "palm-540b", "--slice", "v5e-1", *words]) == 0
     assert "  partinf " not in capsys.readouterr().out
 

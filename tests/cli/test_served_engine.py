@@ -20,8 +20,8 @@ def test_there_is_a_thread_for_masks_and_a_second_one_has_a_core_of_its_own(
     served = ServedEngine.read(flags_of(serve, "--model", "demo"))
     assert served.mask_threads == threads
     assert served.engine(FakeRunner(LIMITS), Estimates(lambda tokens: 1e-3, 1e-3))._workers._num_threads == threads
-    for asked in (0, 1, 3):
-        assert ServedEngine.read(flags_of(serve, "--model", "demo", "--mask-threads", str(asked))).mask_threads == asked
+    for count in (0, 1, 3):
+        assert ServedEngine.read(flags_of(serve, "--model", "demo", "--mask-threads", str(count))).mask_threads == count
 
 
 def test_a_wrong_number_of_threads_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,8 +36,8 @@ class Rain(FakeRunner):
 
     def _next(self, context: Sequence[int]) -> int:
         if len(context) != self._seen + 1:
-            asked = _TOKENIZER.decode(context, special=True)
-            text = "It rains in Zürich." if "tool: It rains" in asked else _CALL
+            prompt = _TOKENIZER.decode(context, special=True)
+            text = "It rains in Zürich." if "tool: It rains" in prompt else _CALL
             self._script, self._start = [*_TOKENIZER.encode(text, add_bos=False), *sorted(_TOKENIZER.eos_ids)[:1]], len(context)
         self._seen = len(context)
         return self._script[min(len(context) - self._start, len(self._script) - 1)]

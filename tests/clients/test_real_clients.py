@@ -41,7 +41,7 @@ def run(client: str, *command: object, folder: Path, **variables: str) -> None:
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
-def run_as_told(client: str, has: str, url: str, folder: Path, **changed: str) -> None:
+def run_documented(client: str, has: str, url: str, folder: Path, **changed: str) -> None:
     """The command of docs/clients.md that runs this program and has this argument, for this server, with some words changed."""
     blocks = re.findall(r"```sh\n(.*?)```", GUIDE.read_text(), re.S)
     (block,) = [block for block in blocks if has in block]
@@ -86,7 +86,7 @@ def test_langchain(demo_url: str, rain_url: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_inspect(demo_url: str, tmp_path: Path) -> None:
     shutil.copy(HERE / "programs/sorting.py", tmp_path)
-    run_as_told("inspect-ai", "inspect eval", demo_url, tmp_path)
+    run_documented("inspect-ai", "inspect eval", demo_url, tmp_path)
     (log,) = (tmp_path / "logs").glob("*.json")
     found = json.loads(log.read_text())
     assert (found["status"], found["results"]["scores"][0]["metrics"]["accuracy"]["value"]) == ("success", 1)
@@ -96,7 +96,7 @@ def test_inspect(demo_url: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
 def test_guidellm(demo_url: str, endpoint: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "tasks.jsonl", [{"prompt": prompt, "output_tokens_count": 16} for prompt, _ in tasks(60, 1)])
-    run_as_told("guidellm", "guidellm run", demo_url, tmp_path, **{"/v1/completions": endpoint})
+    run_documented("guidellm", "guidellm run", demo_url, tmp_path, **{"/v1/completions": endpoint})
     totals = [one["metrics"]["request_totals"] for one in json.loads((tmp_path / "report.json").read_text())["benchmarks"]]
     assert [(one["successful"], one["errored"], one["incomplete"]) for one in totals] == [(10, 0, 0)] * 3
 
@@ -105,7 +105,7 @@ def test_guidellm(demo_url: str, endpoint: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_aiperf(demo_url: str, endpoint: str, tmp_path: Path) -> None:
     write_lines(tmp_path / "tasks.jsonl", [{"text": prompt} for prompt, _ in tasks(40, 2)])
-    run_as_told("aiperf", "aiperf profile", demo_url, tmp_path, **{"--endpoint-type completions": f"--endpoint-type {endpoint}"})
+    run_documented("aiperf", "aiperf profile", demo_url, tmp_path, **{"--endpoint-type completions": f"--endpoint-type {endpoint}"})
     for concurrency in (1, 4):
         report = json.loads((tmp_path / f"found/concurrency_{concurrency}/profile_export_aiperf.json").read_text())
         assert (report["request_count"]["avg"], report.get("error_request_count", {"avg": 0})["avg"]) == (20, 0)
@@ -128,8 +128,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory, demo_url: str) -> Path:
         (folder / "tasks" / task.name).write_text(task.read_text().replace("DATA", str(folder)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))  # of data sets
-        run_as_told("lm-eval", "--model local-completions", demo_url, folder)
-        run_as_told("lm-eval", "--model local-chat-completions", demo_url, folder)
+        run_documented("lm-eval", "--model local-completions", demo_url, folder)
+        run_documented("lm-eval", "--model local-chat-completions", demo_url, folder)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_lm_eval_generates(measured: Path) -> None:
 
 @pytest.mark.slow
 def test_lm_evals_log_likelihoods_are_those_of_score(measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The sum over the ending, which is what it compares, and whether greedy generation would have said it."""
+    """The sum over the ending, which is what it compares, and whether greedy generation would give it."""
     from partinf.checkpoint.tokenizer import load_tokenizer
     from partinf.cli import main
 
@@ -156,11 +156,11 @@ def test_lm_evals_log_likelihoods_are_those_of_score(measured: Path, tmp_path: P
     assert len(found) == 12
     tokenizer = load_tokenizer(DEMO)
     texts = [one["doc"]["prompt"] + ending for one in found for ending in one["doc"]["endings"]]
-    told = [response[0] for one in found for response in one["resps"]]
+    responses = [response[0] for one in found for response in one["resps"]]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     assert main(["score", "--model", "demo", "--slice", "cpu:1", "--texts", str(tmp_path / "texts.txt"), "--format", "json"]) == 0
     scored = json.loads(capsys.readouterr().out)
-    for text, (value, _), score in zip(texts, told, scored["scores"], strict=True):
+    for text, (value, _), score in zip(texts, responses, scored["scores"], strict=True):
         length = len(tokenizer.encode(text)) - len(tokenizer.encode(re.sub("=.*", "=", text)))
         mine = math.fsum(score["logprobs"][-length:])
         assert abs(float(value) - mine) < 1e-4, text

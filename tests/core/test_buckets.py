@@ -44,7 +44,7 @@ def test_chunks_of_long_prompts_fill_their_step() -> None:
     assert prefill_tokens("llama-125m", "cpu:1", DType.F32, Capacity(max_len=256, prefill_tokens=64)) == [0, 32, 64, 64]
 
 
-def test_a_single_lane_runs_beside_an_empty_one() -> None:
+def test_a_single_lane_runs_with_an_empty_one() -> None:
     """On TPUs, where one row takes longer than two; the empty lane has no pages."""
     plan = Plan(
         load_model_config("llama-3-8b"), parse_slice("v5e:2x2"), make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"})

@@ -84,7 +84,7 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert caches.usable("xla") is None
 
 
-def test_jax_is_not_told_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jax_gets_no_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would warn of every program."""
     monkeypatch.setattr(os, "access", lambda *_: False)
     devices.prepare(virtual_devices=1)

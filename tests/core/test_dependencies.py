@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for is what is used: every dependency is imported or run, and everything that is imported is asked for."""
+"""pyproject.toml declares what is used: every dependency is imported or run, and everything that is imported is declared."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_what_commands_say_is_missing_is_what_the_extras_bring() -> None:
         assert len(modules) == len(brought)
 
 
-def test_what_the_package_imports_is_asked_for_where_it_is_needed() -> None:
+def test_what_the_package_imports_is_declared_where_it_is_needed() -> None:
     undeclared = []
     for name, files in imported().items():
         for file in (file for file in files if file.startswith("partinf/")):
@@ -128,7 +128,7 @@ def test_what_the_package_imports_is_asked_for_where_it_is_needed() -> None:
     assert sorted(undeclared) == []
 
 
-def test_what_tests_import_is_asked_for_by_the_development_install() -> None:
+def test_what_tests_import_is_in_the_development_install() -> None:
     available = frozenset().union(*declared().values())
     files = {file: name for name, files in imported().items() if name not in available for file in files if file.startswith("tests/")}
     assert {file: name for file, name in files.items() if not file.startswith(ELSEWHERE)} == {}

@@ -45,13 +45,13 @@ def test_all_that_is_wrong_with_experts_is_named() -> None:
         model_with(Experts(8, 9, EACH, shared_gate=True))
     assert "per_token = 9 of 8 experts" in str(caught.value)
     assert "shared_gate needs a shared feed-forward" in str(caught.value)
-    for router, said in (
+    for router, message in (
         (Router(groups=3), "8 experts do not fall into 3 groups"),
         (Router(groups=4, chosen_groups=5), "chosen_groups = 5 of 4"),
         (Router(groups=8, chosen_groups=1), "hold 1 experts; 2 are chosen"),
         (Router(Score.SOFTMAX_OF_CHOSEN, correction=True), "goes with neither"),
     ):
-        with pytest.raises(InvalidInput, match=said):
+        with pytest.raises(InvalidInput, match=message):
             model_with(Experts(8, 2, EACH, router))
     with pytest.raises(InvalidInput, match="ffn_dim = 0, but layers of kind dense have no experts"):
         model_with(Experts(8, 2, EACH), kinds=KINDS, prefix=("dense",), pattern=("mixed",))

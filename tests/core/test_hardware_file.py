@@ -130,7 +130,7 @@ def test_prices_by_hand() -> None:
     assert pricing.network.seconds(Op.ALL_GATHER, ("y",), 1e6) == pytest.approx(2e-4 + 1.5 * 0.75e-3)
 
 
-def test_a_measured_chip_that_reads_ahead_reads_weights_beside_what_leaves_memory_alone() -> None:
+def test_a_measured_chip_that_reads_ahead_reads_weights_during_what_leaves_memory_alone() -> None:
     """As by the shipped constants: where layers are compiled one by one, and no matrix that is left to its product."""
     chip = replace(chips()["v5e"], rates=replace(RATES, memory=8e11, products=(("f32", Curve((1.0, 64.0), (1e12, 1e14))),)))
     one_by_one, looped = (

@@ -140,8 +140,8 @@ def test_opt_350m_norms_sums_and_projects_its_embeddings() -> None:
     found = config_from_hf(OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 512}, "opt")
     assert (found.norms, found.final_norm, found.table_dim, found.tied_embeddings) == (NormPlaces.SUM, False, 512, False)
     assert config_from_hf(OPT | {"_remove_final_layer_norm": True}, "opt").final_norm is False
-    (said,) = offences(OPT | {"word_embed_proj_dim": 512, "tie_word_embeddings": False})
-    assert said.endswith("word_embed_proj_dim = 512 is not supported with an output matrix of its own")
+    (message,) = offences(OPT | {"word_embed_proj_dim": 512, "tie_word_embeddings": False})
+    assert message.endswith("word_embed_proj_dim = 512 is not supported with an output matrix of its own")
 
 
 def test_every_offence_of_qwen3_at_once() -> None:

@@ -95,8 +95,11 @@ def test_which_layers_have_experts() -> None:
     assert mixed({"model_type": "glm4_moe", "first_k_dense_replace": 3}) == [False] * 3 + [True]
     assert mixed({"model_type": "ernie4_5_moe", "moe_layer_start_index": 1, "moe_layer_end_index": 2}) == [False, True, True, False]
     assert mixed({"model_type": "exaone_moe", "mlp_layer_types": ["dense", "sparse"] * 2}) == [False, True] * 2
-    for wrong, said in (({"mlp_only_layers": [0.5]}, "a list of numbers of layers"), ({"decoder_sparse_step": 0}, "at least 1 is needed")):
-        with pytest.raises(InvalidInput, match=said):
+    for wrong, message in (
+        ({"mlp_only_layers": [0.5]}, "a list of numbers of layers"),
+        ({"decoder_sparse_step": 0}, "at least 1 is needed"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
             mixed(qwen | wrong)
     with pytest.raises(InvalidInput, match="dense or sparse for each of 4 layers"):
         mixed({"model_type": "exaone_moe", "mlp_layer_types": ["dense"]})

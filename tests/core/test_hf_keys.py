@@ -153,7 +153,7 @@ def test_of_two_rotations_the_scaling_of_version_4_is_meant() -> None:
     assert config_from_hf(LLAMA | both, "mine") == config_from_hf(LLAMA | {"rope_scaling": YARN}, "mine")
 
 
-def test_lengths_of_the_training_stand_beside_within_or_are_the_longest_context() -> None:
+def test_lengths_of_the_training_stand_outside_within_or_are_the_longest_context() -> None:
     def trained(change: dict[str, Any]) -> int:
         return config_from_hf(LLAMA | change, "mine").rotation.scaling.original_max_len  # type: ignore[union-attr]
 

@@ -73,7 +73,7 @@ def test_refused(text: str, words: str) -> None:
     assert words in "\n".join(caught.value.offences)
 
 
-def test_a_misspelled_kind_is_named_beside_all_other_offences() -> None:
+def test_a_misspelled_kind_is_named_with_all_other_offences() -> None:
     text = REQUIRED.replace("num_layers", "num_layer") + 'pattern = "lokal, global"\n[kinds.local]\nwindows = 4\n[kinds.global]\n'
     with pytest.raises(InvalidInput) as caught:
         config_from_toml(text, "mine")
@@ -82,7 +82,7 @@ def test_a_misspelled_kind_is_named_beside_all_other_offences() -> None:
     assert all(part in found for part in words), found
 
 
-def test_the_order_of_kinds_is_checked_beside_sizes() -> None:
+def test_the_order_of_kinds_is_checked_with_sizes() -> None:
     kinds = (Kind("near", 4), Kind("far"))
     with pytest.raises(InvalidInput) as caught:
         ModelConfig("mine", 2, 0, 64, 8, 2, 8, 250, kinds=kinds, pattern=("nearer",))

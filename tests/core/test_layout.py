@@ -89,9 +89,9 @@ def test_all_offences_of_a_file_at_once() -> None:
     )
     with pytest.raises(InvalidInput) as caught:
         layout_from_toml(text, "a file")
-    said = "\n".join(caught.value.offences)
+    printed = "\n".join(caught.value.offences)
     for words in ("unknown key 'gathr'", "unknown role 'embd'", "unknown role 'batc'", "axis 'z' has no attention role", "role for 'w'"):
-        assert words in said, words
+        assert words in printed, words
 
 
 @given(

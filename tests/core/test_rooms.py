@@ -21,8 +21,8 @@ def test_no_files_and_no_rooms_import_each_other_in_a_circle() -> None:
 
 def test_the_engine_knows_nothing_of_models_slices_and_costs() -> None:
     house = read_house()
-    asked = {other for (room, _), pairs in house.arrows.items() if room == "partinf/engine" for _, other in pairs}
-    assert asked == {f"partinf/foundation/{name}.py" for name in ("errors", "limits", "paging", "rounding")}
+    wanted = {other for (room, _), pairs in house.arrows.items() if room == "partinf/engine" for _, other in pairs}
+    assert wanted == {f"partinf/foundation/{name}.py" for name in ("errors", "limits", "paging", "rounding")}
 
 
 def test_arrows_between_rooms_do_not_grow() -> None:

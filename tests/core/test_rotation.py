@@ -44,7 +44,7 @@ def test_the_fixture_has_every_way_of_scaling() -> None:
     assert found == {Linear, Llama3, Yarn, LongRope, Dynamic}
 
 
-def test_what_the_longest_context_decides_is_said() -> None:
+def test_what_the_longest_context_decides_is_reported() -> None:
     long = Rotation(scaling=LongRope((1.0, 1.0), (2.0, 3.0), 4096))
     assert long.chosen_by(4096) == "contexts of up to 4,096 tokens, within the original 4,096: the short factors of LongRoPE"
     assert long.chosen_by(4097) == "contexts of up to 4,097 tokens, above the original 4,096: the long factors of LongRoPE"

@@ -147,7 +147,7 @@ def test_a_failing_runner_reaches_every_stream() -> None:
     assert not engine.has_work
 
 
-def test_generate_beside_streams() -> None:
+def test_generate_during_streams() -> None:
     engine = make_engine(None)
 
     async def main() -> None:

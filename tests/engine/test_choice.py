@@ -70,7 +70,7 @@ def test_without_bounds_the_mean_time_per_token_decides(plans: list[Plan]) -> No
     assert "ms per token, against " in str(found)
 
 
-def test_what_is_compared_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_compared_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *LOAD[:-1], "6", "--tpot", "6"]) == 0
     assert "layout chosen from 8 layouts by simulating 6 requests under each" in capsys.readouterr().out
     for layout in ([], ["--layout", "ws-1d", "--tpot", "6"]):  # nothing was stated of the load, or the layout was

@@ -44,7 +44,7 @@ class Steps:
     """Every token is the last one plus one of `steps`, modulo the vocabulary; the answer is complete after `length` tokens.
 
     Attributes:
-        breaks_at: number of the token after which nothing can be said. seconds: that a mask takes, some twice as long and some not at all.
+        breaks_at: number of the token after which there is no mask. seconds: that a mask takes, some twice as long and some not at all.
         gate: shut while masks are to wait.
     """
 

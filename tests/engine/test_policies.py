@@ -111,14 +111,14 @@ def test_a_long_prompt_passes_through_the_stages_chunk_after_chunk(lag: int) -> 
     """Its tokens are known, so no chunk waits for the one before to come out; the first token that is fed waits for all stages."""
     runner = FakeRunner(replace(ROOMY, num_stages=4, max_prefill_tokens=8))
     engine = Engine(runner, lag=lag, check_invariants=True)
-    asked = {"long": ([1] * 29, SamplingParams(max_tokens=3)), "short": ([2] * 3, SamplingParams(max_tokens=2))}
-    for name, (prompt, params) in asked.items():
+    several = {"long": ([1] * 29, SamplingParams(max_tokens=3)), "short": ([2] * 3, SamplingParams(max_tokens=2))}
+    for name, (prompt, params) in several.items():
         engine.add_request(prompt, params, name)
     for _ in range(5):
         engine.step(wait=False)
     assert [step.num_prefill_tokens for step in runner.steps] == [8, 8, 8, 5, 3]
     outputs = run_all(engine)
-    assert all(outputs[name].tokens == alone(ROOMY, *one, name).tokens for name, one in asked.items())
+    assert all(outputs[name].tokens == alone(ROOMY, *one, name).tokens for name, one in several.items())
 
 
 def test_priorities() -> None:

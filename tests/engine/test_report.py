@@ -67,7 +67,7 @@ def test_goodput_counts_what_meets_both_bounds_and_refusals_against_it() -> None
         }
 
 
-def test_what_cannot_be_said_is_null() -> None:
+def test_what_has_no_value_is_null() -> None:
     engine = Engine(CostRunner(ROOMY, padded_to_eight))
     found = RunReport.of(engine.metrics, 0.0, 0, LatencyBounds(), MACHINE)
     assert found.mfu is found.chip_ms_per_token is found.goodput is None

@@ -114,7 +114,7 @@ def test_a_step_enters_between_two_ticks() -> None:
     assert runner.collect().stages[0] == (2.0, 3.0)
 
 
-def test_copies_run_beside_the_compute() -> None:
+def test_copies_run_during_the_compute() -> None:
     runner = CostRunner(replace(ROOMY, num_host_pages=8), one_second, page_seconds=(0.2, 0.3))
     runner.submit(Step((row(0, 0),), swap_out=(PageCopy((5, 6), (0, 1), 0),)))
     runner.collect()

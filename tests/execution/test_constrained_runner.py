@@ -82,7 +82,7 @@ def alone() -> list[RequestOutput]:
     return [output for prompt, params in zip(PROMPTS, PARAMS, strict=True) for output in engine.generate([prompt], params)]
 
 
-def test_the_likeliest_of_the_allowed_tokens_is_taken_and_its_own_probability_told() -> None:
+def test_the_likeliest_of_the_allowed_tokens_is_taken_and_its_own_probability_given() -> None:
     runner = make_runner("cpu:1")
     output = alone()[0]
     row = [*output.prompt, *output.tokens]

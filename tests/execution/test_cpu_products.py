@@ -164,12 +164,12 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return where
 
 
-def test_what_was_measured_is_kept_and_measured_again_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, asked = kept(tmp_path, monkeypatch), []
+def test_what_was_measured_is_kept_and_measured_again_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, calls = kept(tmp_path, monkeypatch), []
 
     def measured() -> tuple[list[Times], list[str]]:
-        asked.append(1)
-        form = Form.XLA if len(asked) == 1 else Form.PANELS
+        calls.append(1)
+        form = Form.XLA if len(calls) == 1 else Form.PANELS
         return [Times(kind, form, ((1, 1.0),)) for kind in TYPES], []
 
     monkeypatch.setattr(choices, "take_turns", measured)
@@ -177,7 +177,7 @@ def test_what_was_measured_is_kept_and_measured_again_only_when_asked(tmp_path: 
     assert {form for _, lines in first.table for _, form in lines} == {Form.XLA}
     choices._current.clear()
     assert choices.current() == first
-    assert len(asked) == 1
+    assert len(calls) == 1
     again = choices.measure_again()
     assert again.table != first.table
     assert choices.current() == again
@@ -185,7 +185,7 @@ def test_what_was_measured_is_kept_and_measured_again_only_when_asked(tmp_path: 
         where.write_text(damaged)
         choices._current.clear()
         assert choices.current() == again
-    assert len(asked) == 6
+    assert len(calls) == 6
     assert choices.from_json(choices.to_json(again)) == again
 
 

@@ -85,7 +85,7 @@ def test_stages(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [DType.F32, DType.INT8])
 @pytest.mark.parametrize("assignment", [one for one in sampled_assignments(48, seed=6) if one.mesh == "2x2x2"], ids=str)
-def test_stages_beside_any_roles(assignment: Assignment, dtype: DType) -> None:
+def test_stages_with_any_roles(assignment: Assignment, dtype: DType) -> None:
     """One axis of three makes two stages; the others keep whatever roles they have."""
     roles = assignment.layout()
     gather = [[axis for axis in roles.phase(label).gather if axis != "x"] for label in ("decode", "prefill")]
@@ -124,7 +124,7 @@ def test_padded_heads_change_nothing(kv_heads: int) -> None:
     assert largest_error(make_plan("2x2x2", layout, model, padded_heads=8)) < TOLERANCE["f32"]
 
 
-DEALT = make_layout(
+SEQUENCE_SPLIT = make_layout(
     {"x": "embed", "y": "ffn", "z": "ffn"},
     {"x": "sequence", "y": "sequence", "z": "heads"},
     {"x": "batch", "y": "sequence", "z": "heads"},
@@ -152,7 +152,7 @@ def test_a_context_split_over_axes(changed: dict[str, Any], options: dict[str, A
     """The pages of a sequence over x and y, heads over z; prompts gather what x splits and read in place what y splits."""
     model = dataclasses.replace(MODEL, name=f"split {changed}", **changed)
     options = {"dtype": DType.F32} | options
-    plan = make_plan("2x2x2", DEALT, model, **{"kv": options["dtype"]} | options)
+    plan = make_plan("2x2x2", SEQUENCE_SPLIT, model, **{"kv": options["dtype"]} | options)
     assert largest_error(plan) < TOLERANCE[tolerance]
 
 

@@ -39,14 +39,14 @@ def test_every_assignment_equals_the_reference(share: int) -> None:
     assert {str(mixed): errors for mixed in all_mixed()[share::SHARES] if (errors := too_large(mixed))} == {}
 
 
-DEALT = {"x": "replica", "y": "embed", "z": "ffn"}
+REPLICATED_X = {"x": "replica", "y": "embed", "z": "ffn"}
 ATTENTION = {"x": "batch", "y": "heads", "z": "heads"}
 WHOLE_MODELS = {
     "dense first, gathering ahead": (
         "2x2x2",
         {"num_layers": 3, "ffn_dim": 32, **DENSE_FIRST},
         make_layout(
-            DEALT,
+            REPLICATED_X,
             ATTENTION,
             decode_gather="y",
             decode_ahead=True,
@@ -66,7 +66,7 @@ WHOLE_MODELS = {
     "parallel, two norms": (
         "2x2x2",
         {"block": Block.PARALLEL_TWO_NORMS},
-        make_layout(DEALT, ATTENTION, experts={"x": "expert", "y": "expert", "z": "ffn"}),
+        make_layout(REPLICATED_X, ATTENTION, experts={"x": "expert", "y": "expert", "z": "ffn"}),
     ),
 }
 

@@ -219,14 +219,14 @@ def poisoned(name: str) -> JaxRunner:
     return runner
 
 
-Asked = tuple[list[int], SamplingParams]
+Case = tuple[list[int], SamplingParams]
 
 
-def mixed(count: int, rng: random.Random) -> list[Asked]:
+def mixed(count: int, rng: random.Random) -> list[Case]:
     """Requests of many kinds, a third of them with the poisoned token somewhere; many share their beginnings."""
     beginnings = [[rng.randrange(3, 60) for _ in range(rng.randint(4, 12))] for _ in range(4)]
     beginnings.append([*beginnings[0][:4], POISON, *beginnings[0][:7]])
-    asked: list[Asked] = []
+    several: list[Case] = []
     for number in range(count):
         prompt = rng.choice(beginnings)[: rng.randint(1, 12)] + [rng.randrange(3, 60) for _ in range(rng.randint(1, 6))]
         if rng.random() < 0.2:
@@ -236,8 +236,8 @@ def mixed(count: int, rng: random.Random) -> list[Asked]:
             how |= {"temperature": rng.choice((0.7, 1.5, 1e30)), "top_k": rng.choice((0, 5)), "top_p": rng.choice((1.0, 0.9, 1e-38))}
         if rng.random() < 0.3:
             how |= {"frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {11: 1.0, POISON: rng.choice((-100.0, 3.0))}}
-        asked.append((prompt, SamplingParams(**how, prompt_logprobs=rng.random() < 0.2, top_logprobs=rng.choice((0, 0, 3)))))
-    return asked
+        several.append((prompt, SamplingParams(**how, prompt_logprobs=rng.random() < 0.2, top_logprobs=rng.choice((0, 0, 3)))))
+    return several
 
 
 def finite(output: RequestOutput) -> bool:
@@ -269,13 +269,13 @@ def check_answer(output: RequestOutput, alone: RequestOutput, kv: DType) -> None
 def check_mixed(name: str, count: int, seed: int) -> tuple[int, int]:
     """Serve them together, with preemption, swapping, cached prefixes and a step ahead; returns how many failed, and how many did not."""
     runner, rng = poisoned(name), random.Random(seed)
-    asked = mixed(count, rng)
-    alone = [Engine(runner).generate([prompt], params) for prompt, params in asked]
+    several = mixed(count, rng)
+    alone = [Engine(runner).generate([prompt], params) for prompt, params in several]
     policy = MultiLevelFeedbackQueue(Estimates(lambda tokens: 1e-4, 1e-4), 5, pages=Pages(Eviction.REACTIVE, None))
     for each in (policy, FirstComeFirstServed(chunk_prefills=True)):
         engine = Engine(runner, policy=each, lag=1, prefix_caching=True, check_invariants=True)
         found: dict[str, list[RequestOutput]] = {}
-        coming = [(str(number), *one) for number, one in enumerate(asked)]
+        coming = [(str(number), *one) for number, one in enumerate(several)]
         coming += [(f"{name} again", prompt, params) for name, prompt, params in coming[: count // 4] if POISON not in prompt]
         names = [name for name, _, _ in coming]
         coming.reverse()

@@ -97,7 +97,7 @@ def test_every_stage_keeps_its_own_part_of_the_pages() -> None:
     assert pages.num_bytes == 0
 
 
-def test_what_stages_cannot_do_is_said_before_a_device_is_touched() -> None:
+def test_what_stages_cannot_do_is_reported_before_a_device_is_touched() -> None:
     slice_ = parse_slice("cpu:8", "8")
     with pytest.raises(InvalidInput, match=r"layers N = 4 does not divide over x:8 \(8 ways\); 4 splits into 1, 2, 4"):
         Plan(MODEL, slice_, make_layout({"x": "stage"}, {"x": "none"}))

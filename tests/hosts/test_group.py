@@ -136,7 +136,7 @@ def test_answers_are_those_of_an_engine_alone(job: Callable[..., list[Process]])
     assert [event.token for event in engine.stream([1, 2], SamplingParams(max_tokens=3))]
 
 
-def test_a_request_that_cannot_be_told_is_refused(job: Callable[..., list[Process]]) -> None:
+def test_a_request_that_cannot_be_sent_is_refused(job: Callable[..., list[Process]]) -> None:
     first, other = job(2)
     engine, follower = first.engine("fcfs"), other.engine("fcfs")
     other.follow(follower)
@@ -236,7 +236,7 @@ def test_a_process_that_stalls_is_named(job: Callable[..., list[Process]]) -> No
     thread.join(10)
 
 
-def test_a_collective_that_never_ends_is_said_of_all(job: Callable[..., list[Process]]) -> None:
+def test_a_collective_that_never_ends_is_reported_by_all(job: Callable[..., list[Process]]) -> None:
     processes = job(2, replace(QUICK, silence=20.0))
     release = threading.Event()
     for process in processes:
@@ -251,7 +251,7 @@ def test_a_collective_that_never_ends_is_said_of_all(job: Callable[..., list[Pro
     thread.join(10)
 
 
-def test_an_error_of_one_process_is_told_to_all(job: Callable[..., list[Process]]) -> None:
+def test_an_error_of_one_process_reaches_all(job: Callable[..., list[Process]]) -> None:
     first, bad = job(2)
     engine = first.engine()
 

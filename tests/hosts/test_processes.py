@@ -45,27 +45,27 @@ class LocalJob:
             environment |= dict(zip(NAMES, (address, str(count), str(index)), strict=True))
             environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(8 // count), "PYTHONPATH": str(root)}
             environment |= {"PARTINF_RESULTS": str(folder), "PARTINF_CACHE_DIR": str(cache)}
-            with (folder / f"said-{index}").open("wb") as said:
-                self.processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said, cwd=root))
+            with (folder / f"printed-{index}").open("wb") as printed:
+                self.processes.append(subprocess.Popen(command, env=environment, stdout=printed, stderr=printed, cwd=root))
 
     def wait_ready(self, seconds: float = 240.0) -> None:
         deadline = time.monotonic() + seconds
         while not all((self.folder / f"ready-{index}").exists() for index in range(self.count)):
-            assert time.monotonic() < deadline, self.said()
-            assert all(process.poll() is None for process in self.processes), self.said()
+            assert time.monotonic() < deadline, self.printed()
+            assert all(process.poll() is None for process in self.processes), self.printed()
             time.sleep(0.05)
 
     def wait(self, seconds: float, but: int | None = None) -> list[int | None]:
         """The exit codes, once all but one have ended."""
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for index, process in enumerate(self.processes) if index != but):
-            assert time.monotonic() < deadline, self.said()
+            assert time.monotonic() < deadline, self.printed()
             time.sleep(0.05)
         return [process.poll() for process in self.processes]
 
-    def said(self, index: int | None = None) -> str:
+    def printed(self, index: int | None = None) -> str:
         chosen = range(self.count) if index is None else [index]
-        return "\n".join(f"{number}: {(self.folder / f'said-{number}').read_text(errors='replace')[-30_000:]}" for number in chosen)
+        return "\n".join(f"{number}: {(self.folder / f'printed-{number}').read_text(errors='replace')[-30_000:]}" for number in chosen)
 
     def end(self) -> None:
         for process in self.processes:
@@ -107,7 +107,7 @@ def compare(found: dict, alone: dict) -> None:
 def check_answers(job: LocalJob, alone: dict, held_by_all: float = 0.0) -> None:
     """Every process ends well, the answers are right, and each has read its own part of the weights, besides what all hold."""
     codes = job.wait(300)
-    assert codes == [0] * job.count, job.said()
+    assert codes == [0] * job.count, job.printed()
     found = json.loads((job.folder / "answers.json").read_text())
     compare(found, alone)
     assert found["swaps"] > 0
@@ -154,13 +154,13 @@ def ends_everywhere(job: LocalJob, index: int, number: signal.Signals) -> None:
     codes = job.wait(30, but=index)
     why = "has ended" if number is signal.SIGKILL else f"was silent for {SILENCE:g} s"
     for other in set(range(job.count)) - {index}:
-        said = job.said(other)
+        printed = job.printed(other)
         if index == 0 and codes[other] == -signal.SIGABRT:  # jax holds a connection to process 0 too, and is sometimes faster
-            assert "the JAX distributed service detected fatal errors" in said, said
+            assert "the JAX distributed service detected fatal errors" in printed, printed
             continue
-        assert codes[other] == 1, said
-        assert f"the job ends: process {index} (" in said, said
-        assert why in said, said
+        assert codes[other] == 1, printed
+        assert f"the job ends: process {index} (" in printed, printed
+        assert why in printed, printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
@@ -171,10 +171,10 @@ def test_a_process_that_is_gone_ends_the_other(start: Callable[..., LocalJob], n
 def test_a_process_that_disagrees_ends_both(start: Callable[..., LocalJob]) -> None:
     job = start(2, "serve", wrong=1)
     codes = job.wait(240)
-    assert codes == [1, 1], job.said()
+    assert codes == [1, 1], job.printed()
     for index in range(2):
-        assert "disagrees: its schedule differs from that of process 0" in job.said(index), job.said()
-        assert "the job ends: process 1 (" in job.said(index), job.said()
+        assert "disagrees: its schedule differs from that of process 0" in job.printed(index), job.printed()
+        assert "the job ends: process 1 (" in job.printed(index), job.printed()
 
 
 @pytest.mark.slow

@@ -101,11 +101,11 @@ def answer(engine: Any, count: int) -> dict[str, Any]:
     """Answers by request and sample; requests come one after another while others run, and every seventh is cancelled."""
     from partinf.engine.request import SamplingParams
 
-    asked = requests(count)
+    several = requests(count)
     done = threading.Event()
 
     def ask() -> None:
-        for number, (prompt, params) in enumerate(asked):
+        for number, (prompt, params) in enumerate(several):
             engine.add_request(prompt, SamplingParams(**params), str(number))
             if number % 7 == 6:
                 engine.cancel(str(number - 2))

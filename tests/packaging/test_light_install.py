@@ -105,9 +105,9 @@ def test_what_runs_a_model_names_the_extra(light: Path, tmp_path: Path) -> None:
         "proof": [["prove", *_DECODE], ["plan", "--prove", *_DECODE]],
         "plot": [["plan", "--plot", str(tmp_path / "a.png"), *_DECODE]],
     }
-    asked = [(extra, command) for extra, several in commands.items() for command in several]
-    found, _ = _main(light, *(command for _, command in asked))
-    for (extra, command), (code, out, err) in zip(asked, found, strict=True):
+    tried = [(extra, command) for extra, several in commands.items() for command in several]
+    found, _ = _main(light, *(command for _, command in tried))
+    for (extra, command), (code, out, err) in zip(tried, found, strict=True):
         assert code == 2, command
         assert out == ""
         assert [f"pip install 'partinf[{extra}]'" in line for line in err.splitlines() if " needs " in line][:1] == [True], err

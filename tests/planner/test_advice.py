@@ -86,9 +86,9 @@ def test_lanes_come_in_multiples() -> None:
 
 def test_heads_that_do_not_split_evenly() -> None:
     palm = load_model_config("palm-540b")
-    said = search(palm, parse_slice("v4:4x4x4"), Workload(1, context_len=128, phase="decode")).head_splits
-    assert "1, 2, 3, 4, 6, 8, 12, 16, 24, 48 parts" in said
-    assert "padded to 64: 17.8 B parameters more" in said  # as the paper says
+    advice_text = search(palm, parse_slice("v4:4x4x4"), Workload(1, context_len=128, phase="decode")).head_splits
+    assert "1, 2, 3, 4, 6, 8, 12, 16, 24, 48 parts" in advice_text
+    assert "padded to 64: 17.8 B parameters more" in advice_text  # as the paper says
     assert search(palm, parse_slice("v4:4x4x1"), Workload(1, context_len=128, phase="decode")).head_splits == ""
 
 

@@ -34,7 +34,7 @@ GEMMA = load_model_config("gemma-3-27b")
 FULL = replace(GEMMA, kinds=(), pattern=(), prefix=())
 CONTEXT = 32768
 HEADS = make_layout({"x": "ffn", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "heads"))
-DEALT = make_layout({"x": "ffn", "y": "embed", "z": "ffn"}, {"x": "heads", "y": "batch", "z": "sequence"}, dict.fromkeys("xyz", "heads"))
+SPLIT = make_layout({"x": "ffn", "y": "embed", "z": "ffn"}, {"x": "heads", "y": "batch", "z": "sequence"}, dict.fromkeys("xyz", "heads"))
 
 
 def plan_of(layout: Layout = HEADS, model: Any = GEMMA, slice_: str = "v4:2x2x2", mesh: str = "2x2x2") -> Plan:
@@ -49,7 +49,7 @@ def declared(plan: Plan) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("layout", [HEADS, DEALT])
+@pytest.mark.parametrize("layout", [HEADS, SPLIT])
 def test_planned_sized_and_declared_bytes_agree(layout: Layout) -> None:
     """In decode, under a fifth of what full attention holds."""
     workload = Workload(16, context_len=CONTEXT, phase="decode", weights=DType.INT8)
@@ -62,7 +62,7 @@ def test_planned_sized_and_declared_bytes_agree(layout: Layout) -> None:
     assert candidate.memory.kv < whole.memory.kv / 5
 
 
-@pytest.mark.parametrize("layout", [HEADS, DEALT])
+@pytest.mark.parametrize("layout", [HEADS, SPLIT])
 def test_what_a_server_holds_agrees_group_by_group(layout: Layout) -> None:
     capacity = Capacity(max_rows=16, max_len=CONTEXT, prefill_tokens=512)
     plan = with_capacity(plan_of(layout), capacity)
@@ -75,10 +75,10 @@ def test_what_a_server_holds_agrees_group_by_group(layout: Layout) -> None:
     own = -(-66 // ways)  # 65 pages that 1,024 positions lie on at most, and one
     assert found.pages[1] == per_shard * own + limits.chunk_pages
     assert found.peak[1] == (-(-(1 + -(-(1023 + 512 - 1) // 16) + 1) // ways), own)
-    said = str(found)
-    assert "KV by group of layers: all positions " in said
-    assert f"windows of 1,024 {by_group[1] / 1e9:.2f} GB in {found.pages[1]:,} pages" in said
-    assert f"({own} per sequence, {found.peak[1][0]} during its prefill)" in said
+    printed = str(found)
+    assert "KV by group of layers: all positions " in printed
+    assert f"windows of 1,024 {by_group[1] / 1e9:.2f} GB in {found.pages[1]:,} pages" in printed
+    assert f"({own} per sequence, {found.peak[1][0]} during its prefill)" in printed
 
 
 def test_twenty_sequences_are_simulated_in_pages_for_four() -> None:

@@ -135,10 +135,10 @@ def test_a_skew_is_part_of_the_question_and_of_its_answer() -> None:
 
 @pytest.mark.parametrize("command", ["plan", "explain", "simulate"])
 def test_a_skew_is_refused_for_a_model_without_experts_and_out_of_range(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    asked = [command, "--slice", "v6e:2x2", "--model"]
-    assert main([*asked, "llama-3-8b", "--routing-skew", "1.2"]) == 2
+    words = [command, "--slice", "v6e:2x2", "--model"]
+    assert main([*words, "llama-3-8b", "--routing-skew", "1.2"]) == 2
     assert "--routing-skew 1.2: model llama-3-8b has no experts" in capsys.readouterr().err
-    assert main([*asked, "qwen-3-30b-a3b", "--routing-skew", "4"]) == 2
+    assert main([*words, "qwen-3-30b-a3b", "--routing-skew", "4"]) == 2
     assert capsys.readouterr().err.count("--routing-skew 4: a number is needed, from 0 to 3") == 1
 
 

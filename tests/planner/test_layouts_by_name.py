@@ -44,7 +44,7 @@ def test_factors_of_an_axis_and_axes_that_the_layout_does_not_know() -> None:
     assert dict(layout.storage) == {"a": "embed", "b": "ffn"}
 
 
-def test_what_is_said_of_a_whole_phase_is_kept() -> None:
+def test_what_holds_for_a_whole_phase_is_kept() -> None:
     """Whatever a phase says besides roles of axes: here that of a layout for three axes, on two and on four."""
     for phase in ("prefill", "decode"):
         given = load_layout("palm-540b-low-latency").phase(phase)
@@ -111,10 +111,10 @@ def test_a_named_layout_is_priced_as_the_search_prices_it() -> None:
     """Every candidate of a search, given by its roles, has the same figures; the best of them is the best of those given."""
     question = Question(load_model_config("llama-3-8b"), Workload(8, 256, 64))
     for workload in (question.workload, Workload(8, context_len=256, phase="decode"), Workload(8, 256, phase="prefill")):
-        asked = Question(question.model, workload)
-        found = answer(asked, parse_slice("v5e:2x4"))
+        same = Question(question.model, workload)
+        found = answer(same, parse_slice("v5e:2x4"))
         some = found.candidates[:: max(1, len(found.candidates) // 20)]
-        again = given(asked, found.slice, [(candidate.layout, candidate.padded_heads) for candidate in some])
+        again = given(same, found.slice, [(candidate.layout, candidate.padded_heads) for candidate in some])
         for mine, other in zip(again, some, strict=True):
             assert mine.score == pytest.approx(other.score, rel=1e-9)
             assert (mine.memory, mine.meets_bound) == (other.memory, other.meets_bound)

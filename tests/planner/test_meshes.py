@@ -42,7 +42,7 @@ def test_without_a_budget_the_best_of_all_meshes_is_found(name: str, workload: W
     assert not left_out(reports[0])
 
 
-def test_what_a_budget_leaves_out_is_said_and_more_of_it_finds_no_less(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_budget_leaves_out_is_reported_and_more_of_it_finds_no_less(capsys: pytest.CaptureFixture[str]) -> None:
     question, slice_ = Question(load_model_config("llama-3-8b"), DECODE), parse_slice("v5e:4x4")
     found = [every_mesh(question, slice_, budget)[0] for budget in (1, 300, None)]
     left, scores = [left_out(report) for report in found], [report.best.score for report in found]

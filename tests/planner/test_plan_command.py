@@ -62,8 +62,8 @@ def has_fields(value: dict[str, object], fields: dict[str, type]) -> None:
 @pytest.mark.parametrize("phases", [["decode"], ["prefill"], ["prefill", "decode"]], ids=" ".join)
 def test_json_fields(capsys: pytest.CaptureFixture[str], phases: list[str]) -> None:
     lengths = ["--input", "1024", "--output", "64"]
-    asked = ["--phase", phases[0]] if len(phases) == 1 else []
-    report = planned(capsys, "--model", "llama-3-8b", "--slice", "v5e:2x4", "--batch", "8", *lengths, *asked)
+    words = ["--phase", phases[0]] if len(phases) == 1 else []
+    report = planned(capsys, "--model", "llama-3-8b", "--slice", "v5e:2x4", "--batch", "8", *lengths, *words)
     assert {"model", "slice", "workload", "best", "candidates"} <= report.keys()
     assert report["best"] == report["candidates"][0]
     for candidate in report["candidates"]:
@@ -80,7 +80,7 @@ def test_json_fields(capsys: pytest.CaptureFixture[str], phases: list[str]) -> N
         assert candidate["step_seconds"] == candidate["phases"][phases[-1]]["step_seconds"]
 
 
-def test_figures_of_the_asked_phase(capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_of_the_requested_phase(capsys: pytest.CaptureFixture[str]) -> None:
     best = planned(capsys, *DECODE)["best"]
     step = best["step_seconds"]
     assert best["tokens_per_second"] == pytest.approx(64 / step)
@@ -115,13 +115,13 @@ def test_table_and_saved_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "decode step" in capsys.readouterr().out
 
 
-def test_explain_chooses_for_the_program_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--model", "palm-8b", "--slice", "v5p:2x2x1", "--phase", "decode", "--batch", "128", "--context", "128", "--weights", "int8"]
+def test_explain_chooses_for_the_program_that_is_requested(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "palm-8b", "--slice", "v5p:2x2x1", "--phase", "decode", "--batch", "128", "--context", "128", "--weights", "int8"]
     chosen = []
     for program in ("looped", "tiled"):
-        assert main(["plan", *asked, "--program", program, "--format", "json"]) == 0
+        assert main(["plan", *flags, "--program", program, "--format", "json"]) == 0
         chosen.append(json.loads(capsys.readouterr().out)["best"]["layout"])
-        assert main(["explain", *asked, "--program", program, "--layout", "auto"]) == 0
+        assert main(["explain", *flags, "--program", program, "--layout", "auto"]) == 0
         assert capsys.readouterr().out.splitlines()[0].endswith(f": {chosen[-1]}")
     assert chosen[0] != chosen[1]
 
@@ -180,12 +180,12 @@ def test_explain_says_how_heads_are_padded(capsys: pytest.CaptureFixture[str]) -
     assert found.err == ""
 
 
-def test_lengths_beyond_the_models_context_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--model", "llama-3-8b", "--slice", "v5e:2x2", "--phase", "decode", "--context", "9000"]
+def test_lengths_beyond_the_models_context_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "llama-3-8b", "--slice", "v5e:2x2", "--phase", "decode", "--context", "9000"]
     for command in (["plan", "--top", "1"], ["explain"]):
-        assert main([*command, *asked]) == 0
+        assert main([*command, *flags]) == 0
         assert "requests of 9000 tokens; model llama-3-8b has a context of 8192 tokens" in capsys.readouterr().err
-    assert main(["plan", *asked[:-1], "8192", "--top", "1"]) == 0
+    assert main(["plan", *flags[:-1], "8192", "--top", "1"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -230,9 +230,9 @@ def test_page_that_needs_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "plan.html"
     assert main(["plan", *PALM, "--input", "1984", "--output", "64", "--top", "3", "--html", str(file)]) == 0
     text = file.read_text()
-    said = re.sub(r"<sub>(\w+)</sub>", r"_\1", text)
+    shown = re.sub(r"<sub>(\w+)</sub>", r"_\1", text)
     for words in ("E_x F_yz", "Memory of a device", "prefill step, line by line", "B L F_yz {x unreduced}", "Largest batch worth decoding"):
-        assert words in said, words
+        assert words in shown, words
     assert not re.search(r"<(script|img|link)|https?://|url\(", text)
     small = ["--slice", "v4:2x2x2", "--phase", "decode", "--context", "8", "--format", "json"]
     assert main(["plan", "--model", "palm-540b", *small, "--html", str(file)]) == 0

@@ -109,9 +109,9 @@ def test_one_chip_serves_what_it_cannot_hold_in_full(capsys: pytest.CaptureFixtu
     assert held(plan).slack > 0
     command = ["simulate", "--as-served", "--model", "llama-3.1-8b", "--slice", "v5e:1x1", "--weights", "int8", "--requests", "2"]
     assert main(command) == 0
-    said = capsys.readouterr().err
-    assert f"longest context: {plan.max_len:,} tokens, all that the KV cache holds; llama-3.1-8b supports 131,072" in said
-    assert "KV cache (up to 90% of the free memory)" in said
+    printed = capsys.readouterr().err
+    assert f"longest context: {plan.max_len:,} tokens, all that the KV cache holds; llama-3.1-8b supports 131,072" in printed
+    assert "KV cache (up to 90% of the free memory)" in printed
 
 
 def test_what_no_layout_holds_is_refused_with_its_bytes() -> None:
@@ -210,6 +210,6 @@ def test_code_of_layers_compiled_one_by_one_is_counted() -> None:
     assert held(many).room.code == len(many.buckets) * platform.code_bytes
     assert held(few).room.code == 2 * platform.code_bytes + plan.model.num_layers * sum((2, 2 + 5)) * 1_000_000
     for row in read(code.__file__, code.FILE).values():
-        said = platform.program_bytes(row["decode_rows"], row["prompt_tokens"], layers=1) - platform.code_bytes
-        assert row["layer"] <= said < 2 * row["layer"]
+        counted = platform.program_bytes(row["decode_rows"], row["prompt_tokens"], layers=1) - platform.code_bytes
+        assert row["layer"] <= counted < 2 * row["layer"]
         assert row["rest"] < platform.code_bytes

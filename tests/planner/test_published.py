@@ -57,7 +57,7 @@ def test_no_prediction_is_below_what_the_bytes_allow() -> None:
 def test_the_faster_layout_is_predicted_at_every_batch() -> None:
     found = list(faster([figures(row, {}, {}) for row in DECODE]))
     assert [batch for batch, _, _ in found] == [f"batch {size}" for size in (8, 16, 32, 64, 128)]
-    assert all(measured == said for _, measured, said in found)
+    assert all(measured == predicted for _, measured, predicted in found)
     assert len({measured for _, measured, _ in found}) == 2  # they cross
 
 
@@ -106,7 +106,7 @@ def test_every_set_says_where_it_comes_from() -> None:
         assert one.get("priced", True) == (one not in unpriced())
 
 
-def test_constants_lie_in_the_intervals_that_are_said_of_them() -> None:
+def test_constants_lie_in_their_stated_intervals() -> None:
     for name in ("v4", "v5e", "v5p", "v6e", "tpu7x"):
         constants = calibration_for(chips()[name])
         assert constants.name == name

@@ -46,7 +46,7 @@ def seconds_of(evaluator: Evaluator, layout: Layout, label: str) -> float | None
     if padded is None or layout_offences(evaluator.model, evaluator.pricing.slice, layout, padded):
         return None
     split = evaluator.split(layout, label, padded)
-    residuals = [split, split.kept_whole()] if split.local_tokens <= FEW_ROWS else [split]
+    residuals = [split, split.with_whole_residual()] if split.local_tokens <= FEW_ROWS else [split]
     return min(step_ledger(one).seconds for one in residuals) * evaluator.stages(layout)
 
 
@@ -169,7 +169,7 @@ def test_plans_are_layouts_that_run() -> None:
     assert isinstance(chosen, Plan)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_what_does_not_fit_is_reported() -> None:
     with pytest.raises(InvalidInput, match=r"does not fit v4:2x2x2: weights .* usable 33\.0 GB"):
         plan(load_model_config("palm-540b"), parse_slice("v4:2x2x2"), Workload(batch=1, context_len=128, phase="decode"))
 

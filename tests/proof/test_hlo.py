@@ -120,7 +120,7 @@ def test_collectives_have_kind_axes_bytes_and_count(schedule: Schedule) -> None:
     }
 
 
-def test_the_source_is_the_line_that_asked_for_the_movement(schedule: Schedule) -> None:
+def test_the_source_is_the_line_that_caused_the_movement(schedule: Schedule) -> None:
     (gather,) = (c for c in schedule.collectives if c.op == "all-gather")
     assert gather.source_op == "partinf/transformer/ffn.py:20 ffn"
 

@@ -51,10 +51,10 @@ def test_the_command_puts_proofs_into_candidates(run_python: Callable[..., subpr
     what = ("--model", "demo", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64")
     done = run_python("-m", "partinf", "plan", *what, "--prove", "2", "--format", "json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    proven = [candidate for candidate in said["candidates"] if "proof" in candidate]
-    assert proven == said["candidates"][:2]
-    assert "proof" in said["best"]
+    found = json.loads(done.stdout)
+    proven = [candidate for candidate in found["candidates"] if "proof" in candidate]
+    assert proven == found["candidates"][:2]
+    assert "proof" in found["best"]
     assert all(one["proof"]["fits"] for one in proven)
     times = [one["proof"]["step_seconds_estimate"] for one in proven]
     assert times == sorted(times)
@@ -73,6 +73,6 @@ def test_a_slice_whose_compiler_is_not_installed_is_refused(monkeypatch: pytest.
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("partinf.proof.process.metadata.version", missing)
-    asked = ["--model", "llama-125m", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64"]
-    assert main(["prove", *asked]) == 2
+    flags = ["--model", "llama-125m", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64"]
+    assert main(["prove", *flags]) == 2
     assert "the TPU compiler is not installed" in capsys.readouterr().err

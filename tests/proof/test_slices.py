@@ -115,9 +115,9 @@ def test_the_command_prints_the_promised_fields(run_python: Callable[..., subpro
     where = ("--model", "llama-125m", "--slice", "v5e:2x2", "--phase", "decode", "--batch", "8", "--context", "64")
     done = run_python("-m", "partinf", "prove", *where, "--format", "json", TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert {"compiler", "fits", "memory", "collectives", "step_seconds_estimate", "compile_seconds", "differences"} <= set(said)
-    assert {"op", "axes", "bytes", "count", "overlapped_fraction", "source_op"} <= set(said["collectives"][0])
+    found = json.loads(done.stdout)
+    assert {"compiler", "fits", "memory", "collectives", "step_seconds_estimate", "compile_seconds", "differences"} <= set(found)
+    assert {"op", "axes", "bytes", "count", "overlapped_fraction", "source_op"} <= set(found["collectives"][0])
     assert not list(tmp_path.iterdir())  # no dump, no job
 
 

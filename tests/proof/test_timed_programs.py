@@ -26,11 +26,11 @@ def test_the_tables_of_their_readme_are_read() -> None:
 
 def test_the_estimates_stay_near_what_was_timed() -> None:
     found = json.loads(RESULTS.read_text())
-    rows, said = found["rows"], found["summary"]
-    assert said == summary(rows)
+    rows, summed = found["rows"], found["summary"]
+    assert summed == summary(rows)
     assert {row["batch"] for row in rows} == {8, 16, 32, 64, 128}
-    assert said["median"] <= 0.12
-    assert said["worst"] <= 0.25
-    assert said["pairs_ordered_right"] == said["pairs"] >= 5  # the faster of the two layouts, whatever the batch
+    assert summed["median"] <= 0.12
+    assert summed["worst"] <= 0.25
+    assert summed["pairs_ordered_right"] == summed["pairs"] >= 5  # the faster of the two layouts, whatever the batch
     assert all(row["estimate"] >= row["bytes_alone"] for row in rows)
     assert all(row["ratio"] == pytest.approx(row["estimate"] / row["measured"], abs=2e-3) for row in rows)

@@ -86,7 +86,7 @@ def test_no_constant_stands_in_two_tables() -> None:
     assert not {key for row in pace.values() for key in row} & {key for row in prices.values() for key in row}
 
 
-def test_a_transfer_runs_beside_the_core_and_what_ends_it_waits() -> None:
+def test_a_transfer_overlaps_the_core_and_what_ends_it_waits() -> None:
     assert spent(read(entry(fetch("f", 30), work("a", 10000), done("f"), work("b", 5000)))) == {"add": 15, "waiting in slice-done": 20}
     assert spent(read(entry(fetch("f", 30), work("a", 40000), done("f")))) == {"add": 40}
 

@@ -29,15 +29,15 @@ def test_every_published_program_has_a_plan_on_its_own_slice() -> None:
 
 def test_what_cannot_be_measured_is_refused_before_any_device(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["Qwen", "--context", "0", "--rounds", "0"]) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for offence in ("no program 'Qwen'", "--context", "--rounds"):
-        assert offence in said
+        assert offence in printed
     assert main(["Qwen 3 8B bf16, sglang-jax", "--slice", "cpu:8"]) == 2
     assert "axis 'y'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_cells_are_measured_beside_their_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_are_measured_next_to_their_prediction(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--slice", "cpu:2x4", "--model", "demo", "--weights", "f32", "--kv", "f32", "--context", "32", "--rounds", "2"]
     assert main(["Qwen 3 32B bf16, sglang-jax", *words]) == 0
     table, _, line = capsys.readouterr().out.rstrip().rpartition("\n")

@@ -72,14 +72,14 @@ def test_samples_without_a_seed() -> None:
     assert texts(2) != first
 
 
-def test_usage_is_only_told_when_asked_for(shared: Serving) -> None:
+def test_usage_is_only_sent_on_request(shared: Serving) -> None:
     plain = events(shared.post("/v1/completions", BODY | {"stream": True})[1])
     assert all("usage" not in event for event in plain)
-    told = events(shared.post("/v1/completions", BODY | {"stream": True, "stream_options": {"include_usage": True}, "n": 2})[1])
-    assert all(event["usage"] is None for event in told[:-1])
+    sent = events(shared.post("/v1/completions", BODY | {"stream": True, "stream_options": {"include_usage": True}, "n": 2})[1])
+    assert all(event["usage"] is None for event in sent[:-1])
     details = {"cached_tokens": 0}
-    assert told[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 24, "total_tokens": 29, "prompt_tokens_details": details}
-    assert told[-1]["choices"] == []
+    assert sent[-1]["usage"] == {"prompt_tokens": 5, "completion_tokens": 24, "total_tokens": 29, "prompt_tokens_details": details}
+    assert sent[-1]["choices"] == []
 
 
 def test_only_an_echo(shared: Serving) -> None:
@@ -115,15 +115,15 @@ def test_a_model_without_a_tokenizer() -> None:
 def test_a_text_of_a_model_without_a_tokenizer_ends_where_its_files_say() -> None:
     """In one answer and as a stream, and at tokens that the request names; `ignore_eos` goes on."""
     tokens = fake_engine(tokenizer=None).generate([[5, 6]], SamplingParams(max_tokens=12))[0].tokens
-    ends, asked = len(set(tokens[:4])), BODY | {"ignore_eos": False, "prompt": [5, 6], "temperature": 0, "max_tokens": 12, "logprobs": 0}
+    ends, body = len(set(tokens[:4])), BODY | {"ignore_eos": False, "prompt": [5, 6], "temperature": 0, "max_tokens": 12, "logprobs": 0}
     assert ends == 4
     with serving(fake_engine(tokenizer=None, eos_ids=(tokens[3],))) as found:
-        choice = found.post("/v1/completions", asked)[1]["choices"][0]
+        choice = found.post("/v1/completions", body)[1]["choices"][0]
         assert (choice["finish_reason"], choice["logprobs"]["tokens"]) == ("stop", [str(token) for token in tokens[:4]])
-        assert found.post("/v1/completions", asked | {"ignore_eos": True})[1]["choices"][0]["finish_reason"] == "length"
-        choice = found.post("/v1/completions", asked | {"stop_token_ids": [tokens[1]]})[1]["choices"][0]
+        assert found.post("/v1/completions", body | {"ignore_eos": True})[1]["choices"][0]["finish_reason"] == "length"
+        choice = found.post("/v1/completions", body | {"stop_token_ids": [tokens[1]]})[1]["choices"][0]
         assert (choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("stop", 2)
-        parts = [event["choices"][0] for event in events(found.post("/v1/completions", asked | {"stream": True})[1]) if event["choices"]]
+        parts = [event["choices"][0] for event in events(found.post("/v1/completions", body | {"stream": True})[1]) if event["choices"]]
         assert [token for part in parts if part["logprobs"] for token in part["logprobs"]["tokens"]] == [str(one) for one in tokens[:4]]
         assert parts[-1]["finish_reason"] == "stop"
 

@@ -96,7 +96,7 @@ def test_which_form_was_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "held, said",
+    "held, message",
     [
         ([{"name": "tool_use", "template": "no"}], "holds tool_use, and none called default"),
         ([], "holds no template"),
@@ -108,9 +108,9 @@ def test_which_form_was_found(tmp_path: Path) -> None:
         ("{{ " + "(" * 5000 + " }}", "nested too deeply"),
     ],
 )
-def test_what_is_no_template(tmp_path: Path, held: object, said: str) -> None:
+def test_what_is_no_template(tmp_path: Path, held: object, message: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": held}))
-    with pytest.raises(InvalidInput, match=said):
+    with pytest.raises(InvalidInput, match=message):
         load_chat_template(tmp_path)
 
 

@@ -232,9 +232,9 @@ def check_storm(serving: Serving, count: int, seed: int) -> int:
     def params_of(body: dict[str, Any]) -> SamplingParams:
         given = {name: body[name] for name in ("max_tokens", "min_tokens", "temperature", "seed", "ignore_eos") if name in body}
         outputs = body.get("structured_outputs", {})
-        asked = [Structure.regex(outputs["regex"])] if "regex" in outputs else []
-        asked += [Structure.choice(outputs["choice"])] if "choice" in outputs else []
-        held = grammars(asked[0]) if asked else None
+        structures = [Structure.regex(outputs["regex"])] if "regex" in outputs else []
+        structures += [Structure.choice(outputs["choice"])] if "choice" in outputs else []
+        held = grammars(structures[0]) if structures else None
         return SamplingParams(stop_token_ids=tuple(body.get("stop_token_ids", ())), constraint=held, **given)
 
     params = [params_of(body) for body, _ in whole]

@@ -137,7 +137,7 @@ def test_the_first_signal_ends_a_server_with_a_template_without_end(root: Path, 
     file.write_text(ENDLESS)
     with process(root, "-m", "tests.serve.served_process", 0, 5, 0, file) as server, concurrent.futures.ThreadPoolExecutor() as pool:
         server.wait_ready()
-        asked = pool.submit(server.ask, "POST", "/v1/chat/completions", {"model": "demo", "messages": [{"role": "user", "content": "x"}]})
+        answer = pool.submit(server.ask, "POST", "/v1/chat/completions", {"model": "demo", "messages": [{"role": "user", "content": "x"}]})
         time.sleep(0.7)
         assert server.ask("POST", "/v1/completions", BODY | {"max_tokens": 2})[0] == 200
         started = time.monotonic()
@@ -145,4 +145,4 @@ def test_the_first_signal_ends_a_server_with_a_template_without_end(root: Path, 
         code, _ = server.end()
         assert code == 0
         assert time.monotonic() - started < 6
-        assert asked.exception() is not None or asked.result()[0] in (400, 503)
+        assert answer.exception() is not None or answer.result()[0] in (400, 503)

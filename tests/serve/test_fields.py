@@ -51,10 +51,10 @@ def test_least_tokens(demo: Serving) -> None:
     answer = longer.result()
     assert answer["usage"]["completion_tokens"] >= 7
     assert answer["choices"][0]["text"].startswith(" a b")
-    assert all(other.result()["choices"][0]["text"] == " a b" for other in others), "those beside it end where they did"
+    assert all(other.result()["choices"][0]["text"] == " a b" for other in others), "the others end where they did"
     (eos,) = TOKENIZER.eos_ids
-    told = ask(demo, COPY | {"min_tokens": 6, "logprobs": 0})["choices"][0]["logprobs"]["tokens"]
-    assert TOKENIZER.token_text(eos) not in told[:6]
+    names = ask(demo, COPY | {"min_tokens": 6, "logprobs": 0})["choices"][0]["logprobs"]["tokens"]
+    assert TOKENIZER.token_text(eos) not in names[:6]
     assert ask(demo, COPY | {"min_tokens": 12})["choices"][0]["finish_reason"] == "length"
     assert ask(demo, COPY | {"stop": " a", "min_tokens": 0})["choices"][0]["text"] == ""
     assert ask(demo, COPY | {"stop": " a", "min_tokens": 2})["choices"][0]["text"] == " a b"
@@ -147,9 +147,9 @@ def test_an_echo_with_log_probabilities_in_a_stream_is_that_of_the_whole_answer(
     whole = ask(demo, body)
     status, text, _ = demo.post("/v1/completions", body | {"stream": True, "stream_options": {"include_usage": True}})
     assert status == 200
-    told = events(text)
+    sent = events(text)
     found: dict[int, dict[str, Any]] = {}
-    for event in told:
+    for event in sent:
         for choice in event["choices"]:
             one = found.setdefault(choice["index"], {"text": "", "logprobs": {}, "finish_reason": None})
             one["text"] += choice["text"]
@@ -158,7 +158,7 @@ def test_an_echo_with_log_probabilities_in_a_stream_is_that_of_the_whole_answer(
                 one["logprobs"].setdefault(name, []).extend(values)
     want = {choice["index"]: {name: choice[name] for name in ("text", "logprobs", "finish_reason")} for choice in whole["choices"]}
     assert found == want
-    assert told[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert sent[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
 def test_special_tokens_by_name() -> None:

@@ -80,13 +80,13 @@ def test_prompts_that_are_far_too_large_block_no_other_client(root: Path) -> Non
     limits = replace(LIMITS, vocab_size=tokenizer.vocab_size)
     large = json.dumps({"model": "demo", "prompt": "x" * 7_800_000}).encode()
     with serving(fake_engine(Slow(limits), tokenizer=tokenizer), tokenizer) as found, concurrent.futures.ThreadPoolExecutor() as pool:
-        asked = [pool.submit(found.post, "/v1/completions", large) for _ in range(4)]
+        pending = [pool.submit(found.post, "/v1/completions", large) for _ in range(4)]
         slowest = 0.0
-        while not all(one.done() for one in asked):
+        while not all(one.done() for one in pending):
             started = time.monotonic()
             assert found.get("/health")[0] == 200
             slowest = max(slowest, time.monotonic() - started)
-        for one in asked:
+        for one in pending:
             status, content, _ = one.result()
             assert (status, content["error"]["param"], content["error"]["code"]) == (400, "prompt", "context_length_exceeded")
     assert slowest < 2  # of some twenty that encoding them would take

@@ -166,7 +166,7 @@ def test_echo_scores_the_prompt(client: Client, demo: Serving) -> None:
 
 
 def test_an_echoed_prompt_of_ids_has_its_likeliest_tokens(client: Client, demo: Serving) -> None:
-    """As clients that score texts request it: whether greedy generation would have said the same."""
+    """As clients that score texts request it: whether greedy generation would give the same."""
     prompts = [TOKENIZER.encode(SORT + SORTED), [1, 5, 12, 11, 9]]
     answer = client.completions.create(model="demo", prompt=prompts, max_tokens=1, temperature=0, logprobs=1, echo=True)
     for prompt, choice in zip(prompts, answer.choices, strict=True):

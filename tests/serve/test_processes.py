@@ -44,7 +44,7 @@ def test_several_processes_serve_one_model(root: Path, tmp_path: Path, count: in
         )
         for number in range(1, count)
     ]
-    said = []
+    texts = []
     try:
         with process(root, *command, "--process-id", 0, JAX_NUM_CPU_DEVICES=None) as server:
             server.wait_ready(240)
@@ -54,13 +54,13 @@ def test_several_processes_serve_one_model(root: Path, tmp_path: Path, count: in
                 assert f'"text":" {text}"' in content
             server.child.send_signal(signal.SIGTERM)
             code, printed = server.end()
-        said = [other.communicate(timeout=60)[1] for other in others]
+        texts = [other.communicate(timeout=60)[1] for other in others]
     finally:
         for other in others:
             other.kill()
             other.wait()
-    assert (code, *(other.returncode for other in others)) == (0,) * count, printed + "".join(said)
+    assert (code, *(other.returncode for other in others)) == (0,) * count, printed + "".join(texts)
     assert f"{count} processes" in printed
-    for number, text in enumerate(said, start=1):
+    for number, text in enumerate(texts, start=1):
         assert re.search(rf"process {number} \(.*\) of {count}, following process 0", text)
         assert "listening" not in text

@@ -127,7 +127,7 @@ def test_a_connection_too_many_and_a_stream_that_is_cut(caplog: pytest.LogCaptur
     assert caplog.messages[1:] == ["request cut refused with 503: POST /v1/completions: the server is shutting down"]
 
 
-def test_probes_that_are_told_to_wait_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_probes_that_have_to_wait_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     ready = threading.Event()
 
     def load() -> Loaded:

@@ -67,9 +67,9 @@ def test_many_clients_at_once(staged: Serving, nothing_compiles) -> None:
 
 
 def test_a_client_that_goes_frees_its_pages_on_every_stage(staged: Serving) -> None:
-    asked = json.dumps(body("repeat: 9 k =", stream=True, ignore_eos=True, max_tokens=26))
+    content = json.dumps(body("repeat: 9 k =", stream=True, ignore_eos=True, max_tokens=26))
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", staged.port, timeout=20)) as connection:
-        connection.request("POST", "/v1/completions", asked, {"content-type": "application/json"})
+        connection.request("POST", "/v1/completions", content, {"content-type": "application/json"})
         wait_until(lambda: staged.engine.load.num_running)
     staged.wait_idle()
     assert staged.post("/v1/completions", body("copy: a b c ="))[1]["choices"][0]["text"] == TASKS["copy: a b c ="]

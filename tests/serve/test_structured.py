@@ -59,7 +59,7 @@ FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCH
 
 @pytest.mark.parametrize(("path", "body"), [("completions", PROMPT), ("chat/completions", CHAT)])
 def test_schemas_of_either_kind_of_client(doubting: Serving, path: str, body: dict[str, Any]) -> None:
-    for asked in (
+    for fields in (
         {"response_format": FORMAT},
         {"structured_outputs": {"json": SCHEMA}},
         {"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}},
@@ -73,17 +73,17 @@ def test_schemas_of_either_kind_of_client(doubting: Serving, path: str, body: di
         },
         {"response_format": {"type": "text"}, "structured_outputs": {"json": SCHEMA}},
     ):
-        assert all(map(is_person, texts(doubting, path, body | asked)))
+        assert all(map(is_person, texts(doubting, path, body | fields)))
     (text,) = texts(doubting, path, body | {"response_format": {"type": "json_object"}})
     assert isinstance(json.loads(text), dict)
 
 
 def test_other_structures(doubting: Serving) -> None:
-    asked = lambda **how: texts(doubting, "completions", PROMPT | {"structured_outputs": how})[0]  # noqa: E731
-    assert re.fullmatch("[a-f]{4}-[0-9]+!", asked(regex="[a-f]{4}-[0-9]+!"))
-    assert asked(choice=["yes", "no"]) in ("yes", "no")
-    assert re.fullmatch("(ab)+!", asked(grammar='start: "ab"+ "!"'))
-    assert isinstance(json.loads(asked(json_object=True)), dict)
+    answer = lambda **how: texts(doubting, "completions", PROMPT | {"structured_outputs": how})[0]  # noqa: E731
+    assert re.fullmatch("[a-f]{4}-[0-9]+!", answer(regex="[a-f]{4}-[0-9]+!"))
+    assert answer(choice=["yes", "no"]) in ("yes", "no")
+    assert re.fullmatch("(ab)+!", answer(grammar='start: "ab"+ "!"'))
+    assert isinstance(json.loads(answer(json_object=True)), dict)
 
 
 def test_a_stream_has_the_same_text_and_ends_once(doubting: Serving) -> None:
@@ -98,7 +98,7 @@ def test_a_stream_has_the_same_text_and_ends_once(doubting: Serving) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "param", "why"),
+    ("fields", "param", "why"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "enum"),
@@ -117,13 +117,13 @@ def test_a_stream_has_the_same_text_and_ends_once(doubting: Serving) -> None:
         ({"structured_outputs": {"regex": "ab"}, "min_tokens": 3}, "min_tokens", "held to a grammar"),
     ],
 )
-def test_refusals_name_the_parameter_and_the_reason(doubting: Serving, asked: dict[str, Any], param: str, why: str) -> None:
-    error = refused(doubting, PROMPT | asked)
+def test_refusals_name_the_parameter_and_the_reason(doubting: Serving, fields: dict[str, Any], param: str, why: str) -> None:
+    error = refused(doubting, PROMPT | fields)
     assert error["param"] == param, error
     assert why in error["message"]
 
 
-def test_what_cannot_be_done_here_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_done_here_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     body = PROMPT | {"structured_outputs": {"regex": "a"}}
     with serving(Engine(FakeRunner(replace(ROOM, constrained=False)), tokenizer=TOKENIZER), TOKENIZER) as found:
         assert "the steps were compiled without it" in refused(found, body)["message"]

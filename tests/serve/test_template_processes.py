@@ -103,13 +103,13 @@ def test_the_event_loop_is_free_while_a_template_runs() -> None:
     assert slowest < 0.3
 
 
-def test_who_waits_too_long_for_a_process_is_told() -> None:
+def test_waiting_too_long_for_a_process_is_reported() -> None:
     async def main() -> list[str | BaseException]:
         bounds = TemplateBounds(seconds=1.0, processes=1, waiting_seconds=0.2)
         processes = TemplateProcesses(ChatTemplate(ENDLESS), bounds)
         try:
-            asked = processes.read(MESSAGES, True, {})
-            return await asyncio.gather(processes.render(asked), processes.render(asked), return_exceptions=True)
+            conversation = processes.read(MESSAGES, True, {})
+            return await asyncio.gather(processes.render(conversation), processes.render(conversation), return_exceptions=True)
         finally:
             processes.close()
 

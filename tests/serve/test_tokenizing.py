@@ -26,8 +26,8 @@ def test_a_text_and_back(shared: Serving) -> None:
     answer = tokens(shared, {"model": "demo", "prompt": "copy: a b ="})
     assert answer == {"count": len(ids), "max_model_len": LIMITS.max_len, "tokens": ids, "token_strs": None}
     assert tokens(shared, {"prompt": "copy: a b =", "add_special_tokens": False})["tokens"] == ids[1:]
-    told = tokens(shared, {"prompt": "copy: a b =", "return_token_strs": True})["token_strs"]
-    assert told == [TOKENIZER.token_text(token) for token in ids]
+    texts = tokens(shared, {"prompt": "copy: a b =", "return_token_strs": True})["token_strs"]
+    assert texts == [TOKENIZER.token_text(token) for token in ids]
     assert tokens(shared, {"prompt": "a " * 500})["count"] > LIMITS.max_len, "it need not fit the context"
     assert tokens(shared, {"prompt": ""})["tokens"] == []
     assert shared.post("/detokenize", {"tokens": ids})[1] == {"prompt": "<s>copy: a b ="}
@@ -36,8 +36,8 @@ def test_a_text_and_back(shared: Serving) -> None:
 
 def test_a_conversation(shared: Serving) -> None:
     answer = tokens(shared, {"messages": MESSAGES})
-    asked = {"model": "demo", "messages": MESSAGES, "max_tokens": 1}
-    assert answer["count"] == shared.post("/v1/chat/completions", asked)[1]["usage"]["prompt_tokens"]
+    body = {"model": "demo", "messages": MESSAGES, "max_tokens": 1}
+    assert answer["count"] == shared.post("/v1/chat/completions", body)[1]["usage"]["prompt_tokens"]
     assert tokens(shared, {"messages": MESSAGES, "add_special_tokens": True})["count"] == answer["count"] + 1
     assert (
         tokens(shared, {"messages": MESSAGES, "continue_final_message": True, "chat_template_kwargs": {"x": 1}})["count"] == answer["count"]
@@ -82,7 +82,7 @@ def test_probes(shared: Serving) -> None:
     assert set(shared.get("/version")[1]) == {"version"}
 
 
-def test_keys_are_asked_for_where_there_is_work() -> None:
+def test_keys_are_required_where_there_is_work() -> None:
     with fake_serving(api_keys=["sesame"]) as found:
         assert found.post("/tokenize", {"prompt": "a"})[0] == found.post("/detokenize", {"tokens": [1]})[0] == 401
         assert found.post("/tokenize", {"prompt": "a"}, authorization="Bearer sesame")[0] == 200
@@ -99,19 +99,19 @@ def preflight(found: Serving, origin: str) -> tuple[int, dict[str, str]]:
     return response.status, {name.lower(): value for name, value in response.getheaders()}
 
 
-def test_pages_of_other_origins_are_answered_when_asked_for(shared: Serving) -> None:
+def test_pages_of_other_origins_are_answered_when_allowed(shared: Serving) -> None:
     ours, others = "https://chat.example.org", "https://evil.example.org"
     body = {"model": "demo", "prompt": "copy: a =", "max_tokens": 1}
     with fake_serving(cors_origins=[ours]) as found:
-        status, told = preflight(found, ours)
-        assert (status, told["access-control-allow-origin"]) == (200, ours)
-        assert "authorization" in told["access-control-allow-headers"].lower()
-        assert told["x-request-id"]
+        status, headers = preflight(found, ours)
+        assert (status, headers["access-control-allow-origin"]) == (200, ours)
+        assert "authorization" in headers["access-control-allow-headers"].lower()
+        assert headers["x-request-id"]
         assert preflight(found, others)[0] == 400
         for more in ({}, {"stream": True}, {"temperature": -1}):
-            told = found.post("/v1/completions", body | more, origin=ours)[2]
-            assert told["access-control-allow-origin"] == ours
-            assert "x-request-id" in told["access-control-expose-headers"]
+            headers = found.post("/v1/completions", body | more, origin=ours)[2]
+            assert headers["access-control-allow-origin"] == ours
+            assert "x-request-id" in headers["access-control-expose-headers"]
             assert "access-control-allow-origin" not in found.post("/v1/completions", body | more, origin=others)[2]
     assert preflight(shared, ours)[0] == 405
     assert "access-control-allow-origin" not in shared.post("/v1/completions", body, origin=ours)[2]
@@ -119,7 +119,7 @@ def test_pages_of_other_origins_are_answered_when_asked_for(shared: Serving) -> 
 
 def test_what_is_no_origin_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--model", "demo", "--cors-origin", "example.org", "--cors-origin", "https://a.b/c", "--cors-origin", "*"]) == 2
-    told = capsys.readouterr().err
-    assert "--cors-origin example.org: it is no origin" in told
-    assert "--cors-origin https://a.b/c" in told
-    assert "--cors-origin *" not in told
+    printed = capsys.readouterr().err
+    assert "--cors-origin example.org: it is no origin" in printed
+    assert "--cors-origin https://a.b/c" in printed
+    assert "--cors-origin *" not in printed

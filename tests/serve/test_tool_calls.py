@@ -146,12 +146,12 @@ def test_the_first_call_alone() -> None:
 
 def test_arguments_come_as_they_are_written() -> None:
     reader = CallReader(FORMATS["hermes"], TOOLS)
-    told = []
+    seen = []
     for piece in ('<tool_call>{"name": "f", "arg', 'uments": {"a', '": 1', "}}", "</tool_call>"):
         part = Part()
         reader.push(piece, part)
-        told.append([(call.name, call.arguments) for call in part.calls])
-    assert told == [[("f", "")], [(None, '{"a')], [(None, '": 1')], [(None, "}")], []]
+        seen.append([(call.name, call.arguments) for call in part.calls])
+    assert seen == [[("f", "")], [(None, '{"a')], [(None, '": 1')], [(None, "}")], []]
 
 
 @pytest.mark.parametrize(

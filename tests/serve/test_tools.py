@@ -43,7 +43,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n
 
 
 class Scripted(FakeRunner):
-    """A runner that says what it is told to."""
+    """A runner whose answers are scripted."""
 
     def __init__(self) -> None:
         super().__init__(ROOMY, self._next)
@@ -62,18 +62,18 @@ class Scripted(FakeRunner):
 
 
 @pytest.fixture(scope="module")
-def told() -> Iterator[tuple[Serving, Scripted]]:
+def scripted() -> Iterator[tuple[Serving, Scripted]]:
     runner = Scripted()
     with serving(fake_engine(runner, tokenizer=TOKENIZER), TOKENIZER, ChatTemplate(TEMPLATE, {})) as found:
         yield found, runner
 
 
-Told = tuple[Serving, Scripted]
+ScriptedServer = tuple[Serving, Scripted]
 
 
-def whole(told: Told, text: str, **more: Any) -> Any:
-    told[1].say(text)
-    status, answer, _ = told[0].post("/v1/chat/completions", CHAT | more)
+def whole(scripted: ScriptedServer, text: str, **more: Any) -> Any:
+    scripted[1].say(text)
+    status, answer, _ = scripted[0].post("/v1/chat/completions", CHAT | more)
     assert status == 200, answer
     return answer["choices"][0]
 
@@ -95,19 +95,19 @@ def joined(deltas: list[Any]) -> dict[str, Any]:
     return message | ({"tool_calls": [calls[index] for index in sorted(calls)]} if calls else {})
 
 
-def streamed(told: Told, text: str, **more: Any) -> tuple[dict[str, Any], str]:
-    told[1].say(text)
-    status, answer, _ = told[0].post("/v1/chat/completions", CHAT | {"stream": True} | more)
+def streamed(scripted: ScriptedServer, text: str, **more: Any) -> tuple[dict[str, Any], str]:
+    scripted[1].say(text)
+    status, answer, _ = scripted[0].post("/v1/chat/completions", CHAT | {"stream": True} | more)
     assert status == 200, answer
     choices = [event["choices"][0] for event in events(answer)]
     (reason,) = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
     return joined([choice["delta"] for choice in choices]), reason
 
 
-def same(told: Told, text: str, **more: Any) -> tuple[dict[str, Any], str]:
+def same(scripted: ScriptedServer, text: str, **more: Any) -> tuple[dict[str, Any], str]:
     """The message and its end, whole as in a stream; without the ids of calls, which are new every time."""
-    choice = whole(told, text, **more)
-    message, reason = streamed(told, text, **more)
+    choice = whole(scripted, text, **more)
+    message, reason = streamed(scripted, text, **more)
     found = {name: value for name, value in choice["message"].items() if value not in (None, "")}
     for call in [*found.get("tool_calls", ()), *message.get("tool_calls", ())]:
         assert call.pop("id").startswith("call_")
@@ -117,20 +117,20 @@ def same(told: Told, text: str, **more: Any) -> tuple[dict[str, Any], str]:
     return found, reason
 
 
-def test_calls_are_told_apart(told: Told) -> None:
-    message, reason = same(told, f"Let me see.\n{CALL}\n{CALL.replace('Zürich', 'Bern')}")
+def test_calls_are_separated(scripted: ScriptedServer) -> None:
+    message, reason = same(scripted, f"Let me see.\n{CALL}\n{CALL.replace('Zürich', 'Bern')}")
     cities = [json.loads(call["function"]["arguments"])["city"] for call in message["tool_calls"]]
     assert (message["content"], cities, reason) == ("Let me see.", ["Zürich", "Bern"], "tool_calls")
-    assert whole(told, CALL)["message"]["content"] is None
-    message, _ = same(told, CALL + CALL, parallel_tool_calls=False)
+    assert whole(scripted, CALL)["message"]["content"] is None
+    message, _ = same(scripted, CALL + CALL, parallel_tool_calls=False)
     assert len(message["tool_calls"]) == 1
-    assert same(told, "No rain.") == ({"role": "assistant", "content": "No rain."}, "stop")
-    assert whole(told, CALL, max_tokens=40)["finish_reason"] == "length"
+    assert same(scripted, "No rain.") == ({"role": "assistant", "content": "No rain."}, "stop")
+    assert whole(scripted, CALL, max_tokens=40)["finish_reason"] == "length"
 
 
-def test_the_template_is_given_tools_and_arguments(told: Told) -> None:
-    whole(told, "x")
-    shown = told[1].prompt
+def test_the_template_is_given_tools_and_arguments(scripted: ScriptedServer) -> None:
+    whole(scripted, "x")
+    shown = scripted[1].prompt
     assert json.loads(shown[shown.index("[{") : shown.index(" answer by")]) == [WEATHER, OTHER]
     called = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Bern"}'}}
     history = [
@@ -138,28 +138,28 @@ def test_the_template_is_given_tools_and_arguments(told: Told) -> None:
         {"role": "assistant", "content": None, "tool_calls": [called]},
         {"role": "tool", "content": "no", "tool_call_id": "call_1"},
     ]
-    whole(told, "x", messages=history)
-    assert "assistant: get_weather(Bern)tool: no" in told[1].prompt
-    assert "answer by" not in (whole(told, "x", tool_choice="none") and told[1].prompt)
-    assert same(told, CALL, tool_choice="none")[0]["content"] == CALL, "what was not offered is not looked for"
-    status, answer, _ = told[0].post("/tokenize", {name: CHAT[name] for name in ("messages", "tools")})
+    whole(scripted, "x", messages=history)
+    assert "assistant: get_weather(Bern)tool: no" in scripted[1].prompt
+    assert "answer by" not in (whole(scripted, "x", tool_choice="none") and scripted[1].prompt)
+    assert same(scripted, CALL, tool_choice="none")[0]["content"] == CALL, "what was not offered is not looked for"
+    status, answer, _ = scripted[0].post("/tokenize", {name: CHAT[name] for name in ("messages", "tools")})
     assert (status, answer["count"]) == (200, len(TOKENIZER.encode_marked(shown)))
 
 
-def test_reasoning_is_told_apart(told: Told) -> None:
+def test_reasoning_is_separated(scripted: ScriptedServer) -> None:
     text = f"<think>\nRain, or <b>?\n</think>\n\nI ask.{CALL}"
-    message, reason = same(told, text)
+    message, reason = same(scripted, text)
     assert (message["reasoning_content"], message["content"], reason) == ("Rain, or <b>?", "I ask.", "tool_calls")
-    message, _ = same(told, "Rain?\n</think>\n\nYes.", tools=[], chat_template_kwargs={"think": True})
+    message, _ = same(scripted, "Rain?\n</think>\n\nYes.", tools=[], chat_template_kwargs={"think": True})
     assert (message["reasoning_content"], message["content"]) == ("Rain?", "Yes.")
-    message, _ = same(told, "Yes.", tools=[])
+    message, _ = same(scripted, "Yes.", tools=[])
     assert "reasoning_content" not in message
 
 
-def test_samples_and_log_probabilities_beside_calls(told: Told) -> None:
-    told[1].say(CALL)
+def test_samples_and_log_probabilities_with_calls(scripted: ScriptedServer) -> None:
+    scripted[1].say(CALL)
     body = CHAT | {"n": 2, "logprobs": True, "top_logprobs": 1, "stream": True, "stream_options": {"include_usage": True}}
-    found = events(told[0].post("/v1/chat/completions", body)[1])
+    found = events(scripted[0].post("/v1/chat/completions", body)[1])
     for sample in range(2):
         choices = [event["choices"][0] for event in found[:-1] if event["choices"][0]["index"] == sample]
         assert len(joined([choice["delta"] for choice in choices])["tool_calls"]) == 1
@@ -185,8 +185,8 @@ def test_samples_and_log_probabilities_beside_calls(told: Told) -> None:
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_what_is_not_supported_is_refused_by_name(told: Told, more: dict[str, Any], param: str) -> None:
-    status, answer, _ = told[0].post("/v1/chat/completions", CHAT | more)
+def test_what_is_not_supported_is_refused_by_name(scripted: ScriptedServer, more: dict[str, Any], param: str) -> None:
+    status, answer, _ = scripted[0].post("/v1/chat/completions", CHAT | more)
     assert status == 400, answer
     assert answer["error"]["param"].startswith(param), answer
 
@@ -195,18 +195,18 @@ CITY = '{"city": "Zürich"}'
 LISTED = [{"name": "get_weather", "parameters": {"city": "Zürich"}}, {"name": "f", "parameters": {}}]
 
 
-def test_calls_that_are_insisted_on(told: Told) -> None:
+def test_calls_that_are_insisted_on(scripted: ScriptedServer) -> None:
     """The answer is held to them, whatever the model would say."""
     pytest.importorskip("llguidance")
-    message, reason = same(told, CITY, tool_choice={"type": "function", "function": {"name": "get_weather"}})
+    message, reason = same(scripted, CITY, tool_choice={"type": "function", "function": {"name": "get_weather"}})
     assert message["tool_calls"] == [{"function": {"name": "get_weather", "arguments": CITY}}]
     assert (message.get("content"), reason) == (None, "tool_calls")
-    message, _ = same(told, json.dumps(LISTED, ensure_ascii=False), tool_choice="required")
+    message, _ = same(scripted, json.dumps(LISTED, ensure_ascii=False), tool_choice="required")
     found = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message["tool_calls"]]
     assert found == [(one["name"], one["parameters"]) for one in LISTED]
-    message, _ = same(told, json.dumps(LISTED[1:]), tool_choice="required", parallel_tool_calls=False)
+    message, _ = same(scripted, json.dumps(LISTED[1:]), tool_choice="required", parallel_tool_calls=False)
     assert [call["function"] for call in message["tool_calls"]] == [{"name": "f", "arguments": "{}"}]
-    stubborn = whole(told, "No, I will not.", tool_choice="required", max_tokens=60)["message"]
+    stubborn = whole(scripted, "No, I will not.", tool_choice="required", max_tokens=60)["message"]
     assert "No," not in (stubborn["content"] or "")
 
 
@@ -237,22 +237,22 @@ def test_templates_that_know_no_tools_or_no_format(shared: Serving) -> None:
         assert (call["function"], len(call["id"])) == ({"name": "f", "arguments": "{}"}, 9)
 
 
-def test_a_conversation_with_tools_through_the_client(openai: ModuleType, told: Told) -> None:
+def test_a_conversation_with_tools_through_the_client(openai: ModuleType, scripted: ScriptedServer) -> None:
     """As users write it: ask, call, answer, streamed and whole."""
-    with openai.OpenAI(base_url=f"{told[0].url}/v1", api_key="unused", max_retries=0, timeout=30) as client:
+    with openai.OpenAI(base_url=f"{scripted[0].url}/v1", api_key="unused", max_retries=0, timeout=30) as client:
         messages: list[Any] = list(CHAT["messages"])
-        told[1].say(CALL)
+        scripted[1].say(CALL)
         answer = client.chat.completions.create(model="demo", temperature=0, messages=messages, tools=CHAT["tools"], tool_choice="auto")
         (call,) = answer.choices[0].message.tool_calls
         assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Zürich"})
         assert answer.choices[0].finish_reason == "tool_calls"
         messages += [answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
-        told[1].say("<think>Rain.</think>It rains in Zürich.")
+        scripted[1].say("<think>Rain.</think>It rains in Zürich.")
         answer = client.chat.completions.create(model="demo", temperature=0, messages=messages, tools=CHAT["tools"])
         assert answer.choices[0].message.content == "It rains in Zürich."
         assert answer.choices[0].message.reasoning_content == "Rain."
-        assert "assistant: get_weather(Zürich)tool: It rains." in told[1].prompt
-        told[1].say(CALL)
+        assert "assistant: get_weather(Zürich)tool: It rains." in scripted[1].prompt
+        scripted[1].say(CALL)
         with client.chat.completions.stream(model="demo", temperature=0, messages=messages, tools=CHAT["tools"]) as stream:
             (call,) = stream.get_final_completion().choices[0].message.tool_calls
         assert json.loads(call.function.arguments) == {"city": "Zürich"}

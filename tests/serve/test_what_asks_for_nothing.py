@@ -122,15 +122,15 @@ def test_the_usage_so_far(shared: Serving, path: str, more: dict[str, Any]) -> N
         more = more if "chat" not in path else more | {"logprobs": True}
         more = more if "chat" in path else {"logprobs": 1}
     body = PATHS[path] | {"stream": True, "max_tokens": 9} | more
-    told = events(shared.post(path, body | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}})[1])
-    counts = [event["usage"]["completion_tokens"] for event in told]
+    sent = events(shared.post(path, body | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}})[1])
+    counts = [event["usage"]["completion_tokens"] for event in sent]
     assert counts == sorted(counts)
     assert counts[-2] == counts[-1], "the last token is counted with its event"
     assert len(set(counts)) > 2
-    last = told[-1]["usage"]
-    assert all(event["usage"]["prompt_tokens"] == last["prompt_tokens"] for event in told)
+    last = sent[-1]["usage"]
+    assert all(event["usage"]["prompt_tokens"] == last["prompt_tokens"] for event in sent)
     assert all(
-        sum(event["usage"][key] for key in ("prompt_tokens", "completion_tokens")) == event["usage"]["total_tokens"] for event in told
+        sum(event["usage"][key] for key in ("prompt_tokens", "completion_tokens")) == event["usage"]["total_tokens"] for event in sent
     )
     plain = events(shared.post(path, body | {"stream_options": {"continuous_usage_stats": True}})[1])
     assert all("usage" not in event for event in plain)

@@ -175,7 +175,7 @@ class Letters:
         return "</s>"
 
 
-def test_a_vocabulary_that_cannot_write_the_answer_is_said() -> None:
+def test_a_vocabulary_that_cannot_write_the_answer_is_reported() -> None:
     grammars = Grammars(Letters(), 6)
     with pytest.raises(InvalidInput, match="json: no token of the vocabulary begins such an answer"):
         grammars(Structure.json_object())

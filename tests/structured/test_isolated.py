@@ -162,7 +162,7 @@ def test_what_takes_too_long_to_compile_is_refused_and_the_next_one_is_not() -> 
         strangers.close()
 
 
-def test_a_process_that_gets_no_core_is_not_said_to_take_too_much() -> None:
+def test_a_process_that_gets_no_core_is_not_reported_as_too_costly() -> None:
     clients = Isolated(TOKENIZER, VOCAB, Bounds(quick_seconds=-1.0, patience=0.3))
     try:
         state = clients(Structure.regex("[a-z]{40}")).start()

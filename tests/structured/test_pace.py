@@ -42,7 +42,7 @@ def run(held: Sequence[Grammar]) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_free_rows_keep_their_pace_beside_constrained_ones(strangers: Isolated) -> None:
+def test_free_rows_keep_their_pace_with_constrained_ones(strangers: Isolated) -> None:
     schema = {"type": "array", "items": {"type": "string", "minLength": 900}, "minItems": 50}
     held = [strangers(Structure.json_schema(schema))] * 4
     shares = sorted(run(held)[0] / run([])[0] for _ in range(3))
@@ -51,10 +51,10 @@ def test_free_rows_keep_their_pace_beside_constrained_ones(strangers: Isolated) 
 
 
 @pytest.mark.slow
-def test_free_rows_keep_their_pace_beside_hostile_ones(strangers: Isolated) -> None:
+def test_free_rows_keep_their_pace_with_hostile_ones(strangers: Isolated) -> None:
     """The constrained rows themselves nearly stand still: without them it were 0.889."""
     found = [(run([strangers(structure) for structure in HOSTILE]), run([])[0]) for _ in range(3)]
     shares, gaps = sorted(speed / free for (speed, _), free in found), sorted(gap for (_, gap), _ in found)
-    print(f"32 free rows beside 4 hostile ones: {shares[1]:.3f} of the throughput of 36 free ones, longest gap {1e3 * gaps[1]:.1f} ms")
+    print(f"32 free rows with 4 hostile ones: {shares[1]:.3f} of the throughput of 36 free ones, longest gap {1e3 * gaps[1]:.1f} ms")
     assert shares[1] > 0.85
     assert gaps[1] < STEP_SECONDS + 0.03

@@ -1,7 +1,7 @@
 """A Google Cloud and a Kubernetes cluster in a folder: the fake `gcloud` and `kubectl`, started as programs of those names.
 
 They accept the commands and flags of accepted_commands.toml, keep their state in $FAKE_CLOUD/state, log every call, and run what a worker
-is told as real processes, one home folder per worker. $FAKE_CLOUD/script says what goes wrong, by step: `fail` (so many times; "late" of
+would run as real processes, one home folder per worker. $FAKE_CLOUD/script says what goes wrong, by step: `fail` (so many times; "late" of
 create: it happens and is reported as failed), `reasons` (what a failing step says, with its exit code), `slow` (seconds that a step
 takes), `appears` (after so many further looks, what was created and reported as failed is there), `preempt` (so many times the capacity is
 lost in that step), `interrupt` (SIGINT to the caller), `states` (what describe says before ACTIVE), `why` (of a FAILED), `hosts`.

@@ -15,10 +15,10 @@ from partinf.proof.topology import describe
 from tests.tpu_scripts.support import SCRIPTS
 
 
-def test_all_offences_are_said_before_any_command(cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_offences_are_reported_before_any_command(cloud, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {"type": "v5litepod-17", "time_to_live": None, "zone": None, "project": None, "comand": ["x"], "command": "partinf plan"}
     assert cloud.pod("launch", cloud.describe(**wrong, spot="yes", name="Not A Name", gke={"imag": "x"})) == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for part in (
         "unknown key 'comand'; did you mean 'command'?",
         "'project' is missing: nothing runs without",
@@ -30,8 +30,8 @@ def test_all_offences_are_said_before_any_command(cloud, capsys: pytest.CaptureF
         "unknown key 'gke.imag'; did you mean 'image'?",
         "type 'v5litepod-17': no such TPU type; v5litepod comes as 1, 4, 8, 16",
     ):
-        assert part in said
-    assert len(said.splitlines()) == 9
+        assert part in printed
+    assert len(printed.splitlines()) == 9
     assert cloud.calls == []
 
 
@@ -105,7 +105,7 @@ def test_chips_and_hosts(name: str, chips: int, hosts: int) -> None:
     assert (tpu.num_chips, tpu.num_hosts) == (chips, hosts)
 
 
-def test_another_topology_is_asked_for_by_its_shape(cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_topology_is_requested_by_its_shape(cloud, capsys: pytest.CaptureFixture[str]) -> None:
     assert cloud.pod("create", cloud.describe(type="v4-512", topology="4x4x16", confirm_above_chips=256), "--run-id", "r1") == 0
     create = cloud.calls[0]
     assert "--type=v4" in create
@@ -145,10 +145,10 @@ def test_a_section_of_the_hardware_table_makes_a_chip_known_everywhere(tmp_path:
 def test_the_cost_is_an_upper_bound_that_names_its_source(cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     description = cloud.describe(type="v5litepod-16", time_to_live="2h", spot=True)
     assert cloud.pod("check", description) == 0
-    said = capsys.readouterr().out
-    assert "v5e:4x4, 16 chips on 4 hosts" in said
-    assert "at most 38.40 USD" in said
-    assert "cloud.google.com/tpu/pricing; not checked against its source" in said
+    printed = capsys.readouterr().out
+    assert "v5e:4x4, 16 chips on 4 hosts" in printed
+    assert "at most 38.40 USD" in printed
+    assert "cloud.google.com/tpu/pricing; not checked against its source" in printed
     head = 'currency = "EUR"\ndate = "2030-01-01"\nsource = "a contract"\nchecked = true\n'
     mine = tmp_path / "prices.toml"
     mine.write_text(head + "[chip_hour.v5e]\non_demand = 2.0\nspot = 0.5\n")
@@ -159,9 +159,9 @@ def test_the_cost_is_an_upper_bound_that_names_its_source(cloud, tmp_path: Path,
     assert "no price for 'v5e'" in capsys.readouterr().err
     mine.write_text(head + "[chip_hour.v5e]\nspot = 'cheap'\n")
     assert cloud.pod("launch", description, "--prices", str(mine)) == 2
-    said = capsys.readouterr().err
-    assert "chip_hour.v5e needs a number for 'on_demand'" in said
-    assert "chip_hour.v5e needs a number for 'spot'" in said
+    printed = capsys.readouterr().err
+    assert "chip_hour.v5e needs a number for 'on_demand'" in printed
+    assert "chip_hour.v5e needs a number for 'spot'" in printed
     assert cloud.pod("launch", cloud.describe(type="tpu7x-8")) == 2  # nothing is created without a known price
     assert "there is no list price for 'tpu7x'; give one with --prices FILE" in capsys.readouterr().err
     assert cloud.calls == []

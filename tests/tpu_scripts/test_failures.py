@@ -139,9 +139,9 @@ def test_looking_ends_at_a_bound_and_says_in_one_line_how_to_check(answer: Done,
     cloud = Cloud(Clock(), answer, None)
     assert launch(pod_of(cloud)) == 1
     assert bound <= cloud.clock.now() - 1000 <= bound + 2
-    said = [line for line in capsys.readouterr().err.splitlines() if "MAY STILL COME" in line]
-    assert len(said) == 1
-    assert "gcloud compute tpus queued-resources delete my-run-r1 --project=my-project --zone=us-west4-a --force --quiet" in said[0]
+    printed = [line for line in capsys.readouterr().err.splitlines() if "MAY STILL COME" in line]
+    assert len(printed) == 1
+    assert "gcloud compute tpus queued-resources delete my-run-r1 --project=my-project --zone=us-west4-a --force --quiet" in printed[0]
 
 
 def test_what_was_seen_is_gone_when_it_is_not_found(bound: float) -> None:
@@ -169,14 +169,14 @@ NEVER = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "said"), NEVER)
-def test_a_request_that_was_never_made_is_said_at_once_and_nothing_deleted(answer: Done, said: str, capsys) -> None:
+@pytest.mark.parametrize(("answer", "printed"), NEVER)
+def test_a_request_that_was_never_made_is_reported_at_once_and_nothing_deleted(answer: Done, printed: str, capsys) -> None:
     cloud = Cloud(Clock(), answer, None)
     assert launch(pod_of(cloud, retries=2)) == 1
     assert cloud.verbs == ["create"]
     assert cloud.clock.now() == 1000
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert printed in line
 
 
 REFUSED = {
@@ -234,10 +234,10 @@ def test_the_machine_of_the_attempt_before_is_recognised() -> None:
     other = pod_of(cloud)
     with pytest.raises(NotOurs, match="queued-resources delete my-run-r1"):
         other.create()
-    assert not other.asked
+    assert not other.requested
 
 
-def test_the_error_is_said_and_not_the_last_line_of_advice() -> None:
+def test_the_error_is_reported_and_not_the_last_line_of_advice() -> None:
     assert reason(Done(1, "", "warning\nERROR: (gcloud) no\n\nhint\n")) == "ERROR: (gcloud) no hint"
     assert reason(Done(1, "out\n", "")) == "out"
     assert reason(Done(3, "", "")) == "exit code 3"
@@ -277,9 +277,9 @@ def test_without_a_login_launch_says_so_at_once_and_deletes_nothing(cloud, capsy
     cloud.script(fail=dict.fromkeys(("create", "delete", "describe"), 1000), reasons={"create": (NO_LOGIN, 1), "delete": (NO_LOGIN, 1)})
     assert cloud.pod("launch", cloud.describe(), "--run-id", "r1") == 1
     assert [call[4] for call in cloud.calls] == ["create"]
-    said = capsys.readouterr().err
-    assert "gcloud auth login" in said
-    assert "MAY STILL" not in said
+    printed = capsys.readouterr().err
+    assert "gcloud auth login" in printed
+    assert "MAY STILL" not in printed
 
 
 @pytest.mark.parametrize("step", ["upload", "setup"])
@@ -298,20 +298,20 @@ def test_a_worker_that_is_never_reached_is_lost_capacity(cloud) -> None:
 @pytest.mark.parametrize(
     ("why", "created"), [("There is no more capacity in the zone", 2), ("Quota limit 'TPUV4' has been exceeded", 1), ("", 2)]
 )
-def test_why_a_request_failed_is_said_and_decides_whether_it_is_made_again(cloud, capsys, why: str, created: int) -> None:
+def test_why_a_request_failed_is_reported_and_decides_whether_it_is_made_again(cloud, capsys, why: str, created: int) -> None:
     cloud.script(states=["FAILED"], why=why, hosts=1)
     assert cloud.pod("launch", cloud.describe(type="v4-8", retries=1), "--run-id", "r1") == 1
     assert cloud.state["created"] == created
     assert f"the machine is FAILED{': ' + why if why else ''}" in capsys.readouterr().err
 
 
-def test_a_machine_that_something_else_deletes_is_said(cloud, capsys) -> None:
+def test_a_machine_that_something_else_deletes_is_reported(cloud, capsys) -> None:
     cloud.script(states=["DELETING"], hosts=1)
     assert cloud.pod("launch", cloud.describe(type="v4-8", retries=0), "--run-id", "r1") == 1
     assert "the machine is DELETING: something else deletes it" in capsys.readouterr().err
 
 
-def test_a_machine_that_cannot_be_deleted_is_said_with_its_state(cloud, capsys) -> None:
+def test_a_machine_that_cannot_be_deleted_is_reported_with_its_state(cloud, capsys) -> None:
     assert cloud.pod("create", cloud.describe(), "--run-id", "r1") == 0
     cloud.script(fail={"delete": 1000})
     assert cloud.pod("delete", cloud.describe(), "--run-id", "r1") == 1
@@ -319,7 +319,7 @@ def test_a_machine_that_cannot_be_deleted_is_said_with_its_state(cloud, capsys) 
 
 
 @pytest.mark.parametrize(
-    ("said", "verbs"),
+    ("printed", "verbs"),
     [
         ("error: You must be logged in to the server (Unauthorized)", ["apply"]),
         ('error: context "my-cluster" does not exist', ["apply"]),
@@ -327,17 +327,17 @@ def test_a_machine_that_cannot_be_deleted_is_said_with_its_state(cloud, capsys) 
     ],
 )
 def test_a_jobset_that_was_never_sent_is_not_deleted_and_one_that_may_come_is_looked_for(
-    said: str, verbs: list[str], tmp_path, monkeypatch
+    printed: str, verbs: list[str], tmp_path, monkeypatch
 ) -> None:
-    clock, asked = Clock(), []
+    clock, requested = Clock(), []
 
     class Cluster:
         dry = False
 
         def run(self, command: Command) -> Done:
-            asked.append(command.argv[3])
+            requested.append(command.argv[3])
             if "apply" in command.argv:
-                return Done(1, "", said)
+                return Done(1, "", printed)
             return Done(0, "", "") if clock.now() >= 1003 else Done(1, "", 'Error from server (NotFound): jobsets "my-run-r1" not found')
 
     monkeypatch.setattr(pod_deletion.time, "sleep", clock.wait)
@@ -345,8 +345,8 @@ def test_a_jobset_that_was_never_sent_is_not_deleted_and_one_that_may_come_is_lo
     deletion = pod_deletion.Deletion
     monkeypatch.setattr(pod_jobset, "Deletion", lambda *rest: deletion(*rest, now=clock.now, rest=clock.wait))
     assert pod_jobset.run_jobset(description(gke=gke), "r1", Cluster(), None, tmp_path, 1.0, now=clock.now) == 1
-    assert list(dict.fromkeys(asked)) == verbs
-    assert asked.count("delete") == (4 if "delete" in verbs else 0)
+    assert list(dict.fromkeys(requested)) == verbs
+    assert requested.count("delete") == (4 if "delete" in verbs else 0)
 
 
 def test_these_tests_do_not_wait() -> None:

@@ -32,13 +32,13 @@ def test_a_plan_alone_shows_its_commands(plan: Path, cloud, root: Path, capsys: 
     if not (root / ".git").exists():
         pytest.skip("it shows how this checkout's commit is sent, and this is no checkout")
     assert main(["launch", "--plan", str(plan), "--dry-run", "--run-id", "r1"]) == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert lines[0].startswith("gcloud compute tpus queued-resources create run-demo-r1 --project=your-project --zone=your-zone1-a ")
     assert "--accelerator-type=v4-16" in lines[0]
     assert any("partinf-plan.toml" in line and " scp " in line for line in lines)
     assert " delete " in lines[-1]
-    assert "placeholders for project, zone, time_to_live" in said.err
+    assert "placeholders for project, zone, time_to_live" in printed.err
     assert cloud.calls == []
 
 
@@ -56,9 +56,9 @@ def test_a_plan_gives_the_type_and_is_served_and_its_slice_must_be_the_types(pla
     served = "python -m partinf serve --plan partinf-plan.toml --max-num-seqs 8 --max-model-len 24 --multi-host'"
     assert served in capsys.readouterr().out
     assert main(["launch", *flags, str(cloud.describe(type=None, command=None, model="/weights/mine"))]) == 0
-    said = capsys.readouterr().out
-    assert "serve --plan partinf-plan.toml --model /weights/mine --max-num-seqs 8" in said
-    assert "--served-model-name demo" in said
+    printed = capsys.readouterr().out
+    assert "serve --plan partinf-plan.toml --model /weights/mine --max-num-seqs 8" in printed
+    assert "--served-model-name demo" in printed
     assert main(["launch", *flags, str(cloud.describe(type="v4-8"))]) == 2
     assert "type 'v4-8' is v4:2x2x1, but the plan is for v4:2x2x2" in capsys.readouterr().err
 
@@ -99,13 +99,13 @@ def test_no_machine_is_paid_for_without_something_to_run(cloud, tmp_path: Path, 
     assert "'model' is missing: where the weights of llama-3-8b lie that are to be served" in capsys.readouterr().err
     for more in (here, ["--dry-run"], ["--manifest"]):
         assert main(["launch", "--plan", str(plans["palm-8b"]), *more]) == 2
-        said = capsys.readouterr().err
-        assert "'command' is missing: what every worker runs; the plan cannot be served, because weights of palm-8b" in said
+        printed = capsys.readouterr().err
+        assert "'command' is missing: what every worker runs; the plan cannot be served, because weights of palm-8b" in printed
     both = cloud.describe(type=None, model="/weights", wait="x")
     assert main(["launch", "--plan", str(plans["llama-3-8b"]), "--description", str(both)]) == 2
-    said = capsys.readouterr().err
-    assert "model '/weights': it belongs to a plan that is served" in said
-    assert "wait = 'x'" in said
+    printed = capsys.readouterr().err
+    assert "model '/weights': it belongs to a plan that is served" in printed
+    assert "wait = 'x'" in printed
     assert main(["launch", "--plan", str(plans["llama-3-8b"]), "--description", str(cloud.describe(type=None, command=None, model=3))]) == 2
     assert "model = 3: expected str" in capsys.readouterr().err
     assert cloud.calls == []
@@ -186,9 +186,9 @@ def test_an_experiment_that_is_not_sent_is_refused(checkout: Path, cloud, tmp_pa
     changed = checkout / "changed.toml"
     changed.write_text((checkout / "demo.toml").read_text().replace("cpu:2x2x2", "v4:2x2x1"))
     assert main(["run", str(changed), *flags]) == 2
-    said = capsys.readouterr().err
-    assert "its slice is v4:2x2x1, and v4-16 of" in said
-    assert "is not in commit HEAD as it is here" in said
+    printed = capsys.readouterr().err
+    assert "its slice is v4:2x2x1, and v4-16 of" in printed
+    assert "is not in commit HEAD as it is here" in printed
     assert main(["run", str(checkout / "demo.toml"), *flags]) == 0
     assert "python -m partinf run demo.toml --on worker" in capsys.readouterr().out
     assert cloud.calls == []

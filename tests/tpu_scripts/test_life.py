@@ -48,12 +48,12 @@ def test_a_machine_that_was_created_although_creating_failed_is_deleted(cloud) -
     assert cloud.state["machines"] == {}
 
 
-def test_deleting_that_always_fails_is_said_with_the_command_to_type(cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deleting_that_always_fails_is_reported_with_the_command_to_type(cloud, capsys: pytest.CaptureFixture[str]) -> None:
     cloud.script(fail={"delete": 1000})
     assert cloud.pod("launch", cloud.describe(), "--run-id", "r1") == 1
-    said = capsys.readouterr().err
-    assert "MACHINE MAY STILL EXIST" in said
-    assert "gcloud compute tpus queued-resources delete my-run-r1 --project=my-project" in said.splitlines()[-1]
+    printed = capsys.readouterr().err
+    assert "MACHINE MAY STILL EXIST" in printed
+    assert "gcloud compute tpus queued-resources delete my-run-r1 --project=my-project" in printed.splitlines()[-1]
     assert cloud.state["steps"]["delete"] == 5
 
 
@@ -151,8 +151,8 @@ def test_logs_follow_every_worker_until_the_run_ends(cloud, capsys: pytest.Captu
         assert cloud.pod(step, description, "--run-id", "r1") == 0
     capsys.readouterr()
     assert cloud.pod("logs", description, "--run-id", "r1") == 0
-    said = capsys.readouterr().out
-    assert sorted(said.splitlines()) == [f"[worker {worker}] {line}" for worker in (0, 1) for line in ("first", "second")]
+    printed = capsys.readouterr().out
+    assert sorted(printed.splitlines()) == [f"[worker {worker}] {line}" for worker in (0, 1) for line in ("first", "second")]
 
 
 def test_the_dry_run_prints_what_is_executed(cloud, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ class Marks:
                 place += _WINDOW
                 continue
             token = self._tokens[match.group()]
-            if token.single_word and _beside_word(text, match):
+            if token.single_word and _adjoins_word(text, match):
                 place = match.start() + 1
                 continue
             before = text[start : match.start()]
@@ -41,7 +41,7 @@ class Marks:
         yield text[start:]
 
 
-def _beside_word(text: str, match: re.Match[str]) -> bool:
+def _adjoins_word(text: str, match: re.Match[str]) -> bool:
     return any(re.match(r"\w", character) for character in (text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]))
 
 

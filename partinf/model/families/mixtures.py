@@ -282,7 +282,7 @@ _MINIMAX_M2 = replace(
     mixture=Mixture(
         (("num_local_experts", "num_experts"), 256), ("num_experts_per_tok", 8), ("intermediate_size", 1536), router=_CORRECTED
     ),
-    rope=Rope(theta=5e6, partial=1.0, dims_beside="rotary_dim"),
+    rope=Rope(theta=5e6, partial=1.0, optional_dims_key="rotary_dim"),
     harmless=keys("use_mtp mtp_transformer_layers num_mtp_modules attn_type_list shared_moe_mode"),
 )
 _GRANITE_EXPERTS = {

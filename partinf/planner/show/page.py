@@ -72,11 +72,11 @@ def _verdict(report: PlanReport) -> list[str]:
         cost = figures(1e3 * best.num_chips * result.step_seconds / result.tokens)
         rows.append((result.name, roles_of(result), readable_seconds(result.step_seconds), f"{result.mfu:.1%}", rate, cost))
     titles = ("step", "FFN, attention", "takes", "MFU", "tokens per second", "chip·ms per token")
-    said = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(report.plan.note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
+    verdict = [f"<h2>{_notation(best.name)}</h2>", f"<p>{escape(report.plan.note)}</p>", _table(titles, rows, numbers=(2, 3, 4, 5))]
     if advice := report.batch_advice:
-        said.append(f"<p>Largest batch worth decoding: {escape(str(advice))}.</p>")
-        said += [f"<p>{escape(str(advice.experts))}</p>"] if advice.experts else []
-    return said
+        verdict.append(f"<p>Largest batch worth decoding: {escape(str(advice))}.</p>")
+        verdict += [f"<p>{escape(str(advice.experts))}</p>"] if advice.experts else []
+    return verdict
 
 
 def _memory(best: Candidate) -> str:

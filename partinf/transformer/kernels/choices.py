@@ -104,11 +104,11 @@ def from_json(text: str) -> Choices:
     Raises:
         ValueError, KeyError, TypeError: it did not.
     """
-    said = json.loads(text)
-    table = tuple((str(kind), tuple((int(rows), Form(form)) for rows, form in lines)) for kind, lines in said["table"])
+    stored = json.loads(text)
+    table = tuple((str(kind), tuple((int(rows), Form(form)) for rows, form in lines)) for kind, lines in stored["table"])
     if any(not lines for _, lines in table):
         raise ValueError("a type without forms")
-    return Choices(table, tuple(Times.read(each) for each in said["times"]), tuple(map(str, said["unsettled"])))
+    return Choices(table, tuple(Times.read(each) for each in stored["times"]), tuple(map(str, stored["unsettled"])))
 
 
 def of_this_machine() -> Choices:

@@ -58,8 +58,8 @@ class Times:
         return points[-1][1] * rows / points[-1][0]
 
     @staticmethod
-    def read(said: dict[str, Any]) -> Times:
-        return Times(str(said["kind"]), Form(said["form"]), tuple((int(rows), float(seconds)) for rows, seconds in said["measured"]))
+    def read(stored: dict[str, Any]) -> Times:
+        return Times(str(stored["kind"]), Form(stored["form"]), tuple((int(rows), float(seconds)) for rows, seconds in stored["measured"]))
 
 
 def take_turns() -> tuple[list[Times], list[str]]:
@@ -69,8 +69,8 @@ def take_turns() -> tuple[list[Times], list[str]]:
     environment |= CPU.environment(1) | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     with suppress(OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
         command = [sys.executable, "-m", __name__]
-        said = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_WAIT)
-        found = json.loads(said.stdout)
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_WAIT)
+        found = json.loads(done.stdout)
         return [Times.read(each) for each in found["times"]], [str(kind) for kind in found["unsettled"]]
     return [], list(CPU.products or {})
 

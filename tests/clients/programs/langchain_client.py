@@ -39,7 +39,7 @@ def texts() -> None:
 
 
 def conversation(chat: ChatOpenAI, streamed: bool) -> None:
-    """Ask, be called, answer, be told."""
+    """A question, a tool call, its result, the answer."""
     model = chat.bind_tools([get_weather])
     messages: list[Any] = [HumanMessage("Does it rain in Zürich?")]
 

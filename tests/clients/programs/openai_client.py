@@ -53,7 +53,7 @@ def texts(client: openai.OpenAI) -> None:
 
 
 def conversation(client: openai.OpenAI, streamed: bool) -> None:
-    """Ask, be called, answer, be told."""
+    """A question, a tool call, its result, the answer."""
     messages: list[Any] = [QUESTION]
 
     def say() -> Any:
@@ -67,10 +67,10 @@ def conversation(client: openai.OpenAI, streamed: bool) -> None:
                 kept = calls.setdefault(call.index, {"id": call.id, "type": "function", "function": {"name": "", "arguments": ""}})
                 kept["function"]["name"] += call.function.name or ""
                 kept["function"]["arguments"] += call.function.arguments or ""
-        told = {"role": "assistant", "content": content or None} | (
+        fields = {"role": "assistant", "content": content or None} | (
             {"tool_calls": [calls[index] for index in sorted(calls)]} if calls else {}
         )
-        return openai.types.chat.ChatCompletionMessage.model_validate(told)
+        return openai.types.chat.ChatCompletionMessage.model_validate(fields)
 
     called = say()
     (call,) = called.tool_calls
@@ -95,8 +95,8 @@ def held(client: openai.OpenAI) -> None:
 
 async def beside_each_other() -> None:
     async with openai.AsyncOpenAI(base_url=f"{DEMO}/v1", api_key="unused", max_retries=0) as client:
-        asked = (client.completions.create(**SETTINGS, prompt=f"copy: q {letter} z =") for letter in "abcdefgh")
-        assert [answer.choices[0].text for answer in await asyncio.gather(*asked)] == [f" q {letter} z" for letter in "abcdefgh"]
+        answers = (client.completions.create(**SETTINGS, prompt=f"copy: q {letter} z =") for letter in "abcdefgh")
+        assert [answer.choices[0].text for answer in await asyncio.gather(*answers)] == [f" q {letter} z" for letter in "abcdefgh"]
 
 
 assert openai.__version__.startswith(f"{VERSION}."), openai.__version__
