@@ -81,15 +81,15 @@ def run(args: argparse.Namespace) -> int:
 
         Path(args.html).write_text(page(report, top))
     if args.format == "json":
-        import json
+        from partinf.planner.show.as_json import trials_json
+        from partinf.planner.show.json_text import report_text
 
-        from partinf.planner.show.as_json import report_json, trials_json
-        from partinf.planner.show.compare import comparison_json
+        more = trials_json(trials, price) | _commands(report, args.save, args.model) | as_json(served)
+        if len(compared) > 1:
+            from partinf.planner.show.compare import comparison_json
 
-        found = report_json(report, _proof_json(report, proofs)) | trials_json(trials, price) | _commands(report, args.save, args.model)
-        found |= as_json(served)
-        found |= {"comparison": comparison_json(args.layout, compared)} if len(compared) > 1 else {}
-        print(json.dumps(found, separators=(",", ":")))
+            more |= {"comparison": comparison_json(args.layout, compared)}
+        print(report_text(report, _proof_json(report, proofs), more))
     else:
         from partinf.cli.plan_proof import show as show_proofs
         from partinf.planner.show.table import show, show_commands, show_trials

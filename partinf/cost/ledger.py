@@ -101,8 +101,7 @@ class Entry(NamedTuple):
         return (self.seconds - self.overlapped) * self.count
 
 
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One line of a ledger's collectives: equal kind, axes and dtype summed over the step.
 
     Attributes:
@@ -113,7 +112,7 @@ class Collective:
     axes: tuple[str, ...]
     dtype: str
     bytes: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is not used
     seconds: float
 
 

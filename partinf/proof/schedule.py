@@ -39,6 +39,7 @@ class Schedule:
     Attributes:
         work: what takes the time apart from collectives, waiting for transfers included; the most expensive first.
         kernels: those for which the compiler gives no cycles, by name.
+        begun: by the same name, when those began that run in no loop.
     """
 
     seconds: float
@@ -46,6 +47,7 @@ class Schedule:
     collectives: tuple[Collective, ...]
     work: tuple[Work, ...]
     kernels: Mapping[str, KernelTime]
+    begun: Mapping[str, tuple[float, ...]]
 
     @property
     def compute_seconds(self) -> float:
@@ -95,7 +97,7 @@ class Reader:
             self._times[block.name] += times
         self._runs: dict[str, float] = defaultdict(float)
         for block, kernel in self._every(is_kernel):
-            self._runs[kernel_name(kernel)] += self._times[block.name]
+            self._runs[kernel_name(kernel.name)] += self._times[block.name]
 
     def _every(self, wanted: Callable[[Instruction], bool]) -> Iterator[tuple[Computation, Instruction]]:
         for name in self._times:
@@ -115,14 +117,17 @@ class Reader:
             elif spent or instruction.cycles:
                 work.append(self._work(block, instruction, times, spent))
             if is_kernel(instruction):
-                name = kernel_name(instruction)
+                name = kernel_name(instruction.name)
                 before = kernels.get(name, KernelTime(0.0, 0, name in self._kernels))
                 kernels[name] = before._replace(seconds=before.seconds + spent, runs=before.runs + round(times))
         dearest = sorted(work, key=lambda one: -one.seconds * one.count)
-        return Schedule(walk.seconds, walk.moved, _summed(collectives), tuple(dearest), kernels)
+        begun: dict[str, tuple[float, ...]] = defaultdict(tuple)
+        for instruction_name, when in walk.begun:
+            begun[kernel_name(instruction_name)] += (when,)
+        return Schedule(walk.seconds, walk.moved, _summed(collectives), tuple(dearest), kernels, begun)
 
     def _kernel_seconds(self, kernel: Instruction) -> float | None:
-        name = kernel_name(kernel)
+        name = kernel_name(kernel.name)
         return self._kernels[name](kernel, self._runs[name]) if name in self._kernels else None
 
     def _priced(self, block: Computation, instruction: Instruction) -> tuple[tuple[str, ...], float]:
@@ -185,7 +190,7 @@ class Reader:
         argument = self._module.argument(block, instruction)
         what = f"{instruction.opcode} of {argument + ' ' if argument else ''}{shape.dtype}{list(shape.dims)}"
         if is_kernel(instruction):
-            what = f"kernel {kernel_name(instruction)}, {shape.dtype}{list(shape.dims)}"
+            what = f"kernel {kernel_name(instruction.name)}, {shape.dtype}{list(shape.dims)}"
         elif instruction.opcode.endswith("-done"):
             what = f"waiting in {what}"
         source, moves = self._source(block, instruction), self._only_moves(instruction)
@@ -206,9 +211,9 @@ def _payloads(home: Computation, collective: Instruction, op: str) -> list[Shape
     return list(collective.shapes[len(operands) : 2 * len(operands)])  # (inputs, outputs, …)
 
 
-def kernel_name(kernel: Instruction) -> str:
+def kernel_name(name: str) -> str:
     """The name of a kernel, without the number that tells its instructions apart."""
-    return kernel.name.partition(".")[0]
+    return name.partition(".")[0]
 
 
 def axes_of(members: Sequence[tuple[int, ...]], sizes: Mapping[str, int]) -> tuple[str, ...]:

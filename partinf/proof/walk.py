@@ -84,6 +84,7 @@ class Walk:
     Attributes:
         spent: seconds of the core by instruction, over all its runs; of collectives the exposed part. `seconds` is their sum.
         moved: bytes from and to HBM, kernels left out.
+        begun: when every kernel of the entry computation began, in order.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Walk:
         """
         self.spent: dict[Key, float] = defaultdict(float)
         self.moved = 0.0
+        self.begun: list[tuple[str, float]] = []
         self._module, self._pace, self._collective, self._kernel, self._taken = module, pace, collective, kernel, taken
         clock = _Clock()
         self._run(module.entry, clock, 1.0)
@@ -195,6 +197,8 @@ class Walk:
             known, whole = self._kernel(instruction), kernel_bytes(block, instruction) / self._pace.byte_rate
             seconds = whole if known is None else known
             moving = min(whole, seconds)
+            if block is self._module.computations[self._module.entry]:
+                self.begun.append((instruction.name, clock.core))
         else:
             seconds, moving = self._cycles(block, instruction), self._transfer(block, instruction, weight)
         moving = clock.share(moving) if moving else 0.0

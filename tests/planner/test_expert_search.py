@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from partinf.planner.results import Candidate
 from partinf.planner.search import Search, given, order
 from partinf.planner.show.as_json import report_json
 from partinf.planner.show.explain import explain
+from partinf.planner.show.json_text import report_text
 from partinf.workload import DType, Workload
 
 EACH = FeedForward(768, True, Activation.SILU, ())
@@ -119,6 +121,9 @@ def test_a_skew_is_part_of_the_question_and_of_its_answer() -> None:
     uniform, skewed = (search(MODEL, parse_slice("v6e:1x2"), workload, skew=skew) for skew in (0.0, 1.2))
     assert skewed.best.score < uniform.best.score  # few tokens of popular experts read fewer of them
     assert report_json(skewed)["routing_skew"] == 1.2
+    for report in (uniform, skewed):  # as text, in which what candidates share is encoded once
+        data = report_json(report, {1: {"fits": True}}) | {"price": "1"}
+        assert report_text(report, {1: {"fits": True}}, {"price": "1"}) == json.dumps(data, separators=(",", ":"))
     assert uniform.question != skewed.question
     assert "skew=1.2" in repr(skewed.question)
     assert (skewed.routing, uniform.routing) == (", routers skewed by 1.2", "")

@@ -20,6 +20,7 @@ from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
 from partinf.proof.proving import planned_ledger
+from partinf.proof.schedule import Schedule
 from partinf.transformer.account import Collective, count
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "planner_regret" / "results.json"
@@ -77,24 +78,55 @@ def test_twelve_cases_are_compiled_on_four_kinds_of_tpu() -> None:
     assert [case.workload.phase for case in found] == ["decode", "decode", "prefill"] * 4
 
 
-def test_layers_that_are_not_compiled_take_what_each_of_the_last_ones_took(monkeypatch: pytest.MonkeyPatch) -> None:
+def _read(seconds: float, **begun: tuple[float, ...]) -> Schedule:
+    return Schedule(seconds, 0.0, (), (), {}, begun)
+
+
+def test_layers_that_are_not_compiled_take_what_those_in_the_middle_took(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what a larger vocabulary takes is the planner's own account."""
     layout = make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"})
     plan, bucket = Plan(load_model_config("llama-3-8b"), parse_slice("v5e:2x4"), layout), Bucket(32, 16)
     assert plan.unrolled
     seen = []
 
-    def walked(plan: Plan, bucket: Bucket, texts: compiled.Texts) -> float:
+    def walked(plan: Plan, bucket: Bucket, texts: compiled.Texts) -> Schedule:
         seen.append((plan.model.num_layers, plan.model.vocab_size))
-        return 1e-3 + 2e-4 * plan.model.num_layers
+        return _read(2e-3, paged_write=(0.0,), paged_decode=(1e-4, 5e-4, 7e-4, 9e-4, 11e-4))
 
     monkeypatch.setattr(compiled, "walked", walked)
     small = replace(plan, model=replace(plan.model, vocab_size=compiled.VOCABULARY))
     ends = planned_ledger(plan, bucket).seconds - planned_ledger(small, bucket).seconds
-    assert compiled.seconds(plan, bucket, compiled.Texts(Path())) == pytest.approx(1e-3 + 32 * 2e-4 + ends)
-    assert seen == [(depth, compiled.VOCABULARY) for depth in compiled.DEPTHS]
+    assert compiled.seconds(plan, bucket, compiled.Texts(Path())) == pytest.approx(2e-3 + 27 * 2e-4 + ends)
+    assert seen == [(5, compiled.VOCABULARY)]
     monkeypatch.setattr(compiled, "walked", lambda *_: None)
     assert compiled.seconds(plan, bucket, compiled.Texts(Path())) is None
+
+
+def test_a_layer_is_what_passes_between_the_kernels_of_attention() -> None:
+    twice = tuple(layer + half for layer in (0.0, 4.0, 7.0, 10.0) for half in (0.0, 1.0))  # two kernels in a layer
+    assert compiled.layer_seconds(_read(1.0, prompt_attention=twice), 4) == pytest.approx(3.0)
+    for begun in ({}, {"paged_decode": (0.0, 1.0, 2.0)}):
+        with pytest.raises(ValueError, match="kernels of attention in 4 layers"):
+            compiled.layer_seconds(_read(1.0, **begun), 4)
+
+
+def test_a_rival_that_cannot_be_the_best_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step takes at least is below every price, and whoever is above the best time has no other."""
+    (case,) = (one for one in compiled_cases() if "v5e:4x4, decode" in str(one))
+    asked = []
+
+    def seconds(plan: Plan, bucket: Bucket, texts: compiled.Texts) -> float:
+        asked.append(compiled.least_seconds(plan, bucket))
+        return planned_ledger(plan, bucket).seconds
+
+    monkeypatch.setattr(compiled, "seconds", seconds)
+    found = compiled.row(case, compiled.Texts(Path()), None)
+    lines = found["candidates"]
+    assert found["regret"] == 0
+    assert len(asked) == sum(line["compiled_ms"] is not None for line in lines) < len(lines)
+    best = min(line["compiled_ms"] for line in lines if line["compiled_ms"] is not None)
+    assert all(line["least_ms"] < line["planner_ms"] for line in lines)
+    assert all(line["least_ms"] >= best for line in lines if line["compiled_ms"] is None)
 
 
 def test_cases_are_seeded() -> None:

@@ -181,6 +181,14 @@ def test_a_kernel_is_never_had_for_nothing() -> None:
     assert unknown.work[0].what.startswith("kernel spun")
 
 
+def test_when_kernels_begin_is_known_of_those_in_no_loop() -> None:
+    twice = read(entry(KERNEL, work("a", 2000), KERNEL.replace("spun.3", "spun.4")), kernels={"spun": lambda kernel, runs: 3 * US})
+    assert twice.begun == {"spun": (0.0, pytest.approx(5 * US))}
+    inside = f"%branch (b: s8[10,1000]) -> s8[10,1000] {{\n  %here = {CHIP} parameter(0)\n  %w = {CHIP} parameter(0)\n  {KERNEL}\n}}\n"
+    branch = entry(f"%c = {CHIP} conditional(%here, %here), branch_computations={{%branch}}", before=inside)
+    assert read(branch, kernels={"spun": lambda kernel, runs: US}).begun == {}
+
+
 def test_the_compilers_cycles_are_corrected_by_kind() -> None:
     pace = replace(PLAIN, product_share=0.7, moving_share=0.375, least_seconds=1.2 * US, small_seconds=0.45 * US)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
-from partinf.cost.ledger import Entry, Ledger
+from partinf.cost.ledger import Collective, Entry, Ledger
 from partinf.cost.program import Residual
 from partinf.foundation.limits import NEVER
 from partinf.planner.report import PlanReport
@@ -28,15 +28,23 @@ _OPTIONAL = (
 )
 
 
-def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None = None) -> dict[str, Any]:
+class Ledgers(Protocol):
+    """What a candidate's ledger becomes: one value for its entries, and one for its collectives, summed."""
+
+    def entries(self, ledger: Ledger) -> Any: ...
+
+    def collectives(self, ledger: Ledger) -> Any: ...
+
+
+def report_json(report: PlanReport, proofs: Mapping[int, dict[str, Any]] | None = None, ledgers: Ledgers | None = None) -> dict[str, Any]:
     """`{"model", "slice", "workload", "best", "candidates", …}`, candidates best first and those that do not fit last.
 
     Args:
-        proofs: what the compiler says, by the place of the candidate; becomes its "proof".
+        proofs: what the compiler says, by the place of the candidate; becomes its "proof". ledgers: lists of data unless given.
     """
     workload = report.workload
-    entries = _Entries()
-    candidates = [candidate_json(candidate, entries) for candidate in report.candidates]
+    ledgers = ledgers or _Data()
+    candidates = [candidate_json(candidate, ledgers) for candidate in report.candidates]
     for place, proof in (proofs or {}).items():
         candidates[place]["proof"] = proof
     return {
@@ -122,7 +130,7 @@ def trials_json(trials: Sequence[Trial], per_chip_hour: float | None) -> dict[st
     return found
 
 
-def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
+def candidate_json(candidate: Candidate, ledgers: Ledgers) -> dict[str, Any]:
     """One candidate; top-level times are those of its main phase."""
     memory, main = candidate.memory, candidate.main
     return {
@@ -148,11 +156,11 @@ def candidate_json(candidate: Candidate, entries: _Entries) -> dict[str, Any]:
         "chip_ms_per_token": candidate.chip_ms_per_token,
         "ffn": main.ffn,
         "attention": main.attention,
-        "phases": {result.name: _phase_json(result, entries) for result in candidate.phases},
+        "phases": {result.name: _phase_json(result, ledgers) for result in candidate.phases},
     }
 
 
-def _phase_json(result: PhaseResult, entries: _Entries) -> dict[str, Any]:
+def _phase_json(result: PhaseResult, ledgers: Ledgers) -> dict[str, Any]:
     return {
         "gather": list(result.phase.gather),
         **_of_experts(result),
@@ -162,8 +170,8 @@ def _phase_json(result: PhaseResult, entries: _Entries) -> dict[str, Any]:
         "attention": result.attention,
         "step_seconds": result.step_seconds,
         "mfu": result.mfu,
-        "collectives": collectives_json(result.ledger),
-        "ledger": [entries.of(entry) for entry in result.ledger.entries],
+        "collectives": ledgers.collectives(result.ledger),
+        "ledger": ledgers.entries(result.ledger),
     }
 
 
@@ -173,28 +181,24 @@ def _of_experts(result: PhaseResult) -> dict[str, Any]:
     return {"gather_experts": list(phase.gather_experts), "dispatch": phase.dispatch.value} if result.layout.experts else {}
 
 
-def collectives_json(ledger: Ledger) -> list[dict[str, Any]]:
-    """Collectives summed over the step by op, axes and dtype; bytes per device and step."""
-    return [
-        {"op": c.op.value, "axes": list(c.axes), "bytes": c.bytes, "count": c.count, "seconds": c.seconds, "dtype": c.dtype}
-        for c in ledger.collectives
-    ]
+class _Data:
+    """Ledgers as lists."""
+
+    def entries(self, ledger: Ledger) -> list[dict[str, Any]]:
+        return [entry_json(entry) for entry in ledger.entries]
+
+    def collectives(self, ledger: Ledger) -> list[dict[str, Any]]:
+        """Summed over the step by op, axes and dtype; bytes per device and step."""
+        return [collective_json(one) for one in ledger.collectives]
 
 
-class _Entries:
-    """Entries as plain data, each once: the candidates of a search share most of them."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Entry, dict[str, Any]]] = {}
-
-    def of(self, entry: Entry) -> dict[str, Any]:
-        found = self._known.get(id(entry))
-        if found is None:  # the entry is kept, so that nothing else gets its id
-            found = self._known[id(entry)] = entry, _entry_json(entry)
-        return found[1]
+def collective_json(one: Collective) -> dict[str, Any]:
+    """One line of a ledger's collectives."""
+    return {"op": one.op.value, "axes": list(one.axes), "bytes": one.bytes, "count": one.count, "seconds": one.seconds, "dtype": one.dtype}
 
 
-def _entry_json(entry: Entry) -> dict[str, Any]:
+def entry_json(entry: Entry) -> dict[str, Any]:
+    """One entry of a ledger."""
     line: dict[str, Any] = {"name": entry.name, "part": entry.part.value, "kind": entry.kind.value}
     line |= {"count": entry.count, "seconds": entry.seconds}
     if entry.op is not None:
