@@ -46,7 +46,7 @@ from partinf.proof.proving import planned_ledger, schedule_of
 from partinf.proof.schedule import Schedule
 
 DEPTH, VOCABULARY = 5, 2048
-KERNELS = ("paged_decode", "prompt_attention")
+KERNELS = ("paged_decode", "prompt_attention", "paged_write")  # of every layer, the first that there is
 NEAREST, RANDOM = 4, 4
 LIMITS = Limits(seconds=600)
 
@@ -114,16 +114,16 @@ def seconds(plan: Plan, bucket: Bucket, texts: Texts) -> float | None:
 
 
 def layer_seconds(schedule: Schedule, depth: int) -> float:
-    """What a layer in the middle takes: from its attention's kernel to that of the next. The first ones read ahead otherwise, and behind
+    """What a layer in the middle takes: from one of its kernels to that of the next. The first ones read ahead otherwise, and behind
     the last one are the logits.
 
     Raises:
-        ValueError: the kernel of attention does not run equally often in every layer.
+        ValueError: no kernel runs equally often in every layer.
     """
     begun = next((schedule.begun[name] for name in KERNELS if schedule.begun.get(name)), ())
     each, rest = divmod(len(begun), depth)
     if not begun or rest:
-        raise ValueError(f"{len(begun)} kernels of attention in {depth} layers")
+        raise ValueError(f"{len(begun)} kernels in {depth} layers")
     return (begun[(depth - 1) * each] - begun[each]) / (depth - 2)
 
 

@@ -102,11 +102,11 @@ def test_layers_that_are_not_compiled_take_what_those_in_the_middle_took(monkeyp
     assert compiled.seconds(plan, bucket, compiled.Texts(Path())) is None
 
 
-def test_a_layer_is_what_passes_between_the_kernels_of_attention() -> None:
+def test_a_layer_is_what_passes_between_its_kernels() -> None:
     twice = tuple(layer + half for layer in (0.0, 4.0, 7.0, 10.0) for half in (0.0, 1.0))  # two kernels in a layer
     assert compiled.layer_seconds(_read(1.0, prompt_attention=twice), 4) == pytest.approx(3.0)
     for begun in ({}, {"paged_decode": (0.0, 1.0, 2.0)}):
-        with pytest.raises(ValueError, match="kernels of attention in 4 layers"):
+        with pytest.raises(ValueError, match="kernels in 4 layers"):
             compiled.layer_seconds(_read(1.0, **begun), 4)
 
 
