@@ -183,10 +183,10 @@ def judged(report: PlanReport, candidate: Candidate, place: str, texts: Texts, b
         "compiled_ms": None if took is None else 1e3 * took,
         "least_ms": least,
     }
-    said = (
+    figure = (
         f"{1e3 * took:9.4g}" if took is not None else f" above {least:.4g}" if best_ms is not None and least >= best_ms else "  not judged"
     )
-    print(f"  {line['layout']:60} {place:20} {line['planner_ms']:9.4g} {said}", flush=True)
+    print(f"  {line['layout']:60} {place:20} {line['planner_ms']:9.4g} {figure}", flush=True)
     return line
 
 

@@ -15,7 +15,7 @@ from partinf.planner.show.as_json import collective_json, entry_json, report_jso
 _COMPACT = (",", ":")
 
 
-def report_text(report: PlanReport, proofs: Mapping[int, dict[str, Any]], more: Mapping[str, Any]) -> str:
+def report_text(report: PlanReport, proofs: Mapping[int, dict[str, Any]], more: dict[str, Any]) -> str:
     """The report in one line.
 
     Args:
