@@ -156,7 +156,7 @@ def load(
         plan = _default_plan(model)
     if group is not None:
         # What the programs follow from: hosts may differ a little in the memory that they find.
-        group.agree("the plan", (plan.slice.name, plan.slice.mesh, plan.facts("slice", "predicted", "note")))
+        group.agree("the plan", (plan.slice.name, plan.slice.mesh, plan.as_dict("slice", "predicted", "note")))
         if plan.slice.chip.platform.products is not None:
             choices.adopt(choices.from_json(group.share(choices.to_json(choices.of_this_machine()) if group.leads else "")))
     directory = weights_directory(model)

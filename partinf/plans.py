@@ -157,12 +157,12 @@ class Plan:
         raise_offences(layout_offences(self.model, self.slice, self.layout, self.padded_heads) + self._bucket_offences())
 
     def __repr__(self) -> str:
-        """One line for the reader; `facts` has everything."""
+        """One line for the reader; `as_dict` has everything."""
         where, how = f"{self.slice.name} ({self.slice.mesh})", readable_name(self.layout, self.axis_sizes)
         stored = f"weights {self.weights}, KV {self.kv}, contexts to {self.max_len:,} tokens"
         return f"<Plan of {self.model.name} on {where}: {how}; {stored}, {len(self.buckets)} steps>"
 
-    def facts(self, *without: str) -> dict[str, object]:
+    def as_dict(self, *without: str) -> dict[str, object]:
         """Its fields by name but these; the representation of the result tells any two plans apart."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in without}
 

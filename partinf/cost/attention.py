@@ -24,7 +24,7 @@ from partinf.cost.items import (
     GroupItems,
 )
 from partinf.cost.ledger import Entry, EntryKind, Op, Part
-from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, parts_of_norm, scatter_embed
+from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, norm_collective, scatter_embed
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
 from partinf.foundation.rounding import ceil_div
@@ -273,7 +273,7 @@ def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items:
     if model.qk_norm is not QkNorm.WIDTH:
         return moved
     return moved + [
-        parts_of_norm(split, HEADS_NORM, _PART, model.num_layers, axes, rows, useful) for axes in (group.heads, group.kv) if axes
+        norm_collective(split, HEADS_NORM, _PART, model.num_layers, axes, rows, useful) for axes in (group.heads, group.kv) if axes
     ]
 
 

@@ -58,7 +58,8 @@ class ExpertAxes(NamedTuple):
     stored: tuple[Axes, Axes, Axes]
 
     @property
-    def kept(self) -> tuple[Axes, Axes, Axes]:
+    def used(self) -> tuple[Axes, Axes, Axes]:
+        """The axes that split each of them in the products; `stored` are those that split the stored weights."""
         return self.experts, self.ffn, self.embed
 
     @property
@@ -82,13 +83,13 @@ def expert_axes(split: StepSplit) -> ExpertAxes:
 
 
 def _expert_axes(layout: Layout, phase: Phase, sizes: Mapping[str, int], tokens: Axes) -> ExpertAxes:
-    def kept(axes: Axes) -> Axes:
+    def _nontrivial(axes: Axes) -> Axes:
         return tuple(axis for axis in axes if sizes[axis] > 1)
 
-    experts, ffn, embed = (kept(layout.expert_splits(phase, role)) for role in _ROLES)
+    experts, ffn, embed = (_nontrivial(layout.expert_splits(phase, role)) for role in _ROLES)
     sent = tuple(axis for axis in experts if axis in tokens) if phase.dispatch is Dispatch.EXCHANGE else ()
-    rows = kept(layout.expert_token_axes(phase)) + sent
-    first, second, third = (kept(layout.expert_axes(role)) for role in _ROLES)
+    rows = _nontrivial(layout.expert_token_axes(phase)) + sent
+    first, second, third = (_nontrivial(layout.expert_axes(role)) for role in _ROLES)
     return ExpertAxes(rows, sent, experts, ffn, embed, (first, second, third))
 
 
@@ -113,12 +114,12 @@ def expert_pieces(split: StepSplit) -> list[tuple[object, Callable[[], list[Entr
     order = (axes.stored[2], split.w_stored) if axes.embed else ()
     return [
         (("to", axes.rows, dense), lambda: mixture().arriving()),
-        (own_key(split), lambda: mixture().own()),
+        (mixture_key(split), lambda: mixture().mixing()),
         (("from", axes.rows, axes.embed, axes.reduced, order, dense), lambda: mixture().leaving()),
     ]
 
 
-def own_key(split: StepSplit) -> object:
+def mixture_key(split: StepSplit) -> object:
     """All that what experts do with their rows depends on, besides model, slice and types; their working set too."""
     return expert_axes(split), split.shape, split.num_stages
 
@@ -147,7 +148,7 @@ class _Mixture:
         self.places = self.together * min(of.per_token, self.held)
         self.inner = 2 if of.each.gated else 1
         self.embed, self.ffn = split.model.embed_dim // ways(self.axes.embed), of.each.width // ways(self.axes.ffn)
-        self.gathered = self.axes.kept != self.axes.stored
+        self.gathered = self.axes.used != self.axes.stored
 
     def arriving(self) -> list[Entry]:
         """Rows on their way to the experts."""
@@ -158,7 +159,7 @@ class _Mixture:
         target, useful = Split(self.axes.rows), split.shape.useful
         return movement(split, _PART, items.ROWS_TO_EXPERTS, elements, source, target, useful, count=self.count)
 
-    def own(self) -> list[Entry]:
+    def mixing(self) -> list[Entry]:
         """What is the same whatever axes do to dense weights."""
         split, axes, count, load = self.split, self.axes, self.count, self.load
         entries = [*self._gathers(), self._router(), *split.pricing.small(items.ROUTING, _PART, count, _ROUTING)]
@@ -182,8 +183,8 @@ class _Mixture:
     def load(self) -> Routed:
         """What is expected on the devices; rows that are exchanged too."""
         split, of, axes = self.split, self.of, self.axes
-        parts, groups = split.ways(axes.experts), split.ways(axes.tokens)
-        found = routed(of.count, of.per_token, self.together, parts, groups, split.pricing.skew)
+        shards, groups = split.ways(axes.experts), split.ways(axes.tokens)
+        found = routed(of.count, of.per_token, self.together, shards, groups, split.pricing.skew)
         return found._replace(sent=self.rows_sent) if axes.sent else found
 
     @property
@@ -197,7 +198,7 @@ class _Mixture:
         rows, hidden = self.places * self.embed, self.places * self.ffn
         whole = self.tokens * split.model.embed_dim + (self.together * self.embed if self.axes.sent else 0)
         logits = self.tokens * self.of.count * _F32
-        matrix_in, matrix_out = (self._bytes(self.axes.kept, out) if self.gathered else 0 for out in (self.inner, 1))
+        matrix_in, matrix_out = (self._bytes(self.axes.used, out) if self.gathered else 0 for out in (self.inner, 1))
         sorting = whole * act + max(logits, rows * act)
         first, second = rows + self.inner * hidden, hidden + rows
         return max(sorting, first * act + matrix_in, second * act + matrix_out, (rows + self.together * self.embed) * act)
@@ -230,11 +231,11 @@ class _Mixture:
 
     def _gather(self, item: Item, sizes: tuple[int, int], dtype: DType) -> list[Entry]:
         """An array of every expert [X, F, E], of which F or E is missing where its size is 0."""
-        (experts, ffn, embed), kept = self.axes.stored, self.axes.kept
+        (experts, ffn, embed), in_products = self.axes.stored, self.axes.used
         dims = (ffn if sizes[0] else (), embed if sizes[1] else (), experts)
         elements = self.of.count * math.prod(size for size in sizes if size) // self.split.ways(dims[0] + dims[1] + dims[2])
         entries = []
-        for stored, used in zip(dims, (kept[1], kept[2], kept[0]), strict=True):
+        for stored, used in zip(dims, (in_products[1], in_products[2], in_products[0]), strict=True):
             gone = tuple(axis for axis in stored if axis not in used)
             if gone:
                 elements *= self.split.ways(gone)
@@ -278,7 +279,7 @@ class _Mixture:
         """A product of the rows with their experts' matrices, each once per layer; gathered matrices are written to HBM and read again."""
         split, pricing = self.split, self.split.pricing
         matrices = self.inner if matrix is items.WX_IN else 1
-        stored, used = (self._bytes(axes, matrices) for axes in (self.axes.stored, self.axes.kept))
+        stored, used = (self._bytes(axes, matrices) for axes in (self.axes.stored, self.axes.used))
         read = used * load.most_hit / self.held
         passed = used + read if self.gathered else 0.0
         computed = load.most_rows + load.most_hit * max(pricing.calibration.least_rows - 1.0, 0.0)

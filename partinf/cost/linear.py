@@ -7,7 +7,7 @@ from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
 from partinf.foundation.rounding import round_up
-from partinf.hardware.platform import gathers_parts
+from partinf.hardware.platform import gathers_norm
 from partinf.workload import DType
 
 _F32 = 4
@@ -23,7 +23,7 @@ def norm(split: StepSplit, part: Part, rows: int, axes: Axes, count: int, useful
         axes = tuple(a for a in axes if a in split.e_stored) or tuple(sorted(axes, key=lambda a: -split.sizes[a])[:1])
     if not axes:
         return []
-    return [parts_of_norm(split, NORM, part, count, axes, rows, useful)]
+    return [norm_collective(split, NORM, part, count, axes, rows, useful)]
 
 
 def norm_after(split: StepSplit, part: Part) -> list[Entry]:
@@ -32,13 +32,13 @@ def norm_after(split: StepSplit, part: Part) -> list[Entry]:
     return norm(split, part, split.local_tokens, split.between, model.num_layers, split.shape.useful) if model.norms.after else []
 
 
-def parts_of_norm(split: StepSplit, item: Item, part: Part, count: int, axes: Axes, rows: int, useful: float) -> Entry:
+def norm_collective(split: StepSplit, item: Item, part: Part, count: int, axes: Axes, rows: int, useful: float) -> Entry:
     """What the norms of so many rows send over the axes that split them: of few what every part has found, in whole lanes; else sums, of
     values and then of squared deviations where there is a mean."""
     numbers, ways = (2 if split.model.norm.centred else 1), split.ways(axes)
     if split.pricing.program.norm_sums:
         return split.pricing.collective(item, part, count, Op.ALL_REDUCE, axes, numbers * _F32 * rows, "f32", useful)
-    if not gathers_parts(numbers * rows * ways):
+    if not gathers_norm(numbers * rows * ways):
         return split.pricing.collective(item, part, numbers * count, Op.ALL_REDUCE, axes, _F32 * rows, "f32", useful)
     filled = round_up(rows, split.pricing.slice.chip.platform.lanes)
     return split.pricing.collective(item, part, count, Op.ALL_GATHER, axes, numbers * _F32 * filled * ways, "f32", useful)

@@ -77,35 +77,35 @@ def _quantile(part: float, skew: float) -> float:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def routed(count: int, per_token: int, tokens: int, parts: int, groups: int = 1, skew: float = 0.0) -> Routed:
-    """Of `count` experts in so many parts, when each of `tokens` tokens chooses `per_token` of them.
+def routed(count: int, per_token: int, tokens: int, shards: int, groups: int = 1, skew: float = 0.0) -> Routed:
+    """Of `count` experts in so many shards, when each of `tokens` tokens chooses `per_token` of them.
 
     Args:
-        groups: of as many tokens, each with devices of its own for all parts.
+        groups: of as many tokens, each with devices of its own for all shards.
     """
     chosen = popularity(count, per_token, skew)
     hit = [1.0 - (1.0 - p) ** tokens for p in chosen] if skew else [1.0 - (1.0 - per_token / count) ** tokens] * count
-    mean, held = tokens * per_token / parts, count // parts
-    spread, per_pair = tokens * _fixed_size(chosen) / parts * (1.0 - 1.0 / parts), _pair(count, per_token, tokens)
-    placed = tokens * tokens * _placement(chosen, parts)
+    mean, held = tokens * per_token / shards, count // shards
+    spread, per_pair = tokens * _fixed_size(chosen) / shards * (1.0 - 1.0 / shards), _pair(count, per_token, tokens)
+    placed = tokens * tokens * _placement(chosen, shards)
     # One device holds the most popular expert, and some device at least the mean.
     popular = tokens * (chosen[-1] + (held - 1) * (per_token - chosen[-1]) / max(count - 1, 1))
     least = max(float(math.ceil(mean - 1e-9)), popular)
-    rows = _Count(mean, spread + placed, least, float(tokens * min(per_token, held)), -1.0 / max(parts - 1, 1))
+    rows = _Count(mean, spread + placed, least, float(tokens * min(per_token, held)), -1.0 / max(shards - 1, 1))
     alone = sum(one * (1.0 - one) for one in hit)
     share = alone / (count * hit[0] * (1.0 - hit[0])) if not skew and 0.0 < hit[0] < 1.0 else 1.0 if not skew else 0.0
-    placed, mean_hit = _placement(hit, parts), sum(hit) / parts
-    variance = alone / parts + share * held * (held - 1) * per_pair + placed
-    between = share * held * held * per_pair - placed / max(parts - 1, 1)
-    least, correlation = float(min(math.ceil(per_token / parts), held)), between / variance if variance > 0 else 0.0
+    placed, mean_hit = _placement(hit, shards), sum(hit) / shards
+    variance = alone / shards + share * held * (held - 1) * per_pair + placed
+    between = share * held * held * per_pair - placed / max(shards - 1, 1)
+    least, correlation = float(min(math.ceil(per_token / shards), held)), between / variance if variance > 0 else 0.0
     hits = _Count(mean_hit, variance, least, float(held), correlation)
-    devices = parts * groups
-    return Routed(mean_hit, hits.greatest(parts, devices), mean, rows.greatest(parts, devices))
+    devices = shards * groups
+    return Routed(mean_hit, hits.greatest(shards, devices), mean, rows.greatest(shards, devices))
 
 
-def expected_sent(count: int, per_token: int, tokens: int, parts: int) -> float:
-    """Rows of `tokens` tokens that go to one of so many parts, because one of the token's experts is there, under uniform routing."""
-    others = count - count // parts
+def expected_sent(count: int, per_token: int, tokens: int, shards: int) -> float:
+    """Rows of `tokens` tokens that go to one of so many shards, because one of the token's experts is there, under uniform routing."""
+    others = count - count // shards
     none = math.prod((others - i) / (count - i) for i in range(per_token))
     return tokens * (1.0 - none)
 
@@ -124,12 +124,12 @@ def _pair(count: int, per_token: int, tokens: int) -> float:
     return (missed * max(0.0, 1.0 - per_token / (count - 1))) ** tokens - missed ** (2 * tokens)
 
 
-def _placement(values: tuple[float, ...] | list[float], parts: int) -> float:
+def _placement(values: tuple[float, ...] | list[float], shards: int) -> float:
     """The variance of the sum of a random part of these values."""
     count = len(values)
     mean = sum(values) / count
     each = sum((value - mean) ** 2 for value in values) / max(count - 1, 1)
-    return count / parts * (1.0 - 1.0 / parts) * each
+    return count / shards * (1.0 - 1.0 / shards) * each
 
 
 class _Count(NamedTuple):
@@ -141,8 +141,8 @@ class _Count(NamedTuple):
     most: float
     correlation: float
 
-    def greatest(self, parts: int, devices: int) -> float:
-        """The expectation of the greatest of so many devices' numbers, `parts` of which belong together."""
+    def greatest(self, shards: int, devices: int) -> float:
+        """The expectation of the greatest of so many devices' numbers, `shards` of which belong together."""
         deviation = math.sqrt(max(self.variance, 0.0))
         if devices == 1 or deviation < 1e-9 * max(self.mean, 1.0):
             return min(self.mean, self.most)
@@ -150,7 +150,7 @@ class _Count(NamedTuple):
             beyond = deviation * _greatest_normal(devices)
         else:
             beyond = sum(_least_of_most(self.mean, self.variance, self.most, devices)) - self.mean
-        widened = beyond * math.sqrt(1.0 - self.correlation) if parts > 1 else beyond
+        widened = beyond * math.sqrt(1.0 - self.correlation) if shards > 1 else beyond
         return min(max(self.mean + widened, self.least), self.most)
 
 

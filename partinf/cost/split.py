@@ -114,7 +114,7 @@ class StepSplit:
         """
         self.shape, self.shares, self.phase = shape, shares, phase
         self.sizes = pricing.slice.axis_sizes
-        keep = self._kept
+        keep = self._nontrivial
         self.stages = keep(layout.storage_axes(Role.STAGE))
         self.num_stages = self.ways(self.stages)
         self.model = model.of_stage(self.num_stages)
@@ -161,7 +161,7 @@ class StepSplit:
 
     def _attend(self, layout: Layout) -> None:
         self.layout = layout
-        self.kv_digits = self._kept(kv_head_axes(layout, self.sizes, self.model.num_kv_heads))
+        self.kv_digits = self._nontrivial(kv_head_axes(layout, self.sizes, self.model.num_kv_heads))
         self.kv_stored = tuple(axis for axis in self.kv_digits if axis in self.f_stored)
         self.kv = tuple(axis for axis in self.kv_digits if axis in self.f)
         self.decode, self.prefill = self._group(layout.decode), self._group(layout.prefill)
@@ -258,7 +258,7 @@ class StepSplit:
         """Keys and values as projected: [T.t, 2, K.kv, Q] {e unreduced}."""
         return Split(self.t, self.kv, self.e)
 
-    def _kept(self, axes: Axes) -> Axes:
+    def _nontrivial(self, axes: Axes) -> Axes:
         return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
     def _group(self, phase: Phase) -> Group:
@@ -266,6 +266,6 @@ class StepSplit:
         found = known.get(key)
         if found is None:
             roles = (AttentionRole.BATCH, AttentionRole.HEADS, AttentionRole.SEQUENCE)
-            batch, heads, sequence = (self._kept(phase.attention_axes(role)) for role in roles)
+            batch, heads, sequence = (self._nontrivial(phase.attention_axes(role)) for role in roles)
             found = known[key] = Group(batch, heads, tuple(a for a in self.kv_digits if a in heads), sequence)
         return found

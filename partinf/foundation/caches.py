@@ -44,8 +44,8 @@ def usable(kind: str) -> Path | None:
     try:
         named = cache_directory(EXECUTABLES)
         if named == directory.parent:  # a user who may write there could replace this directory by another
-            own(named)
-        return own(directory)
+            private_directory(named)
+        return private_directory(directory)
     except InvalidInput as error:
         _warn_once(str(error))
         return None
@@ -57,10 +57,10 @@ def temporary(kind: str) -> Path:
     Raises:
         InvalidInput: it cannot be made, or belongs to another user.
     """
-    return own(own(Path(tempfile.gettempdir()) / f"partinf-{os.getuid()}") / kind)
+    return private_directory(private_directory(Path(tempfile.gettempdir()) / f"partinf-{os.getuid()}") / kind)
 
 
-def own(directory: Path) -> Path:
+def private_directory(directory: Path) -> Path:
     """The same directory, made if it is not there.
 
     Raises:

@@ -71,7 +71,7 @@ KERNEL_LANES, KERNEL_TILE, KERNEL_ROWS, KERNEL_KEYS = 128, 16, 1024, 512
 _GATHERED = 1 << 16  # numbers that devices find for a norm, of all parts: as many cost their links less than the hops of a sum
 
 
-def gathers_parts(numbers: int) -> bool:
+def gathers_norm(numbers: int) -> bool:
     """Whether devices gather what each has found for a norm, so many numbers in all, rather than add it up on the way."""
     return numbers <= _GATHERED
 

@@ -37,16 +37,16 @@ class Size:
     """How large probes are: so that a step takes milliseconds, and each device sees what it would hold of a split model.
 
     Attributes:
-        wide: factor on d_model and d_ff, rows and positions. parts: devices that share the machine.
+        wide: factor on d_model and d_ff, rows and positions. devices: devices that share the machine.
     """
 
     wide: int = 1
-    parts: int = 1
+    devices: int = 1
 
     def model(self, name: str, layers: int, embed: int, ffn: int, heads: int, group: int, vocab: int) -> ModelConfig:
         """`group` query heads share a key-value head."""
-        embed, ffn = embed * self.wide, max(256, ffn * self.wide // self.parts)
-        kv_heads, vocab = max(1, heads // group // self.parts), max(256, vocab // self.parts)
+        embed, ffn = embed * self.wide, max(256, ffn * self.wide // self.devices)
+        kv_heads, vocab = max(1, heads // group // self.devices), max(256, vocab // self.devices)
         return ModelConfig(
             f"probe-{name}", layers, embed, ffn, group * kv_heads, kv_heads, 64, vocab, tied_embeddings=True, max_len=1 << 16
         )
@@ -86,7 +86,7 @@ class Probe:
 
 def declared(slice_: Slice, dtype: DType) -> list[tuple[str, Plan, Bucket]]:
     """All probes with weights, activations and cache of one type, every device running each of them: their names, plans and buckets."""
-    size = Size(parts=slice_.num_devices) if slice_.chip.platform.virtual else Size(wide=4)
+    size = Size(devices=slice_.num_devices) if slice_.chip.platform.virtual else Size(wide=4)
     found = []
     for model, buckets in probes(size):
         here = tuple(_for_all(bucket, slice_.num_devices) for bucket in buckets)

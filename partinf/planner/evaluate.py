@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from partinf.buckets import num_programs
 from partinf.cost.attention import decode_cores, prefill_cores
-from partinf.cost.experts import expert_bytes, expert_pieces, own_key
+from partinf.cost.experts import expert_bytes, expert_pieces, mixture_key
 from partinf.cost.ledger import Entry, Ledger, total_seconds
 from partinf.cost.memory import LinearSet, MemoryBudget, activation_bytes, dense_set, kv_bytes, usable_bytes, weight_bytes
 from partinf.cost.movement import ways
@@ -279,14 +279,14 @@ class Evaluator:
     def _experts(self, split: StepSplit) -> tuple[_Part, int]:
         """What experts take, and their working set: the same whatever dense weights do along axes that split neither tokens nor what
         passes between sublayers."""
-        found, size = _NO_PART, self._expert_bytes.get(own_key(split))
+        found, size = _NO_PART, self._expert_bytes.get(mixture_key(split))
         for key, make in expert_pieces(split):
             part = self._expert_parts.get(key)
             if part is None:
                 part = self._expert_parts[key] = _Part.of(tuple(make()), split.num_stages)
             found = found.with_(part)
         if size is None:
-            size = self._expert_bytes[own_key(split)] = expert_bytes(split)
+            size = self._expert_bytes[mixture_key(split)] = expert_bytes(split)
         return found, size
 
     def expert_figures(self, layout: Layout, label: str) -> tuple[ExpertFigures, ExpertFigures]:

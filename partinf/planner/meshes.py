@@ -132,7 +132,7 @@ class _Refining:
                 continue
             for first in (size for size in range(2, axis.size // 2 + 1) if axis.size % size == 0):
                 finer = _split(mesh, index, first)
-                for roles in _kept(storage[index]):
+                for roles in _pairs_with(storage[index]):
                     self._wait(finer, (*storage[:index], *roles, *storage[index + 1 :]))
 
     def _wait(self, mesh: Slice, storage: Storage) -> None:
@@ -146,7 +146,7 @@ class _Refining:
         return math.floor(math.log(seconds, _LEVEL)) if seconds else 0, len(mesh.axes), seconds
 
 
-def _kept(role: Role) -> Iterator[tuple[Role, Role]]:
+def _pairs_with(role: Role) -> Iterator[tuple[Role, Role]]:
     """Roles of two parts, of which one is this."""
     yield role, role
     for other in _ROLES:

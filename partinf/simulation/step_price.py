@@ -102,7 +102,7 @@ class StepPrice:
     def shape(self, *steps: Step) -> StepShape:
         """At which a tick is priced in which the stages hold these steps."""
         if self._limits is None:
-            return _common([self._own(step) for step in steps])
+            return _common([self._cached_shape(step) for step in steps])
         return self._shape_of[fit(self._buckets, self._limits, *steps)]
 
     def seconds(self, shape: StepShape) -> float:
@@ -161,7 +161,7 @@ class StepPrice:
         phase = plan.ffn_phase((whole or shape).num_tokens)
         return StepSplit(plan.padded_model, plan.layout, phase, shape, self._pricing, plan.weights, plan.kv, self.shares)
 
-    def _own(self, step: Step) -> StepShape:
+    def _cached_shape(self, step: Step) -> StepShape:
         """`_real`, remembered for a while."""
         for known, shape in self._shapes:
             if known is step:

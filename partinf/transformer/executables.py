@@ -26,7 +26,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from partinf.foundation.caches import EXECUTABLES, OFF, own, usable
+from partinf.foundation.caches import EXECUTABLES, OFF, private_directory, usable
 from partinf.partition.sharding import platform_of
 from partinf.plans import Plan
 from partinf.transformer.kernels import choices
@@ -63,7 +63,7 @@ class ExecutableCache:
         Raises:
             InvalidInput: a directory that cannot be made, or that another user may write to.
         """
-        self.directory = own(directory)
+        self.directory = private_directory(directory)
         self._max_bytes = max_bytes
 
     def load(self, key: str, devices: Sequence[jax.Device]) -> Any | None:
@@ -185,7 +185,7 @@ def program_key(plan: Plan, mesh: Mesh, *program: Any) -> str:
         (host(), cpu_kernels.available(), choices.current().table)
         if platform_of(mesh).host_code
         else "",  # which also lets XLA find it in what is loaded
-        plan.facts("predicted", "note", "buckets"),
+        plan.as_dict("predicted", "note", "buckets"),
         (plan.extended, plan.constrained, plan.carried_rows, *program),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:40]

@@ -136,13 +136,13 @@ def _layers(layers: Any, x: jax.Array, kv: Any, batch: Batch, routes: Routes) ->
             held = caches[routes.groups[kind]]
             x, (held[place],) = alike[kind](weights, entering(weights), x, (held[place],))
         return x, tuple(map(tuple, caches))
-    in_parts = (*(LEAVING if routes.phase.loop and not routes.phase.gather else ()), *left_stacked(routes))
+    in_pieces = (*(LEAVING if routes.phase.loop and not routes.phase.gather else ()), *left_stacked(routes))
     stacks = Stacks(layers, model.of_stage(routes.ways(routes.stages)))
 
     def layer(index: Any, kind: int) -> Params:
         stack, place = stacks.layer(index, kind)
         slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False)  # noqa: E731
-        return {name: OneOf(leaf, place) if name in in_parts else jax.tree.map(slice_of, leaf) for name, leaf in stack.items()}
+        return {name: OneOf(leaf, place) if name in in_pieces else jax.tree.map(slice_of, leaf) for name, leaf in stack.items()}
 
     def stacked(weights: Params, entering: Params, x: jax.Array, kv: Any, index: Any, kind: int) -> tuple[jax.Array, Any]:
         group = routes.groups[kind]

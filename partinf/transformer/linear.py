@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from partinf.hardware.platform import Form, Platform, gathers_parts
+from partinf.hardware.platform import Form, Platform, gathers_norm
 from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
@@ -130,12 +130,12 @@ def normalised(x: jax.Array, by: Norm, eps: float, width: int, axes: Axes, route
     """
     wide = x.astype(jnp.float32)
     split = tuple(axis for axis in axes if routes.sizes[axis] > 1)
-    few = bool(split) and gathers_parts(x.shape[0] * (2 if by.centred else 1) * routes.ways(split))
+    few = bool(split) and gathers_norm(x.shape[0] * (2 if by.centred else 1) * routes.ways(split))
     if by.centred:
-        mean, variance = (_moments_of_parts if few else _moments)(wide, width, split, routes, real)
+        mean, variance = (_moments_gathered if few else _moments)(wide, width, split, routes, real)
         return (wide - mean[..., None]) * lax.rsqrt(variance[..., None] + eps)
     squares = jnp.sum(wide * wide, axis=-1)
-    squares = jnp.sum(_of_parts(squares, split, routes), axis=0) if few else _summed(squares, split)
+    squares = jnp.sum(_gathered(squares, split, routes), axis=0) if few else _summed(squares, split)
     return wide * lax.rsqrt(squares[..., None] / width + eps)
 
 
@@ -143,23 +143,23 @@ def _moments(wide: jax.Array, width: int, split: Axes, routes: Routes, real: np.
     """Mean and variance [T, ..] of wide [T, .., C.split], in two passes: where the mean lies far above the deviation, the mean of squares
     less the square of the mean is nothing but rounding."""
     mean = _summed(jnp.sum(wide, axis=-1), split) / width
-    away = _kept(wide - mean[..., None], split, real)
+    away = _zero_padding(wide - mean[..., None], split, real)
     return mean, _summed(jnp.sum(away * away, axis=-1), split) / width
 
 
-def _moments_of_parts(wide: jax.Array, width: int, split: Axes, routes: Routes, real: np.ndarray | None) -> tuple[jax.Array, jax.Array]:
+def _moments_gathered(wide: jax.Array, width: int, split: Axes, routes: Routes, real: np.ndarray | None) -> tuple[jax.Array, jax.Array]:
     """The same of wide [T, C.split], both passes over each part, which are put together by what their means differ in (Chan, Golub and
     LeVeque, 1983)."""
     counts = np.full(routes.ways(split), float(wide.shape[-1]), np.float32) if real is None else real.sum(axis=-1, dtype=np.float32)
     own = jnp.sum(wide, axis=-1) / (wide.shape[-1] if real is None else jnp.maximum(jnp.asarray(counts), 1.0)[lax.axis_index(split)])
-    away = _kept(wide - own[..., None], split, real)
-    found = _of_parts(jnp.stack([own, jnp.sum(away * away, axis=-1)]), split, routes)  # [parts, 2, T]
+    away = _zero_padding(wide - own[..., None], split, real)
+    found = _gathered(jnp.stack([own, jnp.sum(away * away, axis=-1)]), split, routes)  # [parts, 2, T]
     means, squares, counts = found[:, 0], found[:, 1], counts[:, None]
     mean = jnp.sum(counts * means, axis=0) / width
     return mean, jnp.sum(squares + counts * (means - mean[None]) ** 2, axis=0) / width
 
 
-def _kept(x: jax.Array, split: Axes, real: np.ndarray | None) -> jax.Array:
+def _zero_padding(x: jax.Array, split: Axes, real: np.ndarray | None) -> jax.Array:
     """x [T, .., C.split] with 0 for what is padding."""
     if real is None:
         return x
@@ -171,7 +171,7 @@ def _summed(found: jax.Array, split: Axes) -> jax.Array:
     return lax.psum(found, split) if split else found
 
 
-def _of_parts(found: jax.Array, split: Axes, routes: Routes) -> jax.Array:
+def _gathered(found: jax.Array, split: Axes, routes: Routes) -> jax.Array:
     """What each device along `split` found, [.., T], on all of them: [parts, .., T]. Rows are filled up to whole lanes: of fewer a TPU's
     compiler makes a sum of arrays of zeros, which has twice the hops."""
     rows = found.shape[-1]

@@ -173,13 +173,13 @@ class Routes:
     @cached_property
     def experts(self) -> ExpertAxes:
         """What splits the experts in this phase, and the rows that come to them."""
-        layout, dense = self.plan.layout, self._kept(self.weight_stored)
+        layout, dense = self.plan.layout, self._nontrivial(self.weight_stored)
         roles = (ExpertRole.EXPERT, ExpertRole.FFN, ExpertRole.EMBED)
-        experts_stored, ffn_stored, embed_stored = (self._kept(layout.expert_axes(role)) for role in roles)
-        experts, ffn, embed = (self._kept(layout.expert_splits(self.phase, role)) for role in roles)
-        here, exchanges = self._kept(self.tokens), self.phase.dispatch is Dispatch.EXCHANGE
+        experts_stored, ffn_stored, embed_stored = (self._nontrivial(layout.expert_axes(role)) for role in roles)
+        experts, ffn, embed = (self._nontrivial(layout.expert_splits(self.phase, role)) for role in roles)
+        here, exchanges = self._nontrivial(self.tokens), self.phase.dispatch is Dispatch.EXCHANGE
         exchanged = tuple(a for a in here if a in experts) if exchanges else ()
-        tokens = tuple(a for a in layout.axes if a in self._kept(layout.expert_token_axes(self.phase)) + exchanged)
+        tokens = tuple(a for a in layout.axes if a in self._nontrivial(layout.expert_token_axes(self.phase)) + exchanged)
         gathered, always = tuple(a for a in here if a not in tokens), tuple(a for a in here if a in tokens)
         rows = gathered + always + tuple(a for a in tokens if a not in here)
         digits = embed_stored + tuple(a for a in dense if a not in embed_stored) if embed else dense
@@ -189,7 +189,7 @@ class Routes:
             rows, ffn_stored + embed_stored, digits, in_order,
         )  # fmt: skip
 
-    def _kept(self, axes: Axes) -> Axes:
+    def _nontrivial(self, axes: Axes) -> Axes:
         """Those of size > 1."""
         return tuple(axis for axis in axes if self.sizes[axis] > 1)
 
@@ -283,7 +283,7 @@ class Routes:
     def real_heads(self, queries: bool, split: Axes) -> np.ndarray | None:
         """Which query heads, or key-value heads, the devices along `split` hold that are the model's own: [ways of split, heads], major
         axis first; None where no head is padding."""
-        own, padded, axes = self.plan.model, self.plan.padded_model, self._kept(split)
+        own, padded, axes = self.plan.model, self.plan.padded_model, self._nontrivial(split)
         if own.num_heads == padded.num_heads:
             return None
         each, real = (padded.queries_per_kv_head, own.queries_per_kv_head) if queries else (1, 1)

@@ -39,7 +39,7 @@ def abstract_carried(plan: Plan, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(shape, activation_dtype(plan), sharding=sharding(plan, mesh, "NRD"))
 
 
-def own(batches: Batch, routes: Routes) -> Batch:
+def of_this_stage(batches: Batch, routes: Routes) -> Batch:
     """The batch of this stage."""
     return at_stage(batches, lax.axis_index(routes.stages) if routes.stages else 0)
 

@@ -143,7 +143,7 @@ def build_step(
     )
 
     def local_step(params: Params, state: State, batches: Batch) -> tuple[State, Out]:
-        mine, batch = stages.own(batches, routes), stages.last(batches)
+        mine, batch = stages.of_this_stage(batches, routes), stages.last(batches)
         x, kv = hidden(params, state.kv, mine, _fed(mine, state), routes, state.carried)
         carried = stages.leave(x, state.carried, routes)
         kept = state.slots

@@ -72,7 +72,7 @@ def test_a_directory_that_cannot_be_used_is_one_warning(
     (line,) = caplog.messages
     assert "nothing is kept for the next start" in line
     with pytest.raises(InvalidInput, match="cache "):
-        caches.own(place / "below" if fault == "below a file" else place)
+        caches.private_directory(place / "below" if fault == "below a file" else place)
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,5 +100,5 @@ def test_a_plan_shows_itself_in_one_line_and_tells_itself_from_others() -> None:
     assert len(text) < 200
     other = replace(plan, model=replace(plan.model, norm_eps=1e-6))
     assert repr(other) == text
-    assert repr(other.facts()) != repr(plan.facts())
-    assert plan.facts("note").keys() == {field.name for field in dataclasses.fields(Plan)} - {"note"}
+    assert repr(other.as_dict()) != repr(plan.as_dict())
+    assert plan.as_dict("note").keys() == {field.name for field in dataclasses.fields(Plan)} - {"note"}

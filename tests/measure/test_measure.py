@@ -121,7 +121,7 @@ def test_the_fit_finds_the_rates_that_made_the_times() -> None:
     slice_ = make_slice(chips()["cpu"], (2, 2, 2))
     layout = make_layout(dict.fromkeys(AXES, "replica"), dict.fromkeys(AXES, "batch"))
     timed = []
-    for model, buckets in probes(Size(parts=8)):
+    for model, buckets in probes(Size(devices=8)):
         plan = Plan(model, slice_, layout, weights=DType.F32, kv=DType.F32)
         for each in buckets:
             bucket = Bucket(8 * each.decode_rows, each.decode_pages, 8 * each.prefill_tokens, 8 * each.prefill_slots)

@@ -19,7 +19,7 @@ UNIFORM = [
 SKEWED = [(128, 8, 32, 4, 1), (128, 8, 96, 16, 1), (128, 4, 64, 8, 4), (8, 2, 64, 8, 1)]
 
 
-def drawn(count: int, per_token: int, tokens: int, parts: int, groups: int, skew: float, times: int) -> Routed:
+def drawn(count: int, per_token: int, tokens: int, shards: int, groups: int, skew: float, times: int) -> Routed:
     """The same in the mean of so many draws. Popular experts lie anywhere; every token takes exactly `per_token` of them, each with its
     probability, by points one apart on a line on which the experts lie in random order with their probabilities as lengths."""
     rng, found = np.random.default_rng(count + tokens), []
@@ -31,7 +31,7 @@ def drawn(count: int, per_token: int, tokens: int, parts: int, groups: int, skew
         each = np.zeros((groups, count))
         for group in range(groups):
             np.add.at(each[group], order[group][taken[group]], 1)
-        parted = each.reshape(groups * parts, -1)
+        parted = each.reshape(groups * shards, -1)
         hit, rows = (parted > 0).sum(-1), parted.sum(-1)
         found.append((hit.mean(), hit.max(), rows.mean(), rows.max()))
     return Routed(*np.mean(found, axis=0))
