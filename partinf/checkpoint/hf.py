@@ -27,6 +27,7 @@ from partinf.foundation.errors import raise_offences
 from partinf.model.config import ModelConfig
 from partinf.model.hf_write import config_to_hf
 from partinf.partition.quantize import Quantized, quantize
+from partinf.partition.sharding import onto
 
 _AT_ONCE = 64 << 20  # bytes of a weight that is quantised while it is loaded
 
@@ -84,7 +85,7 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
         block = _read_quantized(reader, source, rows, leaf)
         for device in devices:
             cut = tuple(part if dim in leaf.contracted_dims else slice(None) for dim, part in enumerate(places[device]))
-            values.append(jax.device_put(block.values[cut], device))
+            values.append(jax.device_put(block.values[cut], onto(device, leaf.values)))
             scales.append(jax.device_put(block.scale, device))
         jax.block_until_ready((values, scales))
         del block
@@ -134,7 +135,7 @@ def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStr
     arrays: list[jax.Array] = []
     for index, devices in _by_shard(leaf.sharding.addressable_devices_indices_map(leaf.shape), leaf.shape):
         block = read_leaf(reader, source, index, leaf.dtype)
-        arrays += [jax.device_put(block, device) for device in devices]
+        arrays += [jax.device_put(block, onto(device, leaf)) for device in devices]
         jax.block_until_ready(arrays)
         del block
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from partinf.checkpoint.offences import compare_shapes
@@ -51,7 +52,7 @@ def stored_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def restore(path: str | Path, abstract_params: Any) -> Any:
-    """The stored tree as arrays of the wanted shardings and types, whatever mesh it was saved from.
+    """The stored tree as arrays of the wanted shardings, orders in memory and types, whatever mesh it was saved from.
 
     Args:
         path: What `save` wrote.
@@ -63,4 +64,6 @@ def restore(path: str | Path, abstract_params: Any) -> Any:
     path = Path(path).resolve()
     raise_offences(compare_shapes(stored_shapes(path), shapes_by_path(abstract_params), f"the checkpoint {path.name}", "the model"))
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, abstract_params)
+        restored = checkpointer.restore(path, abstract_params)
+    in_order = lambda array, leaf: array if leaf.format.layout is None else jax.device_put(array, leaf.format)  # noqa: E731
+    return jax.tree.map(in_order, restored, abstract_params)

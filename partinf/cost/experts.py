@@ -280,7 +280,7 @@ class _Mixture:
         split, pricing = self.split, self.split.pricing
         matrices = self.inner if matrix is items.WX_IN else 1
         stored, used = (self._bytes(axes, matrices) for axes in (self.axes.stored, self.axes.used))
-        read = used * load.most_hit / self.held
+        read = used * load.most_hit / self.held * (1.0 if self.gathered else self._filled_up(matrix))
         passed = used + read if self.gathered else 0.0
         computed = load.most_rows + load.most_hit * max(pricing.calibration.least_rows - 1.0, 0.0)
         timed = pricing.product(
@@ -303,6 +303,11 @@ class _Mixture:
             shape=(self.places, inputs, outputs),
             routed=load,
         )
+
+    def _filled_up(self, matrix: Matrix) -> float:
+        """What a device's matrices take in memory, of their entries: they are read in whole tiles."""
+        sizes = (self.inner, self.ffn, self.embed) if matrix is items.WX_IN else (1, self.embed, self.ffn)
+        return self.split.pricing.slice.chip.platform.held_entries(*sizes) / math.prod(sizes)
 
     def _between_products(self) -> list[Entry]:
         """What reduces F over e in the middle."""

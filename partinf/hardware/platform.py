@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from partinf.foundation.errors import InvalidInput, nearest
-from partinf.foundation.rounding import ceil_div
+from partinf.foundation.rounding import ceil_div, round_up
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,25 @@ class Grouped(StrEnum):
     CPU_KERNEL = "cpu-kernel"
 
 
+# Of the kernel for experts' products on TPUs: rows of a tile of memory, and elements of a matrix that are on the chip at once.
+GROUPED_SUBLANES, GROUPED_BLOCK = 8, 1 << 21
+
+
+def takes_matrices(each: int, outputs: int, inputs: int) -> bool:
+    """Whether that kernel takes so many matrices [outputs, inputs] of each expert."""
+    whole = all(size % GROUPED_SUBLANES == 0 for size in (outputs, inputs)) and max(outputs, inputs) >= KERNEL_LANES
+    return whole and each * inputs * min(outputs, KERNEL_LANES) <= GROUPED_BLOCK
+
+
+def lies_turned(outputs: int, inputs: int) -> bool:
+    """Whether matrices [outputs, inputs] take less of a TPU's memory as [inputs, outputs]: they lie in whole tiles."""
+    return _in_tiles(inputs, outputs) < _in_tiles(outputs, inputs)
+
+
+def _in_tiles(rows: int, columns: int) -> int:
+    return round_up(rows, GROUPED_SUBLANES) * round_up(columns, KERNEL_LANES)
+
+
 @dataclass(frozen=True)
 class Platform:
     """One row of the table.
@@ -221,6 +240,23 @@ class Platform:
         """Whether layers are compiled one by one: as far as these devices prefer it for so many layers of all programs together. Stages
         share one program, so theirs are stacked."""
         return layers <= self.unrolled_layers and stages == 1
+
+    def pins(self, each: int, outputs: int, inputs: int) -> bool:
+        """Whether a device holds so many matrices [outputs, inputs] of each expert in the order in which a kernel reads them, one after the
+        other. The compiler is free to choose where it is not told: of 128 experts whose matrices fill no whole tiles it made the experts
+        the innermost dimension, and copied all of them for the kernel in every step."""
+        return self.grouped is Grouped.TPU_KERNEL and takes_matrices(each, outputs, inputs)
+
+    def held_entries(self, each: int, outputs: int, inputs: int) -> int:
+        """Entries that they take in memory, with what fills their tiles up."""
+        if not self.pins(each, outputs, inputs):
+            return each * outputs * inputs
+        return each * min(_in_tiles(outputs, inputs), _in_tiles(inputs, outputs))
+
+    def joins_keys_and_values(self, head_dim: int) -> bool:
+        """Whether the cache has keys and values of a head side by side, since alone they fill no whole lanes: the compiler lays heads of 64
+        out with the pages innermost, and copies all of them for a kernel that reads a page as one run."""
+        return self.lanes % (2 * head_dim) == 0
 
     def environment(self, num_devices: int) -> dict[str, str]:
         """The environment in which jax finds this platform alone: for virtual devices, so many of them.

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from partinf.hardware.platform import Platform
 from partinf.model.config import ModelConfig, Position
 from partinf.model.kinds import Attention, Block, Experts, FeedForward, LayerKind, Norm, QkNorm
 from partinf.workload import DType
@@ -50,6 +51,11 @@ class Declared:
     def quantized(self, weights: DType) -> bool:
         """Whether it is stored in int8, with a scale per output channel, where weights are of this type."""
         return weights is DType.INT8 and bool(self.contracted) and not self.exact
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether rows meet it sorted by their expert: the matrices of experts."""
+        return bool(self.used and self.contracted)
 
     @property
     def active(self) -> int:
@@ -222,25 +228,29 @@ def _params(weights: Mapping[str, Declared]) -> int:
     return sum(math.prod(declared.shape) for declared in weights.values())
 
 
-def held_bytes(model: ModelConfig, ways: Mapping[str, int], weights: DType) -> int:
+def held_bytes(model: ModelConfig, ways: Mapping[str, int], weights: DType, platform: Platform) -> int:
     """Bytes of weights that one device holds.
 
     Args:
         ways: letter → number of parts into which a dimension of that letter is split; letters that are missing are whole. `N` splits the
             layers.
-        weights: of matrices; the type of everything else follows from it.
+        weights: of matrices; the type of everything else follows from it. platform: of the device, which may fill matrices up.
     """
-    layers = sum(kind.count // ways.get("N", 1) * _held(kind.weights, ways, weights) for kind in declare_layers(model))
-    return layers + _held(declare_ends(model), ways, weights)
+    layers = sum(kind.count // ways.get("N", 1) * _held(kind.weights, ways, weights, platform) for kind in declare_layers(model))
+    return layers + _held(declare_ends(model), ways, weights, platform)
 
 
-def _held(group: Mapping[str, Declared], ways: Mapping[str, int], weights: DType) -> int:
+def _held(group: Mapping[str, Declared], ways: Mapping[str, int], weights: DType, platform: Platform) -> int:
     def part(shape: tuple[int, ...], letters: str) -> int:
         return math.prod(shape) // math.prod(ways.get(letter, 1) for letter in letters)
 
     total = 0
     for declared in group.values():
         held = part(declared.shape, declared.letters)
+        if declared.by_groups:
+            outputs, inputs = (part(declared.shape[dim:][:1], declared.letters[dim]) for dim in (-2, -1))
+            each = math.prod(declared.shape[1:-2])  # of an expert, of which none is split
+            held = part(declared.shape[:1], declared.letters[0]) * platform.held_entries(each, outputs, inputs)
         if declared.quantized(weights):
             total += held + _SCALE_BYTES * part(declared.scale_shape(), declared.scale_letters())
         else:

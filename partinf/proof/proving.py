@@ -133,11 +133,11 @@ def _write_seconds(plan: Plan, bucket: Bucket) -> float:
     tiles come before they go back, and their bytes at half of the rate of a transfer."""
     pace, split = pace_of(plan.slice), split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=_COMPILED))
     lanes, heads = ceil_div(bucket.decode_rows, split.ways(split.decode.batch)), split.model.num_kv_heads // split.ways(split.decode.kv)
-    row = plan.slice.chip.platform.lanes
-    num_bytes = heads * _TILE_COLUMN * round_up(split.model.head_dim, row) + (
-        _F32 * round_up(heads * plan.cache.page_size, row) if plan.kv is DType.INT8 else 0
-    )
-    return 2 * _LATENCY + 2 * 2 * lanes * num_bytes / (pace.byte_rate / 2)  # keys and values, each way
+    platform, head_dim = plan.slice.chip.platform, split.model.head_dim
+    row = platform.lanes
+    columns = round_up(2 * head_dim, row) if platform.joins_keys_and_values(head_dim) else 2 * round_up(head_dim, row)
+    num_bytes = heads * _TILE_COLUMN * columns + (2 * _F32 * round_up(heads * plan.cache.page_size, row) if plan.kv is DType.INT8 else 0)
+    return 2 * _LATENCY + 2 * lanes * num_bytes / (pace.byte_rate / 2)  # of keys and values, each way
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:

@@ -25,7 +25,7 @@ from partinf.plans import Bucket, Plan
 from partinf.transformer.attention import rotations_of
 from partinf.transformer.batch import Batch, at_stage, empty_batch, pack, unpack
 from partinf.transformer.block import block
-from partinf.transformer.cache import KeysValues, PagesOfHeads
+from partinf.transformer.cache import by_heads, not_by_heads
 from partinf.transformer.forward import embedded, repeated, sampled_logits
 from partinf.transformer.params import Params, Stacks, abstract_params
 from partinf.transformer.routes import Routes
@@ -79,10 +79,10 @@ def compile_partitioned(plan: Plan, mesh: Mesh, bucket: Bucket, unrolled: bool, 
                 slice_of = lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False)  # noqa: E731
                 return one(jax.tree.map(slice_of, stack), carry, index, kind)
 
-            carry = (x, tuple(PagesOfHeads(held.keys, held.values) for held in kv))
+            carry = (x, tuple(map(by_heads, kv)))
             for run in plan.model.runs:
                 carry = repeated(run, stacked, carry)
-            x, kv = carry[0], tuple(KeysValues(held.keys, held.values) for held in carry[1])
+            x, kv = carry[0], tuple(map(not_by_heads, carry[1]))
         logits = sampled_logits(params, x, batch, routes)
         slots = jnp.concatenate([jnp.asarray(batch.decode.slot), jnp.asarray(batch.prefill.slot)])
         out = choose_tokens(logits, State(kv, state.last_token), slots, batch, routes)

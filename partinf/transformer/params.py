@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from partinf.foundation.errors import InvalidInput
+from partinf.hardware.platform import lies_turned
 from partinf.model.config import ModelConfig
 from partinf.model.weights import Declared, declare_ends, declare_layers, group_name, held_bytes
 from partinf.partition.quantize import Quantized, quantize
-from partinf.partition.sharding import sharding
+from partinf.partition.sharding import in_order, sharding
 from partinf.plans import Plan
 from partinf.workload import DType
 
@@ -98,7 +99,8 @@ def runnable_model(plan: Plan) -> ModelConfig:
 
 
 def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Params:
-    """The tree as `jax.ShapeDtypeStruct`s with shardings: what loaders, checkpoints and the compiler take.
+    """The tree as `jax.ShapeDtypeStruct`s with shardings: what loaders, checkpoints and the compiler take. Matrices of experts that a
+    kernel reads where they lie have the order of their dimensions in memory too (`Platform.pins`).
 
     Raises:
         InvalidInput: a plan that cannot be run, or separate layers where stages split them.
@@ -107,15 +109,27 @@ def abstract_params(plan: Plan, mesh: Mesh | AbstractMesh, unrolled: bool) -> Pa
         raise InvalidInput(f"{plan.num_stages} stages hold their layers stacked, so that one program runs on all: unrolled=False")
     dtype = activation_dtype(plan)
 
-    def leaf(d: Declared) -> Any:
-        def array(shape: tuple[int, ...], kind: Any, letters: str) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, kind, sharding=sharding(plan, mesh, letters))
+    def matrix(d: Declared, kind: Any) -> jax.ShapeDtypeStruct:
+        placed = sharding(plan, mesh, d.letters)
+        turned = _turned(d, plan)
+        return jax.ShapeDtypeStruct(d.shape, kind, sharding=placed if turned is None else in_order(placed, d.shape, turned))
 
+    def leaf(d: Declared) -> Any:
         if not d.quantized(plan.weights):
-            return array(d.shape, jnp.float32 if d.wide else dtype, d.letters)
-        return Quantized(array(d.shape, jnp.int8, d.letters), array(d.scale_shape(), jnp.float32, d.scale_letters()), d.contracted)
+            return matrix(d, jnp.float32 if d.wide else dtype)
+        scale = jax.ShapeDtypeStruct(d.scale_shape(), jnp.float32, sharding=sharding(plan, mesh, d.scale_letters()))
+        return Quantized(matrix(d, jnp.int8), scale, d.contracted)
 
     return jax.tree.map(leaf, declare(runnable_model(plan), unrolled), is_leaf=lambda x: isinstance(x, Declared))
+
+
+def _turned(d: Declared, plan: Plan) -> bool | None:
+    """Whether matrices of experts lie turned on a device; None for weights whose order in memory is the compiler's choice."""
+    if not d.by_groups:
+        return None
+    outputs, inputs = (d.shape[dim] // plan.ways(plan.letter_axes.get(d.letters[dim], ())) for dim in (-2, -1))
+    each = math.prod(d.shape[d.letters.index("X") + 1 : -2])
+    return lies_turned(outputs, inputs) if plan.slice.chip.platform.pins(each, outputs, inputs) else None
 
 
 def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Params:
@@ -126,12 +140,13 @@ def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Para
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         return jax.tree.unflatten(tree, [_initial(plan, d, key) for d, key in zip(leaves, keys, strict=True)])
 
-    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract_params(plan, mesh, unrolled)))()
+    return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.format, abstract_params(plan, mesh, unrolled)))()
 
 
 def params_bytes_per_device(plan: Plan) -> int:
     """Bytes of parameters that one device holds."""
-    return held_bytes(runnable_model(plan), {letter: plan.ways(axes) for letter, axes in plan.letter_axes.items()}, plan.weights)
+    ways = {letter: plan.ways(axes) for letter, axes in plan.letter_axes.items()}
+    return held_bytes(runnable_model(plan), ways, plan.weights, plan.slice.chip.platform)
 
 
 def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:

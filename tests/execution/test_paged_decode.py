@@ -27,22 +27,24 @@ LAYERS, POOL, PAGE, SIZE = 2, 9, 16, 8
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_heads", "group", "held", "first", "together"),
+    ("dtype", "kv_heads", "group", "held", "first", "together", "joined"),
     [
-        ("f32", 2, 3, 5, 0, 0),
-        ("bf16", 1, 8, 4, 0, 0),
-        ("f32", 4, 1, 1, 0, 0),
-        ("f32", 1, 2, 5, 2, 0),
-        ("f32", 2, 3, 5, 0, 2),
-        ("bf16", 2, 2, 4, 3, 10),
+        ("f32", 2, 3, 5, 0, 0, False),
+        ("bf16", 1, 8, 4, 0, 0, True),
+        ("f32", 4, 1, 1, 0, 0, False),
+        ("f32", 1, 2, 5, 2, 0, True),
+        ("f32", 2, 3, 5, 0, 2, False),
+        ("f32", 2, 3, 5, 0, 2, True),
+        ("bf16", 2, 2, 4, 3, 10, False),
     ],
 )
 def test_the_kernel_equals_the_plain_twin(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, held: int, first: int, together: int
+    monkeypatch: pytest.MonkeyPatch, dtype: str, kv_heads: int, group: int, held: int, first: int, together: int, joined: bool
 ) -> None:
     """Ragged lanes, random pages, an empty lane; blocks of two pages, of which the last is not full; NaN in every page not held.
 
-    first: of the heads of a page that are read. together: heads of int8 pages, whose scales stand in one row; 0 for others.
+    first: of the heads of a page that are read. together: heads of int8 pages, whose scales stand in one row; 0 for others. joined: keys
+    and values side by side.
     """
     monkeypatch.setattr(paged_decode, "_MOST_KEYS", 2 * PAGE)
     kind, rng, layer = {"f32": jnp.float32, "bf16": jnp.bfloat16}[dtype], np.random.default_rng(4), 1
@@ -55,6 +57,10 @@ def test_the_kernel_equals_the_plain_twin(
     if together:
         kv = KeysValues(*(in_rows(quantize(half, (-1,))) for half in (kv.keys, kv.values)))
     q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, SIZE)), kind)
+    apart = cache.read(kv, layer, jnp.asarray(table))
+    if joined:
+        kv = side_by_side(kv)
+        assert_equal(cache.read(kv, layer, jnp.asarray(table)), apart)
 
     def run(tiles: Tiles | None) -> tuple[np.ndarray, np.ndarray]:
         def attended(q: jax.Array, kv: KeysValues, table: jax.Array, position: jax.Array) -> kernels.Attended:
@@ -70,15 +76,22 @@ def test_the_kernel_equals_the_plain_twin(
         assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize(("dtype", "heads", "apart"), [("f32", 3, True), ("bf16", 1, False), ("int8", 2, True), ("int8", 3, False)])
-def test_a_token_per_lane_is_written_as_without_a_kernel(monkeypatch: pytest.MonkeyPatch, dtype: str, heads: int, apart: bool) -> None:
-    """Into pages of several tiles, in turns of two lanes; two lanes write nothing, one of which has no page. apart: layers, not a stack."""
+@pytest.mark.parametrize(
+    ("dtype", "heads", "apart", "joined"),
+    [("f32", 3, True, False), ("bf16", 1, False, True), ("int8", 2, True, True), ("int8", 3, False, False)],
+)
+def test_a_token_per_lane_is_written_as_without_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, heads: int, apart: bool, joined: bool
+) -> None:
+    """Into pages of several tiles, in turns of two lanes; two lanes write nothing, one of which has no page. apart: layers, not a stack.
+    joined: keys and values side by side, which read back as those that lie apart."""
     monkeypatch.setattr(paged_write, "_BUFFERS", 2 * 2 * heads * 128 * 32)
     rng, size, layer = np.random.default_rng(2), 32, 1
     kind = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.float32}[dtype]
     kv = KeysValues(*(jnp.asarray(rng.standard_normal((LAYERS, POOL, heads, size, SIZE)), kind) for _ in range(2)))
     if dtype == "int8":
         kv = KeysValues(*(in_rows(quantize(half, (-1,))) for half in (kv.keys, kv.values)))
+    lying_apart, kv = kv, side_by_side(kv) if joined else kv
     held = tuple(jax.tree.map(operator.itemgetter(number), kv) for number in range(LAYERS)) if apart else kv
     pages, offsets = jnp.asarray([4, 0, 8, -1, 3, 7]), jnp.asarray([0, 31, 8, 5, 17, 15])
     owned = jnp.asarray([True, True, False, False, True, True])
@@ -91,6 +104,21 @@ def test_a_token_per_lane_is_written_as_without_a_kernel(monkeypatch: pytest.Mon
     for one, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
     assert any((np.asarray(one) != np.asarray(before)).any() for one, before in zip(*map(jax.tree.leaves, (got, held)), strict=True))
+    expected = cache.write(lying_apart, layer, pages, offsets, owned, new)
+    assert_equal(cache.read(got, layer, jnp.arange(POOL)[None]), cache.read(expected, layer, jnp.arange(POOL)[None]))
+
+
+def side_by_side(kv: KeysValues) -> cache.JoinedKeysValues:
+    """The same cache with keys and values of a head in one row."""
+    halves = (kv.keys, kv.values)
+    if not isinstance(kv.keys, Quantized):
+        return cache.JoinedKeysValues(jnp.concatenate(halves, axis=-1))
+    return cache.JoinedKeysValues(jnp.concatenate([half.values for half in halves], axis=-1), tuple(half.scale for half in halves))
+
+
+def assert_equal(one: object, other: object) -> None:
+    for got, want in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 def in_rows(half: Quantized) -> Quantized:
@@ -117,6 +145,7 @@ def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED))
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "batch"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
+    monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED, lanes=2 * MODEL.head_dim))  # keys and values side by side
     few = replace(MODEL, num_kv_heads=4)  # two heads on a device, of which one is read
     assert largest_error(make_plan("2x4", make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"}), few)) < TOLERANCE["f32"]
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})

@@ -6,8 +6,8 @@ its group, whichever layer it lies in, and groups without rows are not touched. 
 
 A *visit* is a tile of rows and a group that has any of them: tiles are visited once by every such group, which writes its own rows.
 
-The compiler lays an array out so that it fills whole tiles of memory. Matrices whose K does not, though N does, lie turned there, [K, N],
-and are read so: the other way round the compiler would turn all of them first.
+Matrices lie in whole tiles of memory, one after the other: [N, K], or turned, [K, N], where that takes fewer (`lies_turned`). Parameters
+are placed so (`partinf.transformer.params`), since the compiler would choose an order by itself and then copy all of them.
 
 Matrices may come several for each group, as those of a gated feed-forward do, and every row meets all of its group's. They stay apart:
 where N fills no whole tiles of memory, one after the other they would lie elsewhere, which copies all of them.
@@ -26,20 +26,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from partinf.foundation.rounding import ceil_div, round_up
+from partinf.hardware.platform import GROUPED_BLOCK, lies_turned, takes_matrices
 from partinf.partition.quantize import Quantized
 
-_LANES, _SUBLANES = 128, 8
+_LANES = 128
 _ROWS = 128  # of a tile; as many pass a matrix unit while its weights are exchanged
 _FEWEST_ROWS = 16  # of a tile of bfloat16
-_BLOCK = 1 << 21  # elements of a matrix that are on the chip at once, of which there are two
 _TILE = 1 << 20  # the same of the rows
 
 
 def fits(x: jax.Array, weights: jax.Array | Quantized) -> bool:
     """Whether the kernel takes rows [R, K] and matrices [.., I, N, K]."""
-    *_, each, outputs, inputs = weights.shape
-    whole = all(size % _SUBLANES == 0 for size in (outputs, inputs)) and max(outputs, inputs) >= _LANES
-    return x.dtype == jnp.bfloat16 and whole and each * inputs * min(outputs, _LANES) <= _BLOCK
+    return x.dtype == jnp.bfloat16 and takes_matrices(*weights.shape[-3:])
 
 
 def grouped_rows(
@@ -60,7 +58,7 @@ def grouped_rows(
     rows, inputs = x.shape
     each, outputs = values.shape[1:3]
     tile, width = _tile(rows, inputs), _width(each, outputs, inputs)
-    turned = inputs % _LANES > 0 and outputs % _LANES == 0
+    turned = lies_turned(outputs, inputs)
     padded = round_up(rows, tile)
     group, place, ends, visits = _visits(sizes, tile, padded // tile)
     scalars = (group, place, ends, jnp.asarray(first, jnp.int32).reshape(1))
@@ -118,7 +116,7 @@ def _kernel(group: Any, place: Any, ends: Any, first: Any, x: Any, weights: Any,
 
 def _width(each: int, outputs: int, inputs: int) -> int:
     """Outputs of a block: all of them, or else whole lanes, by which they can be divided if that leaves blocks at least half as large."""
-    most = _BLOCK // (each * inputs)
+    most = GROUPED_BLOCK // (each * inputs)  # there are two of a block on the chip
     if outputs <= most:
         return outputs
     widths = range(_LANES, most + 1, _LANES)

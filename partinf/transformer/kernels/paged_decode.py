@@ -3,8 +3,10 @@
 XLA has no such form: it gathers the pages of a tile into an array of its own, writes that, and reads it again. Here blocks of pages are
 fetched page by page into one of two buffers while the other is worked on; the first block of a lane is fetched behind the last one of the
 lane before. Pages after a lane's position are not touched. int8 pages are widened on the chip; the scales of a page, those of all its heads
-in one row, scale scores and weights. int8 pages are widened on the chip; the scales of a page come in a row of their own
-with all its heads, and scale scores and weights.
+in one row, scale scores and weights.
+
+Where keys and values lie side by side, one row has both: queries are filled up with zeros, which leave values out of the scores, and of
+what the weights add up the part behind the keys is the output.
 
 Letters: B lanes, K key-value heads, G query heads of each, Q d_head, S tokens of a page, n pages of a table.
 """
@@ -22,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from partinf.foundation.rounding import ceil_div
 from partinf.partition.quantize import Quantized
-from partinf.transformer.cache import KeysValues
+from partinf.transformer.cache import JoinedKeysValues, KeysValues
 
 _MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels.tiles`
 _BUFFERS = 4 << 20  # bytes of on-chip memory for pages
@@ -32,17 +34,27 @@ _INT8_TOKENS = 16  # the same for int8, of which eight rows fill a tile; what is
 _LANES = 128
 
 
-def fits(pages: KeysValues) -> bool:
+def fits(pages: KeysValues | JoinedKeysValues) -> bool:
     """Whether the kernel takes these pages [.., S, Q]: those that fill their tiles; of int8, with scales in rows of whole lanes."""
-    keys, size = pages.keys, pages.keys.shape[-2]
-    if isinstance(keys, Quantized):
-        return size % _INT8_TOKENS == 0 and _LANES % size == 0 and keys.scale.shape[-1] % _LANES == 0
-    return size * keys.dtype.itemsize % _SUBLANES == 0
+    arrays, scales = apart(pages)
+    size = arrays[0].shape[-2]
+    if scales:
+        return size % _INT8_TOKENS == 0 and _LANES % size == 0 and scales[0].shape[-1] % _LANES == 0
+    return size * arrays[0].dtype.itemsize % _SUBLANES == 0
+
+
+def apart(pages: KeysValues | JoinedKeysValues) -> tuple[list[Any], list[Any]]:
+    """The arrays of pages, keys and values or one of both, and their scales if they have any."""
+    if isinstance(pages, JoinedKeysValues):
+        return [pages.both], list(pages.scales)
+    halves = (pages.keys, pages.values)
+    arrays = [half.values if isinstance(half, Quantized) else half for half in halves]
+    return arrays, [half.scale for half in halves if isinstance(half, Quantized)]
 
 
 def paged_decode(
     q: jax.Array,
-    pages: KeysValues,
+    pages: KeysValues | JoinedKeysValues,
     rows: jax.Array,
     position: jax.Array,
     scale: float,
@@ -53,7 +65,8 @@ def paged_decode(
     """Attention of one query per lane.
 
     Args:
-        q: [B, K, G, Q]. pages: [R, S, Q], the heads of a page one after the other, of which K are read; scales [R / heads, 1, lanes].
+        q: [B, K, G, Q]. pages: [R, S, Q], or [R, S, 2Q] of both, the heads of a page one after the other, of which K are read; scales
+            [R / heads, 1, lanes].
         rows: [B, n], where each page of a lane begins in `pages`; any row for those that the lane does not have. position: [B], the last
             that is visible, -1 for none. scale: of scores. cap: c in c·tanh(score/c), 0 for none.
         least: [B], the first that is visible; None for the first that there is.
@@ -62,12 +75,12 @@ def paged_decode(
     Returns:
         [B, K, G, Q], and the logarithm of the sum of exp(score) [B, K, G], float32.
     """
-    lanes, kv_heads, group, size = q.shape
-    held, length = rows.shape[1], pages.keys.shape[1]
-    arrays = [half.values if isinstance(half, Quantized) else half for half in (pages.keys, pages.values)]
-    scales = [half.scale for half in (pages.keys, pages.values) if isinstance(half, Quantized)]
+    lanes, kv_heads, group, head_dim = q.shape
+    arrays, scales = apart(pages)
+    held, (length, size) = rows.shape[1], arrays[0].shape[1:]
+    q = jnp.pad(q, [(0, 0)] * 3 + [(0, size - head_dim)]) if size > head_dim else q
     itemsize = arrays[0].dtype.itemsize
-    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // (2 * 2 * kv_heads * max(size, _LANES) * itemsize)) // length))
+    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // (2 * len(arrays) * kv_heads * max(size, _LANES) * itemsize)) // length))
     buffers = [pltpu.VMEM((2, each, kv_heads, length, size), array.dtype) for array in arrays]
     buffers += [pltpu.VMEM((2, each, 1, scale.shape[-1]), scale.dtype) for scale in scales]
     context = float(lanes * held * length)
@@ -75,7 +88,15 @@ def paged_decode(
     visible = (position,) if least is None else (position, least)
     out, mass = pl.pallas_call(
         functools.partial(
-            _kernel, scale=scale, cap=cap, windows=least is not None, lanes=lanes, held=held, each=each, num_sources=len(buffers)
+            _kernel,
+            scale=scale,
+            cap=cap,
+            windows=least is not None,
+            lanes=lanes,
+            held=held,
+            each=each,
+            num_pages=len(arrays),
+            num_scales=len(scales),
         ),
         out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((lanes, kv_heads, group, 1), jnp.float32)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -87,21 +108,32 @@ def paged_decode(
         ),
         cost_estimate=pl.CostEstimate(
             flops=int(4 * context * kv_heads * group * size),
-            bytes_accessed=int(2 * context * kv_heads * size * itemsize),
+            bytes_accessed=int(2 * context * kv_heads * head_dim * itemsize),
             transcendentals=int(context * kv_heads * group),
         ),
         interpret=interpret,
         name="paged_decode",
     )(rows.reshape(-1), *visible, q, *arrays, *scales)
-    return out, mass[..., 0]
+    return out[..., size - head_dim :], mass[..., 0]
 
 
 def _kernel(
-    rows: Any, position: Any, *others: Any, scale: float, cap: float, windows: bool, lanes: int, held: int, each: int, num_sources: int
+    rows: Any,
+    position: Any,
+    *others: Any,
+    scale: float,
+    cap: float,
+    windows: bool,
+    lanes: int,
+    held: int,
+    each: int,
+    num_pages: int,
+    num_scales: int,
 ) -> None:
-    """One lane. `others`: the first visible positions where there are windows; queries; keys, values and their scales if they have any; the
-    two results; a pair of buffers for each of the former, their semaphores, and which buffer is next."""
+    """One lane. `others`: the first visible positions where there are windows; queries; keys and values, or both in one, and their scales
+    if they have any; the two results; a pair of buffers for each of the former, their semaphores, and which buffer is next."""
     least, q, *others = others if windows else (None, *others)  # type: ignore[assignment]
+    num_sources = num_pages + num_scales
     sources, (out, mass), (*buffers, arrived, turn) = others[:num_sources], others[num_sources : num_sources + 2], others[num_sources + 2 :]
     lane = pl.program_id(0)
     _, kv_heads, group, size = q.shape
@@ -118,9 +150,9 @@ def _kernel(
         found = []
         for page in range(each):
             row = rows[lane * held + jnp.minimum(block * each + page, held - 1)]
-            for source, target in zip(sources[:2], buffers[:2], strict=True):
+            for source, target in zip(sources[:num_pages], buffers[:num_pages], strict=True):
                 found.append(pltpu.make_async_copy(source.at[pl.ds(row, kv_heads)], target.at[buffer, page], arrived.at[buffer]))
-            for source, target in zip(sources[2:], buffers[2:], strict=True):
+            for source, target in zip(sources[num_pages:], buffers[num_pages:], strict=True):
                 found.append(pltpu.make_async_copy(source.at[row // of_page], target.at[buffer, page], arrived.at[buffer]))
         return found
 
@@ -153,8 +185,9 @@ def _kernel(
         visible = place <= last if least is None else (place <= last) & (place >= least[lane])
         front = lax.rem(rows[lane * held], of_page) if of_page > 1 else 0  # of the heads that are read
         for head, (top, total, added) in enumerate(running):
-            k, v = (pages[buffer, :, head].astype(q.dtype).reshape(each * length, size) for pages in buffers[:2])
-            scales = [_in_line(scale[buffer, :, 0], (front + head) * length, length) for scale in buffers[2:]]
+            read = [pages[buffer, :, head].astype(q.dtype).reshape(each * length, size) for pages in buffers[:num_pages]]
+            k, v = read[0], read[-1]
+            scales = [_in_line(scale[buffer, :, 0], (front + head) * length, length) for scale in buffers[num_pages:]]
             scores = lax.dot_general(q[0, head], k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
             scores = scores * scales[0] if scales else scores
             scores = jnp.where(visible, cap * jnp.tanh(scores / cap) if cap else scores, _MASKED)

@@ -10,7 +10,7 @@ Letters as in `paged_decode`: B lanes, K key-value heads, Q d_head, S tokens of 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +19,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from partinf.partition.quantize import Quantized, quantize
-from partinf.transformer.cache import KeysValues
+from partinf.transformer.cache import JoinedKeysValues, KeysValues, joined
+from partinf.transformer.kernels.paged_decode import apart
 
 _TILE = 32  # bytes of a tile's column
 _BUFFERS = 2 << 20  # bytes of on-chip memory for tiles
 
 
-def paged_write(pages: KeysValues, rows: jax.Array, offsets: jax.Array, new: KeysValues, interpret: bool = False) -> KeysValues:
+Pages = TypeVar("Pages", KeysValues, JoinedKeysValues)
+
+
+def paged_write(pages: Pages, rows: jax.Array, offsets: jax.Array, new: KeysValues, interpret: bool = False) -> Pages:
     """The pages with new keys and values [B, K, Q] in their places.
 
     Args:
-        pages: as `paged_decode` takes them, [R, S, Q], all K heads of a page one after the other; scales [R / K, 1, lanes].
+        pages: as `paged_decode` takes them, [R, S, Q] or [R, S, 2Q], all K heads of a page one after the other; scales [R / K, 1, lanes].
         rows: [B], where the page of each lane begins, -1 for a lane that writes nothing. offsets: [B], places within the pages.
         interpret: run without a TPU.
     """
-    levels = [quantize(part, (-1,)) if isinstance(half, Quantized) else part for half, part in _halves(pages, new)]
-    held = [half.values if isinstance(half, Quantized) else half for half, _ in _halves(pages, new)]
-    scales = [half.scale for half, _ in _halves(pages, new) if isinstance(half, Quantized)]
-    wide = [(one.values if isinstance(one, Quantized) else one).astype(jnp.float32) for one in levels]
-    factors = [one.scale.reshape(-1) for one in levels if isinstance(one, Quantized)]
+    held, scales = apart(pages)
+    added, factors = _levels(pages, new)
+    wide = [one.astype(jnp.float32) for one in added]
     lanes, heads, size = wide[0].shape
     length, dtype = held[0].shape[1], held[0].dtype
     tile = min(length, _TILE // dtype.itemsize) if length % (_TILE // dtype.itemsize) == 0 else length
-    most = max(1, _BUFFERS // (2 * heads * tile * max(size, 128) * dtype.itemsize))
+    most = max(1, _BUFFERS // (len(held) * heads * tile * max(size, 128) * dtype.itemsize))
     chunk = max(count for count in range(1, min(most, lanes) + 1) if lanes % count == 0)
     targets = [*held, *scales]
-    buffers = [pltpu.VMEM((chunk, heads, tile, size), dtype)] * 2 + [pltpu.VMEM((chunk, 1, one.shape[-1]), one.dtype) for one in scales]
+    buffers = [pltpu.VMEM((chunk, heads, tile, size), dtype)] * len(held) + [
+        pltpu.VMEM((chunk, 1, one.shape[-1]), one.dtype) for one in scales
+    ]
     first = 2 + len(wide) + len(factors)
     block = pl.BlockSpec((chunk, heads, size), lambda chunk, *_: (chunk, 0, 0))
     found = pl.pallas_call(
-        functools.partial(_kernel, tile=tile, num_scales=len(scales)),
+        functools.partial(_kernel, tile=tile, num_pages=len(held), num_scales=len(scales)),
         out_shape=tuple(pltpu.HBM(one.shape, one.dtype) for one in targets),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(lanes // chunk,),
-            in_specs=[block] * 2
+            in_specs=[block] * len(wide)
             + [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(factors)
             + [pl.BlockSpec(memory_space=pl.ANY)] * len(targets),
             out_specs=tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in targets),
@@ -63,26 +67,36 @@ def paged_write(pages: KeysValues, rows: jax.Array, offsets: jax.Array, new: Key
         interpret=interpret,
         name="paged_write",
     )(rows, offsets, *wide, *factors, *targets)
+    if isinstance(pages, JoinedKeysValues):
+        return JoinedKeysValues(found[0], tuple(found[1:]))
     halves = found[:2] if not scales else [Quantized(one, scale, (-1,)) for one, scale in zip(found[:2], found[2:], strict=True)]
-    return type(pages)(*halves)
+    return KeysValues(*halves)
 
 
-def _halves(pages: KeysValues, new: KeysValues) -> tuple[tuple[Any, Any], ...]:
-    return (pages.keys, new.keys), (pages.values, new.values)
+def _levels(pages: Pages, new: KeysValues) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What is written into each array of pages, and the scales [B · K] of int8."""
+    if isinstance(pages, JoinedKeysValues):
+        both = joined(pages, new)
+        return [both.both], [scale.reshape(-1) for scale in both.scales]
+    if not isinstance(pages.keys, Quantized):
+        return [new.keys, new.values], []
+    levels = [quantize(part, (-1,)) for part in (new.keys, new.values)]
+    return [one.values for one in levels], [one.scale.reshape(-1) for one in levels]
 
 
-def _kernel(rows: Any, offsets: Any, *others: Any, tile: int, num_scales: int) -> None:
+def _kernel(rows: Any, offsets: Any, *others: Any, tile: int, num_pages: int, num_scales: int) -> None:
     """Some lanes. `others`: new keys and values, their scales if they have any, the cache as it was, the cache, buffers, semaphores."""
-    new, others = others[:2], others[2:]
+    new, others = others[:num_pages], others[num_pages:]
     factors, others = others[:num_scales], others[num_scales:]
-    targets, (*buffers, arrived) = others[2 + num_scales : 2 * (2 + num_scales)], others[2 * (2 + num_scales) :]
+    count = num_pages + num_scales
+    targets, (*buffers, arrived) = others[count : 2 * count], others[2 * count :]
     chunk, heads, _, size = buffers[0].shape
     length, begin = targets[0].shape[1], pl.program_id(0) * chunk
 
     def copies(index: Any, back: bool) -> list[Any]:
         row, first = rows[begin + index], pl.multiple_of(offsets[begin + index] // tile * tile, tile)
-        places = [target.at[pl.ds(row, heads), pl.ds(first, tile)] for target in targets[:2]]
-        places += [target.at[row // heads] for target in targets[2:]]
+        places = [target.at[pl.ds(row, heads), pl.ds(first, tile)] for target in targets[:num_pages]]
+        places += [target.at[row // heads] for target in targets[num_pages:]]
         pairs = [(place, buffer.at[index]) for place, buffer in zip(places, buffers, strict=True)]
         return [pltpu.make_async_copy(*(pair[::-1] if back else pair), arrived.at[int(back)]) for pair in pairs]
 
@@ -96,11 +110,11 @@ def _kernel(rows: Any, offsets: Any, *others: Any, tile: int, num_scales: int) -
     def put(index: Any) -> None:
         offset = offsets[begin + index]
         place = lax.broadcasted_iota(jnp.int32, (heads, tile, size), 1)
-        for part, buffer in zip(new, buffers[:2], strict=True):
+        for part, buffer in zip(new, buffers[:num_pages], strict=True):
             old = buffer[index].astype(jnp.float32)
             found = jnp.where(place == lax.rem(offset, tile), part[index][:, None, :], old)
             buffer[index] = _narrowed(found, buffer.dtype)
-        for factor, buffer in zip(factors, buffers[2:], strict=True):
+        for factor, buffer in zip(factors, buffers[num_pages:], strict=True):
             row = buffer[index]
             lane = lax.broadcasted_iota(jnp.int32, row.shape, 1)
             for head in range(heads):
