@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -77,7 +78,20 @@ def row(name: str, texts: Path) -> dict[str, Any]:
         "proven_ms": round(1e3 * schedule.seconds, 2),
         "copies_ms": round(1e3 * moved, 2),
         "compiled_gb": round(needed / 1e9, 2),
+        "cpu_seconds": kept["cpu_seconds"],
+        "peak_gb": kept["peak_gb"],
     }
+
+
+def _cpu_seconds() -> float:
+    """Of the compilers that ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _peak_bytes() -> int:
+    """Of the largest of them; compile one at a time to know whose."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
 
 
 def main(texts: Path, names: list[str]) -> None:
@@ -85,8 +99,10 @@ def main(texts: Path, names: list[str]) -> None:
     for name in names:
         if not file_of(name, texts).is_file():
             plan, bucket, layout = planned(CASES[name])
+            before = _cpu_seconds()
             compiled = compile_bucket(plan, bucket, Limits(seconds=3600))
-            file_of(name, texts).write_bytes(gzip.compress(json.dumps({"layout": layout, "said": asdict(compiled)}).encode()))
+            needed = {"cpu_seconds": round(_cpu_seconds() - before, 1), "peak_gb": round(_peak_bytes() / 1e9, 2)}
+            file_of(name, texts).write_bytes(gzip.compress(json.dumps({"layout": layout, "said": asdict(compiled), **needed}).encode()))
     found = {name: row(name, texts) for name in CASES if file_of(name, texts).is_file()}
     write(__file__, found, "proven.json")
     print(json.dumps(found, indent=1))

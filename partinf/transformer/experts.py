@@ -81,7 +81,7 @@ def experts(weights: Params, hidden: jax.Array, of: Experts, routes: Routes) -> 
     here, back = sent(Routed(hidden, chosen, by), of.count, routes)
     rows = sorted_by_expert(_held(here.experts, of, routes), of.count // routes.ways(axes.experts))
     out = _through(weights, here.rows[rows.token], rows, of, routes)
-    added = back(added_up(out, here.weights, rows).astype(hidden.dtype))
+    added = back(added_up(out, here.weights, rows, made_for(routes)).astype(hidden.dtype))
     return Partial(added, Split(axes.tokens, axes.embed, tuple(a for a in axes.experts if a not in axes.exchanged) + axes.ffn))
 
 

@@ -32,8 +32,8 @@ def routed(weights: Params, hidden: jax.Array, of: Experts) -> tuple[jax.Array, 
     ranked = scores + weights["router_correction"][None] if router.correction else scores
     if router.groups > 1:
         ranked = _in_best_groups(ranked, of)
-    _, chosen = lax.top_k(ranked, of.per_token)
-    picked = jnp.take_along_axis(scores, chosen, axis=-1)
+    best, chosen = lax.top_k(ranked, of.per_token)
+    picked = best if ranked is scores else jnp.take_along_axis(scores, chosen, axis=-1)
     if router.score is Score.SOFTMAX_OF_CHOSEN:
         picked = jax.nn.softmax(picked, axis=-1)
     elif router.renormalised:

@@ -101,8 +101,8 @@ def place_params(plan: Plan, mesh: jax.sharding.Mesh, params: dict, unrolled: bo
 
     def place(want: jax.ShapeDtypeStruct | Quantized, leaf: np.ndarray) -> jax.Array | Quantized:
         if isinstance(want, Quantized):
-            return jax.tree.map(lambda one, part: jax.device_put(part, one.sharding), want, quantize(leaf, want.contracted))
-        return jax.device_put(leaf.astype(want.dtype), want.sharding)
+            return jax.tree.map(lambda one, part: jax.device_put(part, one.format), want, quantize(leaf, want.contracted))
+        return jax.device_put(leaf.astype(want.dtype), want.format)
 
     return jax.tree.map(place, abstract_params(plan, mesh, unrolled), params, is_leaf=lambda x: isinstance(x, Quantized))
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from partinf.hardware.platform import TPU
+from partinf.hardware.platform import TPU, Platform
 from partinf.layout.files import make_layout
 from partinf.model.config import Block
-from partinf.transformer import dispatch
+from partinf.transformer import dispatch, params
 from partinf.workload import DType
 from tests.execution.harness import TOLERANCE, largest_error, make_plan
 from tests.execution.mixtures import DENSE_FIRST, Mixed, all_mixed, largest_errors, model_of, sampled_mixed
@@ -72,8 +72,10 @@ WHOLE_MODELS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if number else []) for number, name in enumerate(WHOLE_MODELS)])
-def test_whole_models(name: str) -> None:
-    """Layers of several kinds of weights, stacked by kind; and one kind, unrolled."""
+def test_whole_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of several kinds of weights, stacked by kind; and one kind, unrolled. Experts' matrices lie turned in memory."""
+    monkeypatch.setattr(Platform, "pins", lambda *_: True)
+    monkeypatch.setattr(params, "lies_turned", lambda *_: True)
     mesh, other, layout = WHOLE_MODELS[name]
     model = model_of("not renormalised, shared with a gate", **other)
     assert largest_error(make_plan(mesh, layout, model), unrolled=not model.kinds) < TOLERANCE["f32"]

@@ -14,7 +14,7 @@ import pytest
 
 from partinf.hardware.platform import PLATFORMS
 from partinf.partition.quantize import Quantized, dequantize, quantize
-from partinf.transformer.grouped import grouped_dot, sorted_by_expert
+from partinf.transformer.grouped import added_up, grouped_dot, sorted_by_expert
 from partinf.transformer.kernels import grouped_rows
 from partinf.transformer.params import OneOf
 
@@ -47,7 +47,7 @@ SIZES = {
 def test_every_row_meets_the_matrix_of_its_group(shape: str, quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the layer in the middle of a stack, by the kernels and by the product that XLA has; in blocks of 128 outputs, of which the last
     may be shorter."""
-    monkeypatch.setattr(grouped_rows, "_BLOCK", 2 * 136 * 128)
+    monkeypatch.setattr(grouped_rows, "GROUPED_BLOCK", 2 * 136 * 128)
     monkeypatch.setattr(grouped_rows, "grouped_rows", functools.partial(grouped_rows.grouped_rows, interpret=True))
     weights = stacked(shape, quantized)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((300, SHAPES[shape][1])), jnp.bfloat16)
@@ -91,3 +91,6 @@ def test_copies_are_sorted_and_found_again() -> None:
     assert rows.expert.tolist()[:5] == [0, 0, 1, 2, 2]
     assert rows.sizes.tolist() == [2, 1, 2]
     assert rows.place.tolist() == [[3, 0], [8, 8], [1, 8], [2, 4]]
+    out, weights = jnp.arange(16.0).reshape(8, 2).at[5:].set(jnp.nan), jnp.asarray([[0.5, 2.0]] * 4)
+    for platform in (None, PLATFORMS["tpu"]):  # one after the other, and all at once
+        assert added_up(out, weights, rows, platform).tolist() == [[3.0, 5.5], [0.0, 0.0], [1.0, 1.5], [18.0, 20.5]]

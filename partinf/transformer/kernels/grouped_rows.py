@@ -133,13 +133,22 @@ def _tile(rows: int, inputs: int) -> int:
 
 
 def _visits(sizes: jax.Array, tile: int, tiles: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The group and the tile of every visit, in the order of both, where each group ends, and how many visits there are; at least one."""
+    """The group and the tile of every visit, in the order of both, where each group ends, and how many visits there are; at least one.
+
+    By sums over all pairs: each is one operation, where a running sum is several and a look-up two.
+    """
     groups = sizes.shape[0]
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    numbers = jnp.arange(tiles + groups - 1, dtype=jnp.int32)[:, None]
+    ends = _running_sum(sizes)
     begins = ends - sizes
     visited = jnp.where(sizes > 0, ceil_div(ends, tile) - begins // tile, 0)
-    done = jnp.cumsum(visited, dtype=jnp.int32)
-    numbers = jnp.arange(tiles + groups - 1, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(numbers[:, None] >= done[None], axis=1, dtype=jnp.int32), groups - 1)
-    place = begins[group] // tile + numbers - (done - visited)[group]
-    return group, jnp.clip(place, 0, tiles - 1), ends, jnp.maximum(done[-1], 1)
+    done = _running_sum(visited)
+    mine = (numbers >= (done - visited)[None]) & (numbers < done[None])  # [visits, groups]; of one group, or of none behind the last
+    chosen = lambda of_groups: jnp.sum(jnp.where(mine, of_groups[None], 0), axis=1, dtype=jnp.int32)  # noqa: E731
+    place = chosen(begins // tile - (done - visited)) + numbers[:, 0]
+    return chosen(jnp.arange(groups)), jnp.clip(place, 0, tiles - 1), ends, jnp.maximum(jnp.sum(visited, dtype=jnp.int32), 1)
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    upto = jnp.arange(x.shape[0])
+    return jnp.sum(jnp.where(upto[:, None] >= upto[None], x[None], 0), axis=1, dtype=jnp.int32)
