@@ -144,7 +144,10 @@ def _visits(sizes: jax.Array, tile: int, tiles: int) -> tuple[jax.Array, jax.Arr
     visited = jnp.where(sizes > 0, ceil_div(ends, tile) - begins // tile, 0)
     done = _running_sum(visited)
     mine = (numbers >= (done - visited)[None]) & (numbers < done[None])  # [visits, groups]; of one group, or of none behind the last
-    chosen = lambda of_groups: jnp.sum(jnp.where(mine, of_groups[None], 0), axis=1, dtype=jnp.int32)  # noqa: E731
+
+    def chosen(of_groups: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(mine, of_groups[None], 0), axis=1, dtype=jnp.int32)
+
     place = chosen(begins // tile - (done - visited)) + numbers[:, 0]
     return chosen(jnp.arange(groups)), jnp.clip(place, 0, tiles - 1), ends, jnp.maximum(jnp.sum(visited, dtype=jnp.int32), 1)
 

@@ -10,7 +10,7 @@ Letters as in `paged_decode`: B lanes, K key-value heads, Q d_head, S tokens of 
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ _TILE = 32  # bytes of a tile's column
 _BUFFERS = 2 << 20  # bytes of on-chip memory for tiles
 
 
-Pages = TypeVar("Pages", KeysValues, JoinedKeysValues)
+Pages = KeysValues | JoinedKeysValues
 
 
 def paged_write(pages: Pages, rows: jax.Array, offsets: jax.Array, new: KeysValues, interpret: bool = False) -> Pages:
