@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format
+from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import save_file
 
 from partinf.checkpoint.hf_leaves import read_leaf, stored_in, write_part
@@ -27,7 +29,6 @@ from partinf.foundation.errors import raise_offences
 from partinf.model.config import ModelConfig
 from partinf.model.hf_write import config_to_hf
 from partinf.partition.quantize import Quantized, quantize
-from partinf.partition.sharding import onto
 
 _AT_ONCE = 64 << 20  # bytes of a weight that is quantised while it is loaded
 
@@ -85,7 +86,7 @@ def _load_quantized(reader: TensorReader, source: LeafSource, leaf: Quantized) -
         block = _read_quantized(reader, source, rows, leaf)
         for device in devices:
             cut = tuple(part if dim in leaf.contracted_dims else slice(None) for dim, part in enumerate(places[device]))
-            values.append(jax.device_put(block.values[cut], onto(device, leaf.values)))
+            values.append(jax.device_put(block.values[cut], _onto(device, leaf.values)))
             scales.append(jax.device_put(block.scale, device))
         jax.block_until_ready((values, scales))
         del block
@@ -135,10 +136,16 @@ def _load_leaf(reader: TensorReader, source: LeafSource, leaf: jax.ShapeDtypeStr
     arrays: list[jax.Array] = []
     for index, devices in _by_shard(leaf.sharding.addressable_devices_indices_map(leaf.shape), leaf.shape):
         block = read_leaf(reader, source, index, leaf.dtype)
-        arrays += [jax.device_put(block, onto(device, leaf)) for device in devices]
+        arrays += [jax.device_put(block, _onto(device, leaf)) for device in devices]
         jax.block_until_ready(arrays)
         del block
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+
+def _onto(device: jax.Device, leaf: jax.ShapeDtypeStruct) -> jax.Device | Format:
+    """Where `jax.device_put` puts this device's part of an array: in the order in which it is to lie there, if one is wanted."""
+    layout = leaf.format.layout
+    return device if layout is None else Format(layout, SingleDeviceSharding(device))
 
 
 def check_hf(directory: str | Path, config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partinf.foundation.errors import InvalidInput
@@ -111,12 +111,6 @@ def in_order(placed: NamedSharding, shape: Sequence[int], turned: bool) -> Forma
     """A sharding of arrays of this shape that lie row by row in memory, or with their last two dimensions exchanged."""
     *before, rows, columns = range(len(shape))
     return Format(Layout((*before, columns, rows) if turned else (*before, rows, columns)), placed)
-
-
-def onto(device: jax.Device, leaf: jax.ShapeDtypeStruct) -> jax.Device | Format:
-    """Where `jax.device_put` puts this device's part of an array: in the order in which it is to lie there, if one is wanted."""
-    layout = leaf.format.layout
-    return device if layout is None else Format(layout, SingleDeviceSharding(device))
 
 
 def dimensions(mesh: Mesh | AbstractMesh, *axes: Sequence[str]) -> NamedSharding:
