@@ -177,7 +177,7 @@ def weight_bytes(split: StepSplit) -> int:
     """Weights on one device: its stage's layers, and what stands before and after them, which every stage has."""
     axes = letter_axes(split.layout, split.sizes, split.model.num_kv_heads)
     ways = {letter: split.ways(over) for letter, over in axes.items() if letter != "N"}  # the model is one stage's already
-    return held_bytes(split.model, ways, split.weight_dtype, split.pricing.slice.chip.platform)
+    return held_bytes(split.model, ways, split.weight_dtype, split.pricing.slice.chip.platform.held_entries)
 
 
 def page_bytes(model: ModelConfig, layout: Layout, slice_: Slice, kv: DType, page_size: int, num_layers: int) -> int:

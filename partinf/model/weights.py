@@ -16,16 +16,17 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from partinf.hardware.platform import Platform
 from partinf.model.config import ModelConfig, Position
 from partinf.model.kinds import Attention, Block, Experts, FeedForward, LayerKind, Norm, QkNorm
 from partinf.workload import DType
 
 _FLOAT32_BYTES = 4
 _SCALE_BYTES = _FLOAT32_BYTES  # of int8 weights
+HeldEntries = Callable[[int, int, int], int]
+"""What matrices of an expert take in memory, in entries, of their number, outputs and inputs (`Platform.held_entries`)."""
 
 
 @dataclass(frozen=True)
@@ -228,19 +229,19 @@ def _params(weights: Mapping[str, Declared]) -> int:
     return sum(math.prod(declared.shape) for declared in weights.values())
 
 
-def held_bytes(model: ModelConfig, ways: Mapping[str, int], weights: DType, platform: Platform) -> int:
+def held_bytes(model: ModelConfig, ways: Mapping[str, int], weights: DType, held_entries: HeldEntries) -> int:
     """Bytes of weights that one device holds.
 
     Args:
         ways: letter → number of parts into which a dimension of that letter is split; letters that are missing are whole. `N` splits the
             layers.
-        weights: of matrices; the type of everything else follows from it. platform: of the device, which may fill matrices up.
+        weights: of matrices; the type of everything else follows from it. held_entries: of experts' matrices.
     """
-    layers = sum(kind.count // ways.get("N", 1) * _held(kind.weights, ways, weights, platform) for kind in declare_layers(model))
-    return layers + _held(declare_ends(model), ways, weights, platform)
+    layers = sum(kind.count // ways.get("N", 1) * _held(kind.weights, ways, weights, held_entries) for kind in declare_layers(model))
+    return layers + _held(declare_ends(model), ways, weights, held_entries)
 
 
-def _held(group: Mapping[str, Declared], ways: Mapping[str, int], weights: DType, platform: Platform) -> int:
+def _held(group: Mapping[str, Declared], ways: Mapping[str, int], weights: DType, held_entries: HeldEntries) -> int:
     def part(shape: tuple[int, ...], letters: str) -> int:
         return math.prod(shape) // math.prod(ways.get(letter, 1) for letter in letters)
 
@@ -250,7 +251,7 @@ def _held(group: Mapping[str, Declared], ways: Mapping[str, int], weights: DType
         if declared.by_groups:
             outputs, inputs = (part(declared.shape[dim:][:1], declared.letters[dim]) for dim in (-2, -1))
             each = math.prod(declared.shape[1:-2])  # of an expert, of which none is split
-            held = part(declared.shape[:1], declared.letters[0]) * platform.held_entries(each, outputs, inputs)
+            held = part(declared.shape[:1], declared.letters[0]) * held_entries(each, outputs, inputs)
         if declared.quantized(weights):
             total += held + _SCALE_BYTES * part(declared.scale_shape(), declared.scale_letters())
         else:

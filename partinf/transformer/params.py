@@ -146,7 +146,7 @@ def random_params(plan: Plan, mesh: Mesh, unrolled: bool, seed: int = 0) -> Para
 def params_bytes_per_device(plan: Plan) -> int:
     """Bytes of parameters that one device holds."""
     ways = {letter: plan.ways(axes) for letter, axes in plan.letter_axes.items()}
-    return held_bytes(runnable_model(plan), ways, plan.weights, plan.slice.chip.platform)
+    return held_bytes(runnable_model(plan), ways, plan.weights, plan.slice.chip.platform.held_entries)
 
 
 def _initial(plan: Plan, d: Declared, key: jax.Array) -> Any:
