@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from partinf.hardware.platform import CPU
-from partinf.layout.files import make_layout
-from partinf.model.config import Norm
 from partinf.partition.quantize import dequantize, quantize
-from partinf.partition.sharding import device_mesh
-from partinf.transformer.linear import dot, normalised
-from partinf.transformer.routes import Routes
-from tests.execution.harness import make_plan
+from partinf.transformer.linear import dot
 
 SHAPES = {  # weights of every spec that the model uses, by letter
     "te,hqe->thq": {"e": 12, "h": 3, "q": 4},
@@ -78,37 +73,3 @@ def test_a_product_for_each_row(rows: int) -> None:
     probs, values = rng.standard_normal((rows, 2, 3, 1, 6)), rng.standard_normal((rows, 2, 6, 5))
     found = dot("bkglm,bkmq->bkglq", jnp.asarray(probs, jnp.float32), jnp.asarray(values, jnp.float32))
     np.testing.assert_allclose(found, np.einsum("bkglm,bkmq->bkglq", probs, values), atol=2e-5)
-
-
-def test_a_mean_far_above_the_deviation_leaves_a_norm_exact() -> None:
-    """And massive activations, a few of them, do not drown the others."""
-    rng, plan = np.random.default_rng(5), make_plan("8", make_layout({"x": "ffn"}, {"x": "heads"}))
-    routes = Routes(plan, plan.buckets[0])
-    for x in (rng.normal(3e3, 1.0, (4, 64)), np.where(rng.random((4, 64)) < 0.05, 3e4, rng.normal(size=(4, 64)))):
-        given = x.astype(np.float32)
-        exact = given.astype(np.float64)
-        want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
-        got = normalised(jnp.asarray(given), Norm.LAYER, 1e-5, 64, (), routes)
-        np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-5)
-
-
-@pytest.mark.parametrize("padding", [0, 10])
-def test_so_does_a_mean_of_parts_on_several_devices(padding: int) -> None:
-    """Of the last device nothing is real where there is padding, and of the one before a part."""
-    rng, plan = np.random.default_rng(5), make_plan("8", make_layout({"x": "ffn"}, {"x": "heads"}))
-    routes, width = Routes(plan, plan.buckets[0]), 64 - padding
-    real = np.arange(64).reshape(8, 8) < width if padding else None
-    norm = jax.jit(
-        jax.shard_map(
-            lambda part: normalised(part, Norm.LAYER, 1e-5, width, ("x",), routes, real),
-            mesh=device_mesh(plan),
-            in_specs=jax.P(None, "x"),
-            out_specs=jax.P(None, "x"),
-        )
-    )
-    for x in (rng.normal(3e3, 1.0, (4, width)), np.where(rng.random((4, width)) < 0.05, 3e4, rng.normal(size=(4, width)))):
-        given = x.astype(np.float32)
-        exact = given.astype(np.float64)
-        want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5)
-        got = norm(jnp.pad(jnp.asarray(given), ((0, 0), (0, padding))))[:, :width]
-        np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-5)

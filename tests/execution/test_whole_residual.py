@@ -38,7 +38,10 @@ def test_both_accounts_agree_in_a_pipeline() -> None:
     accounts.check(accounts.make_plan(mesh, whole(layout), model=model), accounts.BUCKETS["mixed"])
 
 
-@pytest.mark.parametrize("family", ["gpt", "local and global", "parallel, two norms"])
+SLOW = ("gpt", "parallel, two norms")  # test_norms.py has both kinds of blocks and of norms among its quick tests
+
+
+@pytest.mark.parametrize("family", ["local and global", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_a_step_equals_the_reference(family: str) -> None:
     model = dataclasses.replace(MODEL, name=f"whole-{family}", **{**FAMILIES, **BLOCKS}[family])
     storage, attention = {"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "heads"}
