@@ -177,6 +177,7 @@ class Samples:
         for number, mask, error in answers:
             live = self._live.get(number)
             if live is None:  # it has ended meanwhile
+                self._workers.end(number)
                 continue
             if mask is not None:
                 masks.append((number, mask))
@@ -246,6 +247,8 @@ class Samples:
             self._held.append(live)
             return
         self._scheduler.finish(sequence)
+        if sequence.mask is not None:
+            self._workers.end(sequence.request.number)
         del self._live[sequence.request.number]
         if all(other.sequence.status is Status.FINISHED for other in self._requests[sequence.request.id]):
             del self._requests[sequence.request.id]

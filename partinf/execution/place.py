@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PageTable, RowSampling, Step
 from partinf.foundation.paging import table_start
 from partinf.plans import Bucket, Plan
-from partinf.transformer.batch import ADJUSTED, ENDS_LATER, Batch, Tables, empty_batch
+from partinf.transformer.batch import ADJUSTED, ENDS_LATER, Batch, Blank, Tables
 
 
 @dataclass(frozen=True)
@@ -18,46 +20,68 @@ class Placed:
     """A step in its bucket: the arrays, and the rows of the output where the step's decode rows and chunks are found.
 
     Attributes:
+        vector: the arrays as `pack` makes them of the batch.
         scored: per chunk, the flat prompt tokens after which its targets come.
     """
 
     batch: Batch
+    vector: np.ndarray
     decode_rows: tuple[int, ...]
     prefill_rows: tuple[int | None, ...]
     scored: tuple[slice, ...] = ()
 
 
-def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:
-    """Lay the step out in the bucket: lanes in equal blocks per shard, prompt tokens in equal blocks per prefill shard."""
-    batch: Batch = empty_batch(bucket, plan)
+def place_step(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, blank: Blank | None = None) -> Placed:
+    """Lay the step out in the bucket: lanes in equal blocks per shard, prompt tokens in equal blocks per prefill shard.
+
+    Args:
+        blank: of the bucket, where there is one already.
+    """
+    vector, batch = (blank or Blank(bucket, plan)).copy()
     decode_rows = _place_decode(step, bucket, plan, limits, batch)
     prefill_rows, scored = _place_prefill(step, bucket, limits, batch)
-    return Placed(batch, decode_rows, prefill_rows, scored)
+    return Placed(batch, vector, decode_rows, prefill_rows, scored)
 
 
 def _place_decode(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, batch: Batch) -> tuple[int, ...]:
-    lanes = bucket.decode_rows // plan.num_shards
-    used = [0] * plan.num_shards
-    whole = None if limits.groups[0].window else batch.decode.tables[0].pages  # of the group that keeps all positions, which is the first
-    rows = []
-    for row in step.decode:
-        lane = row.shard * lanes + used[row.shard]
-        used[row.shard] += 1
-        batch.decode.token[lane] = -1 if row.token is None else row.token
-        batch.decode.slot[lane] = row.slot
-        batch.decode.position[lane] = row.position
-        if whole is not None:
-            ids = row.tables[0].ids
-            whole[lane, : len(ids)] = ids
+    rows = _lanes(step, bucket, plan)
+    if not rows:
+        return rows
+    batch.decode.token[list(rows)] = [-1 if row.token is None else row.token for row in step.decode]
+    batch.decode.slot[list(rows)] = [row.slot for row in step.decode]
+    batch.decode.position[list(rows)] = [row.position for row in step.decode]
+    for lane, row in zip(rows, step.decode, strict=True):
         _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
         if row.counts:
             assert batch.extended is not None  # such a step goes into an extended bucket
             batch.extended.counted[lane] = 1
-        rows.append(lane)
     for number, (group, tables) in enumerate(zip(limits.groups, batch.decode.tables, strict=True)):
-        for lane, row in zip(rows, step.decode, strict=True) if group.window else ():
+        if not group.window:
+            _place_whole_tables(tables.pages, rows, [row.tables[number].ids for row in step.decode])
+            continue
+        for lane, row in zip(rows, step.decode, strict=True):
             _place_table(tables, lane, row.tables[number], row.position, row.position + 1, group.window, limits)
+    return rows
+
+
+def _lanes(step: Step, bucket: Bucket, plan: Plan) -> tuple[int, ...]:
+    """Of every decode row: the next one of its shard's block."""
+    if plan.num_shards == 1:
+        return tuple(range(len(step.decode)))
+    lanes, used = bucket.decode_rows // plan.num_shards, [0] * plan.num_shards
+    rows = []
+    for row in step.decode:
+        rows.append(row.shard * lanes + used[row.shard])
+        used[row.shard] += 1
     return tuple(rows)
+
+
+def _place_whole_tables(pages: np.ndarray, rows: Sequence[int], tables: Sequence[tuple[int, ...]]) -> None:
+    """Tables from position 0 on at the beginning of their rows, all of them by one assignment, since a step has as many as rows."""
+    counts = np.array([len(ids) for ids in tables])
+    total, before = int(counts.sum()), np.cumsum(counts) - counts
+    ids = np.fromiter(chain.from_iterable(tables), np.int32, total)
+    pages[np.repeat(rows, counts), np.arange(total) - np.repeat(before, counts)] = ids
 
 
 def _place_prefill(step: Step, bucket: Bucket, limits: RunnerLimits, batch: Batch) -> tuple[tuple[int | None, ...], tuple[slice, ...]]:

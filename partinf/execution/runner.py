@@ -18,16 +18,17 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from partinf.buckets import fit, runner_limits, smallest_first
 from partinf.engine.runner import RunnerLimits
 from partinf.engine.step import PromptScore, SampledToken, Step, StepOutput
 from partinf.execution.place import Placed, place_step
 from partinf.foundation.errors import InvalidInput
-from partinf.partition.sharding import device_mesh, put, whole
+from partinf.partition.sharding import device_mesh, platform_of, put, whole
 from partinf.plans import Bucket, Plan
-from partinf.transformer.batch import empty_batch, pack
+from partinf.transformer.batch import Blank
 from partinf.transformer.executables import ExecutableCache, Obtained, obtain, program_key
 from partinf.transformer.masks import abstract_masks, laid_out
 from partinf.transformer.page_copies import HostPages, compile_put, compile_take
@@ -52,10 +53,10 @@ class _Submitted:
         self.padded_tokens = 0
         self._bucket: Bucket | None = None
 
-    def place(self, bucket: Bucket, plan: Plan, limits: RunnerLimits) -> Placed:
+    def place(self, bucket: Bucket, blank: Blank, plan: Plan, limits: RunnerLimits) -> Placed:
         """The step in the bucket of a tick, which is mostly that of the tick before."""
         if self.placed is None or bucket != self._bucket:
-            self.placed, self._bucket, self.padded_tokens = place_step(self.step, bucket, plan, limits), bucket, bucket.num_tokens
+            self.placed, self._bucket, self.padded_tokens = place_step(self.step, bucket, plan, limits, blank), bucket, bucket.num_tokens
         return self.placed
 
 
@@ -97,7 +98,9 @@ class JaxRunner:
         self._executables = executables
         self._unrolled = bool(unrolled) if params is None else isinstance(params["layers"], tuple)
         self._steps: dict[Bucket, Any] = {}
+        self._blanks = {bucket: Blank(bucket, plan) for bucket in plan.buckets}
         self._batch_sharding = whole(self.mesh)
+        self._in_host_memory = platform_of(self.mesh).virtual
         self._masks: dict[int, bytes] = {}  # that lie on the devices, by slot
         self._mask_sharding = abstract_masks(plan, self.mesh).sharding
         self._in_flight: deque[_Submitted] = deque()  # not collected
@@ -192,14 +195,19 @@ class JaxRunner:
             masks = {} if leaving is None else {row.slot: row.mask for row in leaving.step.rows if row.mask is not None}
             if not masks.items() <= self._masks.items():  # mostly they are the same within a text in quotes
                 self._masks = masks
-                self._state = replace(self._state, masks=put(laid_out(masks, self.plan), self._mask_sharding))
-            placed = [None if each is None else each.place(bucket, self.plan, self._limits) for each in self._pipeline]
-            batches = [empty_batch(bucket, self.plan) if each is None else each.batch for each in placed]
-            self._state, out = self._steps[bucket](self.params, self._state, put(pack(batches), self._batch_sharding))
+                self._state = replace(self._state, masks=self._on_devices(laid_out(masks, self.plan), self._mask_sharding))
+            blank = self._blanks[bucket]
+            placed = [None if each is None else each.place(bucket, blank, self.plan, self._limits) for each in self._pipeline]
+            packed = np.stack([blank.copy()[0] if each is None else each.vector for each in placed])
+            self._state, out = self._steps[bucket](self.params, self._state, self._on_devices(packed, self._batch_sharding))
             if leaving is not None and leaving.step.num_rows:
                 leaving.out = out
         if leaving is not None:
             leaving.passed = True
+
+    def _on_devices(self, array: np.ndarray, target: NamedSharding) -> Any:
+        """What a program takes in the place of this array. It puts one on a single device in a fraction of the time of `put`."""
+        return array if self.mesh.size == 1 else put(array, target)
 
     def collect(self) -> StepOutput:
         submitted = self._in_flight.popleft()
@@ -210,24 +218,29 @@ class JaxRunner:
         out, placed, extended = submitted.out, submitted.placed, submitted.placed.batch.extended
         wanted = None if extended is None or not extended.alternatives.any() else extended.alternatives.tolist()
         scored = extended is not None and (extended.target >= 0).any()
-        prompts = (out.prompt_logprobs, out.prompt_top_tokens, out.prompt_top_logprobs) if scored else ()
-        fetched = jax.device_get((out.tokens, out.logprobs, (out.top_tokens, out.top_logprobs) if wanted else (), prompts))
-        tokens, logprobs = fetched[0].tolist(), fetched[1].tolist()
-        tops = [array.tolist() for array in fetched[2]]
+        tokens, logprobs = self._fetch(out.tokens, out.logprobs)
+        top_tokens, top_logprobs = self._fetch(out.top_tokens, out.top_logprobs) if wanted else ([], [])
+        scores = self._fetch(out.prompt_logprobs, out.prompt_top_tokens, out.prompt_top_logprobs) if scored else []
 
         def sampled(row: int) -> SampledToken:
             if wanted is None or not wanted[row]:
                 return SampledToken(tokens[row], logprobs[row])
-            return SampledToken(tokens[row], logprobs[row], tuple(zip(tops[0][row], tops[1][row], strict=True))[: wanted[row]])
+            return SampledToken(tokens[row], logprobs[row], tuple(zip(top_tokens[row], top_logprobs[row], strict=True))[: wanted[row]])
 
         return StepOutput(
             decode=tuple(map(sampled, placed.decode_rows)),
             prefill=tuple(None if row is None else sampled(row) for row in placed.prefill_rows),
-            prompt_scores=tuple(tuple(map(PromptScore, *(part[span].tolist() for part in fetched[3]))) for span in placed.scored)
-            if scored
-            else (),
+            prompt_scores=tuple(tuple(map(PromptScore, *(part[span] for part in scores))) for span in placed.scored) if scored else (),
             padded_tokens=submitted.padded_tokens,
         )
+
+    def _fetch(self, *arrays: jax.Array | None) -> list[Any]:
+        """Arrays of a step's output as lists. `jax.device_get` takes several times as long."""
+        there = [array for array in arrays if array is not None]
+        if not self._in_host_memory:
+            for array in there:  # all on their way at once
+                array.copy_to_host_async()
+        return [np.asarray(array).tolist() for array in there]
 
     def bucket_of(self, *steps: Step) -> Bucket:
         """The bucket in which a step runs, or a tick in which the stages hold these steps."""

@@ -26,6 +26,7 @@ from partinf.foundation.rounding import ceil_div, round_up
 from partinf.model.weights import active_params
 from partinf.partition.sharding import whole
 from partinf.plans import Bucket, Plan
+from partinf.transformer.batch import Blank
 from partinf.transformer.params import Params
 from partinf.transformer.score import compile_score_step
 from partinf.transformer.step import empty_state
@@ -105,6 +106,7 @@ class Scorer:
         self._unrolled = isinstance(params["layers"], tuple)
         self._whole = whole(mesh)
         self._step = compile_score_step(self.plan, mesh, self.bucket, self._unrolled)
+        self._blank = Blank(self.bucket, self.plan)
 
     def score(self, texts: Sequence[Sequence[int]]) -> Scores:
         """Score token sequences of at least two tokens each.
@@ -183,7 +185,7 @@ class Scorer:
             chosen.append((text, chunk))
             used[target] += count
             slots[target] += 1
-        placed = place_step(Step((), tuple(chunk for _, chunk in chosen)), self.bucket, self.plan, limits)
+        placed = place_step(Step((), tuple(chunk for _, chunk in chosen)), self.bucket, self.plan, limits, self._blank)
         targets = np.zeros(self.bucket.prefill_tokens, np.int32)
         spans = []
         for (text, chunk), row in zip(chosen, placed.prefill_rows, strict=True):

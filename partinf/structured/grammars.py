@@ -13,6 +13,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from partinf.structured.structure import Kind, Structure
 
 # Compiled structures: clients send the same one with each request, and a hostile one takes some 50 MB.
 _REMEMBERED = 16
+_TEXTS, _TEXT_LENGTH = 4096, 64  # texts without a choice whose tokens are remembered, and the bytes of the longest of them
 _SHOWN = 300  # characters of an error
 _COMPLETE = ("NoExtension", "EndOfSentence")  # why llguidance stops when all is well
 _ALL = {"precompute_large_lexemes": False, "verbose_errors": False}
@@ -247,9 +249,15 @@ class _Vocabulary:
         texts[:count] = pieces
         self._ids = {piece: token for token, piece in reversed(list(enumerate(texts))) if piece}
         self._longest = max(map(len, pieces), default=1)
+        self._remembered = lru_cache(_TEXTS)(self._write)
 
     def __call__(self, text: bytes) -> list[int]:
-        """Tokens whose bytes are those of the text: the tokenizer's own where it adds nothing to them, else the longest that fit."""
+        """Tokens whose bytes are those of the text. A mask asks for them wherever the grammar leaves no choice, mostly for the same few
+        bytes, and the tokenizer takes longer than the rest of the mask."""
+        return self._remembered(text) if len(text) <= _TEXT_LENGTH else self._write(text)
+
+    def _write(self, text: bytes) -> list[int]:
+        """The tokenizer's own tokens where they add nothing to the text, else the longest that fit."""
         try:
             tokens = self._tokenizer.encode_marked(text.decode())
         except (UnicodeDecodeError, InvalidInput):

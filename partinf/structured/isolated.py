@@ -48,6 +48,12 @@ class Isolated(Grammars):
         self._closing = threading.Lock()
         self._closed = False
 
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """Those that have been started and not ended."""
+        with self._closing:
+            return [process.child for process in self._processes]
+
     def close(self) -> None:
         """End all processes, in the middle of what they do; their waiters are notified that they ended."""
         with self._closing:
@@ -164,7 +170,7 @@ class _Process:
 
     def __init__(self, given: bytes, bounds: Bounds) -> None:
         """Starts it, which does not wait until it has come up."""
-        self._child, self._socket = bounded_process.start("partinf.structured.process")
+        self.child, self._socket = bounded_process.start("partinf.structured.process")
         self._bounds = bounds
         self._unsent = bounded_process.framed(given)
         self._asking = threading.Lock()
@@ -187,12 +193,12 @@ class _Process:
                 raise Ended(f"no process had a core for the structure within {self._bounds.patience:g} s; send it again later") from None
             except (OSError, EOFError):
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._child.wait(_ENDING_SECONDS)  # its socket closes before it can be reported how it ended
+                    self.child.wait(_ENDING_SECONDS)  # its socket closes before it can be reported how it ended
                 raise Ended(self._why(self._end(), request)) from None
 
     def close(self) -> None:
         """End it, from any thread."""
-        self._child.kill()
+        self.child.kill()
         with self._asking:
             self._end()
 
@@ -206,7 +212,7 @@ class _Process:
         return bytes(parts)
 
     def _end(self) -> int:
-        code = bounded_process.end(self._child)
+        code = bounded_process.end(self.child)
         self._socket.close()
         return code
 

@@ -175,6 +175,22 @@ def pack(batches: Sequence[Batch]) -> np.ndarray:
     return np.stack([np.concatenate(leaves) for leaves in flat])
 
 
+class Blank:
+    """Makes empty batches of one bucket whose arrays are all parts of one vector, the one of `pack`, so that there is nothing to pack."""
+
+    def __init__(self, bucket: Bucket, plan: Plan) -> None:
+        leaves, self._tree = jax.tree.flatten(empty_batch(bucket, plan))
+        ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
+        self._parts = [(slice(end - leaf.size, end), leaf.dtype, leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
+        self._vector = pack([jax.tree.unflatten(self._tree, leaves)])[0]
+
+    def copy(self) -> tuple[np.ndarray, Batch]:
+        """A vector, and the batch that it holds."""
+        vector = self._vector.copy()
+        leaves = [vector[span].view(dtype).reshape(shape) for span, dtype, shape in self._parts]
+        return vector, jax.tree.unflatten(self._tree, leaves)
+
+
 def unpack(packed: jax.Array, bucket: Bucket, plan: Plan) -> Batch:
     """The inverse of `pack`, inside the program: arrays with a leading stage dimension."""
     leaves, tree = jax.tree.flatten(empty_batch(bucket, plan))

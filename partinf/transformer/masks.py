@@ -34,15 +34,32 @@ def laid_out(masks: Mapping[int, bytes], plan: Plan) -> np.ndarray:
         masks: by slot, as `partinf.engine.step.DecodeRow.mask` has them: bit i modulo 8 of byte i // 8 is entry i of the vocabulary.
     """
     words = np.zeros(_shape(plan), np.uint32)
-    parts, vocab = plan.ways(plan.layout.weight_axes), plan.model.padded_vocab_size
+    parts, size = plan.ways(plan.layout.weight_axes), plan.model.padded_vocab_size // plan.ways(plan.layout.weight_axes)
     for slot, mask in masks.items():
-        bits = np.zeros(vocab, np.uint8)
-        given = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: plan.model.vocab_size]
-        bits[: len(given)] = given
-        padded = np.zeros((parts, words.shape[1] // parts * _WORD), np.uint8)
-        padded[:, : vocab // parts] = bits.reshape(parts, -1)
-        words[slot] = np.packbits(padded, bitorder="little").view("<u4")
+        words[slot] = (_parts_of_bytes if size % 8 == 0 else _parts_of_bits)(mask, plan.model.vocab_size, parts, size)
     return words
+
+
+def _parts_of_bytes(mask: bytes, vocab: int, parts: int, size: int) -> np.ndarray:
+    """The words of one mask whose parts of so many entries are whole bytes."""
+    held, rest = divmod(vocab, 8)
+    given = bytearray(mask[: held + (rest > 0)])
+    if rest and len(given) > held:
+        given[held] &= (1 << rest) - 1
+    given.extend(bytes(parts * size // 8 - len(given)))
+    words = np.zeros((parts, ceil_div(size, _WORD) * 4), np.uint8)
+    words[:, : size // 8] = np.frombuffer(given, np.uint8).reshape(parts, -1)
+    return words.reshape(-1).view("<u4")
+
+
+def _parts_of_bits(mask: bytes, vocab: int, parts: int, size: int) -> np.ndarray:
+    """The same of any size, bit by bit."""
+    bits = np.zeros(parts * size, np.uint8)
+    given = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[:vocab]
+    bits[: len(given)] = given
+    words = np.zeros((parts, ceil_div(size, _WORD) * _WORD), np.uint8)
+    words[:, :size] = bits.reshape(parts, -1)
+    return np.packbits(words, bitorder="little").view("<u4")
 
 
 def restrict(logits: jax.Array, masks: jax.Array, slot: jax.Array, constrained: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from partinf.engine import (
 )
 from partinf.engine.constraint import allows
 from partinf.engine.estimates import Estimates
+from partinf.engine.mask_workers import MaskWorkers
 from partinf.engine.policies.mlfq import MultiLevelFeedbackQueue
 from partinf.engine.policies.ranked import Eviction, Pages
 from partinf.engine.replicas import IterationInputs
@@ -174,6 +175,45 @@ def test_free_rows_do_not_wait_for_a_mask_that_takes_long() -> None:
         outputs += engine.step()
     check(outputs[0], GRAMMARS[0])
     assert engine.load.page_usage == 0
+
+
+def test_one_thread_serves_those_first_whose_masks_take_least() -> None:
+    """Hostile answers do not keep a slow one waiting that comes after them, and nothing is computed for those that have ended."""
+    gate, taken = threading.Event(), list[int]()
+
+    class Paced:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def accept(self, token: int, quick: bool = False) -> bytes:
+            if quick:
+                raise Costly
+            taken.append(self.number)
+            assert self.number or gate.wait(20)
+            time.sleep(0.05 * (self.number in (1, 2, 3)))
+            return mask_of(token)
+
+    workers, answers = MaskWorkers(1), [Paced(number) for number in range(5)]
+
+    def take(count: int) -> None:
+        found, until = list[int](), time.monotonic() + 20
+        while len(found) < count and time.monotonic() < until:
+            found += [number for number, _, _ in workers.take()]
+            workers.wait()
+
+    for number in (1, 2, 3, 4):
+        workers.ask(number, answers[number], 0)
+    take(4)
+    assert taken == [1, 2, 3, 4]  # nothing is known of any
+    for number in (0, 1, 2, 3, 4):
+        workers.ask(number, answers[number], 0)
+    workers.take()
+    workers.end(2)
+    gate.set()
+    take(4)
+    assert taken[4:] == [0, 4, *[number for number in taken[6:] if number != 2]]
+    assert sorted(taken[6:]) == [1, 3]
+    assert not workers.pending
 
 
 def test_a_mask_that_never_comes_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from partinf.layout.files import make_layout
 from partinf.model.config import ModelConfig
 from partinf.plans import CacheConfig, Plan
 from partinf.transformer import reference
-from partinf.transformer.masks import laid_out, restrict, restrict_plain
+from partinf.transformer.masks import _parts_of_bits, _parts_of_bytes, laid_out, restrict, restrict_plain
 from tests.execution.test_extended_sampling import LAYOUTS, make_runner
 
 MAX_LEN = 28  # of the runner
@@ -144,6 +144,9 @@ def test_masks_whose_parts_end_within_words_reach_every_entry() -> None:
     bits = generator.random(model.vocab_size) < 0.3
     mask = np.packbits(bits, bitorder="little").tobytes()
     words = laid_out({1: mask}, plan)
+    for vocab, parts, size in ((250, 16, 16), (241, 4, 64), (500, 2, 256)):
+        given = generator.bytes(generator.integers(1, vocab // 8 + 2))
+        np.testing.assert_array_equal(_parts_of_bytes(given, vocab, parts, size), _parts_of_bits(given, vocab, parts, size))
     parts, vocab = 16, model.padded_vocab_size
     local = vocab // parts
     assert local % 32

@@ -63,5 +63,5 @@ def test_accepted_parameters_fit(values: dict[str, Any]) -> None:
     if how.extended:
         assert extended.alternatives[row] == how.top_logprobs
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(placed.batch))
-    pack([placed.batch])
+    np.testing.assert_array_equal(pack([placed.batch])[0], placed.vector)
     pack_start(*start, PLAN.max_len)

@@ -150,6 +150,21 @@ def test_what_cannot_be_held_to_is_refused_with_the_reason(grammars: Grammars, s
         grammars(structure())
 
 
+def test_texts_without_a_choice_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of a key or of a separator ask for the same few bytes again and again; long texts are not kept."""
+    texts, encode = list[str](), type(TOKENIZER).encode_marked
+    monkeypatch.setattr(type(TOKENIZER), "encode_marked", lambda self, text: texts.append(text) or encode(self, text))
+    kept = Grammars(TOKENIZER, VOCAB)(Structure.regex("(ab[cd]){20}x{90}"))
+    for letter in (b"c", b"d"):
+        state = kept.start()
+        for byte in (b"ab" + letter) * 20:
+            assert state.accept(2 + byte)
+    forced = Counter(text for text in texts if len(text) <= 64)
+    assert forced["ab"]
+    assert max(forced.values()) == 1
+    assert any(len(text) > 64 for text in texts)
+
+
 def test_a_structure_whose_states_are_used_up_is_compiled_anew(grammars: Grammars) -> None:
     structure = Structure.regex("([ab]*a[ab]{16}c?)+d")
     compiled = grammars(structure)

@@ -167,7 +167,7 @@ def test_a_process_that_gets_no_core_is_not_reported_as_too_costly() -> None:
     try:
         state = clients(Structure.regex("[a-z]{40}")).start()
         (process,) = clients._processes
-        os.kill(process._child.pid, signal.SIGSTOP)
+        os.kill(process.child.pid, signal.SIGSTOP)
         with pytest.raises(RuntimeError, match=r"no process had a core for the structure within 0\.3 s"):
             state.accept(2 + ord("a"))
     finally:
@@ -192,7 +192,7 @@ def test_a_process_that_has_grown_gives_way_to_another(by_process: Isolated, mon
     state.accept(2 + ord("b"))
     monkeypatch.undo()
     assert by_process._own.process is None
-    assert process._child.returncode is not None
+    assert process.child.returncode is not None
     assert state.accept(2 + ord("c")) == first
     assert isinstance(state, IsolatedAnswer)
 
@@ -219,7 +219,7 @@ def test_closing_ends_what_is_being_found_out() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert why
-    assert all(process._child.returncode is not None for process in strangers._processes)
+    assert all(process.child.returncode is not None for process in strangers._processes)
     strangers._own = threading.local()
     with pytest.raises(InvalidInput, match="closing"):
         strangers(Structure.choice(["b"]))
