@@ -9,17 +9,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.results import read, write
 from partinf.buckets import serving_steps
+from partinf.cost.ledger import Ledger, Op
 from partinf.hardware.slices import parse_slice
 from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
-from partinf.proof import Limits, StepProof, prove
+from partinf.proof.compare import differences, planned_collectives
+from partinf.proof.pace import stated_byte_rate
+from partinf.proof.process import Compiled, Limits, compile_bucket
+from partinf.proof.proving import network_of, planned_ledger, schedule_of
+from partinf.proof.report import Work
+from partinf.proof.schedule import Schedule
 from partinf.workload import DType, Workload
 
 _SECONDS = 900.0
@@ -59,6 +66,9 @@ CASES = {
         )
         for batch, y in ((8, "heads"), (32, "batch"), (128, "batch"))
     },
+    "Llama 3 70B int8, bf16 cache, v5e:4x4, batch 32": Case(
+        "llama-3-70b", "v5e:4x4", _TENSOR, {"x": "heads", "y": "batch"}, "decode", 32, 2048, weights="int8"
+    ),
     "PaLM 540B int8, v4:4x4x4, batch 64": Case(
         "palm-540b", "v4:4x4x4", {"x": "embed", "y": "ffn", "z": "ffn"}, dict.fromkeys("xyz", "batch"), "decode", 64, 2048, weights="int8"
     ),
@@ -70,19 +80,68 @@ CASES = {
 }
 
 
-def row_of(plan: Plan, step: StepProof) -> dict[str, Any]:
+_PRODUCTS = ("partinf/transformer/kernels/products.py", "partinf/transformer/linear.py")
+_CORES = ("kernel paged_decode", "kernel prompt_attention")
+_LEAST, _COPY = 0.001, 0.01  # shares of a step from which entries and copies are listed
+
+
+def row_of(plan: Plan, bucket: Bucket, compiled: Compiled) -> dict[str, Any]:
     """A cell of results.json; times in ms."""
-    estimate, layers = step.estimate, plan.model.num_layers
-    assert estimate is not None
+    schedule, ledger, layers = schedule_of(plan, bucket, compiled.program), planned_ledger(plan, bucket), plan.model.num_layers
+    floor = (ledger.weight_bytes + ledger.kv_bytes) / stated_byte_rate(plan.slice.chip)
+    exposed = sum(one.exposed_seconds for one in schedule.collectives)
+    seconds = max(floor, schedule.compute_seconds + exposed)
     return {
-        "ms": round(1e3 * estimate.seconds, 2),
-        "collectives_ms": round(1e3 * estimate.collectives, 2),
-        "floor_ms": round(1e3 * estimate.floor, 2),
-        "kernel_ms": round(1e3 * estimate.kernels, 2),
-        "collectives_per_layer": round(sum(one.count for one in step.collectives) / layers, 1),
-        "code_mb": round(step.memory.code / 1e6, 1),
-        "temporaries_mb": round(step.memory.temporaries / 1e6, 1),
+        "ms": _ms(seconds),
+        "collectives_ms": _ms(exposed),
+        "floor_ms": _ms(floor),
+        "kernel_ms": _ms(sum(kernel.seconds for kernel in schedule.kernels.values())),
+        "collectives_per_layer": round(sum(one.count for one in schedule.collectives) / layers, 1),
+        "code_mb": round(compiled.memory["generated_code"] / 1e6, 1),
+        "temporaries_mb": round(compiled.memory["temp"] / 1e6, 1),
+        "products_ms": _ms(sum(one.seconds * one.count for one in schedule.work if _is_product(one))),
+        "cores_ms": _ms(sum(one.seconds * one.count for one in schedule.work if one.what.startswith(_CORES))),
+        "rest_ms": rest_of(schedule.work, _LEAST * seconds),
+        "unplanned_ms": unplanned(plan, ledger, schedule),
+        "copies_ms": {f"{one.what}, {one.source_op}": _ms(one.count * one.seconds) for one in copies_of(schedule.work, _COPY * seconds)},
     }
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 2)
+
+
+def _is_product(one: Work) -> bool:
+    return one.source_op.startswith(_PRODUCTS) and not one.moves
+
+
+def rest_of(work: Iterable[Work], least: float) -> dict[str, float]:
+    """What is neither product nor core of attention, by the function of ours that it comes from; what takes less than `least` together."""
+    found: dict[str, float] = defaultdict(float)
+    for one in work:
+        if not _is_product(one) and not one.what.startswith(_CORES):
+            place, _, function = one.source_op.partition(" ")
+            waits = one.what.startswith("waiting")
+            name = "waiting for weights" if waits else f"{place.partition(':')[0].removeprefix('partinf/')} {function}".strip()
+            found[name or "made by the compiler"] += one.seconds * one.count
+    listed = {name: _ms(seconds) for name, seconds in sorted(found.items(), key=lambda pair: -pair[1]) if seconds >= least}
+    return listed | {"all that take less": _ms(sum(seconds for seconds in found.values() if seconds < least))}
+
+
+def unplanned(plan: Plan, ledger: Ledger, schedule: Schedule) -> dict[str, float]:
+    """Collectives that are not those of the plan, and what they add."""
+    network = network_of(plan)
+
+    def seconds(op: str, axes: tuple[str, ...], num_bytes: int) -> float:
+        return network.seconds(Op(op), axes, num_bytes) if op in list(Op) else 0.0
+
+    found = differences(planned_collectives(ledger, plan.axis_sizes), schedule.collectives, seconds)
+    return {f"{one.kind}: {one.what}": _ms(one.seconds) for one in found}
+
+
+def copies_of(work: Iterable[Work], least: float) -> list[Work]:
+    """What only moves data within the chip and takes as long."""
+    return [one for one in work if one.moves and one.count * one.seconds > least]
 
 
 def main() -> None:
@@ -93,8 +152,8 @@ def main() -> None:
     for name, case in CASES.items():
         if chosen in (None, name):
             plan, bucket = case.step()
-            (step,) = prove(plan, [bucket], Limits(seconds=_SECONDS)).steps
-            found.setdefault(name, {})["after"] = row = row_of(plan, step)
+            compiled = compile_bucket(plan, bucket, Limits(seconds=_SECONDS))
+            found.setdefault(name, {})["after"] = row = row_of(plan, bucket, compiled)
             print(f"{name}: {row}", flush=True)
             write(__file__, found)
 
