@@ -1,11 +1,12 @@
 """What constrained rows cost the rows next to them: 32 free rows and 4 constrained ones against 36 free ones.
 
-    python -m experiments.constrained_rows.measure          # writes results.json
+    python -m experiments.constrained_rows.measure          # three runs; writes results.json and the figures of the README
 
-On the demo model, and on a simulated device whose steps take 6 ms. The ways take turns on one runner. A share is the median of all turns,
-and of the best tenth of each way's turns, which other work on the machine disturbs least; a gap is the time between two tokens of a free
-row. While the host is a step ahead, a constrained row runs in every second step, so no more than 34 of 36 rows (0.944) can be had; 32 free
-rows alone are 0.889.
+On the demo model, and on a simulated device whose steps take 6 ms. A round is a turn of free rows alone, two turns of a way and one of free
+rows again, so that what else happens on the machine strikes both; a share is the throughput of the way over that of free rows in its round,
+and what is shown the median of all rounds with its quartiles. A gap is the time between two tokens of a free row. While the host is a step
+ahead, a constrained row runs in every second step, so no more than 34 of 36 rows (0.944) can be had where all steps take the same time; 32
+free rows alone are 0.889.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from experiments.constrained_rows.simulated import ROWS, Device
-from experiments.results import write
+from experiments.constrained_rows.table import write_figures
+from experiments.results import machine, read, write
 from partinf import api
 from partinf.buckets import Capacity
 from partinf.checkpoint.tokenizer import Tokenizer
@@ -52,25 +55,24 @@ class Way:
 
     Attributes:
         threads: of the engine, for masks. served: structures are compiled as `partinf serve` does it. compiling: others are all the while.
-        turns: that are enough; None for all.
+        slow: a turn takes seconds, so that one round is enough.
     """
 
     structures: tuple[Structure, ...] = ()
     threads: int = 0
     served: bool = True
     compiling: bool = False
-    turns: int | None = None
+    slow: bool = False
 
 
 WAYS = {
-    "free": Way(),
     "between steps": Way((ORDINARY,) * CONSTRAINED, served=False),
     "as served": Way((ORDINARY,) * CONSTRAINED, threads=1),
-    "hostile, between steps": Way(tuple(HOSTILE), served=False, turns=1),
+    "hostile, between steps": Way(tuple(HOSTILE), served=False, slow=True),
     "hostile, as served": Way(tuple(HOSTILE), threads=1),
     "hostile ones compiled": Way(threads=1, compiling=True),
 }
-"""What is measured in turns."""
+FREE = Way()
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,16 @@ def load_demo() -> api.Model:
     return api.load("demo", api.plan("demo", "cpu:1", workload, capacity=capacity))
 
 
-def throughput(served: Served, way: Way) -> tuple[float, list[float]]:
-    """Tokens per second while no request joins or ends, and the seconds between the tokens of a free row."""
+@dataclass(frozen=True)
+class Turn:
+    """Tokens while no request joined or ended, and the seconds between those of a free row."""
+
+    tokens: int
+    gaps: list[float]
+
+
+def run_turn(served: Served, way: Way) -> Turn:
+    _wait_for(served.isolated)
     compile_ = served.isolated if way.served else served.plain
     held = [compile_(structure) for structure in way.structures]
     engine = Engine(served.runner, tokenizer=served.tokenizer, lag=1, num_mask_threads=way.threads)
@@ -105,12 +115,12 @@ def throughput(served: Served, way: Way) -> tuple[float, list[float]]:
         while engine.metrics.iterations < STEPS:
             engine.step()
             times.append(time.perf_counter())
-    found = engine.metrics.generated_tokens / (times[-1] - times[0])
+    tokens = engine.metrics.generated_tokens
     for number in range(ROWS):
         engine.cancel(str(number))
     while engine.has_work:
         engine.step()
-    return found, [later - earlier for earlier, later in itertools.pairwise(times)]
+    return Turn(tokens, [later - earlier for earlier, later in itertools.pairwise(times)])
 
 
 @contextlib.contextmanager
@@ -134,54 +144,73 @@ def _compiling(isolated: Isolated) -> Iterator[None]:
         thread.join()
 
 
-def measure(served: Served, turns: int) -> dict[str, Any]:
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
-    gaps: dict[str, list[float]] = {name: [] for name in WAYS}
-    for turn in range(turns + 1):
-        for name, way in WAYS.items():
-            if turn > (turns if way.turns is None else way.turns):
-                continue
-            speed, between = throughput(served, way)
-            if turn:
-                found[name].append(speed)
-                gaps[name] += between
-    best = {name: statistics.median(sorted(speeds)[-max(1, turns // 10) :]) for name, speeds in found.items()}
+def measure(served: Served, way: Way, rounds: int) -> dict[str, Any]:
+    """So many rounds, after one that is not counted."""
+    shares, speeds, gaps = list[float](), list[float](), list[float]()
+    for number in range((1 if way.slow else rounds) + 1):
+        found = [run_turn(served, one) for one in (FREE, way, way, FREE)]
+        ours, free = _speed(found[1:3]), _speed(found[::3])
+        if number:
+            shares.append(ours / free)
+            speeds.append(ours)
+            gaps += found[1].gaps + found[2].gaps
+    quartiles = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
     return {
-        name: {
-            "tokens_per_second": statistics.median(speeds),
-            "share_of_free": statistics.median(a / b for a, b in zip(speeds, found["free"], strict=False)),
-            "best_share_of_free": best[name] / best["free"],
-            "gap_ms": {q: 1e3 * _quantile(gaps[name], share) for q, share in (("p50", 0.5), ("p99", 0.99), ("longest", 1.0))},
-        }
-        for name, speeds in found.items()
+        "rounds": len(shares),
+        "tokens_per_second": statistics.median(speeds),
+        "share_of_free": statistics.median(shares),
+        "quartiles": [quartiles[0], quartiles[2]],
+        "gap_ms": {q: 1e3 * _quantile(gaps, share) for q, share in (("p50", 0.5), ("p99", 0.99), ("longest", 1.0))},
     }
+
+
+def _speed(turns: list[Turn]) -> float:
+    """Tokens per second."""
+    return sum(turn.tokens for turn in turns) / sum(sum(turn.gaps) for turn in turns)
+
+
+def _wait_for(isolated: Isolated) -> None:
+    """Until its processes have done with what the last turn left behind."""
+    stats = lambda: [Path(f"/proc/{process.pid}/stat").read_text().split()[13:15] for process in isolated.processes]  # noqa: E731
+    before = None
+    while (now := stats()) != before:
+        before = now
+        time.sleep(0.03)
 
 
 def _quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=25)
-    args = parser.parse_args()
+def run(rounds: int) -> dict[str, Any]:
+    """All ways, on both devices."""
     model = load_demo()
     size = model.runner.limits.vocab_size
     plain, isolated = Grammars(model.tokenizer, size), Isolated(model.tokenizer, size)
-    results: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "load_average": os.getloadavg()[0], "turns": args.turns}
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "load_average": os.getloadavg()[0], "rows": {}}
     try:
-        for where, runner in (("demo model", model.runner), ("steps of 6 ms", Device(size))):
-            results[where] = measure(Served(runner, model.tokenizer, plain, isolated), args.turns)
-            for name, row in results[where].items():
-                gap = row["gap_ms"]
-                print(
-                    f"{where}, {name}: {row['tokens_per_second']:.0f} tokens/s, {row['share_of_free']:.3f}, "
-                    f"best {row['best_share_of_free']:.3f}; gaps {gap['p50']:.1f}, {gap['p99']:.1f}, {gap['longest']:.1f} ms",
-                    flush=True,
-                )
+        for where, runner, count in (("demo model", model.runner, rounds), ("steps of 6 ms", Device(size), max(1, rounds // 5))):
+            rows = found["rows"][where] = {}
+            for name, way in WAYS.items():
+                row = rows[name] = measure(Served(runner, model.tokenizer, plain, isolated), way, count)
+                low, high = row["quartiles"]
+                print(f"{where}, {name}: {row['share_of_free']:.3f} ({low:.3f} to {high:.3f})", flush=True)
     finally:
         isolated.close()
-    write(__file__, results)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=40, help="on the demo model; a fifth of them on the device")
+    parser.add_argument("--add", action="store_true", help="keep the runs that results.json has")
+    args = parser.parse_args()
+    runs = read(__file__, missing=[]) if args.add else []
+    for _ in range(args.runs):
+        runs.append(run(args.rounds))
+        write(__file__, runs)
+    write_figures(runs)
 
 
 if __name__ == "__main__":

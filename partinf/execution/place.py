@@ -51,7 +51,10 @@ def _place_decode(step: Step, bucket: Bucket, plan: Plan, limits: RunnerLimits, 
     batch.decode.slot[list(rows)] = [row.slot for row in step.decode]
     batch.decode.position[list(rows)] = [row.position for row in step.decode]
     for lane, row in zip(rows, step.decode, strict=True):
-        _place_sampling(batch, lane, row.sampling, row.position + 1, row.mask is not None)
+        how = row.sampling
+        if how.greedy and row.mask is None and not how.extended:
+            continue  # as it is in an empty batch
+        _place_sampling(batch, lane, how, row.position + 1, row.mask is not None)
         if row.counts:
             assert batch.extended is not None  # such a step goes into an extended bucket
             batch.extended.counted[lane] = 1

@@ -180,14 +180,14 @@ class Blank:
 
     def __init__(self, bucket: Bucket, plan: Plan) -> None:
         leaves, self._tree = jax.tree.flatten(empty_batch(bucket, plan))
-        ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
-        self._parts = [(slice(end - leaf.size, end), leaf.dtype, leaf.shape) for end, leaf in zip(ends, leaves, strict=True)]
+        ends = np.cumsum([leaf.nbytes for leaf in leaves]).tolist()
+        self._parts = [(leaf.shape, leaf.dtype, end - leaf.nbytes) for end, leaf in zip(ends, leaves, strict=True)]
         self._vector = pack([jax.tree.unflatten(self._tree, leaves)])[0]
 
     def copy(self) -> tuple[np.ndarray, Batch]:
         """A vector, and the batch that it holds."""
         vector = self._vector.copy()
-        leaves = [vector[span].view(dtype).reshape(shape) for span, dtype, shape in self._parts]
+        leaves = [np.ndarray(shape, dtype, vector, offset) for shape, dtype, offset in self._parts]
         return vector, jax.tree.unflatten(self._tree, leaves)
 
 
