@@ -27,7 +27,7 @@ from partinf.engine.runner import PageGroup, RunnerLimits
 from partinf.engine.step import Step
 from partinf.foundation.errors import DoesNotFit, InvalidInput, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_LEN, MAX_PAGES, not_whole, outside
-from partinf.foundation.paging import chunk_pages, window_pages
+from partinf.foundation.paging import PAGE_SIZE, chunk_pages, window_pages
 from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, CacheConfig, CacheGroup, Plan
@@ -68,13 +68,13 @@ class Capacity:
             may come, and those that are longer than a shard's share of a step are cut over several.
         max_residents: sequences that may hold pages, where some policy gives one's place to another; 0 for those decoded together.
         kv_pages: pages per shard; 0 for as many as memory holds.
-        memory_share: share of the memory left by weights, programs and activations that becomes pages; 0 for the platform's.
+        memory_share: of the memory that weights, programs and activations leave, the part that becomes pages; 0 for the platform's.
     """
 
     max_rows: int = 32
     max_len: int = 0
     prefill_tokens: int = 128
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
     random: bool = True
     extended: bool = False
     constrained: bool = False

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from partinf.foundation.errors import InvalidInput, raise_offences
 from partinf.foundation.limits import NEVER
-from partinf.foundation.paging import table_pages
+from partinf.foundation.paging import PAGE_SIZE, table_pages
 from partinf.foundation.rounding import round_up
 from partinf.hardware.slices import DCN_AXIS, Slice
 from partinf.layout import PHASES, AttentionRole, Dispatch, ExpertRole, Layout, Phase, Role, letter_axes, readable_name
@@ -94,7 +94,7 @@ class CacheConfig:
         other_pages: the same of every further group (`Plan.cache_groups`); empty for as many as of the first.
     """
 
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
     pages_per_shard: int = 64
     num_slots: int = 32
     other_pages: tuple[int, ...] = ()

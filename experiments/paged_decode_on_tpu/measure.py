@@ -32,6 +32,7 @@ from partinf.proof.hlo import Module
 from partinf.proof.pace import pace_of
 from partinf.proof.schedule import Reader
 from partinf.proof.topology import mesh_of
+from partinf.proof.walk import KernelRun
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.step import compile_step
 
@@ -57,7 +58,7 @@ def compiled(plan: Plan, bucket: Bucket, tiles: kernels.Tiles) -> dict[str, Any]
     network = Network(plan.slice, BandwidthModel.AXIS, 1.0, pace.hop_seconds)
     ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
     core = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == DECODE.core)
-    kernels = {"paged_decode": lambda _, runs: core / runs}
+    kernels = {"paged_decode": lambda _, runs: KernelRun(core / runs)}
     schedule = Reader(Module(program.as_text()), plan.slice, network, kernels=kernels, pace=pace).read()
     assert list(schedule.kernels) == (["paged_decode"] if tiles.paged else [])
     of_kernels = sum(kernel.seconds for kernel in schedule.kernels.values())

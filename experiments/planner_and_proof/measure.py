@@ -24,7 +24,7 @@ from partinf.proof.schedule import Schedule
 
 KINDS = ("products", "attention", "collectives", "other")
 _KIND_OF = {What.PRODUCT: "products", What.TABLE: "products", What.CORE: "attention"}
-_PRODUCTS = ("multiply", "logits", "dot")  # functions in which matrices are multiplied
+_PRODUCTS = ("multiply", "logits", "dot", "_by_xla")  # functions in which matrices are multiplied
 _CORES = tuple(f"partinf/transformer/kernels/{name}.py" for name in ("tiles", "paged_decode", "prompt"))
 
 

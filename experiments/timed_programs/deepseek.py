@@ -66,13 +66,14 @@ def walked(text: str, share: float) -> dict[str, float]:
     from partinf.proof.pace import pace_of
     from partinf.proof.schedule import Reader
     from partinf.proof.traffic import kernel_bytes
+    from partinf.proof.walk import KernelRun
 
     slice_ = parse_slice(SLICE, MESH)
     module, pace = Module(text), pace_of(slice_)
     blocks = {one.name: block for block in module.computations.values() for one in block.instructions}
 
-    def kernel(instruction: Instruction, _: float) -> float:
-        return share * kernel_bytes(blocks[instruction.name], instruction) / pace.byte_rate
+    def kernel(instruction: Instruction, _: float) -> KernelRun:
+        return KernelRun(share * kernel_bytes(blocks[instruction.name], instruction) / pace.byte_rate)
 
     network = Pricing(slice_, calibration_for(slice_.chip)).network
     schedule = Reader(module, slice_, network, kernels={KERNEL: kernel}, pace=pace).read()

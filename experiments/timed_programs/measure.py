@@ -27,6 +27,7 @@ from partinf.hardware.slices import parse_slice
 from partinf.proof.hlo import Instruction, Module
 from partinf.proof.pace import pace_of, stated_byte_rate
 from partinf.proof.schedule import Reader, Schedule
+from partinf.proof.walk import KernelRun
 
 RESULTS = Path(__file__).with_name("results.json")
 # The first factor of x tells the copies apart; devices are numbered row-major, in the program as here.
@@ -68,8 +69,8 @@ def walked(text: str) -> Schedule:
     pace = pace_of(SLICE)
     network = Pricing(SLICE, calibration_for(SLICE.chip)).network
 
-    def kernel(instruction: Instruction, _: float) -> float:
-        return ROW_SECONDS * instruction.shapes[0].dims[0]
+    def kernel(instruction: Instruction, _: float) -> KernelRun:
+        return KernelRun(ROW_SECONDS * instruction.shapes[0].dims[0])
 
     return Reader(Module(text), SLICE, network, kernels={KERNEL: kernel}, pace=pace).read()
 

@@ -20,17 +20,19 @@ from partinf.cost.items import (
     W_KV,
     W_O,
     W_Q,
-    WRITE_CACHE,
     GroupItems,
 )
 from partinf.cost.ledger import Entry, EntryKind, Op, Part
 from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, norm_collective, scatter_embed
 from partinf.cost.movement import Axes, Group, Split
 from partinf.cost.split import StepSplit
-from partinf.foundation.rounding import ceil_div
+from partinf.foundation.paging import PAGE_SIZE
+from partinf.foundation.rounding import ceil_div, round_up
+from partinf.hardware.platform import TILE_COLUMN
 from partinf.model.kinds import QkNorm
 
 _PART = Part.ATTENTION
+_F32 = 4
 
 
 def projection_weights(split: StepSplit) -> tuple[Weight, Weight, Weight]:
@@ -96,8 +98,20 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     kv_heads = model.num_kv_heads // split.ways(group.kv)
     seen = shape.decode_context if shape.real_context is None else shape.real_context
     parts, share = split.ways(group.sequence), useful * split.shares.heads
+    entries += _writes(split, rows, kv_heads)
     entries += decode_cores(split, rows, heads, kv_heads, shape.decode_context, parts, seen, share)
     return entries + _from_group(split, group, shape.decode_rows, useful, DECODE)
+
+
+def _writes(split: StepSplit, rows: int, kv_heads: int) -> list[Entry]:
+    """One token of every row into its page, where a kernel does that: of keys and of values the tile that has the token's place, of every
+    head, and the scales of the page if there are any."""
+    platform, head_dim = split.pricing.slice.chip.platform, split.model.head_dim
+    row, joined = platform.lanes, platform.joins_keys_and_values(head_dim)
+    columns = round_up(2 * head_dim, row) if joined else 2 * round_up(head_dim, row)
+    scales = 2 * _F32 * round_up(kv_heads * (split.shape.page_size or PAGE_SIZE), row) if split.kv_bytes == 1 else 0
+    num_bytes = float(rows * (kv_heads * TILE_COLUMN * columns + scales))
+    return split.pricing.tile_writes(DECODE.write, _PART, split.model.num_layers, num_bytes)
 
 
 def decode_cores(
@@ -161,7 +175,7 @@ def cache_entries(split: StepSplit) -> list[Entry]:
             entries += _earlier(split, shape.prefill_slots * keys * width, shared, layers)
     kv_heads = model.num_kv_heads // split.ways(owners.kv)
     written = shape.prefill_tokens // split.ways(shared + owners.sequence) * 2 * kv_heads * model.head_dim * split.kv_bytes
-    entries.append(split.pricing.traffic(WRITE_CACHE, _PART, model.num_layers, written))
+    entries.append(split.pricing.traffic(PREFILL.write, _PART, model.num_layers, written))
     return entries
 
 

@@ -109,12 +109,11 @@ HEADS_AFTER_Q = Item(What.MOVE, "heads after W_Q", "H", Side.IN)
 HEADS_BEFORE_O = Item(What.MOVE, "heads before W_O", "H", Side.OUT)
 NEW_TO_CACHE = Item(What.MOVE, "new K, V to the cache", "K")
 EARLIER = Item(What.MOVE, "earlier K, V", "K")
-WRITE_CACHE = Item(What.OTHER, "write K, V", "K")
 
 
 class GroupItems(NamedTuple):
     """The entries of one token group: its embedded tokens, what passes over its queries, keys and values, the way to its core and back,
-    and its way out of a pipeline stage."""
+    new keys and values into the cache, and its way out of a pipeline stage."""
 
     embedded: Item
     passes: Item
@@ -123,6 +122,7 @@ class GroupItems(NamedTuple):
     core: Item
     mass: Item
     back: Item
+    write: Item
     leaving: Item
 
 
@@ -135,6 +135,7 @@ def _group(label: str) -> GroupItems:
         Item(What.CORE, f"{label} core", "H", group=label),
         Item(What.MOVE, f"{label}: mass of each part", "H", group=label),
         Item(What.MOVE, f"{label}: output back", "H", group=label),
+        Item(What.OTHER, f"{label}: write K, V", "K", group=label),
         Item(What.MOVE, f"{label} tokens that leave the stage", "E", group=label),
     )
 

@@ -16,6 +16,8 @@ from partinf.hardware.rates import Curve, TypeRates
 from partinf.hardware.slices import Slice
 from partinf.workload import DType
 
+_LATENCY = 1e-6  # of a transfer from or to HBM, assumed
+
 
 class Pricing:
     """Makes priced ledger entries for one slice."""
@@ -157,6 +159,16 @@ class Pricing:
     def kernel(self, rows: int) -> float:
         """What decode's kernel takes on the core for so many rows, in addition to its products."""
         return self.calibration.kernel_seconds + rows * self.calibration.row_seconds if self.program.decode_kernel else 0.0
+
+    def tile_writes(self, item: Item, part: Part, count: int, num_bytes: float) -> list[Entry]:
+        """What the kernel that writes tokens takes in each of so many layers for tiles of so many bytes, of which no chip's time is known:
+        a transfer's latency twice, since tiles come before they go back, and their bytes each way at half of the rate of a long one."""
+        if not (self.program.tile_writes and self.slice.chip.platform.tiles.paged):
+            return []
+        moved = 2 * num_bytes / (self._byte_rate if self._measured is None else self._measured.memory)
+        seconds = 2 * _LATENCY + 2 * moved
+        free = seconds - moved if self.program.unrolled else 0.0
+        return [Entry(item, part, EntryKind.MEMORY, count, activation_bytes=2 * num_bytes, seconds=seconds, free=free)]
 
     def prompt_kernel(self, flops: float) -> float:
         """What the kernel for prompts takes on the core for the products that it makes."""

@@ -54,6 +54,8 @@ class Program:
         fetched_matrix: the largest matrix that is; a larger one is read by its product.
         decode_kernel: decode's core is a kernel that takes time for every row, whatever it reads; the chip says how much
             (`Calibration.kernel_seconds`).
+        tile_writes: in decode a kernel puts every row's keys and values into the cache: it fetches the tiles that they belong to and sends
+            them back.
         small_operations: of a layer, as a multiple of those of the program whose trace gave their time (`Calibration.layer_seconds`), which
             has a dozen: ours has some 26 of rotations, norms, residuals, and of what finds pages.
         passes_elements: the small operations of many rows take the longer, the more they pass over (`Calibration.element_seconds`).
@@ -76,6 +78,7 @@ class Program:
     fetched_bytes: float = 0.0
     fetched_matrix: float = math.inf
     decode_kernel: bool = False
+    tile_writes: bool = False
     small_operations: float = 1.0
     passes_elements: bool = False
     tile_loop: bool = False
@@ -95,6 +98,7 @@ TILED = Program(
     fetched_bytes=2.0**24,
     fetched_matrix=45e6,
     decode_kernel=True,
+    tile_writes=True,
     small_operations=26 / 12,
     passes_elements=True,
     tile_loop=True,

@@ -17,6 +17,7 @@ from partinf.foundation import documents
 from partinf.foundation.documents import Table
 from partinf.foundation.errors import collect, raise_offences
 from partinf.foundation.limits import MAX_BATCH, MAX_DEVICES, MAX_LEN, MAX_PAGES, MAX_PROMPT_TOKENS, MAX_REQUESTS, outside
+from partinf.foundation.paging import PAGE_SIZE
 from partinf.hardware.hardware_file import slice_of
 from partinf.hardware.slices import Slice
 from partinf.layout import Layout
@@ -75,7 +76,7 @@ class Experiment:
     scheduler: str = "fcfs"
     max_batch: int = 8
     prefill_tokens: int = 128
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
     kv_pages: int = 0
     memory_share: float = 0.0
     rounds: int = 7

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from partinf.foundation.rounding import ceil_div, round_up
 
+PAGE_SIZE = 16  # positions of a page, unless another size is chosen
+
 
 def first_page(position: int, window: int, page_size: int) -> int:
     """The first page of a sequence that a query at this position sees; later ones see none before it."""

@@ -68,6 +68,8 @@ class Tiles:
 # Of the kernel for prompts: lanes that a head fills, rows of a block's tile, and rows (heads of a group times tokens) and keys of a block.
 KERNEL_LANES, KERNEL_TILE, KERNEL_ROWS, KERNEL_KEYS = 128, 16, 1024, 512
 
+TILE_COLUMN = 32  # of the kernel that writes into the cache: bytes of a tile's column
+
 _GATHERED = 1 << 16  # numbers that devices find for a norm, of all parts: as many cost their links less than the hops of a sum
 
 
@@ -195,7 +197,7 @@ class Platform:
         proof_environment: environment variables of the process that compiles a proof, in addition to those of every proof.
         host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
         keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.
-        memory_share: share of the memory left by weights, programs and activations that becomes pages of the cache unless another
+        memory_share: of the memory that weights, programs and activations leave, the part that becomes pages of the cache unless another
             is requested. Virtual devices share the machine with all else that runs on it, so it is a quarter there.
         code_bytes: what one compiled step takes besides its data: a round figure above what compilers named. layer_code_bytes: what every
             layer adds that is compiled one by one, for its decode rows, for up to 512 prompt tokens, and for each doubling of these.

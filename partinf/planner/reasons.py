@@ -77,7 +77,7 @@ def _between_stages(slice_: Slice, candidates: Sequence[Candidate], candidate: C
     return text
 
 
-_LEAST = 1e-6  # seconds: a smaller difference is not worth a word
+_LEAST, _LEAST_SHARE = 1e-6, 0.05  # seconds, and a share of the largest difference: a smaller one is not worth a word
 _UNNAMED = "The best layout with unnamed FFN roles"
 _ATTENTION = {
     "heads": "attention over heads",
@@ -98,7 +98,8 @@ def _difference(mine: Ledger, other: Ledger) -> str:
     """Where another step spends more time and where less, in milliseconds."""
     mine_by, other_by = _by_kind(mine), _by_kind(other)
     changes = sorted(((other_by[name] - mine_by[name], name) for name in mine_by), key=lambda pair: -abs(pair[0]))
-    largest = [pair for pair in changes if abs(pair[0]) >= _LEAST] or changes[:1]
+    least = max(_LEAST, _LEAST_SHARE * abs(changes[0][0]))
+    largest = [pair for pair in changes if abs(pair[0]) >= least] or changes[:1]
     return ", ".join(f"{name} {seconds * 1e3:+.3g} ms" for seconds, name in largest[:2])
 
 

@@ -23,7 +23,6 @@ from partinf.cost.pricing import Pricing
 from partinf.cost.program import PLAIN, TILED
 from partinf.cost.step import step_ledger
 from partinf.foundation.errors import InvalidInput
-from partinf.foundation.rounding import ceil_div, round_up
 from partinf.layout import AttentionRole
 from partinf.plans import Bucket, Plan
 from partinf.proof.compare import differences, extra_copies, planned_collectives, stored_padding
@@ -32,16 +31,15 @@ from partinf.proof.pace import pace_of, stated_byte_rate
 from partinf.proof.process import Compiled, Limits, compile_bucket
 from partinf.proof.report import Estimate, Memory, Proof, StepProof, Work
 from partinf.proof.schedule import KernelTime, Reader, Schedule
+from partinf.proof.walk import KernelRun
 from partinf.workload import DType
 
 # Unfitted readings of programs of the paper came within 2 to 15 % of what was measured on v4; one chip is not all chips.
 _ERROR = 0.25
 _COMPILED = replace(PLAIN, skips_windows=True)
 # Kernels of ours, and the entry of the ledger that is their work.
-_KERNELS = {"paged_decode": DECODE.core, "experts_in": WX_IN.product, "experts_out": WX_OUT.product}
-_TILE_COLUMN, _F32 = 32, 4  # bytes of a tile's column, and of a scale
-_WRITES = "paged_write"  # a kernel whose work has no entry
-_LATENCY = 1e-6  # of a transfer from or to HBM, assumed
+_KERNELS = {"paged_decode": DECODE.core, "paged_write": DECODE.write, "experts_in": WX_IN.product, "experts_out": WX_OUT.product}
+_WRITES = "paged_write"  # a kernel of which no time is known
 _LISTED = 16  # instructions in a report
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -124,20 +122,7 @@ def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
     ledger = planned_ledger(plan, bucket)
     kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
     kernels["prompt_attention"] = _from_ledger(planned_ledger(plan, replace(bucket, prefill_pages=0)), PREFILL.core)
-    kernels[_WRITES] = lambda *_: _write_seconds(plan, bucket)
     return Reader(Module(program), plan.slice, network_of(plan), _taken(plan, bucket), kernels, pace_of(plan.slice)).read()
-
-
-def _write_seconds(plan: Plan, bucket: Bucket) -> float:
-    """What one layer's kernel takes to write a token for every lane, of which no chip's time is known: a transfer's latency twice, since
-    tiles come before they go back, and their bytes at half of the rate of a transfer."""
-    pace, split = pace_of(plan.slice), split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=_COMPILED))
-    lanes, heads = ceil_div(bucket.decode_rows, split.ways(split.decode.batch)), split.model.num_kv_heads // split.ways(split.decode.kv)
-    platform, head_dim = plan.slice.chip.platform, split.model.head_dim
-    row = platform.lanes
-    columns = round_up(2 * head_dim, row) if platform.joins_keys_and_values(head_dim) else 2 * round_up(head_dim, row)
-    num_bytes = heads * _TILE_COLUMN * columns + (2 * _F32 * round_up(heads * plan.cache.page_size, row) if plan.kv is DType.INT8 else 0)
-    return 2 * _LATENCY + 2 * lanes * num_bytes / (pace.byte_rate / 2)  # of keys and values, each way
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:
@@ -179,10 +164,11 @@ def _listed(work: Sequence[Work]) -> tuple[Work, ...]:
     return (*work[:_LISTED], *others)
 
 
-def _from_ledger(ledger: Ledger, item: Item) -> Callable[[Instruction, float], float]:
-    """The time of one run of a kernel that does the work of an entry."""
-    total = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == item)
-    return lambda _, runs: total / runs
+def _from_ledger(ledger: Ledger, item: Item) -> Callable[[Instruction, float], KernelRun]:
+    """One run of a kernel that does the work of an entry."""
+    found = Ledger(tuple(entry for entry in ledger.entries if entry.item == item))
+    moved = found.weight_bytes + found.kv_bytes + found.activation_bytes
+    return lambda _, runs: KernelRun(found.seconds / runs, moved / runs)
 
 
 def _estimate(plan: Plan, ledger: Ledger, schedule: Schedule) -> Estimate:

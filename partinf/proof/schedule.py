@@ -19,7 +19,7 @@ from partinf.proof.hlo import DTYPE_NAMES, Computation, Frame, Instruction, Modu
 from partinf.proof.pace import Pace, pace_of
 from partinf.proof.report import Collective, Work
 from partinf.proof.traffic import collective_of, collective_op, is_kernel
-from partinf.proof.walk import Walk
+from partinf.proof.walk import KernelRun, Walk
 
 # Modules that move or multiply for others, as paths in the compiled text: the line that called them says more.
 CARRIERS = tuple(
@@ -76,13 +76,13 @@ class Reader:
         slice_: Slice,
         network: Network,
         taken: Callable[[Sequence[Frame]], float] = lambda _: 1.0,
-        kernels: Mapping[str, Callable[[Instruction, float], float]] | None = None,
+        kernels: Mapping[str, Callable[[Instruction, float], KernelRun]] | None = None,
         pace: Pace | None = None,
     ) -> None:
         """
         Args:
             taken: how often of all times the branches of a conditional run, by the lines that it comes from.
-            kernels: seconds of one run of a kernel without cycles, by the name that its instructions begin with; given the instruction and
+            kernels: one run of a kernel without cycles, by the name that its instructions begin with; given the instruction and
                 how many of that name run.
             pace: constants that correct the compiler's account; those of the chip by default.
         """
@@ -106,7 +106,7 @@ class Reader:
 
     def read(self) -> Schedule:
         """The whole program."""
-        walk = Walk(self._module, self._pace, self._priced, self._kernel_seconds, self._taken)
+        walk = Walk(self._module, self._pace, self._priced, self._kernel_run, self._taken)
         collectives: list[Collective] = []
         work: list[Work] = []
         kernels: dict[str, KernelTime] = {}
@@ -126,7 +126,7 @@ class Reader:
             begun[kernel_name(instruction_name)] += (when,)
         return Schedule(walk.seconds, walk.moved, _summed(collectives), tuple(dearest), kernels, begun)
 
-    def _kernel_seconds(self, kernel: Instruction) -> float | None:
+    def _kernel_run(self, kernel: Instruction) -> KernelRun | None:
         name = kernel_name(kernel.name)
         return self._kernels[name](kernel, self._runs[name]) if name in self._kernels else None
 

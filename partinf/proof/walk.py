@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from partinf.proof.hlo import Computation, Instruction, Module
 from partinf.proof.pace import Pace
@@ -24,6 +25,17 @@ from partinf.proof.traffic import collective_of, hbm_bytes, is_kernel, kernel_by
 
 Key = tuple[str, str]  # computation, instruction
 Collective = Callable[[Computation, Instruction], tuple[tuple[str, ...], float]]
+
+
+class KernelRun(NamedTuple):
+    """One run of a kernel.
+
+    Attributes:
+        num_bytes: what it moves from and to HBM in that time; None for as much as it is handed, or can.
+    """
+
+    seconds: float
+    num_bytes: float | None = None
 
 
 @dataclass
@@ -92,12 +104,12 @@ class Walk:
         module: Module,
         pace: Pace,
         collective: Collective,
-        kernel: Callable[[Instruction], float | None],
+        kernel: Callable[[Instruction], KernelRun | None],
         taken: Callable[[Instruction], float],
     ) -> None:
         """
         Args:
-            collective: the axes and the seconds of a collective. kernel: seconds of one run of a kernel, None if unknown.
+            collective: the axes and the seconds of a collective. kernel: one run of a kernel, None if unknown.
             taken: how often of all times the branches of a conditional run.
         """
         self.spent: dict[Key, float] = defaultdict(float)
@@ -195,8 +207,9 @@ class Walk:
     def _execute(self, block: Computation, instruction: Instruction, clock: _Clock, weight: float) -> None:
         if is_kernel(instruction):
             known, whole = self._kernel(instruction), kernel_bytes(block, instruction) / self._pace.byte_rate
-            seconds = whole if known is None else known
-            moving = min(whole, seconds)
+            seconds = whole if known is None else known.seconds
+            moving = whole if known is None or known.num_bytes is None else known.num_bytes / self._pace.byte_rate
+            moving = min(moving, seconds)
             if block is self._module.computations[self._module.entry]:
                 self.begun.append((instruction.name, clock.core))
         else:

@@ -12,14 +12,18 @@ from experiments.planner_and_proof.steps import STEPS, planned
 from experiments.results import read
 from partinf.buckets import split_of
 from partinf.cost.calibration import calibration_for
-from partinf.cost.items import PREFILL
+from partinf.cost.items import DECODE, PREFILL
 from partinf.cost.pricing import Pricing
 from partinf.cost.program import TILED
 from partinf.cost.step import step_ledger
 from partinf.foundation.limits import NEVER
 from partinf.hardware.platform import CPU, GPU, PLATFORMS, TPU, Tiles
-from partinf.plans import Bucket
+from partinf.hardware.slices import parse_slice
+from partinf.layout.files import make_layout
+from partinf.model.load import load_model_config
+from partinf.plans import Bucket, Plan
 from partinf.proof.proving import planned_ledger
+from partinf.workload import DType
 
 ROWS = {row["step"]: row for row in read(measure.__file__)["rows"]}
 
@@ -83,3 +87,20 @@ def test_tiles_of_every_chip_are_what_the_compiler_says(chip: str) -> None:
     found = [row for name, row in read(measure.__file__, "tiles.json").items() if name.startswith(chip)]
     mine = (constants.score_seconds, constants.tile_seconds, constants.query_tile_seconds)
     assert any(all(abs(a / b - 1) < 0.02 for a, b in zip(mine, one.values(), strict=True)) for one in found)
+
+
+@pytest.mark.parametrize(("kv", "scales"), [(DType.BF16, 0), (DType.INT8, 2 * 4 * 128)])
+def test_tokens_written_by_a_kernel_by_hand(kv: DType, scales: int) -> None:
+    """Of keys and values a tile of 32 bytes by d_head, and a row of scales, of two heads and 16 rows; only where there is such a kernel."""
+    plan = Plan(
+        load_model_config("llama-3-8b"),
+        parse_slice("v5e:4x4"),
+        make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "batch"}),
+        kv=kv,
+    )
+    (entry,) = (one for one in planned_ledger(plan, Bucket(64, 4)).entries if one.item == DECODE.write)
+    moved = 2 * 16 * (2 * 2 * 32 * 128 + scales)
+    assert (entry.activation_bytes, entry.count) == (moved, 32)
+    assert entry.seconds == pytest.approx(2e-6 + 2 * moved / (0.867 * plan.slice.chip.hbm_bandwidth))
+    on_gpus = replace(plan, slice=parse_slice("h100:4x4"))
+    assert not [one for one in planned_ledger(on_gpus, Bucket(64, 4)).entries if one.item == DECODE.write]

@@ -16,6 +16,7 @@ from partinf.hardware.slices import parse_slice
 from partinf.proof.hlo import Instruction, Module
 from partinf.proof.pace import Pace, pace_of
 from partinf.proof.schedule import Reader, Schedule
+from partinf.proof.walk import KernelRun
 
 US = 1e-6
 # 1 GHz and 1 GB/s: a thousand cycles are a microsecond, and so are a thousand bytes.
@@ -63,7 +64,7 @@ def entry(*lines: str, before: str = "") -> str:
     return f"{HEAD}\n{before}\nENTRY %main (w: s8[900,1000], here: s8[10,1000]) -> s8[10,1000] {{\n{body}\n}}\n"
 
 
-def read(text: str, pace: Pace = PLAIN, kernels: dict[str, Callable[[Instruction, float], float]] | None = None) -> Schedule:
+def read(text: str, pace: Pace = PLAIN, kernels: dict[str, Callable[[Instruction, float], KernelRun]] | None = None) -> Schedule:
     network = Network(SLICE, hop_seconds=US)
     found = Reader(Module(text), SLICE, network, lambda _: 0.25, kernels, pace).read()
     exposed = sum(one.exposed_seconds for one in found.collectives)
@@ -172,21 +173,28 @@ KERNEL = '%spun.3 = s8[10,1000]{1,0:S(1)} custom-call(%w, %here), custom_call_ta
 
 
 def test_a_kernel_is_never_had_for_nothing() -> None:
-    known = read(entry(KERNEL, KERNEL.replace("spun.3", "spun.4")), kernels={"spun": lambda kernel, runs: 14 * US / runs})
+    known = read(entry(KERNEL, KERNEL.replace("spun.3", "spun.4")), kernels={"spun": lambda kernel, runs: KernelRun(14 * US / runs)})
     assert known.seconds == pytest.approx(14 * US)
     assert known.kernels["spun"] == (pytest.approx(14 * US), 2, True)
     unknown = read(entry(KERNEL))
     assert unknown.seconds == pytest.approx(900 * US)  # one read of what lies in HBM
     assert unknown.kernels["spun"] == (pytest.approx(900 * US), 1, False)
     assert unknown.work[0].what.startswith("kernel spun")
+    # Of 10 us, while a transfer is under way: the bytes that it moves take twice as long, the rest does not.
+    begun = (fetch("a", 20), KERNEL, done("a"))
+    for moved, seconds in ((None, 20), (8000, 16), (4000, 10)):
+        (kernel,) = (one for one in read(entry(*begun), kernels={"spun": lambda *_, n=moved: KernelRun(10 * US, n)}).kernels.values())
+        assert kernel.seconds == pytest.approx(seconds * US)
 
 
 def test_when_kernels_begin_is_known_of_those_in_no_loop() -> None:
-    twice = read(entry(KERNEL, work("a", 2000), KERNEL.replace("spun.3", "spun.4")), kernels={"spun": lambda kernel, runs: 3 * US})
+    twice = read(
+        entry(KERNEL, work("a", 2000), KERNEL.replace("spun.3", "spun.4")), kernels={"spun": lambda kernel, runs: KernelRun(3 * US)}
+    )
     assert twice.begun == {"spun": (0.0, pytest.approx(5 * US))}
     inside = f"%branch (b: s8[10,1000]) -> s8[10,1000] {{\n  %here = {CHIP} parameter(0)\n  %w = {CHIP} parameter(0)\n  {KERNEL}\n}}\n"
     branch = entry(f"%c = {CHIP} conditional(%here, %here), branch_computations={{%branch}}", before=inside)
-    assert read(branch, kernels={"spun": lambda kernel, runs: US}).begun == {}
+    assert read(branch, kernels={"spun": lambda kernel, runs: KernelRun(US)}).begun == {}
 
 
 def test_the_compilers_cycles_are_corrected_by_kind() -> None:

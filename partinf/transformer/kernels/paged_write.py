@@ -18,11 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from partinf.hardware.platform import TILE_COLUMN
 from partinf.partition.quantize import Quantized, quantize
 from partinf.transformer.cache import JoinedKeysValues, KeysValues, joined
 from partinf.transformer.kernels.paged_decode import apart
 
-_TILE = 32  # bytes of a tile's column
 _BUFFERS = 2 << 20  # bytes of on-chip memory for tiles
 
 
@@ -42,7 +42,7 @@ def paged_write(pages: Pages, rows: jax.Array, offsets: jax.Array, new: KeysValu
     wide = [one.astype(jnp.float32) for one in added]
     lanes, heads, size = wide[0].shape
     length, dtype = held[0].shape[1], held[0].dtype
-    tile = min(length, _TILE // dtype.itemsize) if length % (_TILE // dtype.itemsize) == 0 else length
+    tile = min(length, TILE_COLUMN // dtype.itemsize) if length % (TILE_COLUMN // dtype.itemsize) == 0 else length
     most = max(1, _BUFFERS // (len(held) * heads * tile * max(size, 128) * dtype.itemsize))
     chunk = max(count for count in range(1, min(most, lanes) + 1) if lanes % count == 0)
     targets = [*held, *scales]
