@@ -19,7 +19,8 @@ enum Form : int32_t { kRows, kRowsOfPairs, kPanels, kPanelsOfPairs, kTiles };  /
 
 constexpr int64_t kCached = 512 << 10;  // bytes of weights that stay in a core's second cache while all rows of x meet them
 
-constexpr int64_t kUnit = 256;            // outputs of a unit of work at most
+constexpr int64_t kUnit = 256;  // outputs of a unit of work at most
+constexpr int64_t kKept = 4;    // panels up to which weights, which come from memory, meet all of them one after the other
 
 constexpr bool OfPairs(int32_t form) { return form == kRowsOfPairs || form == kPanelsOfPairs || form == kTiles; }
 
@@ -148,9 +149,8 @@ template <typename Unit, typename T>
 void PanelsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
   constexpr int64_t kMost = kSpan / kWidth, kBlock = 2 * kWidth;  // panels, and outputs, that meet at once
   alignas(64) float sums[kUnit * kSpan];
-  const bool tiles = task.form == kTiles;
   const int64_t panels = task.panels(), words = task.words;
-  const float* rows = WordsOfWeights(task, weights + from * task.inputs, to - from, tiles ? kWidth : 1);
+  const float* rows = WordsOfWeights(task, weights + from * task.inputs, to - from, 1);
   const bool there = rows == reinterpret_cast<const float*>(weights + from * task.inputs);
   for (int64_t first = 0; first < panels; first += kMost) {
     const int64_t taken = std::min(kMost, panels - first), depth = taken == kMost ? kDepth : words;
@@ -160,14 +160,8 @@ void PanelsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
       const int64_t end = std::min(words, begin + depth);
       for (int64_t n = 0; n < to - from; n += kBlock) {
         const int64_t outputs = std::min(kBlock, to - from - n);
-        const float* block = rows + n * words;
-        const bool ahead = there && first == 0;
-        if (tiles) {
-          TilesOfAll(with, taken, block, words, begin, end, outputs, ahead, sums + n * kSpan);
-          continue;
-        }
         const auto meet = [&](auto number) {
-          MeetAll<Unit, number>(with, block, words, begin, end, outputs, ahead, sums + n * kSpan);
+          MeetAll<Unit, number>(with, rows + n * words, words, begin, end, outputs, there && first == 0, sums + n * kSpan);
         };
         if (taken == 1) meet(std::integral_constant<int, 1>{});
         if (taken == 2) meet(std::integral_constant<int, 2>{});
@@ -179,18 +173,69 @@ void PanelsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
   }
 }
 
+// Up to 32 outputs of two panels, or of one that is the last: weights [outputs, inputs], rows of zeros up to a multiple of sixteen.
+void TilesBlock(const Task& task, const uint16_t* weights, int64_t panel, int64_t output, int64_t outputs, bool ahead) {
+  alignas(64) float sums[2][2][kTile];  // by panel, and by sixteen outputs
+  const int64_t size = task.words * kWidth, count = std::min<int64_t>(2, task.panels() - panel);
+  const float* panels = task.x + panel * size;
+  if (count == 2 && outputs > kWidth) {
+    TilesOfTwo(panels, panels + size, weights, task.inputs, ahead, sums[0][0]);
+  } else {
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t n = 0; n < outputs; n += kWidth) {
+        TilesOfPanel(panels + p * size, weights + n * task.inputs, task.inputs, ahead && p == 0, sums[p][n / kWidth]);
+      }
+    }
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t first = (panel + p) * kWidth, rows = std::min<int64_t>(kWidth, task.live.size() - first);
+    for (int64_t n = 0; n < outputs; n += kWidth) {
+      Vec block[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) block[i] = Load(sums[p][n / kWidth] + i * kWidth);
+      Turn(block);
+      for (int64_t i = 0; i < kWidth; ++i) Store(sums[p][n / kWidth] + i * kWidth, block[i]);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t n = 0; n < outputs; n += kWidth) {
+        task.Give(sums[p][n / kWidth] + i * kWidth, first + i, output + n, std::min<int64_t>(kWidth, outputs - n));
+      }
+    }
+  }
+}
+
+// Some outputs of all panels, in tiles: where rows are few, weights pass once; where they are many, panels pass once, two at a time, by weights
+// that stay in the core's second cache.
+template <typename T>
+void TilesUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
+  constexpr int64_t kBlock = 2 * kWidth;
+  const float* words = WordsOfWeights(task, weights + from * task.inputs, to - from, kWidth);
+  const auto* rows = reinterpret_cast<const uint16_t*>(words);
+  const bool there = words == reinterpret_cast<const float*>(weights + from * task.inputs);
+  const int64_t panels = task.panels(), taken = panels <= kKept ? panels : 2;
+  const TilesInUse used;
+  for (int64_t first = 0; first < panels; first += taken) {
+    for (int64_t n = 0; n < to - from; n += kBlock) {
+      for (int64_t p = first; p < std::min(panels, first + taken); p += 2) {
+        TilesBlock(task, rows + n * task.inputs, p, from + n, std::min(kBlock, to - from - n), there && p == 0);
+      }
+    }
+  }
+}
+
 // The units of a product, each some outputs.
 template <typename Unit, typename T>
 void Multiply(ffi::ThreadPool& pool, const Task& task, const T* weights) {
   const bool rows = task.form == kRows || task.form == kRowsOfPairs;
-  // A few for each thread, of what fits its cache.
-  const int64_t fitting = std::min(kCached / (4 * task.words), task.outputs / (4 * std::max<int64_t>(pool.num_threads(), 1)));
+  // A few for each thread, of what fits its cache; larger ones where the panels that pass by them do not fit.
+  const int64_t larger = task.form == kTiles && task.panels() > kKept ? 2 : 1, threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t fitting = std::min(larger * kCached / (4 * task.words), task.outputs * larger / (4 * threads));
   const int64_t each = std::clamp<int64_t>(fitting / 32 * 32, 32, kUnit);
   Spread(pool, (task.outputs + each - 1) / each, [&](int64_t unit) {
     const int64_t from = unit * each, to = std::min(task.outputs, from + each);
     if (rows) return RowsUnit<Unit>(task, weights, from, to);
-    if (task.form != kTiles) return PanelsUnit<Unit>(task, weights, from, to);
-    const TilesInUse used;
+    if constexpr (std::is_same_v<Unit, Pairs> && !std::is_same_v<T, float>) {
+      if (task.form == kTiles) return TilesUnit(task, weights, from, to);
+    }
     PanelsUnit<Unit>(task, weights, from, to);
   });
 }

@@ -162,6 +162,8 @@ __attribute__((noinline)) void MeetAll(const float* const* panels, const float* 
 
 // ---- tiles: a unit of the processor multiplies sixteen rows of weights and a panel, 32 numbers of bfloat16 at a time
 
+constexpr int64_t kTile = kWidth * kWidth;  // sums of sixteen outputs and a panel
+
 #ifdef PARTINF_TILES
 constexpr int64_t kStep = 32;
 
@@ -185,92 +187,62 @@ struct TilesInUse {
   ~TilesInUse() { _tile_release(); }
 };
 
-// What is contracted from `from` to `to`, numbers of a row of weights that has `inputs`.
-struct Part {
-  int64_t inputs, from, to;
-};
-
-// Sixteen outputs of one panel: sums [16, kSpan] = what is there, unless it is the first part, + their products. Even and odd steps add up
-// apart, since a product waits for the sum that it adds to.
-inline void TilesOfPanel(const float* panel, const uint16_t* weights, Part part, bool ahead, float* sums) {
-  alignas(64) float odd[kWidth * kWidth];
-  if (part.from == 0) _tile_zero(0);
-  else _tile_loadd(0, sums, 4 * kSpan);
+// Sixteen outputs of one panel, weights [16, inputs]: sums [16, 16]. Even and odd steps add up apart, since a product waits for the sum that
+// it adds to. `ahead`: fetch as many outputs that come next.
+inline void TilesOfPanel(const float* panel, const uint16_t* weights, int64_t inputs, bool ahead, float* sums) {
+  alignas(64) float odd[kTile];
+  _tile_zero(0);
   _tile_zero(1);
-  const int64_t row = 2 * part.inputs;  // bytes
-  for (int64_t e = part.from; e < part.to; e += 2 * kStep) {
+  const int64_t row = 2 * inputs;  // bytes
+  for (int64_t e = 0; e < inputs; e += 2 * kStep) {
     if (ahead) {
-      for (int i = 0; i < 32; ++i) Fetch(weights + kWidth * (part.inputs + e) + kStep * i, 0);
+      for (int i = 0; i < 32; ++i) Fetch(weights + kWidth * (inputs + e) + kStep * i, 0);
     }
     _tile_loadd(4, weights + e, row);
     _tile_loadd(6, panel + e / 2 * kWidth, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if (e + kStep < part.to) {
+    if (e + kStep < inputs) {
       _tile_loadd(5, weights + e + kStep, row);
       _tile_loadd(7, panel + (e + kStep) / 2 * kWidth, 64);
       _tile_dpbf16ps(1, 5, 7);
     }
   }
-  _tile_stored(0, sums, 4 * kSpan);
+  _tile_stored(0, sums, 64);
   _tile_stored(1, odd, 64);
-  for (int n = 0; n < kWidth; ++n) Store(sums + n * kSpan, Load(sums + n * kSpan) + Load(odd + n * kWidth));
+  for (int i = 0; i < kTile; i += kWidth) Store(sums + i, Load(sums + i) + Load(odd + i));
 }
 
-// The same for 32 outputs of two panels: sums [32, kSpan].
-inline void TilesOfTwo(const float* first, const float* second, const uint16_t* weights, Part part, bool ahead, float* sums) {
-  float *const below = sums + kWidth * kSpan;
-  if (part.from == 0) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, 4 * kSpan);
-    _tile_loadd(1, sums + kWidth, 4 * kSpan);
-    _tile_loadd(2, below, 4 * kSpan);
-    _tile_loadd(3, below + kWidth, 4 * kSpan);
-  }
-  const int64_t row = 2 * part.inputs;  // bytes
-  for (int64_t e = part.from; e < part.to; e += kStep) {
+// 32 outputs of two panels: sums [2, 2, 16, 16], those of the first panel first. All that is contracted at once: sums that are put away and
+// loaded again take longer than what leaves the first cache meanwhile.
+inline void TilesOfTwo(const float* first, const float* second, const uint16_t* weights, int64_t inputs, bool ahead, float* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int64_t row = 2 * inputs;  // bytes
+  for (int64_t e = 0; e < inputs; e += kStep) {
     if (ahead) {
-      for (int i = 0; i < 32; ++i) Fetch(weights + 2 * kWidth * (part.inputs + e) + kStep * i, 0);
+      for (int i = 0; i < 32; ++i) Fetch(weights + 2 * kWidth * (inputs + e) + kStep * i, 0);
     }
     _tile_loadd(4, weights + e, row);
     _tile_loadd(6, first + e / 2 * kWidth, 64);
-    _tile_loadd(7, second + e / 2 * kWidth, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, weights + kWidth * part.inputs + e, row);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, second + e / 2 * kWidth, 64);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, weights + kWidth * inputs + e, row);
+    _tile_dpbf16ps(1, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, 4 * kSpan);
-  _tile_stored(1, sums + kWidth, 4 * kSpan);
-  _tile_stored(2, below, 4 * kSpan);
-  _tile_stored(3, below + kWidth, 4 * kSpan);
-}
-
-// 16 or 32 outputs of up to four panels, weights [outputs, words of pairs]: sums [outputs, kSpan].
-inline void TilesOfAll(const float* const* panels, int64_t count, const float* weights, int64_t words, int64_t from, int64_t to,
-                       int64_t outputs, bool ahead, float* sums) {
-  const auto* rows = reinterpret_cast<const uint16_t*>(weights);
-  const Part part = {2 * words, 2 * from, 2 * to};
-  for (int64_t p = 0; p < count; p += 2, ahead = false) {
-    if (count - p >= 2 && outputs > kWidth) {
-      TilesOfTwo(panels[p], panels[p + 1], rows, part, ahead, sums + p * kWidth);
-      continue;
-    }
-    for (int64_t q = p; q < std::min(count, p + 2); ++q) {
-      for (int64_t n = 0; n < outputs; n += kWidth) {
-        TilesOfPanel(panels[q], rows + n * part.inputs, part, ahead && q == p, sums + n * kSpan + q * kWidth);
-      }
-    }
-  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kTile, 64);
+  _tile_stored(2, sums + 2 * kTile, 64);
+  _tile_stored(3, sums + 3 * kTile, 64);
 }
 #else
 inline bool TilesPermitted() { return false; }
 struct TilesInUse {};
-inline void TilesOfAll(const float* const*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, bool, float*) {}
+inline void TilesOfPanel(const float*, const uint16_t*, int64_t, bool, float*) {}
+inline void TilesOfTwo(const float*, const float*, const uint16_t*, int64_t, bool, float*) {}
 #endif
 
 }  // namespace
