@@ -11,7 +11,7 @@ jax is imported by what needs devices, when it is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -116,6 +116,7 @@ def load(
     on_compiled: Callable[[Bucket, int, int], None] | None = None,
     unrolled: bool | None = None,
     compile_steps: bool = True,
+    buckets: Collection[Bucket] | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
     group: Group | None = None,
@@ -130,7 +131,8 @@ def load(
         on_compiled: called with (bucket, number done, number in all) as steps are compiled.
         unrolled: compile layer by layer instead of as a loop; by default on CPU, where it is faster, unless the plan has
             pipeline stages.
-        compile_steps: compile the steps now rather than when they are first needed.
+        compile_steps: compile the steps now rather than when they are first needed. buckets: those of the plan that are compiled now, if
+            not all (`partinf.buckets.wanted_by`).
         seed: of random weights and of requests that name none.
         cache: directory of compiled steps, which the next start loads; `off` for none. By default that of $PARTINF_CACHE_DIR, or the
             user's own (~/.cache/partinf); where that cannot be used, a warning says so and nothing is stored.
@@ -168,12 +170,12 @@ def load(
     if random_weights or directory is None:
         runner.params = random_params(plan, mesh, unrolled, seed)
         if compile_steps:
-            runner.warm_up(on_compiled)
+            runner.warm_up(on_compiled, buckets)
     else:
         with ThreadPoolExecutor(1) as background:  # compilers take cores, and reading the disk and memory
             reading = background.submit(load_hf, directory, plan.model, abstract_params(plan, mesh, unrolled), plan.padded_heads)
             if compile_steps:
-                runner.warm_up(on_compiled)
+                runner.warm_up(on_compiled, buckets)
             runner.params = reading.result()
     replicas = None if group is None else group.replicas
     engine = Engine(runner if group is None else group.runner(runner), tokenizer=tokenizer, eos_ids=eos_ids, seed=seed, replicas=replicas)
@@ -197,14 +199,18 @@ def check_loadable(model: str | Path, random_weights: bool = False) -> ModelConf
     return config
 
 
-def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-    """Raise `InvalidInput` with every reason why an engine of this plan would refuse any of the prompts; touches no device."""
+def check_prompts(model: str | Path, plan: Plan, prompts: Sequence[Prompt], params: SamplingParams) -> list[int]:
+    """The lengths of prompts in tokens; touches no device.
+
+    Raises:
+        InvalidInput: every reason why an engine of this plan would refuse any of them.
+    """
     tokenizer, eos_ids = _texts(model, plan.model)
     check = RequestCheck(runner_limits(plan), tokenizer, seed=0, eos_ids=eos_ids)
     offences: list[str] = []
-    for number, prompt in enumerate(prompts, start=1):
-        collect(offences, partial(check, prompt, params, str(number), number, 0.0))
+    found = [collect(offences, partial(check, prompt, params, str(number), number, 0.0)) for number, prompt in enumerate(prompts, start=1)]
     raise_offences(offences)
+    return [len(request.prompt) for request in found if request is not None]
 
 
 def _texts(model: str | Path, config: ModelConfig) -> tuple[Tokenizer | None, frozenset[int]]:

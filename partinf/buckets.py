@@ -454,6 +454,26 @@ def smallest_first(buckets: Iterable[Bucket]) -> tuple[Bucket, ...]:
     return tuple(sorted(buckets, key=lambda bucket: (bucket.num_tokens, bucket.prefill_pages, bucket.decode_pages)))
 
 
+def wanted_by(plan: Plan, prompt_lens: Sequence[int], max_tokens: int) -> tuple[Bucket, ...]:
+    """The buckets, smallest first, that an engine needs to answer prompts of these lengths and no others, with up to so many tokens each.
+
+    Short of preemption no step is larger; one that is compiles its bucket when it comes.
+    """
+    limits, buckets = runner_limits(plan), smallest_first(plan.buckets)
+    longest, share = max(prompt_lens), limits.max_prefill_tokens_per_shard
+    decode = Bucket(min(len(prompt_lens), limits.num_shards), limits.pages_for(min(longest + max_tokens, limits.max_len)))
+    fullest = min(sum(prompt_lens), share)  # all of them may lie on one shard
+    prompts = replace(decode, prefill_tokens=fullest * limits.num_prefill_shards, prefill_slots=limits.num_prefill_shards)
+    most = [decode, prompts, *([replace(prompts, prefill_pages=limits.pages_for(longest))] if longest > share else [])]
+    largest = [next((bucket for bucket in buckets if bucket.holds(each)), buckets[-1]) for each in most]
+
+    def reached(bucket: Bucket, by: Bucket) -> bool:
+        sizes = ("decode_pages", "prefill_tokens", "prefill_pages")
+        return bool(bucket.prefill_tokens) == bool(by.prefill_tokens) and all(getattr(bucket, name) <= getattr(by, name) for name in sizes)
+
+    return tuple(bucket for bucket in buckets if any(reached(bucket, by) for by in largest))
+
+
 def fit(buckets: Sequence[Bucket], limits: RunnerLimits, *steps: Step) -> Bucket:
     """The bucket in which a step runs, or a tick of which each stage holds one of the steps: the first that holds every one of them.
 

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from partinf import api
+    from partinf.buckets import wanted_by
 
     flags = Flags(args)
     place = ModelPlace(flags)
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = as_prompts(args.model, lines)
     plan = place.plan(min(max(len(prompts), 1), 32), random=flags.need(params).temperature != 0)
     params = flags.need(params)
-    api.check_prompts(args.model, plan, prompts, params)
-    model = place.load(plan)
+    lengths = api.check_prompts(args.model, plan, prompts, params)
+    model = place.load(plan, buckets=wanted_by(plan, lengths, params.max_tokens))
     outputs = _answer(model, prompts, params)
     if args.format == "json":
         print(json.dumps(_report(args, model, prompts, outputs), indent=2))

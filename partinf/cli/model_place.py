@@ -16,7 +16,7 @@ from partinf.foundation.limits import MAX_LEN
 from partinf.workload import SERVED_PROMPT_TOKENS, DType, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from partinf.api import Model
     from partinf.buckets import Capacity
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from partinf.hosts import Group
     from partinf.layout import Layout
     from partinf.model.config import ModelConfig
-    from partinf.plans import Plan
+    from partinf.plans import Bucket, Plan
 
 
 _TYPICAL_LEN = 2048  # of the requests for which a layout is chosen, unless a longest context is given
@@ -185,8 +185,8 @@ class ModelPlace:
             self.notes += (f"{most}; {config.name} supports {longest:,}",)
         return plan
 
-    def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None) -> Model:
-        """The model on its devices, and on those of the other processes of a group."""
+    def load(self, plan: Plan, compile_steps: bool = True, group: Group | None = None, buckets: Collection[Bucket] | None = None) -> Model:
+        """The model on its devices, and on those of the other processes of a group; arguments as of `partinf.load`."""
         from partinf import api
         from partinf.cli.progress import progress_bar
         from partinf.cost.calibration import calibration_for
@@ -196,8 +196,11 @@ class ModelPlace:
             print(line, file=sys.stderr)
         if plan.slice.chip.rates is not None:
             print(f"rates: {calibration_for(plan.slice.chip).source}", file=sys.stderr)
-        with progress_bar("compiling", len(plan.buckets) if compile_steps else 1) as advance:
-            model = api.load(self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, group=group)
+        number = len(plan.buckets if buckets is None else buckets) if compile_steps else 1
+        with progress_bar("compiling", number) as advance:
+            model = api.load(
+                self.args.model, plan, on_compiled=lambda *_: advance(1), compile_steps=compile_steps, buckets=buckets, group=group
+            )
         check_programs(model)
         if model.tokenizer is None and api.weights_directory(self.args.model) is not None:
             ends = ", ".join(map(str, sorted(model.engine.eos_ids))) or "a stop token"

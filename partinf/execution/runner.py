@@ -1,6 +1,6 @@
 """The runner that executes the model: fits each step into a compiled bucket, and keeps parameters and state on the devices.
 
-Everything is compiled before the first step (`warm_up`). A step is dispatched without waiting; `collect` waits for the oldest.
+What steps need is compiled before the first one (`warm_up`). A step is dispatched without waiting; `collect` waits for the oldest.
 
 In a pipeline every call of `submit` is one tick (`partinf.transformer.stages`): the new step enters the first stage and all before it move
 on by one, in one bucket that holds them all. `collect` lets the pipeline tick on when the oldest step has not come to its end yet.
@@ -12,7 +12,7 @@ import concurrent.futures
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -119,13 +119,14 @@ class JaxRunner:
     def _swaps(self) -> bool:
         return all(group.num_host_pages for group in self._limits.groups)
 
-    def warm_up(self, on_compiled: Callable[[Bucket, int, int], None] | None = None) -> Obtained:
+    def warm_up(self, on_compiled: Callable[[Bucket, int, int], None] | None = None, buckets: Collection[Bucket] | None = None) -> Obtained:
         """Load or compile every bucket that is not ready yet, as many at once as there are cores; says what it did.
 
         Args:
-            on_compiled: called with (bucket, number done, number in all) after each.
+            on_compiled: called with (bucket, number done, number in all) after each. buckets: these alone; the others are made when a
+                step first needs them.
         """
-        missing = [bucket for bucket in self._buckets if bucket not in self._steps]
+        missing = [bucket for bucket in self._buckets if bucket not in self._steps and (buckets is None or bucket in buckets)]
         started, done = time.perf_counter(), Obtained()
         with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             compile_one = lambda bucket: compile_step(self.plan, self.mesh, bucket, self._unrolled)  # noqa: E731
@@ -187,7 +188,7 @@ class JaxRunner:
         if steps:
             bucket = self.bucket_of(*steps)
             if bucket not in self._steps:
-                self.warm_up()
+                self.warm_up(buckets=(bucket,))
             for start in leaving.step.starts if leaving is not None else ():
                 packed = put(pack_start(*start, self.plan.max_len), self._batch_sharding)
                 self._state = replace(self._state, slots=self._start_slot(self._state.slots, packed))

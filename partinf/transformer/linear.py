@@ -15,7 +15,7 @@ from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
 from partinf.transformer.batch import Batch
-from partinf.transformer.kernels import choices, products
+from partinf.transformer.kernels import choices, cpu, products
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
@@ -23,6 +23,12 @@ from partinf.transformer.routes import Routes
 def made_for(routes: Routes) -> Platform | None:
     """The platform that a step is made for; the plain twin, which is there to be read, is made for none."""
     return None if routes.plain else routes.plan.slice.chip.platform
+
+
+def native_rows(routes: Routes) -> bool:
+    """Whether the kernel for CPUs reads rows of logits."""
+    platform = made_for(routes)
+    return platform is not None and platform.tiles.native and cpu.available()
 
 
 def live_tokens(batch: Batch, routes: Routes) -> jax.Array | None:

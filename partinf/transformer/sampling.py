@@ -21,6 +21,7 @@ from jax import lax
 
 from partinf.partition.collectives import Axes
 from partinf.transformer.batch import SamplingBatch
+from partinf.transformer.kernels import cpu
 
 Combine = Callable[[jax.Array], jax.Array]
 
@@ -28,7 +29,7 @@ _LEAST_TEMPERATURE = 2.0**-126  # what smaller ones, which are 0 to a device and
 _LEAST_MASS = 1e-30  # far below 1, and far above what a float32 rounds to 0
 
 
-def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: jax.Array | None) -> jax.Array:
+def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, random: jax.Array | None, native: bool = False) -> jax.Array:
     """One token per row, [R].
 
     Args:
@@ -36,24 +37,32 @@ def choose(logits: jax.Array, ids: jax.Array, how: SamplingBatch, axes: Axes, ra
         how: one entry per row.
         axes: a, the axes of size > 1 that split the vocabulary.
         random: whether any row of the step samples, on whatever device; None compiles greedy selection alone.
+        native: the kernel for CPUs reads the rows, here and below.
     """
     total: Combine = lambda x: lax.psum(x, axes) if axes else x  # noqa: E731
-    tokens = _argmax(logits, ids, axes)
+    tokens = likeliest(logits, ids, axes, native)[0]
     if random is None:
         return tokens
     sampled = lambda: jnp.where(how.temperature > 0, _sample(logits, ids, how, axes, total), tokens)  # noqa: E731
     return lax.cond(random, sampled, lambda: tokens)
 
 
-def log_normalizer(logits: jax.Array, axes: Axes) -> jax.Array:
+def log_normalizer(logits: jax.Array, axes: Axes, native: bool = False) -> jax.Array:
     """What to subtract from the logits [R, V.a] of a row for log-probabilities: [R]."""
+    if native:
+        own, _, mass = cpu.logit_ends(logits)
+        top = _max(own, axes)
+        mass = mass * jnp.exp(own - top) if axes else mass
+        return jnp.log(lax.psum(mass, axes) if axes else mass) + top
     top = _max(jnp.max(logits, axis=-1), axes)
     mass = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
     return jnp.log(lax.psum(mass, axes) if axes else mass) + top
 
 
-def logit_of(logits: jax.Array, ids: jax.Array, tokens: jax.Array, axes: Axes) -> jax.Array:
-    """The logit [R] of one token per row; arguments as in `choose`."""
+def logit_of(logits: jax.Array, ids: jax.Array, tokens: jax.Array, axes: Axes, native: bool = False) -> jax.Array:
+    """The logit [R] of one token per row, 0 where it is none; arguments as in `choose`."""
+    if native and not axes:  # the whole vocabulary is here, in order
+        return jnp.take_along_axis(logits, tokens[:, None], axis=1, mode="fill", fill_value=0.0)[:, 0]
     chosen = jnp.sum(jnp.where(ids[None, :] == tokens[:, None], logits, 0.0), axis=-1)
     return lax.psum(chosen, axes) if axes else chosen
 
@@ -147,13 +156,19 @@ def _max(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.pmax(x, axes) if axes else x
 
 
-def likeliest(logits: jax.Array, ids: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+def likeliest(logits: jax.Array, ids: jax.Array, axes: Axes, native: bool = False) -> tuple[jax.Array, jax.Array]:
     """The vocabulary entry of each row's largest logit, the lowest one among equals, and that logit: [R] each.
 
     Two plain reductions: XLA on CPU takes longer for one that carries values and places.
     """
-    top = _max(jnp.max(logits, axis=-1), axes)
-    mine = jnp.min(jnp.where(logits == top[:, None], ids[None, :], jnp.iinfo(jnp.int32).max), axis=-1)
+    nowhere = jnp.iinfo(jnp.int32).max
+    if native:
+        own, place, _ = cpu.logit_ends(logits)
+        top = _max(own, axes)
+        mine = jnp.where(own == top, ids.at[place].get(mode="fill", fill_value=nowhere), nowhere)
+    else:
+        top = _max(jnp.max(logits, axis=-1), axes)
+        mine = jnp.min(jnp.where(logits == top[:, None], ids[None, :], nowhere), axis=-1)
     return lax.pmin(mine, axes) if axes else mine, top
 
 

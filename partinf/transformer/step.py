@@ -26,6 +26,7 @@ from partinf.transformer import stages
 from partinf.transformer.batch import Batch, empty_batch, pack, stacked, unpack
 from partinf.transformer.cache import abstract_cache
 from partinf.transformer.forward import hidden, prompt_scores, sampled_logits, vocabulary_ids
+from partinf.transformer.linear import native_rows
 from partinf.transformer.masks import abstract_masks, restrict
 from partinf.transformer.params import Params, abstract_params
 from partinf.transformer.routes import Routes
@@ -212,12 +213,13 @@ def choose_tokens(logits: jax.Array, state: State, slots: jax.Array, batch: Batc
         choices = adjust_logits(choices, state.slots, local(slots), jax.tree.map(local, rows))
     if routes.bucket.constrained:
         choices = restrict(choices, state.masks, local(slots), local(batch.constrained))
-    tokens = choose(choices, ids, how, axes, random)
+    native = native_rows(routes)
+    tokens = choose(choices, ids, how, axes, random, native)
     if not routes.bucket.extended:
-        logprobs = logit_of(logits, ids, tokens, axes) - log_normalizer(logits, axes)
+        logprobs = logit_of(logits, ids, tokens, axes, native) - log_normalizer(logits, axes, native)
         return Out(_whole_lanes(_token_or_none(tokens, logprobs, routes), routes), _whole_lanes(logprobs, routes))
-    normalizer = log_normalizer(logits, axes)
-    logprobs = logit_of(logits, ids, tokens, axes) - normalizer
+    normalizer = log_normalizer(logits, axes, native)
+    logprobs = logit_of(logits, ids, tokens, axes, native) - normalizer
 
     def alternatives() -> tuple[jax.Array, jax.Array]:
         entries, values = most_likely(logits, ids, axes, TOP_LOGPROBS)

@@ -43,7 +43,7 @@ def test_json_says_how_it_ran(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert code == 0
     assert [output["text"] for output in report["outputs"]] == [" a", " c"]
     assert report["slice"] == "cpu:4x2"
-    assert report["programs"] == 3
+    assert report["programs"] == 2  # of three: no prompt is cut
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
-from partinf.buckets import Capacity, fit, runner_limits, serving_steps, smallest_first, with_capacity
+from partinf.buckets import Capacity, fit, runner_limits, serving_steps, smallest_first, wanted_by, with_capacity
 from partinf.cost.pricing import Pricing
+from partinf.engine.engine import Engine
+from partinf.engine.fake_runner import FakeRunner
+from partinf.engine.request import SamplingParams
 from partinf.engine.step import DecodeRow, PageTable, PrefillChunk, RowSampling, Step
 from partinf.foundation.errors import InvalidInput
 from partinf.hardware.slices import parse_slice
@@ -118,3 +122,31 @@ def test_a_bucket_holds_every_step_of_a_tick() -> None:
     assert fit(buckets, limits, Step((row._replace(sampling=RowSampling(temperature=1.0)),))) == Bucket(8, 8, random=True)
     with pytest.raises(InvalidInput, match=r"no bucket holds decode 2 × 9 pages, greedy; there are: decode 4 × 4 pages, greedy \|"):
         fit(buckets, limits, Step((row._replace(position=9 * 16 - 1),)))
+
+
+def test_known_prompts_want_the_buckets_of_their_steps_alone() -> None:
+    layout = make_layout({"x": "ffn"}, {"x": "heads"})
+    plan = Plan(load_model_config("llama-125m"), parse_slice("cpu:1"), layout, DType.F32, DType.F32)
+    plan = with_capacity(plan, Capacity(max_rows=4, max_len=2048, prefill_tokens=512))
+    found = {(bucket.decode_pages, bucket.prefill_tokens, bucket.prefill_pages) for bucket in wanted_by(plan, [5], 64)}
+    assert found == {(32, 0, 0), (32, 256, 0)}
+    assert len(wanted_by(plan, [300, 5], 64)) == 3
+    assert set(wanted_by(plan, [1500], 64)) == set(plan.buckets)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_step_of_known_prompts_needs_another_bucket(seed: int) -> None:
+    plan = replace(plan_of({"x": "batch", "y": "heads"}, {"x": "batch", "y": "batch"}), model=load_model_config("llama-125m"))
+    plan = with_capacity(plan, Capacity(max_rows=4, max_len=512, prefill_tokens=128))
+    draw, limits, buckets = random.Random(seed), runner_limits(plan), smallest_first(plan.buckets)
+    lengths = [draw.randint(1, draw.choice((8, 60, 400))) for _ in range(draw.randint(1, 6))]
+    runner, needed = FakeRunner(limits), set()
+    submit = runner.submit
+
+    def record(step: Step) -> None:
+        needed.add(fit(buckets, limits, step))
+        submit(step)
+
+    runner.submit = record  # type: ignore[method-assign]
+    Engine(runner).generate([[1] * length for length in lengths], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert needed <= set(wanted_by(plan, lengths, 12))

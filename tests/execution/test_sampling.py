@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from partinf.engine.params import MAX_TEMPERATURE
 from partinf.transformer.batch import ENDS_LATER, ExtendedBatch, SamplingBatch
+from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.sampling import _uniform, choose, keep, keep_plain, log_normalizer, logit_of, most_likely
 from partinf.transformer.slots import ENDS, PROMPTED, Slots, adjust_logits, adjust_logits_plain, count_fed
 
@@ -25,18 +26,39 @@ def sampling(rows: int, **values: object) -> SamplingBatch:
     return SamplingBatch(**{key: np.broadcast_to(np.asarray(value, types.get(key, np.int32)), (rows,)) for key, value in fields.items()})
 
 
-def choose_over(ways: int, logits: np.ndarray, how: SamplingBatch, random: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def choose_over(
+    ways: int, logits: np.ndarray, how: SamplingBatch, random: bool = True, native: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens chosen with the vocabulary split over so many devices, and their log-probabilities."""
     mesh = Mesh(np.array(jax.devices()[:ways]), ("x",), axis_types=(AxisType.Auto,))
     axes = ("x",) if ways > 1 else ()
 
     def local(part: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens = choose(part, ids, how, axes, jnp.any(jnp.asarray(how.temperature) > 0) if random else None)
-        return tokens, logit_of(part, ids, tokens, axes) - log_normalizer(part, axes)
+        tokens = choose(part, ids, how, axes, jnp.any(jnp.asarray(how.temperature) > 0) if random else None, native)
+        return tokens, logit_of(part, ids, tokens, axes, native) - log_normalizer(part, axes, native)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=(P(), P()), check_vma=False)
     tokens, logprobs = jax.jit(mapped)(logits, jnp.arange(VOCAB))
     return np.asarray(tokens), np.asarray(logprobs)
+
+
+@pytest.mark.skipif("not cpu_kernels.available()", reason="no C++ compiler")
+@pytest.mark.parametrize("ways", [1, 2])
+def test_the_kernel_for_cpus_finds_what_xla_finds(ways: int) -> None:
+    logits = random_logits(9)
+    logits[1, 3], logits[2, 5], logits[3], logits[4, 7], logits[5, : VOCAB - 2] = np.nan, np.inf, -np.inf, -np.inf, -np.inf
+    logits[6, [2, VOCAB - 1]], logits[7] = 50.0, 0.0  # two alike, and all
+    how = sampling(9, temperature=0.0)
+    (tokens, logprobs), (want, want_logprobs) = (choose_over(ways, logits, how, random=False, native=native) for native in (True, False))
+    np.testing.assert_array_equal(tokens, want)
+    np.testing.assert_allclose(logprobs, want_logprobs, rtol=2e-6, atol=1e-6)
+    assert np.isnan(logprobs[[1, 2, 3]]).all()
+    top, place, mass = cpu_kernels.logit_ends(jnp.asarray(logits[4:, :61]))  # what fills no whole vector
+    np.testing.assert_array_equal(top, logits[4:, :61].max(axis=1))
+    assert np.asarray(place)[[1, 2, 3]].tolist() == [0, 2, 0]
+    np.testing.assert_allclose(
+        np.asarray(mass)[3:], np.exp(logits[7:, :61] - logits[7:, :61].max(axis=1, keepdims=True)).sum(axis=1), rtol=1e-6
+    )
 
 
 def random_logits(rows: int, seed: int = 0) -> np.ndarray:

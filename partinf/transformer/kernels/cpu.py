@@ -1,5 +1,5 @@
 """What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products (`cpu_products.cc`, by `products`),
-those of experts among them (`cpu_experts.cc`).
+those of experts among them (`cpu_experts.cc`), and what is read off logits (`cpu_logits.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
 for the CPU of the machine, in about five seconds; it is cached next to the compiled programs (`partinf.foundation.caches`).
@@ -34,7 +34,8 @@ from partinf.transformer.machine import host
 
 COMPILER_VARIABLE = "CXX"
 _SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("cpu_attention.cc", "cpu_experts.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h")
+    Path(__file__).with_name(name)
+    for name in ("cpu_attention.cc", "cpu_experts.cc", "cpu_logits.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h")
 )
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 _WIDTH = 16  # d_head is a multiple of this
@@ -123,6 +124,14 @@ def grouped(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call(target("grouped"), shape)(x, weights, _ints(sizes))
 
 
+def logit_ends(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of every row of logits [R, V], float32: the largest, where it first stands, and the sum of exp(logit − largest), [R] each. NaN, no
+    place and NaN for a row with a NaN; a sum of 0 for a row of -inf alone."""
+    count = logits.shape[:1]
+    shapes = tuple(jax.ShapeDtypeStruct(count, dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32))
+    return tuple(jax.ffi.ffi_call(target("logit_ends"), shapes)(logits))
+
+
 @functools.cache
 def available() -> bool:
     """Whether this machine has the kernels: made now, if they are not there yet, and made known to XLA."""
@@ -133,7 +142,7 @@ def available() -> bool:
     except (InvalidInput, OSError, subprocess.SubprocessError) as error:
         logging.warning("CPU steps run by XLA alone, which takes longer: their kernels cannot be made (%s)", _reason(error))
         return False
-    for name in ("decode", "prefill", "product", "grouped"):
+    for name in ("decode", "prefill", "product", "grouped", "logit_ends"):
         handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
         jax.ffi.register_ffi_target(target(name), handler, platform=CPU.name)
     return True

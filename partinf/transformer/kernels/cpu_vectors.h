@@ -93,6 +93,34 @@ inline Quarter Sums(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }
 
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0 to about two units in the last place; 0 where a float32 would be denormal, NaN for NaN.
+inline Vec Exp(Vec x) {
+  const Vec clamped = Max(Splat(-87.f), x);  // in this order, which lets NaN through
+  const Vec shifted = clamped * 1.44269504f + 12582912.f;  // rounds to a whole number in the lowest bits
+  const Vec whole = shifted - 12582912.f;
+  const Vec rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec value = Splat(1.9875691500e-4f);
+  for (float term : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    value = value * rest + term;
+  }
+  value = value * rest * rest + rest + 1.f;
+  const IntVec power = (__builtin_convertvector(whole, IntVec) + 127) << 23;
+  return x < -87.f ? Vec{} : value * reinterpret_cast<Vec>(power);
+}
+
+inline float Sum(Vec v) {
+  const Quarter q = Fold(v);
+  return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+inline float Largest(Vec v) {
+  float found = v[0];
+  for (int i = 1; i < kWidth; ++i) found = std::max(found, v[i]);
+  return found;
+}
+
 // `count` floats of `held` that start on a line of the cache.
 inline float* Aligned(std::vector<float>& held, size_t count) {
   if (held.size() < count + kWidth) held.resize(count + kWidth);
