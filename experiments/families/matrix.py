@@ -80,8 +80,8 @@ def run(directory: Path, seed: int) -> dict[str, Any]:
     plan = dataclasses.replace(plan, buckets=plan.buckets[-1:])  # the largest does what all do, and is compiled once
     params = load_hf(directory, plan.model, abstract_params(plan, device_mesh(plan), unrolled=False))
     engine = Engine(JaxRunner(plan, params), check_invariants=True)
-    params = SamplingParams(max_tokens=GENERATED, logprobs=True, ignore_eos=True)
-    outputs = [engine.generate([prompt], params)[0] for prompt in prompts_of(case["vocab_size"], seed)]  # each finds the last one's pages
+    greedy = SamplingParams(max_tokens=GENERATED, logprobs=True, ignore_eos=True)
+    outputs = [engine.generate([prompt], greedy)[0] for prompt in prompts_of(case["vocab_size"], seed)]  # each finds the last one's pages
     sequences = [[*output.prompt, *output.tokens] for output in outputs]
     padded = jnp.asarray([tokens + [0] * (cases.LONGEST - len(tokens)) for tokens in sequences])
     defined = np.asarray(jax.nn.log_softmax(reference.forward(params, plan.model, padded, cases.LONGEST), -1))

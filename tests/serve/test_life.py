@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from partinf.checkpoint.tokenizer import load_tokenizer
 from partinf.cli import main
 from partinf.engine.admission import derived_seed
+from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput
 from partinf.serve.server import Loaded, Options, listen, serve
 from tests.serve.support import events, wait_until
@@ -230,3 +233,29 @@ def test_the_command_serves_the_demo_model(root: Path) -> None:
     assert re.search(r"ready: [1-9] programs compiled, 0 loaded in \d+\.\d s", printed)
     assert re.search(r"ready: .*; grammars that take long by (1 thread|2 threads)", printed)
     assert "e c r" not in printed
+
+
+@pytest.mark.slow
+def test_a_directory_without_a_tokenizer_is_served_by_token_ids(root: Path, tmp_path: Path) -> None:
+    """Whole and as a stream, up to the end that its files name; whatever needs text is refused and harms nothing."""
+    demo = resources.find("models", "demo")
+    bare = Path(shutil.copytree(demo, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*")))
+    ids = load_tokenizer(demo).encode("sort: d b a c =")
+    command = ["-m", "partinf", "serve", "--model", bare, "--slice", "cpu:1", "--port", 0, "--max-num-seqs", 4, "--max-model-len", 64]
+    with process(root, *command) as server:
+        server.wait_ready(240)
+        (name,) = (card["id"] for card in json.loads(server.ask("GET", "/v1/models")[1])["data"])
+        body = {"model": name, "prompt": ids, "temperature": 0, "logprobs": 0, "max_tokens": 16}
+        for wrong in ({"prompt": "sort: d b a c ="}, {"prompt": [*ids, 1 << 20]}, {"stop": "c"}):
+            assert server.ask("POST", "/v1/completions", body | wrong)[0] == 400, wrong
+        assert server.ask("POST", "/tokenize", {"model": name, "prompt": "a"})[0] == 400
+        status, content = server.ask("POST", "/v1/completions", body)
+        (choice,) = json.loads(content)["choices"]
+        assert (status, choice["finish_reason"]) == (200, "stop")
+        tokens = choice["logprobs"]["tokens"]
+        assert load_tokenizer(demo).decode([int(token) for token in tokens]) == " a b c d"
+        streamed = [event["choices"][0] for event in events(server.ask("POST", "/v1/completions", body | {"stream": True})[1])]
+        assert [token for part in streamed if part["logprobs"] for token in part["logprobs"]["tokens"]] == tokens
+        server.child.send_signal(signal.SIGTERM)
+        code, printed = server.end()
+    assert code == 0, printed
