@@ -14,7 +14,7 @@ from experiments.results import write
 from partinf.cost.calibration import ROOFLINE
 from partinf.cost.ledger import EntryKind, Ledger
 from partinf.cost.pricing import Pricing
-from partinf.cost.program import Program
+from partinf.cost.program import Program, Residual
 from partinf.cost.step import step_ledger
 from partinf.hardware.slices import parse_slice
 from partinf.layout.files import make_layout
@@ -24,7 +24,7 @@ from partinf.workload import Workload
 
 INPUT, OUTPUT = 60, 20
 # One all-reduce per sublayer over all devices, prompts attended to one by one, scores stored, nothing overlapped.
-PROGRAM = Program("FasterTransformer", per_prompt_attention=True, blocked_attention=False, norm_sums=True)
+PROGRAM = Program("FasterTransformer", per_prompt_attention=True, blocked_attention=False, residual=Residual.WHOLE)
 
 
 @dataclass(frozen=True)

@@ -148,11 +148,24 @@ def _plans(model: ModelConfig, slice_: Slice, traffic: Traffic, batch: int, term
 
 
 def iteration_seconds(plan: Plan, pricing: Pricing, traffic: Traffic) -> float:
-    """Mean iteration of a full batch, spread over the pipeline stages, whose ended requests are replaced at once: prompts in the step of
-    every stage lengthen a tick no more than one does."""
+    """Mean iteration of a full batch, spread over the pipeline stages, whose ended requests are replaced at once. A tick is as long as the
+    step of the stage with the most prompts, and a prompt is on every stage in turn."""
     price, stages = _price(plan, pricing, traffic), plan.num_stages
-    decode = stages * price.decode_seconds(ceil_div(traffic.max_batch_size, stages), traffic.input_len + traffic.output_len // 2)
-    return decode + traffic.max_batch_size / traffic.output_len * price.prefill_seconds(traffic.input_len)
+    decode = price.decode_seconds(ceil_div(traffic.max_batch_size, stages), traffic.input_len + traffic.output_len // 2)
+    prompts = most_prompts(traffic.max_batch_size / stages / traffic.output_len, stages)
+    return stages * (decode + prompts * price.prefill_seconds(traffic.input_len))
+
+
+def most_prompts(mean: float, stages: int) -> float:
+    """Prompts on the stage that has the most of them, on average over ticks, where `mean` of them begin in a tick, at random: the sum over
+    k of the chance that some stage has more than k."""
+    spread = 10 * math.sqrt(mean) + 20  # beyond which chances are negligible
+    first = max(0, math.floor(mean - spread))
+    below, found = 0.0, float(first)
+    for count in range(first, math.ceil(mean + spread)) if mean else ():
+        below += math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+        found += 1 - min(below, 1.0) ** stages
+    return found
 
 
 def _price(plan: Plan, pricing: Pricing, traffic: Traffic) -> StepPrice:

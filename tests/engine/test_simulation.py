@@ -30,7 +30,7 @@ from partinf.simulation.arrivals import Arrival, chat_lengths, parse_arrivals, p
 from partinf.simulation.cost_runner import CostRunner
 from partinf.simulation.play import play
 from partinf.simulation.schedule_trace import ScheduleTrace
-from partinf.simulation.serving_plan import Traffic, serving_plan
+from partinf.simulation.serving_plan import Traffic, iteration_seconds, most_prompts, serving_plan
 from partinf.simulation.sizing import Sizing, cost_runner, sized_plan
 from partinf.simulation.step_price import Price, StepPrice
 from partinf.workload import Workload
@@ -176,6 +176,23 @@ def test_a_serving_plan_splits_no_batch_of_prompts_and_is_no_slower_than_its_dec
     never = replace(plan, prefill_from_tokens=1 << 30)
     for length in (500, 5000, 10000):
         assert StepPrice(plan, pricing).prefill_seconds(length) <= StepPrice(never, pricing).prefill_seconds(length)
+
+
+def test_a_prompt_lengthens_a_tick_on_every_stage_that_it_passes() -> None:
+    """Stages share a tick only where prompts are on several of them; so prompts of a thousand tokens are better served without."""
+    assert [most_prompts(mean, 1) for mean in (0.0, 0.5, 3.0, 5000.0)] == pytest.approx([0.0, 0.5, 3.0, 5000.0])
+    assert most_prompts(1e-3, 4) == pytest.approx(4e-3, rel=1e-2)
+    rng = random.Random(0)
+    begun = [sum(rng.random() < 0.07 for _ in range(10)) for _ in range(20000)]
+    drawn = statistics.mean(max(begun[tick : tick + 4]) for tick in range(len(begun) - 3))
+    assert most_prompts(0.7, 4) == pytest.approx(drawn, rel=0.05)
+    slice_ = parse_slice("v5e:4x4")
+    plans = [
+        Plan(load_model_config("llama-3-70b"), slice_, make_layout({"x": "ffn", "y": role}, {"x": "heads", "y": attention}))
+        for role, attention in (("stage", "none"), ("ffn", "batch"))
+    ]
+    staged, whole = (iteration_seconds(plan, Pricing(slice_, calibration_for(slice_.chip)), Traffic(128, 1067, 257)) for plan in plans)
+    assert staged > 1.3 * whole
 
 
 def test_arrivals_and_lengths() -> None:
