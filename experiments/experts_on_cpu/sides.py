@@ -113,7 +113,7 @@ def transformers(dtype: str, folder: str) -> Callable[[str, int], float]:
         return sum(len(set(layer.topk(SHAPE["num_experts_per_tok"]).indices.flatten().tolist())) for layer in routers)
 
     def bandwidth() -> float:
-        x = torch.ones(1 << 28)
+        x = torch.ones(1 << 26)
         return 4 * x.numel() / min(elapsed(x.sum) for _ in range(7))
 
     def answer(way: str, rows: int) -> float:

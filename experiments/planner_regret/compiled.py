@@ -99,13 +99,17 @@ class Texts:
         return Compiled(**json.loads(gzip.decompress(path.read_bytes())))
 
 
-def seconds(plan: Plan, bucket: Bucket, texts: Texts) -> float | None:
+def seconds(plan: Plan, bucket: Bucket, texts: Texts, unrolled: int = DEPTH) -> float | None:
     """A step of a plan by its compiled program; None where the compiler refuses it, or it is not compiled. Of pipeline stages, all the
-    ticks of one batch."""
+    ticks of one batch.
+
+    Args:
+        unrolled: layers that are compiled where they are compiled one by one, three or more.
+    """
     small = replace(plan, model=replace(plan.model, vocab_size=VOCABULARY))
     ends = planned_ledger(plan, bucket).seconds - planned_ledger(small, bucket).seconds
     layers = plan.model.num_layers
-    depth = DEPTH if plan.unrolled else layers
+    depth = unrolled if plan.unrolled else layers
     schedule = walked(replace(small, model=replace(small.model, num_layers=depth)), bucket, texts)
     if schedule is None:
         return None
