@@ -100,7 +100,9 @@ def main() -> None:
         for dtype in SIZES:
             ours, theirs = Side(sys.executable, "partinf", dtype, folder), Side(args.torch_python, "transformers", dtype, folder)
             bandwidth = theirs.ask("bandwidth", 0)
-            rows += [row(ours, theirs, dtype, count, bandwidth) | {"bandwidth": bandwidth} for count in ROWS]
+            for count in ROWS:
+                rows.append(row(ours, theirs, dtype, count, bandwidth) | {"bandwidth": bandwidth})
+                print(rows[-1], flush=True)
             ours.end()
             theirs.end()
     write(__file__, {"date": str(date.today()), "machine": machine(), "note": args.note, "shape": SHAPE, "rows": rows})
