@@ -79,8 +79,8 @@ def experts(weights: Params, hidden: jax.Array, of: Experts, routes: Routes) -> 
     chosen, by = routed(weights, hidden, of)
     hidden = take_split(hidden, 1, axes.embed_stored, axes.embed, routes.sizes)  # [T.τ, E.e]
     here, back = sent(Routed(hidden, chosen, by), of.count, routes)
-    rows = sorted_by_expert(_held(here.experts, of, routes), of.count // routes.ways(axes.experts))
-    out = _through(weights, here.rows[rows.token], rows, of, routes)
+    rows = sorted_by_expert(_held(here.experts, of, routes), of.count // routes.ways(axes.experts), whole=not axes.experts)
+    out = _through(weights, here.rows.at[rows.token].get(mode="promise_in_bounds"), rows, of, routes)
     added = back(added_up(out, here.weights, rows, made_for(routes)).astype(hidden.dtype))
     return Partial(added, Split(axes.tokens, axes.embed, tuple(a for a in axes.experts if a not in axes.exchanged) + axes.ffn))
 
@@ -88,6 +88,8 @@ def experts(weights: Params, hidden: jax.Array, of: Experts, routes: Routes) -> 
 def _held(chosen: jax.Array, of: Experts, routes: Routes) -> jax.Array:
     """The numbers of experts among those that this device holds; as many as these for the others, and for what is no expert."""
     axes, rest = routes.experts, of.count
+    if not axes.experts_stored:
+        return chosen
     here, local = chosen < of.count, jnp.zeros_like(chosen)
     for axis in axes.experts_stored:
         size = routes.sizes[axis]

@@ -30,30 +30,32 @@ class Sorted:
     Attributes:
         token: [R] of which row of the tokens each is a copy. expert: [R] the number of its expert among those held; that of some expert in
             places that are not taken. sizes: [X] rows of every expert; their sum may be less than R.
-        place: [T, k] where the copy of a token for each of its experts lies; R for those that are not held.
+        place: [T, k] where the copy of a token for each of its experts lies; R for those that are not held. whole: all are held.
     """
 
     token: jax.Array
     expert: jax.Array
     sizes: jax.Array
     place: jax.Array
+    whole: bool = False
 
 
-def sorted_by_expert(experts: jax.Array, count: int) -> Sorted:
+def sorted_by_expert(experts: jax.Array, count: int, whole: bool = False) -> Sorted:
     """Sort the copies of T tokens by expert.
 
     Args:
-        experts: [T, k] numbers among `count` experts held, all different in a row; `count` for those that are not held.
+        experts: [T, k] numbers among `count` experts held, all different in a row; `count` for those that are not held. whole: there are
+            none such.
     """
     tokens, chosen = experts.shape
     rows = tokens * min(chosen, count)
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
-    place = jnp.where(flat < count, place, rows).reshape(experts.shape)
+    place = (place if whole else jnp.where(flat < count, place, rows)).reshape(experts.shape)
     sizes = jnp.sum(flat[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
     order = order[:rows]
-    return Sorted(order // chosen, jnp.minimum(flat[order], count - 1), sizes, place)
+    return Sorted(order // chosen, jnp.minimum(flat[order], count - 1), sizes, place, whole)
 
 
 def grouped_dot(
@@ -121,9 +123,13 @@ def added_up(out: jax.Array, weights: jax.Array, rows: Sorted, platform: Platfor
     Args:
         platform: that the program is made for, if for any. Where every operation costs half a microsecond few rows are fetched together.
     """
+    together = platform is not None and platform.grouped is Grouped.TPU_KERNEL and rows.place.size * out.shape[1] <= _TOGETHER
+    if together and rows.whole:
+        found = out.at[rows.place].get(mode="promise_in_bounds").astype(jnp.float32)  # [T, k, E]
+        return jnp.sum(found * weights[..., None], axis=1)
     held = rows.place < out.shape[0]
-    if platform is not None and platform.grouped is Grouped.TPU_KERNEL and rows.place.size * out.shape[1] <= _TOGETHER:
-        found = out.at[rows.place].get(mode="clip").astype(jnp.float32) * weights[..., None]  # [T, k, E]
+    if together:
+        found = out.at[rows.place].get(mode="clip").astype(jnp.float32) * weights[..., None]
         return jnp.sum(jnp.where(held[..., None], found, 0.0), axis=1)
     total = jnp.zeros((), jnp.float32)
     for number in range(rows.place.shape[1]):

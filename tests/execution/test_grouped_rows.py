@@ -94,3 +94,6 @@ def test_copies_are_sorted_and_found_again() -> None:
     out, weights = jnp.arange(16.0).reshape(8, 2).at[5:].set(jnp.nan), jnp.asarray([[0.5, 2.0]] * 4)
     for platform in (None, PLATFORMS["tpu"]):  # one after the other, and all at once
         assert added_up(out, weights, rows, platform).tolist() == [[3.0, 5.5], [0.0, 0.0], [1.0, 1.5], [18.0, 20.5]]
+    whole = sorted_by_expert(jnp.asarray([[2, 0], [1, 2]]), 3, whole=True)
+    for platform in (None, PLATFORMS["tpu"]):
+        assert added_up(out[:4], weights[:2], whole, platform).tolist() == [[2.0, 4.5], [13.0, 15.5]]

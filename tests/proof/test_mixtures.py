@@ -29,9 +29,9 @@ def test_what_fills_no_whole_tiles_is_not_copied() -> None:
     layout = make_layout({"x": "replica", "y": "ffn"}, {"x": "batch", "y": "heads"}, experts={"x": "ffn", "y": "ffn"})
     plan, buckets = serving_steps(Plan(model, parse_slice("v6e:2x4"), layout), workload)
     (step,) = prove(plan, buckets).steps
-    assert {"kernel experts_in", "kernel experts_out", "kernel paged_decode", "kernel paged_write"} <= set(
+    assert {"kernel experts_in", "kernel experts_out", "kernel paged_decode", "kernel paged_write"} <= {
         part.partition(":")[0].strip() for part in step.estimate.note.split(";")
-    )
+    }
     assert not {one.kind for one in step.differences} & {"extra copy", "padding"}
     assert step.estimate.seconds < 1.25 * step.planned_seconds
 
