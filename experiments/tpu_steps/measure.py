@@ -2,6 +2,7 @@
 
     python -m experiments.tpu_steps.measure                  # compiles every case and writes the column `after` of results.json
     python -m experiments.tpu_steps.measure --only NAME      # one case
+    python -m experiments.tpu_steps.measure --table          # the tables of README.md from results.json, nothing compiled
 
 `before` was made in a checkout of da28871, whose layouts know no `whole`; the column is kept as it is.
 """
@@ -29,7 +30,7 @@ from partinf.proof.report import Work
 from partinf.proof.schedule import Schedule
 from partinf.workload import DType, Workload
 
-_SECONDS = 900.0
+_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -144,15 +145,38 @@ def copies_of(work: Iterable[Work], least: float) -> list[Work]:
     return [one for one in work if one.moves and one.count * one.seconds > least]
 
 
+def tables(found: Mapping[str, Any]) -> str:
+    """README's tables, of what has both columns."""
+    found = {name: row for name, row in found.items() if "after" in row}
+    lines = ["| step | before, ms | after, ms | collectives per layer | their ms | bytes alone, ms | code, MB |", f"|{'---|' * 7}"]
+    for name, row in found.items():
+        before, after = row["before"], row["after"]
+        pairs = (f"{before[key]} → {after[key]}" for key in ("collectives_per_layer", "collectives_ms"))
+        code = f"{before['code_mb']} → {after['code_mb']}"
+        lines.append(f"| {name} | {before['ms']} | {after['ms']} | {' | '.join(pairs)} | {after['floor_ms']} | {code} |")
+    lines += ["", "| step | products | cores | collectives | what is left, ms |", f"|{'---|' * 5}"]
+    for name, row in found.items():
+        after = row["after"]
+        if "rest_ms" in after:
+            left = ", ".join(f"`{what}` {ms}" for what, ms in after["rest_ms"].items())
+            lines.append(f"| {name} | {after['products_ms']} | {after['cores_ms']} | {after['collectives_ms']} | {left} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=CASES, help="one case")
-    chosen = parser.parse_args().only
-    found = read(__file__, missing={})
+    parser.add_argument("--table", action="store_true", help="print README's tables")
+    asked = parser.parse_args()
+    chosen, found = asked.only, read(__file__, missing={})
+    if asked.table:
+        print(tables(found))
+        return
     for name, case in CASES.items():
         if chosen in (None, name):
             plan, bucket = case.step()
             compiled = compile_bucket(plan, bucket, Limits(seconds=_SECONDS))
+            found = read(__file__, missing={})  # others may have been added meanwhile
             found.setdefault(name, {})["after"] = row = row_of(plan, bucket, compiled)
             print(f"{name}: {row}", flush=True)
             write(__file__, found)

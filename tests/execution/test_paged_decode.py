@@ -150,3 +150,16 @@ def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPat
     assert largest_error(make_plan("2x4", make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "heads"}), few)) < TOLERANCE["f32"]
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
+
+
+@pytest.mark.parametrize(("lanes", "told"), [(2, 2 * 2 * 16 * 128 * 2 * 128), (32, 8 << 20)])
+def test_a_compiler_covers_no_fetches_with_the_bytes_of_many_pages(lanes: int, told: int) -> None:
+    """It would share HBM between weights and pages, and leave it idle elsewhere."""
+    pages = jax.ShapeDtypeStruct((1 << 14, 128, 128), jnp.int8)
+    scales = jax.ShapeDtypeStruct((1 << 13, 1, 256), jnp.float32)
+    half = Quantized(pages, scales, (-1,))
+    q, rows = jax.ShapeDtypeStruct((lanes, 2, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((lanes, 16), jnp.int32)
+    position = jax.ShapeDtypeStruct((lanes,), jnp.int32)
+    traced = jax.make_jaxpr(lambda *given: paged_decode.paged_decode(*given, 1.0))(q, KeysValues(half, half), rows, position)
+    (estimate,) = [one.params["cost_estimate"] for one in traced.jaxpr.eqns if one.primitive.name == "pallas_call"]
+    assert (estimate.bytes_accessed, estimate.flops, estimate.transcendentals) == (told, 0, 0)
