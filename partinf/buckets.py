@@ -68,7 +68,7 @@ class Capacity:
             may come, and those that are longer than a shard's share of a step are cut over several.
         max_residents: sequences that may hold pages, where some policy gives one's place to another; 0 for those decoded together.
         kv_pages: pages per shard; 0 for as many as memory holds.
-        memory_share: of the memory that weights, programs and activations leave, the part that becomes pages; 0 for the platform's.
+        memory_share: share of the memory left by weights, programs and activations that becomes pages; 0 for the platform's.
     """
 
     max_rows: int = 32

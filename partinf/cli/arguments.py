@@ -99,7 +99,7 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
     """`--kv-pages` and `--memory-share`."""
     parser.add_argument("--kv-pages", default="0", metavar="N", help="KV pages per shard (default: as many as memory holds)")
     shares = "0.9, and a quarter on CPUs, whose memory is the machine's"
-    text = f"of the memory that weights, programs and activations leave, the part that becomes KV pages (default: {shares})"
+    text = f"share of the memory left by weights, programs and activations that becomes KV pages (default: {shares})"
     parser.add_argument("--memory-share", metavar="SHARE", help=text)
 
 

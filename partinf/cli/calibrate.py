@@ -33,9 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--types", metavar="LIST", default="f32,bf16,int8", help="of weights (default: f32,bf16,int8)")
     parser.add_argument("--devices", default="0", metavar="N", help="virtual CPU devices to measure (default: JAX_NUM_CPU_DEVICES or 1)")
     parser.add_argument(
-        "--seconds", metavar="S", help="seconds of timing, not counting compilation (default: 30, or what is left of two minutes)"
+        "--seconds", metavar="S", help="seconds of timing, not counting compilation (default: 30, or less to end within two minutes)"
     )
-    parser.add_argument("--output", metavar="FILE", help="(default: the user's configuration, where --slice local finds it)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the file to write (default: the user's configuration, where --slice local finds it)"
+    )
     parser.add_argument(
         "--products", metavar="show|again", help="print the kernel that each product uses on this CPU, with its times; again measures first"
     )

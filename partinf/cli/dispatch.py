@@ -30,7 +30,7 @@ BROKEN_PIPE = 141
 COMMANDS: Mapping[str, str] = {
     "plan": "choose how a model is split over a slice, and show what each way costs",
     "explain": "print a layout as numbered lines of shapes and collectives",
-    "prove": "compile a plan with the TPU compiler, without a TPU: does it fit, and what does it run",
+    "prove": "compile a plan with the TPU compiler, without a TPU: whether it fits, and what runs",
     "calibrate": "measure the local devices and write a hardware file for later plans",
     "demo": "plan, partition and run a small trained model, and check its answers",
     "generate": "continue prompts with a model",

@@ -33,7 +33,9 @@ def add_load_arguments(parser: argparse.ArgumentParser, requests: int, lengths: 
     parser.add_argument("--scheduler", default="fcfs", metavar="NAME", help=f"{described()} (default: fcfs)")
     arrivals = f"poisson:RATE, gamma:RATE:CV, backlog or trace:FILE (default: poisson:{rate})"
     parser.add_argument("--arrivals", default=f"poisson:{rate}", metavar="HOW", help=arrivals)
-    parser.add_argument("--lengths", default=lengths, metavar="HOW", help=f"uniform:LOW-HIGH:LOW-HIGH, fixed:IN:OUT or chat ({lengths})")
+    parser.add_argument(
+        "--lengths", default=lengths, metavar="HOW", help=f"uniform:LOW-HIGH:LOW-HIGH, fixed:IN:OUT or chat (default: {lengths})"
+    )
     parser.add_argument("--requests", default="0", metavar="N", help=f"how many (default: {requests}, or the whole trace)")
     parser.add_argument("--seed", default="0", metavar="N", help="of arrivals and lengths (default: 0)")
     parser.add_argument("--max-batch", default="0", metavar="N", help="sequences per iteration")

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, length: str = "--max-len") ->
     types = "f32, bf16 or int8"
     parser.add_argument("--weights", metavar="TYPE", help=f"storage of the weights: {types} (default: f32 on CPU, bf16 elsewhere)")
     parser.add_argument("--kv", metavar="TYPE", help=f"storage of the KV cache: {types} (default: as the activations)")
-    text = "longest context to serve (default: the model's, or what the KV pages hold of one sequence)"
+    text = "longest context to serve (default: the model's, or as much of one sequence as the KV pages hold)"
     parser.add_argument(length, dest="max_len", default="0", metavar="N", help=text)
     add_pool(parser)
 

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if group is not None and not group.leads:
         return _follow(place, plan, group, make)
     count = served.mask_threads
-    masks = f"grammars that take long by {count} {'thread' if count == 1 else 'threads'}" if count else "all grammars between steps"
+    masks = f"slow grammars on {count} {'thread' if count == 1 else 'threads'}" if count else "all grammars between steps"
     return _serve(args, place, plan, template, group, make, masks)
 
 

@@ -47,7 +47,7 @@ class _Group(Protocol):
 def add_engine_arguments(group: _Group) -> None:
     """The flags of the engine but for its scheduler, which other commands have too."""
     group.add_argument("--max-num-seqs", metavar="N", help=f"sequences per iteration (default: {_DEFAULT_ROWS})")
-    text = f"tokens per iteration: one of each sequence, the rest of prompts (default: {SERVED_PROMPT_TOKENS} for prompts)"
+    text = f"tokens per iteration: one for each sequence, the rest for prompts (default: {SERVED_PROMPT_TOKENS} for prompts)"
     group.add_argument("--max-num-batched-tokens", metavar="N", help=text)
     sharing = "share KV pages of common prompt prefixes (default: yes)"
     group.add_argument("--enable-prefix-caching", action=OnOff, default=None, help=sharing)

@@ -84,7 +84,7 @@ class Calibration:
         if not self.measured:
             return "not measured on this chip"
         if self.left_out is None:
-            return "from single operations: no step was timed without an engine"
+            return "fitted to single operations; no step has been timed outside a serving engine"
         median, worst = self.left_out
         return f"steps left out of the fit are predicted within {median:.0%} in the median, {worst:.0%} at worst"
 

@@ -197,7 +197,7 @@ class Platform:
         proof_environment: environment variables of the process that compiles a proof, in addition to those of every proof.
         host_code: compiled programs hold code for this machine's CPU, and depend on its flags.
         keeps_cached: a program that jax's compilation cache returned can be serialised again with its code.
-        memory_share: of the memory that weights, programs and activations leave, the part that becomes pages of the cache unless another
+        memory_share: share of the memory left by weights, programs and activations that becomes pages of the cache unless another
             is requested. Virtual devices share the machine with all else that runs on it, so it is a quarter there.
         code_bytes: what one compiled step takes besides its data: a round figure above what compilers named. layer_code_bytes: what every
             layer adds that is compiled one by one, for its decode rows, for up to 512 prompt tokens, and for each doubling of these.

@@ -1,4 +1,4 @@
-"""Threads for grammars that take long: one, two where there are cores for them, or as many as were requested."""
+"""Threads for slow grammars: one, two where there are cores for them, or as many as were requested."""
 
 from __future__ import annotations
 

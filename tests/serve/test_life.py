@@ -231,7 +231,7 @@ def test_the_command_serves_the_demo_model(root: Path) -> None:
     assert code == 0
     assert re.search(r"; chat template: \S*demo/\w+", printed)
     assert re.search(r"ready: [1-9] programs compiled, 0 loaded in \d+\.\d s", printed)
-    assert re.search(r"ready: .*; grammars that take long by (1 thread|2 threads)", printed)
+    assert re.search(r"ready: .*; slow grammars on (1 thread|2 threads)", printed)
     assert "e c r" not in printed
 
 

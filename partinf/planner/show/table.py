@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from partinf.cost.ledger import Ledger
+from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
 from partinf.foundation.terminal import plain_table, wide_console
 from partinf.foundation.units import column_figures, counted, figures, readable_bytes, readable_seconds, time_unit
@@ -16,12 +16,13 @@ from partinf.layout import PHASES
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.commands import commands, num_hosts, served_memory, unservable
-from partinf.planner.show.explain import Line, explain
+from partinf.planner.show.explain import explain
 from partinf.planner.show.work import moved_bytes
 from partinf.planner.trials import Trial, price_per_million_tokens
 
 _BAR = 40
-_WIDE = 110  # columns of a terminal that has room for every column of the candidates
+_WIDE = 110  # columns of a terminal that has room for every column of a table
+_BRIEF = 16  # characters of a name of weights that leave a narrow terminal no room for roles in attention and bytes
 _ENTRIES = 10
 
 
@@ -91,17 +92,20 @@ def _candidates(report: PlanReport, top: int, width: int) -> Table:
     """One row for each candidate. Where the terminal is narrow, columns that matter less are left out, so that no row breaks."""
     narrow, prefills = width < _WIDE, report.workload.phase is None
     unit, scale = time_unit(report.best.main.step_seconds)
-    heads = report.model.num_heads
+    heads, shown = report.model.num_heads, report.candidates[:top]
+    brief = narrow and any(len(stored(candidate)) > _BRIEF for candidate in shown)
 
     def cells(index: int, candidate: Candidate) -> Iterator[tuple[str, str]]:
         main, prefill = candidate.main, candidate.phase("prefill")
         yield "", str(index)
         yield "weights", stored(candidate)
         for result in candidate.phases:
-            yield (result.name, f"{result.ffn} {result.attention}") if narrow else (f"{result.name}: FFN, attention", _roles(result))
+            roles = result.ffn if brief else f"{result.ffn} {result.attention}"
+            yield (result.name, roles) if narrow else (f"{result.name}: FFN, attention", _roles(result))
         if not narrow:
             yield "heads", f"{heads}→{candidate.padded_heads}" if candidate.padded_heads else str(heads)
-        yield "GB" if narrow else "GB/device", f"{candidate.memory.total / 1e9:.1f}"
+        if not brief:
+            yield "GB" if narrow else "GB/device", f"{candidate.memory.total / 1e9:.1f}"
         if not narrow:
             yield "fits", "yes" if candidate.fits else "no"
         if prefills and prefill is not None:
@@ -113,7 +117,7 @@ def _candidates(report: PlanReport, top: int, width: int) -> Table:
         late = "does not fit" if narrow and not candidate.fits else "" if candidate.meets_bound else "late"
         yield ">", "tie" if candidate.tie_with_best and index > 1 else late
 
-    rows = [list(cells(index, candidate)) for index, candidate in enumerate(report.candidates[:top], start=1)]
+    rows = [list(cells(index, candidate)) for index, candidate in enumerate(shown, start=1)]
     table = plain_table(*(title for title, _ in rows[0]))
     for row in rows:
         table.add_row(*(cell for _, cell in row))
@@ -152,7 +156,7 @@ def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:
     if best.padded_heads:
         console.print(f"{report.head_splits}.", highlight=False)
     for result in best.phases:
-        console.print(_ledger(result))
+        console.print(_ledger(result, console.width < _WIDE))
 
 
 def _show_served(console: Console, report: PlanReport, candidate: Candidate) -> None:
@@ -216,38 +220,43 @@ def _memory_bar(best: Candidate) -> str:
     return f"Memory |{bar:<{_BAR}}| {words} of {memory.usable / 1e9:.1f} GB per device"
 
 
-def _ledger(result: PhaseResult) -> Table:
-    """The most expensive entries, all occurrences together: the payload of a collective, HBM traffic of the rest."""
+def _ledger(result: PhaseResult, narrow: bool) -> Table:
+    """The most expensive entries, all occurrences together: the payload of a collective, HBM traffic of the rest. Without numbers and bytes
+    where the terminal is narrow."""
     title = f"{result.name} step, {readable_seconds(result.step_seconds)}"
     unit, scale = time_unit(result.step_seconds)
-    table = plain_table("entry", "part", "collective", ">count", ">!bytes", f">{unit}", ">", title=title)
+    sizes = () if narrow else (">count", ">!bytes")
+    table = plain_table("entry", "part", "collective", *sizes, f">{unit}", ">", title=title)
     for entry in result.ledger.dearest()[:_ENTRIES]:
         op = f"{entry.op}({''.join(entry.axes)})" if entry.op else ""
         seconds = entry.exposed_seconds
         share, moved = seconds / result.step_seconds, moved_bytes(entry) * entry.count
-        cells = readable_bytes(moved), f"{seconds / scale:,.3f}", "<1%" if share < 0.005 else f"{share:.0%}"
-        table.add_row(entry.name, entry.part.value, op, str(entry.count), *cells)
+        amounts = () if narrow else (str(entry.count), readable_bytes(moved))
+        cells = (*amounts, f"{seconds / scale:,.3f}", "<1%" if share < 0.005 else f"{share:.0%}")
+        table.add_row(entry.name, entry.part.value, op, *cells)
     return table
 
 
 def print_step(console: Console, label: str, split: StepSplit, ledger: Ledger) -> None:
-    """Print the lines of one step, section by section, numbered through."""
-    number = 0
+    """Print the lines of one step, section by section, numbered through; only shapes and times where the terminal is narrow."""
+    number, narrow = 0, console.width < _WIDE
     step = f"step of each of {split.ways(split.stages)} pipeline stages" if split.stages else "step"
-    title = f"[bold]{label} {step}[/bold], {readable_seconds(ledger.seconds)}; times and bytes per occurrence, on one device"
+    columns = "times" if narrow else "times and bytes"
+    title = f"[bold]{label} {step}[/bold], {readable_seconds(ledger.seconds)}; {columns} per occurrence, on one device"
     console.print(f"\n{title}", highlight=False)
     for section in explain(split, ledger):
-        table = plain_table(">", "", "result", "per device", ">!bytes", ">!µs", show_header=number == 0)
+        sizes = () if narrow else ("per device", ">!bytes")
+        table = plain_table(">", "", "result", *sizes, ">!µs", show_header=number == 0)
         for line in section.lines:
             number += 1
-            table.add_row(str(number), line.what, line.shape, line.local, readable_bytes(moved_bytes(line.entry)), _occurrence(line))
+            amounts = () if narrow else (line.local, readable_bytes(moved_bytes(line.entry)))
+            table.add_row(str(number), line.what, line.shape, *amounts, _occurrence(line.entry, narrow))
         start = f", from {section.start}" if section.start else ""
         times = f" (×{split.model.num_layers})" if section.per_layer else ""
         console.print(f"\n{section.title}{start}{times}", highlight=False, markup=False)
         console.print(table, markup=False)
 
 
-def _occurrence(line: Line) -> str:
-    entry = line.entry
-    hidden = f" ({entry.overlapped * 1e6:.1f} hidden)" if entry.overlapped else ""
+def _occurrence(entry: Entry, narrow: bool) -> str:
+    hidden = f" ({entry.overlapped * 1e6:.1f} hidden)" if entry.overlapped and not narrow else ""
     return f"{(entry.seconds - entry.overlapped) * 1e6:.1f}{hidden}"
