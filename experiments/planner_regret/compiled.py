@@ -74,7 +74,7 @@ def rivals(able: Sequence[Candidate], draw: random.Random) -> list[tuple[Candida
     known = {id(one) for one, _ in found}
     found += [(one, "near") for one in able[2 : 1 + NEAREST] if id(one) not in known]
     known = {id(one) for one, _ in found}
-    rest = [one for one in able if id(one) not in known]
+    rest = sorted((one for one in able if id(one) not in known), key=lambda one: (one.name, roles_of(one.main)))  # whatever their prices
     return [*found, *((one, "random") for one in draw.sample(rest, min(RANDOM, len(rest))))]
 
 
@@ -169,7 +169,8 @@ def row(case: Case, texts: Texts, most: int | None) -> dict[str, Any]:
     times = [line["compiled_ms"] for line in found if line["compiled_ms"]]
     mine = found[0]["compiled_ms"]
     regret = None if mine is None or len(times) < 2 else mine / min(times) - 1
-    return {"case": str(case), "candidates": found, "able": len(able), "regret": regret}
+    judged_ones = sum(bool(line["compiled_ms"]) or line["ruled_out"] for line in found)
+    return {"case": str(case), "candidates": found, "able": len(able), "regret": regret, "judged": judged_ones}
 
 
 def judged(report: PlanReport, candidate: Candidate, place: str, texts: Texts, best_ms: float | None) -> dict[str, Any]:
@@ -186,10 +187,9 @@ def judged(report: PlanReport, candidate: Candidate, place: str, texts: Texts, b
         "planner_ms": 1e3 * candidate.main.step_seconds,
         "compiled_ms": None if took is None else 1e3 * took,
         "least_ms": least,
+        "ruled_out": best_ms is not None and least >= best_ms,
     }
-    figure = (
-        f"{1e3 * took:9.4g}" if took is not None else f" above {least:.4g}" if best_ms is not None and least >= best_ms else "  not judged"
-    )
+    figure = f"{1e3 * took:9.4g}" if took is not None else f" above {least:.4g}" if line["ruled_out"] else "  not judged"
     print(f"  {line['layout']:60} {place:20} {line['planner_ms']:9.4g} {figure}", flush=True)
     return line
 
@@ -202,6 +202,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         return {"cases": 0}
     return {
         "cases": len(regrets),
+        "cases_with_all_rivals": sum(one["regret"] is not None and one["judged"] == len(one["candidates"]) for one in rows),
         "median": statistics.median(regrets),
         "worst": max(regrets),
         "programs": len(errors),

@@ -41,6 +41,10 @@ def main() -> None:
     print("\n| case | compiled, ms by the compiler (by the planner), as they are judged | regret |", "|---" * 3 + "|", sep="\n")
     for row in [*read(__file__, "compiled.json")["rows"], *results["compiled"]]:
         times = [f"{c['layout']}: {c['compiled_ms']:.4g} ({c['planner_ms']:.4g})" for c in row["candidates"] if c["compiled_ms"]]
+        slower = sum(c.get("ruled_out", False) for c in row["candidates"])
+        times += [f"{slower} more, slower at the maker's figures"] if slower else []
+        left = len(row["candidates"]) - row.get("judged", len(row["candidates"]))
+        times += [f"{left} not compiled"] if left else []
         print(f"| {row['case']} | {'<br>'.join(times)} | {'' if row['regret'] is None else format(row['regret'], '.1%')} |")
 
 
