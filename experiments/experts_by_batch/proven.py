@@ -68,7 +68,7 @@ def row(name: str, texts: Path) -> dict[str, Any]:
     kept = json.loads(gzip.decompress(file_of(name, texts).read_bytes()))
     if kept["layout"] != layout:
         raise SystemExit(f"{name}: {file_of(name, texts)} is a program of {kept['layout']}, and {layout} is planned today: delete it")
-    compiled = Compiled(**kept["said"])
+    compiled = Compiled(**kept["compiled"])
     schedule, kinds = schedule_of(plan, bucket, compiled.program), compiled.memory
     needed = kinds["argument"] + kinds["temp"] + kinds["generated_code"] + max(0, kinds["output"] - kinds["alias"])
     moved = sum(work.seconds * work.count for work in schedule.work if work.moves)
@@ -102,7 +102,7 @@ def main(texts: Path, names: list[str]) -> None:
             before = _cpu_seconds()
             compiled = compile_bucket(plan, bucket, Limits(seconds=3600))
             needed = {"cpu_seconds": round(_cpu_seconds() - before, 1), "peak_gb": round(_peak_bytes() / 1e9, 2)}
-            file_of(name, texts).write_bytes(gzip.compress(json.dumps({"layout": layout, "said": asdict(compiled), **needed}).encode()))
+            file_of(name, texts).write_bytes(gzip.compress(json.dumps({"layout": layout, "compiled": asdict(compiled), **needed}).encode()))
     found = {name: row(name, texts) for name in CASES if file_of(name, texts).is_file()}
     write(__file__, found, "proven.json")
     print(json.dumps(found, indent=1))

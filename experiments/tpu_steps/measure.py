@@ -167,9 +167,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=CASES, help="one case")
     parser.add_argument("--table", action="store_true", help="print README's tables")
-    asked = parser.parse_args()
-    chosen, found = asked.only, read(__file__, missing={})
-    if asked.table:
+    args = parser.parse_args()
+    chosen, found = args.only, read(__file__, missing={})
+    if args.table:
         print(tables(found))
         return
     for name, case in CASES.items():

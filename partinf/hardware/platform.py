@@ -245,7 +245,7 @@ class Platform:
 
     def pins(self, each: int, outputs: int, inputs: int) -> bool:
         """Whether a device holds so many matrices [outputs, inputs] of each expert in the order in which a kernel reads them, one after the
-        other. The compiler is free to choose where it is not told: of 128 experts whose matrices fill no whole tiles it made the experts
+        other. Left to itself the compiler chooses the order: of 128 experts whose matrices fill no whole tiles it made the experts
         the innermost dimension, and copied all of them for the kernel in every step."""
         return self.grouped is Grouped.TPU_KERNEL and takes_matrices(each, outputs, inputs)
 

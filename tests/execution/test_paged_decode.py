@@ -152,8 +152,8 @@ def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPat
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize(("lanes", "told"), [(2, 2 * 2 * 16 * 128 * 2 * 128), (32, 8 << 20)])
-def test_a_compiler_covers_no_fetches_with_the_bytes_of_many_pages(lanes: int, told: int) -> None:
+@pytest.mark.parametrize(("lanes", "declared"), [(2, 2 * 2 * 16 * 128 * 2 * 128), (32, 8 << 20)])
+def test_a_compiler_covers_no_fetches_with_the_bytes_of_many_pages(lanes: int, declared: int) -> None:
     """It would share HBM between weights and pages, and leave it idle elsewhere."""
     pages = jax.ShapeDtypeStruct((1 << 14, 128, 128), jnp.int8)
     scales = jax.ShapeDtypeStruct((1 << 13, 1, 256), jnp.float32)
@@ -162,4 +162,4 @@ def test_a_compiler_covers_no_fetches_with_the_bytes_of_many_pages(lanes: int, t
     position = jax.ShapeDtypeStruct((lanes,), jnp.int32)
     traced = jax.make_jaxpr(lambda *given: paged_decode.paged_decode(*given, 1.0))(q, KeysValues(half, half), rows, position)
     (estimate,) = [one.params["cost_estimate"] for one in traced.jaxpr.eqns if one.primitive.name == "pallas_call"]
-    assert (estimate.bytes_accessed, estimate.flops, estimate.transcendentals) == (told, 0, 0)
+    assert (estimate.bytes_accessed, estimate.flops, estimate.transcendentals) == (declared, 0, 0)

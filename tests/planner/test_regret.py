@@ -124,17 +124,17 @@ def test_a_layer_is_what_passes_between_its_kernels() -> None:
 def test_a_rival_that_cannot_be_the_best_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step takes at least is below every price, and whoever is above the best time has no other."""
     (case,) = (one for one in compiled_cases() if "v5e:4x4, decode" in str(one))
-    asked = []
+    compiled_ones = []
 
     def seconds(plan: Plan, bucket: Bucket, texts: compiled.Texts) -> float:
-        asked.append(compiled.least_seconds(plan, bucket))
+        compiled_ones.append(compiled.least_seconds(plan, bucket))
         return planned_ledger(plan, bucket).seconds
 
     monkeypatch.setattr(compiled, "seconds", seconds)
     found = compiled.row(case, compiled.Texts(Path()), None)
     lines = found["candidates"]
     assert found["regret"] == 0
-    assert len(asked) == sum(line["compiled_ms"] is not None for line in lines) < len(lines)
+    assert len(compiled_ones) == sum(line["compiled_ms"] is not None for line in lines) < len(lines)
     best = min(line["compiled_ms"] for line in lines if line["compiled_ms"] is not None)
     assert all(line["least_ms"] < line["planner_ms"] for line in lines)
     assert all(line["least_ms"] >= best for line in lines if line["compiled_ms"] is None)

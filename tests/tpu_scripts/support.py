@@ -23,7 +23,7 @@ GOOD = {
     "type": "v4-16",
     "time_to_live": "1h",
     "wait": "1m",
-    "command": ["bash", "-c", 'echo "$PARTINF_RUN_ID $PARTINF_ATTEMPT" > "$PARTINF_RESULTS/out of it"; echo said'],
+    "command": ["bash", "-c", 'echo "$PARTINF_RUN_ID $PARTINF_ATTEMPT" > "$PARTINF_RESULTS/out of it"; echo done'],
     "setup": ["bash", "-c", "echo prepared >> prepared"],
 }
 

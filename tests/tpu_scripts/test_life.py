@@ -29,7 +29,7 @@ def test_steps_that_may_be_repeated_are(cloud) -> None:
     """Each of them fails once: copies, commands on workers, questions, and deleting."""
     cloud.script(fail={step: 1 for step in STEPS if step != "create"})
     assert cloud.pod("launch", cloud.describe(), "--run-id", "r1") == 0
-    assert cloud.result("r1", 1, "stdout") == "said\n"
+    assert cloud.result("r1", 1, "stdout") == "done\n"
     assert cloud.state["machines"] == {}
 
 

@@ -32,7 +32,7 @@ _MOST_KEYS = 512  # of one block
 _SUBLANES = 32  # bytes of a tile's column: what a page has to fill so that pages stand side by side without gaps
 _INT8_TOKENS = 16  # the same for int8, of which eight rows fill a tile; what is widened fills its own then
 _LANES = 128
-# Bytes that the compiler is told of at most, 10 us on a v5e: about what a call takes besides its bytes. Behind what it believes to take
+# Most bytes in the kernel's cost estimate, 10 us on a v5e: about what a call takes besides its bytes. Behind what it believes to take
 # long it fetches weights, and behind these bytes they would only share HBM with the pages.
 _COVER = 8 << 20
 
