@@ -168,6 +168,9 @@ class _Mixture:
         entries.append(split.pricing.traffic(items.ROWS_SORTED, _PART, count, 2 * self.places * self.embed * split.act_bytes))
         entries.append(self._product(items.WX_IN, load, self.embed, self.inner * self.ffn))
         entries += self._between_products()
+        entries.append(
+            split.pricing.traffic(items.EXPERTS_ACTIVATED, _PART, count, (self.inner + 1) * self.places * self.ffn * split.act_bytes)
+        )
         entries.append(self._product(items.WX_OUT, load, self.ffn, self.embed))
         added = self.together * (self.of.per_token + 1) * self.embed * split.act_bytes
         entries.append(split.pricing.traffic(items.OUTPUTS_ADDED, _PART, count, added))
@@ -256,7 +259,11 @@ class _Mixture:
         size = self.together * 2 * self.of.per_token * _F32  # experts, and the bits of weights next to them
         chosen = split.pricing.collective(items.CHOSEN_EXPERTS, _PART, self.count, Op.ALL_GATHER, axes, size, "int32", split.shape.useful)
         places = self.tokens * min(self.of.per_token, split.ways(axes)) if self._ragged else self.together
-        return [chosen, self._sent(items.ROWS_SENT, places)]
+        entries = [chosen, self._sent(items.ROWS_SENT, places)]
+        if self._ragged:  # rows and outputs are packed, each in whole tiles of its own, and unpacked
+            packed = 2 * 2 * (places + self.together) * self.embed * split.act_bytes
+            entries.append(split.pricing.traffic(items.ROWS_PACKED, _PART, self.count, packed))
+        return entries
 
     @property
     def _ragged(self) -> bool:

@@ -22,6 +22,9 @@ from partinf.partition.collectives import Axes
 from partinf.transformer.linear import made_for
 from partinf.transformer.routes import Routes
 
+# A row is exchanged as whole tiles of memory: of rows side by side in a tile the compiler makes tiles of their own, in several passes.
+_LANES = 128
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -70,6 +73,7 @@ def _padded(here: Routed, axes: Axes, ways: int) -> tuple[Routed, Back]:
 
 def _ragged(here: Routed, axes: Axes, digits: Sequence[tuple[int, int]], none: int) -> tuple[Routed, Back]:
     """Every row to the devices alone that hold an expert of it: [ways · T, E], those that arrive first, by where they come from.
+    Places where nothing arrives hold anything.
 
     Args:
         digits: for each axis what to divide the number of an expert by so that the coordinate of its device is left, modulo the second,
@@ -87,16 +91,20 @@ def _ragged(here: Routed, axes: Axes, digits: Sequence[tuple[int, int]], none: i
     out_size = tokens * min(chosen, ways)
     place, leaving = _packed(wanted[me].T, out_size)  # [to, T], and of every place (to, T) as one number
     _, arriving = _packed(wanted[:, :, me], ways * tokens)  # (from, T)
-    rows = jnp.zeros((ways * tokens, width), here.rows.dtype)
-    rows = lax.ragged_all_to_all(here.rows[leaving % tokens], rows, begin_to[me], sizes[me], begin_from[me], sizes[:, me], axis_name=axes)
+    apart = (width // _LANES, _LANES) if width % _LANES == 0 else (width,)
+    rows = lax.empty((ways * tokens, *apart), here.rows.dtype)
+    leave = here.rows.reshape(tokens, *apart)[leaving % tokens]
+    rows = lax.ragged_all_to_all(leave, rows, begin_to[me], sizes[me], begin_from[me], sizes[:, me], axis_name=axes)
+    rows = rows.reshape(-1, width)
     taken = jnp.arange(ways * tokens) < jnp.sum(sizes[:, me])
     mine = target.reshape(ways, tokens, chosen)[me]
     place, first = jnp.take_along_axis(place.T, mine, axis=1), _first_of_equals(mine)  # [T, k]
 
     def back(out: jax.Array) -> jax.Array:
-        found = jnp.zeros((out_size, width), out.dtype)
+        found = lax.empty((out_size, *apart), out.dtype)
+        out = out.reshape(-1, *apart)
         found = lax.ragged_all_to_all(out, found, begin_from[:, me], sizes[:, me], begin_to[:, me], sizes[me], axis_name=axes)
-        total = jnp.zeros((), jnp.float32)
+        found, total = found.reshape(-1, width), jnp.zeros((), jnp.float32)
         for number in range(chosen):
             part = found.at[place[:, number]].get(mode="clip").astype(jnp.float32)
             total = total + jnp.where(first[:, number, None], part, 0.0)
