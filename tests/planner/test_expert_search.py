@@ -91,7 +91,8 @@ def test_a_split_of_the_experts_and_one_of_their_d_ff_are_each_held_against_the_
     few, many = "splitting the experts over all their axes", "splitting d_ff over all their axes"
     wide = replace(MODEL, experts=Experts(32, 4, replace(EACH, width=6144)))
     assert re.search(rf"; {few} is [\d.]+% slower", note(wide, "v6e:1x4", batch=1, context_len=512, phase="decode"))
-    assert re.search(rf"; {many} is [\d.]+% slower", note(wide, "v6e:1x4", batch=512, context_len=128, phase="decode"))
+    narrow = replace(MODEL, experts=Experts(128, 8, replace(EACH, width=512)))
+    assert re.search(rf"; {many} is [\d.]+% slower", note(narrow, "v6e:1x4", batch=512, context_len=128, phase="decode"))
     odd = replace(wide, experts=replace(wide.experts, count=6, per_token=2))
     impossible = f"; {few} is impossible (experts X = 6 does not split into 4 parts)"
     assert impossible in note(odd, "v6e:1x4", batch=1, context_len=512, phase="decode")
@@ -182,7 +183,8 @@ def test_experts_that_do_not_divide_are_refused_with_their_reason() -> None:
 
 
 def test_a_report_names_the_roles_for_experts_and_says_what_others_cost() -> None:
-    report = search(MODEL, parse_slice("v6e:1x4"), Workload(batch=32, input_len=256, output_len=64))
+    narrow = replace(MODEL, experts=Experts(32, 4, replace(EACH, width=512)))
+    report = search(narrow, parse_slice("v6e:1x4"), Workload(batch=32, input_len=256, output_len=64))
     best = report.best
     assert "experts X" in best.name
     assert experts_name(best.layout, {"x": 1, "y": 4}) in ("X_y", "F_y", "E_y", "X")
