@@ -11,7 +11,7 @@ import gzip
 import json
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +39,15 @@ class Case(NamedTuple):
 CASES = {
     "qwen-3-30b-a3b on v6e:2x2, 32 × 4608": Case("qwen-3-30b-a3b", "v6e:2x2", None, Workload(batch=32, context_len=4608, phase="decode")),
     "qwen-3-30b-a3b on v6e:2x2, 96 × 4608": Case("qwen-3-30b-a3b", "v6e:2x2", None, Workload(batch=96, context_len=4608, phase="decode")),
+    "qwen-3-30b-a3b on v6e:2x2, prefill 8 × 4096": Case(
+        "qwen-3-30b-a3b", "v6e:2x2", None, Workload(batch=8, input_len=4096, phase="prefill")
+    ),
     "gpt-oss-120b on v6e:2x4, 64 × 4096": Case("gpt-oss-120b", "v6e:2x4", None, Workload(batch=64, context_len=4096, phase="decode")),
     "qwen-3-235b-a22b on v6e:4x4, 32 × 4096": Case(
         "qwen-3-235b-a22b", "v6e:4x4", None, Workload(batch=32, context_len=4096, phase="decode")
     ),
     "qwen-3-235b-a22b on v5e:8x8, 64 × 4096": Case(
-        "qwen-3-235b-a22b", "v5e:8x8", "x0:2,x1:4,y0:4,y1:2", Workload(batch=64, context_len=4096, phase="decode")
+        "qwen-3-235b-a22b", "v5e:8x8", None, Workload(batch=64, context_len=4096, phase="decode")
     ),
 }
 
@@ -56,7 +59,7 @@ def planned(case: Case) -> tuple[Plan, Bucket, str]:
     best = report.best
     plan = Plan(model, report.slice, best.layout, workload.weights, workload.kv, padded_heads=best.padded_heads)
     plan, (bucket,) = serving_steps(plan, workload)
-    return plan, bucket, best.name
+    return replace(plan, buckets=(bucket,)), bucket, best.name
 
 
 def file_of(name: str, texts: Path) -> Path:
