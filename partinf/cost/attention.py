@@ -97,9 +97,9 @@ def decode_entries(split: StepSplit) -> list[Entry]:
     heads = model.num_heads // split.ways(group.heads)
     kv_heads = model.num_kv_heads // split.ways(group.kv)
     seen = shape.decode_context if shape.real_context is None else shape.real_context
-    parts, share = split.ways(group.sequence), useful * split.shares.heads
+    shards, share = split.ways(group.sequence), useful * split.shares.heads
     entries += _writes(split, rows, kv_heads)
-    entries += decode_cores(split, rows, heads, kv_heads, shape.decode_context, parts, seen, share)
+    entries += decode_cores(split, rows, heads, kv_heads, shape.decode_context, shards, seen, share)
     return entries + _from_group(split, group, shape.decode_rows, useful, DECODE)
 
 
@@ -115,9 +115,9 @@ def _writes(split: StepSplit, rows: int, kv_heads: int) -> list[Entry]:
 
 
 def decode_cores(
-    split: StepSplit, rows: int, heads: int, kv_heads: int, context: int, parts: int, seen: float, share: float = 1.0
+    split: StepSplit, rows: int, heads: int, kv_heads: int, context: int, shards: int, seen: float, share: float = 1.0
 ) -> list[Entry]:
-    """Products with one of `parts` parts of the `context` keys and values of each row on one device, for every window that layers have.
+    """Products with one of `shards` shards of the `context` keys and values of each row on one device, for every window that layers have.
 
     Args:
         seen: of a row's keys, how many are not masked. share: of rows and heads that are useful.
@@ -126,7 +126,7 @@ def decode_cores(
     for window, count in split.windows:
         computed = split.decode_keys(context, window)
         useful = share * (min(seen, window) / computed if computed else 1.0)
-        found.append(_decode_core(split, rows, heads, kv_heads, ceil_div(computed, parts), useful, count))
+        found.append(_decode_core(split, rows, heads, kv_heads, ceil_div(computed, shards), useful, count))
     return found
 
 
@@ -196,23 +196,23 @@ def _earlier(split: StepSplit, elements: int, shared: Axes, layers: int) -> list
     return entries + movement(split, _PART, EARLIER, others, Split(stored, near.cols), Split(rest, group.kv), count=layers)
 
 
-def prefill_cores(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float = 1.0) -> list[Entry]:
-    """So many tokens of so many prompts on one device, with one of `parts` parts of their keys, for every window that layers have; a share
+def prefill_cores(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, shards: int, useful: float = 1.0) -> list[Entry]:
+    """So many tokens of so many prompts on one device, with one of `shards` shards of their keys, for every window that layers have; a share
     of tokens and heads is useful."""
-    return [_prefill_core(split, slots, tokens, heads, kv_heads, parts, useful, *window) for window in split.windows]
+    return [_prefill_core(split, slots, tokens, heads, kv_heads, shards, useful, *window) for window in split.windows]
 
 
 def _prefill_core(
-    split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, parts: int, useful: float, window: int, count: int
+    split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, shards: int, useful: float, window: int, count: int
 ) -> Entry:
     shape, model, program = split.shape, split.model, split.pricing.program
     own, context = tokens / max(slots, 1), split.earlier_keys(window)
-    keys_all = (slots * context + tokens) // parts
+    keys_all = (slots * context + tokens) // shards
     computed, tiles = context + own, split.pricing.slice.chip.platform.tiles
     if tiles.skip:  # a tile of queries reaches over the windows of all its tokens
         computed = min(computed, window + tiles.prompt_keys)
-    keys = computed / parts if program.per_prompt_attention else keys_all
-    seen = _seen(own, shape.prefill_context, window) / parts
+    keys = computed / shards if program.per_prompt_attention else keys_all
+    seen = _seen(own, shape.prefill_context, window) / shards
     pairs = tokens * keys
     passed = 2 * tokens * heads * model.head_dim * split.act_bytes
     if not program.blocked_attention:
@@ -220,12 +220,12 @@ def _prefill_core(
     kv_bytes = 2.0 * keys_all * kv_heads * model.head_dim * split.act_bytes
     flops = 4.0 * pairs * heads * model.head_dim
     share = min(1.0, useful * seen / keys) if keys else 1.0
-    core = (slots, tokens, heads, kv_heads, context // parts)
+    core = (slots, tokens, heads, kv_heads, context // shards)
     done, seconds = pairs, 0.0
     if program.tile_loop and pairs:
         kernel = tiles.takes_prompts(heads, kv_heads, model.head_dim)
-        own = tiles.kernel_pairs(tokens, slots, max(heads // max(kv_heads, 1), 1), window) / parts if kernel else 0.0
-        done, seconds = _tile_loop(split, slots, tokens, heads, parts, window, fresh=not kernel)
+        own = tiles.kernel_pairs(tokens, slots, max(heads // max(kv_heads, 1), 1), window) / shards if kernel else 0.0
+        done, seconds = _tile_loop(split, slots, tokens, heads, shards, window, fresh=not kernel)
         seconds += split.pricing.prompt_kernel(4.0 * own * heads * model.head_dim)
     return split.pricing.product(
         PREFILL.core,
@@ -250,7 +250,7 @@ def _seen(own: float, context: int, window: int) -> float:
     return ((context + (grows + 1) / 2) * grows + window * (own - grows)) / own if grows < own else context + (own + 1) / 2
 
 
-def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int, window: int, fresh: bool) -> tuple[float, float]:
+def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, shards: int, window: int, fresh: bool) -> tuple[float, float]:
     """Pairs of a query and a key for which a loop over tiles makes scores, and its time on the core in addition to the products.
 
     Queries and keys of all prompts of a device lie in one row; of earlier context a tile of queries visits that of its own slots. Every
@@ -259,15 +259,15 @@ def _tile_loop(split: StepSplit, slots: int, tokens: int, heads: int, parts: int
     Args:
         fresh: the loop goes over the step's own keys too, which no kernel takes.
     """
-    tiles, context = split.pricing.slice.chip.platform.tiles, split.shape.prefill_context // parts
-    keys, reach = max(tokens // parts, 1), window + tiles.prompt_keys
+    tiles, context = split.pricing.slice.chip.platform.tiles, split.shape.prefill_context // shards
+    keys, reach = max(tokens // shards, 1), window + tiles.prompt_keys
     seen, together = tiles.seen_shares(tokens, slots, heads)
     queries, pairs = tiles.count(tokens, keys if fresh else 0, heads)
     _, earlier = tiles.count(tokens, context, heads)
     if not (fresh or context):
         return 0.0, 0.0
-    own = tokens * (min(seen * keys, reach / parts) if tiles.skip else keys) if fresh else 0.0
-    before = tokens * min(context, reach / parts) * slots * together
+    own = tokens * (min(seen * keys, reach / shards) if tiles.skip else keys) if fresh else 0.0
+    before = tokens * min(context, reach / shards) * slots * together
     return own + before, split.pricing.tile_loop((own + before) * heads, pairs + earlier * slots * together, queries)
 
 

@@ -356,11 +356,11 @@ class Evaluator:
         rows = ceil_div(requests, split.num_stages * attention.batch_ways)
         return rows, ceil_div(self.model.num_heads, ways), ceil_div(self.model.num_kv_heads, kv_ways)
 
-    def _least_cores(self, split: StepSplit, label: str, rows: int, heads: int, kv_heads: int, parts: int) -> list[Entry]:
+    def _least_cores(self, split: StepSplit, label: str, rows: int, heads: int, kv_heads: int, shards: int) -> list[Entry]:
         if label == "decode":
             context = max(self.workload.decode_context, 1)
-            return decode_cores(split, rows, heads, kv_heads, context, parts, context)
-        return prefill_cores(split, rows, rows * self._prompt_len, heads, kv_heads, parts)
+            return decode_cores(split, rows, heads, kv_heads, context, shards, context)
+        return prefill_cores(split, rows, rows * self._prompt_len, heads, kv_heads, shards)
 
     def prompts(self, layout: Layout, label: str, padded_heads: int, shape: StepShape) -> Priced:
         """A step of prompts of this shape under the FFN roles of a phase; their attention is always prefill's."""
