@@ -197,8 +197,8 @@ def _earlier(split: StepSplit, elements: int, shared: Axes, layers: int) -> list
 
 
 def prefill_cores(split: StepSplit, slots: int, tokens: int, heads: int, kv_heads: int, shards: int, useful: float = 1.0) -> list[Entry]:
-    """So many tokens of so many prompts on one device, with one of `shards` shards of their keys, for every window that layers have; a share
-    of tokens and heads is useful."""
+    """So many tokens of so many prompts on one device, with one of `shards` shards of their keys, for every window that layers have; a
+    share of tokens and heads is useful."""
     return [_prefill_core(split, slots, tokens, heads, kv_heads, shards, useful, *window) for window in split.windows]
 
 
