@@ -52,7 +52,7 @@ class Tiles:
     def takes_prompts(self, heads: int, kv_heads: int, size: int) -> bool:
         """Whether the kernel for prompts takes so many heads of this size on a device: whole lanes, and groups of which a block has a tile
         of tokens."""
-        return self.fresh and size % KERNEL_LANES == 0 and heads // max(kv_heads, 1) * KERNEL_TILE <= KERNEL_ROWS
+        return self.fresh and size % LANES == 0 and heads // max(kv_heads, 1) * KERNEL_TILE <= KERNEL_ROWS
 
     def kernel_pairs(self, tokens: int, slots: int, group: int, window: int) -> float:
         """Pairs of one of a device's prompt tokens and one of their keys for which the kernel makes scores, for `slots` prompts of one
@@ -65,8 +65,10 @@ class Tiles:
         return _seen_shares(self, tokens, slots, heads)
 
 
-# Of the kernel for prompts: lanes that a head fills, rows of a block's tile, and rows (heads of a group times tokens) and keys of a block.
-KERNEL_LANES, KERNEL_TILE, KERNEL_ROWS, KERNEL_KEYS = 128, 16, 1024, 512
+LANES = 128  # of a tile of a TPU's memory: what the last dimension of an array is filled up to
+
+# Of the kernel for prompts, whose heads fill lanes: rows of a block's tile, and rows (heads of a group times tokens) and keys of a block.
+KERNEL_TILE, KERNEL_ROWS, KERNEL_KEYS = 16, 1024, 512
 
 TILE_COLUMN = 32  # of the kernel that writes into the cache: bytes of a tile's column
 
@@ -151,8 +153,8 @@ GROUPED_SUBLANES, GROUPED_BLOCK = 8, 1 << 21
 
 def takes_matrices(each: int, outputs: int, inputs: int) -> bool:
     """Whether that kernel takes so many matrices [outputs, inputs] of each expert."""
-    whole = all(size % GROUPED_SUBLANES == 0 for size in (outputs, inputs)) and max(outputs, inputs) >= KERNEL_LANES
-    return whole and each * inputs * min(outputs, KERNEL_LANES) <= GROUPED_BLOCK
+    whole = all(size % GROUPED_SUBLANES == 0 for size in (outputs, inputs)) and max(outputs, inputs) >= LANES
+    return whole and each * inputs * min(outputs, LANES) <= GROUPED_BLOCK
 
 
 def lies_turned(outputs: int, inputs: int) -> bool:
@@ -161,7 +163,7 @@ def lies_turned(outputs: int, inputs: int) -> bool:
 
 
 def _in_tiles(rows: int, columns: int) -> int:
-    return round_up(rows, GROUPED_SUBLANES) * round_up(columns, KERNEL_LANES)
+    return round_up(rows, GROUPED_SUBLANES) * round_up(columns, LANES)
 
 
 @dataclass(frozen=True)

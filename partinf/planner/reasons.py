@@ -41,13 +41,17 @@ def why_experts(candidate: Candidate, others: Mapping[str, Candidate | str]) -> 
     routed = next((entry.routed for entry in candidate.main.ledger.entries if entry.routed is not None), None)
     if routed is None:
         return ""
-    text = f" Expected per layer and device: {routed.hit:.3g} experts read for {routed.rows:.3g} rows"
-    text += f", on the most loaded device {routed.most_hit:.3g} for {routed.most_rows:.3g}"
+    text = f" Expected per layer and device: {_mean(routed.hit)} experts read for {_mean(routed.rows)} rows"
+    text += f", on the most loaded device {_mean(routed.most_hit)} for {_mean(routed.most_rows)}"
     compared = ", ".join(
         f"{name} is impossible ({other})" if isinstance(other, str) else f"{name} {_compared(candidate, other)}"
         for name, other in others.items()
     )
     return f"{text}; {compared}." if compared else f"{text}."
+
+
+def _mean(count: float) -> str:
+    return f"{count:.3g}" if count < 100 else f"{count:,.0f}"
 
 
 def _compared(candidate: Candidate, rival: Candidate) -> str:

@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.hardware.platform import LANES
 from partinf.partition.collectives import Axes
 from partinf.transformer.linear import made_for
 from partinf.transformer.routes import Routes
-
-# A row is exchanged as whole tiles of memory: of rows side by side in a tile the compiler makes tiles of their own, in several passes.
-_LANES = 128
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,8 @@ def _ragged(here: Routed, axes: Axes, digits: Sequence[tuple[int, int]], none: i
     out_size = tokens * min(chosen, ways)
     place, leaving = _packed(wanted[me].T, out_size)  # [to, T], and of every place (to, T) as one number
     _, arriving = _packed(wanted[:, :, me], ways * tokens)  # (from, T)
-    apart = (width // _LANES, _LANES) if width % _LANES == 0 else (width,)
+    # Rows travel as whole tiles: of rows that share a tile the compiler makes such tiles by itself, in several passes.
+    apart = (width // LANES, LANES) if width % LANES == 0 else (width,)
     rows = lax.empty((ways * tokens, *apart), here.rows.dtype)
     leave = here.rows.reshape(tokens, *apart)[leaving % tokens]
     rows = lax.ragged_all_to_all(leave, rows, begin_to[me], sizes[me], begin_from[me], sizes[:, me], axis_name=axes)

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from partinf.hardware.platform import LANES
 from partinf.model.config import Position
 from partinf.model.kinds import Run
 from partinf.partition.collectives import Axes, Split, move, take_split
@@ -48,7 +49,6 @@ from partinf.transformer.routes import Group, Routes
 from partinf.transformer.sampling import likeliest, log_normalizer, logit_of
 
 _SCORED_ROWS = 128  # rows of logits of given tokens that exist at once
-_LANES = 128  # of a TPU's tiles
 _MULTIPLIED_TOKENS = 512  # as many cost half of what laying a table of 258,048 rows out anew does, by the TPU compiler's estimate
 
 
@@ -93,7 +93,7 @@ def _looked_up(table: jax.Array, tokens: jax.Array, routes: Routes) -> jax.Array
     product with rows of the identity reads it once, as the logits do, and is as exact. What is no number in the table would reach every
     token there, as 0 · NaN; it goes through the product as the largest number, and is NaN behind it.
     """
-    by_columns = routes.plan.slice.chip.platform.multiplied_look_up and table.dtype == jnp.bfloat16 and table.shape[1] % _LANES
+    by_columns = routes.plan.slice.chip.platform.multiplied_look_up and table.dtype == jnp.bfloat16 and table.shape[1] % LANES
     if routes.plain or not by_columns or tokens.shape[0] > _MULTIPLIED_TOKENS:
         return table[tokens]
     rows = (tokens[:, None] == jnp.arange(table.shape[0])[None, :]).astype(table.dtype)

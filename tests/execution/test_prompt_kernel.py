@@ -83,7 +83,7 @@ def test_the_pairs_that_are_priced_are_those_that_the_kernel_visits(slots: int, 
 
 
 def test_steps_with_the_kernel_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "KERNEL_LANES", 1)
+    monkeypatch.setattr(platform, "LANES", 1)
     monkeypatch.setitem(PLATFORMS, "cpu", replace(CPU, tiles=INTERPRETED))
     layout = make_layout({"x": "embed", "y": "ffn", "z": "ffn"}, {"x": "batch", "y": "heads", "z": "sequence"})
     assert largest_error(make_plan("2x2x2", layout)) < TOLERANCE["f32"]

@@ -98,6 +98,19 @@ def test_a_split_of_the_experts_and_one_of_their_d_ff_are_each_held_against_the_
     assert impossible in note(odd, "v6e:1x4", batch=1, context_len=512, phase="decode")
 
 
+def test_a_table_tells_layouts_apart_that_differ_in_how_rows_reach_experts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ["--model", "qwen-3-30b-a3b", "--slice", "v5e:2x4", "--phase", "prefill", "--batch", "7", "--input", "777", "--top", "2"]
+    assert main(["plan", *words]) == 0
+    printed = capsys.readouterr().out
+    gathered, exchanged = (next(line for line in printed.splitlines() if line.startswith(f"{row}  E F, copies over x")) for row in (1, 2))
+    assert ", exchanged " in exchanged
+    assert "exchanged" not in gathered
+    assert re.search(r"experts read for [\d,]+ rows", printed)
+
+
 def test_advice_says_from_which_batch_experts_are_busy() -> None:
     report = search(MODEL, parse_slice("v6e:1x4"), Workload(batch=4, context_len=512, phase="decode"))
     advice = report.batch_advice

@@ -12,7 +12,7 @@ from partinf.cost.ledger import Entry, Ledger
 from partinf.cost.split import StepSplit
 from partinf.foundation.terminal import plain_table, wide_console
 from partinf.foundation.units import column_figures, counted, figures, readable_bytes, readable_seconds, time_unit
-from partinf.layout import PHASES
+from partinf.layout import PHASES, AttentionRole
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate, PhaseResult
 from partinf.planner.show.commands import commands, num_hosts, served_memory, unservable
@@ -100,8 +100,9 @@ def _candidates(report: PlanReport, top: int, width: int) -> Table:
         yield "", str(index)
         yield "weights", stored(candidate)
         for result in candidate.phases:
-            roles = result.ffn if brief else f"{result.ffn} {result.attention}"
-            yield (result.name, roles) if narrow else (f"{result.name}: FFN, attention", _roles(result))
+            experts = _experts(candidate, result)
+            roles = result.ffn if brief else f"{result.ffn} {result.attention}{experts}"
+            yield (result.name, roles) if narrow else (f"{result.name}: FFN, attention", _roles(result) + experts)
         if not narrow:
             yield "heads", f"{heads}→{candidate.padded_heads}" if candidate.padded_heads else str(heads)
         if not brief:
@@ -129,12 +130,19 @@ def stored(candidate: Candidate) -> str:
     return candidate.name.rsplit(", ", len(PHASES))[0]
 
 
+def _experts(candidate: Candidate, result: PhaseResult) -> str:
+    """What the phase does about experts where it is not the plainest, `, exchanged`; the layout's name has it in full."""
+    phase = candidate.name.rsplit(", ", len(PHASES))[1 + PHASES.index(result.name)]
+    return "".join(f", {what.removeprefix('rows ')}" for what in phase.split("/")[2:])
+
+
 def _roles(result: PhaseResult) -> str:
     by_role: dict[str, list[str]] = {}
     for axis, role in result.phase.attention:
-        by_role.setdefault(role.value, []).append(axis)
+        if role is not AttentionRole.NONE:
+            by_role.setdefault(role.value, []).append(axis)
     attention = " ".join(f"{role}:{''.join(axes)}" for role, axes in sorted(by_role.items()))
-    return f"{result.ffn}, {attention}"
+    return f"{result.ffn}, {attention}" if attention else result.ffn
 
 
 def _show_choice(console: Console, report: PlanReport, best: Candidate) -> None:

@@ -26,10 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from partinf.foundation.rounding import ceil_div, round_up
-from partinf.hardware.platform import GROUPED_BLOCK, lies_turned, takes_matrices
+from partinf.hardware.platform import GROUPED_BLOCK, LANES, lies_turned, takes_matrices
 from partinf.partition.quantize import Quantized
 
-_LANES = 128
 _ROWS = 128  # of a tile; as many pass a matrix unit while its weights are exchanged
 _FEWEST_ROWS = 16  # of a tile of bfloat16
 _TILE = 1 << 20  # the same of the rows
@@ -119,9 +118,9 @@ def _width(each: int, outputs: int, inputs: int) -> int:
     most = GROUPED_BLOCK // (each * inputs)  # there are two of a block on the chip
     if outputs <= most:
         return outputs
-    widths = range(_LANES, most + 1, _LANES)
+    widths = range(LANES, most + 1, LANES)
     even = max((width for width in widths if outputs % width == 0), default=0)
-    return even if 2 * even >= widths[-1] else round_up(ceil_div(outputs, ceil_div(outputs, widths[-1])), _LANES)
+    return even if 2 * even >= widths[-1] else round_up(ceil_div(outputs, ceil_div(outputs, widths[-1])), LANES)
 
 
 def _tile(rows: int, inputs: int) -> int:

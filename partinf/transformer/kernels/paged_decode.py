@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from partinf.foundation.rounding import ceil_div
+from partinf.hardware.platform import LANES
 from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import JoinedKeysValues, KeysValues
 
@@ -31,7 +32,6 @@ _BUFFERS = 4 << 20  # bytes of on-chip memory for pages
 _MOST_KEYS = 512  # of one block
 _SUBLANES = 32  # bytes of a tile's column: what a page has to fill so that pages stand side by side without gaps
 _INT8_TOKENS = 16  # the same for int8, of which eight rows fill a tile; what is widened fills its own then
-_LANES = 128
 # Most bytes in the kernel's cost estimate, 10 us on a v5e: about what a call takes besides its bytes. Behind what it believes to take
 # long it fetches weights, and behind these bytes they would only share HBM with the pages.
 _COVER = 8 << 20
@@ -42,7 +42,7 @@ def fits(pages: KeysValues | JoinedKeysValues) -> bool:
     arrays, scales = apart(pages)
     size = arrays[0].shape[-2]
     if scales:
-        return size % _INT8_TOKENS == 0 and _LANES % size == 0 and scales[0].shape[-1] % _LANES == 0
+        return size % _INT8_TOKENS == 0 and LANES % size == 0 and scales[0].shape[-1] % LANES == 0
     return size * arrays[0].dtype.itemsize % _SUBLANES == 0
 
 
@@ -83,7 +83,7 @@ def paged_decode(
     held, (length, size) = rows.shape[1], arrays[0].shape[1:]
     q = jnp.pad(q, [(0, 0)] * 3 + [(0, size - head_dim)]) if size > head_dim else q
     itemsize = arrays[0].dtype.itemsize
-    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // (2 * len(arrays) * kv_heads * max(size, _LANES) * itemsize)) // length))
+    each = max(1, min(held, min(_MOST_KEYS, _BUFFERS // (2 * len(arrays) * kv_heads * max(size, LANES) * itemsize)) // length))
     buffers = [pltpu.VMEM((2, each, kv_heads, length, size), array.dtype) for array in arrays]
     buffers += [pltpu.VMEM((2, each, 1, scale.shape[-1]), scale.dtype) for scale in scales]
     lane = lambda lane, *_: (lane, 0, 0, 0)  # noqa: E731
@@ -213,17 +213,17 @@ def _in_line(rows: jax.Array, start: Any, length: int) -> jax.Array:
     """Numbers start … start + length of every row [n, lanes], one row after the other: [1, n · length]. They are first brought to the front
     and repeated over the lanes, so that those of row i stand, among others, where they are wanted: from there each row gives its own."""
     count = rows.shape[0]
-    parts = [rows[:, at : at + _LANES] for at in range(0, rows.shape[1], _LANES)]
+    parts = [rows[:, at : at + LANES] for at in range(0, rows.shape[1], LANES)]
     if len(parts) > 1:
-        part = start // _LANES
+        part = start // LANES
         parts = [sum(jnp.where(part == at, x, 0.0) for at, x in enumerate(parts))]
-    lane = lax.broadcasted_iota(jnp.int32, (count, _LANES), 1)
-    found = pltpu.roll(parts[0], lax.rem(_LANES - lax.rem(start, _LANES), _LANES), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (count, LANES), 1)
+    found = pltpu.roll(parts[0], lax.rem(LANES - lax.rem(start, LANES), LANES), 1)
     found = jnp.where(lane < length, found, 0.0)
     reach = length
-    while reach < _LANES:
+    while reach < LANES:
         found, reach = found + pltpu.roll(found, reach, 1), 2 * reach
-    found = jnp.concatenate([found] * ceil_div(count * length, _LANES), axis=1)[:, : count * length]
+    found = jnp.concatenate([found] * ceil_div(count * length, LANES), axis=1)[:, : count * length]
     place = lax.broadcasted_iota(jnp.int32, found.shape, 1) // length
     own = place == lax.broadcasted_iota(jnp.int32, found.shape, 0)
     return jnp.sum(jnp.where(own, found, 0.0), axis=0, keepdims=True)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from partinf.foundation.rounding import round_up
-from partinf.hardware.platform import KERNEL_KEYS, KERNEL_LANES, KERNEL_TILE, kernel_tokens
+from partinf.hardware.platform import KERNEL_KEYS, KERNEL_TILE, LANES, kernel_tokens
 
 _MASKED, _LEAST = -1e30, -1e29  # as in `partinf.transformer.kernels.tiles`
 _FAR = jnp.iinfo(jnp.int32).max
@@ -50,7 +50,7 @@ def prompt_attention(
     (tokens, heads, size), (groups, length, _) = q.shape, keys.shape
     each = heads // groups
     rows = min(kernel_tokens(each), round_up(tokens, KERNEL_TILE))
-    wide = min(KERNEL_KEYS, round_up(length, KERNEL_LANES))
+    wide = min(KERNEL_KEYS, round_up(length, LANES))
     padded, held = round_up(tokens, rows), round_up(length, wide)
     fill = lambda x, to, dim, value=0: jnp.pad(  # noqa: E731
         x, [(0, to - x.shape[dim]) if at == dim else (0, 0) for at in range(x.ndim)], constant_values=value
