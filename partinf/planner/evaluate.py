@@ -37,17 +37,19 @@ class Priced(NamedTuple):
     """One phase priced: the padded shape of a step and its time, the memory of its activations, and what its ledger is made of.
 
     In a pipeline the batch is spread over the stages: the shape is that of one stage's, and time and entries are those of as many ticks as
-    there are stages, in which the whole batch comes once through all layers. whole: with what passes between sublayers whole.
+    there are stages, in which the whole batch comes once through all layers. attention: what attention adds to the rest. whole: with what
+    passes between sublayers whole.
     """
 
     shape: StepShape
     seconds: float
     activations: int
     entries: tuple[tuple[Entry, ...], tuple[Entry, ...]]
+    attention: Part
     whole: bool = False
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Entries and their sums: seconds of what is not gathered ahead, seconds of what is, and compute that this can run behind; of the
     first, seconds that wait for HBM alone, and seconds that leave it alone."""
 
@@ -59,16 +61,16 @@ class _Part(NamedTuple):
     free: float = 0.0
 
     @classmethod
-    def of(cls, entries: tuple[Entry, ...], times: int) -> _Part:
+    def of(cls, entries: tuple[Entry, ...], times: int) -> Part:
         """Of a step that runs so many times."""
         if times > 1:
             entries = tuple(entry._replace(count=entry.count * times) for entry in entries)
         ahead = sum(entry.ahead * entry.count for entry in entries)
         return cls(entries, total_seconds(entries) - ahead, ahead, compute_left(entries), *fetches(entries))
 
-    def with_(self, other: _Part) -> _Part:
+    def with_(self, other: Part) -> Part:
         """Both."""
-        return _Part(*(mine + others for mine, others in zip(self, other, strict=True)))  # type: ignore[operator]
+        return Part(*(mine + others for mine, others in zip(self, other, strict=True)))  # type: ignore[operator]
 
     def seconds_with(self, seconds: float, left: float, early: float = 0.0, free: float = 0.0) -> float:
         """Seconds with other work, which gathers nothing ahead, leaves some compute for those that do, waits for HBM and leaves it
@@ -80,7 +82,7 @@ class _Part(NamedTuple):
 class _Linear(NamedTuple):
     """Entries and working sets of everything but attention."""
 
-    part: _Part
+    part: Part
     working_set: LinearSet
 
 
@@ -97,7 +99,7 @@ class ExpertFigures(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, part: _Part, size: int) -> ExpertFigures:
+    def of(cls, part: Part, size: int) -> ExpertFigures:
         shown = part.ahead - min(part.ahead, max(0.0, part.left))
         return cls(part.seconds + shown - part.early, part.seconds - part.free, size)
 
@@ -105,7 +107,7 @@ class ExpertFigures(NamedTuple):
 class Least(NamedTuple):
     """What a phase's linear layers take whatever its attention roles are, their split, and what an attention core takes at least."""
 
-    part: _Part
+    part: Part
     split: StepSplit | None
     core: float = 0.0
 
@@ -118,8 +120,12 @@ class Least(NamedTuple):
         """The same with a core of so many seconds, whose compute may hide gathers too."""
         return self.part.seconds_with(core, core, free=core)
 
+    def with_attention(self, part: Part) -> float:
+        """The same with all that attention takes."""
+        return self.part.seconds_with(part.seconds, part.left, part.early, part.free)
 
-_NO_PART = _Part((), 0.0, 0.0, 0.0)
+
+_NO_PART = Part((), 0.0, 0.0, 0.0)
 NOTHING = Least(_NO_PART, None)
 
 
@@ -160,10 +166,10 @@ class Evaluator:
         self.sizes = pricing.slice.axis_sizes
         self._linear: dict[_Key, _Linear] = {}
         self._dense_parts: dict[_Key, _Linear] = {}
-        self._expert_parts: dict[object, _Part] = {}
+        self._expert_parts: dict[object, Part] = {}
         self._expert_bytes: dict[object, int] = {}
         self._whole: dict[_Key, bool] = {}
-        self._attention: dict[object, _Part] = {}
+        self._attention: dict[object, Part] = {}
         self._splits: dict[object, StepSplit] = {}
         self._prompt_len = workload.input_len or workload.context_len or 1
         prompts = 0 if workload.phase == "decode" else workload.prompts_per_step
@@ -273,17 +279,17 @@ class Evaluator:
         """The same without experts."""
         found = self._dense_parts.get(key)
         if found is None:
-            found = self._dense_parts[key] = _Linear(_Part.of(dense_part(split), split.num_stages), dense_set(split))
+            found = self._dense_parts[key] = _Linear(Part.of(dense_part(split), split.num_stages), dense_set(split))
         return found
 
-    def _experts(self, split: StepSplit) -> tuple[_Part, int]:
+    def _experts(self, split: StepSplit) -> tuple[Part, int]:
         """What experts take, and their working set: the same whatever dense weights do along axes that split neither tokens nor what
         passes between sublayers."""
         found, size = _NO_PART, self._expert_bytes.get(mixture_key(split))
         for key, make in expert_pieces(split):
             part = self._expert_parts.get(key)
             if part is None:
-                part = self._expert_parts[key] = _Part.of(tuple(make()), split.num_stages)
+                part = self._expert_parts[key] = Part.of(tuple(make()), split.num_stages)
             found = found.with_(part)
         if size is None:
             size = self._expert_bytes[mixture_key(split)] = expert_bytes(split)
@@ -370,7 +376,7 @@ class Evaluator:
         linear, attention = self.linear(split), self._attend(split, label)
         seconds = linear.part.seconds_with(attention.seconds, attention.left, attention.early, attention.free)
         activations = self.activations(split, linear.working_set)
-        return Priced(split.shape, seconds, activations, (linear.part.entries, attention.entries), split.whole)
+        return Priced(split.shape, seconds, activations, (linear.part.entries, attention.entries), attention, split.whole)
 
     def activations(self, split: StepSplit, linear: LinearSet | None = None) -> int:
         """The working set of a step, or of the chunk of it that one step processes at most."""
@@ -379,13 +385,13 @@ class Evaluator:
             return activation_bytes(split, linear)
         return activation_bytes(split.with_shape(StepShape(prefill_tokens=chunk, prefill_slots=min(chunk, shape.prefill_slots))))
 
-    def _attend(self, split: StepSplit, label: str) -> _Part:
+    def _attend(self, split: StepSplit, label: str) -> Part:
         """What depends on attention roles; axes that copy weights and axes that gather them are the same to it."""
         group = split.decode if label == "decode" else split.prefill
         key = (split.t, split.f, split.e, split.kv, group, split.shape, split.model.num_heads, split.stages)
         found = self._attention.get(key)
         if found is None:
-            found = self._attention[key] = _Part.of(attention_part(split), split.num_stages)
+            found = self._attention[key] = Part.of(attention_part(split), split.num_stages)
         return found
 
     def _weights(self, layout: Layout, padded_heads: int) -> int:

@@ -28,10 +28,11 @@ from partinf.planner.candidates import (
     gathers,
     option_signature,
 )
-from partinf.planner.evaluate import NOTHING, Least, Priced
+from partinf.planner.evaluate import NOTHING, Least, Part, Priced
 from partinf.planner.expert_prices import ExpertPrices
 from partinf.planner.floors import Floors
 from partinf.planner.question import Question
+from partinf.plans import row_axes
 
 
 class Choice(NamedTuple):
@@ -83,6 +84,8 @@ class Space:
         self.floors, self.experts = Floors(self.table, self.heads, self.evaluator), ExpertPrices(self.table, self.evaluator)
         self.refused: Counter[str] = Counter()
         self.looked = 0
+        self._attended: dict[object, dict[int, Part]] = {}
+        self._cores: dict[tuple[Storage, str], list[float]] = {}
 
     def limit(self, storage: Storage) -> BestSoFar:
         """The best that a storage is measured against: among those that use the network between slices alike, so that a report has all ways
@@ -110,21 +113,40 @@ class Space:
         experts = min(one.seconds for one in self.experts(storage, gather, label))
         return experts + self.floors.without_experts(storage.roles, gather.dense, label)
 
-    def core(self, least: Least, storage: Storage, label: str, attention: Attention) -> float:
-        """Seconds that the core takes at least under these attention roles."""
+    def cores(self, least: Least, storage: Storage, label: str) -> list[float]:
+        """Seconds that the core takes at least under every choice of attention roles for a storage."""
+        attentions, split = self.table.attentions_of(storage), least.split
+        if split is None:
+            return [0.0] * len(attentions)
+        found = self._cores.get((storage, label))
+        if found is None:
+            kv = (self.heads.of(storage, attention.heads)[1] for attention in attentions)
+            found = [self.evaluator.least_core(split, label, *one) for one in zip(attentions, kv, strict=True)]
+            self._cores[storage, label] = found
+        return found
+
+
+    def attended(self, storage: Stored, gather: Gather, label: str, least: Least) -> dict[int, Part]:
+        """What attention is known to take by the number of its roles, where these change neither the step's shape nor its heads: the same
+        however experts are split and gathered, as long as tokens are split alike."""
         if least.split is None:
-            return 0.0
-        return self.evaluator.least_core(least.split, label, attention, self.heads.of(storage, attention.heads)[1])
+            return {}
+        rows = row_axes(self.model, least.split.layout, least.split.phase)
+        return self._attended.setdefault((storage.roles, gather.dense, label, rows, least.split.whole), {})
 
 
 class Bounds:
-    """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is needed."""
+    """What a step of a phase takes at least over one storage, by its gathered axes: a floor, until the whole bound is needed.
+
+    Attributes:
+        padded: query heads without attention roles, padded so that they split; 0 as they are, None where they do not split.
+    """
 
     def __init__(self, space: Space, storage: Stored, label: str) -> None:
         self._space, self._storage, self._label = space, storage, label
         *_, self._alone = space.table.attentions  # splits nothing
-        self._padded = space.padded(space.heads.of(storage.roles, self._alone.heads)[0])
-        every = [] if self._padded is None else gathers(space.table, storage)
+        self.padded = space.padded(space.heads.of(storage.roles, self._alone.heads)[0])
+        every = [] if self.padded is None else gathers(space.table, storage)
         self._floors = {gather: space.least(storage, gather, label) for gather in every}
         self._known: dict[Gather, Least] = {}
 
@@ -153,8 +175,8 @@ class Bounds:
     def _work_out(self, gather: Gather) -> Least:
         space, option = self._space, PhaseOption(gather, self._alone)
         space.looked += 1
-        assert self._padded is not None
-        least = space.evaluator.least(space.table.layout(self._storage, option, option), self._label, self._padded)
+        assert self.padded is not None
+        least = space.evaluator.least(space.table.layout(self._storage, option, option), self._label, self.padded)
         return least._replace(core=space.floors.attending(self._storage.roles, self._label))
 
 
@@ -178,6 +200,7 @@ class Options:
         self._attentions = space.table.attentions_of(storage.roles)
         self._count = itertools.count()  # ties are taken in the order of enumeration
         self._heap: list[tuple[float, int, _Node]] = []
+        self._num_beyond = 0  # options that were beyond the limit when they came up
         for floor, gather in bounds.floors():
             self._push(floor, gather)
         self._found: list[Choice] = []
@@ -197,7 +220,8 @@ class Options:
     @property
     def num_left(self) -> int:
         """Options that were never priced, equal axes counted apart."""
-        return sum(1 if isinstance(node, PhaseOption | Choice) else len(self._attentions) for _, _, node in self._heap)
+        waiting = sum(1 if isinstance(node, PhaseOption | Choice) else len(self._attentions) for _, _, node in self._heap)
+        return self._num_beyond + waiting
 
     def _push(self, least: float, node: _Node) -> None:
         heapq.heappush(self._heap, (least, next(self._count), node))
@@ -219,8 +243,15 @@ class Options:
 
     def _expand(self, gather: Gather) -> None:
         space, least = self._space, self._bounds.of(gather)
-        for attention in self._attentions:
-            self._push(least.with_core(space.core(least, self._storage.roles, self._label, attention)), PhaseOption(gather, attention))
+        known = space.attended(self._storage, gather, self._label, least)
+        cores = space.cores(least, self._storage.roles, self._label)
+        for attention, core in zip(self._attentions, cores, strict=True):
+            part = known.get(attention.number)
+            seconds = least.with_core(core) if part is None else least.with_attention(part)
+            if self._limit.allows(self._rest + self._times * seconds):
+                self._push(seconds, PhaseOption(gather, attention))
+            else:
+                self._num_beyond += 1
 
     def _price(self, option: PhaseOption) -> None:
         space = self._space
@@ -238,3 +269,11 @@ class Options:
             priced = space.evaluator.cheapest(space.table.layout(self._storage, option, option), self._label, padded)
             choice = self._seen[signature] = Choice(option, kv, priced, padded)
             self._push(priced.seconds, choice)
+            self._learn(option, priced, padded)
+
+    def _learn(self, option: PhaseOption, priced: Priced, padded: int) -> None:
+        """What attention takes bounds other options with the same roles for it."""
+        least = self._bounds.of(option.gather)
+        alone = least.split
+        if alone and priced.shape == alone.shape and priced.whole == alone.whole and padded == self._bounds.padded:
+            self._space.attended(self._storage, option.gather, self._label, least)[option.attention.number] = priced.attention
