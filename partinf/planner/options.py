@@ -18,7 +18,6 @@ from typing import NamedTuple
 from partinf.hardware.slices import Link, Slice
 from partinf.layout import Role
 from partinf.planner.candidates import (
-    Attention,
     Gather,
     HeadSplits,
     PhaseOption,
@@ -124,7 +123,6 @@ class Space:
             found = [self.evaluator.least_core(split, label, *one) for one in zip(attentions, kv, strict=True)]
             self._cores[storage, label] = found
         return found
-
 
     def attended(self, storage: Stored, gather: Gather, label: str, least: Least) -> dict[int, Part]:
         """What attention is known to take by the number of its roles, where these change neither the step's shape nor its heads: the same
