@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from partinf.hardware.platform import Form
 from partinf.partition.quantize import Quantized, quantize
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues
+from partinf.transformer.kernels import choices
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.kernels import tiles as kernels
+from partinf.transformer.kernels.choices import Choices
 from partinf.transformer.kernels.tiles import Tiles
 from tests.execution.harness import TOLERANCE
 
@@ -134,22 +137,36 @@ def test_decode_equals_the_plain_twin(kind: str, kv_heads: int, group: int, page
     assert float(run(NATIVE).mass[-1].max()) < -1e28  # saw no key
 
 
+def attends_by(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process chooses products in this form, which says how attention multiplies bfloat16."""
+    if form is Form.TILES and not cpu_kernels.has_tiles():
+        pytest.skip("this machine has no such form")
+    monkeypatch.setattr(choices, "_current", [Choices((("bf16", ((512, form),)),))])
+
+
 @needs_kernels
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("f32", Form.PANELS), ("int8", Form.PANELS)]
+    + [(kind, form) for kind in ("bf16", "int8 of bf16") for form in (Form.PANELS, Form.PANELS_OF_PAIRS, Form.TILES)],
+)
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize(("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 7, 5, 16), (3, 1, 80, 128), (1, 100, 24, 16)])
-def test_prefill_equals_the_plain_twin(kind: str, earlier: bool, kv_heads: int, group: int, page: int, size: int) -> None:
+@pytest.mark.parametrize(("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 7, 5, 32), (3, 1, 80, 128), (1, 100, 24, 16)])
+def test_prefill_equals_the_plain_twin(
+    kind: str, form: Form, earlier: bool, kv_heads: int, group: int, page: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts of many lengths side by side, one of them over several tiles, padding between and after, slots in no order."""
+    attends_by(form, monkeypatch)
     rng = np.random.default_rng(6)
     slots, lengths = [3, 0, 5, 2], [5, 1, 150, 33]
     stored = np.array([0, 3 * page, 0, page + 1, 0, 2 * page - 3]) if earlier else np.zeros(6, int)
     owner = np.concatenate([[slot] * length + [-1] * (slot == 0) for slot, length in zip(slots, lengths, strict=True)] + [[-1] * 3])
     place = [np.r_[stored[slot] + np.arange(length), [0] * (slot == 0)] for slot, length in zip(slots, lengths, strict=True)]
     position = np.concatenate([*place, np.zeros(3)]).astype(int)
-    dtype = jnp.bfloat16 if kind == "bf16" else jnp.float32
+    dtype = jnp.bfloat16 if "bf16" in kind else jnp.float32
     q = jnp.asarray(rng.standard_normal((len(owner), kv_heads * group, size)), dtype)
     new = KeysValues(*(jnp.asarray(rng.standard_normal((kv_heads, len(owner), size)), dtype) for _ in range(2)))
-    held_by = caches(kind, rng, kv_heads, page, size)
+    held_by = caches(kind.partition(" ")[0], rng, kv_heads, page, size)
     table = np.stack([rng.permutation(POOL - 2)[:3] for _ in stored])
 
     def run(tiles: Tiles | None) -> kernels.Attended:
@@ -162,7 +179,41 @@ def test_prefill_equals_the_plain_twin(kind: str, earlier: bool, kv_heads: int, 
 
         return jax.jit(step)(q, new, owner, position, stored)
 
-    compare(run, kind, owner >= 0)
+    compare(run, "bf16" if "bf16" in kind else kind, owner >= 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", [Form.PANELS, Form.PANELS_OF_PAIRS, Form.TILES])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (40, 5.0)])
+def test_prompts_in_bfloat16_are_as_exact_as_their_rounding(form: Form, window: int, cap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64 of the same numbers: weights of values are rounded to 8 bits at most, sums are float32."""
+    attends_by(form, monkeypatch)
+    rng, tokens, heads, size = np.random.default_rng(7), 333, 2, 64
+    owner, position = jnp.zeros(tokens, int), jnp.arange(tokens)
+    q, keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, heads, size), *[(1, tokens, size)] * 2))
+    scores = np.einsum("thq,mq->htm", np.asarray(q, np.float64), np.asarray(keys[0], np.float64)) / size**0.5
+    scores = cap * np.tanh(scores / cap) if cap else scores
+    age = np.arange(tokens)[:, None] - np.arange(tokens)
+    parts = np.where((age >= 0) & (age < (window or tokens)), np.exp(scores), 0.0)
+    magnitude = np.einsum("htm,mq->thq", parts / parts.sum(-1, keepdims=True), np.abs(np.asarray(values[0], np.float64)))
+    want = np.einsum("htm,mq->thq", parts / parts.sum(-1, keepdims=True), np.asarray(values[0], np.float64))
+    fresh = kernels.Fresh(KeysValues(keys, values), owner, position)
+    got, mass = kernels.prefill(q, owner, position, fresh, None, NATIVE, kernels.Scores(size**-0.5, cap, window))
+    assert (np.abs(np.asarray(got, np.float64) - want) <= 2**-8 * np.abs(want) + 2**-9 * magnitude + 1e-6).all()
+    np.testing.assert_allclose(mass, np.log(parts.sum(-1)).T, atol=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", [Form.PANELS, Form.PANELS_OF_PAIRS, Form.TILES])
+def test_a_key_that_is_no_number_reaches_those_alone_that_see_it(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    attends_by(form, monkeypatch)
+    rng, tokens, spoilt = np.random.default_rng(8), 200, 70
+    owner, position = jnp.asarray([0] * 100 + [1] * 100), jnp.asarray([*range(100), *range(100)])
+    q, keys, values = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((tokens, 2, 32), *[(1, tokens, 32)] * 2))
+    fresh = kernels.Fresh(KeysValues(keys.at[0, spoilt].set(jnp.nan), values), owner, position)
+    got, _ = kernels.prefill(q.at[150].set(jnp.nan), owner, position, fresh, None, NATIVE)
+    lost = np.isnan(np.asarray(got, np.float32)).any((1, 2))
+    np.testing.assert_array_equal(lost, [(spoilt <= row < 100) or row == 150 for row in range(tokens)])
 
 
 @needs_kernels

@@ -28,6 +28,7 @@ from partinf.transformer.kernels import products
 from partinf.transformer.kernels.turns import Times, take_turns
 
 _ROWS = tuple(sorted({step << power for power in range(10) for step in (2, 3)} | {1}))  # for which a form is chosen
+_PANEL = 16  # rows of x that meet weights together, at least
 _ALL_ROWS = 1.1  # what a form that computes padding has to be faster by
 Table = tuple[tuple[str, tuple[tuple[int, Form], ...]], ...]
 """By type of weights, up to how many rows which form; the last holds beyond its rows."""
@@ -53,6 +54,14 @@ class Choices:
             return Form.XLA
         chosen = next((form for rows, form in lines if x.shape[0] <= rows), lines[-1][1])
         return chosen if products.fits(chosen, x, weights) else Form.XLA
+
+    @property
+    def of_attention(self) -> Form:
+        """How attention multiplies numbers of bfloat16 with each other: as products of a panel do where those take tiles or pairs; else in
+        float32."""
+        lines = dict(self.table).get("bf16", ())
+        chosen = next((form for rows, form in lines if rows >= _PANEL), Form.PANELS)
+        return chosen if chosen in (Form.TILES, Form.PANELS_OF_PAIRS) else Form.PANELS
 
 
 _lock = threading.Lock()

@@ -1,8 +1,8 @@
-"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`) and products (`cpu_products.cc`, by `products`),
-those of experts among them (`cpu_experts.cc`), and what is read off logits (`cpu_logits.cc`).
+"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`, `cpu_prompts.cc`) and products (`cpu_products.cc`, by
+`products`), those of experts among them (`cpu_experts.cc`), and what is read off logits (`cpu_logits.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
-for the CPU of the machine, in about five seconds; it is cached next to the compiled programs (`partinf.foundation.caches`).
+for the CPU of the machine, in about eight seconds; it is cached next to the compiled programs (`partinf.foundation.caches`).
 Without a compiler XLA's forms are used, which give the same and take longer; a warning says so once.
 """
 
@@ -27,20 +27,19 @@ from absl import logging
 
 from partinf.foundation.caches import NATIVE, OFF, temporary, usable
 from partinf.foundation.errors import InvalidInput
-from partinf.hardware.platform import CPU
+from partinf.hardware.platform import CPU, Form
 from partinf.partition.quantize import Quantized
 from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import host
 
 COMPILER_VARIABLE = "CXX"
-_SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in ("cpu_attention.cc", "cpu_experts.cc", "cpu_logits.cc", "cpu_products.cc", "cpu_products.h", "cpu_vectors.h")
-)
+_PARTS = "attention.cc attention.h experts.cc logits.cc products.cc products.h prompt_tile.h prompts.cc vectors.h"
+_SOURCES = tuple(Path(__file__).with_name(f"cpu_{part}") for part in _PARTS.split())
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 _WIDTH = 16  # d_head is a multiple of this
 _SECONDS = 300
 _NONE = np.zeros((0,), np.int32)
+_NARROW = {Form.PANELS_OF_PAIRS: 1, Form.TILES: 2}  # forms in which prompts' numbers of bfloat16 meet, as cpu_prompts.cc numbers them
 
 
 def fits(pages: KeysValues) -> bool:
@@ -81,6 +80,7 @@ def prefill(
     cap: float,
     window: int,
     floor: jax.Array | None,
+    form: Form = Form.PANELS,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of prompt tokens over those of the same owner up to their position, and over what is stored of it.
 
@@ -88,24 +88,33 @@ def prefill(
         q: [T, H, Q]. owner, position: [T]; owner -1 is padding. new: [K, M, Q] of the keys with `key_owner` and `key_position` [M].
         context: the pages [slots, n] of some owners; who they are, and how many positions each has there, [slots].
         scale, cap: as of `decode`. window: positions that a token sees, its own included; 0 for all. floor: [T], with a window, how many of
-            the positions in the pages lie before it.
+            the positions in the pages lie before it. form: how bfloat16 is multiplied, with bfloat16 or int8 in the pages; in float32 but
+            for the forms of pairs and tiles, where the weights of values are rounded to bfloat16 too.
 
     Returns:
         [T, H, Q], 0 for tokens that saw nothing, and the logarithm of the sum of exp(score) [T, H], float32.
     """
+    narrow = takes_narrow(form, q, new, None if context is None else context[0].pages)
+    own = jnp.bfloat16 if narrow else jnp.float32
     if context is None:
         none = _ints(_NONE)
-        empty = jnp.zeros((0, 1, q.shape[-1]), jnp.float32)
+        empty = jnp.zeros((0, 1, q.shape[-1]), jnp.uint16 if narrow else jnp.float32)
         context = Stored(KeysValues(empty, empty), none.reshape(0, 1)), none, none
     stored, slots, lengths = context
-    shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
+    shapes = (jax.ShapeDtypeStruct(q.shape, own), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
     call = jax.ffi.ffi_call(target("prefill"), shapes)
-    queries = q.astype(jnp.float32), _ints(owner), _ints(position)
-    fresh = new.keys.astype(jnp.float32), new.values.astype(jnp.float32), _ints(key_owner), _ints(key_position)
+    queries = q.astype(own), _ints(owner), _ints(position)
+    fresh = new.keys.astype(own), new.values.astype(own), _ints(key_owner), _ints(key_position)
     earlier = _ints(stored.rows), _ints(slots), _ints(lengths), _ints(_NONE if floor is None else floor)
     numbers = {"scale": np.float32(scale), "cap": np.float32(cap), "window": np.int32(window)}
-    out, mass = call(*queries, *fresh, *_plain(stored.pages), *earlier, **numbers)
+    out, mass = call(*queries, *fresh, *_plain(stored.pages), *earlier, **numbers, form=np.int32(_NARROW[form] if narrow else 0))
     return out.astype(q.dtype), mass
+
+
+def takes_narrow(form: Form, q: jax.Array, new: KeysValues, pages: KeysValues | None) -> bool:
+    """Whether queries [.., Q] and keys of bfloat16 meet in this form as they are."""
+    narrow = all(x.dtype == jnp.bfloat16 for x in (q, new.keys, new.values)) and q.shape[-1] % (2 * _WIDTH) == 0
+    return narrow and form in _NARROW and (pages is None or isinstance(pages.keys, Quantized) or pages.keys.dtype != jnp.float32)
 
 
 def fits_groups(x: jax.Array, weights: jax.Array) -> bool:

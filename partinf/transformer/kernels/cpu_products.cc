@@ -37,13 +37,16 @@ struct Task {
 
   // `count` numbers of the row `place` of those that hold something, from output `first` on; up to the next multiple of sixteen are read.
   void Give(const float* from, int64_t place, int64_t first, int64_t count) const {
-    const int64_t at = live[place] * outputs + first;
-    if (!narrow) {
-      std::memcpy(static_cast<float*>(out) + at, from, count * sizeof(float));
-      return;
+    const int64_t at = live[place] * outputs + first, whole = count / kWidth * kWidth;
+    if (narrow) {
+      auto* to = static_cast<uint16_t*>(out) + at;
+      for (int64_t n = 0; n < whole; n += kWidth) StoreNarrow(to + n, Load(from + n));
+      if (whole < count) StoreNarrow(to + whole, Load(from + whole), count - whole);
+    } else {
+      auto* to = static_cast<float*>(out) + at;
+      for (int64_t n = 0; n < whole; n += kWidth) Store(to + n, Load(from + n));
+      if (whole < count) std::memcpy(to + whole, from + whole, (count - whole) * sizeof(float));
     }
-    auto* to = static_cast<uint16_t*>(out) + at;
-    for (int64_t n = 0; n < count; n += kWidth) StoreNarrow(to + n, Load(from + n), std::min<int64_t>(kWidth, count - n));
   }
 };
 
@@ -173,6 +176,29 @@ void PanelsUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
   }
 }
 
+// sums [32, 16] of up to 32 outputs of a panel to out, turned over: of bfloat16 two outputs at a time, so that a row of them is a whole line.
+inline void HandTiles(const Task& task, const float* sums, int64_t panel, int64_t output, int64_t outputs) {
+  const int64_t first = panel * kWidth, rows = std::min<int64_t>(kWidth, task.live.size() - first);
+  Vec block[kWidth];
+  if (task.narrow && outputs == 2 * kWidth) {
+    for (int64_t i = 0; i < kWidth; ++i) block[i] = Joined(Load(sums + 2 * i * kWidth), Load(sums + (2 * i + 1) * kWidth));
+    Turn(block);
+    auto* to = static_cast<uint16_t*>(task.out) + output;
+    for (int64_t i = 0; i < rows; ++i) Store(reinterpret_cast<float*>(to + task.live[first + i] * task.outputs), block[i]);
+    return;
+  }
+  for (int64_t n = 0; n < outputs; n += kWidth) {
+    alignas(64) float line[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) block[i] = Load(sums + (n + i) * kWidth);
+    Turn(block);
+    const int64_t count = std::min<int64_t>(kWidth, outputs - n);
+    for (int64_t i = 0; i < rows; ++i) {
+      Store(line, block[i]);
+      task.Give(line, first + i, output + n, count);
+    }
+  }
+}
+
 // Up to 32 outputs of two panels, or of one that is the last: weights [outputs, inputs], rows of zeros up to a multiple of sixteen.
 void TilesBlock(const Task& task, const uint16_t* weights, int64_t panel, int64_t output, int64_t outputs, bool ahead) {
   alignas(64) float sums[2][2][kTile];  // by panel, and by sixteen outputs
@@ -187,20 +213,7 @@ void TilesBlock(const Task& task, const uint16_t* weights, int64_t panel, int64_
       }
     }
   }
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t first = (panel + p) * kWidth, rows = std::min<int64_t>(kWidth, task.live.size() - first);
-    for (int64_t n = 0; n < outputs; n += kWidth) {
-      Vec block[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) block[i] = Load(sums[p][n / kWidth] + i * kWidth);
-      Turn(block);
-      for (int64_t i = 0; i < kWidth; ++i) Store(sums[p][n / kWidth] + i * kWidth, block[i]);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t n = 0; n < outputs; n += kWidth) {
-        task.Give(sums[p][n / kWidth] + i * kWidth, first + i, output + n, std::min<int64_t>(kWidth, outputs - n));
-      }
-    }
-  }
+  for (int64_t p = 0; p < count; ++p) HandTiles(task, sums[p][0], panel + p, output, outputs);
 }
 
 // Some outputs of all panels, in tiles: where rows are few, weights pass once; where they are many, panels pass once, two at a time, by weights
@@ -222,15 +235,22 @@ void TilesUnit(const Task& task, const T* weights, int64_t from, int64_t to) {
   }
 }
 
+// What is done before a product: prepare(0) to prepare(count - 1).
+template <typename Prepare>
+struct Preparation {
+  int64_t count;
+  Prepare prepare;
+};
+
 // The units of a product, each some outputs.
-template <typename Unit, typename T>
-void Multiply(ffi::ThreadPool& pool, const Task& task, const T* weights) {
+template <typename Unit, typename T, typename Prepare>
+void Multiply(ffi::ThreadPool& pool, const Task& task, const T* weights, const Preparation<Prepare>& before) {
   const bool rows = task.form == kRows || task.form == kRowsOfPairs;
   // A few for each thread, of what fits its cache; larger ones where the panels that pass by them do not fit.
   const int64_t larger = task.form == kTiles && task.panels() > kKept ? 2 : 1, threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t fitting = std::min(larger * kCached / (4 * task.words), task.outputs * larger / (4 * threads));
   const int64_t each = std::clamp<int64_t>(fitting / 32 * 32, 32, kUnit);
-  Spread(pool, (task.outputs + each - 1) / each, [&](int64_t unit) {
+  SpreadAfter(pool, before.count, before.prepare, (task.outputs + each - 1) / each, [&](int64_t unit) {
     const int64_t from = unit * each, to = std::min(task.outputs, from + each);
     if (rows) return RowsUnit<Unit>(task, weights, from, to);
     if constexpr (std::is_same_v<Unit, Pairs> && !std::is_same_v<T, float>) {
@@ -240,32 +260,38 @@ void Multiply(ffi::ThreadPool& pool, const Task& task, const T* weights) {
   });
 }
 
+template <typename T, typename Prepare>
+void MultiplyInForm(ffi::ThreadPool& pool, const Task& task, const T* weights, const Preparation<Prepare>& before) {
+  if constexpr (std::is_same_v<T, float>) {
+    Multiply<Ones>(pool, task, weights, before);
+  } else if (!OfPairs(task.form)) {
+    Multiply<Ones>(pool, task, weights, before);
+  } else if (task.form == kRowsOfPairs) {
+    if constexpr (std::is_same_v<T, uint16_t>) Multiply<Pairs>(pool, task, reinterpret_cast<const float*>(weights), before);
+  } else {
+    Multiply<Pairs>(pool, task, weights, before);
+  }
+}
+
 // x as the form takes it, then the product.
 template <typename X, typename T>
 void Run(ffi::ThreadPool& pool, Task& task, const X* x, const T* weights) {
+  constexpr int64_t kPart = 512;  // words
   if (task.form == kRows || task.form == kRowsOfPairs) {
     float* to = Prepared(task.live.size() * task.words);
+    task.x = to;
     PrepareRows(x, task, to);
-    task.x = to;
-  } else {
-    constexpr int64_t kPart = 512;  // words
-    float* to = Prepared(task.panels() * task.words * kWidth);
-    const int64_t parts = (task.words + kPart - 1) / kPart;
-    Spread(pool, task.panels() * parts, [&](int64_t unit) {
-      const int64_t from = unit % parts * kPart;
-      PreparePanel(x, task, unit / parts, from, std::min(task.words, from + kPart), to);
-    });
-    task.x = to;
+    const auto none = [](int64_t) {};
+    return MultiplyInForm(pool, task, weights, Preparation<decltype(none)>{0, none});
   }
-  if constexpr (std::is_same_v<T, float>) {
-    Multiply<Ones>(pool, task, weights);
-  } else if (!OfPairs(task.form)) {
-    Multiply<Ones>(pool, task, weights);
-  } else if (task.form == kRowsOfPairs) {
-    if constexpr (std::is_same_v<T, uint16_t>) Multiply<Pairs>(pool, task, reinterpret_cast<const float*>(weights));
-  } else {
-    Multiply<Pairs>(pool, task, weights);
-  }
+  float* to = Prepared(task.panels() * task.words * kWidth);
+  task.x = to;
+  const int64_t parts = (task.words + kPart - 1) / kPart;
+  const auto prepare = [&](int64_t unit) {
+    const int64_t from = unit % parts * kPart;
+    PreparePanel(x, task, unit / parts, from, std::min(task.words, from + kPart), to);
+  };
+  MultiplyInForm(pool, task, weights, Preparation<decltype(prepare)>{task.panels() * parts, prepare});
 }
 
 // x [T, E] float32 or bfloat16, weights [F, E], live [T] or empty: not 0 where a row of x holds something → [T, F], 0 in other rows, in

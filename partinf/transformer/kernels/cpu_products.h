@@ -245,6 +245,71 @@ inline void TilesOfPanel(const float*, const uint16_t*, int64_t, bool, float*) {
 inline void TilesOfTwo(const float*, const float*, const uint16_t*, int64_t, bool, float*) {}
 #endif
 
+// ---- blocks: rows of bfloat16 numbers, as weights lie, that meet panels, and whose sums come out row by row
+
+struct InPairs {  // as vectors
+  struct InUse {
+    InUse() {}
+  };
+};
+
+#ifdef PARTINF_TILES
+struct InTiles {
+  using InUse = TilesInUse;
+};
+#else
+using InTiles = InPairs;
+#endif
+
+// rows [16 · kHigh, 32 · steps] of bfloat16, `stride` numbers apart, · kWide panels, `apart` words apart: to [16 · kHigh, 16] for each panel,
+// `beside` apart.
+template <typename Unit, int kHigh, int kWide>
+inline void Block(const uint16_t* rows, int64_t stride, const float* panels, int64_t apart, int64_t steps, float* to, int64_t beside) {
+#ifdef PARTINF_TILES
+  if constexpr (std::is_same_v<Unit, InTiles>) {
+    _tile_zero(0);
+    if constexpr (kWide == 2) _tile_zero(1);
+    if constexpr (kHigh == 2) _tile_zero(2);
+    if constexpr (kHigh == 2 && kWide == 2) _tile_zero(3);
+    for (int64_t s = 0; s < steps; ++s) {
+      _tile_loadd(4, rows + s * kStep, 2 * stride);
+      _tile_loadd(6, panels + s * kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kWide == 2) {
+        _tile_loadd(7, panels + apart + s * kTile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kHigh == 2) {
+        _tile_loadd(5, rows + kWidth * stride + s * kStep, 2 * stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kWide == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, to, 64);
+    if constexpr (kWide == 2) _tile_stored(1, to + beside, 64);
+    if constexpr (kHigh == 2) _tile_stored(2, to + kTile, 64);
+    if constexpr (kHigh == 2 && kWide == 2) _tile_stored(3, to + beside + kTile, 64);
+    return;
+  }
+#endif
+  constexpr int kOnce = 8;
+  for (int64_t first = 0; first < kHigh * kWidth; first += kOnce) {
+    Vec held[kOnce][kWide] = {};
+    for (int64_t w = 0; w < steps * kWidth; ++w) {
+      Vec panel[kWide];
+      for (int p = 0; p < kWide; ++p) panel[p] = Load(panels + p * apart + w * kWidth);
+      for (int i = 0; i < kOnce; ++i) {
+        float word;
+        std::memcpy(&word, rows + (first + i) * stride + 2 * w, sizeof word);
+        for (int p = 0; p < kWide; ++p) held[i][p] = Pairs::Add(held[i][p], Splat(word), panel[p]);
+      }
+    }
+    for (int i = 0; i < kOnce; ++i) {
+      for (int p = 0; p < kWide; ++p) Store(to + p * beside + (first + i) * kWidth, held[i][p]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace partinf
 

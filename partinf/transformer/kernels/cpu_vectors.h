@@ -76,6 +76,23 @@ inline void StoreNarrow(uint16_t* to, Vec v, size_t count = kWidth) {
   std::memcpy(to, &bits, count * sizeof *to);
 }
 
+// Sixteen words of two numbers each, rounded to bfloat16 as by StoreNarrow: `low` in the lower halves.
+inline Vec Joined(Vec low, Vec high) {
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec)_mm512_permutexvar_epi16(order, both);
+#else
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  uint16_t halves[2][kWidth];
+  StoreNarrow(halves[0], low);
+  StoreNarrow(halves[1], high);
+  Words words;
+  for (int i = 0; i < kWidth; ++i) words[i] = halves[0][i] | uint32_t{halves[1][i]} << 16;
+  return reinterpret_cast<Vec>(words);
+#endif
+}
+
 inline void Fetch(const void* from, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(from) + ahead, 0, 2); }
 
 inline Vec Splat(float x) { return x - Vec{}; }
@@ -142,17 +159,29 @@ inline void Pause() {
 #endif
 }
 
-// Calls work(0) to work(count - 1), on the caller's thread and those of the pool that have time.
+// Calls first(0) to first(before - 1), and when all have returned work(0) to work(count - 1), on the caller's thread and those of the pool
+// that have time: they are woken once for both.
 //
-// The caller waits only for units that others have begun: where all threads of the pool are held up, by collectives that wait for this
-// very device, it does everything itself.
-template <typename Work>
-void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+// Threads wait only for units that others have begun: where all threads of the pool are held up, by collectives that wait for this
+// very device, the caller does everything itself.
+template <typename First, typename Work>
+void SpreadAfter(ffi::ThreadPool& pool, int64_t before, const First& first, int64_t count, const Work& work) {
   struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
+    std::atomic<int64_t> begun{0}, prepared{0}, next{0}, done{0};
   };
   auto shared = std::make_shared<Shared>();
-  auto take = [shared, count, &work] {  // `work` is not touched once all units are taken
+  const auto reached = [](const std::atomic<int64_t>& counter, int64_t wanted) {
+    for (int64_t waits = 0; counter.load(std::memory_order_acquire) < wanted; ++waits) {
+      if (waits < kPauses) Pause();
+      else std::this_thread::yield();
+    }
+  };
+  auto take = [shared, before, count, reached, &first, &work] {  // neither is touched once all units are taken
+    for (int64_t i; (i = shared->begun.fetch_add(1)) < before;) {
+      first(i);
+      shared->prepared.fetch_add(1, std::memory_order_release);
+    }
+    reached(shared->prepared, before);
     for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
       work(i);
       shared->done.fetch_add(1, std::memory_order_release);
@@ -160,10 +189,13 @@ void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   };
   for (int64_t helper = 1; helper < std::min(pool.num_threads(), count); ++helper) pool.Schedule(std::function<void()>(take));
   take();
-  for (int64_t waits = 0; shared->done.load(std::memory_order_acquire) < count; ++waits) {
-    if (waits < kPauses) Pause();
-    else std::this_thread::yield();
-  }
+  reached(shared->done, count);
+}
+
+// Calls work(0) to work(count - 1) in the same way.
+template <typename Work>
+void Spread(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  SpreadAfter(pool, 0, [](int64_t) {}, count, work);
 }
 
 // Calls run with an element of the type that an array is stored in; bfloat16 by its bits.

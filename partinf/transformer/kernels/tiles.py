@@ -22,6 +22,7 @@ from partinf.hardware.platform import Tiles
 from partinf.partition.quantize import Quantized, dequantize
 from partinf.transformer import cache
 from partinf.transformer.cache import KeysValues, Stored
+from partinf.transformer.kernels import choices
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.linear import capped, dot
 
@@ -197,7 +198,7 @@ def prefill(
     if tiles.native and (context is None or lying is not None) and cpu_kernels.fits(fresh.new if lying is None else lying.pages):
         earlier = None if context is None or lying is None else (lying, context.slots, context.lengths)
         how = scores.of(q.shape[-1]), scores.cap, scores.window, None if context is None else context.floor
-        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how))
+        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how, choices.current().of_attention))
     if context is not None and context.floor is not None and _reach(context.table, context.read, scores.window) < context.table.shape[1]:
         context = _latest(context, owner, scores.window)
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]

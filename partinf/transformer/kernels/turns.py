@@ -126,8 +126,8 @@ def _call(form: Form, x: jax.Array, weights: list[jax.Array]) -> Callable[[], No
     """Products of x with each of these matrices, one after the other."""
 
     def run(x: jax.Array, *weights: jax.Array) -> jax.Array:
-        found = [jax.lax.optimization_barrier(products.made(form, x, matrix))[:1, :1] for matrix in weights]
-        return jnp.concatenate(found)
+        products_of = (products.made(form, x, matrix, dtype=jnp.float32 if matrix.dtype == jnp.int8 else x.dtype) for matrix in weights)
+        return jnp.concatenate([jax.lax.optimization_barrier(product)[:1, :1] for product in products_of])
 
     compiled = jax.jit(run).lower(x, *weights).compile()
 
