@@ -29,6 +29,20 @@ def write(script: str, found: Any, name: str = "results.json") -> None:
     next_to(script, name).write_text(json.dumps(found, indent=1) + "\n")
 
 
+def place(script: str, text: str, mark: str = "table", name: str = "README.md") -> None:
+    """Put a table into a page next to the script, in place of what stands between its lines `<!-- MARK -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: the page has no such lines.
+    """
+    page = next_to(script, name)
+    before, begun, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    _, ended, after = rest.partition("<!-- end -->")
+    if not (begun and ended):
+        raise ValueError(f"{page}: no line '<!-- {mark} -->' with '<!-- end -->' below")
+    page.write_text(f"{before}{begun}{text}\n{ended}{after}")
+
+
 def machine() -> str:
     """What an experiment ran on: `2 cores, x86_64`."""
     return f"{os.cpu_count()} cores, {platform.machine()}"

@@ -1,7 +1,7 @@
 """A recorded hour of conversations on two models: which scheduler, batch and slice meets a bound. Writes results.json.
 
-    python -m experiments.azure_trace.measure TRACE.csv [--requests N] [--missing]
-    python -m experiments.azure_trace.measure TRACE.csv --requests N --fcfs TEXT     # one scheduler, slices with this text; fcfs.json
+    python -m experiments.azure_trace.measure TRACE.csv [--requests N]
+    python -m experiments.azure_trace.measure TRACE.csv --requests N --only TEXT    # slices with this text; the others stay as they are
 
 TRACE.csv is AzureLLMInferenceTrace_conv.csv (Patel et al., Splitwise, ISCA 2024; Azure public data set, CC-BY-4.0). Only figures are kept.
 """
@@ -80,29 +80,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--requests", type=int, help="only the first so many")
-    parser.add_argument("--missing", action="store_true", help="run only what results.json lacks")
-    parser.add_argument("--fcfs", metavar="TEXT", help="slices whose name has this text under fcfs alone, added to fcfs.json")
+    parser.add_argument("--only", default="", metavar="TEXT", help="slices whose name has this text; the rows of others are kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
     arrivals = read_trace(args.trace, args.requests)
-    if args.fcfs is not None:
-        found = {_place(run): run for run in read(__file__, "fcfs.json", {"runs": []})["runs"]}
-        for case in CASES:
-            if args.fcfs in case[1]:
-                run = simulate((*case, "fcfs", arrivals))
-                found[_place(run)] = run
-                write(
-                    __file__,
-                    {"trace": args.trace.name, "requests": len(arrivals), "runs": [found[key] for key in sorted(found)]},
-                    "fcfs.json",
-                )
-        return 0
-    kept = read(__file__)["runs"] if args.missing else []
-    known = {_place(run) for run in kept}
-    jobs = [(*case, name, arrivals) for x, case in enumerate(CASES) for y, name in enumerate(SCHEDULERS) if (x, y) not in known]
-    with concurrent.futures.ProcessPoolExecutor(max_workers=2) as pool:
-        runs = sorted([*kept, *pool.map(simulate, jobs)], key=_place)
-    results = {"trace": args.trace.name, "requests": len(arrivals), "seconds": arrivals[-1].time, "runs": runs}
-    write(__file__, results)
+    chosen = [case for case in CASES if args.only in case[1]]
+    kept = [run for run in read(__file__, missing={"runs": []})["runs"] if args.only not in run["slice"]]
+    with concurrent.futures.ProcessPoolExecutor(max_workers=args.workers) as pool:
+        runs = sorted([*kept, *pool.map(simulate, [(*case, name, arrivals) for case in chosen for name in SCHEDULERS])], key=_place)
+    write(__file__, {"trace": args.trace.name, "requests": len(arrivals), "seconds": arrivals[-1].time, "runs": runs})
     return 0
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.results import read, write
+from experiments.results import place, read, write
 from partinf.buckets import serving_steps
 from partinf.hardware.chips import chips
 from partinf.hardware.slices import Slice
@@ -80,8 +80,9 @@ def tried(slice_: Slice) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     if arguments == ["--table"]:
-        for name in ("results_before.json", "results.json"):
-            print(f"{name}\n\n{table(read(__file__, name))}\n")
+        for name, mark in (("results_before.json", "before"), ("results.json", "compiled")):
+            place(__file__, table(read(__file__, name)), mark)
+        place(__file__, table_of_planner(read(__file__, "results_planner.json")), "planner")
         return
     of_planner = arguments == ["--planner"]
     found: dict[str, list[dict[str, Any]]] = {}
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
             if found[name][-1].get("fits"):
                 break
     write(__file__, found, "results_planner.json" if of_planner else "results.json")
-    print(table_of_planner(found) if of_planner else table(found))
+    place(__file__, table_of_planner(found) if of_planner else table(found), "planner" if of_planner else "compiled")
 
 
 def table_of_planner(found: dict[str, list[dict[str, Any]]]) -> str:

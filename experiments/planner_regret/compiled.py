@@ -20,7 +20,7 @@ import hashlib
 import json
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -64,17 +64,17 @@ def classes(candidate: Candidate) -> set[str]:
     return found | {{"ws-1d": "1D", "ws-2d": "2D"}.get(main.ffn, "other")}
 
 
-def rivals(able: Sequence[Candidate], draw: random.Random) -> list[tuple[Candidate, str]]:
+def rivals(ranked: Sequence[Candidate], draw: random.Random) -> list[tuple[Candidate, str]]:
     """The choice, its nearest rivals, the best of every named class, and some of the rest, in the order in which they are judged."""
-    found = [(able[0], "choice"), *((one, "near") for one in able[1:2])]
+    found = [(ranked[0], "choice"), *((one, "near") for one in ranked[1:2])]
     for name in ("1D", "2D", "copies", "sequence", "weight-gathered"):
-        first = next((one for one in able if name in classes(one)), None)
+        first = next((one for one in ranked if name in classes(one)), None)
         if first is not None and all(first is not one for one, _ in found):
             found.append((first, f"best {name}"))
     known = {id(one) for one, _ in found}
-    found += [(one, "near") for one in able[2 : 1 + NEAREST] if id(one) not in known]
+    found += [(one, "near") for one in ranked[2 : 1 + NEAREST] if id(one) not in known]
     known = {id(one) for one, _ in found}
-    rest = sorted((one for one in able if id(one) not in known), key=lambda one: (one.name, roles_of(one.main)))  # whatever their prices
+    rest = sorted((one for one in ranked if id(one) not in known), key=lambda one: (one.name, roles_of(one.main)))  # whatever their prices
     return [*found, *((one, "random") for one in draw.sample(rest, min(RANDOM, len(rest))))]
 
 
@@ -106,15 +106,39 @@ def seconds(plan: Plan, bucket: Bucket, texts: Texts, unrolled: int = DEPTH) -> 
     Args:
         unrolled: layers that are compiled where they are compiled one by one, three or more.
     """
+    layers = plan.model.num_layers
     small = replace(plan, model=replace(plan.model, vocab_size=VOCABULARY))
     ends = planned_ledger(plan, bucket).seconds - planned_ledger(small, bucket).seconds
-    layers = plan.model.num_layers
-    depth = unrolled if plan.unrolled else layers
-    schedule = walked(replace(small, model=replace(small.model, num_layers=depth)), bucket, texts)
+    shallow = cut(plan, unrolled)
+    depth = shallow.model.num_layers
+    schedule = walked(shallow, bucket, texts)
     if schedule is None:
         return None
     each = layer_seconds(schedule, depth) if depth < layers else 0.0
     return plan.num_stages * (schedule.seconds + (layers - depth) * each + ends)
+
+
+def cut(plan: Plan, unrolled: int = DEPTH) -> Plan:
+    """The plan of the program that is compiled for it."""
+    layers = unrolled if plan.unrolled else plan.model.num_layers
+    return replace(plan, model=replace(plan.model, vocab_size=VOCABULARY, num_layers=layers))
+
+
+def programs(texts: Texts) -> Iterator[tuple[Plan, str]]:
+    """What is compiled of every case, each program with its plan."""
+    for case in compiled_cases():
+        report = search(load_model_config(case.model), parse_slice(case.slice), case.workload)
+        for one, _ in rivals(able(report), random.Random(f"{SEED} {case}")):
+            plan, (bucket,) = serving_steps(report.plan_of(one), report.workload)
+            shallow = cut(replace(plan, buckets=(bucket,)))
+            compiled = texts.compiled(shallow, bucket)
+            if compiled is not None and not compiled.refusal:
+                yield shallow, compiled.program
+
+
+def able(report: PlanReport) -> list[Candidate]:
+    """The candidates that fit and run, best first."""
+    return [one for one in report.candidates if one.fits and report.plan_of(one).runnable is None]
 
 
 def layer_seconds(schedule: Schedule, depth: int) -> float:
@@ -161,16 +185,16 @@ def _key(plan: Plan, bucket: Bucket) -> str:
 def row(case: Case, texts: Texts, most: int | None) -> dict[str, Any]:
     """The choice of a case and its rivals under the compiler's account."""
     report = search(load_model_config(case.model), parse_slice(case.slice), case.workload)
-    able = [one for one in report.candidates if one.fits and report.plan_of(one).runnable is None]
+    rest = able(report)
     found: list[dict[str, Any]] = []
-    for one, place in rivals(able, random.Random(f"{SEED} {case}"))[:most]:
+    for one, place in rivals(rest, random.Random(f"{SEED} {case}"))[:most]:
         times = [line["compiled_ms"] for line in found if line["compiled_ms"]]
         found.append(judged(report, one, place, texts, min(times, default=None)))
     times = [line["compiled_ms"] for line in found if line["compiled_ms"]]
     mine = found[0]["compiled_ms"]
     regret = None if mine is None or len(times) < 2 else mine / min(times) - 1
     judged_ones = sum(bool(line["compiled_ms"]) or line["ruled_out"] for line in found)
-    return {"case": str(case), "candidates": found, "able": len(able), "regret": regret, "judged": judged_ones}
+    return {"case": str(case), "candidates": found, "able": len(rest), "regret": regret, "judged": judged_ones}
 
 
 def judged(report: PlanReport, candidate: Candidate, place: str, texts: Texts, best_ms: float | None) -> dict[str, Any]:

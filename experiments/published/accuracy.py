@@ -1,6 +1,6 @@
 """Every published row: the planner, the proof where an experiment holds one, and the measurement; per chip the median and the worst.
 
-python -m experiments.published.accuracy        # prints, draws accuracy.png and writes results.json
+python -m experiments.published.accuracy        # prints, draws accuracy.png, writes results.json and both tables (docs, README)
 python -m experiments.published.accuracy --fit  # fits again what is fitted, and predicts each half from the other (minutes)
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.published.fit import engines, engines_held_out, fit, held_out, summary, timed
 from experiments.published.rows import Engine, Row, least, predicted, rows, unpriced
-from experiments.results import read, write
+from experiments.results import place, read, write
 
 HERE = Path(__file__).parent
 STEPS = ("decode", "prefill")
@@ -134,7 +134,8 @@ def main() -> None:
         print(f"not priced: {one['name']}: {one['note']}")
     result = {"fits": fits, "errors": summaries, "errors_of_proofs": of_proofs, "faster_layout": choices, "rows": found}
     write(__file__, result)
-    print("", *table(result), sep="\n")
+    place(str(HERE.parents[1] / "docs" / "accuracy.md"), "\n".join(["", *table(result)]), name="accuracy.md")
+    place(__file__, "\n".join(table(result)))
     draw(found)
 
 

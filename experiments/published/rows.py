@@ -205,4 +205,5 @@ def _collective_seconds(row: Row, constants: Calibration) -> float:
 def _operation_seconds(row: Row, constants: Calibration, chip: Chip) -> float:
     if row.what == "copy":
         return float(row.fields["mebibytes"]) * 2**20 / (chip.hbm_bandwidth * constants.hbm_share)
-    return 2 * float(row.fields["size"]) ** 3 / (chip.peak_bf16 / chip.devices_per_chip * constants.matmul_efficiency)
+    size, rate = float(row.fields["size"]), chip.peak_bf16 / chip.devices_per_chip * constants.matmul_efficiency
+    return 2 * size**3 / rate * constants.slowed(size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from experiments.results import write
+from experiments.results import place, write
 from partinf.cost.ledger import EntryKind, Op
 from partinf.hardware.slices import DCN_AXIS, parse_slice
 from partinf.layout import Role
@@ -72,13 +72,14 @@ def rows(model: str, slice_: str, weights: DType) -> list[dict[str, Any]]:
 
 
 def table(case: str, found: list[dict[str, Any]]) -> str:
-    lines = [f"{case}", "", "| step | stages, ms | tensors, ms | copies, ms | between slices: stages, tensors, ms | best that fits |"]
+    lines = [f"**{case}**", "", "| step | stages, ms | tensors, ms | copies, ms | between slices: stages, tensors, ms | best that fits |"]
     lines.append("|---|---|---|---|---|---|")
     for row in found:
         cells = []
         for name in ROLES.values():
             one = row[name]
-            cells.append("–" if one is None else f"{one['ms']:.3g}" + ("" if one["fits"] else " (does not fit)"))
+            shown = "–" if one is None else f"{one['ms']:,.0f}" if one["ms"] >= 100 else f"{one['ms']:.3g}"
+            cells.append(shown + (" (does not fit)" if one and not one["fits"] else ""))
         fitting = {name: row[name]["ms"] for name in ROLES.values() if row[name] is not None and row[name]["fits"]}
         best = min(fitting, key=lambda name: fitting[name]) if fitting else "none"
         spent = ", ".join(f"{row[name]['between_slices_ms']:.3g}" for name in ("stages", "tensors") if row[name])
@@ -89,7 +90,9 @@ def table(case: str, found: list[dict[str, Any]]) -> str:
 def main() -> int:
     results = {f"{model} on {slice_}, {weights}": rows(model, slice_, weights) for model, slice_, weights in CASES}
     write(__file__, results)
-    print("\n\n".join(table(case, found) for case, found in results.items()))
+    tables = "\n\n".join(table(case, found) for case, found in results.items())
+    print(tables)
+    place(__file__, tables)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Print results.json as the table of the README.
+"""results.json as the table of the README.
 
 python -m experiments.windows_at_128k.table
 """
 
 from __future__ import annotations
 
-from experiments.results import read
+from experiments.results import place, read
 
 
 def main() -> None:
@@ -22,8 +22,7 @@ def main() -> None:
         "smallest",
         "windows there, ms",
     )
-    print("| " + " | ".join(names) + " |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for case in read(__file__)["cases"]:
         cells = [case["model"], case["batch"]]
         for which in ("windows", "full_attention"):
@@ -35,7 +34,9 @@ def main() -> None:
                 figures["kv_gb_per_device"],
                 case["smallest"][which] or "none",
             ]
-        print("| " + " | ".join(map(str, [*cells, case["windows_under_its_layout"]["step_ms"]])) + " |")
+        lines.append("| " + " | ".join(map(str, [*cells, case["windows_under_its_layout"]["step_ms"]])) + " |")
+    print(*lines, sep="\n")
+    place(__file__, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ part of the mass and summed on the way back.
 
 from __future__ import annotations
 
+from partinf.cost.ffn import mean_seconds
 from partinf.cost.items import (
     DECODE,
     EARLIER,
@@ -17,14 +18,17 @@ from partinf.cost.items import (
     NEW_TO_CACHE,
     PREFILL,
     SMALL,
+    W_IN,
     W_KV,
     W_O,
+    W_OUT,
     W_Q,
     GroupItems,
 )
 from partinf.cost.ledger import Entry, EntryKind, Op, Part
-from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, norm_collective, scatter_embed
+from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, norm_collective, product_seconds, scatter_embed
 from partinf.cost.movement import Axes, Group, Split
+from partinf.cost.overlap import behind
 from partinf.cost.split import StepSplit
 from partinf.foundation.paging import PAGE_SIZE
 from partinf.foundation.rounding import ceil_div, round_up
@@ -33,6 +37,7 @@ from partinf.model.kinds import QkNorm
 
 _PART = Part.ATTENTION
 _F32 = 4
+_TO_CACHE = (Op.ALL_TO_ALL, Op.ALL_GATHER)  # nothing of the layer waits for what goes to the cache
 
 
 def projection_weights(split: StepSplit) -> tuple[Weight, Weight, Weight]:
@@ -52,7 +57,7 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     FFN's are left out.
     """
     model, tokens, useful = split.model, split.local_tokens, split.shape.useful
-    passed = 2 * tokens * model.embed_dim // split.ways(split.between)
+    passed = 2 * tokens * model.embed_dim // split.ways(split.between) if split.between else 0
     entries = split.pricing.small(SMALL, _PART, model.num_layers, elements=passed)
     if model.norms.before:
         entries += norm(split, _PART, tokens, split.between, model.num_layers, useful)
@@ -65,8 +70,8 @@ def linear_entries(split: StepSplit) -> list[Entry]:
     kv = 2 * model.num_kv_heads * model.head_dim // split.ways(split.kv)
     shares = split.shares
     entries += [
-        query.product(_PART, tokens, embed, heads, useful * shares.heads * shares.embed),
-        key.product(_PART, tokens, embed, kv, useful * shares.embed),
+        query.product(_PART, tokens, embed, heads, useful * shares.heads * shares.embed, model.head_dim),
+        key.product(_PART, tokens, embed, kv, useful * shares.embed, model.head_dim),
     ]
     around = _heads_in_loops(split) if split.looped else []
     entries += [*around, out.product(_PART, tokens, heads, embed, useful * shares.heads * shares.embed)]
@@ -147,17 +152,23 @@ def _decode_core(split: StepSplit, rows: int, heads: int, kv_heads: int, keys: i
 
 def prefill_entries(split: StepSplit) -> list[Entry]:
     """The prompt tokens: to their attention state, new keys and values on to the owners of the pages, the core, and back."""
-    shape, model, group = split.shape, split.model, split.prefill
+    shape, group = split.shape, split.prefill
     if not shape.prefill_tokens:
         return []
     real_tokens = shape.prefill_tokens if shape.real_tokens is None else shape.real_tokens
     useful = real_tokens / shape.prefill_tokens
     entries = _to_group(split, group, shape.prefill_tokens, useful, PREFILL)
+    entries += _own_cores(split, useful * split.shares.heads)
+    return entries + _from_group(split, group, shape.prefill_tokens, useful, PREFILL)
+
+
+def _own_cores(split: StepSplit, useful: float = 1.0) -> list[Entry]:
+    """Of the step's prompt tokens on one device."""
+    shape, model, group = split.shape, split.model, split.prefill
     batch_ways = split.ways(group.batch)
     slots, tokens = ceil_div(shape.prefill_slots, batch_ways), ceil_div(shape.prefill_tokens, batch_ways)
     heads, kv_heads = model.num_heads // split.ways(group.heads), model.num_kv_heads // split.ways(group.kv)
-    entries += prefill_cores(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful * split.shares.heads)
-    return entries + _from_group(split, group, shape.prefill_tokens, useful, PREFILL)
+    return prefill_cores(split, slots, tokens, heads, kv_heads, split.ways(group.sequence), useful)
 
 
 def cache_entries(split: StepSplit) -> list[Entry]:
@@ -168,14 +179,19 @@ def cache_entries(split: StepSplit) -> list[Entry]:
     shared = tuple(axis for axis in owners.batch if axis in group.batch)
     width = 2 * model.num_kv_heads * model.head_dim
     here = Split(group.batch, group.kv)
-    entries = movement(split, _PART, NEW_TO_CACHE, shape.prefill_tokens * width, here, Split(shared, owners.kv))
+    moved = movement(split, _PART, NEW_TO_CACHE, shape.prefill_tokens * width, here, Split(shared, owners.kv))
+    entries = behind(
+        moved, lambda: sum(core.seconds * core.count for core in _own_cores(split)) / model.num_layers, split.pricing, _TO_CACHE
+    )
     for window, layers in split.windows:
         keys = split.earlier_keys(window, moved=True)
         if keys:
             entries += _earlier(split, shape.prefill_slots * keys * width, shared, layers)
     kv_heads = model.num_kv_heads // split.ways(owners.kv)
-    written = shape.prefill_tokens // split.ways(shared + owners.sequence) * 2 * kv_heads * model.head_dim * split.kv_bytes
-    entries.append(split.pricing.traffic(PREFILL.write, _PART, model.num_layers, written))
+    written = shape.prefill_tokens // split.ways(shared + owners.sequence) * 2 * kv_heads * model.head_dim
+    if moved:
+        entries += split.pricing.small(PREFILL.passes, _PART, model.num_layers, times=0.0, elements=written)
+    entries.append(split.pricing.traffic(PREFILL.write, _PART, model.num_layers, written * split.kv_bytes))
     return entries
 
 
@@ -275,15 +291,20 @@ def _to_group(split: StepSplit, group: Group, tokens: int, useful: float, items:
     model = split.model
     target_q, target_kv = Split(group.batch, group.heads), Split(group.batch, group.kv)
     rows, heads = ceil_div(tokens, split.ways(group.batch)), model.num_heads // split.ways(group.heads)
-    passed = rows * (heads + 2 * (model.num_kv_heads // split.ways(group.kv))) * model.head_dim
-    passes = split.pricing.small(items.passes, _PART, model.num_layers, times=0.0, elements=passed)
     queries, keys = tokens * model.num_heads * model.head_dim, 2 * tokens * model.num_kv_heads * model.head_dim
     share = useful * split.shares.heads
-    moved = (
-        passes
-        + movement(split, _PART, items.queries, queries, split.q_projected, target_q, share)
-        + movement(split, _PART, items.keys, keys, split.kv_projected, target_kv, useful)
-    )
+    moved_q = movement(split, _PART, items.queries, queries, split.q_projected, target_q, share)
+    moved_kv = movement(split, _PART, items.keys, keys, split.kv_projected, target_kv, useful)
+    kv_heads, tiles = model.num_kv_heads // split.ways(group.kv), split.pricing.slice.chip.platform.tiles
+    own_q, own_kv = rows * heads * model.head_dim, 2 * rows * kv_heads * model.head_dim
+    passed = own_q * (3 if moved_q else 1) + own_kv * (2 if moved_kv else 1)  # what comes back is exchanged as the queries were
+    if items is PREFILL and tiles.takes_prompts(heads, kv_heads, model.head_dim):
+        passed += 2 * own_q  # the kernel wants queries by group, and gives its results so
+    moved = split.pricing.small(items.passes, _PART, model.num_layers, times=0.0, elements=passed)
+    if split.parallel:
+        moved += behind(moved_q + moved_kv, lambda: mean_seconds(split, tokens, W_IN), split.pricing)
+    else:
+        moved += moved_q + behind(moved_kv, lambda: _query_seconds(split, tokens), split.pricing)
     if model.qk_norm is not QkNorm.WIDTH:
         return moved
     return moved + [
@@ -300,4 +321,12 @@ def _from_group(split: StepSplit, group: Group, tokens: int, useful: float, item
         axes = group.sequence
         entries.append(split.pricing.collective(items.mass, _PART, model.num_layers, op, axes, size, "f32", share))
     source, elements = Split(group.batch, group.heads, group.sequence), tokens * model.num_heads * model.head_dim
-    return entries + movement(split, _PART, items.back, elements, source, split.heads_wanted, share)
+    back = movement(split, _PART, items.back, elements, source, split.heads_wanted, share)
+    early = split.parallel and items is PREFILL  # in decode few compilers start it early
+    return entries + (behind(back, lambda: mean_seconds(split, tokens, W_OUT), split.pricing) if early else back)
+
+
+def _query_seconds(split: StepSplit, tokens: int) -> float:
+    """What W_Q's product takes for so many of the step's tokens."""
+    embed, heads = split.model.embed_dim // split.ways(split.e), split.model.num_heads * split.model.head_dim // split.ways(split.f)
+    return product_seconds(split, W_Q, tokens, embed, heads, split.model.head_dim)

@@ -17,6 +17,7 @@ from partinf.foundation import resources
 from partinf.foundation.errors import InvalidInput, nearest, raise_offences
 from partinf.hardware.chips import Chip
 from partinf.hardware.rates import Rates
+from partinf.workload import DType
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Calibration:
         matmul_efficiency: share of peak FLOP/s that large matmuls reach.
         hbm_share: share of the stated HBM bandwidth that the streams of a whole step reach, with what passes between one and the next. A
             single transfer is faster while it is under way: that is the proof's (`partinf.proof.pace`).
-        streamed_share: the same for weights that a product reads itself, where layers are compiled as a loop; 0 for `hbm_share`.
+        streamed_share: the same for weights that a product reads itself, which are not read ahead; 0 for `hbm_share`.
+        streamed_int8_share: the same for int8 weights; 0 for `streamed_share`.
         collective_factor: measured over modelled time of a collective's bytes.
         hop_seconds: time of one step of a ring, added to that of its bytes: at every hop a transfer is started, waited for and added
             up. 0 takes the chip's hop latency as a lower bound instead of adding it.
@@ -36,13 +38,16 @@ class Calibration:
         looped_hop_seconds: `hop_seconds` of a program that goes around its rings in loops of its own, where every hop is an operation that
             is issued and waited for; 0 for the same.
         least_rows: rows below which a product takes no less time on the core: its weights have to pass into the matrix unit anyway.
+        extra_rows: rows that a product takes as long as in addition to its own, where weights pass into the matrix unit while it waits.
         kernel_seconds, row_seconds: what the kernel of decode takes on the core to begin, and for each row, whatever the context.
         score_seconds: what a score of a prompt takes on the core besides its products, where they are made tile by tile: mask, exponential,
             sums. tile_seconds: a pair of a tile of queries and one of keys, whether it is skipped or not. query_tile_seconds: a tile of
             queries.
         prompt_share: share of peak FLOP/s that the kernel for prompts reaches in the products that it makes, with all else that it does.
         layer_seconds: what the small operations of a layer take together, however little they pass over: norms, rotations, residuals.
-        element_seconds: and for each element that they pass over: of the residual, twice in a layer, of queries, keys and values.
+        element_seconds: and for each element that they pass over: of a residual that devices split between sublayers, twice in a layer; of
+            queries, keys and values, and once more of those that devices exchange. A residual that is whole on its device is passed over
+            by its products.
         measured: whether these constants were fitted to measurements of this chip.
         error: relative error to expect of a predicted time.
         source: where the constants come from.
@@ -66,10 +71,12 @@ class Calibration:
     switch_rings: bool = False
     looped_hop_seconds: float = 0.0
     least_rows: float = 0.0
+    extra_rows: float = 0.0
     layer_seconds: float = 0.0
     kernel_seconds: float = 0.0
     row_seconds: float = 0.0
     streamed_share: float = 0.0
+    streamed_int8_share: float = 0.0
     score_seconds: float = 0.0
     tile_seconds: float = 0.0
     query_tile_seconds: float = 0.0
@@ -87,6 +94,15 @@ class Calibration:
             return "fitted to single operations; no step has been timed outside a serving engine"
         median, worst = self.left_out
         return f"steps left out of the fit are predicted within {median:.0%} in the median, {worst:.0%} at worst"
+
+    def streamed(self, weights: DType) -> float:
+        """The share of HBM at which a product reads weights of a type itself; 0 for `hbm_share`."""
+        return self.streamed_int8_share or self.streamed_share if weights is DType.INT8 else self.streamed_share
+
+    def slowed(self, rows: float) -> float:
+        """How many times as long as its work at the rate of many rows a product of so many takes on the core: its weights have to pass into
+        the matrix unit."""
+        return max(1.0 + self.extra_rows / rows, self.least_rows / rows)
 
     def hop(self, looped: bool) -> float:
         """Time of a hop in a looped program or another."""

@@ -8,9 +8,9 @@ entries, as often as there are such layers.
 
 from __future__ import annotations
 
-from partinf.cost.items import F_AFTER_IN, F_BEFORE_OUT, W_IN, W_OUT
+from partinf.cost.items import F_AFTER_IN, F_BEFORE_OUT, W_IN, W_OUT, Matrix
 from partinf.cost.ledger import Entry, Part
-from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, scatter_embed
+from partinf.cost.linear import Weight, gather_embed, movement, norm, norm_after, product_seconds, scatter_embed
 from partinf.cost.movement import Split
 from partinf.cost.split import StepSplit
 from partinf.model.kinds import FeedForward
@@ -58,3 +58,13 @@ def _of_width(split: StepSplit, of: FeedForward, count: int) -> list[Entry]:
     entries += movement(split, _PART, F_BEFORE_OUT, elements, scattered, whole, hidden, split.wide_dtype, count=count)
     entries.append(w_out.product(_PART, tokens, ffn, embed, share))
     return entries + (scatter_embed(split, _PART, count) if own else [])
+
+
+def mean_seconds(split: StepSplit, tokens: int, matrix: Matrix) -> float:
+    """What the products of a layer's feed-forward with W_in or W_out take for so many of the step's tokens, in the mean over layers."""
+    embed, total = split.model.embed_dim // split.ways(split.e), 0.0
+    for of, count in split.model.feed_forwards:
+        ffn = of.width // split.ways(split.f)
+        sides = (embed, matrices_in(of) * ffn) if matrix is W_IN else (ffn, embed)
+        total += product_seconds(split, matrix, tokens, *sides) * count
+    return total / split.model.num_layers

@@ -6,7 +6,7 @@ from partinf.cost.items import AFTER, BEFORE, NORM, Item, Matrix
 from partinf.cost.ledger import Entry, Op, Part
 from partinf.cost.movement import Axes, Split
 from partinf.cost.split import StepSplit
-from partinf.foundation.rounding import round_up
+from partinf.foundation.rounding import ceil_div, round_up
 from partinf.hardware.platform import gathers_norm
 from partinf.workload import DType
 
@@ -82,6 +82,17 @@ def movement(
     ]
 
 
+def product_seconds(split: StepSplit, matrix: Matrix, tokens: int, inputs: int, outputs: int, width: int = 0) -> float:
+    """What a matrix's product takes for so many of the step's tokens, whatever was gathered for it.
+
+    Args:
+        inputs, outputs, width: as for `Weight.product`.
+    """
+    rows = ceil_div(tokens, split.ways(split.t))
+    size, flops = float(inputs * outputs * split.weight_bytes), 2.0 * rows * inputs * outputs
+    return split.pricing.product(matrix.product, Part.ATTENTION, 1, flops, 1.0, size, shape=(rows, inputs, outputs), width=width).seconds
+
+
 class Weight:
     """One weight matrix of a layer: its local size as stored and as used, and the gathers between the two."""
 
@@ -118,11 +129,12 @@ class Weight:
                 found.append(split.pricing.collective(self.matrix.scales, part, self.count, op, axes, size, "f32"))
         return [entry._replace(ahead=entry.seconds) for entry in found] if split.gathers_behind else found
 
-    def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float) -> Entry:
+    def product(self, part: Part, rows: int, inputs: int, outputs: int, useful: float, width: int = 0) -> Entry:
         """The product with this weight, once per layer; gathered weights are written to HBM once more and read again.
 
         Args:
             rows, inputs, outputs: on one device, of the activations [rows, inputs] that are read and [rows, outputs] that are written.
+            width: of a head, where outputs are heads.
         """
         passed = 2 * self.used_bytes if self.used_bytes > self.stored_bytes else 0
         activation, flops = rows * (inputs + outputs) * self.split.act_bytes + passed, 2.0 * rows * inputs * outputs
@@ -135,4 +147,5 @@ class Weight:
             self.stored_bytes,
             activation_bytes=activation,
             shape=(rows, inputs, outputs),
+            width=width,
         )

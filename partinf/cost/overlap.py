@@ -11,9 +11,9 @@ own work) leave HBM alone. All together take what the longer queue takes: with c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from partinf.cost.ledger import Entry, EntryKind, Ledger, Part
+from partinf.cost.ledger import Entry, EntryKind, Ledger, Op, Part
 from partinf.cost.pricing import Pricing
 
 _LAYERS = (Part.ATTENTION, Part.FFN)
@@ -60,6 +60,23 @@ def _moving(entry: Entry, pricing: Pricing) -> float:
     assert entry.op is not None
     empty = pricing.network.seconds(entry.op, entry.axes, 0)
     return max(0.0, min(entry.seconds, pricing.network.seconds(entry.op, entry.axes, entry.bytes) - empty))
+
+
+def behind(entries: list[Entry], seconds: Callable[[], float], pricing: Pricing, ops: Sequence[Op] = (Op.ALL_TO_ALL,)) -> list[Entry]:
+    """Exchanges of one layer that run behind work which does not wait for them, where the program's compiler starts them early.
+
+    Args:
+        seconds: what that work takes in a layer. ops: the collectives that it starts early enough.
+    """
+    program, platform = pricing.program, pricing.slice.chip.platform
+    if not (program.exchanges_overlap and platform.gathers_overlap_products and any(one.op in ops for one in entries)):
+        return entries
+    left, found = seconds(), []
+    for entry in entries:
+        hidden = min(entry.seconds, left) if entry.op in ops else 0.0
+        left -= hidden
+        found.append(entry._replace(overlapped=hidden) if hidden else entry)
+    return found
 
 
 def hide_gathers(entries: Iterable[Entry]) -> Ledger:

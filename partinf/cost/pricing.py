@@ -48,6 +48,7 @@ class Pricing:
         self.known_moves: dict[tuple[int, Split, Split], tuple[Moved, ...]] = {}
         self.known_groups: dict[tuple[object, Axes], Group] = {}
         self.known_roles: dict[tuple[object, ...], Any] = {}
+        self._streamed = calibration.streamed(DType.BF16)
         self._measured: _Measured | None = None
         self._of_types: dict[tuple[DType, DType], Pricing] = {}
         self._compiled: dict[bool, Pricing] = {}
@@ -64,14 +65,16 @@ class Pricing:
         return found
 
     def of_types(self, weights: DType, activations: DType) -> Pricing:
-        """The same for steps with these types; only measured rates depend on them."""
-        rates = self.calibration.rates
-        if rates is None:
+        """The same for steps with these types, on which measured rates depend, and how fast a product reads its weights itself."""
+        rates, streamed = self.calibration.rates, self.calibration.streamed(weights)
+        if rates is None and streamed == self._streamed:
             return self
         found = self._of_types.get((weights, activations))
         if found is None:
             found = self._of_types[weights, activations] = copy.copy(self)
-            found._measured = _Measured(rates.product(weights.value), rates.memory, rates.type(activations.value))
+            found._streamed, found._compiled = streamed, {}
+            if rates is not None:
+                found._measured = _Measured(rates.product(weights.value), rates.memory, rates.type(activations.value))
         return found
 
     def compute_seconds(self, flops: float, num_bytes: float) -> float:
@@ -117,12 +120,14 @@ class Pricing:
         prompt: bool = False,
         core_seconds: float = 0.0,
         done: float = 1.0,
+        width: int = 0,
     ) -> Entry:
         """A dot product of `flops`, of which the share `useful` is not padding.
 
         Args:
             shape: as in `Entry`. prompt: the core is that of prompts. core_seconds: what a kernel or a loop takes on the core besides its
-                products. done: times that the products are made, below 1 where some of them are skipped.
+                products. done: times that the products are made, below 1 where some of them are skipped. width: of a head that it makes;
+                one that is narrower than the matrix unit leaves the rest of it idle.
         """
         entry = Entry(item, part, kind, count, flops * useful, flops * (1 - useful), weight_bytes, kv_bytes, activation_bytes, shape=shape)
         if self._measured is not None:
@@ -135,11 +140,12 @@ class Pricing:
             return entry._replace(seconds=seconds, early=early, free=self._measured.rates.op_seconds)
         core = flops * done / self._flop_rate + core_seconds
         if weight_bytes and shape:
-            core *= max(1.0, self.calibration.least_rows / shape[0])
+            idle = self.slice.chip.matrix_side / width if width and self.program.head_by_head else 1.0
+            core *= max(idle, self.calibration.slowed(shape[0]))
         memory = (weight_bytes + kv_bytes + activation_bytes) / self._byte_rate
         fetched = self.program.unrolled and weight_bytes <= self.program.fetched_matrix
-        if self.calibration.streamed_share and not fetched:
-            memory += weight_bytes / self._byte_rate * (self.calibration.hbm_share / self.calibration.streamed_share - 1)
+        if self._streamed and not fetched:
+            memory += weight_bytes / self._byte_rate * (self.calibration.hbm_share / self._streamed - 1)
         return self._queued(entry, core, memory, fetched)
 
     def traffic(self, item: Item, part: Part, count: int, num_bytes: float) -> Entry:

@@ -58,6 +58,9 @@ class Program:
             them back.
         small_operations: of a layer, as a multiple of those of the program whose trace gave their time (`Calibration.layer_seconds`), which
             has a dozen: ours has some 26 of rotations, norms, residuals, and of what finds pages.
+        exchanges_overlap: exchanges of heads that the platform's compiler starts early run behind products that do not wait for them: keys
+            and values behind W_Q, what the cache wants behind the core, and all of a parallel block behind its feed-forward.
+        head_by_head: W_Q and W_KV make one head after the other, so that a head narrower than the matrix unit leaves the rest of it idle.
         passes_elements: the small operations of many rows take the longer, the more they pass over (`Calibration.element_seconds`).
         tile_loop: a prompt's core goes over tiles of queries and keys in a loop, which skips fully masked tiles
             (`partinf.hardware.platform.Tiles`); the chip says what a tile and its scores take (`Calibration.score_seconds`).
@@ -80,6 +83,8 @@ class Program:
     decode_kernel: bool = False
     tile_writes: bool = False
     small_operations: float = 1.0
+    exchanges_overlap: bool = False
+    head_by_head: bool = False
     passes_elements: bool = False
     tile_loop: bool = False
     position_seconds: float = 0.0
@@ -93,6 +98,8 @@ TILED = Program(
     either_residual=True,
     either_layers=True,
     gathers_overlap=True,
+    exchanges_overlap=True,
+    head_by_head=True,
     # Of what nine compiled programs read ahead: the largest matrix has 42 MB (PaLM 540B on 64 v4), the smallest that is left to its product
     # 50 MB (Qwen 3 8B on 4 v6e). With 16 MiB in a layer their decode steps are met within 18 % (experiments/tpu_steps, planner_and_proof).
     fetched_bytes=2.0**24,

@@ -100,6 +100,7 @@ class Chip:
         devices_per_chip: JAX devices per chip, each owning an equal part of memory and compute.
         hop_seconds: latency of one hop of a collective.
         clock: of the cycles that the TPU compiler counts; 0 where it is not known.
+        matrix_side: rows and columns of a matrix unit; 0 where it is not known.
         host_shape: chips of one host along each axis, as the TPU compiler takes it.
         compiler_config: name of the configuration that the TPU compiler wants for it in addition to its own name, if any.
         device_kinds: how JAX names the chip's devices, in lower case; a part of the name for GPUs.
@@ -133,6 +134,7 @@ class Chip:
     devices_per_chip: int = 1
     hop_seconds: float = 1e-6
     clock: float = 0.0
+    matrix_side: int = 0
     host_shape: tuple[int, ...] = ()
     compiler_config: str = ""
     provisional: bool = False

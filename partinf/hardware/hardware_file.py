@@ -28,7 +28,7 @@ from partinf.hardware.rates import CollectiveRate, Curve, PaceRates, Rates, Type
 from partinf.hardware.slices import Slice, parse_slice
 
 _CIRCUMSTANCES = ("date", "device_kind", "devices", "jax", "error")
-_STATED = ("sides", "side_multiple", "core_links", "clock", "host_shape", "compiler_config")
+_STATED = ("sides", "side_multiple", "core_links", "clock", "matrix_side", "host_shape", "compiler_config")
 _NEEDED = ("chip", "measured", "memory", "products", "types", "collectives")
 _SECTIONS = (*_NEEDED, "pace", "spread")
 # Bytes/s, FLOP/s, rows: what no device is outside of, and neither times nor the products of a few of them leave the range of a float.

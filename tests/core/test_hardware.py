@@ -32,7 +32,7 @@ def test_the_table_states_every_key_of_a_chip_or_says_that_it_has_none(name: str
     row = tomllib.loads(resources.package_file(TABLE).read_text())[name]
     everything = {field.name for field in fields(Chip)} - {"name", "rates"}
     torus = {"torus_dims", "wrap_multiple", "sides", "side_multiple", "max_axis", "link_bandwidth", "devices_per_chip", "core_links"}
-    of_the_compiler = {"clock", "host_shape", "compiler_config"}
+    of_the_compiler = {"clock", "matrix_side", "host_shape", "compiler_config"}
     switched = {"node_size", "switch_bandwidth", "machines"}
     assert set(row) == everything - (switched if row["family"] == "tpu" else torus | of_the_compiler | {"cloud", "price"})
     for key, kind in (("cloud", CloudType), ("price", Price)):
