@@ -59,7 +59,8 @@ def error(found: dict[str, dict[str, Any]]) -> str:
     names = [case.name for case in CASES if case.measured and case.name[0].isdigit() and found.get(case.name, {}).get("fits")]
     off = [found[name]["step_seconds_estimate"] / found[name]["measured_seconds"] - 1 for name in names]
     mean, size = sum(off) / len(off), sum(map(abs, off)) / len(off)
-    return f"The estimate's error over the {len(off)} steps that the paper timed: {min(off):+.0%} to {max(off):+.0%}, mean {mean:+.0%}, mean size {size:.0%}"
+    spread = f"{min(off):+.0%} to {max(off):+.0%}, mean {mean:+.0%}, mean size {size:.0%}"
+    return f"The estimate's error over the {len(off)} steps that the paper timed: {spread}"
 
 
 def change(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

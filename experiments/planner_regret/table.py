@@ -50,10 +50,11 @@ def compiled(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def outcome(summary: Mapping[str, float]) -> str:
     """What the compiled cases come to, in two sentences."""
+    regrets = f"regret {summary['median']:.1%} in the median, {summary['worst']:.1%} at worst"
     return (
-        f"**{summary['cases']} cases, {summary['cases_with_all_rivals']} of them with all their rivals: regret {summary['median']:.1%} in "
-        f"the median, {summary['worst']:.1%} at worst** (5 and 12 % were wanted). Planner and compiler are {summary['error_median']:.1%} apart "
-        f"in the median of {summary['programs']} programs, {summary['error_worst']:.0%} at worst."
+        f"**{summary['cases']} cases, {summary['cases_with_all_rivals']} of them with all their rivals: {regrets}** (5 and 12 % were "
+        f"wanted). Planner and compiler are {summary['error_median']:.1%} apart in the median of {summary['programs']} programs, "
+        f"{summary['error_worst']:.0%} at worst."
     )
 
 
