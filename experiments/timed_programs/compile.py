@@ -1,9 +1,9 @@
 """Compiles one decode step of jax-llm-examples' Llama 3 70B for 16 chips of v5e, from a checkout of that repository.
 
-    python -m experiments.timed_programs.compile CHECKOUT COPIES BATCH CONTEXT OUT
+    PYTHON experiments/timed_programs/compile.py CHECKOUT COPIES BATCH CONTEXT OUT
 
-Two to four minutes and 3 GB of memory; no TPU. Writes the compiled text, compressed. Besides this library's own `proof` extra it needs what
-that repository imports: `etils` and `flatbuffers`.
+Half a minute to four minutes and 3 GB of memory; no TPU. Writes the compiled text, compressed. PYTHON has a jax that the checkout runs on,
+its libtpu, and what that repository imports: `absl-py`, `etils` and `flatbuffers`; nothing of this library is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.experimental.pallas.tpu as pallas_tpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # What the published model is, with int8 weights and cache as its README's figures were made.
 SIZES = {
@@ -48,6 +48,8 @@ def compiled(checkout: str, copies: int, batch: int, context: int) -> str:
         pallas_tpu.repeat = lambda x, count, axis: jnp.concatenate([x] * count, axis)
     from llama3_jax import model as theirs
 
+    old = hasattr(jax.sharding, "use_mesh")  # as in jax 0.6.0
+    within = jax.sharding.use_mesh if old else jax.sharding.set_mesh
     devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices)
     mesh = Mesh(devices.reshape(copies, KV_HEADS, CHIPS // copies // KV_HEADS), ("x", "y", "z"), axis_types=(AxisType.Explicit,) * 3)
     config = theirs.Config(**SIZES, max_seq_len=context, mesh=mesh)
@@ -59,14 +61,15 @@ def compiled(checkout: str, copies: int, batch: int, context: int) -> str:
 
         return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, theirs.ArrayInfo))
 
-    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P("x", None)))
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("x", None)))
 
     def step(tokens: Any, segments: Any, weights: Any, cache: Any) -> tuple[Any, Any]:
         logits, cache = theirs.forward(tokens, segments, weights, config, cache)
-        return jax.reshard(jnp.argmax(logits, -1), jax.P()), cache
+        return theirs.reshard(jnp.argmax(logits, -1), PartitionSpec()), cache
 
-    weights, cache = described(theirs.Weights.abstract(config)), described(theirs.KVCache.abstract(config, batch))
-    with jax.sharding.set_mesh(mesh):
+    room = (context,) if old else ()  # newer ones have it in their configuration
+    weights, cache = described(theirs.Weights.abstract(config)), described(theirs.KVCache.abstract(config, batch, *room))
+    with within(mesh):
         return str(jax.jit(step, donate_argnums=(3,)).lower(tokens, tokens, weights, cache).compile().as_text())
 
 

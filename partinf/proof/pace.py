@@ -18,7 +18,8 @@ from partinf.hardware.chips import Chip
 from partinf.hardware.slices import Slice
 
 _TABLE = "hardware/pace.toml"
-_KEYS = {"transfer_share", "product_share", "moving_share", "least_seconds", "small_seconds", "evidence"}
+_KEYS = {"transfer_share", "product_share", "reading_share", "moving_share", "peak_share", "least_seconds", "small_seconds", "evidence"}
+_READS = 0.5  # of the time of a product that reads its matrix itself, what its bytes take at least
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Pace:
         clock: of the compiler's cycles; 0 where it is not known, and cycles take no time then.
         byte_rate: bytes/s between HBM and the device while a transfer is under way. A whole step reaches less (`Calibration.hbm_share`),
             since HBM waits for the core now and then, which the walk sees.
-        product_share: share of the compiler's cycles that a product takes, apart from the bytes that it moves.
+        product_share: share of the compiler's cycles that a product takes whose matrix lies on the chip.
+        reading_share: the same where it reads the matrix from HBM itself, apart from the time of these bytes.
         moving_share: the same for an operation that only moves or converts what it is given.
-        flops, int8_flops: FLOP/s of its matrix unit, below whose time that share takes no product.
+        flops, int8_flops: FLOP/s that a product reaches at most.
         least_seconds: the least that the compiler says of an operation that passes over arrays. small_seconds: what the least takes.
         evidence: where these come from.
     """
@@ -39,6 +41,7 @@ class Pace:
     clock: float
     byte_rate: float
     product_share: float
+    reading_share: float
     moving_share: float
     flops: float
     int8_flops: float
@@ -46,11 +49,16 @@ class Pace:
     small_seconds: float
     evidence: str
 
-    def product(self, cycles: int, operations: float, integers: bool) -> float:
-        """Seconds of a product, from the compiler's cycles and its multiplications and additions."""
+    def product(self, cycles: int, operations: float, integers: bool, reading: float = 0.0) -> float:
+        """Seconds of a product, from the compiler's cycles and its multiplications and additions.
+
+        Args:
+            reading: seconds of the bytes of HBM that it reads itself. Where these are most of its time, the cycles are the compiler's guess
+                at the rate of HBM.
+        """
         nominal = self._nominal(cycles)
-        peak = self.int8_flops if integers else self.flops
-        return min(nominal, max(self.product_share * nominal, operations / peak))
+        share = self.reading_share if reading > _READS * self.product_share * nominal else self.product_share
+        return min(nominal, max(share * nominal, operations / (self.int8_flops if integers else self.flops)))
 
     def moving(self, cycles: int) -> float:
         """Seconds of an operation that only moves or converts; its bytes may take longer."""
@@ -90,9 +98,10 @@ def pace_of(slice_: Slice) -> Pace:
         clock=chip.clock,
         byte_rate=byte_rate,
         product_share=float(row["product_share"]),
+        reading_share=float(row["reading_share"]),
         moving_share=float(row["moving_share"]),
-        flops=chip.peak_bf16 / share,
-        int8_flops=chip.peak_int8 / share,
+        flops=chip.peak_bf16 / share * float(row["peak_share"]),
+        int8_flops=chip.peak_int8 / share * float(row["peak_share"]),
         least_seconds=float(row["least_seconds"]),
         small_seconds=float(row["small_seconds"]),
         evidence=evidence,

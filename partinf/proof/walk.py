@@ -4,12 +4,11 @@
     queue   transfers that were started (`copy-start`, `slice-start`) one after the other, asynchronously; what ends one waits for it
     links   a collective occupies those of its axes; asynchronous ones overlap the core, the others stall it
 
-An instruction whose operands or results lie in HBM moves its own bytes while it runs, and these share the bandwidth with every transfer
-that is under way: among n of them, its bytes take n + 1 times as long as alone, or as long as the whole queue and they where that is
-less; what is left in the queue waits for them. So a few bytes soon arrive, many come behind what was started before, and none is had for
-nothing. A loop takes the time of its body in steady state, once for every trip; a branch counts by how often it is
-taken. Every second by which the core moves on belongs to one instruction: to what ran, to the transfer or to the collective that was
-waited for. So they sum to the whole.
+An instruction whose operands or results lie in HBM moves its own bytes while it runs: they come first, and the queue waits for them. The
+bytes of a kernel, whose transfers are like those of the queue, share the bandwidth with it: they take twice as long as alone, or as long
+as the whole queue and they where that is less. So no byte is had for nothing. A loop takes the time of its body in steady state, once for
+every trip; a branch counts by how often it is taken. Every second by which the core moves on belongs to one instruction: to what ran, to
+the transfer or to the collective that was waited for. So they sum to the whole.
 """
 
 from __future__ import annotations
@@ -80,11 +79,15 @@ class _Clock:
         self.queue.append(Transfer((self.queue[-1].end if self.queue else self.core) + seconds))
         return self.queue[-1]
 
+    def overtake(self, seconds: float) -> None:
+        """Bytes that do not join the queue and come first."""
+        for one in self.queue:
+            one.end += seconds if one.end > self.core else 0.0
+
     def share(self, seconds: float) -> float:
-        """Bytes that do not join the queue: how long they take in parallel with it, and which waits for them."""
-        self.queue = [one for one in self.queue if one.end > self.core]
-        lead = self.queue[-1].end - self.core if self.queue else 0.0
-        others = min(lead, len(self.queue) * seconds)  # what the others get done meanwhile
+        """Bytes that do not join the queue: how long they take in parallel with it."""
+        lead = max(0.0, self.queue[-1].end - self.core) if self.queue else 0.0
+        others = min(lead, seconds)  # what the queue gets done meanwhile
         for one in self.queue:
             one.end += seconds if one.end > self.core + others else 0.0
         return seconds + others
@@ -209,12 +212,13 @@ class Walk:
             known, whole = self._kernel(instruction), kernel_bytes(block, instruction) / self._pace.byte_rate
             seconds = whole if known is None else known.seconds
             moving = whole if known is None or known.num_bytes is None else known.num_bytes / self._pace.byte_rate
-            moving = min(moving, seconds)
+            moving = clock.share(min(moving, seconds))
             if block is self._module.computations[self._module.entry]:
                 self.begun.append((instruction.name, clock.core))
         else:
-            seconds, moving = self._cycles(block, instruction), self._transfer(block, instruction, weight)
-        moving = clock.share(moving) if moving else 0.0
+            moving = self._transfer(block, instruction, weight)
+            seconds = self._cycles(block, instruction, moving)
+            clock.overtake(moving)
         self._spend((block.name, instruction.name), max(seconds, moving), clock, weight)
 
     def _transfer(self, block: Computation, instruction: Instruction, weight: float) -> float:
@@ -223,13 +227,13 @@ class Walk:
         self.moved += num_bytes * weight
         return num_bytes / self._pace.byte_rate
 
-    def _cycles(self, block: Computation, instruction: Instruction) -> float:
-        """Seconds of what the core does for one instruction."""
+    def _cycles(self, block: Computation, instruction: Instruction, moving: float) -> float:
+        """Seconds of what the core does for one instruction, whose own bytes take `moving`."""
         if not instruction.cycles:
             return 0.0
         product = product_of(self._module, block, instruction)
         if product is not None:
-            return self._pace.product(instruction.cycles, *product)
+            return self._pace.product(instruction.cycles, *product, moving)
         moves = only_moves(self._module, instruction)
         return self._pace.moving(instruction.cycles) if moves else self._pace.other(instruction.cycles)
 

@@ -29,8 +29,10 @@ def test_the_estimates_stay_near_what_was_timed() -> None:
     rows, summed = found["rows"], found["summary"]
     assert summed == summary(rows)
     assert {row["batch"] for row in rows} == {8, 16, 32, 64, 128}
-    assert summed["median"] <= 0.12
-    assert summed["worst"] <= 0.25
-    assert summed["pairs_ordered_right"] == summed["pairs"] >= 5  # the faster of the two layouts, whatever the batch
+    assert summed["median"] <= 0.04
+    assert summed["worst"] <= 0.15
+    assert all(half["median"] <= 0.08 and half["p90"] <= 0.2 for half in summed["held_out"].values())
+    assert summed["pairs"] == 12
+    assert summed["ordered_wrong"] == [{"batch": 64, "context": 4096}]  # of the two layouts, which come within 2 % of each other there
     assert all(row["estimate"] >= row["bytes_alone"] for row in rows)
     assert all(row["ratio"] == pytest.approx(row["estimate"] / row["measured"], abs=2e-3) for row in rows)

@@ -20,7 +20,7 @@ from partinf.proof.walk import KernelRun
 
 US = 1e-6
 # 1 GHz and 1 GB/s: a thousand cycles are a microsecond, and so are a thousand bytes.
-PLAIN = Pace(1e9, 1e9, 1.0, 1.0, 1e15, 1e15, 0.0, 0.0, "")
+PLAIN = Pace(1e9, 1e9, 1.0, 1.0, 1.0, 1e15, 1e15, 0.0, 0.0, "")
 SLICE = parse_slice("v5e:2x2")
 HEAD = """HloModule jit_step, is_scheduled=true
 
@@ -97,14 +97,12 @@ def test_transfers_queue_one_behind_the_other() -> None:
     assert read(text).seconds == pytest.approx(50 * US)
 
 
-def test_own_bytes_share_with_what_is_under_way_and_put_it_back() -> None:
-    alone = entry("%r = s8[10,1000]{1,0:S(1)} slice(%w), slice={[0:10], [0:1000]}")
-    assert read(alone).seconds == pytest.approx(10 * US)
-    shared = [fetch("f", 100), "%r = s8[10,1000]{1,0:S(1)} slice(%w), slice={[0:10], [0:1000]}"]
-    assert read(entry(*shared)).seconds == pytest.approx(20 * US)  # half the rate during one transfer
-    assert read(entry(*shared, done("f"))).seconds == pytest.approx(110 * US)  # and no byte is had for nothing
-    last = [fetch("f", 4), shared[1]]
-    assert read(entry(*last)).seconds == pytest.approx(14 * US)  # the queue is empty before that
+def test_own_bytes_come_first_and_put_back_what_is_under_way() -> None:
+    own = "%r = s8[10,1000]{1,0:S(1)} slice(%w), slice={[0:10], [0:1000]}"
+    assert read(entry(own)).seconds == pytest.approx(10 * US)
+    assert read(entry(fetch("f", 100), own)).seconds == pytest.approx(10 * US)
+    assert read(entry(fetch("f", 100), own, done("f"))).seconds == pytest.approx(110 * US)  # no byte is had for nothing
+    assert read(entry(fetch("f", 4), work("a", 5000), own, done("f"))).seconds == pytest.approx(15 * US)  # what has ended is not put back
 
 
 def test_the_queue_goes_on_while_a_collective_holds_the_core() -> None:
@@ -180,8 +178,8 @@ def test_a_kernel_is_never_had_for_nothing() -> None:
     assert unknown.seconds == pytest.approx(900 * US)  # one read of what lies in HBM
     assert unknown.kernels["spun"] == (pytest.approx(900 * US), 1, False)
     assert unknown.work[0].what.startswith("kernel spun")
-    # Of 10 us, while a transfer is under way: the bytes that it moves take twice as long, the rest does not.
-    begun = (fetch("a", 20), KERNEL, done("a"))
+    # Of 10 us, while transfers are under way: the bytes that it moves take twice as long, the rest does not.
+    begun = (fetch("a", 10), fetch("b", 10), KERNEL, done("a"), done("b"))
     for moved, seconds in ((None, 20), (8000, 16), (4000, 10)):
         (kernel,) = (one for one in read(entry(*begun), kernels={"spun": lambda *_, n=moved: KernelRun(10 * US, n)}).kernels.values())
         assert kernel.seconds == pytest.approx(seconds * US)
@@ -208,6 +206,10 @@ def test_the_compilers_cycles_are_corrected_by_kind() -> None:
     operations = 2 * 8 * 16 * 32
     assert one(product, replace(pace, flops=operations / (9 * US))) == 9  # no faster than the matrix unit
     assert one(product, replace(pace, flops=operations / (12 * US))) == 10  # nor slower than the compiler says
+    reads = product.replace("%m)", "%v)").replace("%r =", "%v = bf16[16,32]{1,0} parameter(2)\n  %r =")
+    assert one(reads, replace(pace, byte_rate=1024 / (4 * US))) == 10  # as the compiler says, where nothing else is known
+    assert one(reads, replace(pace, byte_rate=1024 / (4 * US), reading_share=0.2)) == 4  # most of it: the cycles are a guess at HBM
+    assert one(reads, replace(pace, byte_rate=1024 / (3 * US), reading_share=0.2)) == 7  # less than half of it
     assert one(work("r", 1200)) == 0.45
     assert one(work("r", 3200)) == 2.45
     assert one(work("r", 100)) == 0.1
@@ -223,6 +225,7 @@ def test_every_chip_has_a_pace_with_its_evidence(name: str) -> None:
     assert pace.evidence
     assert 0 < pace.byte_rate <= chips()[name].hbm_bandwidth
     assert 0 < pace.product_share <= 1
+    assert 0 <= pace.reading_share <= 1
     assert 0 < pace.moving_share <= 1
     assert 0 <= pace.small_seconds <= pace.least_seconds
 
