@@ -75,9 +75,9 @@ class PlanReport:
 
     @property
     def layers(self) -> str:
-        """How the priced program has its layers, where nothing splits them into stages: `one by one` or `in a loop`."""
-        either = self.program.either_layers
-        return "one by one" if (self.evaluator.unrolled if either else self.program.unrolled) else "in a loop"
+        """How the priced program of the best layout has the layers of each stage: `one by one` or `in a loop`."""
+        alone = self.evaluator.unrolled and self.evaluator.stages(self.best.layout) == 1
+        return "one by one" if (alone if self.program.either_layers else self.program.unrolled) else "in a loop"
 
     @property
     def routing(self) -> str:

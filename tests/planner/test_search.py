@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,13 @@ def test_between_slices_stages_beat_tensors_and_copies_where_these_do_not_fit() 
     staged, tensors = (next(c for c in report.candidates if dict(c.layout.storage)["dcn"] is role) for role in (Role.STAGE, Role.FFN))
     assert tensors.memory.kv == staged.memory.kv
     assert staged.memory.weights > tensors.memory.weights  # each stage has the embedding table
+
+
+def test_layers_of_stages_stay_in_a_loop() -> None:
+    report = search(load_model_config("llama-3-8b"), parse_slice("v5e:2x2*2"), Workload(batch=16, context_len=512, phase="decode"))
+    assert report.layers == "one by one"
+    staged = next(one for one in report.candidates if dict(one.layout.storage)["dcn"] is Role.STAGE)
+    assert replace(report, candidates=(staged,)).layers == "in a loop"
 
 
 def test_order_and_ties() -> None:
