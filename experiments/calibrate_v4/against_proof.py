@@ -1,6 +1,6 @@
 """Where the fitted constants and the compiled program part: decode of PaLM 540B on 64 v4 chips as this library runs it, entry by entry.
 
-    python -m experiments.calibrate_v4.against_proof        # reads experiments/palm_540b_on_64_v4/results.json, writes against_proof.json
+    python -m experiments.calibrate_v4.against_proof   # reads results.json of palm_540b_on_64_v4, writes against_proof.json and its table
 
 The cost model prices the library's program (`tiled`) twice: at the fitted time of a ring's step, and at the 1 µs with which a proof prices
 the hops of the collectives that it finds in the compiled text.
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from experiments.palm_540b_on_64_v4 import measure
 from experiments.palm_540b_on_64_v4.measure import CASES, Case, plan_of
-from experiments.results import read, write
+from experiments.results import place, read, write
 from partinf.buckets import split_of
 from partinf.cost.calibration import Calibration, calibration_for
 from partinf.cost.ledger import EntryKind, Ledger
@@ -53,10 +53,28 @@ def row(case: Case, proof: dict[str, object]) -> dict[str, float]:
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
+def table(found: dict[str, dict[str, float]]) -> str:
+    """As Markdown, milliseconds."""
+    heads = (
+        "all",
+        "collectives: model, 1 µs hops, compiled (hidden)",
+        "layers' products: model, compiled",
+        "everything else: model, compiled",
+    )
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name, one in found.items():
+        collectives = ", ".join(f"{one[f'collectives, {which}']:.1f}" for which in ("fitted steps", "1 µs hops", "compiled"))
+        cells = [f"{one['cost model']:.3g}, {one['compiled']:.3g}", f"{collectives} ({one['of these hidden']:.1f})"]
+        cells += [f"{one[part]:.1f}, {one[f'{part}, compiled']:.1f}" for part in ("layers' products", "rest")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     proofs = read(measure.__file__)
     found = {case.name: row(case, proofs[case.name]) for case in CASES if case.name in NAMES}
     write(__file__, found, "against_proof.json")
+    place(__file__, table(found))
     for name, values in found.items():
         print(name, *(f"  {what:28}{value:7.1f} ms" for what, value in values.items()), sep="\n")
 
