@@ -118,11 +118,14 @@ def network_of(plan: Plan) -> Network:
 
 
 def schedule_of(plan: Plan, bucket: Bucket, program: str) -> Schedule:
-    """A compiled step as a proof reads it; a kernel of ours takes what the cost model says of its work."""
-    ledger = planned_ledger(plan, bucket)
+    """A compiled step as a proof reads it. A kernel of ours takes what the cost model says of its work, and its bytes run at the rate of a
+    transfer: what a whole step loses between transfers, which `Calibration.hbm_share` holds, is the walk's to find."""
+    pace, calibration = pace_of(plan.slice), calibration_for(plan.slice.chip)
+    pricing = Pricing(plan.slice, replace(calibration, hbm_share=pace.byte_rate / stated_byte_rate(plan.slice.chip)), program=TILED)
+    ledger, fresh = (step_ledger(split_of(plan, one, pricing)) for one in (bucket, replace(bucket, prefill_pages=0)))
     kernels = {name: _from_ledger(ledger, item) for name, item in _KERNELS.items()}
-    kernels["prompt_attention"] = _from_ledger(planned_ledger(plan, replace(bucket, prefill_pages=0)), PREFILL.core)
-    return Reader(Module(program), plan.slice, network_of(plan), _taken(plan, bucket), kernels, pace_of(plan.slice)).read()
+    kernels["prompt_attention"] = _from_ledger(fresh, PREFILL.core)
+    return Reader(Module(program), plan.slice, network_of(plan), _taken(plan, bucket), kernels, pace).read()
 
 
 def _taken(plan: Plan, bucket: Bucket) -> Callable[[Sequence[Frame]], float]:

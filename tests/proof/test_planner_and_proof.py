@@ -22,8 +22,9 @@ from partinf.hardware.slices import parse_slice
 from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, Plan
-from partinf.proof.proving import planned_ledger
+from partinf.proof.proving import planned_ledger, schedule_of
 from partinf.workload import DType
+from tests.proof.test_walk import entry
 
 ROWS = {row["step"]: row for row in read(measure.__file__)["rows"]}
 
@@ -104,3 +105,17 @@ def test_tokens_written_by_a_kernel_by_hand(kv: DType, scales: int) -> None:
     assert entry.seconds == pytest.approx(2e-6 + 2 * moved / (0.867 * plan.slice.chip.hbm_bandwidth))
     on_gpus = replace(plan, slice=parse_slice("h100:4x4"))
     assert not [one for one in planned_ledger(on_gpus, Bucket(64, 4)).entries if one.item == DECODE.write]
+
+
+def test_bytes_of_a_kernel_run_at_the_rate_of_a_transfer() -> None:
+    """Plans take what a whole step reaches of HBM; of a compiled one the walk finds the gaps."""
+    plan = Plan(
+        load_model_config("llama-3-8b"), parse_slice("v6e:1x1"), make_layout({"x": "ffn", "y": "ffn"}, {"x": "heads", "y": "batch"})
+    )
+    bucket = Bucket(64, 128)
+    text = entry('%paged_decode.1 = s8[10,1000]{1,0:S(1)} custom-call(%w, %here), custom_call_target="tpu_custom_call"')
+    (kernel,) = schedule_of(plan, bucket, text).kernels.values()
+    moved = 32 * 64 * 128 * plan.cache.page_size * 2 * 8 * 128 * 2  # keys and values of 8 heads in bfloat16, all layers
+    assert kernel.seconds == pytest.approx(moved / (0.95 * plan.slice.chip.hbm_bandwidth), rel=0.01)
+    (planned_core,) = (one for one in planned_ledger(plan, bucket).entries if one.item == DECODE.core)
+    assert planned_core.seconds * planned_core.count / kernel.seconds == pytest.approx(0.95 / 0.83, rel=0.01)
