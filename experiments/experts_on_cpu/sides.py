@@ -44,6 +44,11 @@ def tokens(rows: int) -> list[int]:
     return random.Random(0).sample(range(SHAPE["vocab_size"]), rows)
 
 
+def context(rows: int) -> list[int]:
+    """What stands before the last token, in every row: which experts rows go through depends on it."""
+    return random.Random(rows).choices(range(SHAPE["vocab_size"]), k=CONTEXT - 1)
+
+
 def partinf(dtype: str, folder: str) -> Callable[[str, int], float]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dataclasses import replace
@@ -69,10 +74,18 @@ def partinf(dtype: str, folder: str) -> Callable[[str, int], float]:
     def made(rows: int) -> Call:
         pages = CONTEXT // PAGE
         sized, bucket = replace(plan, cache=CacheConfig(PAGE, rows * pages, rows), max_len=CONTEXT), Bucket(rows, pages)
+        held = [empty_state(sized, mesh, unrolled=True)]
+        prompts = Bucket(prefill_tokens=CONTEXT, prefill_slots=1)
+        step, batch = compile_step(sized, mesh, prompts, unrolled=True), empty_batch(prompts, sized)
+        at = np.arange(CONTEXT - 1)
+        batch.prefill.token[at], batch.prefill.owner[at], batch.prefill.position[at], batch.prefill.last[0] = context(rows), 0, at, at[-1]
+        for row in range(rows):
+            batch.prefill.page[0][at], batch.prefill.slot[0] = row * pages + at // PAGE, row
+            held[0], _ = step(params, held[0], jax.device_put(pack([batch])))
         step, batch = compile_step(sized, mesh, bucket, unrolled=True), empty_batch(bucket, sized)
         batch.decode.token[:], batch.decode.slot[:], batch.decode.position[:] = tokens(rows), np.arange(rows), CONTEXT - 1
         batch.decode.tables[0].pages[:] = np.arange(rows * pages).reshape(rows, pages)
-        held, packed = [empty_state(sized, mesh, unrolled=True)], jax.device_put(pack([batch]))
+        packed = jax.device_put(pack([batch]))
 
         def call() -> None:
             held[0], out = step(params, held[0], packed)
@@ -89,12 +102,11 @@ def transformers(dtype: str, folder: str) -> Callable[[str, int], float]:
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    drawn = random.Random(1)
 
     @cache
     @torch.inference_mode()
     def made(rows: int) -> Callable[..., Any]:
-        prompt = torch.tensor([[drawn.randrange(SHAPE["vocab_size"]) for _ in range(CONTEXT - 1)]])
+        prompt = torch.tensor([context(rows)])
         past = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
         past.batch_repeat_interleave(rows)
         token = torch.tensor(tokens(rows))[:, None]

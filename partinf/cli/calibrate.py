@@ -110,7 +110,7 @@ def _products(again: bool, as_json: bool) -> int:
     console.print(table)
     if found.times:
         rows = [count for count, _ in max((each.measured for each in found.times), key=len)]
-        title = "\nµs of a product with a matrix of 1024 · 1024 on one core, by rows"
+        title = "\nµs of a product with a matrix of 1024 · 1024 on all cores, by rows"
         times = plain_table("weights", "form", *(f">{count}" for count in rows), title=title)
         for each in found.times:
             took = dict(each.measured)
@@ -124,6 +124,9 @@ def _products(again: bool, as_json: bool) -> int:
         console.print(
             "\nNothing was measured; the default table is used, because there is no cache directory or the kernels cannot be compiled."
         )
+    if found.times:
+        share = f"Other programs took {found.others:.0%} of the machine meanwhile"
+        console.print(f"\n{share}: other forms may be faster. Measure again when it is idle." if found.doubtful else f"\n{share}.")
     if found.times and where is not None:
         console.print(f"\nStored in {where}; compiled programs depend on it.", highlight=False)
     return 0

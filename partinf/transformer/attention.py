@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from partinf.model.kinds import Attention, QkNorm
+from partinf.model.kinds import Attention, Norm, QkNorm
 from partinf.model.rotation import Rotation
 from partinf.partition.collectives import Axes, Split, move, take_split
 from partinf.transformer import cache
 from partinf.transformer.batch import Batch, DecodeBatch, PrefillBatch
 from partinf.transformer.cache import KeysValues
+from partinf.transformer.kernels import rows as row_kernels
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.round_robin import in_order, local_entries, num_seen, weighted
-from partinf.transformer.linear import normalised, scaled
+from partinf.transformer.linear import native_rows, normalised, scaled
 from partinf.transformer.params import Params
 from partinf.transformer.rope import Angles, angles, growth, rotate
 from partinf.transformer.routes import Group, Routes
@@ -251,6 +252,10 @@ def _to_group(
         new = new + take_split(weights["bkv"], 1, routes.kv_digits, group.kv, routes.sizes)[None]
     if of.qkv_clip:
         q, new = (jnp.clip(x, -of.qkv_clip, of.qkv_clip) for x in (q, new))
+    if _by_kernel(weights, q, by, of, routes):
+        own = {name: weights.get(name) if of.qk_norm is QkNorm.HEAD else None for name in ("q_norm", "k_norm")}
+        eps = routes.plan.model.norm_eps
+        return row_kernels.heads(q, by, own["q_norm"], eps), row_kernels.heads(new, by, own["k_norm"], eps)
     keys, values = new[:, 0], new[:, 1]
     if by is not None and of.qk_norm_rotated:
         q, keys = rotate(q, by), rotate(keys, by)
@@ -262,6 +267,13 @@ def _to_group(
     if by is not None and by.growth is not None:
         q = q * by.growth.astype(q.dtype)
     return q, _contained(keys, values)
+
+
+def _by_kernel(weights: Params, q: jax.Array, by: Angles | None, of: Attention, routes: Routes) -> bool:
+    """Whether a kernel for CPUs does what is left of `_to_group`."""
+    normed = of.qk_norm is QkNorm.HEAD and not of.qk_norm_bias and routes.plan.model.norm is Norm.RMS and "q_norm" in weights
+    plain = (of.qk_norm is QkNorm.NONE or normed) and not of.qk_norm_rotated and (by is None or by.growth is None)
+    return plain and native_rows(routes) and row_kernels.takes_heads(q, by)
 
 
 def _heads_normalised(x: jax.Array, weights: Params, name: str, of: Attention, digits: Axes, split: Axes, routes: Routes) -> jax.Array:

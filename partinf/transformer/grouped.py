@@ -16,6 +16,7 @@ from jax import lax
 
 from partinf.hardware.platform import Grouped, Platform
 from partinf.partition.quantize import Quantized
+from partinf.transformer.kernels import choices
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.params import OneOf
 
@@ -79,7 +80,7 @@ def grouped_dot(
     flat = _flat(_sliced(weights))
     values = flat.values if isinstance(flat, Quantized) else flat
     if how is Grouped.CPU_KERNEL and cpu_kernels.fits_groups(x, values):
-        out = cpu_kernels.grouped(x, values, rows.sizes)
+        out = cpu_kernels.grouped(x, values, rows.sizes, choices.current().of_blocks)
     else:
         out = lax.ragged_dot_general(x, values.astype(x.dtype), rows.sizes, _OF_STORED, preferred_element_type=jnp.float32)
     out = out * flat.scale[rows.expert] if isinstance(flat, Quantized) else out

@@ -16,6 +16,7 @@ from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
 from partinf.transformer.batch import Batch
 from partinf.transformer.kernels import choices, cpu, products
+from partinf.transformer.kernels import rows as row_kernels
 from partinf.transformer.params import Params
 from partinf.transformer.routes import Routes
 
@@ -26,7 +27,7 @@ def made_for(routes: Routes) -> Platform | None:
 
 
 def native_rows(routes: Routes) -> bool:
-    """Whether the kernel for CPUs reads rows of logits."""
+    """Whether kernels for CPUs do what is done row by row."""
     platform = made_for(routes)
     return platform is not None and platform.tiles.native and cpu.available()
 
@@ -122,6 +123,9 @@ def _merged(spec: str, *shapes: tuple[int, ...]) -> tuple[str, tuple[int, ...], 
 def norm(x: jax.Array, weights: Params, name: str, axes: Axes, routes: Routes) -> jax.Array:
     """The model's norm of x [T, E.axes] with the whole weight [E] `weights[name]` and its bias, as far as it has them."""
     model = routes.plan.model
+    plain = not model.norm.centred and x.ndim == 2 and routes.ways(axes) == 1
+    if plain and native_rows(routes) and row_kernels.takes(x, model.embed_dim):
+        return row_kernels.norm(x, weights[name], model.norm_eps, model.norm.offset, routes.live)
     found = normalised(x, model.norm, model.norm_eps, model.embed_dim, axes, routes)
     return weighted(found, x.dtype, weights, name, axes, routes)
 

@@ -19,7 +19,7 @@ from partinf.hardware.hardware_file import default_path, read_hardware, write_ha
 from partinf.hardware.platform import Form
 from partinf.hardware.rates import CollectiveRate, Curve, Rates, TypeRates
 from partinf.transformer.kernels import choices
-from partinf.transformer.kernels.turns import Times
+from partinf.transformer.kernels.turns import Measured, Times
 
 WORKLOAD = ["--model", "demo", "--weights", "f32", "--kv", "f32"]
 
@@ -165,15 +165,20 @@ def test_the_forms_of_products_are_shown_with_what_was_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = (Times("f32", Form.XLA, ((1, 2e-3), (4, 3e-3))), Times("f32", Form.ROWS, ((1, 1e-3),)))
-    found = choices.Choices((("f32", ((3, Form.ROWS), (512, Form.XLA))), ("bf16", ((4, Form.XLA),))), times, ("bf16",))
+    found = choices.Choices((("f32", ((3, Form.ROWS), (512, Form.XLA))), ("bf16", ((4, Form.XLA),))), times, ("bf16",), 0.31)
     monkeypatch.setattr(choices, "_current", [found])
     assert main(["calibrate", "--products", "show"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for part in ("f32 rows up to 3, xla beyond", "f32 xla 2e+03 3e+03", "f32 rows 1e+03", "Times of bf16 did not settle"):
+    for part in (
+        "f32 rows up to 3, xla beyond",
+        "f32 xla 2e+03 3e+03",
+        "f32 rows 1e+03",
+        "Times of bf16 did not settle",
+        "took 31% of the machine",
+    ):
         assert part in printed
-    monkeypatch.setattr(
-        choices, "take_turns", lambda: ([replace(each, kind=kind) for each in times for kind in ("f32", "bf16", "int8")], [])
-    )
+    measured = Measured(tuple(replace(each, kind=kind) for each in times for kind in ("f32", "bf16", "int8")))
+    monkeypatch.setattr(choices, "take_turns", lambda: measured)
     assert main(["calibrate", "--products", "again", "--format", "json"]) == 0
     again = choices.from_json(capsys.readouterr().out)
     assert choices.current() == again

@@ -110,19 +110,36 @@ def test_what_cannot_be_kept_is_made_among_the_temporary_files(
 needs_kernels = pytest.mark.skipif("not cpu_kernels.available()", reason="what the test before this one found")
 
 
-@needs_kernels
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int8"])
-@pytest.mark.parametrize(
-    ("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 9, 5, 16), (4, 1, 64, 128), (1, 2, 24, 80), (2, 4, 40, 96)]
+def attends_by(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process chooses products in this form, which says how attention multiplies bfloat16."""
+    if form is Form.TILES and not cpu_kernels.has_tiles():
+        pytest.skip("this machine has no such form")
+    monkeypatch.setattr(choices, "_current", [Choices((("bf16", ((512, form),)),))])
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "form"),
+    [("f32", Form.PANELS), ("int8", Form.PANELS)]
+    + [(kind, form) for kind in ("bf16", "int8 of bf16") for form in (Form.PANELS, Form.PANELS_OF_PAIRS, Form.TILES)],
 )
-def test_decode_equals_the_plain_twin(kind: str, kv_heads: int, group: int, page: int, size: int) -> None:
+
+
+@needs_kernels
+@KINDS
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 18, 5, 32), (4, 1, 64, 128), (1, 2, 24, 80), (2, 4, 40, 96)]
+)
+def test_decode_equals_the_plain_twin(
+    kind: str, form: Form, kv_heads: int, group: int, page: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attends_by(form, monkeypatch)
     rng, held = np.random.default_rng(5), 4
     position = np.minimum([0, page - 1, page, 2 * page + page // 2, 4 * page - 1, -1], held * page - 1)
     table = np.stack([rng.permutation(POOL - 2)[:held] for _ in position])
     for lane, last in enumerate(position):
         table[lane, last // page + 1 :] = -1
-    held_by = caches(kind, rng, kv_heads, page, size)
-    q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, size)), jnp.bfloat16 if kind == "bf16" else jnp.float32)
+    held_by = caches(kind.partition(" ")[0], rng, kv_heads, page, size)
+    q = jnp.asarray(rng.standard_normal((len(position), kv_heads * group, size)), jnp.bfloat16 if "bf16" in kind else jnp.float32)
 
     def run(tiles: Tiles | None) -> kernels.Attended:
         kv = held_by[tiles]
@@ -133,23 +150,12 @@ def test_decode_equals_the_plain_twin(kind: str, kv_heads: int, group: int, page
         return jax.jit(step)(q, table, position)
 
     assert cpu_kernels.fits(cache.stored(held_by[NATIVE], 1, jnp.asarray(table)).pages)
-    compare(run, kind, position >= 0)
+    compare(run, "bf16" if "bf16" in kind else kind, position >= 0)
     assert float(run(NATIVE).mass[-1].max()) < -1e28  # saw no key
 
 
-def attends_by(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process chooses products in this form, which says how attention multiplies bfloat16."""
-    if form is Form.TILES and not cpu_kernels.has_tiles():
-        pytest.skip("this machine has no such form")
-    monkeypatch.setattr(choices, "_current", [Choices((("bf16", ((512, form),)),))])
-
-
 @needs_kernels
-@pytest.mark.parametrize(
-    ("kind", "form"),
-    [("f32", Form.PANELS), ("int8", Form.PANELS)]
-    + [(kind, form) for kind in ("bf16", "int8 of bf16") for form in (Form.PANELS, Form.PANELS_OF_PAIRS, Form.TILES)],
-)
+@KINDS
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(("kv_heads", "group", "page", "size"), [(2, 3, 16, 64), (1, 7, 5, 32), (3, 1, 80, 128), (1, 100, 24, 16)])
 def test_prefill_equals_the_plain_twin(

@@ -20,7 +20,7 @@ from partinf.transformer.batch import empty_batch
 from partinf.transformer.kernels import choices, products, turns
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.kernels.choices import Choices
-from partinf.transformer.kernels.turns import Times
+from partinf.transformer.kernels.turns import Measured, Times
 from partinf.transformer.linear import dot, live_rows, live_tokens
 from partinf.transformer.routes import Routes
 from partinf.workload import Workload
@@ -167,10 +167,10 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_was_measured_is_kept_and_measured_again_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where, calls = kept(tmp_path, monkeypatch), []
 
-    def measured() -> tuple[list[Times], list[str]]:
+    def measured() -> Measured:
         calls.append(1)
         form = Form.XLA if len(calls) == 1 else Form.PANELS
-        return [Times(kind, form, ((1, 1.0),)) for kind in TYPES], []
+        return Measured(tuple(Times(kind, form, ((1, 1.0),)) for kind in TYPES))
 
     monkeypatch.setattr(choices, "take_turns", measured)
     first = choices.current()
@@ -191,12 +191,26 @@ def test_what_was_measured_is_kept_and_measured_again_only_on_request(tmp_path: 
 
 def test_times_that_do_not_settle_leave_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(tmp_path, monkeypatch)
-    monkeypatch.setattr(choices, "take_turns", lambda: ([Times("f32", Form.XLA, ((1, 1.0),))], ["bf16", "int8"]))
+    monkeypatch.setattr(choices, "take_turns", lambda: Measured((Times("f32", Form.XLA, ((1, 1.0),)),), ("bf16", "int8")))
     found, table = choices.current(), choices.fallback()
     assert found.unsettled == ("bf16", "int8")
     assert dict(found.table) == dict(table.table) | {"f32": ((1536, Form.XLA),)}
     choices._current.clear()
     assert choices.current() == found  # and are not measured at every start
+
+
+@pytest.mark.parametrize(("others", "warned"), [(0.05, 0), (0.4, 1)])
+def test_what_was_measured_on_a_busy_machine_is_kept_with_a_warning(
+    others: float, warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, said = kept(tmp_path, monkeypatch), []
+    times = tuple(Times(kind, Form.XLA, ((1, 1.0),)) for kind in TYPES)
+    monkeypatch.setattr(choices, "take_turns", lambda: Measured(times, (), others))
+    monkeypatch.setattr(choices.logging, "warning", lambda message, *values: said.append(message % values))
+    assert choices.current().doubtful == bool(warned)
+    assert len(said) == warned
+    assert all("took 40% of the machine" in line for line in said)
+    assert choices.from_json(where.read_text()).others == others
 
 
 def test_nothing_is_measured_where_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +224,7 @@ def test_nothing_is_measured_where_nothing_is_kept(monkeypatch: pytest.MonkeyPat
 
 def test_a_process_that_cannot_measure_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    assert turns.take_turns() == ([], list(TYPES))
+    assert turns.take_turns() == Measured(unsettled=tuple(TYPES))
 
 
 @needs_kernels
@@ -218,8 +232,32 @@ def test_every_form_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "_SIZE", 64)
     monkeypatch.setattr(turns, "_BYTES", 1)
     monkeypatch.setattr(turns, "_SPREAD", math.inf)  # so small a product takes no steady time
-    times, _ = turns.measured(rows=(1, 32), seconds=1e9)
+    found = turns.measured(rows=(1, 32), seconds=1e9)
+    times = found.times
+    assert 0 <= found.others <= 1
     assert {(each.kind, each.form) for each in times} == {(kind, form) for kind in TYPES for form in products.forms(kind)}
     for each in times:
         assert [rows for rows, _ in each.measured] == ([1] if each.form in (Form.ROWS, Form.ROWS_OF_PAIRS) else [1, 32])
     json.dumps([each.measured for each in times])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("form", [Form.PANELS, Form.TILES])
+def test_rows_meet_the_matrix_of_their_expert(kind: str, form: Form) -> None:
+    """Experts without rows are NaN, as rows beyond the sum of sizes are, and reach nothing."""
+    if form is Form.TILES and not cpu_kernels.has_tiles():
+        pytest.skip("this machine has no such form")
+    sizes, inputs, outputs = [3, 0, 41, 1, 0, 17, 2], 96, 160
+    rng, taken = np.random.default_rng(4), sum(sizes)
+    dtype, act = TYPES[kind]
+    x = jnp.asarray(rng.standard_normal((taken + 5, inputs)), act).at[taken:].set(jnp.nan)
+    weights = rng.integers(-127, 128, (len(sizes), outputs, inputs)).astype(np.float32)
+    if kind != "int8":
+        weights[np.asarray(sizes) == 0] = np.nan
+    stored = jnp.asarray(weights, dtype)
+    got = np.asarray(cpu_kernels.grouped(x, stored, jnp.asarray(sizes), form), np.float64)[:taken]
+    expert = np.repeat(np.arange(len(sizes)), sizes)
+    rows, matrices = np.asarray(x, np.float64)[:taken], np.asarray(stored, np.float64)[expert]
+    bound = np.einsum("te,tfe->tf", np.abs(rows), np.abs(matrices))
+    assert (np.abs(got - np.einsum("te,tfe->tf", rows, matrices)) <= 2**-20 * bound).all()

@@ -29,6 +29,7 @@ from partinf.transformer.kernels.turns import Times, take_turns
 
 _ROWS = tuple(sorted({step << power for power in range(10) for step in (2, 3)} | {1}))  # for which a form is chosen
 _PANEL = 16  # rows of x that meet weights together, at least
+_QUIET = 0.1  # of all cores, that others may take while forms are measured
 _ALL_ROWS = 1.1  # what a form that computes padding has to be faster by
 Table = tuple[tuple[str, tuple[tuple[int, Form], ...]], ...]
 """By type of weights, up to how many rows which form; the last holds beyond its rows."""
@@ -40,12 +41,19 @@ class Choices:
 
     Attributes:
         table: what is chosen. times: what was measured, seconds of one product of each form by rows; empty for the platform's table.
-        unsettled: types for which the times did not settle, which follow the platform's table.
+        unsettled: types for which the times did not settle, which follow the platform's table. others: the share of all cores that other
+            processes took while that was measured.
     """
 
     table: Table
     times: tuple[Times, ...] = ()
     unsettled: tuple[str, ...] = ()
+    others: float = 0.0
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether so much else ran on the machine that other forms may be faster."""
+        return self.others > _QUIET
 
     def form(self, x: jax.Array, weights: jax.Array) -> Form:
         """The form of the product x [T, E] · weights [F, E]."""
@@ -56,9 +64,9 @@ class Choices:
         return chosen if products.fits(chosen, x, weights) else Form.XLA
 
     @property
-    def of_attention(self) -> Form:
-        """How attention multiplies numbers of bfloat16 with each other: as products of a panel do where those take tiles or pairs; else in
-        float32."""
+    def of_blocks(self) -> Form:
+        """How attention, and experts with several rows, multiply numbers of bfloat16: as products of a panel do where those take tiles or
+        pairs; else in float32."""
         lines = dict(self.table).get("bf16", ())
         chosen = next((form for rows, form in lines if rows >= _PANEL), Form.PANELS)
         return chosen if chosen in (Form.TILES, Form.PANELS_OF_PAIRS) else Form.PANELS
@@ -117,7 +125,9 @@ def from_json(text: str) -> Choices:
     table = tuple((str(kind), tuple((int(rows), Form(form)) for rows, form in lines)) for kind, lines in stored["table"])
     if any(not lines for _, lines in table):
         raise ValueError("a type without forms")
-    return Choices(table, tuple(Times.read(each) for each in stored["times"]), tuple(map(str, stored["unsettled"])))
+    return Choices(
+        table, tuple(Times.read(each) for each in stored["times"]), tuple(map(str, stored["unsettled"])), float(stored["others"])
+    )
 
 
 def of_this_machine() -> Choices:
@@ -133,14 +143,18 @@ def of_this_machine() -> Choices:
 
 
 def _measured() -> Choices:
-    times, unsettled = take_turns()
+    turns = take_turns()
+    times, unsettled = turns.times, turns.unsettled
     kinds = {each.kind for each in times} - set(unsettled)
     table = tuple(
         (kind, chosen([each for each in times if each.kind == kind]) if kind in kinds else _of_table(kind)) for kind in CPU.products or {}
     )
-    found = Choices(table, tuple(times), tuple(unsettled))
+    found = Choices(table, times, unsettled, turns.others)
     if unsettled:
         logging.warning("forms of products follow a table for %s: the machine is too busy to measure them", ", ".join(unsettled))
+    elif found.doubtful:
+        repeat = "partinf calibrate --products again"
+        logging.warning("forms of products were measured while other programs took %.0f%% of the machine (%s)", 100 * found.others, repeat)
     where = path()
     if where is not None:
         with suppress(OSError):

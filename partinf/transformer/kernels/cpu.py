@@ -1,5 +1,6 @@
-"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`, `cpu_prompts.cc`) and products (`cpu_products.cc`, by
-`products`), those of experts among them (`cpu_experts.cc`), and what is read off logits (`cpu_logits.cc`).
+"""What CPUs run in C++ instead of XLA: the core of attention (`cpu_attention.cc`, `cpu_prompts.cc`), products (`cpu_products.cc`, by
+`products`), those of experts among them (`cpu_experts.cc`), what stands between products (`cpu_rows.cc`, by `rows`), and what is read off
+logits (`cpu_logits.cc`).
 
 Pages and weights are read where they lie, once, by all cores. The machine's own C++ compiler makes the library when it is first wanted,
 for the CPU of the machine, in about eight seconds; it is cached next to the compiled programs (`partinf.foundation.caches`).
@@ -33,8 +34,9 @@ from partinf.transformer.cache import KeysValues, Stored
 from partinf.transformer.machine import host
 
 COMPILER_VARIABLE = "CXX"
-_PARTS = "attention.cc attention.h experts.cc logits.cc products.cc products.h prompt_tile.h prompts.cc vectors.h"
+_PARTS = "attention.cc attention.h experts.cc logits.cc products.cc products.h prompt_tile.h prompts.cc rows.cc vectors.h"
 _SOURCES = tuple(Path(__file__).with_name(f"cpu_{part}") for part in _PARTS.split())
+_TARGETS = ("decode", "prefill", "product", "grouped", "logit_ends", "norm", "gated", "heads")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 _WIDTH = 16  # d_head is a multiple of this
 _SECONDS = 300
@@ -49,22 +51,24 @@ def fits(pages: KeysValues) -> bool:
 
 
 def decode(
-    q: jax.Array, stored: Stored, position: jax.Array, scale: float, cap: float, least: jax.Array | None
+    q: jax.Array, stored: Stored, position: jax.Array, scale: float, cap: float, least: jax.Array | None, form: Form = Form.PANELS
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one query per lane over the lane's own pages.
 
     Args:
         q: [B, K, G, Q]. position: [B], the last that is visible in the lane's pages, -1 for none. scale: of scores. cap: c in
-            c·tanh(score/c), 0 for none. least: [B], the first that is visible; None for the first that there is.
+            c·tanh(score/c), 0 for none. least: [B], the first that is visible; None for the first that there is. form: as of `prefill`, but
+            that pairs are no faster for so few queries.
 
     Returns:
         [B, K, G, Q], 0 for lanes that saw nothing, and the logarithm of the sum of exp(score) [B, K, G], float32.
     """
-    shapes = (jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
+    own = jnp.bfloat16 if form is Form.TILES and takes_narrow(form, stored.pages, q) else jnp.float32
+    shapes = (jax.ShapeDtypeStruct(q.shape, own), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32))
     call = jax.ffi.ffi_call(target("decode"), shapes)
     visible = _ints(position), _ints(_NONE if least is None else least)
     numbers = {"scale": np.float32(scale), "cap": np.float32(cap)}
-    out, mass = call(q.astype(jnp.float32), *_plain(stored.pages), _ints(stored.rows), *visible, **numbers)
+    out, mass = call(q.astype(own), *_plain(stored.pages), _ints(stored.rows), *visible, **numbers)
     return out.astype(q.dtype), mass
 
 
@@ -94,7 +98,7 @@ def prefill(
     Returns:
         [T, H, Q], 0 for tokens that saw nothing, and the logarithm of the sum of exp(score) [T, H], float32.
     """
-    narrow = takes_narrow(form, q, new, None if context is None else context[0].pages)
+    narrow = takes_narrow(form, None if context is None else context[0].pages, q, new.keys, new.values)
     own = jnp.bfloat16 if narrow else jnp.float32
     if context is None:
         none = _ints(_NONE)
@@ -111,9 +115,9 @@ def prefill(
     return out.astype(q.dtype), mass
 
 
-def takes_narrow(form: Form, q: jax.Array, new: KeysValues, pages: KeysValues | None) -> bool:
-    """Whether queries [.., Q] and keys of bfloat16 meet in this form as they are."""
-    narrow = all(x.dtype == jnp.bfloat16 for x in (q, new.keys, new.values)) and q.shape[-1] % (2 * _WIDTH) == 0
+def takes_narrow(form: Form, pages: KeysValues | None, *numbers: jax.Array) -> bool:
+    """Whether queries and keys [.., Q] are multiplied in this form as they are, in bfloat16, with these pages."""
+    narrow = all(x.dtype == jnp.bfloat16 and x.shape[-1] % (2 * _WIDTH) == 0 for x in numbers)
     return narrow and form in _NARROW and (pages is None or isinstance(pages.keys, Quantized) or pages.keys.dtype != jnp.float32)
 
 
@@ -123,14 +127,15 @@ def fits_groups(x: jax.Array, weights: jax.Array) -> bool:
     return known and weights.shape[2] % (2 * _WIDTH) == 0 and weights.shape[1] % 4 == 0 and available()
 
 
-def grouped(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped(x: jax.Array, weights: jax.Array, sizes: jax.Array, form: Form = Form.PANELS) -> jax.Array:
     """Rows [R, E], those of the first group first, each with the matrix of its group, [X, F, E] → [R, F] float32.
 
     Args:
-        sizes: [X], rows of each group; rows beyond their sum are given anything. Matrices of groups without rows are not read.
+        sizes: [X], rows of each group; rows beyond their sum are given anything. Matrices of groups without rows are not read. form: in
+            tiles, for bfloat16, or not.
     """
     shape = jax.ShapeDtypeStruct((x.shape[0], weights.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call(target("grouped"), shape)(x, weights, _ints(sizes))
+    return jax.ffi.ffi_call(target("grouped"), shape)(x, weights, _ints(sizes), tiles=np.int32(form is Form.TILES))
 
 
 def logit_ends(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -151,7 +156,7 @@ def available() -> bool:
     except (InvalidInput, OSError, subprocess.SubprocessError) as error:
         logging.warning("CPU steps run by XLA alone, which takes longer: their kernels cannot be made (%s)", _reason(error))
         return False
-    for name in ("decode", "prefill", "product", "grouped", "logit_ends"):
+    for name in _TARGETS:
         handler = jax.ffi.pycapsule(getattr(library, f"partinf_{name}"))
         jax.ffi.register_ffi_target(target(name), handler, platform=CPU.name)
     return True

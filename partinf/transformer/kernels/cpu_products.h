@@ -181,16 +181,20 @@ struct TilesInUse {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
   TilesInUse() {
-    const Shape shape;
+    static constexpr Shape shape;  // in memory whatever the compiler makes of it: GCC knows not all that the instruction reads
     _tile_loadconfig(&shape);
   }
   ~TilesInUse() { _tile_release(); }
 };
 
+// What was stored so far is in memory before tiles are loaded: GCC does not know that the instruction reads any.
+inline void Settle() { __asm__ volatile("" ::: "memory"); }
+
 // Sixteen outputs of one panel, weights [16, inputs]: sums [16, 16]. Even and odd steps add up apart, since a product waits for the sum that
 // it adds to. `ahead`: fetch as many outputs that come next.
 inline void TilesOfPanel(const float* panel, const uint16_t* weights, int64_t inputs, bool ahead, float* sums) {
   alignas(64) float odd[kTile];
+  Settle();
   _tile_zero(0);
   _tile_zero(1);
   const int64_t row = 2 * inputs;  // bytes
@@ -215,6 +219,7 @@ inline void TilesOfPanel(const float* panel, const uint16_t* weights, int64_t in
 // 32 outputs of two panels: sums [2, 2, 16, 16], those of the first panel first. All that is contracted at once: sums that are put away and
 // loaded again take longer than what leaves the first cache meanwhile.
 inline void TilesOfTwo(const float* first, const float* second, const uint16_t* weights, int64_t inputs, bool ahead, float* sums) {
+  Settle();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -267,6 +272,7 @@ template <typename Unit, int kHigh, int kWide>
 inline void Block(const uint16_t* rows, int64_t stride, const float* panels, int64_t apart, int64_t steps, float* to, int64_t beside) {
 #ifdef PARTINF_TILES
   if constexpr (std::is_same_v<Unit, InTiles>) {
+    Settle();
     _tile_zero(0);
     if constexpr (kWide == 2) _tile_zero(1);
     if constexpr (kHigh == 2) _tile_zero(2);

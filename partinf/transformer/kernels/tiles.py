@@ -152,7 +152,7 @@ def _in_place(
 ) -> tuple[jax.Array, jax.Array] | None:
     """`decode` of q [B, K, G, Q] by a kernel that reads pages where they lie; None where there is none for these."""
     if tiles.native and cpu_kernels.fits(stored.pages):
-        return cpu_kernels.decode(q, stored, position, scores.of(q.shape[-1]), scores.cap, first)
+        return cpu_kernels.decode(q, stored, position, scores.of(q.shape[-1]), scores.cap, first, choices.current().of_blocks)
     if tiles.paged:
         from partinf.transformer.kernels import paged_decode  # it takes a quarter of a second, which a CPU never needs
 
@@ -198,7 +198,7 @@ def prefill(
     if tiles.native and (context is None or lying is not None) and cpu_kernels.fits(fresh.new if lying is None else lying.pages):
         earlier = None if context is None or lying is None else (lying, context.slots, context.lengths)
         how = scores.of(q.shape[-1]), scores.cap, scores.window, None if context is None else context.floor
-        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how, choices.current().of_attention))
+        return Attended(*cpu_kernels.prefill(q, owner, position, *fresh, earlier, *how, choices.current().of_blocks))
     if context is not None and context.floor is not None and _reach(context.table, context.read, scores.window) < context.table.shape[1]:
         context = _latest(context, owner, scores.window)
     new, total, groups = fresh.new, q.shape[0], fresh.new.keys.shape[0]

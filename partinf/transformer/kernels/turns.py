@@ -1,7 +1,9 @@
 """Times of every form of a product on this machine, measured so that other work on it does little.
 
-Forms take turns in a process of their own that stays on one core; what counts is the core's time and not the clock's, and of several turns
-the least. So the order of the forms is right on a busy machine too.
+Forms take turns in a process of their own. What counts is the cores' time and not the clock's, and of several turns the least, divided by the
+cores that work at once: all of them for kernels of ours, which cut every product up, and for XLA with many rows; with few, which it
+makes on one core where the matrix is no large one, as many as it was seen to use. So the order of the forms is right on a busy machine too. What other processes took meanwhile
+is returned with the times.
 
     python -m partinf.transformer.kernels.turns         # prints them, for `take_turns`
 """
@@ -30,17 +32,18 @@ from partinf.transformer.kernels import products
 
 ROWS = (1, 4, 16, 64, 256)
 _FEW = 16  # rows up to which forms that take few are measured
+_ON_ONE_CORE = 64  # rows up to which XLA may use one core
 _SIZE = 1024  # inputs and outputs
 _BYTES, _FLOPS = 8 << 20, 1.5e9  # of weights that one call reads, more than a core's own caches hold, and of its arithmetic at most
 _ROUNDS, _SPREAD = (3, 12), 0.15  # at least and at most, and how much the two least times of the best form may differ
 _HOPELESS = 2.0  # times the best: no more turns
-_SECONDS, _WAIT = 12.0, 120.0  # of the core, after which what is missing counts as unsettled; and of the clock, after which all is
+_SECONDS, _WAIT = 15.0, 120.0  # of all cores, after which what is missing counts as unsettled; and of the clock, after which all is
 _DTYPES = {"f32": (jnp.float32, jnp.float32), "bf16": (jnp.bfloat16, jnp.bfloat16), "int8": (jnp.int8, jnp.bfloat16)}
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one product [rows, 1024] · [1024, 1024] in one form on one core, by rows."""
+    """Seconds of one product [rows, 1024] · [1024, 1024] in one form on all cores of an idle machine, by rows."""
 
     kind: str
     form: Form
@@ -62,8 +65,18 @@ class Times:
         return Times(str(stored["kind"]), Form(stored["form"]), tuple((int(rows), float(seconds)) for rows, seconds in stored["measured"]))
 
 
-def take_turns() -> tuple[list[Times], list[str]]:
-    """The times of all forms, and the types for which they did not settle; all of them where the process that measures fails."""
+@dataclass(frozen=True)
+class Measured:
+    """The times of all forms. `unsettled`: types for which they did not settle. `others`: the share of all cores that other processes took
+    meanwhile; 0 where the system does not say."""
+
+    times: tuple[Times, ...] = ()
+    unsettled: tuple[str, ...] = ()
+    others: float = 0.0
+
+
+def take_turns() -> Measured:
+    """What a process of its own measures; nothing settles where that fails."""
     root = str(Path(__file__).resolve().parents[3])
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     environment |= CPU.environment(1) | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
@@ -71,20 +84,19 @@ def take_turns() -> tuple[list[Times], list[str]]:
         command = [sys.executable, "-m", __name__]
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=_WAIT)
         found = json.loads(done.stdout)
-        return [Times.read(each) for each in found["times"]], [str(kind) for kind in found["unsettled"]]
-    return [], list(CPU.products or {})
+        times = tuple(Times.read(each) for each in found["times"])
+        return Measured(times, tuple(map(str, found["unsettled"])), float(found["others"]))
+    return Measured(unsettled=tuple(CPU.products or {}))
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    times, unsettled = measured()
-    print(json.dumps({"times": [asdict(each) for each in times], "unsettled": unsettled}))
+    print(json.dumps(asdict(measured())))
 
 
-def measured(rows: Sequence[int] = ROWS, seconds: float = _SECONDS) -> tuple[list[Times], list[str]]:
-    """The times of all forms in this process, and the types for which they did not settle."""
-    deadline = time.process_time() + seconds
+def measured(rows: Sequence[int] = ROWS, seconds: float = _SECONDS) -> Measured:
+    """The times of all forms in this process."""
+    began, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    deadline = own + seconds
     found: list[Times] = []
     unsettled = []
     for kind in CPU.products or {}:
@@ -98,7 +110,18 @@ def measured(rows: Sequence[int] = ROWS, seconds: float = _SECONDS) -> tuple[lis
                 unsettled.append(kind)
                 break
         found += [Times(kind, form, tuple(points)) for form, points in least.items()]
-    return found, unsettled
+    others = _busy_seconds() - busy - (time.process_time() - own)
+    share = max(0.0, others) / (time.perf_counter() - began) / (os.cpu_count() or 1)
+    return Measured(tuple(found), tuple(unsettled), round(share, 3))
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together have worked, or were taken from this machine by the one that it runs on; 0 where nothing says so."""
+    try:
+        user, nice, system, _, _, irq, soft, steal = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _cell(kind: str, rows: int, weights: list[jax.Array], deadline: float) -> tuple[dict[Form, float], bool]:
@@ -108,18 +131,26 @@ def _cell(kind: str, rows: int, weights: list[jax.Array], deadline: float) -> tu
     x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, _SIZE)), _DTYPES[kind][1])
     calls = {form: _call(form, x, weights[:number]) for form in products.forms(kind) if form not in few}
     times: dict[Form, list[float]] = {form: [] for form in calls}
+    cores = os.cpu_count() or 1
+    together = {form: cores if products.leaves_out(form) or rows > _ON_ONE_CORE else 1.0 for form in calls}
+
+    def least(form: Form) -> float:
+        return min(times[form], default=math.inf) / together[form]
+
     for turn in range(_ROUNDS[1]):
-        best = min((min(took) for took in times.values() if took), default=math.inf)
+        best = min(map(least, calls))
         for form, call in calls.items():
-            if turn == 0 or min(times[form]) <= _HOPELESS * best:
-                started = time.process_time()
+            if turn == 0 or least(form) <= _HOPELESS * best:
+                began, started = time.perf_counter(), time.process_time()
                 call()
-                times[form].append((time.process_time() - started) / number)
-        first, second = sorted(min(times.values(), key=min))[:2] if turn else (0.0, math.inf)
+                took, passed = time.process_time() - started, time.perf_counter() - began
+                times[form].append(took / number)
+                together[form] = max(together[form], min(took / passed, cores))
+        first, second = sorted(times[min(calls, key=least)])[:2] if turn else (0.0, math.inf)
         settled = second <= (1 + _SPREAD) * first
         if time.process_time() > deadline or (settled and turn + 1 >= _ROUNDS[0]):
             break
-    return {form: min(took) for form, took in times.items()}, settled
+    return {form: least(form) for form in calls}, settled
 
 
 def _call(form: Form, x: jax.Array, weights: list[jax.Array]) -> Callable[[], None]:
