@@ -29,7 +29,7 @@ from partinf.transformer.kernels.turns import Times, take_turns
 
 _ROWS = tuple(sorted({step << power for power in range(10) for step in (2, 3)} | {1}))  # for which a form is chosen
 _PANEL = 16  # rows of x that meet weights together, at least
-_QUIET = 0.1  # of all cores, that others may take while forms are measured
+_QUIET = 0.5  # of all cores, that others may take while forms are measured: most of the time one is free
 _ALL_ROWS = 1.1  # what a form that computes padding has to be faster by
 Table = tuple[tuple[str, tuple[tuple[int, Form], ...]], ...]
 """By type of weights, up to how many rows which form; the last holds beyond its rows."""

@@ -1,9 +1,9 @@
 """Times of every form of a product on this machine, measured so that other work on it does little.
 
-Forms take turns in a process of their own. What counts is the cores' time and not the clock's, and of several turns the least, divided by the
-cores that work at once: all of them for kernels of ours, which cut every product up, and for XLA with many rows; with few, which it
-makes on one core where the matrix is no large one, as many as it was seen to use. So the order of the forms is right on a busy machine too. What other processes took meanwhile
-is returned with the times.
+Forms take turns in a process of their own that stays on one core; what counts is the core's time and not the clock's, and of several turns
+the least. It is divided by the cores that work at once: all of them for kernels of ours, which cut every product up, and for XLA with many
+rows; with few, which it makes on one core where the matrix is no large one, as many as it is seen to use. So the order of the
+forms is right on a busy machine too. What other processes took meanwhile is returned with the times.
 
     python -m partinf.transformer.kernels.turns         # prints them, for `take_turns`
 """
@@ -37,7 +37,7 @@ _SIZE = 1024  # inputs and outputs
 _BYTES, _FLOPS = 8 << 20, 1.5e9  # of weights that one call reads, more than a core's own caches hold, and of its arithmetic at most
 _ROUNDS, _SPREAD = (3, 12), 0.15  # at least and at most, and how much the two least times of the best form may differ
 _HOPELESS = 2.0  # times the best: no more turns
-_SECONDS, _WAIT = 15.0, 120.0  # of all cores, after which what is missing counts as unsettled; and of the clock, after which all is
+_SECONDS, _WAIT = 15.0, 120.0  # of the process, after which what is missing counts as unsettled; and of the clock, after which all is
 _DTYPES = {"f32": (jnp.float32, jnp.float32), "bf16": (jnp.bfloat16, jnp.bfloat16), "int8": (jnp.int8, jnp.bfloat16)}
 
 
@@ -131,26 +131,49 @@ def _cell(kind: str, rows: int, weights: list[jax.Array], deadline: float) -> tu
     x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, _SIZE)), _DTYPES[kind][1])
     calls = {form: _call(form, x, weights[:number]) for form in products.forms(kind) if form not in few}
     times: dict[Form, list[float]] = {form: [] for form in calls}
-    cores = os.cpu_count() or 1
-    together = {form: cores if products.leaves_out(form) or rows > _ON_ONE_CORE else 1.0 for form in calls}
+    cores = _usable()
+    together = {form: len(cores) if products.leaves_out(form) or rows > _ON_ONE_CORE else _seen_cores(call) for form, call in calls.items()}
 
     def least(form: Form) -> float:
         return min(times[form], default=math.inf) / together[form]
 
+    _stay_on({min(cores)})
     for turn in range(_ROUNDS[1]):
         best = min(map(least, calls))
         for form, call in calls.items():
             if turn == 0 or least(form) <= _HOPELESS * best:
-                began, started = time.perf_counter(), time.process_time()
+                started = time.process_time()
                 call()
-                took, passed = time.process_time() - started, time.perf_counter() - began
-                times[form].append(took / number)
-                together[form] = max(together[form], min(took / passed, cores))
+                times[form].append((time.process_time() - started) / number)
         first, second = sorted(times[min(calls, key=least)])[:2] if turn else (0.0, math.inf)
         settled = second <= (1 + _SPREAD) * first
         if time.process_time() > deadline or (settled and turn + 1 >= _ROUNDS[0]):
             break
+    _stay_on(cores)
     return {form: least(form) for form in calls}, settled
+
+
+def _seen_cores(call: Callable[[], None]) -> float:
+    """How many cores a call uses at once: at most, of a few calls, since others may use some of them meanwhile."""
+    found = 1.0
+    for _ in range(_ROUNDS[0]):
+        started, own = time.perf_counter(), time.process_time()
+        call()
+        found = max(found, (time.process_time() - own) / (time.perf_counter() - started))
+    return min(found, len(_usable()))
+
+
+def _usable() -> set[int]:
+    """The cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _stay_on(cores: set[int]) -> None:
+    """Keep all threads of this process on these cores, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # it has ended
+                os.sched_setaffinity(int(task.name), cores)
 
 
 def _call(form: Form, x: jax.Array, weights: list[jax.Array]) -> Callable[[], None]:
