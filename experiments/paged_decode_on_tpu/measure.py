@@ -1,4 +1,6 @@
-"""Does the TPU's kernel for decode pay against attention tile by tile? What the TPU compiler says of a step with each; writes results.json.
+"""Does the TPU's kernel for decode pay against attention tile by tile? What the TPU compiler says of a step with each.
+
+Writes results.json and the table of the README:
 
     python -m experiments.paged_decode_on_tpu.measure       # about three minutes; libtpu, no TPU
 
@@ -15,24 +17,14 @@ from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-from experiments.results import write
-from partinf.buckets import split_of
-from partinf.cost.calibration import ROOFLINE
-from partinf.cost.collectives import BandwidthModel, Network
-from partinf.cost.items import DECODE
-from partinf.cost.pricing import Pricing
-from partinf.cost.program import PLAIN
-from partinf.cost.step import step_ledger
+from experiments.results import place, write
 from partinf.hardware.platform import PLATFORMS, TPU
 from partinf.hardware.slices import parse_slice
 from partinf.layout.files import make_layout
 from partinf.model.load import load_model_config
 from partinf.plans import Bucket, CacheConfig, Plan
-from partinf.proof.hlo import Module
-from partinf.proof.pace import pace_of
-from partinf.proof.schedule import Reader
+from partinf.proof.proving import schedule_of
 from partinf.proof.topology import mesh_of
-from partinf.proof.walk import KernelRun
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.step import compile_step
 
@@ -51,16 +43,11 @@ def make_plan(slice_name: str, role: str) -> Plan:
 
 
 def compiled(plan: Plan, bucket: Bucket, tiles: kernels.Tiles) -> dict[str, Any]:
-    """What the compiler says of everything but collectives; kernels priced from the ledger."""
+    """What a proof says of everything but collectives; kernels are priced as the plan prices them."""
     PLATFORMS["tpu"] = replace(TPU, tiles=tiles)
     program = compile_step(plan, mesh_of(plan), bucket, unrolled=False)
-    pace = pace_of(plan.slice)
-    network = Network(plan.slice, BandwidthModel.AXIS, 1.0, pace.hop_seconds)
-    ledger = step_ledger(split_of(plan, bucket, Pricing(plan.slice, ROOFLINE, program=PLAIN)))
-    core = sum(entry.exposed_seconds for entry in ledger.entries if entry.item == DECODE.core)
-    kernels = {"paged_decode": lambda _, runs: KernelRun(core / runs)}
-    schedule = Reader(Module(program.as_text()), plan.slice, network, kernels=kernels, pace=pace).read()
-    assert list(schedule.kernels) == (["paged_decode"] if tiles.paged else [])
+    schedule = schedule_of(plan, bucket, program.as_text())
+    assert ("paged_decode" in schedule.kernels) == tiles.paged
     of_kernels = sum(kernel.seconds for kernel in schedule.kernels.values())
     memory = program.memory_analysis().temp_size_in_bytes
     return {"seconds": schedule.compute_seconds, "of_kernels": of_kernels, "temporary_bytes": memory}
@@ -74,6 +61,18 @@ def read_tokens(tiles: kernels.Tiles) -> float:
     return read / sum(RAGGED)
 
 
+def table(steps: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    heads = ("slice, attention", "with the kernels, ms", "of that priced as in the plan", "tile by tile, ms", "temporaries, MB")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in steps:
+        with_kernel, tiles = row["kernel"], row["tiles"]
+        times = " | ".join(f"{1e3 * seconds:.2f}" for seconds in (with_kernel["seconds"], with_kernel["of_kernels"], tiles["seconds"]))
+        held = " / ".join(f"{one['temporary_bytes'] / 1e6:.1f}" for one in (with_kernel, tiles))
+        lines.append(f"| {row['slice']}, {row['attention']} | {times} | {held} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     ways = {"kernel": TPU.tiles, "tiles": replace(TPU.tiles, paged=False)}
     found: dict[str, Any] = {"ragged_read": {name: read_tokens(tiles) for name, tiles in ways.items()}, "steps": []}
@@ -84,6 +83,7 @@ def main() -> None:
         found["steps"].append(row)
         print(json.dumps(row), flush=True)
     write(__file__, found)
+    place(__file__, table(found["steps"]))
 
 
 if __name__ == "__main__":
