@@ -354,7 +354,13 @@ TPU = Platform(
     grouped=Grouped.TPU_KERNEL,
     ragged_exchange=True,
     # A TPU does one thing at a time unless its program says to start a collective, do what does not wait for it, and then end it.
-    compiler_options={"xla_enable_async_all_gather": "true", "xla_tpu_enable_async_all_to_all": "true"},
+    # And what it fetches ahead of its use comes one after the other: fetches are started in the order in which they are used, so that none
+    # waits behind one that is used later.
+    compiler_options={
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_all_to_all": "true",
+        "xla_tpu_enforce_prefetch_fifo_order": "true",
+    },
     described=True,
     proof_environment={},
     host_code=False,

@@ -80,7 +80,8 @@ def experts(weights: Params, hidden: jax.Array, of: Experts, routes: Routes) -> 
     hidden = take_split(hidden, 1, axes.embed_stored, axes.embed, routes.sizes)  # [T.τ, E.e]
     here, back = sent(Routed(hidden, chosen, by), of.count, routes)
     rows = sorted_by_expert(_held(here.experts, of, routes), of.count // routes.ways(axes.experts), whole=not axes.experts)
-    out = _through(weights, here.rows.at[rows.token].get(mode="promise_in_bounds"), rows, of, routes)
+    copies = here.rows.at[rows.token].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    out = _through(weights, copies, rows, of, routes)
     added = back(added_up(out, here.weights, rows, made_for(routes)).astype(hidden.dtype))
     return Partial(added, Split(axes.tokens, axes.embed, tuple(a for a in axes.experts if a not in axes.exchanged) + axes.ffn))
 

@@ -51,12 +51,21 @@ def sorted_by_expert(experts: jax.Array, count: int, whole: bool = False) -> Sor
     tokens, chosen = experts.shape
     rows = tokens * min(chosen, count)
     flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
+    order = stable_order(flat, count)
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True, wrap_negative_indices=False)
     place = (place if whole else jnp.where(flat < count, place, rows)).reshape(experts.shape)
     sizes = jnp.sum(flat[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
     order = order[:rows]
     return Sorted(order // chosen, jnp.minimum(flat[order], count - 1), sizes, place, whole)
+
+
+def stable_order(numbers: jax.Array, most: int) -> jax.Array:
+    """The order that sorts numbers 0 … `most`, equal ones as they come. Each is sorted with its place as one number, where that fits, so
+    that there is one array to sort instead of two."""
+    copies = numbers.shape[0]
+    if (most + 1) * copies > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(numbers, stable=True)
+    return lax.sort(numbers.astype(jnp.int32) * copies + jnp.arange(copies, dtype=jnp.int32), is_stable=False) % copies
 
 
 def grouped_dot(
@@ -126,14 +135,14 @@ def added_up(out: jax.Array, weights: jax.Array, rows: Sorted, platform: Platfor
     """
     together = platform is not None and platform.grouped is Grouped.TPU_KERNEL and rows.place.size * out.shape[1] <= _TOGETHER
     if together and rows.whole:
-        found = out.at[rows.place].get(mode="promise_in_bounds").astype(jnp.float32)  # [T, k, E]
+        found = out.at[rows.place].get(mode="promise_in_bounds", wrap_negative_indices=False).astype(jnp.float32)  # [T, k, E]
         return jnp.sum(found * weights[..., None], axis=1)
     held = rows.place < out.shape[0]
     if together:
-        found = out.at[rows.place].get(mode="clip").astype(jnp.float32) * weights[..., None]
+        found = out.at[rows.place].get(mode="clip", wrap_negative_indices=False).astype(jnp.float32) * weights[..., None]
         return jnp.sum(jnp.where(held[..., None], found, 0.0), axis=1)
     total = jnp.zeros((), jnp.float32)
     for number in range(rows.place.shape[1]):
-        found = out.at[rows.place[:, number]].get(mode="clip").astype(jnp.float32) * weights[:, number, None]
+        found = out.at[rows.place[:, number]].get(mode="clip", wrap_negative_indices=False).astype(jnp.float32) * weights[:, number, None]
         total = total + jnp.where(held[:, number, None], found, 0.0)
     return total

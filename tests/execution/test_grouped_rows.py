@@ -14,7 +14,7 @@ import pytest
 
 from partinf.hardware.platform import PLATFORMS
 from partinf.partition.quantize import Quantized, dequantize, quantize
-from partinf.transformer.grouped import added_up, grouped_dot, sorted_by_expert
+from partinf.transformer.grouped import added_up, grouped_dot, sorted_by_expert, stable_order
 from partinf.transformer.kernels import grouped_rows
 from partinf.transformer.params import OneOf
 
@@ -33,6 +33,12 @@ def expected(x: jax.Array, weights: Any, layer: int, sizes: np.ndarray) -> np.nd
     bounds = np.cumsum([0, *sizes])
     parts = [np.einsum("rk,cfk->rcf", np.asarray(x, np.float32)[a:b], whole[g]) for g, (a, b) in enumerate(itertools.pairwise(bounds))]
     return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("most", [7, 1 << 30], ids=["as one number", "as two"])
+def test_equal_numbers_are_sorted_as_they_come(most: int) -> None:
+    numbers = np.append(np.random.default_rng(0).integers(0, 7, 63), most)
+    assert (np.asarray(stable_order(jnp.asarray(numbers), most)) == np.argsort(numbers, kind="stable")).all()
 
 
 SIZES = {
