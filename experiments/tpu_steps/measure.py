@@ -3,19 +3,26 @@
     python -m experiments.tpu_steps.measure                  # compiles every case and writes the column `after` of results.json
     python -m experiments.tpu_steps.measure --only NAME      # one case
     python -m experiments.tpu_steps.measure --table          # the tables of README.md from results.json, nothing compiled
+    python -m experiments.tpu_steps.measure --before TEXTS   # the column `before`, walked again; minutes
 
-`before` was made in a checkout of da28871, whose layouts know no `whole`; the column is kept as it is.
+`before` is of programs that a checkout of da28871 compiled, whose layouts know no `whole`. TEXTS: a folder with the text of each and what
+the compiler said of its memory, `file_of` of its name with .txt.gz and .json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from experiments.results import read, write
+from experiments.results import place, read, write
+from experiments.timed_programs import measure as timed_programs
 from partinf.buckets import serving_steps
 from partinf.cost.ledger import Ledger, Op
 from partinf.hardware.slices import parse_slice
@@ -84,6 +91,7 @@ CASES = {
 _PRODUCTS = ("partinf/transformer/kernels/products.py", "partinf/transformer/linear.py")
 _CORES = ("kernel paged_decode", "kernel prompt_attention")
 _LEAST, _COPY = 0.001, 0.01  # shares of a step from which entries and copies are listed
+_FILLED = 512  # positions of the cache that are filled where others timed their program
 
 
 def row_of(plan: Plan, bucket: Bucket, compiled: Compiled) -> dict[str, Any]:
@@ -94,6 +102,7 @@ def row_of(plan: Plan, bucket: Bucket, compiled: Compiled) -> dict[str, Any]:
     seconds = max(floor, schedule.compute_seconds + exposed)
     return {
         "ms": _ms(seconds),
+        **({"filled_ms": _ms(schedule_of(plan, _filled(plan, bucket), compiled.program).seconds)} if bucket.decode_rows else {}),
         "collectives_ms": _ms(exposed),
         "floor_ms": _ms(floor),
         "kernel_ms": _ms(sum(kernel.seconds for kernel in schedule.kernels.values())),
@@ -106,6 +115,11 @@ def row_of(plan: Plan, bucket: Bucket, compiled: Compiled) -> dict[str, Any]:
         "unplanned_ms": unplanned(plan, ledger, schedule),
         "copies_ms": {f"{one.what}, {one.source_op}": _ms(one.count * one.seconds) for one in copies_of(schedule.work, _COPY * seconds)},
     }
+
+
+def _filled(plan: Plan, bucket: Bucket) -> Bucket:
+    """The same program with sequences of `_FILLED` tokens, whose kernel reads no page beyond them."""
+    return replace(bucket, decode_pages=min(bucket.decode_pages, _FILLED // plan.cache.page_size))
 
 
 def _ms(seconds: float) -> float:
@@ -145,35 +159,88 @@ def copies_of(work: Iterable[Work], least: float) -> list[Work]:
     return [one for one in work if one.moves and one.count * one.seconds > least]
 
 
-def tables(found: Mapping[str, Any]) -> str:
-    """README's tables, of what has both columns."""
-    found = {name: row for name, row in found.items() if "after" in row}
+def file_of(name: str) -> str:
+    """The name of the file of a case, without what tells its kind."""
+    return re.sub(r"\W+", "_", name)
+
+
+def before(texts: Path) -> None:
+    """Walk the programs of `before` again."""
+    found = read(__file__, missing={})
+    for name, case in CASES.items():
+        text, memory = texts / f"{file_of(name)}.txt.gz", texts / f"{file_of(name)}.json"
+        if text.is_file():
+            compiled = Compiled("", 0.0, json.loads(memory.read_text())["memory"], gzip.decompress(text.read_bytes()).decode())
+            row = row_of(*case.step(), compiled)
+            found.setdefault(name, {})["before"] = {key: row[key] for key in _BEFORE}
+    write(__file__, found)
+
+
+_BEFORE = ("ms", "collectives_ms", "floor_ms", "kernel_ms", "collectives_per_layer", "code_mb", "temporaries_mb")
+
+
+def steps_table(found: Mapping[str, Any]) -> str:
+    """README's table of steps that have both columns."""
     lines = ["| step | before, ms | after, ms | collectives per layer | their ms | bytes alone, ms | code, MB |", f"|{'---|' * 7}"]
     for name, row in found.items():
         before, after = row["before"], row["after"]
         pairs = (f"{before[key]} → {after[key]}" for key in ("collectives_per_layer", "collectives_ms"))
         code = f"{before['code_mb']} → {after['code_mb']}"
         lines.append(f"| {name} | {before['ms']} | {after['ms']} | {' | '.join(pairs)} | {after['floor_ms']} | {code} |")
-    lines += ["", "| step | products | cores | collectives | what is left, ms |", f"|{'---|' * 5}"]
+    return "\n".join(lines)
+
+
+def foreign_table(found: Mapping[str, Any]) -> str:
+    """README's table of our steps next to the program that others wrote and timed, by the same walk."""
+
+    def theirs(file: str) -> dict[int, Any]:
+        rows = read(timed_programs.__file__, file)["rows"]
+        return {row["batch"]: row for row in rows if row["copies"] == 1 and row["context"] == 2048}
+
+    timed, newer = theirs("results.json"), theirs("newer.json")
+    titles = f"batch | ours, all 2048 read | ours, {_FILLED} read | theirs, {_FILLED} filled | their newer one | measured | ours / theirs"
+    lines = [f"| {titles} |", f"|{'---|' * 7}"]
+    for name, row in found.items():
+        batch = int(name.rpartition(" ")[2]) if name.startswith("Llama 3 70B int8, v5e:4x4") else 0
+        if batch in timed:
+            ours, other = row["after"], timed[batch]["estimate"]
+            ratios = " / ".join(f"{ours[key] / other:.2f}" for key in ("ms", "filled_ms"))
+            their = (f"{one:.2f}" for one in (other, newer[batch]["estimate"], timed[batch]["measured"]))
+            lines.append(f"| {batch} | {ours['ms']} | {ours['filled_ms']} | {' | '.join(their)} | {ratios} |")
+    return "\n".join(lines)
+
+
+def rest_table(found: Mapping[str, Any]) -> str:
+    """README's table of what is neither product, core nor planned collective."""
+    lines = ["| step | products | cores | collectives | what is left, ms | copies above 1 % of the step, ms |", f"|{'---|' * 6}"]
     for name, row in found.items():
         after = row["after"]
-        if "rest_ms" in after:
-            left = ", ".join(f"`{what}` {ms}" for what, ms in after["rest_ms"].items())
-            lines.append(f"| {name} | {after['products_ms']} | {after['cores_ms']} | {after['collectives_ms']} | {left} |")
+        left = ", ".join(f"`{what}` {ms}" for what, ms in after["rest_ms"].items())
+        copies = ", ".join(f"{what} {ms}" for what, ms in after["copies_ms"].items()) or "none"
+        lines.append(f"| {name} | {after['products_ms']} | {after['cores_ms']} | {after['collectives_ms']} | {left} | {copies} |")
     return "\n".join(lines)
+
+
+def into_page() -> None:
+    """Write README's tables, of what has both columns."""
+    found = {name: row for name, row in read(__file__).items() if "after" in row and "before" in row}
+    for mark, table in (("steps", steps_table), ("foreign", foreign_table), ("left", rest_table)):
+        place(__file__, table(found), mark)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", choices=CASES, help="one case")
-    parser.add_argument("--table", action="store_true", help="print README's tables")
+    parser.add_argument("--table", action="store_true", help="write README's tables")
+    parser.add_argument("--before", type=Path, metavar="TEXTS", help="walk the programs before again")
     args = parser.parse_args()
-    chosen, found = args.only, read(__file__, missing={})
-    if args.table:
-        print(tables(found))
+    if args.before:
+        before(args.before)
+    if args.before or args.table:
+        into_page()
         return
     for name, case in CASES.items():
-        if chosen in (None, name):
+        if args.only in (None, name):
             plan, bucket = case.step()
             compiled = compile_bucket(plan, bucket, Limits(seconds=_SECONDS))
             found = read(__file__, missing={})  # others may have been added meanwhile
