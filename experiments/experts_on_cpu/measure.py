@@ -1,14 +1,17 @@
 """Decode steps of a small mixture of experts on one CPU, compared with transformers with each of its ways to multiply experts.
 
-    python -m experiments.experts_on_cpu.measure --torch-python PYTHON        # four minutes; writes results.json and README's table
+    python -m experiments.experts_on_cpu.measure --torch-python PYTHON        # two minutes; writes results.json and README's table
 
 Both sides hold the same weights in processes of their own. transformers is timed once with each way; its fastest one and partinf then run
-in turns (`sides`), while the other waits for its next line: a figure of these is the median of the rounds, the ratio that of the rounds'.
+in turns (`sides`), while the other is stopped (SIGSTOP), whatever its threads would do: a figure of these is the median of the rounds, the
+ratio that of the rounds'.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,18 +32,25 @@ class Side:
     """A process that answers lines."""
 
     def __init__(self, python: str, *words: str) -> None:
-        self._process = subprocess.Popen([python, _SIDES, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(  # in a process group of its own, which signals stop as a whole
+            [python, _SIDES, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+        )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin, self._process.stdout
         assert self._from.readline() == "ready\n"
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def ask(self, way: str, rows: int) -> float:
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._to.write(f"{way} {rows}\n")
         self._to.flush()
-        return float(self._from.readline())
+        found = float(self._from.readline())
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        return found
 
     def end(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._to.close()
         self._process.wait()
 

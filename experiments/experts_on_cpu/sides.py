@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-CONTEXT, CALLS, PAGE = 256, 3, 64
+CONTEXT, CALLS, PAGE = 256, 9, 64
 SHAPE = {
     "hidden_size": 512,
     "num_hidden_layers": 8,

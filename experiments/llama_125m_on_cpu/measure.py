@@ -1,4 +1,5 @@
-"""A Llama on one CPU, compared with transformers, vLLM and llama.cpp: time of decode steps and of a prompt. Writes results.json.
+"""A Llama on one CPU, compared with transformers, vLLM and llama.cpp: time of decode steps and of a prompt. Writes results.json
+and README's tables.
 
     python -m experiments.llama_125m_on_cpu.measure --torch-python PYTHON --vllm-python PYTHON --llama-python PYTHON
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.llama_125m_on_cpu.peers import ENGINES, SIDES, lengths
-from experiments.results import machine, write
+from experiments.results import machine, next_to, write
 from partinf.model.load import load_model_config
 from partinf.transformer.kernels import choices
 from partinf.transformer.machine import host
@@ -42,7 +43,7 @@ class Side:
         command = [python, str(Path(__file__).with_name("peers.py")), name, dtype, shape]
         root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | ({"PYTHONPATH": root} if name == "partinf" else {})
-        self.name = name
+        self.name, self.facts = name, {}
         self._process = subprocess.Popen(  # in a process group of its own, which signals stop as a whole
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, process_group=0
         )
@@ -55,10 +56,11 @@ class Side:
         started, busy, own = time.perf_counter(), _busy(), self._taken()
         self._process.stdin.write(case.replace(":", " ") + "\n")
         self._process.stdin.flush()
-        found = float(self._read())
+        found, _, facts = self._read().partition(" ")
+        self.facts = json.loads(facts)
         others = (_busy() - busy - (self._taken() - own)) / _TICKS / (time.perf_counter() - started)
         self._signal(signal.SIGSTOP)
-        return found, max(0.0, others)
+        return float(found), max(0.0, others)
 
     def takes(self, case: str) -> bool:
         return not case.startswith("load") or self.name in ENGINES
@@ -99,6 +101,7 @@ def compare(dtype: str, pythons: dict[str, str], shape: str, cases: list[str], r
     """Every case of one type on every side."""
     sides: list[Side] = []
     taken: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+    facts: dict[str, dict[str, Any]] = {case: {} for case in cases}
     others: list[float] = []
     try:
         for name in SIDES[dtype]:
@@ -113,6 +116,7 @@ def compare(dtype: str, pythons: dict[str, str], shape: str, cases: list[str], r
             for case in cases:
                 found = {side.name: side.seconds(case) for side in order if side.takes(case)}
                 taken[case].append({name: seconds for name, (seconds, _) in found.items()})
+                facts[case] |= {side.name: side.facts for side in order if side.facts}
                 others += [part for _, part in found.values()]
     finally:
         for side in sides:
@@ -124,18 +128,39 @@ def compare(dtype: str, pythons: dict[str, str], shape: str, cases: list[str], r
         best = min(peers, key=lambda name: peers[name], default="partinf")
         ratio = statistics.median(turn["partinf"] / turn[best] for turn in turns)
         result["cases"][case] = {"ms": medians, "best": best, "ratio": ratio, "rounds": turns}
+        result["cases"][case] |= facts[case] and {"facts": facts[case]}
         if case.startswith("load"):
             tokens = sum(answer for _, answer in lengths(int(case.split(":")[2])))
             result["cases"][case]["tokens_per_second"] = {name: 1e3 * tokens / took for name, took in medians.items()}
-        print(
-            f"{dtype:9} {case:15}", "  ".join(f"{name} {took:8.2f}" for name, took in medians.items()), f" {ratio:.2f} × {best}", flush=True
-        )
+        print(line(dtype, case, result["cases"][case]), flush=True)
     if result["others"] > QUIET:
         print(
             f"{dtype}: the machine was not quiet: others took {result['others']:.0%} of it (at most {result['others_most']:.0%})",
             flush=True,
         )
     return result
+
+
+def line(dtype: str, case: str, found: dict[str, Any]) -> str:
+    """One type and case as it is printed, and written into README."""
+    times = "  ".join(f"{name} {took:8.2f}" for name, took in found["ms"].items())
+    own = found.get("facts", {}).get("partinf")
+    steps = f"; {own['steps']} steps, {own['rows_per_token']:.2f} rows per token" if own else ""
+    ratio = f"{found['ratio']:.2f} × {found['best']}" if len(found["ms"]) > 1 else "alone"
+    return f"{dtype:9} {case:15} {times}  {ratio}{steps}"
+
+
+def write_page() -> None:
+    """README's tables, of every result that lies next to it: what was measured and when, and what else ran."""
+    page, parts = next_to(__file__, "README.md"), []
+    for path in sorted(page.parent.glob("results*.json")):
+        found = json.loads(path.read_text())
+        rows = [line(dtype, case, each) for dtype, of_type in found["types"].items() for case, each in of_type["cases"].items()]
+        others = max(of_type["others"] for of_type in found["types"].values())
+        said = f"{found['model']} on {found['date']} ([{path.name}]({path.name})), while others took {others:.0%} of the machine at most"
+        parts.append("\n".join((f"{said} (the median of a type's calls):", "", "```", *rows, "```")))
+    before, _, after = page.read_text().partition("<!-- tables -->")
+    page.write_text("\n".join((f"{before}<!-- tables -->", "\n\n".join(parts), f"<!-- end -->{after.partition('<!-- end -->')[2]}")))
 
 
 def main() -> None:
@@ -164,6 +189,7 @@ def main() -> None:
     for dtype in args.types.split(","):
         found["types"][dtype] = compare(dtype, pythons, json.dumps(shape), args.cases.split(","), args.rounds)
         write(__file__, found, args.output)
+    write_page()
 
 
 if __name__ == "__main__":

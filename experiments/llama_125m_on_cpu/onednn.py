@@ -46,16 +46,16 @@ def main() -> None:
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     theirs = library(args.include, args.library)
-    times, unsettled = measured(ROWS, 600.0)
+    ours = measured(ROWS, 600.0)
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     print("| type | rows | oneDNN | packed | XLA | our best | | ours / oneDNN |\n|---|---|---|---|---|---|---|---|")
     for (kind, rows), (plain, packed) in theirs.items():
-        took = {str(each.form): dict(each.measured)[rows] for each in times if each.kind == kind and rows in dict(each.measured)}
+        took = {str(each.form): dict(each.measured)[rows] for each in ours.times if each.kind == kind and rows in dict(each.measured)}
         best = min((form for form in took if form not in ("xla", "widened")), key=took.__getitem__)
         found[kind][str(rows)] = {"plain": plain, "packed": packed, "forms": took}
         figures = [f"{1e6 * each:.0f}" for each in (plain, packed, took["xla"], took[best])]
         print(f"| {kind} | {rows} | {' | '.join(figures)} | {best} | {took[best] / plain:.2f} |")
-    write(__file__, {"date": str(date.today()), "cpu": host(), "unsettled": unsettled, "seconds": found}, "onednn.json")
+    write(__file__, {"date": str(date.today()), "cpu": host(), "unsettled": ours.unsettled, "seconds": found}, "onednn.json")
 
 
 if __name__ == "__main__":

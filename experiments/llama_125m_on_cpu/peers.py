@@ -5,7 +5,8 @@ fastest plain way: the compiled paged step here; `transformers` with its dynamic
 process; and `llama_decode`. All have random weights of one architecture and use all cores.
 
     PYTHON peers.py SIDE TYPE SHAPE        # answers `decode ROWS CONTEXT` or `prefill 1 TOKENS` with the median seconds of a few calls,
-                                           # `load ROWS REQUESTS` with the seconds of one: the engine's own, where a side has an engine
+                                           # `load ROWS REQUESTS` with the seconds of one: the engine's own, where a side has an engine;
+                                           # after the seconds, what it knows besides as JSON
 
 A load is that of Orca's lengths: prompts of 32 to 512 tokens and answers of 1 to 128, all there from the beginning, ROWS of them at once.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 CALLS, PAGE = 3, 64
+FACTS: dict[str, float] = {}  # what a side knows of its last call besides its time
 Call = Callable[[], None]
 Make = Callable[[str, int, int], Call]
 SIDES = {"float32": ("partinf", "transformers", "vllm", "llama.cpp"), "bfloat16": ("partinf", "transformers", "vllm", "llama.cpp")}
@@ -75,7 +77,7 @@ def partinf(dtype: str, shape: dict[str, Any]) -> Make:
             engine.generate(prompts, wanted)
             done = engine.metrics.summary()
             tokens = done.prefill_tokens + done.decode_tokens
-            print(f"{dtype}: {done.iterations} steps, {(tokens + done.padding_tokens) / tokens:.2f} rows per token", file=sys.stderr)
+            FACTS.update(steps=done.iterations, rows_per_token=(tokens + done.padding_tokens) / tokens)
 
         return serve
 
@@ -353,7 +355,8 @@ def main() -> None:
             if phase != "load":
                 seconds_of(call)
             found = [seconds_of(call) for _ in range(1 if phase == "load" else CALLS)]
-            print(statistics.median(found), file=answers, flush=True)
+            print(statistics.median(found), json.dumps(FACTS), file=answers, flush=True)
+            FACTS.clear()
 
 
 if __name__ == "__main__":
