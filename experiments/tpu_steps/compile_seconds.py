@@ -1,6 +1,7 @@
 """What compiling a plan's steps takes, with layers one by one and in a loop, without a TPU.
 
     python -m experiments.tpu_steps.compile_seconds [NAME …]     # one to five minutes per step; writes compile_seconds.json
+    python -m experiments.tpu_steps.compile_seconds --table      # the table of README.md from it; nothing is compiled
 
 Seconds of a core, tracing included. `Platform.unrolled_layers` bounds the layers of all programs of a plan together up to which they are
 compiled one by one.
@@ -13,7 +14,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from experiments.results import machine, read, write
+from experiments.results import machine, place, read, write
 from experiments.tpu_steps.code import Case
 from partinf.buckets import num_programs
 from partinf.plans import Bucket, Plan
@@ -50,8 +51,20 @@ def row_of(case: Case) -> dict[str, Any]:
     return {"one by one": one_by_one, "loop": loop, "programs of a plan": programs, "layers of all": programs * plan.model.num_layers}
 
 
+def table(found: dict[str, Any]) -> str:
+    lines = ["| step | one by one, s | loop, s | times |", "|---|---|---|---|"]
+    for name in CASES:
+        if name in found:
+            single, loop = found[name]["one by one"], found[name]["loop"]
+            lines.append(f"| {name} | {single} | {loop} | {single / loop:.1f} |")
+    return "\n".join(lines)
+
+
 def main(names: list[str]) -> None:
     found = read(__file__, FILE, missing={"machine": machine()})
+    if names == ["--table"]:
+        place(__file__, table(found), "compiling")
+        return
     for name, case in CASES.items():
         if name not in names and (names or name in found):
             continue

@@ -24,7 +24,7 @@ from partinf.transformer.cache import KeysValues
 from partinf.transformer.kernels import rows as row_kernels
 from partinf.transformer.kernels import tiles as kernels
 from partinf.transformer.kernels.round_robin import in_order, local_entries, num_seen, weighted
-from partinf.transformer.linear import native_rows, normalised, scaled
+from partinf.transformer.linear import native_rows, normalised, row_by_row, scaled
 from partinf.transformer.params import Params
 from partinf.transformer.rope import Angles, angles, growth, rotate
 from partinf.transformer.routes import Group, Routes
@@ -98,7 +98,7 @@ def attention(
         cores.append(core)
     outputs = [core(kv) for core in cores]
     out = jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0]  # [T.t, H.f, Q]
-    return out.reshape(out.shape[0], -1), kv
+    return row_by_row(out.reshape(out.shape[0], -1), routes), kv
 
 
 def _decode(

@@ -22,7 +22,7 @@ from partinf.transformer.attention import Rotations, attention
 from partinf.transformer.batch import Batch
 from partinf.transformer.experts import Partial, experts, gather_experts, gathered_rows, joins, reduced, shares_gather
 from partinf.transformer.ffn import ffn
-from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, made_for, norm, normalised, weighted
+from partinf.transformer.linear import LEAVING, dot, embed_vector, gather_weights, made_for, norm, normalised, row_by_row, weighted
 from partinf.transformer.params import OneOf, Params
 from partinf.transformer.routes import Routes
 
@@ -169,7 +169,7 @@ def _leave(
             added = added + embed_vector(weights[bias_of(name)], routes.between, routes)
     if kind.norms.after and kind.norms is not NormPlaces.SUM:
         added = norm(added, weights, after, routes.between, routes)
-    x = x + (added if kind.residual_scale == 1.0 else added * kind.residual_scale)
+    x = row_by_row(x + (added if kind.residual_scale == 1.0 else added * kind.residual_scale), routes)
     return norm(x, weights, after, routes.between, routes) if kind.norms is NormPlaces.SUM else x
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from partinf.hardware.platform import Form, Platform, gathers_norm
+from partinf.hardware.platform import Form, Grouped, Platform, gathers_norm
 from partinf.model.kinds import Activation, FeedForward, Norm
 from partinf.partition.collectives import Axes, Frame, Split, move, take_split
 from partinf.partition.quantize import Quantized
@@ -24,6 +25,15 @@ from partinf.transformer.routes import Routes
 def made_for(routes: Routes) -> Platform | None:
     """The platform that a step is made for; the plain twin, which is there to be read, is made for none."""
     return None if routes.plain else routes.plan.slice.chip.platform
+
+
+def row_by_row(x: jax.Array, routes: Routes) -> jax.Array:
+    """x [T, ..] laid out token by token, where prompts pass on a TPU. Left to itself the compiler may turn all activations for the sake of
+    one product, and then turns what comes back from a kernel or from the experts."""
+    platform = made_for(routes)
+    if platform is None or platform.grouped is not Grouped.TPU_KERNEL or not routes.bucket.prefill_tokens:
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def native_rows(routes: Routes) -> bool:
