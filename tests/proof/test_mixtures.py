@@ -62,3 +62,16 @@ def test_an_exchange_of_rows_is_compiled_as_it_is_planned(slice_name: str) -> No
             compiled[one.op, one.axes, one.bytes] += one.count
     assert compiled == planned
     assert sum(planned.values()) == 3 * model.num_layers
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_rows_that_come_back_from_experts_are_not_turned() -> None:
+    """Prompts of Qwen 3 30B with copies of the weights, a layer in either stage: the compiler would lay the residual out with the tokens
+    innermost for the sake of its products, and turn what each of eight experts gave."""
+    model, workload = replace(load_model_config("qwen-3-30b-a3b"), num_layers=2), Workload(batch=8, input_len=4096, phase="prefill")
+    roles = {"x": "batch", "y": "none"}
+    layout = make_layout({"x": "replica", "y": "stage"}, roles, roles)
+    plan, buckets = serving_steps(Plan(model, parse_slice("v6e:2x2"), layout), workload)
+    (step,) = prove(plan, buckets).steps
+    assert not [one for one in step.differences if one.kind == "extra copy" and "grouped.py" in one.source_op]
