@@ -1,6 +1,6 @@
 """The planner's choice against every other candidate that fits and runs, under the counted program; `compiled.py` has the compiled one.
 
-python -m experiments.planner_regret.measure                       writes results.json
+python -m experiments.planner_regret.measure                       writes results.json; compiles two programs where the count disagrees
 python -m experiments.planner_regret.measure --only v4:2x2x4       judges some cases anew and replaces their rows
 """
 
@@ -22,8 +22,11 @@ from partinf.model.load import load_model_config
 from partinf.planner import search
 from partinf.planner.report import PlanReport
 from partinf.planner.results import Candidate
+from partinf.proof.process import Limits, compile_bucket
+from partinf.proof.proving import schedule_of
 
 CASES = 30
+DISAGREES = 0.15  # a regret from which the compiler decides between the choice and what the count puts first
 
 
 def able(report: PlanReport) -> list[Candidate]:
@@ -96,6 +99,18 @@ def _line(candidate: Candidate, found: Judged) -> dict[str, Any]:
     }
 
 
+def compiled_ms(case: Case, row: dict[str, Any]) -> dict[str, float]:
+    """What the choice for the tiled program and the best by the count take by the compiler, in the program in which both were counted."""
+    question = load_model_config(case.model), parse_slice(case.slice), case.workload
+    report, found = search(*question, calibration="none", program=PLAIN), dict[str, float]()
+    for which in ("chosen_for_tiled", "best"):
+        wanted = {key: row[which][key] for key in ("layout", "gather", "attention")}
+        candidate = next(one for one in able(report) if wanted.items() <= _line(one, Judged(0.0, 0.0, 0.0)).items())
+        plan, bucket = program_of(report, candidate)
+        found[which] = 1e3 * schedule_of(plan, bucket, compile_bucket(plan, bucket, Limits()).program).seconds
+    return found
+
+
 def counted_rows(most: int | None, only: str, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each of the first cases in which something fits."""
     rows: list[dict[str, Any]] = []
@@ -111,6 +126,9 @@ def counted_rows(most: int | None, only: str, kept: list[dict[str, Any]]) -> lis
                 kinds = ("regret", "regret_for_tiled", "regret_at_stated_rates", "regret_for_plain", "regret_for_plain_unfused")
                 print(f"{row['case']:60} {counts} {' '.join(f'{row[kind]:8.2%}' for kind in kinds)}", flush=True)
         if row is not None:
+            if row["regret_for_tiled"] > DISAGREES and "compiled_ms" not in row:
+                row["compiled_ms"] = compiled_ms(case, row)
+                print(f"{row['case']:60} by the compiler: {row['compiled_ms']}", flush=True)
             rows.append(row)
     return rows
 
