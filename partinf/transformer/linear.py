@@ -28,10 +28,10 @@ def made_for(routes: Routes) -> Platform | None:
 
 
 def row_by_row(x: jax.Array, routes: Routes) -> jax.Array:
-    """x [T, ..] laid out token by token, where prompts pass on a TPU. Left to itself the compiler may turn all activations for the sake of
-    one product, and then turns what comes back from a kernel or from the experts."""
-    platform = made_for(routes)
-    if platform is None or platform.grouped is not Grouped.TPU_KERNEL or not routes.bucket.prefill_tokens:
+    """x [T, ..] laid out token by token, where prompts pass experts on a TPU. Left to itself the compiler may turn all activations for the
+    sake of one product, and then turns what comes back from the experts; without experts its own choice is as fast or faster."""
+    platform, wanted = made_for(routes), routes.plan.model.experts and routes.bucket.prefill_tokens
+    if platform is None or platform.grouped is not Grouped.TPU_KERNEL or not wanted:
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
