@@ -13,6 +13,7 @@ from partinf.layout import ExpertRole, Role
 from partinf.planner.candidates import AxisTable, Gather, PhaseOption, Stored, expert_gathers
 from partinf.planner.evaluate import Evaluator, ExpertFigures
 
+_Axis = tuple[int, Role, ExpertRole, bool, bool]
 Figures = tuple[ExpertFigures, ExpertFigures]  # with what passes between sublayers split, and whole
 
 
@@ -59,19 +60,27 @@ class ExpertPrices:
         self._figures: dict[object, Figures] = {}
         self._choices: dict[object, Choices] = {}
         self._order: dict[Stored, bool] = {}
+        self._codes: dict[_Axis, int] = {}
+        self._numbers: dict[tuple[object, ...], int] = {}
 
     def __call__(self, stored: Stored, gather: Gather, label: str) -> Figures:
         """Under roles in storage and gathered axes."""
-        roles, experts = stored
-        does = [_DOES[one] for one in zip(roles, gather.dense, strict=True)]
-        of_axes = tuple(sorted(zip(self._table.class_ids, does, experts, gather.experts, strict=True)))
-        key = (of_axes, gather.exchanged, label, self._in_order(stored))
+        axes = zip(self._table.class_ids, stored.roles, stored.experts, gather.dense, gather.experts, strict=True)
+        key = (tuple(sorted([self._code(axis) for axis in axes])), gather.exchanged, label, self._in_order(stored))
         known = self._figures.get(key)
         if known is None:
             *_, alone = self._table.attentions
             option = PhaseOption(gather, alone)
             known = self._figures[key] = self._evaluator.expert_figures(self._table.layout(stored, option, option), label)
         return known
+
+    def _code(self, axis: _Axis) -> int:
+        """A number for what one axis is and does: its class, its role, experts' role, and whether either is gathered over it."""
+        found = self._codes.get(axis)
+        if found is None:
+            kind, role, experts, dense, gathered = axis
+            found = self._codes[axis] = self._numbers.setdefault((kind, _DOES[role, dense], experts, gathered), len(self._numbers))
+        return found
 
     def choices(self, stored: Stored, dense: tuple[bool, ...], label: str) -> Choices:
         """All choices of a phase that gathers dense weights over these axes."""
