@@ -256,7 +256,7 @@ def test_rows_meet_the_matrix_of_their_expert(kind: str, form: Form) -> None:
     if kind != "int8":
         weights[np.asarray(sizes) == 0] = np.nan
     stored = jnp.asarray(weights, dtype)
-    got = np.asarray(cpu_kernels.grouped(x, stored, jnp.asarray(sizes), form), np.float64)[:taken]
+    got = np.asarray(cpu_kernels.grouped(x, stored, jnp.asarray(sizes), form)[:taken], np.float64)
     expert = np.repeat(np.arange(len(sizes)), sizes)
     rows, matrices = np.asarray(x, np.float64)[:taken], np.asarray(stored, np.float64)[expert]
     bound = np.einsum("te,tfe->tf", np.abs(rows), np.abs(matrices))
