@@ -1,4 +1,4 @@
-"""How long `partinf plan` takes, as a process and in-process, and write results.json.
+"""How long `partinf plan` takes, as a process and in-process, and write results.json and README's tables.
 
     python -m experiments.planner_speed.measure
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.results import read, write
+from experiments.results import place, read, write
 from partinf.hardware.slices import parse_slice
 from partinf.model.load import load_model_config
 from partinf.planner import search
@@ -124,6 +124,15 @@ def searched(what: str, model: str, slice_: str, workload: Workload, bound: floa
     return [row | {"regret": row["score"] / min(scores) - 1} for row in rows]
 
 
+def tables(rows: list[dict[str, Any]], meshes: list[dict[str, Any]]) -> tuple[str, str]:
+    """README's tables."""
+    one = ["| what | as | seconds | bound |", "|---|---|---|---|"]
+    one += [f"| {row['what']} | {row['as']} | {row['seconds']:.2f} | {row['bound'] or '–'} |" for row in rows]
+    two = ["| what | search | mesh | CPU s | regret |", "|---|---|---|---|---|"]
+    two += [f"| {row['what']} | {row['search']} | {row['mesh']} | {row['seconds']:.2f} | {100 * row['regret']:.1f} % |" for row in meshes]
+    return "\n".join(one), "\n".join(two)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default: 5)")
@@ -137,6 +146,8 @@ def main() -> int:
     for row in meshes:
         print(f"{row['what']:42} {row['search']:12} {row['mesh']:20} {row['seconds']:7.3f} s  regret {row['regret']:6.1%}")
     write(__file__, {"runs": runs, "rows": rows, "meshes": meshes})
+    for mark, text in zip(("searches", "meshes"), tables(rows, meshes), strict=True):
+        place(__file__, text, mark)
     return 0
 
 

@@ -70,13 +70,23 @@ class Part(NamedTuple):
 
     def with_(self, other: Part) -> Part:
         """Both."""
-        return Part(*(mine + others for mine, others in zip(self, other, strict=True)))  # type: ignore[operator]
+        return Part(
+            self.entries + other.entries,
+            self.seconds + other.seconds,
+            self.ahead + other.ahead,
+            self.left + other.left,
+            self.early + other.early,
+            self.free + other.free,
+        )
 
     def seconds_with(self, seconds: float, left: float, early: float = 0.0, free: float = 0.0) -> float:
         """Seconds with other work, which gathers nothing ahead, leaves some compute for those that do, waits for HBM and leaves it
         alone for so long."""
-        fetched = min(self.early + early, self.free + free)
-        return self.seconds + seconds + self.ahead - min(self.ahead, max(0.0, self.left + left)) - fetched
+        waits, leaves = self.early + early, self.free + free  # searches ask this most often: no calls
+        total = self.seconds + seconds - (waits if waits < leaves else leaves)
+        if not self.ahead:
+            return total
+        return total + self.ahead - min(self.ahead, max(0.0, self.left + left))
 
 
 class _Linear(NamedTuple):
