@@ -38,7 +38,7 @@ _PARTS = "attention.cc attention.h experts.cc logits.cc products.cc products.h p
 _SOURCES = tuple(Path(__file__).with_name(f"cpu_{part}") for part in _PARTS.split())
 _TARGETS = ("decode", "prefill", "product", "grouped", "logit_ends", "norm", "gated", "heads")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
-_WIDTH = 16  # d_head is a multiple of this
+WIDTH = 16  # numbers of a vector: of rows that kernels take there are whole ones, d_head among them
 _SECONDS = 300
 _NONE = np.zeros((0,), np.int32)
 _NARROW = {Form.PANELS_OF_PAIRS: 1, Form.TILES: 2}  # forms in which prompts' numbers of bfloat16 meet, as cpu_prompts.cc numbers them
@@ -47,7 +47,7 @@ _NARROW = {Form.PANELS_OF_PAIRS: 1, Form.TILES: 2}  # forms in which prompts' nu
 def fits(pages: KeysValues) -> bool:
     """Whether the kernels take these pages [.., S, Q], and this machine has the kernels."""
     known = isinstance(pages.keys, Quantized) or pages.keys.dtype in (jnp.float32, jnp.bfloat16, jnp.uint16)
-    return known and pages.keys.shape[-1] % _WIDTH == 0 and available()
+    return known and pages.keys.shape[-1] % WIDTH == 0 and available()
 
 
 def decode(
@@ -117,14 +117,14 @@ def prefill(
 
 def takes_narrow(form: Form, pages: KeysValues | None, *numbers: jax.Array) -> bool:
     """Whether queries and keys [.., Q] are multiplied in this form as they are, in bfloat16, with these pages."""
-    narrow = all(x.dtype == jnp.bfloat16 and x.shape[-1] % (2 * _WIDTH) == 0 for x in numbers)
+    narrow = all(x.dtype == jnp.bfloat16 and x.shape[-1] % (2 * WIDTH) == 0 for x in numbers)
     return narrow and form in _NARROW and (pages is None or isinstance(pages.keys, Quantized) or pages.keys.dtype != jnp.float32)
 
 
 def fits_groups(x: jax.Array, weights: jax.Array) -> bool:
     """Whether `grouped` takes rows [R, E] and matrices [X, F, E], and this machine has it."""
     known = x.dtype in (jnp.float32, jnp.bfloat16) and weights.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
-    return known and weights.shape[2] % (2 * _WIDTH) == 0 and weights.shape[1] % 4 == 0 and available()
+    return known and weights.shape[2] % (2 * WIDTH) == 0 and weights.shape[1] % 4 == 0 and available()
 
 
 def grouped(x: jax.Array, weights: jax.Array, sizes: jax.Array, form: Form = Form.PANELS) -> jax.Array:

@@ -20,6 +20,20 @@
 namespace partinf {
 namespace {
 
+// Calls some(first, number) for all heads of a group, four at a time while there are as many; the number is a constant.
+template <typename Some>
+inline void ByFours(int64_t group, const Some& some) {
+  int64_t first = 0;
+  const auto take = [&](auto heads) {
+    some(first, heads);
+    first += heads;
+  };
+  while (group - first >= 4) take(std::integral_constant<int, 4>{});
+  if (group - first == 3) take(std::integral_constant<int, 3>{});
+  if (group - first == 2) take(std::integral_constant<int, 2>{});
+  if (group - first == 1) take(std::integral_constant<int, 1>{});
+}
+
 // Scores of one query [Q] with sixteen keys, of which `count` exist.
 inline void Scores(const float* q, const float* keys, int64_t count, int64_t size, float* scores) {
   for (int64_t first = 0; first < std::min<int64_t>(count, kWidth); first += 8) {
@@ -125,15 +139,9 @@ void DecodeUnit(const float* q, const Pages<T>& pages, const int32_t* rows, int6
         for (int64_t i = 0; i < seen; ++i) line[i] *= pages.value_scales[row * length + i];
       }
     }
-    int64_t g = 0;
-    const auto add = [&](auto heads) {
+    ByFours(group, [&](int64_t g, auto heads) {
       AddValuesOf<heads>(out + g * size, size, weights + g * padded, padded, fades + g, values, seen);
-      g += heads;
-    };
-    while (group - g >= 4) add(std::integral_constant<int, 4>{});
-    if (group - g == 3) add(std::integral_constant<int, 3>{});
-    if (group - g == 2) add(std::integral_constant<int, 2>{});
-    if (group - g == 1) add(std::integral_constant<int, 1>{});
+    });
   }
   for (int64_t g = 0; g < group; ++g) {
     const float kept = std::max(mass[g], std::numeric_limits<float>::min());
@@ -323,15 +331,9 @@ void DecodeInTiles(const Query& query, const Pages<T>& pages, float scale, float
     }
     const float* value_scales = std::is_same_v<T, int8_t> ? pages.value_scales + row * length : nullptr;
     Soften(scores, line, seen, group, weights, tops, query.mass, fades, value_scales);
-    int64_t g = 0;
-    const auto add = [&](auto heads) {
+    ByFours(group, [&](int64_t g, auto heads) {
       AddPairsOf<heads>(out + g * size, size, weights + g * line, line, fades + g, values, seen);
-      g += heads;
-    };
-    while (group - g >= 4) add(std::integral_constant<int, 4>{});
-    if (group - g == 3) add(std::integral_constant<int, 3>{});
-    if (group - g == 2) add(std::integral_constant<int, 2>{});
-    if (group - g == 1) add(std::integral_constant<int, 1>{});
+    });
   }
   for (int64_t g = 0; g < group; ++g) {
     const float kept = std::max(query.mass[g], std::numeric_limits<float>::min());

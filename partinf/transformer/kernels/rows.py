@@ -11,7 +11,6 @@ from partinf.model.kinds import Activation, FeedForward
 from partinf.transformer.kernels import cpu as cpu_kernels
 from partinf.transformer.rope import Angles
 
-_WIDTH = 16  # numbers of a vector, of which rows are whole ones
 _SIGMOIDS = {  # g · sigmoid(linear · g + cubic · g³)
     Activation.SILU: (1.0, 0.0),
     Activation.GELU_TANH: (2 * (2 / np.pi) ** 0.5, 2 * (2 / np.pi) ** 0.5 * 0.044715),
@@ -21,7 +20,7 @@ _SIGMOIDS = {  # g · sigmoid(linear · g + cubic · g³)
 
 def takes(x: jax.Array, size: int) -> bool:
     """Whether rows of so many numbers each are taken, and this machine has the kernels."""
-    return x.dtype in (jnp.float32, jnp.bfloat16) and size % _WIDTH == 0 and size > 0 and cpu_kernels.available()
+    return x.dtype in (jnp.float32, jnp.bfloat16) and size % cpu_kernels.WIDTH == 0 and size > 0 and cpu_kernels.available()
 
 
 def norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, live: jax.Array | None) -> jax.Array:
@@ -45,7 +44,7 @@ def gated(hidden: jax.Array, of: FeedForward, live: jax.Array | None) -> jax.Arr
 
 def takes_heads(x: jax.Array, by: Angles | None) -> bool:
     """Whether `heads` takes x [T, .., Q] and these angles."""
-    whole = by is None or (by.cos.shape[-1] % _WIDTH == 0 and by.cos.shape[:-1] == (x.shape[0], 1))
+    whole = by is None or (by.cos.shape[-1] % cpu_kernels.WIDTH == 0 and by.cos.shape[:-1] == (x.shape[0], 1))
     return whole and takes(x, x.shape[-1])
 
 
