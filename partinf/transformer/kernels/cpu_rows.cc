@@ -88,7 +88,8 @@ ffi::Error Gated(ffi::ThreadPool pool, ffi::AnyBuffer hidden, Ints live, float l
         return;
       }
       for (int64_t i = 0; i < size; i += kWidth) {
-        const Vec gate = Load(gates + i), at = gate * (linear + cubic * gate * gate), small = Exp(-Absolute(at));
+        const Vec gate = Load(gates + i);
+        const Vec at = gate * (cubic == 0.f ? Splat(linear) : linear + cubic * gate * gate), small = Exp(-Absolute(at));  // 0 · ∞ is NaN
         const Vec part = (at < 0.f ? small : Splat(1.f)) / (1.f + small);
         Put(to + row * size + i, gate * part * Load(ups + i));
       }
