@@ -189,6 +189,16 @@ def test_lengths_beyond_the_models_context_are_reported(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("prompt", "output", "served"), [(1, 131071, "1:8191"), (8000, 8000, "4096:4096"), (131071, 1, "8191:1")])
+def test_a_server_is_proposed_for_as_much_of_a_load_as_the_models_context_holds(
+    prompt: int, output: int, served: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ["--input", str(prompt), "--output", str(output), "--batch", "2"]
+    assert main(["plan", "--model", "llama-3-8b", "--slice", "v5e:2x4", "--top", "1", *load]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"--max-model-len 8192 --arrivals poisson:1 --lengths fixed:{served}" in printed
+
+
 def test_what_no_layout_can_hold(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "palm-540b", "--slice", "cpu:5", "--phase", "decode", "--context", "8"]) == 0
     assert main(["explain", *with_flags(DECODE, "--slice", "h200:8"), "--layout", "ws-2d"]) == 2

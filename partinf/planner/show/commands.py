@@ -92,5 +92,5 @@ def _lengths(model: ModelConfig, workload: Workload) -> tuple[int, int]:
     if workload.phase == "decode" and not workload.output_len:
         prompt, output = workload.decode_context - workload.decode_context // 2, max(1, workload.decode_context // 2)
     most = model.longest_context or prompt + output
-    output = min(output, max(1, most // 2)) if prompt + output > most else output
+    output = min(output, max(1, most // 2, most - prompt))
     return max(1, min(prompt, most - output)), output
