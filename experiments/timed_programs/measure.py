@@ -164,11 +164,13 @@ def main() -> None:
     parser.add_argument("--python", default="", help="an interpreter with jax 0.6.0, libtpu 0.0.13, absl-py, etils and flatbuffers")
     parser.add_argument("--compiled", action="store_true", help="only what is compiled already")
     args = parser.parse_args()
-    program = Path(__file__).with_name("compile.py")
+    program, page = Path(__file__).with_name("compile.py"), args.checkout / "llama3" / "README.md"
+    if not page.is_file():
+        parser.error(f"{args.checkout} is no clone of jax-ml/jax-llm-examples: it has no llama3/README.md")
     args.texts.mkdir(parents=True, exist_ok=True)
     rows = []
     print("copies  batch  context  measured ms  estimate ms  ratio  bytes alone  collectives  kernel")
-    for cell in cells((args.checkout / "llama3" / "README.md").read_text()):
+    for cell in cells(page.read_text()):
         path = args.texts / cell.file
         if not path.is_file():
             if args.compiled:
@@ -182,6 +184,8 @@ def main() -> None:
             f" {row['bytes_alone']:12.2f} {row['collectives']:12.2f} {row['kernel']:7.2f}",
             flush=True,
         )
+    if not rows:
+        parser.error(f"{args.texts} has no compiled text; leave out --compiled")
     write(__file__, {"summary": summary(rows), "rows": rows}, FILES[bool(args.python)])
     found, newer = (read(__file__, FILES[timed], missing={"rows": []}) for timed in (True, False))
     place(__file__, cells_table(found["rows"], newer["rows"]), "cells")
