@@ -57,7 +57,8 @@ def test_norms(dtype: jnp.dtype, tokens: int, size: int, offset: float) -> None:
 def test_gated_activations(dtype: jnp.dtype, of: Activation) -> None:
     how = replace(PLAIN, activation=of)
     hidden, live = drawn(9, 2, 64, dtype=dtype), np.arange(9) != 4
-    hidden = hidden.at[0, 0, :4].set(jnp.asarray([-1e30, 1e30, -90.0, 90.0], dtype)).at[1, 0, :2].set(jnp.asarray([jnp.nan, jnp.inf], dtype))
+    hidden = hidden.at[0, 0, :4].set(jnp.asarray([-1e30, 1e30, -90.0, 90.0], dtype))
+    hidden = hidden.at[1, 0, :2].set(jnp.asarray([jnp.nan, jnp.inf], dtype))
     assert rows.takes_gated(hidden, how)
     gate, up = (np.asarray(hidden[:, half], np.float64) for half in (0, 1))
     with np.errstate(over="ignore"):  # of exp, at either end
